@@ -54,11 +54,14 @@ import os
 import random
 import re
 import select
+import shutil
 import signal
 import socket
 import socketserver
 import ssl
+import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -302,7 +305,7 @@ def upstream_error(status, headers, raw):
 
     Chosen by what the real client does with each status: 400 is sent up to six times and 401 for three minutes,
     so an unrecognised 400 goes out as 424 (once), and a bad key with `x-should-retry: false`; billing is 402 (once);
-    429 and 5xx are retried with Retry-After; 404 hides its message, so an unknown model is told as 424... see `MODEL_STATUS`.
+    429 and 5xx are retried with Retry-After; for 404 it shows its own words, that the model may not exist.
     """
     message, code, kind = error_fields(raw)
     text = " ".join((message, code, kind))
@@ -328,9 +331,9 @@ def retry_after(headers, body, text):
     """Seconds that the provider asks to wait, as text for the retry-after header, or ""; from the header, Gemini's
     RetryInfo, or the words "retry after N seconds"."""
     value = str(headers.get("retry-after") or "").strip()
-    if re.match(r"\d+(\.\d+)?$", value):
+    if re.match(r"[0-9]{1,9}(\.[0-9]+)?\Z", value):
         return str(int(float(value) + 0.999))
-    found = re.search(r'"retryDelay"\s*:\s*"(\d+)|(?:retry|try again) (?:after|in) (\d+)(?:\.\d+)? ?s', compact_json(body) + text, re.I)
+    found = re.search(r'"retryDelay"\s*:\s*"(\d{1,9})|(?:retry|try again) (?:after|in) (\d{1,9})(?:\.\d+)? ?s', compact_json(body) + text, re.I)
     return next(filter(None, found.groups())) if found else ""
 
 
@@ -623,8 +626,10 @@ class Settings(object):
             value = getattr(self, row.name)
             if row.secret:
                 value = "set" if value else "not set"
-            elif isinstance(value, (dict, tuple)):
-                value = compact_json(value) if value else ""
+            elif isinstance(value, (dict, tuple, bool)):
+                value = compact_json(value) if value or value is False else ""
+            elif isinstance(value, float):
+                value = "%g" % value
             rows.append({"name": row.env, "value": without_password(str(value)), "origin": self.origins[row.name], "help": row.help})
         return rows
 
@@ -846,18 +851,18 @@ def profile_for(base, model, forced="", format="auto", owner=""):
     name = forced or OWNERS.get(owner, "")
     if format == "anthropic" or (format == "auto" and not forced and ANTHROPIC_PATHS.search(base)):
         name = "anthropic"
-    rows = [row for row in PROFILES if row.name == name] if name else [row for row in PROFILES if serves(row, parts)]
+    host, port_ = (parts.hostname or "").lower(), parts.port
+    rows = [row for row in PROFILES if row.name == name] if name else [row for row in PROFILES if row.hosts and serves(row, host, port_)]
     if name and not rows and name != "default":
         raise SettingError("PROFILE is %r; allowed: %s" % (name, ", ".join(row.name for row in PROFILES)))
     short = model.rsplit("/", 1)[-1]
     found = next((row for row in rows if not row.models or re.match(row.models, model, re.I) or re.match(row.models, short, re.I)), DEFAULT)
-    return found._replace(scope=parts.hostname or "")
+    return found._replace(scope=host)
 
 
-def serves(row, parts):
-    """Whether a row's hosts include the host, or the port on this machine, of a split URL."""
-    host, local = (parts.hostname or "").lower(), LOOPBACK.match(parts.hostname or "")
-    return any((local and parts.port == int(end[1:])) if end[:1] == ":" else (host == end or host.endswith("." + end)) for end in row.hosts)
+def serves(row, host, port_):
+    """Whether a row's hosts include the host, or the port on this machine."""
+    return any((port_ == int(end[1:]) and LOOPBACK.match(host)) if end[:1] == ":" else (host == end or host.endswith("." + end)) for end in row.hosts)
 
 
 def profiles_table():
@@ -2591,39 +2596,61 @@ def chunk_of(payload):
 # ---- reply text: leading <think>, calls written as text ----------------------------------------------
 
 class ThinkTags(object):
-    """Splits a leading <think>..</think> off a reply's text. feed(text) -> [(kind, text)]; `done`: only text follows."""
-    __slots__ = ("held", "inside", "done")
+    """Splits a leading <think>..</think> off a reply's text, and the line ends beside the tags.
+
+    feed(text) -> [(kind, text)]. place: "start" (no text yet), "lead" (right after the opening tag), "inside", "after"
+    (right after the closing tag); `done`: only text follows.
+    """
+    __slots__ = ("held", "place", "done")
     OPEN, CLOSE = "<think>", "</think>"
 
     def __init__(self):
-        self.held, self.inside, self.done = "", False, False
+        self.held, self.place, self.done = "", "start", False
 
     def feed(self, text):
         text, self.held = self.held + text, ""
-        if not self.inside:
+        if self.place == "start":
             start = text.lstrip()
-            if start.startswith(self.OPEN):
-                self.inside, text = True, start[len(self.OPEN):].lstrip("\n")
-            elif self.OPEN.startswith(start):
+            if self.OPEN.startswith(start) and start != self.OPEN:
                 self.held = text
                 return []
-            else:
-                self.done = True
-                before, tag, after = text.partition(self.CLOSE)     # the opening tag was in the prompt template
-                return [("thinking", before), ("text", after.lstrip())] if tag else [("text", text)]
+            if not start.startswith(self.OPEN):
+                return self.untagged(text)
+            self.place, text = "lead", start[len(self.OPEN):]
+        if self.place == "lead":
+            text = text.lstrip("\n")
+            self.place = "inside" if text else "lead"
+        if self.place in ("lead", "inside"):
+            return self.thought(text)
+        return self.answer(text)
+
+    def untagged(self, text):
+        """Text without an opening tag; a closing one tells that the opening one was in the prompt template."""
+        self.done = True
+        before, tag, after = text.partition(self.CLOSE)
+        return [("thinking", before), ("text", after.lstrip())] if tag and self.OPEN not in before else [("text", text)]
+
+    def thought(self, text):
+        """Text inside the tags; the beginning of a closing tag, and line ends, wait for what follows."""
         before, tag, after = text.partition(self.CLOSE)
         if tag:
-            self.done = True
-            return [("thinking", before.rstrip("\n")), ("text", after.lstrip("\n"))]
+            self.place = "after"
+            return [("thinking", before.rstrip("\n"))] + self.answer(after)
         keep = next((n for n in range(len(self.CLOSE) - 1, 0, -1) if text.endswith(self.CLOSE[:n])), 0)
-        keep += len(text[:len(text) - keep]) - len(text[:len(text) - keep].rstrip("\n"))
-        self.held = text[len(text) - keep:]
-        return [("thinking", text[:len(text) - keep])]
+        sure = text[:len(text) - keep].rstrip("\n")
+        self.held = text[len(sure):]
+        return [("thinking", sure)]
+
+    def answer(self, text):
+        """Text after the closing tag, from its first line that is not empty."""
+        text = text.lstrip("\n")
+        self.done = bool(text)
+        return [("text", text)] if text else []
 
     def finish(self):
         """What was held back."""
         held, self.held = self.held, ""
-        return [("thinking" if self.inside and not self.done else "text", held)] if held else []
+        return [("text" if self.place == "start" else "thinking", held)] if held else []
 
 
 # ---- the translator ----------------------------------------------------------------------------------
@@ -2687,10 +2714,12 @@ class StreamTranslator(object):
                 raise error
         if chunk.get("usage"):
             self.usage = as_dict(chunk["usage"])
-        for choice in chunk.get("choices") or ():
+        fresh = not self.content                # MiniMax ends with the whole message again
+        for choice in as_list(chunk.get("choices")):
+            choice = as_dict(choice)
             delta = choice.get("delta")
-            if delta is None:
-                delta = {} if self.content else choice.get("message") or {}    # MiniMax ends with the whole message again
+            if not isinstance(delta, dict):
+                delta = as_dict(choice.get("message")) if fresh and delta is None else {}
             text = delta.get("content")
             for field in REASONING_FIELDS:
                 if delta.get(field):
@@ -2749,11 +2778,18 @@ class StreamTranslator(object):
 
     def scanned(self, kind, text):
         """Text or thinking, looked through for calls written as text."""
+        yield from self.flushed(kind)
         calls = self.calls.get(kind)
         if calls is None or not (calls.held or calls.TRIGGER(text)):
             yield from self.say(kind, text)
             return
         yield from self.found(kind, calls.feed(text))
+
+    def flushed(self, kind=""):
+        """What the scanners of other kinds still hold: it came before what comes now."""
+        for other, calls in self.calls.items():
+            if other != kind and (calls.pending or calls.call):
+                yield from self.found(other, calls.finish())
 
     def found(self, kind, pieces):
         """What a TextCalls scanner made of text: text of the same kind, thinking, or calls."""
@@ -2767,6 +2803,7 @@ class StreamTranslator(object):
 
     def rare(self, delta):
         """Tool calls, the old function_call, and refusals."""
+        yield from self.flushed()
         for call in as_list(delta.get("tool_calls")):
             if isinstance(call, dict):
                 self.tool_delta(call)
@@ -3056,16 +3093,15 @@ class RelayTranslator(object):
 
     def __init__(self, message_id, model, profile, input_tokens=0, begun=False, **_):
         self.message_id, self.model, self.profile, self.input_tokens = message_id, model, profile, input_tokens
-        self.state, self.content, self.first, self.ended = (OPEN if begun else IDLE), False, None, False
+        self.state, self.content, self.first, self.last, self.ended = (OPEN if begun else IDLE), False, None, None, False
         self.kind, self.index, self.usage, self.memory, self.written = "", -1, {}, {}, 0
         self.reason = ""
 
     def start(self):
         if self.state == IDLE:
             self.state = OPEN
-            message = dict(as_dict(as_dict(self.first).get("message")), model=self.model)
-            message.setdefault("id", self.message_id)
-            for key, value in (("type", "message"), ("role", "assistant"), ("content", []), ("stop_reason", None), ("stop_sequence", None)):
+            message = dict(as_dict(as_dict(self.first).get("message")), model=self.model, content=[])
+            for key, value in (("id", self.message_id), ("type", "message"), ("role", "assistant"), ("stop_reason", None), ("stop_sequence", None)):
                 message.setdefault(key, value)
             message["usage"] = dict({"input_tokens": self.input_tokens, "output_tokens": 0}, **as_dict(message.get("usage")))
             yield {"type": "message_start", "message": message}
@@ -3084,27 +3120,41 @@ class RelayTranslator(object):
             self.first = event
             self.usage.update(as_dict(as_dict(event.get("message")).get("usage")))
         elif kind == "message_delta":
-            self.ended = True
+            self.ended, self.last = True, event
             self.reason = as_dict(event.get("delta")).get("stop_reason") or ""
             self.usage.update(as_dict(event.get("usage")))
-            yield from self.start()
-            yield dict(event, usage=self.usage_now())
         elif kind == "message_stop":
             self.ended = True
-        elif kind and kind != "ping":
-            yield from self.start()
+        elif isinstance(kind, str) and re.match(r"\w+\Z", kind) and kind != "ping":
             yield from self.block_event(kind, event)
 
     def block_event(self, kind, event):
-        if kind == "content_block_start":
-            self.content, self.index = True, event.get("index", self.index + 1)
-            self.kind = as_dict(event.get("content_block")).get("type") or "text"
+        """An event about a block, numbered as ours are; what belongs to no open block is dropped."""
+        block, part = event.get("content_block"), event.get("delta")
+        if kind == "content_block_start" and isinstance(block, dict):
+            yield from self.open_block(str(block.get("type") or "text"), block)
         elif kind == "content_block_stop":
-            self.kind = ""
-        yield event
+            yield from self.close_block()
+        elif kind == "content_block_delta" and self.kind and isinstance(part, dict):
+            yield event if event.get("index") == self.index else dict(event, index=self.index)
+        elif not kind.startswith("content_block"):
+            yield from self.start()
+            yield event
+
+    def open_block(self, kind, block):
+        yield from self.start()
+        yield from self.close_block()
+        self.content, self.kind, self.index = True, kind, self.index + 1
+        yield {"type": "content_block_start", "index": self.index, "content_block": block}
 
     def idle(self):
-        yield {"type": "ping"}
+        """A sign of life, as the other translator's; a thinking block of our own is signed, so that it is never sent on."""
+        if not self.kind:
+            yield from self.open_block("thinking", BLOCKS["thinking"][0])
+            yield {"type": "content_block_delta", "index": self.index,
+                   "delta": {"type": "signature_delta", "signature": write_state(self.profile.scope, {})}}
+        _, delta, field = BLOCKS.get(self.kind, (None, "", ""))
+        yield {"type": "content_block_delta", "index": self.index, "delta": {"type": delta, field: ""}} if delta else PING
 
     def done(self):
         """[DONE] means nothing in Anthropic's form."""
@@ -3115,7 +3165,10 @@ class RelayTranslator(object):
         if not self.ended:
             raise UpstreamError("The provider's reply was cut off before its end.", kind="cut", retry=True)
         yield from self.start()
+        yield from self.close_block()
         self.state = DONE
+        if self.last:
+            yield dict(self.last, delta=as_dict(self.last.get("delta")), usage=self.usage_now())
         yield {"type": "message_stop"}
 
     fail = StreamTranslator.fail
@@ -3146,10 +3199,11 @@ DELTAS = {
 def encode_event(event):
     """An event dict as SSE text; the only place that writes "event: ". ASCII only."""
     if event["type"] == "content_block_delta":
-        delta = event["delta"]
-        known = DELTAS.get(delta.get("type"))
-        if known:
-            return known[1] % (event["index"], _escape(delta[known[0]]))
+        try:
+            known = DELTAS[event["delta"]["type"]]
+            return known[1] % (event["index"], _escape(event["delta"][known[0]]))
+        except (KeyError, TypeError):
+            """Not one of the three (a signature), or odd: an Anthropic provider's events are relayed as they are."""
     return "event: %s\ndata: %s\n\n" % (event["type"], compact_json(event))
 
 
@@ -3203,8 +3257,8 @@ def replay(message, new_id=None):
     """The events that make up a finished message; new_id() gives tool calls fresh ids (a replayed one must not repeat)."""
     started = dict(message, content=[], stop_reason=None, stop_sequence=None)
     yield {"type": "message_start", "message": started}
-    for index, block in enumerate(as_list(message.get("content"))):
-        kind = block.get("type")
+    for index, block in enumerate(block for block in as_list(message.get("content")) if isinstance(block, dict)):
+        kind = str(block.get("type"))
         skeleton, delta, field = BLOCKS.get(kind, (None, "", ""))
         if kind in ("tool_use", "server_tool_use"):
             call_id = "toolu_" + new_id() if new_id and kind == "tool_use" else block.get("id")
@@ -3667,7 +3721,7 @@ class Wire:
             if time.monotonic() - moved > self.timeout:
                 raise UpstreamError("%s took no byte of the request for %g s: it is overloaded or stuck; try again" %
                                     (self.peer, self.timeout), 504, "timeout_error", kind="timeout")
-            poll_socket(self.sock, 0.5, read=not self.rest, write=True)
+            poll_socket(self.sock, 0.2, read=not self.rest, write=True)
         return True
 
     def head(self, method):
@@ -5421,7 +5475,7 @@ class Exchange(object):
                 raw = reply.read(1 << 20)
                 self.note_reply(reply, raw)
                 raise refused(reply, raw, plan)
-            yield from self.translated(reply)
+            yield from self.recorded(reply) if proxy.recorder else self.translated(reply, reply.blocks())
         finally:
             reply.close()
         proxy.memory.keep(self.translator.memory)
@@ -5450,13 +5504,9 @@ class Exchange(object):
             return self.room
         return max(1024, profile.context - int(self.bytes_in * profile.density) - 64)
 
-    def translated(self, reply):
+    def translated(self, reply, blocks):
         """Events of a reply with a good status: SSE or JSON, whatever was asked for and whatever its content type says."""
-        translator, recording = self.translator, self.proxy.recorder is not None
-        blocks = reply.blocks()
-        head = first_bytes(blocks)
-        if recording:
-            blocks = self.recorded(reply, blocks)
+        translator, head = self.translator, first_bytes(blocks)
         start = head.lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
         if start in (b"{", b"[", b"<"):
             yield from translator.feed(whole_reply(head + b"".join(blocks), start, self.plan))
@@ -5474,13 +5524,16 @@ class Exchange(object):
         yield None
         reply.finish()
 
-    def recorded(self, reply, blocks):
-        """The blocks, kept for the record as they pass."""
+    def recorded(self, reply):
+        """The same, with all that came kept for the record, also where the reply breaks off."""
         kept = []
-        try:
-            for block in blocks:
+
+        def blocks():
+            for block in reply.blocks():
                 kept.append(block)
                 yield block
+        try:
+            yield from self.translated(reply, blocks())
         finally:
             self.note_reply(reply, b"".join(kept))
 
@@ -5718,11 +5771,15 @@ HEAD_SECONDS = 30           # for a request's head, and between two reads of its
 BODY_SECONDS = 300          # for the whole body
 IDLE_SECONDS = 300          # a kept-alive connection without a request
 SEND_SECONDS = 120          # for a client that does not read
+DRAIN_REFUSED = 2           # seconds in which the rest of a refused request is read away
+LOOK_SECONDS = 1            # between two looks at whether a silence needs a ping
+MAX_DIGITS = 300            # of a number in a request; Python before 3.11 takes hours for a million
+REQUEST_LINE = re.compile(rb"([!-~]+) ([!-~\x80-\xff]+) HTTP/(\d)\.(\d)\r?\n")
 REASONS = http.server.BaseHTTPRequestHandler.responses
 
 
 class Inbox(io.RawIOBase):
-    """A client's socket as a raw file with deadlines: a slow sender cannot hold a thread for ever.
+    """A client's socket, which never blocks, as a raw file with deadlines: a slow sender cannot hold a thread for ever.
 
     deadline: monotonic time by which what is being read must be there; None between requests.
     """
@@ -5734,16 +5791,19 @@ class Inbox(io.RawIOBase):
         return True
 
     def readinto(self, buffer):
-        if self.deadline is None:
-            self.sock.settimeout(IDLE_SECONDS)
-            size = self.sock.recv_into(buffer)
-            self.deadline = time.monotonic() + HEAD_SECONDS
-            return size
-        left = self.deadline - time.monotonic()
-        if left <= 0:
-            raise socket.timeout("the request took too long")
-        self.sock.settimeout(min(left, HEAD_SECONDS))
-        return self.sock.recv_into(buffer)
+        while True:
+            if self.deadline is None:
+                self.wait(IDLE_SECONDS)
+            try:
+                size = self.sock.recv_into(buffer)
+                self.deadline = self.deadline or time.monotonic() + HEAD_SECONDS
+                return size
+            except BlockingIOError:
+                self.wait(min((self.deadline or time.monotonic()) - time.monotonic(), HEAD_SECONDS))
+
+    def wait(self, seconds):
+        if seconds < 0 or not poll_socket(self.sock, seconds):
+            raise socket.timeout("the client sent nothing for too long")
 
 
 class Watch(object):
@@ -5754,55 +5814,50 @@ class Watch(object):
 
     def __init__(self, client, write):
         self.client, self.write, self.exchange = client, write, None
-        self.client_open, self.watched = True, None
-        self.poller = select.poll() if hasattr(select, "poll") else None
-        if self.poller:
-            self.poller.register(client, select.POLLIN)
+        self.client_fd, self.client_open, self.look = client.fileno(), True, 0
+        self.watch(None)
 
     def __call__(self, sock, seconds):
         """True: sock can be read; False: the seconds are over."""
         end = time.monotonic() + seconds
+        if sock is not self.watched:
+            self.watch(sock)
         while True:
-            ready = self.ready(sock, min(seconds, 1.0))
-            if self.client_open and self.client.fileno() in ready:
+            ready = self.ready(max(min(seconds, LOOK_SECONDS), 0))
+            if self.client_open and self.client_fd in ready:
                 self.look_at_client()
-            if sock is not None and sock.fileno() in ready:
+            now = time.monotonic()
+            if now >= self.look and self.exchange is not None:
+                self.look = now + LOOK_SECONDS
+                self.break_silence()
+            if self.watched_fd in ready:
                 return True
-            seconds = end - time.monotonic()
-            if not ready and self.exchange is not None:
-                text_ = self.exchange.silence()
-                if text_:
-                    self.write(text_)
+            seconds = end - now
             if seconds <= 0:
                 return False
 
-    def ready(self, sock, seconds):
-        """Descriptors that can be read, of the client and sock."""
-        seconds = max(seconds, 0)
-        if self.poller is None:                                 # Windows
-            places = [place for place in (self.client if self.client_open else None, sock) if place is not None]
-            if not places:
-                time.sleep(seconds)
-            return [place.fileno() for place in (select.select(places, [], [], seconds)[0] if places else ())]
-        if sock is not self.watched:
-            self.watch(sock)
-        return [fd for fd, _ in self.poller.poll(seconds * 1000)]
-
     def watch(self, sock):
-        """Poll another socket beside the client's."""
-        self.poller = select.poll()
-        if self.client_open:
-            self.poller.register(self.client, select.POLLIN)
-        if sock is not None:
-            self.poller.register(sock, select.POLLIN)
-        self.watched = sock
+        """Look at another socket (or none) beside the client's."""
+        self.watched, self.watched_fd = sock, sock and sock.fileno()
+        self.places = [place for place in (self.client if self.client_open else None, sock) if place is not None]
+        self.poller = select.poll() if hasattr(select, "poll") else None        # none on Windows
+        if self.poller:
+            for place in self.places:
+                self.poller.register(place, select.POLLIN)
+
+    def ready(self, seconds):
+        """Descriptors of the watched sockets that can be read."""
+        if self.poller:
+            return [fd for fd, _ in self.poller.poll(seconds * 1000)]
+        if not self.places:
+            time.sleep(seconds)
+        return [place.fileno() for place in (select.select(self.places, [], [], seconds)[0] if self.places else ())]
 
     def look_at_client(self):
         """The client's socket can be read: it hung up, or it sent its next request early."""
         try:
-            self.client.setblocking(False)
             gone = not self.client.recv(1, socket.MSG_PEEK)
-        except (BlockingIOError, InterruptedError):
+        except BlockingIOError:
             return
         except OSError:
             gone = True
@@ -5811,13 +5866,20 @@ class Watch(object):
         self.client_open = False            # it is there; do not wake up for its data again
         self.watch(self.watched)
 
+    def break_silence(self):
+        text_ = self.exchange.silence()
+        if text_:
+            try:
+                self.write(text_)
+            except OSError:
+                raise ClientGone()
+
 
 class Handler(http.server.BaseHTTPRequestHandler):
     """One client connection. Every error of a request ends in `fail`, every reply in `send`."""
 
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True          # else every kept-alive reply waits 40 ms for an ACK
-    error_content_type = "application/json"
 
     ROUTES = (
         # method, pattern of the path, name of the method that answers
@@ -5840,70 +5902,92 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def setup(self):
         http.server.BaseHTTPRequestHandler.setup(self)
         self.rfile.close()
+        self.connection.setblocking(False)
         self.inbox = Inbox(self.connection)
         self.rfile = io.BufferedReader(self.inbox, 16384)
-        self.proxy, self.began_reply, self.unread, self.request_id = self.server.proxy, False, False, ""
+        self.proxy = self.server.proxy
 
     def handle_one_request(self):
-        self.inbox.deadline, self.began_reply, self.unread, self.request_id = None, False, False, "req_" + self.proxy.new_id()
-        self.headers = {}
-        try:
-            http.server.BaseHTTPRequestHandler.handle_one_request(self)
-        except (OSError, ValueError) as e:          # reset, timed out, or a head that is no HTTP at all
-            self.proxy.log("debug", "connection ended: %s" % e)
-            self.close_connection = True
-        except UnicodeError:
-            self.close_connection = True
+        """One request, from its first byte to the last of its reply."""
+        self.inbox.deadline, self.request_id = None, "req_" + self.proxy.new_id()
+        self.command, self.path, self.request_version, self.headers = "", "", "HTTP/1.1", Headers(())
+        self.close_connection, self.began_reply, self.unread = True, False, False
+        self.route()
         if self.close_connection and self.unread:
             self.drain()
 
     def drain(self):
-        """Read what a refused request still sends, for two seconds: closing at once would take the reply from the client."""
-        end = time.monotonic() + 2
+        """Read what a refused request still sends, for a moment: closing at once would take the reply from the client."""
+        end = time.monotonic() + DRAIN_REFUSED
         try:
             self.connection.shutdown(socket.SHUT_WR)
-            self.connection.settimeout(0.5)
-            while time.monotonic() < end and self.connection.recv(65536):
+            while poll_socket(self.connection, max(end - time.monotonic(), 0)) and self.connection.recv(65536):
                 pass
         except OSError:
             return
 
-    def log_message(self, format, *args):
-        self.proxy.log("debug", "%s %s" % (self.client_address[0], format % args))
+    def read_head(self):
+        """Read a request's head. False: there is none, the client is done. Raises ProxyError.
 
-    def send_error(self, code, message=None, explain=None):
-        """What http.server calls for malformed HTTP: the same funnel."""
-        self.close_connection = True
-        self.request_version = "HTTP/1.1"
+        Strict, without folded lines, bare line breaks and lines that are no fields: in those another server between could
+        see another request than we do.
+        """
+        line, left, lines = self.rfile.readline(MAX_HEAD), MAX_HEAD, []
+        if not line.strip():
+            self.close_connection = not line            # RFC 9112, 2.2: an empty line before a request is no fault
+            return False
         self.unread = True
-        status = 405 if code == 501 else code
-        self.fail(ProxyError("%s (malformed or unsupported HTTP request)" % (message or REASONS.get(code, ("error",))[0]), status))
+        found = REQUEST_LINE.fullmatch(line)
+        if not found:
+            raise ProxyError("the request line is too long" if len(line) == MAX_HEAD else "the request line is no HTTP", 414 if len(line) == MAX_HEAD else 400)
+        self.command, self.path = found.group(1).decode("ascii"), found.group(2).decode("latin-1")
+        if found.group(3) != b"1":
+            raise ProxyError("only HTTP/1.1 and 1.0 are served", 505)
+        while line not in (b"\r\n", b"\n"):
+            left -= len(line)
+            if left <= 0 or len(lines) > MAX_FIELDS:
+                raise ProxyError("the request has too many or too long header fields", 431)
+            line = self.rfile.readline(left)
+            if not line:
+                raise ClientGone()
+            lines.append(line[:-2] if line.endswith(b"\r\n") else line[:-1])
+        try:
+            self.headers = Headers(lines[:-1], strict=True)
+        except ValueError as e:
+            raise ProxyError("malformed HTTP: %s" % e, 400)
+        options = self.headers.tokens("connection")
+        self.request_version = "HTTP/1.0" if found.group(4) == b"0" else "HTTP/1.1"
+        self.close_connection = "close" in options or self.request_version == "HTTP/1.0" and "keep-alive" not in options
+        self.unread = self.headers.get("content-length", "0") != "0" or bool(self.headers.all("transfer-encoding"))
+        return True
 
     def route(self):
         """Find who answers; every exception of a request ends here."""
         try:
-            parts = urllib.parse.urlsplit(self.path)
-            path, wanted = parts.path or "/", "GET" if self.command == "HEAD" else self.command
-            self.unread = self.headers.get("Content-Length", "0") != "0" or "Transfer-Encoding" in self.headers
-            self.guard(path, parts.netloc)
+            if not self.read_head():
+                return
+            netloc, path = re.match(r"(?i)(?:http://([^/?]*))?([^?]*)", self.path).groups()
+            path = path or "/"
+            self.guard(path, netloc)
             found = [(method, re.match(pattern + r"\Z", path), name) for method, pattern, name in self.ROUTES]
             found = [(method, match, name) for method, match, name in found if match]
             for method, match, name in found:
-                if method == wanted:
+                if method == self.command or method == "GET" and self.command == "HEAD":
                     return getattr(self, name)(*match.groups())
             if found:
-                raise ProxyError("%s is not allowed here; use %s" % (self.command[:20], found[0][0]), 405, headers={"allow": found[0][0]})
+                allow = "GET, HEAD" if found[0][0] == "GET" else found[0][0]
+                raise ProxyError("%s is not allowed here; use %s" % (self.command[:20], allow), 405, headers={"allow": allow})
             raise ProxyError("no such address: %s" % path[:200], 404)
         except ProxyError as error:
             self.fail(error)
         except (ClientGone, Dropped, OSError) as e:
             self.proxy.log("debug", "%s ended early: %s" % (self.request_id, type(e).__name__))
             self.close_connection = True
+        except RecursionError:
+            self.fail(BadRequest("the request is nested too deeply"))
         except Exception:           # our bug: the one bare catch-all
             self.proxy.log("error", "%s failed inside ccfix:\n%s" % (self.request_id, traceback.format_exc()))
             self.fail(ProxyError("ccfix itself failed; its log has the details", 500))
-
-    do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = route
 
     # -- who may ask
 
@@ -5911,15 +5995,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Raise ProxyError unless the request may be served: the proxy key where there is one; else only names of this
         machine, so that a web page cannot spend the user's key (DNS rebinding, foreign origins)."""
         settings = self.proxy.config()
-        host = self.headers.get("Host") or ""
-        if netloc and netloc != host:
-            raise ProxyError("the request names two different hosts", 400)
-        origin_ = self.headers.get("Origin")
+        host = self.headers.get("host", "")
+        if len(self.headers.all("host")) > 1 or netloc and netloc.lower() != host.lower():
+            raise self.closing(ProxyError("the request names two hosts", 400))
+        origin_ = self.headers.get("origin")
         key = settings.anthropic_api_key
         allowed = key and self.knows(key)
-        if origin_ is not None and origin_ != "http://" + host and not (allowed and "/v1/" in path):
+        if origin_ is not None and origin_ not in ("http://" + host, "https://" + host) and not (allowed and "/v1/" in path):
             raise ProxyError("requests from the origin %s are not served" % ascii(origin_)[:100], 403)
-        if re.match(r"/health/?\Z", path) or (key and path == "/" and "text/html" in self.headers.get("Accept", "")):
+        if re.match(r"/health/?\Z", path) or (key and path == "/" and "text/html" in self.headers.get("accept", "")):
             return                  # the page itself holds nothing; it asks for the key
         if key and not allowed:
             raise ProxyError("the proxy key is missing or wrong: set ANTHROPIC_AUTH_TOKEN (or ANTHROPIC_API_KEY) of Claude Code to the"
@@ -5930,25 +6014,27 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def knows(self, key):
         """Whether the request carries the proxy key."""
-        bearer = re.sub(r"(?i)^bearer\s+", "", self.headers.get("Authorization") or "")
-        shown = [value.strip().encode("utf-8", "replace") for value in (self.headers.get("x-api-key") or "", bearer)]
-        return any([hmac.compare_digest(value, key.encode("utf-8", "replace")) for value in shown])
+        bearer = re.sub(r"(?i)\Abearer[ \t]+", "", self.headers.get("authorization", ""))
+        shown = [value.encode("latin-1") for value in (self.headers.get("x-api-key", ""), bearer)]
+        wanted = [key.encode(encoding, "backslashreplace") for encoding in ("utf-8", "latin-1")]    # clients send either
+        return any([hmac.compare_digest(one, other) for one in shown for other in wanted])
 
     # -- bodies
 
     def read_body(self):
         """The request's body. Raises ProxyError; the connection then closes, since nobody knows where the next request begins."""
-        lengths = self.headers.get_all("Content-Length") or []
-        self.close_connection_after_error = True
-        if "Transfer-Encoding" in self.headers or not lengths:
+        lengths = self.headers.all("content-length")
+        if self.headers.all("transfer-encoding") or not lengths:
             raise self.closing(ProxyError("a Content-Length is required; chunked bodies are not taken", 411))
-        if len(lengths) > 1 or not re.match(r"\d{1,15}\Z", lengths[0].strip()):
+        if len(lengths) > 1 or not re.match(r"[0-9]{1,15}\Z", lengths[0]):
             raise self.closing(ProxyError("Content-Length must be one number", 400))
-        if self.headers.get("Content-Encoding", "identity") != "identity":
+        if self.headers.get("content-encoding", "identity").lower() != "identity":
             raise self.closing(ProxyError("compressed request bodies are not taken", 415))
         length = int(lengths[0])
         if length > MAX_BODY_BYTES:
             raise self.closing(ProxyError("the request has %d bytes; the limit is %d MB" % (length, MAX_BODY_BYTES >> 20), 413))
+        if self.headers.get("expect", "").lower() == "100-continue" and self.request_version == "HTTP/1.1":
+            self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         self.inbox.deadline = time.monotonic() + BODY_SECONDS
         try:
             raw = self.rfile.read(length)
@@ -5968,7 +6054,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """(the body as a dict, its length). Raises BadRequest."""
         raw = self.read_body()
         try:
-            body = json.loads(raw.decode("utf-8"), parse_constant=refuse_constant)
+            body = REQUEST_JSON.decode(raw.decode("utf-8"))
         except RecursionError:
             raise BadRequest("the request body is nested too deeply")
         except UnicodeDecodeError:
@@ -5981,10 +6067,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     # -- replies
 
+    def write(self, data):
+        """Send bytes to the client. OSError when it is gone, or takes none for SEND_SECONDS."""
+        view = memoryview(data)
+        while view:
+            try:
+                view = view[self.connection.send(view):]
+            except BlockingIOError:
+                if not poll_socket(self.connection, SEND_SECONDS, read=False, write=True):
+                    raise socket.timeout("the client reads nothing")
+
     def head(self, status, headers):
         """A reply's head as bytes."""
         lines = ["HTTP/1.1 %d %s" % (status, REASONS.get(status, ("Error",))[0]), "request-id: " + self.request_id]
         lines += ["%s: %s" % (name, re.sub(r"[^\t\x20-\x7e]", " ", str(value))) for name, value in headers.items()]
+        self.close_connection = self.close_connection or self.server.stopping
         if self.close_connection:
             lines.append("Connection: close")
         return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
@@ -5992,11 +6089,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def send(self, status, data, content_type="application/json", headers=()):
         """A whole reply in one write; none of the body for HEAD."""
         headers = dict(headers, **{"Content-Type": content_type, "Content-Length": len(data)})
-        if self.close_connection or getattr(self, "unread", False):
-            self.close_connection = True
+        self.close_connection = self.close_connection or self.unread
         self.began_reply = True
-        self.connection.settimeout(SEND_SECONDS)
-        self.connection.sendall(self.head(status, headers) + (b"" if self.command == "HEAD" else data))
+        self.write(self.head(status, headers) + (b"" if self.command == "HEAD" else data))
 
     def send_json(self, value, status=200, headers=()):
         self.send(status, compact_json(value).encode(), headers=headers)
@@ -6026,8 +6121,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             else:
                 self.close_connection = True
             data = self.head(200, headers) + data
-        self.connection.settimeout(SEND_SECONDS)
-        self.connection.sendall(data)
+        self.write(data)
 
     # -- the endpoints
 
@@ -6056,6 +6150,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 raise
             finally:
                 exchange.close(status, error)
+                self.watch.exchange = self.watch = None         # they know each other: only the collector would find them
 
     def answer(self, exchange):
         """Write the exchange's answer, streamed or whole."""
@@ -6068,7 +6163,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         for text_ in exchange.batches():
             self.write_events(text_)
         if self.request_version != "HTTP/1.0":
-            self.connection.sendall(b"0\r\n\r\n")
+            self.write(b"0\r\n\r\n")
 
     def post_count_tokens(self):
         body, _ = self.read_json()
@@ -6114,9 +6209,25 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_json({"removed": self.proxy.forget()})
 
 
-def refuse_constant(name):
+def refused_constant(name):
     """NaN and Infinity are no JSON."""
     raise ValueError("%s is no JSON number" % name)
+
+
+def whole_number(digits):
+    if len(digits) > MAX_DIGITS:
+        raise ValueError("a number has %d digits" % len(digits))
+    return int(digits)
+
+
+def finite_number(digits):
+    value = float(digits)
+    if value in (float("inf"), float("-inf")):
+        raise ValueError("%s is too large" % digits[:20])
+    return value
+
+
+REQUEST_JSON = json.JSONDecoder(parse_constant=refused_constant, parse_int=whole_number, parse_float=finite_number)
 
 
 class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
@@ -6125,6 +6236,8 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
     daemon_threads = True
     request_queue_size = 1024           # with 5, the default, most of 200 connections at once wait for seconds
     allow_reuse_address = os.name != "nt"       # on Windows it would let two servers share the port
+
+    stopping = False                    # once true, each connection ends with its next reply
 
     def __init__(self, address, proxy, handler=Handler):
         self.proxy = proxy
@@ -6161,7 +6274,8 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
 
     def handle_error(self, request, client_address):
         """A connection's thread failed outside of any request."""
-        self.proxy.log("debug", "connection failed:\n" + traceback.format_exc())
+        if self.proxy:
+            self.proxy.log("debug", "connection failed:\n" + traceback.format_exc())
 
 
 # ======================================================================================================
@@ -6504,7 +6618,7 @@ function showModels(stats) {
   document.title = (target.model ? target.model + " - " : "") + (stats.name || "ccfix");
   put("name", stats.name || "ccfix");
   put("version", stats.version || "");
-  put("disguise", disguise.model || target.model || NONE);
+  put("disguise", disguise.model || "the name it asks for");
   put("disguise-base", disguise.api_base || "");
   put("target", target.model || NONE);
   put("target-base", joined(target.api_base, target.profile && "profile " + target.profile, target.format));
@@ -6696,7 +6810,7 @@ def demo_reply(body):
     if last.get("role") == "tool":
         return "", "The tool answered:\n" + str(last.get("content"))[:2000], []
     said = re.sub(r"(?s)<system-reminder>.*?</system-reminder>", "", said_text(last.get("content"))).strip()
-    wants = [("Read", "file_path", r"\bread\s+(\S+)"), ("Bash", "command", r"\brun\s+(.+)")]
+    wants = [("Read", "file_path", r"\bread\s+(\S+)"), ("Bash", "command", r"\brun\s+(.+)"), ("get_weather", "place", r"weather in (\w+)")]
     for name, field, pattern in wants:
         found = re.search(pattern, said, re.I)
         if found and name in offered:
@@ -6827,11 +6941,13 @@ class Log(object):
 class Config(object):
     """The settings of now: config() reads .env again when it has changed. A broken .env keeps the old values.
 
-    given: {ENV_NAME: text} from the command line; environ: the environment; path: the .env file; home: the user's folder.
+    given: {ENV_NAME: text} from the command line; environ: the environment; path: the .env file; home: the user's folder;
+    alone: the command line alone says where requests go (the demo must never reach a provider); found: a server that
+    was found on this machine.
     """
 
-    def __init__(self, given, environ, path, home):
-        self.given, self.environ, self.path, self.home = given, environ, path, home
+    def __init__(self, given, environ, path, home, alone=False):
+        self.given, self.environ, self.path, self.home, self.alone, self.found = given, environ, path, home, alone, {}
         self.lock, self.log, self.mark = threading.Lock(), None, self.file_mark()
         self.settings = Settings(self.layers())
 
@@ -6846,8 +6962,18 @@ class Config(object):
     def layers(self):
         """The layers of settings, most important first. Raises SettingError for a file that cannot be read."""
         claude = os.path.join(self.home, ".claude", "settings.json")
-        return [("the command line", self.given), ("the environment", self.environ), (os.path.basename(self.path) or ".env", dotenv(file_text(self.path))),
-                ("~/.claude/settings.json", claude_layer(file_text(claude)))]
+        layers = [("the environment", self.environ), (os.path.basename(self.path) or ".env", dotenv(file_text(self.path))),
+                  ("~/.claude/settings.json", claude_layer(file_text(claude))), ("found on this machine", self.found)]
+        if self.alone:
+            layers = [(name, {key: value for key, value in values.items() if not re.match("TARGET_|EXTRA_|PROFILE|MAX_", key)})
+                      for name, values in layers]
+        return [("the command line", self.given)] + layers
+
+    def aim(self, found, **given):
+        """Take a server that was found on this machine, and settings that count like the command line's."""
+        self.found = dict(self.found, **found)
+        self.given = dict(self.given, **given)
+        self.settings = Settings(self.layers())
 
     def __call__(self):
         mark = self.file_mark()
@@ -6903,11 +7029,11 @@ def complain(message):
 # ---- serve -------------------------------------------------------------------------------------------
 
 class Running(object):
-    """A proxy that serves: server, proxy, log and config belong together."""
+    """A proxy that serves: server, proxy, log and config belong together. out: where log lines go, instead of stderr."""
 
-    def __init__(self, config, host=None, port_=None):
+    def __init__(self, config, host=None, port_=None, out=None):
         settings = config()
-        self.config, self.log = config, Log(settings)
+        self.config, self.log = config, Log(settings, out)
         config.log = self.log
         try:
             self.proxy = Proxy(config, self.log)
@@ -6920,30 +7046,42 @@ class Running(object):
             raise Usage("cannot listen on %s port %d (%s); choose another port with -p, or end the program that has it" % (place + (e.strerror or e,)))
         self.thread = threading.Thread(target=self.server.serve_forever, daemon=True)
 
-    def start(self):
+    def start(self, wait=0):
+        """Serve, and ask the provider about itself meanwhile; wait: seconds to wait for its answer."""
         self.thread.start()
-        settings = self.config()
-        plan = plan_for(settings, "", self.proxy.profile_of(settings))
-        threading.Thread(target=self.proxy.probe, args=(plan,), daemon=True).start()
+        probe = threading.Thread(target=self.proxy.probe, args=(self.plan(),), daemon=True)
+        probe.start()
+        probe.join(wait)
         return self
 
+    def plan(self):
+        """The Plan of requests for no family."""
+        settings = self.config()
+        return plan_for(settings, "", self.proxy.profile_of(settings))
+
     def stop(self, grace=5.0):
-        """End: no new requests; open replies get `grace` seconds."""
+        """End: no new requests; open replies get `grace` seconds, then a second to say that they were broken off."""
+        self.server.stopping = True
         self.server.shutdown()
         self.server.server_close()
-        end = time.monotonic() + grace
-        while self.proxy.active and time.monotonic() < end:
-            time.sleep(0.02)
-        if self.proxy.store:
-            self.proxy.store.close()
+        self.wait_idle(grace)
         if self.proxy.wires:
             self.proxy.wires[1].close()
+            self.wait_idle(1)
+        if self.proxy.store:
+            self.proxy.store.close()
+
+    def wait_idle(self, seconds):
+        """Until no request is open, at most so long."""
+        end = time.monotonic() + seconds
+        while self.proxy.active and time.monotonic() < end:
+            time.sleep(0.02)
 
 
 def check_target(settings):
     """Raise Usage when the target cannot work: a key is missing."""
     if not settings.target_api_key and not is_loopback(settings.target_api_base) and not settings.extra_headers:
-        raise Usage("no key for %s: give it with -k KEY or TARGET_API_KEY (in the environment or .env), or try --demo"
+        raise Usage("no key for %s: give it as TARGET_API_KEY in the environment or .env, or with -k KEY; or try --demo"
                     % without_password(settings.target_api_base))
 
 
@@ -6965,7 +7103,7 @@ def banner(settings, address_):
 
 def serve(config, options):
     """Serve until Ctrl-C or SIGTERM -> exit code."""
-    check_target(config())
+    find_target(config)
     running = Running(config).start()
     stopped = threading.Event()
     for name in ("SIGINT", "SIGTERM"):
@@ -6974,6 +7112,929 @@ def serve(config, options):
     while not stopped.wait(0.5):            # a wait without a limit would not notice signals on Windows
         pass
     running.stop()
+    return 0
+
+
+# ---- the target where none is configured: a server on this machine, a recording --------------------------
+
+LOCAL_SERVERS = (("Ollama", 11434), ("vLLM", 8000), ("llama.cpp", 8080), ("LM Studio", 1234), ("SGLang", 30000))
+GLANCE_SECONDS = 0.3
+NO_TARGET = """nothing is configured, and no model server was found on this machine.
+Three ways to go on:
+  a provider     ccfix init        asks for address, key and model; writes .env
+                 or once: ccfix -k KEY -b https://api.example.com/v1 -m MODEL
+  a local model  start Ollama, vLLM, llama.cpp, LM Studio or SGLang, then again
+  neither        ccfix --demo      an embedded model: no key, no network"""
+
+
+def local_servers(places=LOCAL_SERVERS):
+    """[(title, base URL, [model names])] of the model servers that answer on their usual ports of this machine."""
+    upstream, found = Upstream(GLANCE_SECONDS, GLANCE_SECONDS), []
+    for title, port_ in places:
+        base = "http://127.0.0.1:%d/v1" % port_
+        try:
+            answer = got_json(upstream, base + "/models", GLANCE_SECONDS)
+        except ProxyError:
+            continue
+        if answer.get("object") == "list":          # our own proxy's list, in Anthropic's form, has no such field
+            found.append((title, base, model_names(answer)))
+    upstream.close()
+    return [row for row in found if row[2]]
+
+
+def got_json(upstream, url, seconds_, headers=()):
+    """The JSON object at a URL; {} for anything else, and for an error status. Raises ProxyError."""
+    reply = upstream.open("GET", url, dict(headers), None, patience(seconds_), seconds_)
+    try:
+        return as_dict(json_or_none(reply.read(4 << 20))) if reply.status == 200 else {}
+    finally:
+        reply.close()
+
+
+def model_names(answer):
+    """Model names of a /models answer; those that only embed texts come last."""
+    found = [str(row["id"]) for row in as_list(answer.get("data")) if isinstance(row, dict) and row.get("id")]
+    return sorted(found, key=lambda name: "embed" in name.lower())
+
+
+def patience(limit):
+    """A wait(sock, seconds) for `Upstream.open` that ends the whole exchange after `limit` seconds."""
+    end = time.monotonic() + limit
+
+    def wait(sock, seconds_):
+        left = end - time.monotonic()
+        if left > 0 and poll_socket(sock, min(seconds_, left)):
+            return True
+        if seconds_ >= left:
+            raise UpstreamError("no complete answer within %g s" % limit, 504, "timeout_error", kind="timeout")
+        return False
+    return wait
+
+
+def find_target(config):
+    """Where nothing is configured, aim at a model server on this machine, and say so. Raises Usage when there is none,
+    or when what is configured cannot work."""
+    settings = config()
+    if any(settings.origins[name] != "default" for name in ("target_api_base", "target_api_key", "extra_headers")):
+        return check_target(settings)
+    servers, wanted = local_servers(), settings.target_model if settings.origins["target_model"] != "default" else ""
+    if not servers:
+        raise Usage(NO_TARGET)
+    title, base, models = next((row for row in servers if wanted in row[2]), servers[0])
+    model = wanted or models[0]
+    found = {"TARGET_API_BASE": base, "TARGET_MODEL": model}
+    if settings.proxy_port == origin(base)[2] and settings.origins["proxy_port"] == "default":
+        found["PROXY_PORT"] = "8081"
+    config.aim(found)
+    others = [name for name in models if name != model]
+    say("ccfix: nothing is configured; found %s at %s, using its model %s" % (title, base, model)
+        + (" (-m takes another: %s)" % cut(", ".join(others), 200) if others else ""), out=sys.stderr)
+
+
+class ReplayModel(DemoModel):
+    """Answers each POST with the next recorded reply; server.proxy is a deque of them."""
+    NOT_REPEATED = re.compile(r"(?i)content-length|content-encoding|transfer-encoding|connection|keep-alive|date|server|set-cookie\Z")
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        over = {"status": 400, "headers": {}, "body": '{"error":{"message":"the recording has no further reply"}}'}
+        reply = self.server.proxy.popleft() if self.server.proxy else over
+        data = reply["body"].encode("utf-8", "replace")
+        self.send_response(reply["status"])
+        for name, value in reply["headers"].items():
+            if not self.NOT_REPEATED.match(name) and value != HIDDEN:
+                self.send_header(name, re.sub(r"[^\t\x20-\x7e]", " ", str(value)))
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+
+def start_replay(folder):
+    """Serve the recorded replies of a folder on a free loopback port -> settings that aim at them. Raises Usage."""
+    try:
+        replies = recorded_replies(folder)
+    except (OSError, ValueError) as e:
+        raise Usage("--replay cannot be used: %s" % e)
+    if not replies:
+        raise Usage("--replay: %s holds no recorded replies" % folder)
+    server = Server(("127.0.0.1", 0), collections.deque(replies), ReplayModel)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    native = any(re.search(r'"type": ?"message(_start)?"', reply["body"]) for reply in replies)
+    return {"TARGET_API_BASE": server.address() + "/v1", "TARGET_FORMAT": "anthropic" if native else "openai", "TARGET_RETRIES": "0"}
+
+
+# ---- run: a proxy and Claude Code, for one session ------------------------------------------------------
+
+CLAUDE_DEFAULTS = {
+    # What a session through a proxy wants unless the user says otherwise. Measured: wire/claude-code.md 6.3, 8.1, 9.
+    "CLAUDE_CODE_ATTRIBUTION_HEADER": "0",              # a line in the prompt that spoils the provider's prefix cache
+    "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",    # this session is not Anthropic's: no telemetry, no other host
+    "CLAUDE_CODE_DISABLE_1M_CONTEXT": "1",              # a window that nobody knows counts as 200k, not 1M
+    "CLAUDE_STREAM_IDLE_TIMEOUT_MS": "1500000",         # a local model may think for minutes before its first word
+    "CLAUDE_BYTE_STREAM_IDLE_TIMEOUT_MS": "1500000",
+}
+FOREIGN = re.compile(
+    # Variables that would lead Claude Code to another server, key or model.
+    r"(?:ANTHROPIC_(?:API_KEY|AUTH_TOKEN|BASE_URL|UNIX_SOCKET|CUSTOM_HEADERS|MODEL|SMALL_FAST_MODEL|CUSTOM_MODEL_OPTION\w*|DEFAULT_\w+)"
+    r"|CLAUDE_CODE_(?:OAUTH_TOKEN|USE_(?:BEDROCK|VERTEX|FOUNDRY|MANTLE|GATEWAY|ANTHROPIC_AWS|ANTHROPIC_GOOGLE_CLOUD)))\Z")
+ASKS_FOR_MODE = ("--permission-mode", "--dangerously-skip-permissions", "--allow-dangerously-skip-permissions", "--enable-auto-mode")
+MAIN_NAME = "ccfix-main"
+WHY_NO_AUTO = ("ccfix: auto permission mode is off: its safety check runs on Anthropic's servers, which no proxy can stand in for"
+               " (run -- --permission-mode auto asks for it all the same)")
+
+
+def session_variables(address_, key, settings, plan):
+    """Variables that connect Claude Code to this proxy, with the target's real limits.
+
+    The model's name is the target's own: Claude Code obeys CLAUDE_CODE_MAX_CONTEXT_TOKENS only for names that it does
+    not know, and the proxy routes by family words; a target named like a Claude model goes by another name.
+    """
+    known = any(word in plan.model.lower() for word in FAMILIES + ("claude",))
+    found = {"ANTHROPIC_BASE_URL": address_, "ANTHROPIC_AUTH_TOKEN": key, "ANTHROPIC_MODEL": MAIN_NAME if known else plan.model,
+             "ANTHROPIC_DEFAULT_FABLE_MODEL": MAIN_NAME if known else plan.model}
+    for family in FAMILIES:
+        own = getattr(settings, "target_model_" + family) or plan.model
+        name = "ANTHROPIC_DEFAULT_%s_MODEL" % family.upper()
+        routed = own != plan.model or getattr(settings, "target_api_base_" + family)
+        found.update({name: "ccfix-" + family if routed else found["ANTHROPIC_MODEL"], name + "_NAME": own})
+    limit = plan.profile.max_output
+    if plan.profile.context:
+        found["CLAUDE_CODE_MAX_CONTEXT_TOKENS"] = str(plan.profile.context)
+        # A small window must keep room for the conversation: Claude Code would reserve 20,000 tokens for its output.
+        limit = limit or (plan.profile.context // 4 if plan.profile.context < 128000 else 0)
+    if limit:
+        found["CLAUDE_CODE_MAX_OUTPUT_TOKENS"] = str(limit)
+    return found
+
+
+def claude_environment(environ, address_, key, settings, plan):
+    """The environment of Claude Code for one session, from the user's own: nothing in it leads elsewhere, and it
+    holds no secret of ccfix, since the model's commands can read it."""
+    secret = {row.env for row in SETTINGS if row.secret}
+    found = dict(CLAUDE_DEFAULTS)
+    found.update((name, value) for name, value in environ.items() if not FOREIGN.match(name) and name not in secret)
+    found.update(session_variables(address_, key, settings, plan))
+    if any(name.lower() in ("http_proxy", "https_proxy", "all_proxy") and value for name, value in environ.items()):
+        for name in [name for name in found if name.lower() == "no_proxy"] or ["NO_PROXY"]:
+            found[name] = ",".join(filter(None, [found.get(name), "127.0.0.1", "localhost"]))
+    return found
+
+
+def settings_overrides(texts, environment):
+    """{variable: value} that must be set again by --settings: "env" in Claude Code's settings files (their texts) beats
+    the environment. An empty value takes a variable away."""
+    found = {}
+    for source in texts:
+        for name in as_dict(as_dict(json_or_none(source)).get("env")):
+            if FOREIGN.match(name) or name in ("CLAUDE_CODE_MAX_CONTEXT_TOKENS", "CLAUDE_CODE_MAX_OUTPUT_TOKENS"):
+                found[name] = environment.get(name, "")
+    return found
+
+
+def claude_settings(arguments, overrides):
+    """(settings for --settings, the other arguments): the user's own --settings are joined in; no auto mode unless the
+    arguments say how to ask, or print mode, where it makes no difference."""
+    rest, given = list(arguments), ""
+    for at, word in enumerate(arguments):
+        if word == "--settings" and at + 1 < len(arguments):
+            rest, given = arguments[:at] + arguments[at + 2:], arguments[at + 1]
+        elif word.startswith("--settings="):
+            rest, given = arguments[:at] + arguments[at + 1:], word.partition("=")[2]
+    found = as_dict(json_or_none(given if given.lstrip().startswith("{") else file_text(given) if given else ""))
+    if overrides:
+        found["env"] = dict(as_dict(found.get("env")), **overrides)
+    printing = any(re.match(r"--print\Z|-[a-z]*p[a-z]*\Z", word) for word in rest)
+    if not printing and not any(word.partition("=")[0] in ASKS_FOR_MODE for word in rest):
+        found["permissions"] = dict(as_dict(found.get("permissions")), disableAutoMode="disable")
+    return found, rest
+
+
+def claude_command(path, read=file_text):
+    """The command line's front for the `claude` that was found: on Windows the program behind npm's .cmd, so that no shell
+    takes the arguments apart."""
+    if not path.lower().endswith((".cmd", ".bat")):
+        return [path]
+    found = re.search(r'"%~?dp0%?\\([^"%]+\.(exe|[cm]?js))"\s+%\*', read(path))
+    if not found:
+        return [path]
+    program = os.path.join(os.path.dirname(path), *found.group(1).split("\\"))
+    return [program] if found.group(2) == "exe" else [shutil.which("node") or "node", program]
+
+
+@contextlib.contextmanager
+def settings_argument(settings):
+    """["--settings", ...] for Claude Code. With a key in it, it is a file that only the user can read, gone afterwards:
+    command lines can be read by everyone on the machine."""
+    if not settings.get("env"):
+        yield ["--settings", compact_json(settings)] if settings else []
+        return
+    number, path = tempfile.mkstemp(prefix="ccfix-", suffix=".json")
+    try:
+        with open(number, "w", encoding="utf-8") as file:
+            file.write(compact_json(settings))
+        yield ["--settings", path]
+    finally:
+        os.remove(path)
+
+
+def exit_code(child):
+    """Wait for a child that shares our terminal -> its exit code, 128 + N for signal N. Ctrl-C is the child's; SIGTERM and
+    SIGHUP are passed on; when it stops itself (Ctrl-Z), so do we, so that the shell takes over."""
+    before = {}
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+            before[number] = signal.signal(number, lambda number, _: None if number == signal.SIGINT else child.send_signal(number))
+    try:
+        if not hasattr(os, "WUNTRACED"):                # Windows
+            return child.wait()
+        while True:
+            _, status = os.waitpid(child.pid, os.WUNTRACED)
+            if not os.WIFSTOPPED(status):
+                child.returncode = 128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+                return child.returncode
+            os.kill(os.getpid(), signal.SIGSTOP)
+            child.send_signal(signal.SIGCONT)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def run(config, options):
+    """A proxy on a free loopback port, and Claude Code on it -> Claude Code's exit code."""
+    find_target(config)
+    path = shutil.which("claude")
+    if not path:
+        raise Usage("claude is not on the PATH; install Claude Code (npm install -g @anthropic-ai/claude-code) and try again")
+    key = os.urandom(24).hex()
+    config.aim({}, ANTHROPIC_API_KEY=key)
+    port_ = config().proxy_port if "PROXY_PORT" in config.given else 0
+    with open(os.devnull, "w") as nowhere:              # a log line would garble Claude Code's screen; LOG_FILE has them
+        running = Running(config, "127.0.0.1", port_, nowhere).start(wait=0 if config().max_context else 6)
+        try:
+            environment = claude_environment(os.environ, running.server.address(), key, config(), running.plan())
+            settings, rest = claude_settings(options.arguments, settings_overrides(claude_files(config.home), environment))
+            if "disableAutoMode" in as_dict(settings.get("permissions")):
+                say(WHY_NO_AUTO, out=sys.stderr)
+            with settings_argument(settings) as more:
+                return exit_code(subprocess.Popen(claude_command(path) + more + rest, env=environment))
+        except OSError as e:
+            raise Usage("claude cannot be started (%s): %s" % (path, e.strerror or e))
+        finally:
+            running.stop(0.5)
+
+
+def claude_files(home):
+    """The texts of the settings files that Claude Code will read."""
+    folder = os.environ.get("CLAUDE_CONFIG_DIR") or os.path.join(home, ".claude")
+    places = [os.path.join(folder, "settings.json")] + [os.path.join(".claude", name) for name in ("settings.json", "settings.local.json")]
+    return [file_text(place) for place in places]
+
+
+# ---- check: what the target can do, through the code that serves ---------------------------------------
+
+ROW_SECONDS, LONG_SECONDS = 60, 180     # for one question; for a long prompt, which a small machine reads slowly
+ANSWER_TOKENS = 400                     # enough for a model that thinks before it calls a tool
+FIRST_REQUEST = 13000                   # tokens of Claude Code's first request
+LEAST_CONTEXT, GOOD_CONTEXT = 20000, 64000
+CODE_WORD = "ZEBRA-42"
+
+WEATHER = {"name": "get_weather", "description": "The weather of today at a place.", "input_schema": {
+    "type": "object", "properties": {"place": {"type": "string", "description": "a city"}}, "required": ["place"], "additionalProperties": False}}
+
+Verdict = collections.namedtuple("Verdict", "status seen fix")
+Verdict.__doc__ = """What a row of `check` found. status: ok, fail or skip; seen: in a few words; fix: what to do, or ""."""
+
+ADVICE = {
+    # kind of an UpstreamError -> what to do
+    "auth": "set the right key: TARGET_API_KEY in .env or the environment, or -k KEY",
+    "billing": "add credit at the provider, or choose another one",
+    "policy": "ask the provider what this key may use",
+    "model": "choose one of the provider's models: -m NAME, or TARGET_MODEL",
+    "path": "check the base URL (-b, TARGET_API_BASE): most end in /v1",
+    "overflow": "choose a model with a larger context window, or raise the server's (llama.cpp: -c, vLLM: --max-model-len)",
+    "timeout": "the server is overloaded or loads its model: try again; for a slow one raise TARGET_TIMEOUT",
+    "rate": "wait until the provider's limit allows more, or ask it for a higher one",
+    "overloaded": "try again later, or set TARGET_MODEL_FALLBACK",
+    "server": "try again later; if it stays, the server's own log has the reason",
+    "cut": "try again; if it stays, look at the server's log and at proxies between",
+    "sampling": "choose a model that is better at tools",
+}
+NO_TOOLS = {
+    # profile -> what makes tools work there
+    "vllm": "start vLLM with --enable-auto-tool-choice and the --tool-call-parser of the model",
+    "sglang": "start SGLang with the --tool-call-parser of the model",
+    "llamacpp": "start llama-server with --jinja, and take a model that was trained for tools",
+    "ollama": "take a model with the mark 'tools' in Ollama's library",
+    "lmstudio": "take a model with the hammer sign in LM Studio",
+}
+
+
+def ok(seen):
+    return Verdict("ok", seen, "")
+
+
+def fail(seen, fix=""):
+    return Verdict("fail", seen, fix)
+
+
+def brief(text_):
+    """A model's words in quotes, on one short line."""
+    return ascii(text_[:40]) + ("..." if len(text_) > 40 else "")
+
+
+def failed(error):
+    """The Verdict of a ProxyError; where its message ends with advice, that is the fix."""
+    seen, parenthesis, advice = error.message.partition("): ")
+    if error.kind == "connect" and parenthesis:
+        return fail(seen + ")", advice)
+    return fail(error.message, ADVICE.get(error.kind, ""))
+
+
+class Answer(object):
+    """A finished answer: message (Anthropic's), usage (the provider's own, {} if it told none), plan, and the seconds at which
+    the first content and the end came; pieces: deltas of text and thinking."""
+
+    def __init__(self, exchange, events, seconds_):
+        self.message, self.plan, self.usage = assemble(events), exchange.plan, exchange.translator.usage
+        marks = [at for at, event in zip(seconds_, events) if event["type"] == "content_block_delta"]
+        self.first, self.last, self.pieces = (marks[0], marks[-1], len(marks)) if marks else (0, 0, 0)
+        self.tokens = exchange.translator.usage_now()
+
+    def blocks(self, kind):
+        return [block for block in self.message["content"] if block["type"] == kind]
+
+    def text(self):
+        return "".join(block["text"] for block in self.blocks("text")).strip()
+
+    def read(self):
+        """Prompt tokens, however they were paid for."""
+        return sum(self.tokens[name] for name in ("input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens"))
+
+
+class Tester(object):
+    """What the rows of `check` share: a proxy that tries nothing twice, and what it was told so far.
+
+    asked: the model name that is asked for, whose family decides where it goes.
+    """
+
+    def __init__(self, settings, asked="ccfix-check"):
+        self.settings, self.asked, self.models, self.known = settings, asked, [], {}
+        settings.target_retries, settings.target_model_fallback, settings.cache_enabled, settings.record_dir = 0, "", False, ""
+        self.nowhere = open(os.devnull, "w")
+        self.proxy = Proxy(lambda: settings, Log(settings, sys.stderr if settings.log_level == "debug" else self.nowhere))
+
+    def plan(self):
+        return route(self.settings, self.asked, False, self.proxy.profile_of(self.settings))
+
+    def open(self, method, url, body=None, limit=ROW_SECONDS):
+        """(status, bytes) of a plain request to the provider. Raises ProxyError."""
+        data = None if body is None else compact_json(body).encode()
+        reply = self.proxy.upstream(self.settings).open(method, url, upstream_headers(self.plan(), self.settings, {}), data, patience(limit), limit)
+        try:
+            return reply.status, reply.read(4 << 20)
+        finally:
+            reply.close()
+
+    def ask(self, content, limit=ROW_SECONDS, **fields):
+        """The Answer to a user's content, or to a list of messages, as an Anthropic request. Raises ProxyError."""
+        messages = content if isinstance(content, list) and "role" in content[0] else [{"role": "user", "content": content}]
+        body = dict({"model": self.asked, "max_tokens": ANSWER_TOKENS, "stream": True, "messages": messages}, **fields)
+        exchange = Exchange(self.proxy, body, {}, patience(limit))
+        exchange.bytes_in = len(compact_json(body))
+        events, marks, began = [], [], time.monotonic()
+        try:
+            for event in exchange.events():
+                if event is not None:
+                    events.append(event)
+                    marks.append(time.monotonic() - began)
+        except Dropped as dropped:
+            raise dropped.args[0]
+        if exchange.broken_by():
+            raise exchange.error
+        return Answer(exchange, events, marks)
+
+    def once(self, name, ask):
+        """ask() -> Answer, asked only once: several rows look at it. What it raised is raised again."""
+        if name not in self.known:
+            try:
+                self.known[name] = ask()
+            except ProxyError as error:
+                self.known[name] = error
+        if isinstance(self.known[name], ProxyError):
+            raise self.known[name]
+        return self.known[name]
+
+    def plain(self):
+        return self.once("plain", lambda: self.ask("Reply with the one word: pong", stream=False))
+
+    def counting(self):
+        return self.once("stream", lambda: self.ask("Count from 1 to 30 in digits, separated by blanks. Write nothing else."))
+
+    def calling(self):
+        return self.once("tool", lambda: self.ask("What is the weather in Paris? Use the tool.", tools=[WEATHER]))
+
+    def close(self):
+        if self.proxy.wires:
+            self.proxy.wires[1].close()
+        if self.proxy.store:
+            self.proxy.store.close()
+        self.nowhere.close()
+
+
+def models_url(plan):
+    """Where a provider lists its models."""
+    parts = urllib.parse.urlsplit(plan.base)
+    path = (re.sub(r"/v1$", "", parts.path) + "/v1" if plan.profile.format == "anthropic" else parts.path) + "/models"
+    return urllib.parse.urlunsplit((parts.scheme, parts.netloc, path, parts.query, ""))
+
+
+def is_reachable(tester):
+    """Name, network, proxy and TLS: any HTTP answer will do."""
+    plan = tester.plan()
+    status, raw = tester.open("GET", models_url(plan), limit=20)
+    tester.models = model_names(as_dict(json_or_none(raw))) if status == 200 else []
+    way = tester.proxy.upstream(tester.settings).route(plan.base)
+    tester.proxy.probe(plan, patience(10))
+    return ok(host_port(way.host, way.port) + " answers" + (", TLS verified" if way.scheme == "https" and not tester.settings.insecure else "")
+              + (", through the proxy " + host_port(*way.proxy) if way.proxy else "") + "; profile " + tester.plan().profile.name)
+
+
+def takes_key(tester):
+    """The key, proved by a question: many providers list their models to everyone."""
+    try:
+        tester.plain()
+    except ProxyError as error:
+        if error.kind in ("auth", "billing", "policy", "connect"):
+            return failed(error)
+        return Verdict("skip", "not to be told: " + error.message, "") if error.kind != "overflow" else ok("accepted")
+    return ok("accepted" if tester.plan().key else "none given, none needed")
+
+
+def has_model(tester):
+    plan, kind = tester.plan(), ""
+    try:
+        tester.plain()
+    except ProxyError as error:
+        kind = error.kind
+    if not kind:
+        return ok(plan.model + ("" if plan.model in tester.models or not tester.models else " answers, though the provider does not list it"))
+    if kind not in ("model", "path") or plan.model in tester.models:
+        return Verdict("skip", plan.model + (" is listed" if plan.model in tester.models else ": not to be told"), "")
+    import difflib
+    near = difflib.get_close_matches(plan.model, tester.models, 4, 0.4)
+    near += [name for name in tester.models if plan.model.lower() in name.lower() and name not in near]
+    shown = near or tester.models
+    return fail("the provider has no model %s" % plan.model,
+                ("-m with one of: " + cut(", ".join(shown[:12]), 300)) if shown else ADVICE["model"] + "; " + ADVICE["path"])
+
+
+def answers_plainly(tester):
+    answer = tester.plain()
+    if answer.text():
+        return ok("%s, %d tokens" % (brief(answer.text()), answer.tokens["output_tokens"]))
+    if answer.blocks("thinking"):
+        return ok("thinking only, within %d tokens" % ANSWER_TOKENS)
+    return fail("an empty answer", "choose another model, or look at the server's log: its chat template may not fit")
+
+
+def streams(tester):
+    answer = tester.counting()
+    if not answer.pieces:
+        return fail("an empty stream", ADVICE["server"])
+    if answer.pieces == 1 and answer.tokens["output_tokens"] > 8:
+        return ok("all in one piece: nothing is seen before the end (the server, or a proxy between, holds it back)")
+    return ok("%d pieces in %.1f s" % (answer.pieces, answer.last))
+
+
+def tells_usage(tester):
+    usage = tester.counting().usage
+    prompt, output = number_in(usage, "prompt_tokens", "input_tokens"), number_in(usage, "completion_tokens", "output_tokens")
+    if prompt and output:
+        return ok("%d in, %d out" % (prompt, output))
+    return fail("none: token counts are estimates, so the context shown and when it is compacted are too", "turn on usage in the server's streams")
+
+
+def calls_of(answer):
+    """The answer's tool calls that fit the tool."""
+    return [block for block in answer.blocks("tool_use") if block["name"] == "get_weather" and isinstance(block["input"].get("place"), str)]
+
+
+def no_call(tester, answer):
+    """The Verdict where a tool call was expected."""
+    said = "a call that does not fit the tool: " + compact_json(answer.blocks("tool_use")[0]["input"]) if answer.blocks("tool_use") \
+        else "text instead of a call: " + brief(answer.text())
+    return fail(said, NO_TOOLS.get(tester.plan().profile.name, "choose a model that was trained for tools"))
+
+
+def calls_tool(tester):
+    answer = tester.calling()
+    found = calls_of(answer)
+    return ok("%s(%s)" % (found[0]["name"], compact_json(found[0]["input"]))) if found else no_call(tester, answer)
+
+
+def calls_forced_tool(tester):
+    answer = tester.ask("Good morning! I am in Rome.", tools=[WEATHER], tool_choice={"type": "tool", "name": "get_weather"})
+    if calls_of(answer):
+        return ok("called when told to")
+    return no_call(tester, answer)._replace(fix="Claude Code does without it, but for --json-schema and a few side requests")
+
+
+def calls_in_parallel(tester):
+    answer = tester.ask("What is the weather in Paris, and what is it in Rome? Call the tool for both cities at once.", tools=[WEATHER])
+    found = calls_of(answer)
+    return ok("%d calls in one answer" % len(found)) if len(found) > 1 else fail("%d call in one answer: work takes more turns" % len(found))
+
+
+def takes_result(tester):
+    """A whole tool turn: the call that it made, or one in its place, and the result."""
+    question = {"role": "user", "content": "What is the weather in Paris? Use the tool."}
+    try:
+        content = tester.calling().message["content"] if calls_of(tester.calling()) else None
+    except ProxyError:
+        content = None
+    content = content or [{"type": "tool_use", "id": "toolu_0123456789abcdef", "name": "get_weather", "input": {"place": "Paris"}}]
+    results = [{"type": "tool_result", "tool_use_id": block["id"], "content": "11 degrees, heavy rain"} for block in content
+               if block["type"] == "tool_use"]
+    answer = tester.ask([question, {"role": "assistant", "content": content}, {"role": "user", "content": results}], tools=[WEATHER])
+    if answer.text():
+        return ok(brief(answer.text()))
+    if answer.blocks("tool_use"):
+        return fail("the model calls again instead of answering", "choose a model that was trained for tools")
+    return ok("thinking only, within %d tokens" % ANSWER_TOKENS) if answer.blocks("thinking") else fail("an empty answer", ADVICE["server"])
+
+
+def thinks(tester):
+    answer = tester.ask("How many times is the letter r in strawberry? Think first.", max_tokens=1200,
+                        thinking={"type": "enabled", "budget_tokens": 1024}, output_config={"effort": "low"})
+    thought = "".join(block["thinking"] for block in answer.blocks("thinking"))
+    return ok("%d characters" % len(thought)) if thought else Verdict("skip", "none shown; the model or the provider does without", "")
+
+
+def red_square(size=64):
+    """A PNG in base64."""
+    def part(kind, data):
+        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+    rows = (b"\0" + b"\xff\0\0" * size) * size
+    head = size.to_bytes(4, "big") * 2 + b"\x08\x02\0\0\0"
+    png = b"\x89PNG\r\n\x1a\n" + part(b"IHDR", head) + part(b"IDAT", zlib.compress(rows)) + part(b"IEND", b"")
+    return base64.b64encode(png).decode()
+
+
+def sees(tester):
+    mend = "for pictures name a model that sees: TARGET_MODEL_IMAGE"
+    if not tester.plan().profile.images:
+        return fail("the provider is known to take no images", mend)
+    picture = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": red_square()}}
+    answer = tester.ask([picture, {"type": "text", "text": "Which colour is this picture? Answer with the name of the colour."}])
+    if not answer.plan.profile.images:
+        return fail("the provider refused the image", mend)
+    return ok("it saw the colour") if "red" in answer.text().lower() else fail("it did not see a red square: " + brief(answer.text()), mend)
+
+
+def holds_context(tester):
+    """The context window: as the provider tells it, else by one prompt of the size of Claude Code's first request."""
+    if tester.plan().profile.name == "ollama":      # it tells the window of loaded models only: now the model is
+        tester.proxy.probe(tester.plan(), patience(10))
+    window = tester.plan().profile.context
+    if window:
+        seen = "%d tokens" % window
+        if window < LEAST_CONTEXT:
+            return fail(seen + "; Claude Code's first request alone has %d" % FIRST_REQUEST, ADVICE["overflow"] if tester.plan().profile.name != "ollama"
+                        else "raise it: OLLAMA_CONTEXT_LENGTH=65536 ollama serve")
+        return ok(seen + (": small, so conversations are compacted often" if window < GOOD_CONTEXT else ""))
+    lines = "\n".join("%d. The cat sat on the mat and looked at the rain for a while." % number for number in range(900))
+    answer = tester.ask("The code word is %s.\n%s\nWhat is the code word at the top?" % (CODE_WORD, lines), LONG_SECONDS)
+    if answer.usage and answer.read() < FIRST_REQUEST // 2:
+        return fail("the server cut the prompt to %d tokens without a word" % answer.read(), ADVICE["overflow"])
+    seen = "took a prompt of %d tokens" % answer.read() + ("" if CODE_WORD in answer.text() else ", but forgot its beginning")
+    return ok(seen + "; the limit is not told: set MAX_CONTEXT so that Claude Code compacts in time")
+
+
+def caches_prefix(tester):
+    system = "You are a terse clerk. " + " ".join("Rule %d: keep the file of case %d in drawer %d." % (n, n * 7, n % 13) for n in range(170))
+    answers = [tester.ask(text_, LONG_SECONDS, system=system, max_tokens=16) for text_ in ("Say yes.", "Say no.")]
+    read = answers[1].tokens["cache_read_input_tokens"]
+    return ok("%d of %d tokens" % (read, answers[1].read())) if read else fail("none told: each turn may be read, and paid, anew")
+
+
+def is_fast(tester):
+    answer = tester.counting()
+    rate = (answer.tokens["output_tokens"] - 1) / (answer.last - answer.first) if answer.last > answer.first else 0
+    return ok("first content after %.2f s" % answer.first + (", then %.0f tokens/s" % rate if rate else ""))
+
+
+# Rows of a server that speaks Anthropic: what it writes, byte for byte, and how it refuses.
+
+def orders_events(tester):
+    plan = tester.plan()
+    body = {"model": plan.model, "max_tokens": ANSWER_TOKENS, "stream": True, "messages": [{"role": "user", "content": "Say hello."}]}
+    status, raw = tester.open("POST", endpoint(plan.base, "anthropic"), body)
+    if status != 200:
+        return failed(upstream_error(status, {}, raw))
+    wrong = grammar_fault(raw.decode("utf-8", "replace"))
+    return fail(wrong, "Claude Code needs Anthropic's event order; report it to the server's makers") if wrong else ok("as Anthropic's")
+
+
+def grammar_fault(text_):
+    """What is wrong with an Anthropic event stream, or "": its event lines, the order, the block indexes."""
+    shape, index = [], -1
+    for part in re.split(r"\r?\n\r?\n", text_):
+        data = "\n".join(re.findall(r"^data: ?(.*?)\r?$", part, re.M))
+        name = re.search(r"^event: ?(.*?)\r?$", part, re.M)
+        event = as_dict(json_or_none(data))
+        kind = str(event.get("type") or "")
+        if not data or kind == "ping" or data == "[DONE]":
+            continue
+        if not name or name.group(1) != kind:
+            return "an event without its own name in an `event:` line: " + ascii(part[:60])
+        if kind == "error":
+            return "an error in the stream: " + error_fields(data)[0]
+        index += kind == "content_block_start"
+        if kind.startswith("content_block_") and event.get("index") != index:
+            return "%s with index %s where %d was due" % (kind, ascii(event.get("index")), index)
+        shape.append(kind)
+    order = r"message_start (content_block_start (content_block_delta )*content_block_stop )*message_delta message_stop $"
+    return "" if re.match(order, " ".join(shape) + " ") else "events out of order: " + cut(" ".join(shape) or "none", 200)
+
+
+def refuses_well(tester):
+    plan = tester.plan()
+    status, raw = tester.open("POST", endpoint(plan.base, "anthropic"), {"model": plan.model, "max_tokens": 16, "messages": []})
+    error = as_dict(as_dict(json_or_none(raw)).get("error"))
+    if 400 <= status < 500 and error.get("type") and error.get("message"):
+        return ok("HTTP %d, %s" % (status, error["type"]))
+    return fail("a request without messages got HTTP %d and %s" % (status, ascii(raw[:60])[1:]), "errors must be {type: error, error: {type, message}}")
+
+
+CHECKS = (
+    # (name, required: Claude Code cannot work without it, function(tester) -> Verdict, formats it applies to)
+    ("reachable", True, is_reachable, ""),
+    ("key accepted", True, takes_key, ""),
+    ("model exists", True, has_model, ""),
+    ("plain reply", True, answers_plainly, ""),
+    ("stream", True, streams, ""),
+    ("event order", True, orders_events, "anthropic"),
+    ("errors", False, refuses_well, "anthropic"),
+    ("usage in stream", False, tells_usage, ""),
+    ("tool call", True, calls_tool, ""),
+    ("forced tool choice", False, calls_forced_tool, ""),
+    ("parallel tools", False, calls_in_parallel, ""),
+    ("tool result turn", True, takes_result, ""),
+    ("thinking", False, thinks, ""),
+    ("image", False, sees, ""),
+    ("long prompt", True, holds_context, ""),
+    ("cached tokens", False, caches_prefix, ""),
+    ("speed", False, is_fast, ""),
+)
+GATES = 4           # rows without which the rest would only say the same again
+MARKS = {"ok": "ok", "skip": "--", "fail": "no"}
+
+
+def checked(tester):
+    """Try the rows of CHECKS in turn -> (name, required, Verdict, ms) as each is done."""
+    blocked = ""
+    for number, (name, required, look, format_) in enumerate(CHECKS):
+        if format_ not in ("", tester.plan().profile.format):
+            continue
+        began = time.monotonic()
+        if blocked:
+            verdict = Verdict("skip", "not tried: first \"%s\" must work" % blocked, "")
+        else:
+            try:
+                verdict = look(tester)
+            except ProxyError as error:
+                verdict = failed(error)
+        if verdict.status == "fail" and number < GATES:
+            blocked = blocked or name
+        secrets = tester.settings.secrets()
+        yield name, required, Verdict(*[redact(part, secrets) for part in verdict]), round((time.monotonic() - began) * 1000)
+
+
+def check(config, options):
+    """Try the target and print what works, with a fix for what does not -> 0 if Claude Code can work with it, else 1."""
+    if not options.base_url:
+        find_target(config)
+    family = options.family
+    tester = Tester(config(), "claude-" + family if family else "ccfix-check")
+    plan, rows, failed_rows = tester.plan(), [], []
+    show = (lambda *lines: None) if options.json else say
+    show("%s at %s" % (plan.model, without_password(plan.base)))
+    for name, required, verdict, ms in checked(tester):
+        rows.append(dict(verdict._asdict(), name=name, required=required, ms=ms))
+        if required and verdict.status == "fail":
+            failed_rows.append(name)
+        show("%-4s %-18s  %s" % ("FAIL" if required and verdict.status == "fail" else MARKS[verdict.status], name, verdict.seen))
+        if verdict.fix:
+            show("     %-18s  fix: %s" % ("", verdict.fix))
+    lessons = [lesson_text(field, value) for changes in tester.proxy.lessons.values() for field, value in changes.items()]
+    tester.close()
+    for lesson in lessons:
+        show("     learned on the way: " + lesson)
+    if options.json:
+        say(json.dumps({"ok": not failed_rows, "model": plan.model, "api_base": without_password(plan.base), "profile": plan.profile.name,
+                        "checks": rows, "lessons": lessons}, indent=1))
+    show("Claude Code cannot work with it: " + ", ".join(failed_rows) if failed_rows else "Claude Code can work with it.")
+    return 1 if failed_rows else 0
+
+
+# ---- init: a .env, and the lines for Claude Code ---------------------------------------------------------
+
+def asked(question, default=""):
+    """What the user types, on stderr so that stdout stays data; default for nothing. Raises Usage at the end of input."""
+    say("", out=sys.stderr)
+    sys.stderr.write(question + (" [%s]: " % default if default else ": "))
+    sys.stderr.flush()
+    line = sys.stdin.readline()
+    if not line:
+        raise Usage("init was not finished; give -b URL, -k KEY and -m MODEL where nobody can answer")
+    return line.strip() or default
+
+
+def chosen(title, rows, default=""):
+    """One of rows (texts) by number, or any other text that the user types."""
+    say(title, *["  %d  %s" % (number, row) for number, row in enumerate(rows, 1)], out=sys.stderr)
+    said = asked("number, or another", default or ("1" if rows else ""))
+    return rows[int(said) - 1] if re.match(r"\d{1,3}\Z", said) and 0 < int(said) <= len(rows) else said
+
+
+def asked_target(given):
+    """Ask for what the flags left open -> {ENV_NAME: text}. Raises Usage."""
+    values = dict(given)
+    if "TARGET_API_BASE" not in values:
+        servers = local_servers()
+        rows = ["%s (%s on this machine: %s)" % (base, title, cut(", ".join(models), 60)) for title, base, models in servers]
+        values["TARGET_API_BASE"] = chosen("Where is the model? A base URL%s:" % (", or one that was found" if rows else ""), rows,
+                                           "" if rows else BY_ENV["TARGET_API_BASE"].default).partition(" ")[0]
+    base = base_url(values["TARGET_API_BASE"])
+    if "TARGET_API_KEY" not in values and not is_loopback(base):
+        import getpass
+        values["TARGET_API_KEY"] = getpass.getpass("Key (not shown): ", sys.stderr).strip()
+    if "TARGET_MODEL" not in values:
+        values["TARGET_MODEL"] = chosen("Which model?", offered_models(values)[:30])
+    return values
+
+
+def offered_models(values):
+    """The models that a target lists; none where it does not answer."""
+    settings = Settings([("init", values)])
+    plan = plan_for(settings, "", lambda base, model: profile_for(base, model, settings.profile))
+    upstream = Upstream(10, 10, settings.ca_bundle, settings.client_cert, settings.insecure)
+    try:
+        return model_names(got_json(upstream, models_url(plan), 10, upstream_headers(plan, settings, {})))
+    except ProxyError as e:
+        say("ccfix: its models cannot be listed: %s" % e, out=sys.stderr)
+        return []
+    finally:
+        upstream.close()
+
+
+def found_target(given):
+    """What the flags left open, where nobody can be asked: a server found on this machine. Raises Usage."""
+    values = dict(given)
+    if "TARGET_API_BASE" not in values and "TARGET_API_KEY" not in values:
+        servers = local_servers()
+        if not servers:
+            raise Usage("nobody can be asked and no model server was found on this machine: give -b URL, -k KEY and -m MODEL")
+        values["TARGET_API_BASE"] = servers[0][1]
+        say("ccfix: found %s at %s" % servers[0][:2], out=sys.stderr)
+    if "TARGET_MODEL" not in values:
+        models = offered_models(values)
+        if not models:
+            raise Usage("no model was given: -m MODEL")
+        values["TARGET_MODEL"] = models[0]
+    return values
+
+
+def init(config, options):
+    """Write a commented .env, and print the lines for Claude Code's settings.json."""
+    path = options.env_file
+    if os.path.lexists(path) and not options.force:
+        raise Usage("%s is there already; --force replaces it, --env-file FILE writes another" % path)
+    given = {name: value for name, value in config.given.items() if name in BY_ENV}
+    values = asked_target(given) if sys.stdin is not None and sys.stdin.isatty() else found_target(given)
+    settings = Settings([("init", values)])
+    try:
+        write_private(path, env_template(values))
+    except OSError as e:
+        raise Usage("%s cannot be written: %s" % (path, e.strerror or e))
+    say("ccfix: wrote %s (only you can read it). Next: ccfix check, then ccfix run, or ccfix and in" % path,
+        "~/.claude/settings.json:", out=sys.stderr)
+    key = settings.anthropic_api_key or "ccfix"
+    lines = {"ANTHROPIC_BASE_URL": "http://127.0.0.1:%d" % settings.proxy_port, "ANTHROPIC_AUTH_TOKEN": key}
+    plan = plan_for(settings, "", lambda base, model: profile_for(base, model, settings.profile)._replace(context=settings.max_context))
+    wanted = session_variables(lines["ANTHROPIC_BASE_URL"], key, settings, plan)
+    say(json.dumps({"env": dict(wanted, **CLAUDE_DEFAULTS), "permissions": {"disableAutoMode": "disable"}}, indent=2))
+    return 0
+
+
+def write_private(path, text_):
+    """Write a file, whole or not at all, that only the user can read. Raises OSError."""
+    part = "%s.%d.part" % (path, os.getpid())
+    with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8", newline="\n") as file:
+        file.write(text_)
+    os.replace(part, path)
+
+
+# ---- install, uninstall, open ----------------------------------------------------------------------------
+
+OURS = "ccfix: let Claude Code use any model"       # in every file that install writes
+CMD = '@rem %s\r\n@"%s" "%%~dp0ccfix.py" %s\r\n'
+
+
+def install_folder(windows, environ, home):
+    """Where programs of the user's own go. On Windows one that is on the PATH from the start, if it is there."""
+    if not windows:
+        return os.path.join(home, ".local", "bin")
+    local = environ.get("LOCALAPPDATA") or os.path.join(home, "AppData", "Local")
+    apps = os.path.join(local, "Microsoft", "WindowsApps")
+    return apps if apps.lower() in environ.get("PATH", "").lower().split(";") else os.path.join(local, "Programs", "ccfix")
+
+
+def installed_files(windows, source_text, python):
+    """{file name: text} of an installation. `ccf` alone opens the status page."""
+    if not windows:
+        return {"ccfix": source_text, "ccf": '#!/bin/sh\n# %s\n[ $# -gt 0 ] || set -- open\nexec "$(dirname "$0")/ccfix" "$@"\n' % OURS}
+    opening = '%%*\r\n@goto :eof\r\n:open\r\n@"%s" "%%~dp0ccfix.py" open' % python
+    return {"ccfix.py": source_text, "ccfix.cmd": CMD % (OURS, python, "%*"),
+            "ccf.cmd": '@if "%~1"=="" goto open\r\n' + CMD % (OURS, python, opening)}
+
+
+def is_ours(path):
+    """Whether install wrote this file (or it is not there)."""
+    return not os.path.lexists(path) or OURS in file_text(path)
+
+
+def install(config, options):
+    """Copy this file to a folder of the user's on the PATH, as ccfix and ccf."""
+    windows = os.name == "nt"
+    folder = os.path.abspath(options.dir or install_folder(windows, os.environ, config.home))
+    source = os.path.abspath(__file__)
+    files = installed_files(windows, file_text(source), sys.executable)
+    foreign = [name for name in files if not is_ours(os.path.join(folder, name))]
+    if foreign and not options.force:
+        raise Usage("%s is another program's; --force replaces it, --dir DIR takes another folder" % os.path.join(folder, foreign[0]))
+    try:
+        os.makedirs(folder, exist_ok=True)
+        for name, text_ in files.items():
+            place_program(os.path.join(folder, name), text_)
+    except OSError as e:
+        raise Usage("cannot install in %s: %s; --dir DIR takes another folder" % (folder, e.strerror or e))
+    say("installed ccfix %s as %s" % (__version__, ", ".join(os.path.join(folder, name) for name in files)))
+    if folder not in os.environ.get("PATH", "").split(os.pathsep):
+        say("ccfix: %s is not on your PATH; add it:" % folder,
+            '  setx PATH "%%PATH%%;%s"' % folder if windows else "  export PATH=\"%s:$PATH\"    (in ~/.profile or your shell's own file)" % folder, out=sys.stderr)
+    return 0
+
+
+def place_program(path, text_):
+    """Write an executable file at once, so that a running one is never half a file."""
+    part = "%s.%d.part" % (path, os.getpid())
+    with open(part, "w", encoding="utf-8", newline="") as file:
+        file.write(text_)
+    os.chmod(part, 0o755)
+    os.replace(part, path)
+
+
+def uninstall(config, options):
+    """Remove what install wrote; nothing else."""
+    windows = os.name == "nt"
+    folder = os.path.abspath(options.dir or install_folder(windows, os.environ, config.home))
+    paths = [os.path.join(folder, name) for name in installed_files(windows, "", "")]
+    there = [path for path in paths if os.path.lexists(path)]
+    foreign = [path for path in there if not is_ours(path)]
+    try:
+        for path in there:
+            if path not in foreign:
+                os.remove(path)
+                say("removed " + path)
+    except OSError as e:
+        raise Usage("cannot remove %s: %s" % (path, e.strerror or e))
+    for path in foreign:
+        say("ccfix: %s is another program's and stays" % path, out=sys.stderr)
+    if not there:
+        say("ccfix: nothing of ccfix is in " + folder, out=sys.stderr)
+    return 1 if foreign else 0
+
+
+def open_page(config, options):
+    """Open the status page of the running proxy in the browser; its address goes to stdout."""
+    settings = config()
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.proxy_host, settings.proxy_host)
+    url, upstream = "http://%s/" % host_port(host, settings.proxy_port), Upstream(3, 3)
+    try:
+        running = got_json(upstream, url + "health", 3).get("name") == "ccfix"
+    except ProxyError:
+        running = False
+    finally:
+        upstream.close()
+    if not running:
+        say("ccfix: no ccfix is running at %s; start it (ccfix), or name its port with -p" % url, out=sys.stderr)
+        return 1
+    say(url)
+    import webbrowser
+    if not webbrowser.open(url):
+        say("ccfix: no browser was found; open the address yourself", out=sys.stderr)
     return 0
 
 
@@ -6986,38 +8047,158 @@ def settings_options(parser):
             parser.add_argument(*row.flags, dest=row.env, action="store_const", const=row.const, default=argparse.SUPPRESS, help=row.help)
         elif row.flags:
             parser.add_argument(*row.flags, dest=row.env, metavar=row.env.rsplit("_", 1)[-1], default=argparse.SUPPRESS, help=row.help)
-    parser.add_argument("--env-file", metavar="FILE", default=".env", help="read settings from FILE instead of .env")
+    parser.add_argument("--env-file", metavar="FILE", help="read settings from FILE instead of .env")
+
+
+def target_options(parser):
+    """What stands in for a provider."""
     parser.add_argument("--demo", action="store_true", help="use the embedded demo model: no key, no network")
+    parser.add_argument("--replay", metavar="DIR", help="answer with the replies that --record DIR wrote, in order, instead of a provider's")
+
+
+def run_options(parser):
+    target_options(parser)
+    parser.add_argument("arguments", nargs="*", help=argparse.SUPPRESS)
+
+
+def check_options(parser):
+    target_options(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the checklist")
+    parser.add_argument("--family", choices=FAMILIES, help="check the target of this family of Claude models")
+    parser.add_argument("--base-url", metavar="URL", help="check a server that speaks Anthropic, ccfix itself too, with the key from -k,"
+                        " ANTHROPIC_AUTH_TOKEN or ANTHROPIC_API_KEY")
+
+
+def init_options(parser):
+    parser.add_argument("--force", action="store_true", help="replace the file if it is there")
+
+
+def install_options(parser):
+    parser.add_argument("--dir", metavar="DIR", help="the folder (default: ~/.local/bin; on Windows one of %%LOCALAPPDATA%%)")
+    parser.add_argument("--force", action="store_true", help="replace another program's file of that name")
+
+
+class Command(NamedTuple):
+    """A command: act(config, options) -> exit code; what it does in a line; more: options of its own; settings: whether
+    it takes the settings' flags; example: shown under its --help."""
+    act: object
+    help: str
+    more: object = None
+    settings: bool = True
+    example: str = ""
 
 
 COMMANDS = {
-    # name: (function(config, options) -> exit code, one line of help, function(parser) that adds its own options or None)
-    "serve": (serve, "serve (what is done without a command)", None),
+    "serve": Command(serve, "serve; what is done without a command", target_options, example="ccfix -k KEY -b https://api.example.com/v1 -m MODEL"),
+    "run": Command(run, "start a proxy and Claude Code on it, for one session", run_options,
+                   example="ccfix run\nccfix run -m MODEL -- -p \"hello\""),
+    "check": Command(check, "try the model, and print what works and how to mend the rest", check_options,
+                     example="ccfix check\nccfix check --base-url http://127.0.0.1:8080\nexit code: 0 if Claude Code can work with it, 1 if not"),
+    "init": Command(init, "ask for provider, key and model, and write .env", init_options,
+                    example="ccfix init\nccfix init -b https://api.example.com/v1 -k KEY -m MODEL"),
+    "install": Command(install, "put ccfix and ccf on the PATH (ccf alone opens the status page)", install_options, settings=False),
+    "uninstall": Command(uninstall, "remove what install wrote", install_options, settings=False),
+    "open": Command(open_page, "open the status page of the running proxy in the browser", example="ccfix open\nccfix open -p 9000"),
 }
 
 
-def parser_of():
-    """The parser of the whole command line."""
-    parser = argparse.ArgumentParser(prog="ccfix", description="Let Claude Code use any model behind an OpenAI-compatible API.",
-                                     epilog="Settings without a flag stand in the environment or .env; the README has the table.")
+USAGES = {"": "ccfix [COMMAND] [options]", "run": "ccfix run [options] [-- claude arguments]"}
+
+
+def settings_help():
+    """The settings that have no flag, for --help: two columns within 78."""
+    import textwrap
+    lines = ["settings without a flag, in the environment or .env (the command line wins, then",
+             "the environment, .env, Claude Code's settings.json; keys are best kept in .env,",
+             "since everyone on a machine can read command lines):"]
+    for row in SETTINGS:
+        if not row.flags:
+            lines += textwrap.wrap("%-24s %s%s" % (row.env, row.help, " (%s)" % row.default if row.default and row.default not in row.help else ""),
+                                   76, initial_indent="  ", subsequent_indent=" " * 27, break_on_hyphens=False)
+    return "\n".join(lines)
+
+
+def parser_of(name):
+    """The parser of a command; "": of ccfix without one."""
+    command = COMMANDS[name or "serve"]
+    epilog = []
+    if not name:
+        epilog.append("commands (ccfix COMMAND --help tells more):\n" + "\n".join("  %-10s %s" % (word, row.help) for word, row in COMMANDS.items()))
+    if command.example:
+        epilog.append("examples:\n" + re.sub(r"(?m)^", "  ", command.example))
+    if command.act in (serve, check):
+        epilog.append(settings_help())
+    elif command.settings:
+        epilog.append("Settings without a flag stand in the environment or .env; ccfix --help has\nthe list.")
+    parser = argparse.ArgumentParser(
+        prog=("ccfix " + name).strip(), usage=USAGES.get(name), epilog="\n\n".join(epilog),
+        description=command.help[0].upper() + command.help[1:] + "." if name else "Let Claude Code use any model behind an OpenAI-compatible API.",
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.color = False            # 3.14 colours its help
     parser.add_argument("--version", action="version", version="ccfix " + __version__)
-    settings_options(parser)
+    if command.settings:
+        settings_options(parser)
+    if command.more:
+        command.more(parser)
     return parser
+
+
+def command_line(argv):
+    """(Command, its options). Raises Usage for a command that is none."""
+    name = argv[0] if argv and not argv[0].startswith("-") else ""
+    if name and name not in COMMANDS:
+        raise Usage("there is no command %s; the commands are %s" % (ascii(name), ", ".join(COMMANDS)))
+    words, behind = argv[1 if name else 0:], []
+    if name == "run" and "--" in words:
+        at = words.index("--")
+        words, behind = words[:at], words[at + 1:]
+    options = parser_of(name).parse_args(words)
+    if name == "run":
+        if options.arguments:
+            raise Usage("%s: arguments for claude come after --" % ascii(options.arguments[0]))
+        options.arguments = behind
+    return COMMANDS[name or "serve"], options
+
+
+def config_of(command, options):
+    """The Config of a command line. Raises Usage, SettingError."""
+    given = {row.env: getattr(options, row.env) for row in SETTINGS if hasattr(options, row.env)}
+    alone, env_file = False, getattr(options, "env_file", None)
+    if env_file and command.act is not init and not os.path.isfile(env_file):
+        raise Usage("--env-file %s is not there" % env_file)
+    if getattr(options, "demo", False):
+        given.update(TARGET_API_BASE=start_demo(), TARGET_MODEL=given.get("TARGET_MODEL", "demo"), PROFILE="demo", TARGET_FORMAT="openai")
+        alone = True
+    elif getattr(options, "replay", None):
+        given.update(dict({"TARGET_MODEL": "replay"}, **given), **start_replay(options.replay))
+        alone = True
+    elif getattr(options, "base_url", None):
+        key = given.get("TARGET_API_KEY") or os.environ.get("ANTHROPIC_AUTH_TOKEN") or os.environ.get("ANTHROPIC_API_KEY") or ""
+        given.update(TARGET_API_BASE=options.base_url, TARGET_FORMAT="anthropic", TARGET_API_KEY=key)
+        given.setdefault("TARGET_MODEL", "claude-opus-5-5")
+        alone = True
+    if hasattr(options, "env_file"):
+        options.env_file = env_file or ".env"
+    # init must also work where the .env that it replaces is broken.
+    layers = {} if command.act is init else dict(os.environ)
+    return Config(given, layers, "" if command.act is init else env_file or ".env", home_folder(), alone)
 
 
 def main(argv=None):
     """Run the command line -> exit code: 0 good, 1 failed, 2 used wrongly."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    options = parser_of().parse_args(argv)
-    given = {row.env: getattr(options, row.env) for row in SETTINGS if hasattr(options, row.env)}
     try:
-        if options.demo:
-            given.update(TARGET_API_BASE=start_demo(), TARGET_MODEL=given.get("TARGET_MODEL", "demo"), PROFILE="demo", TARGET_FORMAT="openai")
-        config = Config(given, dict(os.environ), options.env_file, home_folder())
+        command, options = command_line(argv)
+        config = config_of(command, options)
         profile_for(config().target_api_base, config().target_model, config().profile)
-        return serve(config, options)
+        return command.act(config, options)
     except (Usage, SettingError) as e:
         return complain(str(e))
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:             # | head: nobody reads on; Python must not complain about it at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
 
 
 if __name__ == "__main__":
