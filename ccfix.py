@@ -229,8 +229,8 @@ OVERFLOW = re.compile(
     r"|too long|too large for model|input token count|exceed\w*.{0,40}(?:token limit|limit of \d|context|maximum|max length)"
     r"|reduce the (?:length|size) of the (?:messages|input|prompt)|Range of input length|tokens to keep"
     r"|Request (?:body )?too large|tokens? exceed|longer than the model", re.I)
-NO_OVERFLOW = re.compile(r"rate limit|too many requests|throttl|per minute|string too long|tool_calls?\[|Invalid 'messages", re.I)
-TPM = re.compile(r"Request too large for model.*?Limit (\d+), Requested (\d+)", re.S)
+NO_OVERFLOW = re.compile(r"rate limit|too many requests|throttl|per minute|(?:string|array) too long|tool_calls?\[|Invalid 'messages", re.I)
+TPM = re.compile(r"Request too large for .*?Limit (\d+), Requested (\d+)", re.S)
 
 # Numbers in overflow texts, most telling first: p(rompt), c(ompletion), m(aximum), t(otal). upstreams.md 3.2 lists the texts.
 OVERFLOW_NUMBERS = [re.compile(pattern, re.I | re.S) for pattern in (
@@ -245,7 +245,7 @@ OVERFLOW_NUMBERS = [re.compile(pattern, re.I | re.S) for pattern in (
     r"(?:maximum )?(?:context|prompt) length (?:is|of) (?:only )?(?P<m>\d+)(?: tokens)?\D.*?(?:resulted in|contains(?: at least)?|requested) (?P<p>\d+)",
     r"configured limit of (?P<m>\d+) tokens\D*?(?P<p>\d+) tokens",
     r"\((?P<p>\d+) tokens\).*?\((?P<m>\d+) tokens\)",
-    r"token count (?:\()?(?:of )?(?P<p>\d+)\)? exceeds the (?:maximum number of tokens allowed \(|limit of )(?P<m>\d+)",
+    r"token count (?:\()?(?:of )?(?P<p>\d+)\)? exceeds the (?:maximum number of tokens allowed \(?|limit of )(?P<m>\d+)",
     r"first (?P<p>\d+) tokens.*?context length of only (?P<m>\d+) tokens",
     r"(?:contains|have|got) (?:at least )?(?P<p>\d+) (?:input )?tokens?\b.*?(?:with|limit|maximum|length)\D{0,40}?(?P<m>\d{3,})",
     r"Max size: (?P<m>\d+) tokens",
@@ -268,17 +268,17 @@ def overflow_numbers(text, body=None):
 
 def is_overflow(status, text, code=""):
     """Whether an error says that the prompt, or prompt and output together, do not fit the context."""
+    if status in (400, 413, 429) and TPM.search(text):
+        return True            # Groq, OpenAI: one request above the tokens per minute; waiting never helps
     if status not in (200, 400, 413, 422, 500):
         return False
-    if TPM.search(text):
-        return True            # Groq: one request above the tokens per minute; waiting never helps
     telling = code in ("context_length_exceeded", "model_max_prompt_tokens_exceeded", "exceed_context_size_error")
-    return (telling or bool(OVERFLOW.search(text))) and not NO_OVERFLOW.search(text) and not OUTPUT_LIMIT.search(text)
+    return (telling or bool(OVERFLOW.search(text))) and not NO_OVERFLOW.search(text) and not OUTPUT_LIMIT.match(text)
 
 
 OUTPUT_LIMIT = re.compile(
     r"(?=.*?max(?:imum)?_?(?:completion_|output_|new_)?tokens)(?!.*?(?:context length|context limit))"
-    r".*?(?:at most|less than or equal to|<=|\[\d+,\s*|> )\s*(\d{3,7})", re.S)
+    r".*?(?:at most|less than or equal to|<=|\[\d+,\s*|> )\s*`?(\d{3,7})", re.S)
 
 BILLING = re.compile(
     r"insufficient[_ ](?:user_)?(?:quota|balance|credit|fund)|balance is (?:insufficient|too low)|exceeded your current quota"
@@ -333,8 +333,8 @@ def retry_after(headers, body, text):
     value = str(headers.get("retry-after") or "").strip()
     if re.match(r"[0-9]{1,9}(\.[0-9]+)?\Z", value):
         return str(int(float(value) + 0.999))
-    found = re.search(r'"retryDelay"\s*:\s*"(\d{1,9})|(?:retry|try again) (?:after|in) (\d{1,9})(?:\.\d+)? ?s', compact_json(body) + text, re.I)
-    return next(filter(None, found.groups())) if found else ""
+    found = re.search(r'"retryDelay"\s*:\s*"(\d{1,9})|(?:retry|try again) (?:after|in) (\d{1,9}(?:\.\d+)?) ?s', compact_json(body) + text, re.I)
+    return str(int(float(next(filter(None, found.groups()))) + 0.999)) if found else ""
 
 
 class ErrorRow(NamedTuple):
@@ -379,6 +379,7 @@ ERROR_ROWS = (
     ErrorRow("auth", (401,), None, 401, "The provider refused the key; mend TARGET_API_KEY (-k):", headers=NEVER),
     ErrorRow("model", (400, 404, 410, 422), NO_MODEL, 404, "The provider has no such model; mend TARGET_MODEL (-m):", headers=NEVER),
     ErrorRow("sampling", (400, 422, 500), SAMPLING, 500, "The model produced a malformed tool call:", retry=True, type="api_error"),
+    ErrorRow("request", (404,), re.compile("No endpoints found that"), 424, "The provider refused the request:"),         # OpenRouter: images, tools
     ErrorRow("path", (404, 405), None, 404, "The provider has no such address or model; check TARGET_API_BASE (-b) and TARGET_MODEL (-m):",
              headers=NEVER),
     ErrorRow("model", (410,), None, 404, "The model is gone; choose another TARGET_MODEL (-m):", headers=NEVER),
@@ -609,14 +610,14 @@ class Settings(object):
             try:
                 setattr(self, row.name, row.parse(value))
             except ValueError as e:
-                shown = "" if row.secret else " is %r" % value[:100]
+                shown = "" if row.secret else " is %r" % without_password(value)[:100]
                 raise SettingError("%s%s (from %s); allowed: %s" % (row.env, shown, origin, e))
             self.origins[row.name] = origin
 
     def secrets(self):
         """All secret values that are set: what must never be shown."""
         found = [getattr(self, row.name) for row in SETTINGS if row.secret]
-        found += [value for extra in found if isinstance(extra, dict) for value in extra.values()]
+        found += [part for extra in found if isinstance(extra, dict) for value in extra.values() for part in (value, str(value).split(" ")[-1])]
         return sorted({str(value) for value in found if value and not isinstance(value, dict)}, key=len, reverse=True)
 
     def shown(self):
@@ -856,7 +857,8 @@ def profile_for(base, model, forced="", format="auto", owner=""):
     if name and not rows and name != "default":
         raise SettingError("PROFILE is %r; allowed: %s" % (name, ", ".join(row.name for row in PROFILES)))
     short = model.rsplit("/", 1)[-1]
-    found = next((row for row in rows if not row.models or re.match(row.models, model, re.I) or re.match(row.models, short, re.I)), DEFAULT)
+    found = next((row for row in rows if not row.models or re.match(row.models, model, re.I) or re.match(row.models, short, re.I)),
+                 rows[0] if forced and rows else DEFAULT)
     return found._replace(scope=host)
 
 
@@ -2720,20 +2722,16 @@ class StreamTranslator(object):
             delta = choice.get("delta")
             if not isinstance(delta, dict):
                 delta = as_dict(choice.get("message")) if fresh and delta is None else {}
-            text = delta.get("content")
-            for field in REASONING_FIELDS:
-                if delta.get(field):
-                    yield from self.reasoning(delta[field])
-                    break
-            if "reasoning_details" in delta:
-                yield from self.reasoning_parts(as_list(delta["reasoning_details"]), any(delta.get(field) for field in REASONING_FIELDS))
+            text, only_text = delta.get("content"), len(delta) == 1 and "content" in delta
+            if not only_text:
+                yield from self.shown_reasoning(delta)
             if text:
                 if self.kind == "text" and self.tags.done and not self.slots and isinstance(text, str) and not self.suspicious(text):
                     self.written += len(text)
                     yield {"type": "content_block_delta", "index": self.index, "delta": {"type": "text_delta", "text": text}}
                 else:
                     yield from self.text(text)
-            if delta.get("tool_calls") or delta.get("function_call") or delta.get("refusal"):
+            if not only_text and (delta.get("tool_calls") or delta.get("function_call") or delta.get("refusal")):
                 yield from self.rare(delta)
             if choice.get("finish_reason"):
                 self.note_finish(choice)
@@ -2746,6 +2744,14 @@ class StreamTranslator(object):
         """Whether text may hold the start of a call written as text."""
         calls = self.calls.get("text")
         return calls is not None and (calls.held or calls.TRIGGER(text))
+
+    def shown_reasoning(self, delta):
+        """What a delta holds of reasoning."""
+        field = next((field for field in REASONING_FIELDS if delta.get(field)), None)
+        if field:
+            yield from self.reasoning(delta[field])
+        if "reasoning_details" in delta:
+            yield from self.reasoning_parts(as_list(delta["reasoning_details"]), field is not None)
 
     def reasoning(self, text):
         """Reasoning text, from whichever field."""
@@ -3294,6 +3300,7 @@ FIELD_PATTERNS = [re.compile(pattern, re.I) for pattern in (
     r"Argument not supported on this model: (\w+)",
     r"does not support (?:the )?parameters?:? \[?['`\"]?(\w+)",
     r"Unexpected fields in the request: \{([^}]+)\}",
+    r"invalid (temperature|top_p): only",
     r"(?:unknown|unexpected|unrecognized|unsupported|invalid) (?:field|parameter|argument|keyword argument|property):? ['`\"]?([\w.]+)",
     r"(\w+): Extra inputs are not permitted",
 )]
@@ -3519,7 +3526,7 @@ NOTHING_YET = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 HEAD_END = re.compile(rb"\r?\n\r?\n")
 INTERIM = re.compile(rb"HTTP/1\.[01] 1(?!01)\d\d[ \r\n]")   # 100 Continue, 103 Early Hints: the answer is still to come
 HEADER_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
-FIELD_NAME = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+FIELD_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 STATUS_LINE = re.compile(rb"HTTP/1\.(\d) +([1-9]\d\d)((?: .*)?)")
 LOCAL_HOSTS = re.compile(r"(?:.*\.)?localhost|127(?:\.\d+){3}|0\.0\.0\.0|::1|::")
 
@@ -3580,12 +3587,12 @@ class Headers:
     breaks. strict: ValueError for a line that is no field (RFC 9112, section 5), else it is skipped."""
     __slots__ = ("fields",)
 
-    def __init__(self, lines, strict=False):
-        self.fields = {}
+    def __init__(self, lines=(), strict=False):
+        self.fields = fields = {}
         for line in lines:
-            name, colon, value = line.partition(b":")
-            if colon and FIELD_NAME.fullmatch(name) and b"\r" not in value and b"\0" not in value:
-                self.fields.setdefault(name.decode("ascii").lower(), []).append(value.strip(b" \t").decode("latin-1"))
+            name, colon, value = line.decode("latin-1").partition(":")
+            if colon and FIELD_NAME.fullmatch(name) and "\r" not in value and "\0" not in value:
+                fields.setdefault(name.lower(), []).append(value.strip(" \t"))
             elif strict:
                 raise ValueError("no header field: %s" % ascii(line[:60])[1:])
 
@@ -3654,7 +3661,7 @@ def request_bytes(route, method, url, headers, body):
         if not HEADER_VALUE.fullmatch(value):
             raise UpstreamError("the header %s to the provider has a line break or another character in its value that HTTP "
                                 "forbids: check the setting (an API key?) it comes from" % ascii(name), 500, kind="request")
-    if not re.fullmatch("[!-~]+", target) or not all(FIELD_NAME.fullmatch(name.encode("utf-8", "replace")) for name, _ in fields):
+    if not re.fullmatch("[!-~]+", target) or not all(FIELD_NAME.fullmatch(name) for name, _ in fields):
         raise UpstreamError("the base URL or a header name has a blank or another character that HTTP forbids: check the "
                             "settings", 500, kind="request")
     lines = ["%s %s HTTP/1.1" % (method, target)] + ["%s: %s" % field for field in fields]
@@ -3667,10 +3674,11 @@ class Wire:
     rest: bytes that came and are not used yet. heard: a byte of the current answer has come. since: idle from then on.
     Whoever gets an exception from a method must drop the wire.
     """
-    __slots__ = ("sock", "route", "peer", "wait", "timeout", "rest", "heard", "since")
+    __slots__ = ("sock", "route", "peer", "wait", "timeout", "rest", "heard", "since", "buffer")
 
     def __init__(self, sock, route, peer):
         self.sock, self.route, self.peer = sock, route, peer
+        self.buffer = bytearray(READ_SIZE)      # recv() would take as much anew for each chunk, and leave holes in memory
         self.begin(poll_socket, 0)
 
     def begin(self, wait, timeout):
@@ -3684,7 +3692,8 @@ class Wire:
     def now(self):
         """What has arrived: bytes, b"" at the end of the connection, None if nothing (or only a TLS session ticket)."""
         try:
-            return self.sock.recv(READ_SIZE)
+            size = self.sock.recv_into(self.buffer)
+            return bytes(memoryview(self.buffer)[:size])
         except NOTHING_YET:
             return None
         except OSError as error:
@@ -3793,6 +3802,9 @@ class Dechunker:
         pieces = [data[:at]]
         while at < end:
             start = find(b"\n", at + 2) + 1
+            if not start and data[at:] == b"\r\n":          # nearly always, when chunks come one by one
+                self.left, self.tail = 0, b"\r\n"
+                return b"".join(pieces)
             size = known(data[at:start]) or self.size(data, at, start)
             if not size:
                 self.stop(data, at)
@@ -4058,15 +4070,12 @@ class Upstream:
         return route
 
     def kept(self, route):
-        """An idle wire to `route` on which the upstream has not hung up, or None. Ends those that were idle too long."""
+        """An idle wire to `route` on which the upstream has not hung up, or None."""
         old = []
+        self.close_idle()
         with self.lock:
             if self.closed:
                 raise UpstreamError("this proxy is shutting down", 503, kind="connect")
-            before = time.monotonic() - self.idle
-            for wires in self.pool.values():
-                while wires and wires[0].since < before:
-                    old.append(wires.pop(0))
             wires = self.pool.get(route)
             found = None
             while wires and not found:
@@ -4077,6 +4086,16 @@ class Upstream:
         for wire in old:
             self.drop(wire)
         return found
+
+    def close_idle(self):
+        """Ends the connections that were idle too long."""
+        old, before = [], time.monotonic() - self.idle
+        with self.lock:
+            for wires in self.pool.values():
+                while wires and wires[0].since < before:
+                    old.append(wires.pop(0))
+        for wire in old:
+            self.drop(wire)
 
     def connect(self, route, wait):
         """A new Wire, through the proxy if there is one, with TLS if the scheme says so. UpstreamError of kind connect."""
@@ -4183,7 +4202,7 @@ class Upstream:
 # 10  Cache: stored replies, memory and ledger in SQLite; records
 # ======================================================================================================
 
-KEY_VERSION = 1  # raise it when the rule below changes, so that older entries are never found again
+KEY_VERSION = 2  # raise it when the rule below changes, so that older entries are never found again
 
 # Fields of the converted request that do not decide what a right answer is. `stop` is not among them: it decides where
 # an answer ends. The limits are, because only answers that ended by themselves are ever stored.
@@ -4193,7 +4212,7 @@ NOT_IN_KEY = frozenset((
     "user", "metadata", "safety_identifier", "prompt_cache_key", "service_tier", "store",
     "ANTHROPIC_BASE_URL", "ANTHROPIC_MODEL"))
 SHAPE_FIELDS = ("thinking", "output_config", "tool_choice", "stop_sequences")  # of the client's request
-MARKS = frozenset(("cache_control", "eager_input_streaming"))  # hints on how to send, on tools and blocks
+SEND_HINTS = frozenset(("cache_control", "eager_input_streaming"))  # hints on how to send, on tools and blocks
 
 TOTAL_TOKENS = re.compile(r"<total_tokens>[^<\n]{0,80}</total_tokens>")
 MONTH = r"(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]{0,6}\.?"
@@ -4202,11 +4221,15 @@ DATE_LINE = re.compile(
     r"\d{4}-\d\d-\d\d(?:[T ]\d\d:\d\d(?::\d\d(?:\.\d{1,9})?)?(?: ?Z|[+-]\d\d:?\d\d)?)?|\d{1,2}[/.]\d{1,2}[/.]\d{2,4}|"
     r"(?:(?:mon|tue|wed|thu|fri|sat|sun)[a-z]{0,6},? )?(?:" + MONTH + r" \d{1,2}(?:st|nd|rd|th)?,? \d{4}|"
     r"\d{1,2} " + MONTH + r",? \d{4}))", re.IGNORECASE)
+DATE_HEADING = "# currentDate\n"
 TIME_WORDS = frozenset(
     "today tomorrow yesterday tonight now current currently date dates dated day days daily week weeks weekly month "
     "months monthly year years yearly annual quarter time times timestamp timestamps hour hours clock calendar when "
     "ago since until old older age latest recent recently new newer newest next last deadline due schedule "
     "scheduled expire expires expired expiry changelog release releases released version copyright license licence "
+    "morning afternoon evening night noon midnight weekday weekend season birthday anniversary holiday born past future "
+    "upcoming minute minutes monday tuesday wednesday thursday friday saturday sunday january february april june july "
+    "august september october november december "
     "log journal diary datum tag woche monat jahr uhr heute morgen gestern fecha dia hoy manana ayer jour aujourd "
     "demain hier giorno oggi domani ieri hoje dzis bugun".split())
 WORD = re.compile(r"[A-Za-z]+")
@@ -4229,7 +4252,8 @@ def cache_key(body, sent, mode, model):
                turn, the model's own and its thinking included, was the same. The first question has no earlier turns:
                this is where another session hits.
             2. Nothing is kept or found while the last user turn has a tool result: the world answered, ask the model.
-            3. Dates are set aside only while no user text speaks of time; else they count.
+            3. Dates are set aside only where the client itself states them, not where a reminder quotes a file, and only
+               while neither the user nor a CLAUDE.md speaks of time; else they count.
             What is left: an answer may state a date of up to CACHE_TTL ago that nobody asked for.
     none    None.
     """
@@ -4309,7 +4333,7 @@ def asks(messages):
 
 def tool_parts(sent):
     """The tools sent, in one order, as JSON texts: the client changes their order from request to request."""
-    return sorted(canonical({name: value for name, value in tool.items() if name not in MARKS})
+    return sorted(canonical({name: value for name, value in tool.items() if name not in SEND_HINTS})
                   for tool in as_list(sent.get("tools")) if isinstance(tool, dict))
 
 
@@ -4339,8 +4363,21 @@ def speaks_of_time(text):
 
 
 def own_text(text):
-    """What the user wrote: the text without reminders."""
-    return " ".join(piece for is_reminder, piece in reminders(text) if not is_reminder)
+    """What the user wrote: the text without reminders, but with the CLAUDE.md files in them."""
+    return " ".join(piece.partition(DATE_HEADING)[0] if is_reminder else piece
+                    for is_reminder, piece in reminders(text) if not is_reminder or "\nContents of " in piece)
+
+
+def reminder_text(text, dated):
+    """A reminder without the client's own date or counter: it comes first, or under the heading of older clients. What comes
+    later may be a file that the reminder quotes, and counts to the letter."""
+    if TOTAL_TOKENS.sub("", text).strip() == "":
+        return ""
+    before, heading, own = text.rpartition(DATE_HEADING)
+    found = None if dated else DATE_LINE.search(own)
+    if not found or own[:found.start()].strip() not in ("", "The"):
+        return text
+    return before + heading + DATE_LINE.sub(r"\1<date>", own, 1)
 
 
 def user_text(text, dated):
@@ -4349,7 +4386,7 @@ def user_text(text, dated):
         return ""
     if "<system-reminder>" not in text:
         return text
-    return "<system-reminder>".join(without_volatile(piece, dated) if is_reminder else piece
+    return "<system-reminder>".join(reminder_text(piece, dated) if is_reminder else piece
                                     for is_reminder, piece in reminders(text))
 
 
@@ -4375,7 +4412,7 @@ def block_part(block, numbers, clean):
     if kind == "tool_result":
         inner = [block_part(part, numbers, str) for part in blocks_of(block.get("content"))]
         return [kind, number(block.get("tool_use_id"), numbers), bool(block.get("is_error")), inner]
-    return [kind, {name: value for name, value in block.items() if name not in MARKS}]
+    return [kind, {name: value for name, value in block.items() if name not in SEND_HINTS}]
 
 
 # ---- Cache: one SQLite file; no trouble with it ever reaches a request
@@ -4997,6 +5034,7 @@ def recorded_replies(folder):
 
 HOLD_SECONDS = 15           # the status waits so long for the first content; then message_start goes out
 PING_SECONDS = 5            # between pings in a silence
+STALLED = 10                # times TARGET_TIMEOUT without content, though bytes come: given up
 SIGN_SECONDS = 240          # of nothing but pings: from now on empty deltas, since the client gives up after 600 s of pings
 MENDS = 3                   # lessons a request may cost
 LONGEST_WAIT = 20           # seconds of Retry-After that are waited out here; longer ones the client waits itself
@@ -5094,6 +5132,15 @@ def native_message(message, profile):
     return message
 
 
+def with_extra_body(sent, settings):
+    """The body for the provider, changed in place by EXTRA_BODY."""
+    for name, value in settings.extra_body.items():
+        sent.pop(name, None)
+        if value is not None:
+            sent[name] = value
+    return sent
+
+
 def without_keys(value, name):
     """A copy of a JSON value without the dict entries of one name."""
     if isinstance(value, dict):
@@ -5132,6 +5179,7 @@ class Memory(object):
         with self.lock:
             for call_id, note in notes.items():
                 size = 200 + sum(len(part) if isinstance(part, str) else 1000 for part in note.values())
+                self.size -= self.notes.pop(call_id, (None, 0))[1]
                 self.notes[call_id] = (note, size)
                 self.size += size
             while len(self.notes) > MEMORY_CALLS or self.size > MEMORY_BYTES:
@@ -5144,6 +5192,8 @@ class Memory(object):
         """The note of a call, or {}."""
         with self.lock:
             known = self.notes.get(call_id)
+            if known:
+                self.notes.move_to_end(call_id)
         if known or not self.store:
             return known[0] if known else {}
         return as_dict(self.store.recall(call_id))
@@ -5178,7 +5228,7 @@ class Proxy(object):
         if self.store and settings.ledger:
             self.ledger.restore(self.store.saved_rows())
         self.sessions = Sessions()
-        self.flights, self.memo, self.wires = {}, {}, None
+        self.flights, self.memo, self.rows, self.wires = {}, {}, {}, None       # rows: profile_for's answers
         self.recorder = Recorder(settings.record_dir, settings.secrets(), lambda text: log("warning", text)) if settings.record_dir else None
 
     def upstream(self, settings):
@@ -5193,8 +5243,8 @@ class Proxy(object):
         """(base, model) -> Profile, with what was found and learned, and with the user's own limits."""
         def profile(base, model):
             found = self.found.get((base, model), {})
-            row = profile_for(base, model, settings.profile, settings.target_format if base == settings.target_api_base else "auto",
-                              found.get("owner", ""))
+            key = (base, model, settings.profile, settings.target_format if base == settings.target_api_base else "auto", found.get("owner", ""))
+            row = self.rows.get(key) or self.rows.setdefault(key, profile_for(*key))
             if found.get("context") and not row.context:
                 row = row._replace(context=found["context"])
             row = applied(row, self.lessons.get((base, model)))
@@ -5381,7 +5431,12 @@ class Exchange(object):
     def message(self):
         """The whole answer as one message. Raises ProxyError."""
         try:
-            events = [event for event in self.events() if event is not None]
+            events, seen = [], 0
+            for event in self.events():
+                if event is not None:
+                    events.append(event)
+                elif len(events) > seen:
+                    seen, self.last_sign = len(events), self.clock()
         except Dropped as dropped:
             raise dropped.args[0]
         self.first_ms = (self.clock() - self.began) * 1000
@@ -5390,6 +5445,9 @@ class Exchange(object):
     def silence(self):
         """SSE text to write in a silence, or "": after 15 s message_start, then pings, and after minutes a sign of life."""
         now = self.clock()
+        if now - self.last_sign > STALLED * self.settings.target_timeout:
+            raise UpstreamError("The provider keeps the connection alive, but sent no content for %d s; try again, or raise TARGET_TIMEOUT."
+                                % (now - self.last_sign), 504, kind="timeout")
         if not self.stream or self.translator is None or self.translator.state in (DONE, FAILED):
             return ""
         if self.translator.state == IDLE:
@@ -5435,7 +5493,10 @@ class Exchange(object):
     def replayed(self, message, new_id):
         """A finished message as events, under today's name and a fresh id, with token counts at zero."""
         zero = {"input_tokens": 0, "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0, "output_tokens": 0}
-        yield from replay(dict(message, id="msg_" + self.id, model=self.shown, usage=zero), new_id)
+        events = replay(dict(message, id="msg_" + self.id, model=self.shown, usage=zero), new_id)
+        if self.translator is not None and self.translator.state == OPEN:
+            next(events)                    # message_start has gone out in the silence
+        yield from events
         yield None
 
     def from_provider(self):
@@ -5448,11 +5509,17 @@ class Exchange(object):
                 error.message = without_secrets(error.message, self.settings.secrets())     # some providers quote the key
                 self.error, translator = error, self.translator
                 if translator.content or not self.again(error):
-                    yield from translator.fail(error)       # raises the error where the status is still free
+                    yield from translator.fail(self.sized(error))       # raises the error where the status is still free
                     yield None
                     return
 
     error = None
+
+    def sized(self, error):
+        """An overflow error with the numbers that the provider's words left out: the client compacts by them."""
+        if error.kind != "overflow" or not error.text or (error.numbers[0] and error.numbers[2]):
+            return error
+        return overflow_error(error.numbers[0], error.numbers[2], self.bytes_in // 4, self.plan.profile.context)
 
     def attempt(self):
         """One request to the provider, translated."""
@@ -5490,11 +5557,7 @@ class Exchange(object):
             if settings.attach_fields == "always" or (settings.attach_fields == "auto" and not plan.profile.strict):
                 attach = {"ANTHROPIC_BASE_URL": settings.disguise_api_base, "ANTHROPIC_MODEL": self.shown}
             sent = to_openai(self.body, plan.model, plan.profile, attach, self.proxy.memory.recall, self.proxy.memo, self.output_room())
-        for name, value in settings.extra_body.items():
-            sent.pop(name, None)
-            if value is not None:
-                sent[name] = value
-        return sent
+        return with_extra_body(sent, settings)
 
     def output_room(self):
         """Output tokens that fit beside the prompt where the context window is known, else 0. The prompt is taken larger
@@ -5509,7 +5572,7 @@ class Exchange(object):
         translator, head = self.translator, first_bytes(blocks)
         start = head.lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
         if start in (b"{", b"[", b"<"):
-            yield from translator.feed(whole_reply(head + b"".join(blocks), start, self.plan))
+            yield from translator.feed(whole_reply(joined(head, blocks), start, self.plan))
             translator.ended = True
         else:
             for payload in sse_payloads(itertools.chain([head], blocks)):
@@ -5557,7 +5620,7 @@ class Exchange(object):
             self.wait(None, max(wait, 0.4 * 2 ** self.retries * random.uniform(0.6, 1.2)))
             return True
         if error.kind in FALLBACK_KINDS and self.plan.family != "fallback" and self.settings.target_model_fallback:
-            self.plan = plan_for(self.settings, "fallback", self.proxy.profile_of(self.settings))
+            self.plan, self.room = plan_for(self.settings, "fallback", self.proxy.profile_of(self.settings)), 0
             self.proxy.log("warning", "%s: %s takes over after: %s" % (self.id, self.plan.model, error.message))
             self.retries = 0
             return True
@@ -5582,7 +5645,8 @@ class Exchange(object):
         """A stored answer, or that of an identical request in flight; None: ask the provider (and let others wait for it)."""
         proxy = self.proxy
         sent = to_openai(self.body, self.plan.model, self.plan.profile, None, None, proxy.memo)
-        self.key = cache_key(self.body, sent, self.settings.cache_key_mode, self.plan.model)
+        sent = with_extra_body(sent, self.settings)
+        self.key = cache_key(self.body, sent, self.settings.cache_key_mode, "%s %s" % (self.plan.base, self.plan.model))
         if self.key is None:
             return None
         self.cache_state = "miss"
@@ -5595,8 +5659,10 @@ class Exchange(object):
             if flight is None:
                 self.flight = proxy.flights[self.key] = Flight()
                 return None
+        self.translator = StreamTranslator("msg_" + self.id, self.shown, self.plan.profile, self.bytes_in // 4)     # for the pings
         while not flight.landed.is_set():
             self.wait(None, 0.05)
+            self.last_sign = self.clock()
         if flight.message:
             self.cache_state = "hit"
         return flight.message
@@ -5608,7 +5674,7 @@ class Exchange(object):
         message = assemble(events)
         if message.get("stop_reason") in ("end_turn", "tool_use", "stop_sequence") and message["content"]:
             self.flight.message = message
-            if self.proxy.store:
+            if self.proxy.store and self.plan.family != "fallback":     # the main model's place is not taken for long
                 self.proxy.store.put(self.key, message, (self.clock() - self.began) * 1000)
 
     # -- what is noted
@@ -5688,6 +5754,17 @@ def first_bytes(blocks):
         if head.strip(b"\xef\xbb\xbf \t\r\n") or len(head) > 1 << 16:
             break
     return head.lstrip(b"\xef\xbb\xbf \t\r\n") or head
+
+
+def joined(head, blocks):
+    """All of a reply that is no stream. Raises UpstreamError when it is far too long."""
+    pieces, size = [head], len(head)
+    for block in blocks:
+        pieces.append(block)
+        size += len(block)
+        if size > MAX_LINE:
+            raise UpstreamError("The provider sent JSON of over %d MB; that is no model's reply." % (MAX_LINE >> 20), kind="cut")
+    return b"".join(pieces)
 
 
 def whole_reply(raw, start, plan):
@@ -5896,6 +5973,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         ("POST", r"/cache/clear-expired/?", "post_cache_clear_expired"),
         ("POST", r"/lessons/forget/?", "post_lessons_forget"),
     )
+    ROUTES = tuple((method, re.compile(pattern + r"\Z"), name) for method, pattern, name in ROUTES)
 
     # -- the connection
 
@@ -5910,7 +5988,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def handle_one_request(self):
         """One request, from its first byte to the last of its reply."""
         self.inbox.deadline, self.request_id = None, "req_" + self.proxy.new_id()
-        self.command, self.path, self.request_version, self.headers = "", "", "HTTP/1.1", Headers(())
+        self.command, self.path, self.request_version, self.headers = "", "", "HTTP/1.1", Headers()
         self.close_connection, self.began_reply, self.unread = True, False, False
         self.route()
         if self.close_connection and self.unread:
@@ -5969,7 +6047,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             netloc, path = re.match(r"(?i)(?:http://([^/?]*))?([^?]*)", self.path).groups()
             path = path or "/"
             self.guard(path, netloc)
-            found = [(method, re.match(pattern + r"\Z", path), name) for method, pattern, name in self.ROUTES]
+            found = [(method, pattern.match(path), name) for method, pattern, name in self.ROUTES]
             found = [(method, match, name) for method, match, name in found if match]
             for method, match, name in found:
                 if method == self.command or method == "GET" and self.command == "HEAD":
@@ -6101,6 +6179,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.began_reply:
             self.close_connection = True
             return
+        error.message = without_secrets(error.message, self.proxy.config().secrets())
         try:
             self.send_json(error.body(self.request_id), error.status, error.headers)
         except OSError:
@@ -6265,6 +6344,11 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
             return is_address
         return bool(re.match(r"127\.\d+\.\d+\.\d+\Z|\[::1\]\Z", name)) or name.strip("[]") == self.server_name
 
+    def service_actions(self):
+        """What the accepting thread does twice a second."""
+        if isinstance(self.proxy, Proxy) and self.proxy.wires:
+            self.proxy.wires[1].close_idle()
+
     def get_request(self):
         try:
             return http.server.HTTPServer.get_request(self)
@@ -6274,7 +6358,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
 
     def handle_error(self, request, client_address):
         """A connection's thread failed outside of any request."""
-        if self.proxy:
+        if isinstance(self.proxy, Proxy):
             self.proxy.log("debug", "connection failed:\n" + traceback.format_exc())
 
 
@@ -7104,6 +7188,9 @@ def banner(settings, address_):
 def serve(config, options):
     """Serve until Ctrl-C or SIGTERM -> exit code."""
     find_target(config)
+    base, port_ = config().target_api_base, config().proxy_port
+    if is_loopback(base) and origin(base)[2] == port_:      # passed through to itself, one request would become thousands
+        raise Usage("the target %s is ccfix's own port; give ccfix another one, say -p %d" % (without_password(base), port_ + 1))
     running = Running(config).start()
     stopped = threading.Event()
     for name in ("SIGINT", "SIGTERM"):
@@ -7121,16 +7208,17 @@ LOCAL_SERVERS = (("Ollama", 11434), ("vLLM", 8000), ("llama.cpp", 8080), ("LM St
 GLANCE_SECONDS = 0.3
 NO_TARGET = """nothing is configured, and no model server was found on this machine.
 Three ways to go on:
-  a provider     ccfix init        asks for address, key and model; writes .env
-                 or once: ccfix -k KEY -b https://api.example.com/v1 -m MODEL
+  a provider     {0} init
+                 asks for address, key and model, and writes .env
   a local model  start Ollama, vLLM, llama.cpp, LM Studio or SGLang, then again
-  neither        ccfix --demo      an embedded model: no key, no network"""
+  neither        {0} --demo
+                 an embedded model: no key, no network"""
 
 
-def local_servers(places=LOCAL_SERVERS):
+def local_servers():
     """[(title, base URL, [model names])] of the model servers that answer on their usual ports of this machine."""
     upstream, found = Upstream(GLANCE_SECONDS, GLANCE_SECONDS), []
-    for title, port_ in places:
+    for title, port_ in LOCAL_SERVERS:
         base = "http://127.0.0.1:%d/v1" % port_
         try:
             answer = got_json(upstream, base + "/models", GLANCE_SECONDS)
@@ -7171,6 +7259,12 @@ def patience(limit):
     return wait
 
 
+def program():
+    """What the user types to start this program."""
+    name = os.path.basename(sys.argv[0] or "")
+    return "python3 " + name if name.endswith(".py") else name or "ccfix"
+
+
 def find_target(config):
     """Where nothing is configured, aim at a model server on this machine, and say so. Raises Usage when there is none,
     or when what is configured cannot work."""
@@ -7179,7 +7273,7 @@ def find_target(config):
         return check_target(settings)
     servers, wanted = local_servers(), settings.target_model if settings.origins["target_model"] != "default" else ""
     if not servers:
-        raise Usage(NO_TARGET)
+        raise Usage(NO_TARGET.format(program()))
     title, base, models = next((row for row in servers if wanted in row[2]), servers[0])
     model = wanted or models[0]
     found = {"TARGET_API_BASE": base, "TARGET_MODEL": model}
@@ -7549,6 +7643,9 @@ def models_url(plan):
     return urllib.parse.urlunsplit((parts.scheme, parts.netloc, path, parts.query, ""))
 
 
+TLS_WORDS = {False: ", TLS verified", True: ", TLS NOT verified (INSECURE): anyone on the way can read the key"}
+
+
 def is_reachable(tester):
     """Name, network, proxy and TLS: any HTTP answer will do."""
     plan = tester.plan()
@@ -7556,7 +7653,7 @@ def is_reachable(tester):
     tester.models = model_names(as_dict(json_or_none(raw))) if status == 200 else []
     way = tester.proxy.upstream(tester.settings).route(plan.base)
     tester.proxy.probe(plan, patience(10))
-    return ok(host_port(way.host, way.port) + " answers" + (", TLS verified" if way.scheme == "https" and not tester.settings.insecure else "")
+    return ok(host_port(way.host, way.port) + " answers" + (TLS_WORDS[tester.settings.insecure] if way.scheme == "https" else "")
               + (", through the proxy " + host_port(*way.proxy) if way.proxy else "") + "; profile " + tester.plan().profile.name)
 
 
@@ -7567,7 +7664,7 @@ def takes_key(tester):
     except ProxyError as error:
         if error.kind in ("auth", "billing", "policy", "connect"):
             return failed(error)
-        return Verdict("skip", "not to be told: " + error.message, "") if error.kind != "overflow" else ok("accepted")
+        return Verdict("skip", "not to be told: the question failed otherwise, see below", "")
     return ok("accepted" if tester.plan().key else "none given, none needed")
 
 
@@ -7585,8 +7682,10 @@ def has_model(tester):
     near = difflib.get_close_matches(plan.model, tester.models, 4, 0.4)
     near += [name for name in tester.models if plan.model.lower() in name.lower() and name not in near]
     shown = near or tester.models
-    return fail("the provider has no model %s" % plan.model,
-                ("-m with one of: " + cut(", ".join(shown[:12]), 300)) if shown else ADVICE["model"] + "; " + ADVICE["path"])
+    fix = "-m with one of: " + cut(", ".join(shown[:12]), 300) if shown else ADVICE["model"]
+    if kind == "path":
+        return fail("the provider has no such address, or no model %s" % plan.model, ADVICE["path"] + "; or " + fix)
+    return fail("the provider has no model %s" % plan.model, fix)
 
 
 def answers_plainly(tester):
@@ -7918,8 +8017,8 @@ def init(config, options):
         write_private(path, env_template(values))
     except OSError as e:
         raise Usage("%s cannot be written: %s" % (path, e.strerror or e))
-    say("ccfix: wrote %s (only you can read it). Next: ccfix check, then ccfix run, or ccfix and in" % path,
-        "~/.claude/settings.json:", out=sys.stderr)
+    say("ccfix: wrote %s (only you can read it). Next: `%s check`, then `%s run`;" % (path, program(), program()),
+        "or `%s`, with this in ~/.claude/settings.json:" % program(), out=sys.stderr)
     key = settings.anthropic_api_key or "ccfix"
     lines = {"ANTHROPIC_BASE_URL": "http://127.0.0.1:%d" % settings.proxy_port, "ANTHROPIC_AUTH_TOKEN": key}
     plan = plan_for(settings, "", lambda base, model: profile_for(base, model, settings.profile)._replace(context=settings.max_context))
@@ -7969,8 +8068,8 @@ def install(config, options):
     """Copy this file to a folder of the user's on the PATH, as ccfix and ccf."""
     windows = os.name == "nt"
     folder = os.path.abspath(options.dir or install_folder(windows, os.environ, config.home))
-    source = os.path.abspath(__file__)
-    files = installed_files(windows, file_text(source), sys.executable)
+    with open(os.path.abspath(__file__), encoding="utf-8") as file:
+        files = installed_files(windows, file.read(), sys.executable)
     foreign = [name for name in files if not is_ours(os.path.join(folder, name))]
     if foreign and not options.force:
         raise Usage("%s is another program's; --force replaces it, --dir DIR takes another folder" % os.path.join(folder, foreign[0]))
@@ -8029,7 +8128,7 @@ def open_page(config, options):
     finally:
         upstream.close()
     if not running:
-        say("ccfix: no ccfix is running at %s; start it (ccfix), or name its port with -p" % url, out=sys.stderr)
+        say("ccfix: no ccfix is running at %s; start it (%s), or name its port with -p" % (url, program()), out=sys.stderr)
         return 1
     say(url)
     import webbrowser

@@ -5,8 +5,10 @@ Further real-server and real-client checks are in .ci/. With ../shared/vectors b
 """
 import ast
 import base64
+import contextlib
 import copy
 import email.message
+import gc
 import glob
 import gzip
 import http.client
@@ -17,6 +19,7 @@ import os
 import random
 import re
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -147,6 +150,8 @@ class FakeWires(object):
     def close(self):
         """Nothing is open."""
 
+    close_idle = close
+
 
 def sse(*chunks, **kwargs):
     """The bytes of an OpenAI stream; kwargs: done=False leaves out [DONE]."""
@@ -220,6 +225,1186 @@ def answered(answer, *messages, **fields):
     if error:
         raise error
     return ccfix.assemble(events)
+
+
+# ======================================================================================================
+# 2  Errors
+# ======================================================================================================
+
+def provider_error(status, body, headers=None):
+    """What an upstream's error becomes; body: a dict, list, text or bytes."""
+    raw = body if isinstance(body, bytes) else (body if isinstance(body, str) else json.dumps(body)).encode("utf-8")
+    return ccfix.upstream_error(status, headers or {}, raw)
+
+
+OVERFLOWS = (
+    # (who, the text, prompt, maximum): upstreams.md 3.2. 0: the text does not tell it.
+    ("OpenAI", "This model's maximum context length is 8192 tokens. However, your messages resulted in 10050 tokens. Please reduce the length of the messages.", 10050, 8192),
+    ("OpenAI with tools", "This model's maximum context length is 128000 tokens. However, your messages resulted in 130050 tokens (120000 in the messages, 10050 in the functions)."
+     " Please reduce the length of the messages or functions.", 130050, 128000),
+    ("gpt-5", "Input tokens exceed the configured limit of 272000 tokens. Your messages resulted in 280123 tokens. Please reduce the length of the messages.", 280123, 272000),
+    ("OpenAI, no numbers", "Your input exceeds the context window of this model. Please adjust your input and try again.", 0, 0),
+    ("SGLang", "The input (41000 tokens) is longer than the model's context length (32768 tokens).", 41000, 32768),
+    ("Together", "Input validation error: The input (41000 tokens) is longer than the model's context length (32768 tokens).", 41000, 32768),
+    ("llama.cpp, text", "request (70123 tokens) exceeds the available context size (65536 tokens), try increasing it", 70123, 65536),
+    ("LM Studio", "Trying to keep the first 9001 tokens when context the overflows. However, the model is loaded with context length of only 4096 tokens, which is not enough.", 9001, 4096),
+    ("LM Studio, newer", "The number of tokens to keep from the initial prompt is greater than the context length", 0, 0),
+    ("Ollama", "the prompt is longer than the context length currently available to the model", 0, 0),
+    ("Ollama, cloud", "prompt too long; exceeded max context length by 500 tokens", 0, 0),
+    ("Ollama, old", "input length exceeds the context length", 0, 0),
+    ("Gemini", "The input token count (1200000) exceeds the maximum number of tokens allowed (1048576).", 1200000, 1048576),
+    ("Gemini, older", "The input token count (1200000) exceeds the maximum number of tokens allowed 1048576.", 1200000, 1048576),
+    ("xAI", "This model's maximum prompt length is 131072 but the request contains 140000 tokens.", 140000, 131072),
+    ("Groq", "Please reduce the length of the messages or completion.", 0, 0),
+    ("Mistral", "Prompt contains 40000 tokens and 0 draft tokens, too large for model with 32768 maximum context length", 40000, 32768),
+    ("Moonshot", "Invalid request: Your request exceeded model token limit: 131072 (requested: 140001)", 140001, 131072),
+    ("MiniMax", "invalid params, context window exceeds limit (2013)", 0, 0),
+    ("Z.ai", "Prompt exceeds max length", 0, 0),
+    ("DashScope", "<400> InternalError.Algo.InvalidParameter: Range of input length should be [1, 129024]", 0, 129024),
+    ("Copilot", "prompt token count of 70000 exceeds the limit of 64000", 70000, 64000),
+    ("Bedrock", "Input is too long for requested model", 0, 0),
+    ("Anthropic", "prompt is too long: 208310 tokens > 200000 maximum", 208310, 200000),
+    ("GitHub Models", "Request body too large for gpt-4.1 model. Max size: 8000 tokens.", 0, 8000),
+    ("LiteLLM", "litellm.ContextWindowExceededError: litellm.BadRequestError: ContextWindowExceededError: OpenAIException - This model's maximum context length is 8192 tokens."
+     " However, your messages resulted in 10050 tokens.", 10050, 8192),
+)
+BOTH = (
+    # (who, the text, (prompt, output, maximum)): prompt and output together do not fit; a smaller output does
+    ("OpenAI-likes", "This model's maximum context length is 32768 tokens. However, you requested 42000 tokens (10000 in the messages, 32000 in the completion).", (10000, 32000, 32768)),
+    ("vLLM 2026", "This model's maximum context length is 32768 tokens. However, you requested 32000 output tokens and your prompt contains at least 10000 input tokens, for a total"
+     " of at least 42000 tokens. Please reduce the length of the input prompt or the number of requested output tokens.", (10000, 32000, 32768)),
+    ("SGLang", "Requested token count exceeds the model's maximum context length of 32768 tokens. You requested a total of 42000 tokens: 10000 tokens from the input messages"
+     " and 32000 tokens for the completion.", (10000, 32000, 32768)),
+    ("OpenRouter", "This endpoint's maximum context length is 32768 tokens. However, you requested about 42000 tokens (10000 of text input, 0 of tool input, 32000 in the output).",
+     (10000, 32000, 32768)),
+    ("Anthropic-style", "input length and `max_tokens` exceed context limit: 10000 + 32000 > 32768, decrease input length or `max_tokens` and try again", (10000, 32000, 32768)),
+)
+NOT_OVERFLOW = (
+    # (status, text, the type that it is instead)
+    (400, "Invalid 'messages[11].tool_calls[0].id': string too long. Expected a string with maximum length 40, but got a string with length 50 instead.", "invalid_request_error"),
+    (400, "litellm.ContextWindowExceededError: Invalid 'messages[1].tool_calls[0].id': string too long.", "invalid_request_error"),
+    (429, "Rate limit reached: too many tokens per minute", "rate_limit_error"),
+    (429, "Request too many: the context size limit is per minute", "rate_limit_error"),
+    (400, "max_tokens is too large: 64000. This model supports at most 4096 completion tokens, whereas you provided 64000.", "invalid_request_error"),
+    (400, "Invalid max_tokens value, the valid range of max_tokens is [1, 8192]", "invalid_request_error"),
+    (400, "`max_completion_tokens` must be less than or equal to `40960`, the maximum value for `max_completion_tokens` is less than the `context_window` for this model", "invalid_request_error"),
+    (401, "the prompt is too long", "authentication_error"),
+)
+
+
+class TestOverflow(unittest.TestCase):
+    """One text by which every version of Claude Code compacts: `prompt is too long: N tokens > M maximum`, HTTP 400."""
+
+    def test_all_texts_in_the_usual_envelopes(self):
+        for who, text, prompt, limit in OVERFLOWS:
+            for status in (400, 413, 422, 500):
+                for body in ({"error": {"message": text, "type": "x"}}, {"error": text}, {"object": "error", "message": text}, {"detail": text}, text, [{"error": {"message": text}}],
+                             {"error": {"message": "Provider returned error", "metadata": {"raw": json.dumps({"error": {"message": text}})}}}):
+                    with self.subTest(who, status=status, body=body):
+                        error = provider_error(status, body)
+                        self.assertEqual((error.status, error.type, error.kind), (400, "invalid_request_error", "overflow"))
+                        found = re.match(r"prompt is too long: (\d+) tokens > (\d+) maximum\Z", error.message)
+                        self.assertTrue(found, error.message)
+                        shown = tuple(map(int, found.groups()))
+                        if prompt and limit:
+                            self.assertEqual(shown, (prompt, limit))
+                        self.assertGreater(shown[0], shown[1])
+
+    def test_numbers_that_the_text_lacks_come_from_the_request_and_the_settings(self):
+        for who, text, prompt, limit in OVERFLOWS:
+            with self.subTest(who):
+                proxy, wires = proxy_with(lambda sent: FakeReply(400, {}, [json.dumps({"error": {"message": text}}).encode()]), MAX_CONTEXT="30000")
+                events, error = ask(proxy, request("x" * 200000))
+                shown = tuple(map(int, re.match(r"prompt is too long: (\d+) tokens > (\d+) maximum\Z", error.message).groups()))
+                self.assertEqual((error.status, len(wires.sent), events), (400, 1, []))
+                if prompt and limit:
+                    self.assertEqual(shown, (prompt, limit))
+                else:
+                    self.assertEqual(shown[1], limit or 30000)
+                    self.assertGreater(shown[0], max(shown[1], 45000 if not prompt else 0))
+
+    def test_llamacpp_tells_numbers_in_fields(self):
+        body = {"error": {"code": 400, "message": "the request exceeds the available context size, try increasing it", "type": "exceed_context_size_error", "n_prompt_tokens": 71234, "n_ctx": 65536}}
+        self.assertEqual(provider_error(400, body).message, "prompt is too long: 71234 tokens > 65536 maximum")
+
+    def test_a_telling_code_is_enough(self):
+        for code in ("context_length_exceeded", "model_max_prompt_tokens_exceeded"):
+            self.assertEqual(provider_error(400, {"error": {"message": "No.", "code": code}}).kind, "overflow")
+
+    def test_one_request_above_the_tokens_per_minute_is_overflow_too(self):
+        groq = "Request too large for model `m` in organization `o` service tier `on_demand` on tokens per minute (TPM): Limit 6000, Requested 9123, please reduce your message size"
+        openai = "Request too large for gpt-4o in organization org-x on tokens per min (TPM): Limit 30000, Requested 44870. The input or output tokens must be reduced in order to run successfully."
+        self.assertEqual(provider_error(413, {"error": {"message": groq, "code": "rate_limit_exceeded"}}).message, "prompt is too long: 9123 tokens > 6000 maximum")
+        self.assertEqual(provider_error(429, {"error": {"message": openai, "code": "rate_limit_exceeded"}}).message, "prompt is too long: 44870 tokens > 30000 maximum")
+
+    def test_what_only_looks_similar(self):
+        for status, text, kind in NOT_OVERFLOW:
+            with self.subTest(text):
+                error = provider_error(status, {"error": {"message": text}})
+                self.assertEqual(error.type, kind)
+                self.assertNotIn("prompt is too long:", error.message)
+
+    def test_prompt_and_output_together_are_told_apart(self):
+        for who, text, numbers in BOTH:
+            with self.subTest(who):
+                error = provider_error(400, {"error": {"message": text}})
+                self.assertEqual((error.kind, error.numbers), ("overflow", numbers))
+                changes, room = ccfix.room_after(error, ccfix.DEFAULT, 40000)
+                self.assertEqual(changes["context"], numbers[2])
+                self.assertTrue(1024 <= room <= numbers[2] - numbers[0])
+        full = provider_error(400, BOTH[0][1].replace("10000 in", "32700 in"))
+        self.assertEqual(ccfix.room_after(full, ccfix.DEFAULT, 40000), ({}, 0))
+
+
+KEYS = "The provider refused the key; mend TARGET_API_KEY (-k): "
+ERRORS = (
+    # (name, status, body, headers, (status, type, message part), x-should-retry, retry-after)
+    ("OpenAI's shape", 400, {"error": {"message": "Bad thing", "type": "invalid_request_error", "param": None, "code": None}}, {}, (424, "invalid_request_error", "Bad thing"), None, None),
+    ("Gemini's list", 400, [{"error": {"code": 400, "message": "Bad thing", "status": "INVALID_ARGUMENT"}}], {}, (424, "invalid_request_error", "Bad thing"), None, None),
+    ("a string error", 400, {"error": "Bad thing", "code": "x"}, {}, (424, "invalid_request_error", "Bad thing"), None, None),
+    ("Cerebras, flat", 400, {"message": "Bad thing", "type": "invalid_request_error", "code": "wrong_api_format"}, {}, (424, "invalid_request_error", "Bad thing"), None, None),
+    ("Mistral, an object as message", 422, {"object": "error", "message": {"detail": [{"msg": "Bad thing"}]}}, {}, (424, "invalid_request_error", "Bad thing"), None, None),
+    ("FastAPI, text", 422, {"detail": "Bad thing"}, {}, (424, "invalid_request_error", "Bad thing"), None, None),
+    ("FastAPI, list", 422, {"detail": [{"loc": ["body", "x"], "msg": "Bad thing"}]}, {}, (424, "invalid_request_error", "Bad thing"), None, None),
+    ("RFC 7807", 400, {"title": "Bad Request", "status": 400, "detail": "Bad thing"}, {}, (424, "invalid_request_error", "Bad thing"), None, None),
+    ("Anthropic's shape", 400, {"type": "error", "error": {"type": "invalid_request_error", "message": "Bad thing"}}, {}, (424, "invalid_request_error", "Bad thing"), None, None),
+    ("plain text", 400, "Bad thing", {}, (424, "invalid_request_error", "Bad thing"), None, None),
+    ("empty", 400, "", {}, (424, "invalid_request_error", "HTTP 400"), None, None),
+    ("no UTF-8", 400, b"\xff\xfe{", {}, (424, "invalid_request_error", ""), None, None),
+    ("a nesting bomb", 400, "[" * 100000, {}, (424, "invalid_request_error", ""), None, None),
+    ("JSON that is no object", 400, "[]", {}, (424, "invalid_request_error", ""), None, None),
+    ("the cause inside OpenRouter's metadata", 400, {"error": {"message": "Provider returned error", "code": 400, "metadata": {"raw": "{\"error\":{\"message\":\"Bad thing\"}}", "provider_name": "X"}}}, {},
+     (424, "invalid_request_error", "Provider returned error: Bad thing"), None, None),
+
+    ("a bad key", 401, {"error": {"message": "no such key"}}, {}, (401, "authentication_error", KEYS + "no such key"), "false", None),
+    ("forbidden", 403, {"error": {"message": "moderated"}}, {}, (403, "permission_error", "moderated"), "false", None),
+    ("402", 402, {"error": {"message": "Insufficient Balance"}}, {}, (402, "billing_error", "no credit"), "false", None),
+    ("OpenAI's quota comes as 429", 429, {"error": {"message": "You exceeded your current quota, please check your plan and billing details.", "code": "insufficient_quota"}}, {"retry-after": "5"},
+     (402, "billing_error", "no credit"), "false", None),
+    ("MiniMax's balance as a 500", 500, {"type": "error", "error": {"type": "api_error", "message": "insufficient balance (1008)"}}, {}, (402, "billing_error", "no credit"), "false", None),
+    ("DashScope's arrears", 400, {"error": {"code": "Arrearage", "message": "Access denied, please make sure your account is in good standing."}}, {}, (402, "billing_error", "no credit"), "false", None),
+    ("OpenRouter: more than can be paid", 402, {"error": {"message": "You requested up to 32000 tokens, but can only afford 4200"}}, {}, (402, "billing_error", "can only afford"), "false", None),
+
+    ("a rate limit", 429, {"error": {"message": "slow down"}}, {"retry-after": "7"}, (429, "rate_limit_error", "slow down"), None, "7"),
+    ("a fraction is rounded up", 429, {"error": {"message": "slow down"}}, {"retry-after": "1.2"}, (429, "rate_limit_error", "slow down"), None, "2"),
+    ("a date is not understood", 429, {"error": {"message": "slow down"}}, {"retry-after": "Wed, 21 Oct 2026 07:28:00 GMT"}, (429, "rate_limit_error", "slow down"), None, None),
+    ("Gemini's RetryInfo", 429, [{"error": {"code": 429, "message": "quota per minute", "details": [{"@type": "RetryInfo", "retryDelay": "37s"}]}}], {}, (429, "rate_limit_error", "quota"), None, "37"),
+    ("Azure's words", 429, {"error": {"code": "429", "message": "Please retry after 26 seconds."}}, {}, (429, "rate_limit_error", "26"), None, "26"),
+    ("Groq's words", 429, {"error": {"message": "Rate limit reached. Please try again in 7.66s."}}, {}, (429, "rate_limit_error", ""), None, "8"),
+    ("Moonshot's overload as 429", 429, {"error": {"type": "engine_overloaded_error", "message": "The engine is currently overloaded, please try again later"}}, {}, (529, "overloaded_error", "overloaded"), None, None),
+    ("503", 503, {"error": {"message": "x"}}, {"retry-after": "3"}, (529, "overloaded_error", "overloaded"), None, "3"),
+    ("llama.cpp is loading", 503, {"error": {"code": 503, "message": "Loading model", "type": "unavailable_error"}}, {}, (529, "overloaded_error", "Loading"), None, None),
+    ("529", 529, {"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}}, {}, (529, "overloaded_error", "Overloaded"), None, None),
+    ("500", 500, {"error": {"message": "oops"}}, {}, (502, "api_error", "The provider failed: oops"), None, None),
+    ("a page of 502", 502, "<html><head><title>502 Bad Gateway</title></head><body><h1>502 Bad Gateway</h1><p>secret stuff</p></body></html>", {}, (502, "api_error", "502 Bad Gateway"), None, None),
+    ("a page of 524", 524, "<!DOCTYPE html><title>A timeout occurred</title>", {}, (504, "timeout_error", "A timeout occurred"), None, None),
+    ("408", 408, "", {}, (504, "timeout_error", "too long"), None, None),
+    ("a page of 413", 413, "<html><head><title>413 Request Entity Too Large</title></head></html>", {}, (413, "request_too_large", "413"), None, None),
+    ("a page of 403", 403, "<html><title>Attention Required! | Cloudflare</title></html>", {}, (403, "permission_error", "Cloudflare"), "false", None),
+
+    ("no such model, OpenAI", 404, {"error": {"message": "The model `x` does not exist or you do not have access to it.", "code": "model_not_found"}}, {}, (404, "not_found_error", "TARGET_MODEL"), "false", None),
+    ("no such model, Ollama", 404, {"error": {"message": "model 'x' not found"}}, {}, (404, "not_found_error", "TARGET_MODEL"), "false", None),
+    ("no such model, Z.ai's 400", 400, {"error": {"code": "1214", "message": "modelCode: does not exist"}}, {}, (404, "not_found_error", "TARGET_MODEL"), "false", None),
+    ("no such address", 404, "404 page not found", {}, (404, "not_found_error", "TARGET_API_BASE"), "false", None),
+    ("wrong method", 405, "", {}, (404, "not_found_error", "TARGET_API_BASE"), "false", None),
+    ("NIM: gone", 410, {"title": "Gone", "detail": "The model has reached its end of life"}, {}, (404, "not_found_error", "TARGET_MODEL"), "false", None),
+    ("only the responses API", 404, {"error": {"message": "This model is only supported in v1/responses and not in v1/chat/completions."}}, {}, (404, "not_found_error", "v1/responses"), "false", None),
+    ("Groq's malformed call", 400, {"error": {"message": "Failed to call a function.", "code": "tool_use_failed", "failed_generation": "<x>"}}, {}, (500, "api_error", "malformed tool call"), None, None),
+    ("a template that fails is permanent", 500, {"error": {"code": 500, "message": "Jinja Exception: roles must alternate", "type": "server_error"}}, {}, (424, "invalid_request_error", "Jinja"), None, None),
+    ("Azure's content filter", 400, {"error": {"code": "content_filter", "message": "The response was filtered"}}, {}, (424, "invalid_request_error", "filtered"), None, None),
+    ("418", 418, "", {}, (424, "invalid_request_error", "418"), None, None),
+)
+
+
+class TestUpstreamErrors(unittest.TestCase):
+
+    def test_rows(self):
+        for name, status, body, headers, wanted, retry, after in ERRORS:
+            with self.subTest(name):
+                error = provider_error(status, body, headers)
+                self.assertEqual((error.status, error.type), wanted[:2], error.message)
+                self.assertIn(wanted[2], error.message)
+                self.assertEqual((error.headers.get("x-should-retry"), error.headers.get("retry-after")), (retry, after))
+                self.assertEqual(error.body("req_1"), {"type": "error", "error": {"type": error.type, "message": error.message}, "request_id": "req_1"})
+                self.assertTrue(error.message)
+                self.assertNotIn("<", error.message.replace("<x>", ""))
+
+    def test_no_error_of_a_provider_is_a_plain_400_but_overflow(self):
+        """Claude Code sends a 400 up to six times."""
+        for status in range(300, 600):
+            for text in ("x", "", "{}", "null", "[[]]"):
+                error = provider_error(status, text)
+                self.assertNotEqual(error.status, 400)
+                self.assertEqual(error.kind == "billing" and error.retry, False)
+
+    def test_soup(self):
+        random_ = random.Random(2)
+        parts = (None, 5, "", "x", [], {}, [None], {"message": None}, {"message": {"a": 1}}, {"code": []}, {"error": {"error": {}}}, {"metadata": {"raw": 5}}, {"raw": "{"}, "overloaded", True)
+        for _ in range(800):
+            body = {key: random_.choice(parts) for key in random_.sample(("error", "message", "detail", "base_resp", "code", "type", "status", "title", "msg", "x_groq"), 4)}
+            if random_.random() < 0.4:
+                body["error"] = {key: random_.choice(parts) for key in ("message", "code", "type", "metadata")}
+            error = provider_error(random_.choice((200, 400, 422, 429, 500, 503)), body if random_.random() < 0.9 else [body])
+            self.assertIsInstance(error.message, str)
+            json.dumps(error.body())
+            found = ccfix.error_in_reply(body)
+            self.assertTrue(found is None or isinstance(found, ccfix.UpstreamError))
+
+    def test_errors_inside_a_200(self):
+        rows = (
+            ({"choices": []}, None), ({"error": None, "choices": []}, None), ({"base_resp": {"status_code": 0, "status_msg": "success"}}, None), ({"x_groq": {"id": "r"}}, None),
+            ({"error": {"message": "boom"}}, (502, "api_error")), ({"error": {"message": "boom", "code": 429}}, (429, "rate_limit_error")),
+            ({"error": {"message": "boom", "code": "503"}}, (529, "overloaded_error")), ({"error": {"message": "slow", "type": "rate_limit_error"}}, (429, "rate_limit_error")),
+            ({"error": {"message": "m", "type": "invalid_request_error"}}, (424, "invalid_request_error")), ({"error": "boom"}, (502, "api_error")),
+            ({"code": "The service is currently unavailable", "error": "try later"}, (529, "overloaded_error")), ({"x_groq": {"error": "over capacity"}}, (529, "overloaded_error")),
+            ({"base_resp": {"status_code": 1008, "status_msg": "insufficient balance"}, "choices": None}, (402, "billing_error")),
+            ({"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}}, (529, "overloaded_error")),
+            ({"error": {"message": "prompt is too long: 9 tokens > 8 maximum"}}, (400, "invalid_request_error")),
+        )
+        for body, wanted in rows:
+            with self.subTest(body):
+                error = ccfix.error_in_reply(body)
+                self.assertEqual(error and (error.status, error.type), wanted)
+
+    def test_what_is_worth_another_try(self):
+        for status, wanted in ((408, True), (429, True), (500, True), (502, True), (503, True), (504, True), (529, True), (400, False), (401, False), (402, False), (403, False), (404, False), (413, False), (422, False)):
+            self.assertEqual(provider_error(status, "x").retry, wanted, status)
+        self.assertFalse(provider_error(429, "insufficient_quota").retry)
+
+
+# ======================================================================================================
+# 3  Settings
+# ======================================================================================================
+
+DOTENV = (
+    # (line, name, value)
+    ("A=b", "b"), ("export A=b", "b"), ("set A=b", "b"), ("  A = b  ", "b"), ("A=b # note", "b"), ("A=b#c", "b#c"), ("A=#note", ""), ("A= # note", ""), ("A=", ""),
+    ('A="b c"', "b c"), ('A="b # c" # note', "b # c"), ("A='b # c'", "b # c"), ("A='b\\nc'", "b\\nc"), ('A="b\\nc"', "b\nc"), ('A="say \\"hi\\""', 'say "hi"'), ('A="C:\\\\x"', "C:\\x"),
+    ('A="C:\\dir"', "C:\\dir"), ('A=""', ""), ("A=''", ""), ("\ufeffA=b", "b"), ("A=b\r", "b"), ("A=x=y==", "x=y=="), ('A={"a": "b"}', '{"a": "b"}'), ("A=it's", "it's"), ("A=\t b\t", "b"),
+    ("export\tA=b", "b"), ('A="\u4f60"', "\u4f60"), ("A=\"open", '"open'),
+)
+
+
+class TestDotenv(unittest.TestCase):
+    """.env as people write it."""
+
+    def test_lines(self):
+        for line, value in DOTENV:
+            for before, after in (("", ""), ("# note\n\n", "\nB=1\n"), ("B=1\r\n", "\r\nC=2\r\n")):
+                if line.startswith("\ufeff") and before:
+                    continue
+                with self.subTest(line, before=before):
+                    self.assertEqual(ccfix.dotenv(before + line + after).get("A"), value)
+
+    def test_lines_that_say_nothing(self):
+        self.assertEqual(ccfix.dotenv("# A=b\n#A=b\njust words\n=b\n1A=b\n\n[section]\n"), {})
+
+    def test_the_last_of_two_counts(self):
+        self.assertEqual(ccfix.dotenv("A=1\nA=2\n"), {"A": "2"})
+
+    def test_values_are_written_as_they_are_read(self):
+        for value in ("x", "a b", 'say "hi"', "back\\slash", "\\n", "line\nline", "# note", "a #b", "it's", "", "$HOME", "\u4f60", '{"a": "b\\n"}', " edge "):
+            with self.subTest(value):
+                self.assertEqual(ccfix.dotenv("A=" + ccfix.quoted_value(value))["A"], value)
+
+    def test_the_template_holds_every_setting_and_reads_back(self):
+        values = {"TARGET_API_KEY": 'k "1"', "EXTRA_BODY": '{"a": {"b": null}}'}
+        template = ccfix.env_template(values)
+        self.assertEqual(ccfix.dotenv(template), values)
+        for setting in ccfix.SETTINGS:
+            self.assertIn(setting.env + "=", template)
+        uncommented = re.sub(r"(?m)^#(?=[A-Z_]+=)", "", template)
+        self.assertEqual(vars(ccfix.Settings([("t", ccfix.dotenv(uncommented))])).keys(), vars(ccfix.Settings()).keys())
+
+
+class TestLayers(unittest.TestCase):
+
+    def test_the_first_layer_that_has_a_value_wins(self):
+        layers = [("the command line", {"TARGET_MODEL": "1"}), ("the environment", {"TARGET_MODEL": "2", "PROXY_PORT": "2"}),
+                  (".env", {"TARGET_MODEL": "3", "PROXY_PORT": "3", "DISGUISE_MODEL": "3"}), ("~/.claude/settings.json", {"DISGUISE_MODEL": "4", "DISGUISE_API_BASE": "https://four"})]
+        settings = ccfix.Settings(layers)
+        got = {name: (getattr(settings, name), settings.origins[name]) for name in ("target_model", "proxy_port", "disguise_model", "disguise_api_base", "proxy_host")}
+        self.assertEqual(got, {"target_model": ("1", "the command line"), "proxy_port": (2, "the environment"), "disguise_model": ("3", ".env"),
+                               "disguise_api_base": ("https://four", "~/.claude/settings.json"), "proxy_host": ("127.0.0.1", "default")})
+
+    def test_empty_means_not_set(self):
+        settings = ccfix.Settings([("the environment", {"TARGET_MODEL": ""}), (".env", {"TARGET_MODEL": "m"})])
+        self.assertEqual((settings.target_model, settings.origins["target_model"]), ("m", ".env"))
+
+    def test_claude_settings_give_the_disguise(self):
+        layer = ccfix.claude_layer('{"env": {"ANTHROPIC_MODEL": "Opus 4.8[1m]", "ANTHROPIC_BASE_URL": "https://x", "ANTHROPIC_API_KEY": "no", "OTHER": "no"}, "model": "no"}')
+        self.assertEqual(layer, {"DISGUISE_MODEL": "Opus 4.8[1m]", "DISGUISE_API_BASE": "https://x"})
+        for odd in ("", "{", "[]", "5", '{"env": 5}', '{"env": {"ANTHROPIC_MODEL": 5}}', '{"env": null}'):
+            self.assertEqual(ccfix.claude_layer(odd), {})
+
+    def test_the_defaults_of_the_original(self):
+        settings = ccfix.Settings()
+        got = {name: getattr(settings, name) for name in ("target_api_base", "target_model", "target_timeout", "proxy_host", "proxy_port", "anthropic_api_key", "attach_fields")}
+        self.assertEqual(got, {"target_api_base": "https://api.openai.com/v1", "target_model": "gpt-4o", "target_timeout": 300, "proxy_host": "127.0.0.1", "proxy_port": 8080,
+                               "anthropic_api_key": "", "attach_fields": "auto"})
+
+    def test_wrong_values_name_setting_origin_and_what_is_allowed(self):
+        rows = (
+            ("PROXY_PORT", "80a", "port number"), ("PROXY_PORT", "65536", "port number"), ("PROXY_PORT", "-1", "port number"), ("TARGET_TIMEOUT", "soon", "seconds"), ("TARGET_TIMEOUT", "0", "seconds"),
+            ("TARGET_TIMEOUT", "nan", "seconds"), ("TARGET_RETRIES", "-1", "whole number"), ("TARGET_RETRIES", "1.5", "whole number"), ("TARGET_FORMAT", "claude", "auto, openai, anthropic"),
+            ("ATTACH_FIELDS", "sometimes", "auto, always, never"), ("CACHE_ENABLED", "maybe", "true or false"), ("EXTRA_BODY", "{", "JSON object"), ("EXTRA_BODY", "[]", "JSON object"),
+            ("TARGET_API_BASE", "ftp://x", "https://"), ("TARGET_API_BASE", "http://", "https://"), ("TARGET_API_BASE", "http://x:y", "https://"), ("TARGET_API_BASE", "http://a b", "https://"),
+            ("TARGET_API_BASE", "http://x:99999", "https://"), ("TARGET_API_BASE", "http://[::1", "https://"), ("TARGET_MODEL", "a\nb", "one line"), ("LOG_LEVEL", "loud", "debug, info, warning, error"),
+            ("CACHE_KEY_MODE", "x", "prefix, full, none"),
+        )
+        for name, value, allowed in rows:
+            with self.subTest(name, value=value):
+                with self.assertRaises(ccfix.SettingError) as caught:
+                    ccfix.Settings([("the moon", {name: value})])
+                told_ = str(caught.exception)
+                for word in (name, "the moon", "allowed", allowed):
+                    self.assertIn(word, told_)
+
+    def test_a_wrong_secret_is_not_shown(self):
+        with self.assertRaises(ccfix.SettingError) as caught:
+            ccfix.Settings([("x", {"TARGET_API_KEY": "sk-secret\nsk-more"})])
+        self.assertNotIn("sk-secret", str(caught.exception))
+        with self.assertRaises(ccfix.SettingError) as caught:
+            ccfix.Settings([("x", {"EXTRA_HEADERS": '{"Authorization": "sk-secret"'})])
+        self.assertNotIn("sk-secret", str(caught.exception))
+
+    def test_base_urls_as_people_paste_them(self):
+        rows = (
+            ("https://api.x.com/v1", "https://api.x.com/v1"), ("https://api.x.com/v1/", "https://api.x.com/v1"), ("https://api.x.com", "https://api.x.com/v1"), ("https://api.x.com/", "https://api.x.com/v1"),
+            ("https://api.x.com/v1/chat/completions", "https://api.x.com/v1"), ("https://api.x.com/v1/chat/completions/", "https://api.x.com/v1"), ("api.x.com/v1", "https://api.x.com/v1"),
+            ("localhost:11434", "http://localhost:11434/v1"), ("127.0.0.1:8000/v1", "http://127.0.0.1:8000/v1"), ("http://[::1]:8000", "http://[::1]:8000/v1"), ("  https://api.x.com/v1 ", "https://api.x.com/v1"),
+            ("https://open.bigmodel.cn/api/paas/v4", "https://open.bigmodel.cn/api/paas/v4"), ("https://api.deepseek.com/anthropic", "https://api.deepseek.com/anthropic"),
+            ("https://x.openai.azure.com/openai/deployments/d/chat/completions?api-version=2024-06-01", "https://x.openai.azure.com/openai/deployments/d?api-version=2024-06-01"),
+            ("https://api.z.ai/api/anthropic/v1/messages", "https://api.z.ai/api/anthropic/v1"),
+        )
+        for pasted, wanted in rows:
+            with self.subTest(pasted):
+                self.assertEqual(ccfix.Settings([("x", {"TARGET_API_BASE": pasted})]).target_api_base, wanted)
+
+    def test_secrets_are_never_shown(self):
+        values = {setting.env: '{"x-key": "sk-secret"}' if setting.parse is ccfix.json_object else "sk-secret" for setting in ccfix.SETTINGS if setting.secret}
+        settings = ccfix.Settings([("x", dict(values, TARGET_API_BASE="https://user:pass-word@x/v1"))])
+        shown = json.dumps(settings.shown())
+        self.assertNotIn("sk-secret", shown)
+        self.assertNotIn("pass-word", shown)
+        self.assertEqual(settings.secrets(), ["sk-secret"])
+
+    def test_names_and_flags_are_used_once(self):
+        envs, flags = [s.env for s in ccfix.SETTINGS], [f for s in ccfix.SETTINGS for f in s.flags]
+        self.assertEqual((len(set(envs)), len(set(flags))), (len(envs), len(flags)))
+        table = ccfix.settings_table()
+        for setting in ccfix.SETTINGS:
+            self.assertIn("| `%s` |" % setting.env, table)
+            self.assertTrue(setting.help and "\n" not in setting.help and "|" not in setting.help)
+
+
+# ======================================================================================================
+# 4  Providers
+# ======================================================================================================
+
+FOUND = (
+    # (base URL, model, profile)
+    ("https://api.openai.com/v1", "gpt-4o", "openai"), ("https://api.openai.com/v1", "gpt-5", "openai-reasoning"), ("https://api.openai.com/v1", "o4-mini", "openai-reasoning"),
+    ("https://api.openai.com/v1", "gpt-5.1", "openai-gpt5.1"), ("https://api.openai.com/v1", "gpt-5.5", "openai-gpt5-tools"), ("https://api.openai.com/v1", "gpt-5.10", "openai-gpt5-tools"),
+    ("https://api.openai.com/v1", "ft:gpt-4o:x", "openai"), ("https://me.openai.azure.com/openai/v1", "gpt-4o", "azure"), ("https://me.openai.azure.com/openai/v1", "gpt-5", "azure-reasoning"),
+    ("https://api.deepseek.com/v1", "deepseek-chat", "deepseek"), ("https://api.deepseek.com", "deepseek-v4-pro", "deepseek"), ("https://api.deepseek.com/anthropic", "deepseek-v4-pro", "anthropic"),
+    ("https://dashscope.aliyuncs.com/compatible-mode/v1", "qwen-plus", "dashscope"), ("https://dashscope-intl.aliyuncs.com/compatible-mode/v1", "qwen3-max", "dashscope"),
+    ("https://dashscope.aliyuncs.com/apps/anthropic", "qwen3-max", "anthropic"), ("https://api.moonshot.ai/v1", "kimi-k2.5", "kimi"), ("https://api.moonshot.cn/v1", "kimi-k3", "kimi-k3"),
+    ("https://api.kimi.com/coding/v1", "kimi-for-coding", "anthropic"), ("https://api.moonshot.ai/anthropic", "kimi-k3", "anthropic"),
+    ("https://api.z.ai/api/paas/v4", "glm-5.3", "glm-5.3"), ("https://api.z.ai/api/paas/v4", "glm-4.6", "zai"), ("https://open.bigmodel.cn/api/anthropic", "glm-4.6", "anthropic"),
+    ("https://api.minimax.io/v1", "MiniMax-M2", "minimax"), ("https://api.mistral.ai/v1", "mistral-large", "mistral"), ("https://api.groq.com/openai/v1", "openai/gpt-oss-120b", "groq-gpt-oss"),
+    ("https://api.groq.com/openai/v1", "llama-3.3-70b", "groq"), ("https://api.x.ai/v1", "grok-4", "xai"), ("https://generativelanguage.googleapis.com/v1beta/openai", "gemini-3-pro", "gemini"),
+    ("https://openrouter.ai/api/v1", "openai/gpt-5", "openrouter"), ("https://openrouter.ai/api/v1", "z-ai/glm-5.3", "openrouter"), ("https://api.cerebras.ai/v1", "gpt-oss-120b", "cerebras"),
+    ("https://integrate.api.nvidia.com/v1", "deepseek-ai/deepseek-v4", "nim"), ("https://api.fireworks.ai/inference/v1", "x", "fireworks"), ("https://api.together.xyz/v1", "x", "together"),
+    ("https://api.siliconflow.cn/v1", "x", "siliconflow"), ("https://ark.cn-beijing.volces.com/api/v3", "x", "ark"), ("https://ark.cn-beijing.volces.com/api/coding", "x", "anthropic"),
+    ("https://api.githubcopilot.com", "gpt-4.1", "copilot"), ("http://localhost:11434/v1", "llama3", "ollama"), ("http://127.0.0.1:8000/v1", "x", "vllm"), ("http://localhost:1234/v1", "x", "lmstudio"),
+    ("http://localhost:30000/v1", "x", "sglang"), ("http://localhost:4000/v1", "x", "litellm"), ("http://[::1]:11434/v1", "x", "ollama"), ("http://elsewhere.example:11434/v1", "x", "default"),
+    ("https://proxy.example/v1", "gpt-5", "default"), ("https://notapi.openai.com.evil.example/v1", "gpt-4o", "default"), ("https://evilopenrouter.ai/v1", "x", "default"),
+    ("https://API.OPENAI.COM/v1", "gpt-4o", "openai"), ("http://10.0.0.5/v1", "x", "default"),
+)
+
+
+class TestProfiles(unittest.TestCase):
+
+    def test_the_platform_decides_before_the_model_does(self):
+        for base, model, wanted in FOUND:
+            with self.subTest(base, model=model):
+                self.assertEqual(ccfix.profile_for(base, model).name, wanted)
+
+    def test_what_the_server_says_of_itself_counts_where_the_address_does_not(self):
+        self.assertEqual(ccfix.profile_for("http://10.0.0.5:9000/v1", "x", owner="vllm").name, "vllm")
+        self.assertEqual(ccfix.profile_for("http://10.0.0.5:9000/v1", "x", owner="nobody").name, "default")
+
+    def test_forced(self):
+        self.assertEqual(ccfix.profile_for("https://proxy.example/v1", "x", forced="kimi").name, "kimi")
+        self.assertEqual(ccfix.profile_for("https://proxy.example/v1", "my-alias", forced="openai-reasoning").name, "openai-reasoning")
+        self.assertEqual(ccfix.profile_for("https://api.openai.com/v1", "gpt-5", forced="default").name, "default")
+        self.assertEqual(ccfix.profile_for("https://api.openai.com/v1", "x", format="anthropic").name, "anthropic")
+        self.assertEqual(ccfix.profile_for("https://api.z.ai/api/anthropic", "x", format="openai").name, "zai")
+        with self.assertRaises(ccfix.SettingError) as caught:
+            ccfix.profile_for("https://x/v1", "x", forced="kimmi")
+        for word in ("PROFILE", "kimmi", "kimi-k3"):
+            self.assertIn(word, str(caught.exception))
+
+    def test_state_belongs_to_the_host(self):
+        self.assertEqual(ccfix.profile_for("https://api.deepseek.com/v1", "x").scope, "api.deepseek.com")
+
+    def test_the_rows_are_sound(self):
+        names = [p.name for p in ccfix.PROFILES]
+        self.assertEqual(len(set(names)), len(names))
+        for profile in ccfix.PROFILES:
+            with self.subTest(profile.name):
+                self.assertTrue(profile.title and profile.source)
+                self.assertIn(profile.reasoning, ("",) + tuple(ccfix.REASONING))
+                self.assertTrue(set(profile.efforts) <= set(ccfix.LEVELS))
+                self.assertEqual(list(profile.efforts), sorted(profile.efforts, key=ccfix.LEVELS.index))
+                self.assertTrue(set(profile.tool_choice) <= {"none", "required", "named"})
+                self.assertIn(profile.json_format, ("", "json_object", "json_schema"))
+                self.assertIn(profile.replay, ("", "reasoning_content", "reasoning", "reasoning_details", "google"))
+                self.assertTrue(not profile.reasoning or profile.efforts or profile.reasoning in ("thinking", "adaptive", "enable_thinking", "kwargs"))
+                re.compile(profile.models)
+                self.assertEqual(ccfix.applied(profile, json.loads(json.dumps(profile._asdict()))), profile)
+
+    def test_the_table_shows_every_row_truthfully(self):
+        lines = ccfix.profiles_table().splitlines()
+        self.assertEqual(len(lines), 2 + len(ccfix.PROFILES))
+        for line, profile in zip(lines[2:], ccfix.PROFILES):
+            self.assertTrue(line.startswith("| `%s` | %s |" % (profile.name, profile.title)))
+            self.assertTrue(line.endswith("| %s |" % ("yes" if profile.tried else "no")))
+
+    def test_loopback(self):
+        for base, wanted in (("http://localhost:1/v1", True), ("http://127.5.5.5/v1", True), ("http://[::1]:80/v1", True), ("http://host.docker.internal:1/v1", True), ("https://localhost.evil.com/v1", False),
+                             ("http://10.0.0.1/v1", False), ("https://api.openai.com/v1", False)):
+            self.assertEqual(ccfix.is_loopback(base), wanted, base)
+
+
+# ======================================================================================================
+# 5  Request
+# ======================================================================================================
+
+def user(*blocks):
+    return {"role": "user", "content": [{"type": "text", "text": b} if isinstance(b, str) else b for b in blocks]}
+
+
+def said(*blocks):
+    return {"role": "assistant", "content": [{"type": "text", "text": b} if isinstance(b, str) else b for b in blocks]}
+
+
+def use(call_id, name="Read", **given):
+    return {"type": "tool_use", "id": call_id, "name": name, "input": given}
+
+
+def result(call_id, *content, **more):
+    """A tool_result; one str is string content, anything else a list of blocks."""
+    content = content[0] if len(content) == 1 and isinstance(content[0], str) else list(content)
+    return dict({"type": "tool_result", "tool_use_id": call_id, "content": content}, **more)
+
+
+def txt(text, **more):
+    return dict({"type": "text", "text": text}, **more)
+
+
+def png(data="AAAA"):
+    return {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": data}}
+
+
+PDF = {"type": "document", "title": "a.pdf", "source": {"type": "base64", "media_type": "application/pdf", "data": "JVBE"}}
+PNG_PART = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+
+
+# What is sent, in short: U(..) user, A(..) assistant, T(..) tool, S(..) system.
+def U(content):
+    return {"role": "user", "content": content}
+
+
+def S(content):
+    return {"role": "system", "content": content}
+
+
+def A(content="", *calls, **more):
+    """calls: (id, name, arguments text)"""
+    message = dict({"role": "assistant", "content": content}, **more)
+    if calls:
+        message["tool_calls"] = [{"id": i, "type": "function", "function": {"name": n, "arguments": a}} for i, n, a in calls]
+    return message
+
+
+def T(call_id, content):
+    return {"role": "tool", "tool_call_id": call_id, "content": content}
+
+
+def row(name):
+    """A provider's row by name."""
+    return next(p for p in ccfix.PROFILES if p.name == name)._replace(scope="host")
+
+
+def reminder(text):
+    return "<system-reminder>\n%s\n</system-reminder>" % text
+
+
+READ_CALL = said(use("toolu_1", path="a"))
+PLAIN = ccfix.DEFAULT._replace(scope="host")
+TEXT_ONLY = PLAIN._replace(images=False, name="text only")
+WITH_FILES = PLAIN._replace(files=True, name="with files")
+NO_PDF = ("[a PDF document (a.pdf) was here; this model cannot read PDF files. Convert it to text (for example with pdftotext), or read single "
+          "pages as images.]")
+
+MESSAGES = (
+    # (name, anthropic body, profile, openai messages)
+    ("a string is a plain string", request("hi"), PLAIN, [U("hi")]),
+    ("text blocks become one plain string", request(user("a", "b")), PLAIN, [U("a\n\nb")]),
+    ("system string", request("hi", system="Be brief."), PLAIN, [S("Be brief."), U("hi")]),
+    ("system blocks without the billing line",
+     request("hi", system=[txt("x-anthropic-billing-header: cc_version=2.1.168; cch=5a673;"), txt("A", cache_control={"type": "ephemeral"}), txt("B")]),
+     PLAIN, [S("A\n\nB"), U("hi")]),
+    ("billing line at the head of a system string", request("hi", system="x-anthropic-billing-header: cch=1;\nA"), PLAIN, [S("A"), U("hi")]),
+    ("an empty system says nothing", request("hi", system=[txt(" ")]), PLAIN, [U("hi")]),
+    ("no system role: its text leads the first user message", request("hi", system="A"), PLAIN._replace(system_role=False), [U("A\n\nhi")]),
+    ("no system role, and the assistant begins", request(said("yes"), "hi", system="A"), PLAIN._replace(system_role=False),
+     [U("A"), A("yes"), U("hi")]),
+
+    ("role system, string: stays where it is, as a reminder", request("hi", {"role": "system", "content": "date"}), PLAIN,
+     [U("hi\n\n" + reminder("date"))]),
+    ("role system, blocks", request("hi", {"role": "system", "content": [txt("a"), txt("b", cache_control={"type": "ephemeral"})]}), PLAIN,
+     [U("hi\n\n" + reminder("a\n\nb"))]),
+    ("role system, empty list with output_config", request("hi", {"role": "system", "content": [], "output_config": {"effort": "low"}}), PLAIN, [U("hi")]),
+    ("role system after tool results", request("hi", READ_CALL, user(result("toolu_1", "ok")), {"role": "system", "content": "news"}), PLAIN,
+     [U("hi"), A("", ("toolu_1", "Read", '{"path":"a"}')), T("toolu_1", "ok"), U(reminder("news"))]),
+    ("role system between call and result waits for the result",
+     request("hi", READ_CALL, {"role": "system", "content": "news"}, user(result("toolu_1", "ok"))), PLAIN,
+     [U("hi"), A("", ("toolu_1", "Read", '{"path":"a"}')), T("toolu_1", "ok"), U(reminder("news"))]),
+    ("a message that is wholly a token marker goes", request("hi", said("yes"), {"role": "system", "content": "<total_tokens>1234 left</total_tokens>\n"}, "go"),
+     PLAIN, [U("hi"), A("yes"), U("go")]),
+    ("a token marker in a user block goes, its neighbours stay", request(user("<total_tokens>12</total_tokens>", "go")), PLAIN, [U("go")]),
+    ("a marker inside other text stays", request("see <total_tokens>12</total_tokens> there"), PLAIN, [U("see <total_tokens>12</total_tokens> there")]),
+    ("the assistant may speak of markers", request("hi", said("<total_tokens>1</total_tokens>"), "go"), PLAIN,
+     [U("hi"), A("<total_tokens>1</total_tokens>"), U("go")]),
+
+    ("neighbours of one role are joined", request("a", user("b"), said("c"), said("d"), "e"), PLAIN, [U("a\n\nb"), A("c\n\nd"), U("e")]),
+    ("empty messages are gone", request("a", user(), said(txt("")), "b"), PLAIN, [U("a\n\nb")]),
+    ("a turn of thinking alone is gone", request("a", said({"type": "thinking", "thinking": "h", "signature": "x"}), "b"), PLAIN, [U("a\n\nb")]),
+    ("prefill is asked for in words", request("a", said("{")), PLAIN, [U("a"), A("{"), U("Continue.")]),
+    ("nothing said at all", request(user()), PLAIN, [U("Continue.")]),
+    ("only a system", request(user(), system="A"), PLAIN, [S("A"), U("Continue.")]),
+
+    ("a call and its result", request("hi", READ_CALL, user(result("toolu_1", "ok"))), PLAIN,
+     [U("hi"), A("", ("toolu_1", "Read", '{"path":"a"}')), T("toolu_1", "ok")]),
+    ("results in the order of the calls, then the rest",
+     request("hi", said("Two.", use("a1"), use("b2", "Bash", cmd="ls")), user("first", result("b2", "B"), result("a1", "A"), "Tool loaded.")), PLAIN,
+     [U("hi"), A("Two.", ("a1", "Read", "{}"), ("b2", "Bash", '{"cmd":"ls"}')), T("a1", "A"), T("b2", "B"), U("first\n\nTool loaded.")]),
+    ("an unanswered call gets a note", request("hi", said(use("a1"), use("b2")), user(result("b2", "B"))), PLAIN,
+     [U("hi"), A("", ("a1", "Read", "{}"), ("b2", "Read", "{}")), T("a1", "(no result: the call was interrupted)"), T("b2", "B")]),
+    ("calls at the very end are answered too", request("hi", READ_CALL), PLAIN,
+     [U("hi"), A("", ("toolu_1", "Read", '{"path":"a"}')), T("toolu_1", "(no result: the call was interrupted)")]),
+    ("an orphan result is told in words", request("hi", user(result("gone", "old"))), PLAIN, [U("hi\n\n[result of an earlier tool call]\n\nold")]),
+    ("a second result for one call is told in words", request("hi", READ_CALL, user(result("toolu_1", "1"), result("toolu_1", "2"))), PLAIN,
+     [U("hi"), A("", ("toolu_1", "Read", '{"path":"a"}')), T("toolu_1", "1"), U("[result of an earlier tool call]\n\n2")]),
+    ("an error result says so", request("hi", READ_CALL, user(result("toolu_1", "ENOENT", is_error=True))), PLAIN,
+     [U("hi"), A("", ("toolu_1", "Read", '{"path":"a"}')), T("toolu_1", "Error:\nENOENT")]),
+    ("is_error false is no error", request("hi", READ_CALL, user(result("toolu_1", "ok", is_error=False))), PLAIN,
+     [U("hi"), A("", ("toolu_1", "Read", '{"path":"a"}')), T("toolu_1", "ok")]),
+    ("an empty result", request("hi", READ_CALL, user(result("toolu_1", ""))), PLAIN,
+     [U("hi"), A("", ("toolu_1", "Read", '{"path":"a"}')), T("toolu_1", "(no output)")]),
+    ("a result without content", request("hi", READ_CALL, user({"type": "tool_result", "tool_use_id": "toolu_1"})), PLAIN,
+     [U("hi"), A("", ("toolu_1", "Read", '{"path":"a"}')), T("toolu_1", "(no output)")]),
+    ("an empty error", request("hi", READ_CALL, user(result("toolu_1", txt(" "), is_error=True))), PLAIN,
+     [U("hi"), A("", ("toolu_1", "Read", '{"path":"a"}')), T("toolu_1", "Error:\n(no output)")]),
+    ("a result's text blocks", request("hi", READ_CALL, user(result("toolu_1", txt("a"), txt("b")))), PLAIN,
+     [U("hi"), A("", ("toolu_1", "Read", '{"path":"a"}')), T("toolu_1", "a\nb")]),
+    ("a result's image follows in a user message", request("hi", READ_CALL, user(result("toolu_1", txt("a"), png()), "size note")), PLAIN,
+     [U("hi"), A("", ("toolu_1", "Read", '{"path":"a"}')), T("toolu_1", "a"),
+      U([txt("[from the result of Read:]"), PNG_PART, txt("size note")])]),
+    ("a result that is an image", request("hi", READ_CALL, user(result("toolu_1", png()))), PLAIN,
+     [U("hi"), A("", ("toolu_1", "Read", '{"path":"a"}')), T("toolu_1", "(see the next message)"), U([txt("[from the result of Read:]"), PNG_PART])]),
+    ("an image where the model takes none", request("hi", READ_CALL, user(result("toolu_1", png()))), TEXT_ONLY,
+     [U("hi"), A("", ("toolu_1", "Read", '{"path":"a"}')), T("toolu_1", "[an image was here; this model takes no images]")]),
+    ("a result's PDF as a file", request("hi", READ_CALL, user(result("toolu_1", txt("PDF file read"), PDF))), WITH_FILES,
+     [U("hi"), A("", ("toolu_1", "Read", '{"path":"a"}')), T("toolu_1", "PDF file read"),
+      U([txt("[from the result of Read:]"), {"type": "file", "file": {"filename": "a.pdf", "file_data": "data:application/pdf;base64,JVBE"}}])]),
+    ("a result's PDF where no file is taken", request("hi", READ_CALL, user(result("toolu_1", PDF))), PLAIN,
+     [U("hi"), A("", ("toolu_1", "Read", '{"path":"a"}')), T("toolu_1", NO_PDF)]),
+    ("tool_reference blocks name the tools", request("hi", said(use("s1", "ToolSearch", q="x")), user(
+        result("s1", {"type": "tool_reference", "tool_name": "alpha"}, {"type": "tool_reference", "tool_name": "beta"}), "Tool loaded.")), PLAIN,
+     [U("hi"), A("", ("s1", "ToolSearch", '{"q":"x"}')), T("s1", "These tools are loaded and can be called now: alpha, beta"), U("Tool loaded.")]),
+    ("what the client could not parse is the raw text again",
+     request("hi", said(use("c1", __unparsedToolInput={"raw": '{"path":"a"}', "len": 12})), user(result("c1", "bad", is_error=True))), PLAIN,
+     [U("hi"), A("", ("c1", "Read", '{"path":"a"}')), T("c1", "Error:\nbad")]),
+    ("raw text that is no JSON is wrapped, as servers parse it",
+     request("hi", said(use("c1", __unparsedToolInput={"raw": '{"pa', "len": 4})), user(result("c1", "bad"))), PLAIN,
+     [U("hi"), A("", ("c1", "Read", '{"unparsed":"{\\"pa"}')), T("c1", "bad")]),
+    ("text that the client moved before the calls", request("hi", said("a", "b", use("c1")), user(result("c1", "ok"))), PLAIN,
+     [U("hi"), A("a\n\nb", ("c1", "Read", "{}")), T("c1", "ok")]),
+    ("Mistral: an assistant stands between tool and user", request("hi", said(use("abcdefgh1")), user(result("abcdefgh1", "ok"), "more")), row("mistral"),
+     [U("hi"), A("", ("abcdefgh1", "Read", "{}")), T("abcdefgh1", "ok"), A("I have the results of the tools."), U("more")]),
+
+    ("an image in a user message", request(user("look", png())), PLAIN, [U([txt("look"), PNG_PART])]),
+    ("text around images is joined", request(user(png(), "a", "b")), PLAIN, [U([PNG_PART, txt("a\n\nb")])]),
+    ("an image URL", request(user({"type": "image", "source": {"type": "url", "url": "https://x/y.png"}})), PLAIN,
+     [U([{"type": "image_url", "image_url": {"url": "https://x/y.png"}}])]),
+    ("an image URL where none is fetched", request(user({"type": "image", "source": {"type": "url", "url": "https://x/y.png"}})), row("ollama"),
+     [U("[an image was here that could not be passed on: https://x/y.png]")]),
+    ("an image of an unknown source", request(user({"type": "image", "source": {"type": "file", "file_id": "f"}})), PLAIN,
+     [U("[an image was here that could not be passed on]")]),
+    ("a text document", request(user({"type": "document", "title": "T", "source": {"type": "text", "media_type": "text/plain", "data": "body"}})), PLAIN,
+     [U("[document: T]\nbody")]),
+    ("a document of blocks", request(user({"type": "document", "source": {"type": "content", "content": [txt("x"), txt("y")]}})), PLAIN,
+     [U("[document: document]\n\nx\n\ny")]),
+    ("a PDF", request(user(PDF)), PLAIN, [U(NO_PDF)]),
+    ("a search result", request(user({"type": "search_result", "title": "T", "source": "https://x", "content": [txt("hit")]})), PLAIN,
+     [U("[search result: T - https://x]\nhit")]),
+    ("a finished web search in the history", request("q", said(
+        {"type": "server_tool_use", "id": "s", "name": "web_search", "input": {"query": "q"}},
+        {"type": "web_search_tool_result", "tool_use_id": "s", "content": [{"type": "web_search_result", "title": "T", "url": "https://x"}]}, "so"), "and"), PLAIN,
+     [U("q"), A('[web_search: {"query":"q"}]\n\n[web_search_tool_result]\nT - https://x\n\nso'), U("and")]),
+    ("an unknown block is told, not dropped", request(user({"type": "hologram", "data": 1})), PLAIN,
+     [U("[a block of kind hologram, which this model cannot be shown]")]),
+    ("redacted thinking is left out", request("a", said({"type": "redacted_thinking", "data": "zz"}, "b"), "c"), row("deepseek"), [U("a"), A("b"), U("c")]),
+    ("a foreign signature is left out", request("a", said({"type": "thinking", "thinking": "h", "signature": "EqQB"}, "b"), "c"), row("kimi"),
+     [U("a"), A("b"), U("c")]),
+    ("Kimi's ids count through the conversation", request("a", said(use("toolu_x"), use("toolu_y", "Bash")), user(result("toolu_y", "2"), result("toolu_x", "1"))),
+     row("kimi"), [U("a"), A("", ("functions.Read:0", "Read", "{}"), ("functions.Bash:1", "Bash", "{}")), T("functions.Read:0", "1"), T("functions.Bash:1", "2")]),
+)
+
+
+class TestMessages(unittest.TestCase):
+    """Golden rows: (name, anthropic body, profile, openai messages), compared whole."""
+    maxDiff = None
+
+    def test_rows(self):
+        for name, body, profile, wanted in MESSAGES:
+            with self.subTest(name):
+                before = copy.deepcopy(body)
+                self.assertEqual(ccfix.to_openai(body, "m", profile)["messages"], wanted)
+                self.assertEqual(body, before, "the request was edited")
+
+    def test_every_row_keeps_the_order_that_providers_demand(self):
+        """Tool messages directly after their calls, one for each, no other roles in between; user and assistant take turns."""
+        for name, body, profile, _ in MESSAGES:
+            for profile in (profile,) + ccfix.PROFILES:
+                with self.subTest(name, profile=profile.name):
+                    self.check_order(ccfix.to_openai(body, "m", profile)["messages"], profile)
+
+    def check_order(self, messages, profile):
+        waiting, last = [], ""
+        for position, message in enumerate(messages):
+            role = message["role"]
+            if role == "tool":
+                self.assertEqual(message["tool_call_id"], waiting.pop(0))
+                self.assertIsInstance(message["content"], str)
+            else:
+                self.assertEqual(waiting, [], "a call without a result")
+                self.assertTrue(role != "system" or position == 0)
+                self.assertNotEqual(role, last, "two turns of one role")
+                waiting = [call["id"] for call in message.get("tool_calls", ())]
+            self.assertTrue(message["content"] or message.get("tool_calls"), "an empty message")
+            self.assertFalse(role == "user" and last == "tool" and not profile.user_after_tool)
+            last = role
+        self.assertEqual(waiting, [])
+        self.assertIn(last, ("user", "tool"))
+
+
+class TestFields(unittest.TestCase):
+    """The other fields of the request."""
+    maxDiff = None
+
+    def sent(self, profile=PLAIN, **fields):
+        return ccfix.to_openai(request("hi", **fields), "m", profile)
+
+    def test_the_smallest_request_whole(self):
+        self.assertEqual(self.sent(), {"model": "m", "messages": [U("hi")], "max_tokens": 32000, "stream": True, "stream_options": {"include_usage": True}})
+
+    def test_unstreamed_has_no_stream_options(self):
+        for fields in ({"stream": False}, {"stream": None}, {"stream": "yes"}):
+            with self.subTest(fields):
+                self.assertEqual(self.sent(**fields), {"model": "m", "messages": [U("hi")], "max_tokens": 32000})
+
+    def test_nothing_about_the_users_machine_is_sent(self):
+        secret = "SECRET-DEVICE"
+        body = request(user(txt("hi", cache_control={"type": secret}), dict(png(), cache_control={"type": secret})),
+                       said(dict(use("t1"), cache_control={"type": secret})), user(result("t1", "ok", cache_control={"type": secret})),
+                       system=[txt("x-anthropic-billing-header: %s" % secret), txt("A", cache_control={"ttl": secret})],
+                       tools=[dict(tool("Read"), cache_control={"type": secret}, eager_input_streaming=secret, defer_loading=False)],
+                       metadata={"user_id": secret}, safeguards=[{"home": secret}], context_management={"edits": [secret]}, service_tier=secret,
+                       betas=[secret], mcp_servers=[{"url": secret}], container=secret, unknown_field=secret, top_k=3, speed=secret)
+        for profile in ccfix.PROFILES:
+            with self.subTest(profile.name):
+                text = json.dumps(ccfix.to_openai(body, "m", profile))
+                for word in (secret, "cache_control", "metadata", "safeguards", "context_management", "top_k"):
+                    self.assertNotIn(word, text)
+
+    def test_sampling_rows(self):
+        rows = (
+            # (anthropic fields, profile, room, what of max_tokens, temperature, top_p, stop is sent)
+            ({}, PLAIN, 0, {"max_tokens": 32000}),
+            ({"max_tokens": 128000}, row("cerebras"), 0, {"max_tokens": 40960}),
+            ({"max_tokens": 100}, row("cerebras"), 0, {"max_tokens": 100}),
+            ({"max_tokens": 32000}, PLAIN, 5000, {"max_tokens": 5000}),
+            ({"max_tokens": 32000}, row("openai-gpt5.1"), 0, {"max_completion_tokens": 32000}),
+            ({"max_tokens": 32000.0}, PLAIN, 0, {"max_tokens": 32000}),
+            ({"max_tokens": True}, PLAIN, 0, {}),
+            ({"max_tokens": "many"}, PLAIN, 0, {}),
+            ({"max_tokens": float("inf")}, PLAIN, 0, {}),
+            ({"max_tokens": 0}, PLAIN, 0, {"max_tokens": 1}),
+            ({"max_tokens": -5}, row("cerebras"), 0, {"max_tokens": 1}),
+            ({"temperature": 0.5, "top_p": 0.9}, PLAIN, 0, {"max_tokens": 32000, "temperature": 0.5, "top_p": 0.9}),
+            ({"temperature": 1}, row("kimi"), 0, {"max_tokens": 32000}),
+            ({"temperature": 1, "top_p": 1, "stop_sequences": ["x"]}, row("openai-reasoning"), 0, {"max_completion_tokens": 32000}),
+            ({"temperature": "hot", "top_p": None}, PLAIN, 0, {"max_tokens": 32000}),
+            ({"temperature": float("inf")}, PLAIN, 0, {"max_tokens": 32000}),
+            ({"stop_sequences": list("abcdef")}, PLAIN, 0, {"max_tokens": 32000, "stop": list("abcd")}),
+            ({"stop_sequences": ["", 5, "x"]}, PLAIN, 0, {"max_tokens": 32000, "stop": ["x"]}),
+            ({"stop_sequences": []}, PLAIN, 0, {"max_tokens": 32000}),
+            ({"stop_sequences": ["</block>"]}, row("xai"), 0, {"max_tokens": 32000}),
+        )
+        for fields, profile, room, wanted in rows:
+            with self.subTest(fields, profile=profile.name):
+                sent = ccfix.to_openai(request("hi", **fields), "m", profile, room=room)
+                shown = {key: value for key, value in sent.items() if key in ("max_tokens", "max_completion_tokens", "temperature", "top_p", "stop")}
+                self.assertEqual(shown, wanted)
+
+    def test_tool_choice_in_all_forms_and_profiles(self):
+        named = {"type": "function", "function": {"name": "Read"}}
+        rows = (
+            ("auto", {"type": "auto"}, {}),
+            ("none", {"type": "none"}, {"tool_choice": "none"}),
+            ("required", {"type": "any"}, {"tool_choice": "required"}),
+            ("named", {"type": "tool", "name": "Read"}, {"tool_choice": named}),
+            ("named", {"type": "tool", "name": "Gone"}, {}),
+            ("unknown", {"type": "surprise"}, {}),
+        )
+        for profile in ccfix.PROFILES:
+            for form, choice, wanted in rows:
+                for alone in (False, True):
+                    with self.subTest(profile.name, form=form, alone=alone):
+                        sent = self.sent(profile, tools=[tool("Read")], tool_choice=dict(choice, disable_parallel_tool_use=True) if alone else choice)
+                        self.assertEqual(sent.get("tool_choice"), wanted.get("tool_choice") if form in profile.tool_choice else None)
+                        self.assertEqual(sent.get("parallel_tool_calls", "absent"), False if alone and profile.parallel else "absent")
+
+    def test_no_tools_means_no_tool_fields(self):
+        for tools in ([], None, "x", [{"type": "web_search_20250305", "name": "web_search"}], [{"name": ""}], [None, 5, {}],
+                      [dict(tool("DeferredToolPlaceholder"), defer_loading=True)]):
+            with self.subTest(tools=tools):
+                sent = self.sent(tools=tools, tool_choice={"type": "any", "disable_parallel_tool_use": True})
+                self.assertEqual({"tools", "tool_choice", "parallel_tool_calls"} & set(sent), set())
+
+    def test_the_disguise_is_attached_as_given(self):
+        sent = ccfix.to_openai(request("hi"), "m", PLAIN, {"ANTHROPIC_MODEL": "x"})
+        self.assertEqual(sent["ANTHROPIC_MODEL"], "x")
+
+    def test_output_format_rows(self):
+        schema = {"$schema": "s", "type": "object", "properties": {"title": {"type": "string"}}}
+        clean = {"type": "object", "properties": {"title": {"type": "string"}}}
+        wish = "hi\n\nReply with one JSON object that fits this JSON schema, and nothing else:\n" + ccfix.compact_json(clean)
+        whole = {"response_format": {"type": "json_schema", "json_schema": {"name": "reply", "schema": clean}}}
+        for form, field, content in (("json_schema", whole, "hi"), ("json_object", {"response_format": {"type": "json_object"}}, wish), ("", {}, wish)):
+            with self.subTest(form):
+                sent = self.sent(PLAIN._replace(json_format=form), output_config={"effort": "low", "format": {"type": "json_schema", "schema": schema}})
+                self.assertEqual({k: v for k, v in sent.items() if k == "response_format"}, field)
+                self.assertEqual(sent["messages"], [U(content)])
+        for wrong in ({"type": "json_schema"}, {"type": "grammar", "schema": {}}, [], "x", {"type": "json_schema", "schema": []}):
+            self.assertNotIn("response_format", self.sent(PLAIN._replace(json_format="json_schema"), output_config={"format": wrong}))
+
+    def test_the_wish_goes_beside_an_image_too(self):
+        sent = ccfix.to_openai(request(user(png()), output_config={"format": {"type": "json_schema", "schema": {}}}), "m", PLAIN)
+        self.assertEqual([part["type"] for part in sent["messages"][0]["content"]], ["image_url", "text"])
+
+
+EFFORTS = (
+    # (profile row, asked, the reasoning fields sent); asked: an effort, "off", a budget, or None
+    ("default", "high", {}),
+    ("openai-gpt5.1", "off", {"reasoning_effort": "none"}),
+    ("openai-gpt5.1", "max", {"reasoning_effort": "high"}),
+    ("openai-reasoning", "off", {}),
+    ("openai-reasoning", "medium", {"reasoning_effort": "medium"}),
+    ("openai-gpt5-tools", "max", {"reasoning_effort": "xhigh"}),
+    ("deepseek", "off", {"thinking": {"type": "disabled"}}),
+    ("deepseek", "low", {"thinking": {"type": "enabled"}, "reasoning_effort": "low"}),
+    ("deepseek", "medium", {"thinking": {"type": "enabled"}, "reasoning_effort": "high"}),
+    ("deepseek", None, {}),
+    ("dashscope", "off", {"enable_thinking": False}),
+    ("dashscope", 8000, {"enable_thinking": True}),
+    ("kimi", "high", {"thinking": {"type": "enabled"}}),
+    ("kimi", "off", {"thinking": {"type": "disabled"}}),
+    ("kimi-k3", "off", {}),
+    ("kimi-k3", "medium", {"reasoning_effort": "high"}),
+    ("glm-5.3", "off", {}),
+    ("glm-5.3", "low", {"reasoning_effort": "low"}),
+    ("zai", "high", {"thinking": {"type": "enabled"}}),
+    ("minimax", "high", {"thinking": {"type": "adaptive"}}),
+    ("minimax", "off", {"thinking": {"type": "disabled"}}),
+    ("openrouter", "max", {"reasoning": {"effort": "xhigh"}}),
+    ("openrouter", "off", {"reasoning": {"effort": "none"}}),
+    ("groq-gpt-oss", "xhigh", {"reasoning_effort": "high"}),
+    ("gemini", "low", {"reasoning_effort": "low"}),
+    ("nim", "off", {"chat_template_kwargs": {"enable_thinking": False, "thinking": False}}),
+    ("vllm", "high", {"chat_template_kwargs": {"enable_thinking": True, "thinking": True}}),
+    ("ollama", "off", {"reasoning_effort": "none"}),
+    ("ollama", "xhigh", {"reasoning_effort": "max"}),
+    ("mistral", "high", {}),
+    ("cerebras", "high", {}),
+)
+REASONING_FIELDS = ("reasoning_effort", "thinking", "enable_thinking", "reasoning", "chat_template_kwargs", "thinking_budget")
+
+
+class TestThinking(unittest.TestCase):
+    """How much thinking, in the provider's words."""
+
+    def asked(self, level):
+        if level == "off":
+            return {"thinking": {"type": "disabled"}, "output_config": {"effort": "high"}}
+        if isinstance(level, int):
+            return {"thinking": {"type": "enabled", "budget_tokens": level}}
+        return {"thinking": {"type": "adaptive"}, "output_config": {"effort": level}} if level else {"thinking": {"type": "adaptive"}}
+
+    def shown(self, sent):
+        return {key: value for key, value in sent.items() if key in REASONING_FIELDS}
+
+    def test_rows(self):
+        for name, level, wanted in EFFORTS:
+            with self.subTest(name, level=level):
+                profile = ccfix.DEFAULT if name == "default" else row(name)
+                self.assertEqual(self.shown(ccfix.to_openai(request("hi", **self.asked(level)), "m", profile)), wanted)
+
+    def test_no_profile_ever_sends_contradictory_fields(self):
+        for profile in ccfix.PROFILES:
+            for level in ("off", None, "low", "medium", "high", "xhigh", "max", 1000, 8000, 31999):
+                for tools in ([], [tool("Read")]):
+                    with self.subTest(profile.name, level=level):
+                        sent = self.shown(ccfix.to_openai(request("hi", tools=tools, **self.asked(level)), "m", profile))
+                        self.assertFalse("reasoning" in sent and "reasoning_effort" in sent)
+                        if sent.get("thinking", {}).get("type") == "disabled":
+                            self.assertNotIn("reasoning_effort", sent)
+                        if "reasoning_effort" in sent:
+                            self.assertIn(sent["reasoning_effort"], profile.efforts)
+
+    def test_beside_tools_the_only_effort_that_goes(self):
+        sent = ccfix.to_openai(request("hi", tools=[tool("Read")], output_config={"effort": "high"}), "m", row("openai-gpt5-tools"))
+        self.assertEqual(self.shown(sent), {"reasoning_effort": "none"})
+
+    def test_budgets_become_levels(self):
+        for budget, level in ((1024, "low"), (3999, "low"), (4000, "medium"), (15999, "medium"), (16000, "high"), (31999, "high"), (None, ""), ("x", "")):
+            self.assertEqual(ccfix.thinking_level({"thinking": {"type": "enabled", "budget_tokens": budget}}), level)
+
+    def test_a_turns_own_effort_counts_before_the_bodys(self):
+        body = request("a", {"role": "system", "content": [], "output_config": {"effort": "low"}}, output_config={"effort": "high"})
+        self.assertEqual(ccfix.thinking_level(body), "low")
+        for odd in (5, [], "loud", {"effort": {}}):
+            body = request("a", {"role": "system", "content": [], "output_config": odd}, output_config={"effort": odd})
+            self.assertEqual(ccfix.thinking_level(body), "")
+
+
+def schema_sent(schema, profile=PLAIN):
+    return ccfix.to_openai(request("hi", tools=[{"name": "t", "input_schema": schema}]), "m", profile)["tools"][0]["function"]["parameters"]
+
+
+def props(**properties):
+    return {"type": "object", "properties": properties}
+
+
+STRING, OBJECT = {"type": "string"}, {"type": "object"}
+SCHEMAS = (
+    # (name, the client's schema, profile, the schema sent)
+    ("no properties", {"type": "object"}, PLAIN, props()),
+    ("empty", {}, PLAIN, props()),
+    ("wrong types", {"type": 5, "properties": []}, PLAIN, props()),
+    ("$schema, $id, $comment and format uri go, other formats stay",
+     dict(props(a={"type": "string", "format": "uri"}, b={"type": "string", "format": "date", "$comment": "c"}), **{"$schema": "x", "$id": "y"}),
+     PLAIN, props(a=STRING, b={"type": "string", "format": "date"})),
+    ("$ref is replaced by what it names", dict(props(a={"$ref": "#/$defs/A", "description": "d"}), **{"$defs": {"A": {"type": "string", "description": "old"}}}),
+     PLAIN, props(a={"type": "string", "description": "d"})),
+    ("a $ref to nowhere", props(a={"$ref": "#/$defs/Gone"}, b={"$ref": "#/$defs/Gone", "description": "d"}), PLAIN,
+     props(a=OBJECT, b={"type": "object", "description": "d"})),
+    ("a root $ref", {"$ref": "#/definitions/R", "definitions": {"R": props(a=STRING)}}, PLAIN, props(a=STRING)),
+    ("$defs and definitions of one name", dict(props(a={"$ref": "#/$defs/A"}), **{"$defs": {"A": STRING}, "definitions": {"A": STRING}}), PLAIN, props(a=STRING)),
+    ("type lists", props(a={"type": ["string", "null"]}, b={"type": ["string", "integer", "null"]}, c={"type": ["null"]}), PLAIN,
+     props(a=STRING, b={"anyOf": [STRING, {"type": "integer"}]}, c={})),
+    ("properties named as keywords stay", props(**{"$schema": STRING, "format": {"type": "string", "enum": ["uri"]}, "$ref": STRING, "definitions": STRING}), PLAIN,
+     props(**{"$schema": STRING, "format": {"type": "string", "enum": ["uri"]}, "$ref": STRING, "definitions": STRING})),
+    ("values are not schemas", props(a={"enum": [{"$ref": "x"}], "default": {"$schema": "y"}}), PLAIN, props(a={"enum": [{"$ref": "x"}], "default": {"$schema": "y"}})),
+    ("Gemini: what it does not know goes, const becomes enum", dict(props(a={"const": "x"}, b={"type": "string", "pattern": "^a", "minLength": 1}), additionalProperties=False),
+     row("gemini"), props(a={"enum": ["x"]}, b={"type": "string", "minLength": 1})),
+    ("Kimi: every property has a type", props(a={"description": "d"}, b={"properties": {"c": {}}}, e={"anyOf": [STRING, {}]}), row("kimi"),
+     props(a={"description": "d", "type": "string"}, b={"properties": {"c": {"type": "string"}}, "type": "object"},
+           e={"anyOf": [STRING, {"type": "string"}]})),
+    ("nested everywhere", props(a={"type": "array", "items": {"$schema": 1, "type": "string"}}, b={"allOf": [{"$schema": 1}]}, c={"additionalProperties": {"$id": 1}}), PLAIN,
+     props(a={"type": "array", "items": STRING}, b={"allOf": [{}]}, c={"additionalProperties": {}})),
+)
+
+
+class TestTools(unittest.TestCase):
+    maxDiff = None
+
+    def test_schema_rows(self):
+        for name, schema, profile, wanted in SCHEMAS:
+            with self.subTest(name):
+                before = copy.deepcopy(schema)
+                self.assertEqual(schema_sent(schema, profile), wanted)
+                self.assertEqual(schema, before)
+
+    def test_recursive_schemas_end_and_stay_small(self):
+        ref = {"$ref": "#/$defs/N"}
+        wide = dict(props(root=ref), **{"$defs": {"N": props(**{"c%d" % n: ref for n in range(12)})}})
+        mutual = dict(props(root=ref), **{"$defs": {"N": props(a={"$ref": "#/$defs/M"}, b=ref), "M": props(a=ref, b={"$ref": "#/$defs/M"})}})
+        itself = dict(props(root=ref), **{"$defs": {"N": ref}})
+        listed = dict(props(root=ref), **{"$defs": {"N": {"anyOf": [STRING, {"type": "array", "items": ref}]}}})
+        laughs = dict(props(root={"$ref": "#/$defs/L0"}), **{"$defs": dict(
+            {"L%d" % n: props(**{"p%d" % k: {"$ref": "#/$defs/L%d" % (n + 1)} for k in range(10)}) for n in range(9)}, L9=STRING)})
+        for name, schema in (("wide", wide), ("mutual", mutual), ("itself", itself), ("listed", listed), ("laughs", laughs)):
+            with self.subTest(name):
+                sent = schema_sent(schema, row("kimi"))
+                self.assertLess(len(json.dumps(sent)), 200000)
+                self.assertNotIn("$ref", json.dumps(sent))
+                self.assertIn("root", sent["properties"])
+
+    def test_a_deep_schema_does_not_crash(self):
+        schema = STRING
+        for _ in range(200):
+            schema = props(a=schema)
+        self.assertEqual(schema_sent(schema)["type"], "object")
+
+    def test_a_whole_tool(self):
+        sent = ccfix.to_openai(request("hi", tools=[dict(tool("Read", ["path"], path="string"), type="custom", strict=True)]), "m", PLAIN)["tools"]
+        self.assertEqual(sent, [{"type": "function", "function": {"name": "Read", "description": "Read", "parameters": {
+            "type": "object", "properties": {"path": STRING}, "required": ["path"]}}}])
+
+    def test_the_order_of_tools_is_fixed_and_only_grows(self):
+        deferred = lambda name: dict(tool(name), defer_loading=True)
+        found = user(result("s1", {"type": "tool_reference", "tool_name": "zeta"}, {"type": "tool_reference", "tool_name": "alpha"}))
+        call = said(use("s1", "ToolSearch"))
+        before = [tool("Write"), deferred("DeferredToolPlaceholder"), tool("Bash")]
+        after = [deferred("alpha"), tool("Bash"), deferred("zeta"), deferred("DeferredToolPlaceholder"), tool("Write")]
+        names = lambda tools, *messages: [t["function"]["name"] for t in ccfix.to_openai(request("hi", *messages, tools=tools), "m", PLAIN)["tools"]]
+        self.assertEqual(names(before), ["Bash", "Write"])
+        self.assertEqual(names(after, call, found), ["Bash", "Write", "zeta", "alpha"])
+        for turned in itertools.permutations(after):
+            self.assertEqual(names(list(turned), call, found), ["Bash", "Write", "zeta", "alpha"])
+        self.assertEqual(names([deferred("b"), deferred("a")]), ["a", "b"])
+
+    def test_long_names_fit_and_come_back(self):
+        long_, odd = "mcp__" + "server_" * 12 + "__" + "tool" * 5, "mcp.dots and spaces"
+        tools = [tool(long_), tool(long_ + "2"), tool(odd), tool("Read")]
+        sent = ccfix.to_openai(request("hi", tools=tools, tool_choice={"type": "tool", "name": long_}), "m", PLAIN)
+        names = [t["function"]["name"] for t in sent["tools"]]
+        self.assertEqual(len(set(names)), 4)
+        for name in names:
+            self.assertRegex(name, r"\A[A-Za-z0-9_-]{1,64}\Z")
+        self.assertEqual(sent["tool_choice"]["function"]["name"], ccfix.short_name(long_))
+        for name in (long_, odd):
+            stream = sse(delta(tool_calls=[{"index": 0, "id": "c", "function": {"name": ccfix.short_name(name), "arguments": "{}"}}]), delta("tool_calls"))
+            message = answered(stream, "hi", tools=tools)
+            self.assertEqual(message["content"][0]["name"], name)
+            again = ccfix.to_openai(request("hi", {"role": "assistant", "content": message["content"]}, tools=tools), "m", PLAIN)
+            self.assertEqual(again["messages"][1]["tool_calls"][0]["function"]["name"], ccfix.short_name(name))
+
+    def test_no_more_tools_than_the_provider_takes(self):
+        tools = [tool("t%03d" % n) for n in range(200)]
+        self.assertEqual(len(ccfix.to_openai(request("hi", tools=tools), "m", row("openai"))["tools"]), 128)
+
+    def test_tool_ids_fit_every_profile(self):
+        forms = {"short": r"\A[A-Za-z0-9_.:-]{1,40}\Z", "nine": r"\A[A-Za-z0-9]{9}\Z", "kimi": r"\Afunctions\.Read:\d+\Z"}
+        for given in ("toolu_01A09q90qw90lq917835lq9", "call_abc-123.XYZ:9", "x" * 300, "", None, 5, "fünf", "a b"):
+            for profile in ccfix.PROFILES:
+                with self.subTest(given, profile=profile.name):
+                    messages = ccfix.to_openai(request("hi", said(use(given)), user(result(given, "ok"))), "m", profile)["messages"]
+                    call_id = next(m for m in messages if m.get("tool_calls"))["tool_calls"][0]["id"]
+                    self.assertRegex(call_id, forms[profile.tool_ids])
+                    tool_message = next(m for m in messages if m["role"] == "tool")
+                    self.assertEqual(tool_message["tool_call_id"], call_id)
+
+    def test_the_models_own_arguments_go_back(self):
+        original = '{ "new_string" : "b", "old_string":"a" }'
+        call = said(use("c1", "Edit", old_string="a", new_string="b", replace_all=False))
+        arguments = lambda note, given=call: ccfix.to_openai(request("hi", given), "m", PLAIN, recall=lambda i: note)["messages"][1]["tool_calls"][0]["function"]["arguments"]
+        self.assertEqual(arguments({"arguments": original}), original)
+        self.assertEqual(json.loads(arguments({})), {"old_string": "a", "new_string": "b", "replace_all": False})
+        for other in ('{"old_string":"x"}', "{", "[]", "null", 5, None, '{"gone":1}'):
+            self.assertEqual(json.loads(arguments({"arguments": other})), {"old_string": "a", "new_string": "b", "replace_all": False})
+        self.assertEqual(arguments({"arguments": '{"offset":"1","pages":null}'}, said(use("c1", offset=1))), '{"offset":"1","pages":null}')
+
+
+# ---- prefix stability --------------------------------------------------------------------------------
+
+def grown(turn):
+    """Turn 0, 1, 2.. of one small conversation in the shapes in which Claude Code sends it."""
+    deferred = lambda name: dict(tool(name), defer_loading=True)
+    history = [
+        user("<system-reminder>CLAUDE.md</system-reminder>", "Fix it."), {"role": "system", "content": "date: today"},
+        said("I look.", use("toolu_a"), use("toolu_b", "Bash", command="ls")),
+        user(result("toolu_b", "x.py"), result("toolu_a", [txt("line 1")])), {"role": "system", "content": [txt("new skill")]},
+        said(use("toolu_s", "ToolSearch", query="alpha")),
+        user(result("toolu_s", {"type": "tool_reference", "tool_name": "alpha"}), "Tool loaded."),
+        said(use("toolu_c", "alpha")), user(result("toolu_c", "", is_error=True)),
+        said("Done."), user("And now the tests.")]
+    ends = (2, 5, 7, 9, 11)
+    messages = copy.deepcopy(history[:ends[turn]])
+    tools = [tool("Write"), deferred("DeferredToolPlaceholder"), tool("Bash"), tool("Read"), tool("ToolSearch")]
+    if turn > 1:
+        tools = [deferred("alpha")] + tools[::-1]
+    last = messages[-1]
+    last["content"] = [dict(block, cache_control={"type": "ephemeral"}) for block in ccfix.as_blocks(last["content"])]
+    return request(*messages, tools=tools, system=[txt("x-anthropic-billing-header: cch=%05d;" % turn), txt("You are.", cache_control={"type": "ephemeral"})])
+
+
+def as_strings(body):
+    """The same conversation with plain strings where that says the same."""
+    body = copy.deepcopy(body)
+    for message in body["messages"]:
+        blocks = message["content"]
+        if isinstance(blocks, list) and len(blocks) == 1 and blocks[0]["type"] == "text":
+            message["content"] = blocks[0]["text"]
+    body["system"] = "\n\n".join(block["text"] for block in body["system"][1:])
+    return body
+
+
+class TestPrefix(unittest.TestCase):
+    """The same conversation gives the same bytes, turn after turn: a provider's prefix cache lives on it."""
+
+    def extends(self, before, after):
+        """The later request starts with all of the earlier one; it may go on within the last user message."""
+        first, second = before["messages"], after["messages"]
+        self.assertEqual(first[:-1], second[:len(first) - 1])
+        last, now = first[-1], second[len(first) - 1]
+        self.assertEqual(last["role"], now["role"])
+        if last != now:
+            self.assertEqual(last["role"], "user")
+            self.assertTrue(json.dumps(now["content"])[:-1].startswith(json.dumps(last["content"])[:-1]))
+        tools = before.get("tools", [])
+        self.assertEqual(after.get("tools", [])[:len(tools)], tools)
+
+    def test_each_turn_extends_the_last(self):
+        for profile in ccfix.PROFILES:
+            with self.subTest(profile.name):
+                sent = [ccfix.to_openai(grown(turn), "m", profile) for turn in range(5)]
+                for before, after in zip(sent, sent[1:]):
+                    self.extends(before, after)
+
+    def test_shape_cache_control_and_tool_order_change_nothing(self):
+        for turn in range(5):
+            body = grown(turn)
+            turned = dict(body, tools=body["tools"][::-1])
+            bare = json.loads(json.dumps(body).replace('"cache_control"', '"ignored"'))
+            for other in (as_strings(body), turned, bare):
+                self.assertEqual(ccfix.compact_json(ccfix.to_openai(other, "m", PLAIN)), ccfix.compact_json(ccfix.to_openai(body, "m", PLAIN)))
+
+    @unittest.skipUnless(os.path.isdir(os.path.join(VECTORS, "claude_requests")), "no ../shared/vectors here")
+    def test_recorded_conversations_extend(self):
+        compared = 0
+        for path in sorted(glob.glob(os.path.join(VECTORS, "claude_requests", "*.json"))):
+            with open(path, encoding="utf-8") as file:
+                requests = [r for r in json.load(file)["requests"] if r["path"].split("?")[0].endswith("/messages")]
+            threads = {}
+            for recorded in requests:
+                body, headers = recorded["body"], recorded["headers"]
+                with self.subTest(os.path.basename(path)):
+                    sent = ccfix.to_openai(body, "m", PLAIN)
+                    last = threads.get(headers.get("x-claude-code-agent-id"))
+                    threads[headers.get("x-claude-code-agent-id")] = (body, sent)
+                    if last and len(last[0]["messages"]) < len(body["messages"]) and last[0]["messages"][0]["role"] == body["messages"][0]["role"] \
+                            and ccfix.as_blocks(last[0]["messages"][0]["content"])[0].get("text") == ccfix.as_blocks(body["messages"][0]["content"])[0].get("text"):
+                        self.extends(last[1], sent)
+                        compared += 1
+        self.assertGreater(compared, 20)
+
+    def test_a_request_encodes_the_same_whatever_the_memo_holds(self):
+        memo = {}
+        for turn in range(5):
+            self.assertEqual(ccfix.to_openai(grown(turn), "m", PLAIN, memo=memo), ccfix.to_openai(grown(turn), "m", PLAIN))
+            ccfix.to_openai(grown(turn), "m", row("gemini"), memo=memo)
+
+
+# ---- wrong input ------------------------------------------------------------------------------------
+
+ODD = (None, True, False, 0, -1, 1.5, 1e400, 10 ** 400, "", "x", "\ud83d", [], [[]], [None], ["x"], [5], {}, {"type": None}, {"type": []}, {"type": "text"},
+       {"type": "text", "text": {}}, {"type": "tool_use"}, {"type": "tool_result", "tool_use_id": []}, {"type": "image", "source": "x"},
+       {"type": "tool_use", "id": {}, "name": [], "input": "x"}, {"type": "thinking", "thinking": 5, "signature": 5}, {"$ref": {}}, {"type": "document"},
+       {"type": "server_tool_use", "name": {}}, {"type": "web_search_tool_result", "content": [5]}, {"role": [], "content": {}})
+
+
+def places(value, path=()):
+    """Paths of all values inside a JSON value."""
+    yield path
+    for key in (value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()):
+        for inner in places(value[key], path + (key,)):
+            yield inner
+
+
+def with_value(value, path, new):
+    """A copy of a JSON value with another value at a path."""
+    if not path:
+        return new
+    copied = dict(value) if isinstance(value, dict) else list(value)
+    copied[path[0]] = with_value(value[path[0]], path[1:], new)
+    return copied
+
+
+EVERYTHING = request(
+    user("a", png(), PDF, {"type": "search_result", "title": "t", "source": "s", "content": [txt("x")]}), {"role": "system", "content": [txt("s")], "output_config": {"effort": "low"}},
+    said({"type": "thinking", "thinking": "h", "signature": ccfix.write_state("host", {"details": [{"type": "x"}], "google": {"c1": "g"}})}, "t", use("c1", a=1)),
+    user(result("c1", txt("r"), png(), {"type": "tool_reference", "tool_name": "zed"})),
+    system=[txt("sys")], tools=[tool("Read", ["a"], a={"type": ["string", "null"], "$ref": "#/$defs/A"}), dict(tool("zed"), defer_loading=True)],
+    tool_choice={"type": "tool", "name": "Read", "disable_parallel_tool_use": True}, thinking={"type": "enabled", "budget_tokens": 9000},
+    output_config={"effort": "high", "format": {"type": "json_schema", "schema": props(a=STRING)}}, temperature=1, top_p=1, stop_sequences=["x"],
+    metadata={"user_id": "u"}, context_management={"edits": []})
+
+
+class TestWrongInput(unittest.TestCase):
+    """Whatever the client sends: an answer, or an error that blames the request; never a crash."""
+
+    def test_any_value_in_any_place(self):
+        random_ = random.Random(5)
+        settings = ({}, {"PROFILE": "gemini"}, {"PROFILE": "kimi"}, {"TARGET_FORMAT": "anthropic"}, {"PROFILE": "openrouter", "TARGET_MODEL_IMAGE": "v"},
+                    {"PROFILE": "mistral"}, {"PROFILE": "deepseek"}, {"CACHE_KEY_MODE": "full"})
+        proxies = [proxy_with(lambda sent: FakeReply(200, {}, [HELLO_STREAM]), **more)[0] for more in settings]
+        for path in places(EVERYTHING):
+            for odd in random_.sample(ODD, 5):
+                if not path and not isinstance(odd, dict):
+                    continue        # the HTTP side sees to it that a body is an object
+                body = with_value(EVERYTHING, path, odd)
+                proxy = random_.choice(proxies)
+                with self.subTest(path=path, odd=odd):
+                    self.check(proxy, body)
+
+    def check(self, proxy, body):
+        exchange = ccfix.Exchange(proxy, body, {}, no_wait)
+        try:
+            for text in exchange.batches():
+                text.encode("ascii")
+        except ccfix.ProxyError as error:
+            json.dumps(error.body())
+        exchange.close(200)
+        json.dumps(exchange.sent)
+
+    def test_no_messages_is_the_requests_fault(self):
+        for messages in (None, [], {}, "hi", 5):
+            for more in ({}, {"TARGET_MODEL_IMAGE": "v"}, {"TARGET_FORMAT": "anthropic"}):
+                for tools in ([], [{"type": "web_search_20250305", "name": "web_search"}]):
+                    with self.subTest(messages=messages, more=more, tools=tools):
+                        proxy, wires = proxy_with(None, **more)
+                        body = dict(request("x"), messages=messages, tools=tools)
+                        events, error = ask(proxy, body)
+                        self.assertIsInstance(error, ccfix.BadRequest)
+                        self.assertEqual((events, wires.sent), ([], []))
+        body = request("x")
+        del body["messages"]
+        with self.assertRaises(ccfix.BadRequest):
+            ccfix.to_openai(body, "m", PLAIN)
+
+    def test_token_estimates_are_sane(self):
+        self.assertEqual(ccfix.estimate_tokens({"messages": [{"role": "user", "content": "x" * 4000}]}) // 100, 10)
+        self.assertGreater(ccfix.estimate_tokens(request("\u4f60" * 100)), 60)
+        self.assertLess(ccfix.estimate_tokens(request(user(png("A" * 10 ** 6)))), 2000)
+        for odd in ODD:
+            self.assertGreaterEqual(ccfix.estimate_tokens({"messages": odd, "system": odd, "tools": odd}), 0)
+
+
+class TestModelNames(unittest.TestCase):
+    """[1m] is a mark of Claude Code's own, and no part of a model's name."""
+
+    def test_it_is_stripped(self):
+        proxy, wires = proxy_with(lambda sent: FakeReply(200, {}, [HELLO_STREAM]), TARGET_MODEL="glm-5.3[1m]")
+        events, _ = ask(proxy, request("hi", model="claude-opus-5-5[1m]"))
+        self.assertEqual((wires.sent[0]["model"], events[0]["message"]["model"]), ("glm-5.3", "claude-opus-5-5"))
+        self.assertNotIn("[1m]", json.dumps(wires.sent))
 
 
 # ======================================================================================================
@@ -306,7 +1491,7 @@ BAD_SCHEMAS = [None, [], 5, {}, {"properties": 5}, {"required": 5}, {"properties
                {"properties": {"a": {"type": [5, []]}}}, {"properties": {"a": {"type": "array", "items": 5}}}]
 
 # tool, text, the joined output: byte by byte, also for each split
-STREAMS = [
+ARGUMENT_STREAMS = [
     ("Bash", "", ""), ("Bash", "  ", "{}"), ("Bash", "null", "{}"), ("Bash", "{}", "{}"), ("Bash", " { } ", " { }"),
     ("Bash", '{"command":"ls -la\\n\\u00e9","timeout":5}', '{"command":"ls -la\\n\\u00e9","timeout":5}'),
     ("Mixed", '{ "o" : {"a]": ["\\"", {}], "b": 1.50} ,\n "s": "x" }', '{ "o" : {"a]": ["\\"", {}], "b": 1.50} ,\n "s": "x" }'),
@@ -333,7 +1518,7 @@ STREAMS = [
 ]
 
 
-def streamed(tool, fragments, cut=False):
+def argument_streamed(tool, fragments, cut=False):
     stream = ccfix.ArgumentStream(tool, ARGUMENT_SCHEMAS.get(tool))
     text = "".join([stream.feed(fragment) for fragment in fragments]) + stream.finish(cut)
     return text, stream
@@ -377,17 +1562,17 @@ class TestArgumentCoercion(unittest.TestCase):
 
 class TestArgumentStream(unittest.TestCase):
     def test_any_split_gives_the_same_text(self):
-        for tool, text, wanted in STREAMS:
+        for tool, text, wanted in ARGUMENT_STREAMS:
             with self.subTest(text=text):
                 for fragments in splits(text):
-                    joined, stream = streamed(tool, fragments)
+                    joined, stream = argument_streamed(tool, fragments)
                     self.assertEqual((joined, stream.raw), (wanted, text), fragments)
 
     def test_each_repair_is_the_same_when_streamed(self):
         for text, tool, wanted in REPAIRS:
             with self.subTest(text=text[:60]):
                 for fragments in splits(text) if len(text) < 100 else ([text], [text[:50], text[50:]]):
-                    joined, stream = streamed(tool, fragments)
+                    joined, stream = argument_streamed(tool, fragments)
                     if wanted is None:
                         self.assertEqual(joined, text)
                     else:
@@ -398,7 +1583,7 @@ class TestArgumentStream(unittest.TestCase):
                                    ("Bash", '{"command": "ls"}  ', '{"command": "ls"}'), ("Bash", "", ""),
                                    ("Bash", '{"command": "ls"}{"comm', '{"command": "ls"}')]:
             for fragments in splits(text):
-                self.assertEqual(streamed(tool, fragments, cut=True)[0], wanted)
+                self.assertEqual(argument_streamed(tool, fragments, cut=True)[0], wanted)
 
     def test_strings_go_out_at_once_and_the_rest_when_whole(self):
         stream = ccfix.ArgumentStream("Bash", BASH)
@@ -421,7 +1606,7 @@ class TestArgumentStream(unittest.TestCase):
         for text in ('{"o":{"a":"%s"}}' % ("x" * 30000), '{"list":[%s1]}' % ("1," * 30000), '{"s":"%s"}' % ("\n" * 30000),
                      '{"i":%s5}' % (" " * 30000), '{"i":%s' % ("5" * 30000), '{"%s' % ("k" * 30000), "x" * 30000,
                      '{"s":"x"}' + " " * 30000):
-            joined, stream = streamed("Mixed", [text[at:at + 3] for at in range(0, len(text), 3)])
+            joined, stream = argument_streamed("Mixed", [text[at:at + 3] for at in range(0, len(text), 3)])
             self.assertEqual(stream.raw, text)
 
 
@@ -795,6 +1980,1075 @@ class TestTextCalls(unittest.TestCase):
 
 
 # ======================================================================================================
+# 7  Stream
+# ======================================================================================================
+
+TOOLS = {"Read": ("Read", {"type": "object", "properties": {"path": {"type": "string"}, "pages": {"type": "string"}, "n": {"type": "integer"}}, "required": ["path"]}),
+         "Bash": ("Bash", {"type": "object", "properties": {"cmd": {"type": "string"}}, "required": ["cmd"]})}
+
+
+def chunk(step):
+    """A step of a stream in short notation as a chunk: a dict is a chunk already, else
+
+    "text Hello" . "think hm" . "call 0 c1 Read {" (index, id, name, arguments; - leaves one out) . "end stop" . "usage 7 2"
+    """
+    if not isinstance(step, str):
+        return step
+    kind, _, rest = step.partition(" ")
+    if kind == "text":
+        return delta(content=rest)
+    if kind == "think":
+        return delta(reasoning_content=rest)
+    if kind == "end":
+        return delta(rest)
+    if kind == "usage":
+        prompt, output = rest.split()
+        return {"choices": [], "usage": {"prompt_tokens": int(prompt), "completion_tokens": int(output)}}
+    assert kind == "call", step
+    index, call_id, name, arguments = rest.split(" ", 3)
+    arguments = "" if arguments == "-" else arguments
+    call = {"function": {"arguments": arguments}}
+    if index != "-":
+        call["index"] = int(index)
+    if call_id != "-":
+        call["id"] = call_id
+    if name != "-":
+        call["function"]["name"] = name
+    return delta(tool_calls=[call])
+
+
+def told(message):
+    """A finished message in short: its blocks, then the stop reason."""
+    lines = []
+    for block in message["content"]:
+        if block["type"] == "tool_use":
+            lines.append("%s %s %s" % (block["id"], block["name"], json.dumps(block["input"], sort_keys=True)))
+        else:
+            lines.append("%s: %s" % (block["type"].replace("thinking", "think"), block.get("text", block.get("thinking"))))
+    return lines + ["= " + str(message["stop_reason"])]
+
+
+def translator(tools=TOOLS, taken=(), profile=PLAIN, **more):
+    numbers = itertools.count(1)
+    return ccfix.StreamTranslator("msg_1", "claude-x", profile, 10, tools, taken, lambda: "new%d" % next(numbers), **more)
+
+
+def fed(raw, how, made):
+    """Events of bytes, as the proxy feeds them; a failure ends as `fail` tells. The last item may be ("dropped" or "raised", error)."""
+    events = []
+    try:
+        for payload in ccfix.sse_payloads(pieces_of(raw, how)):
+            if payload == "[DONE]":
+                made.done()
+                break
+            if payload is not None:
+                events += made.feed(ccfix.chunk_of(payload))
+        events += made.finish()
+    except ccfix.UpstreamError as error:
+        try:
+            events += made.fail(error)
+        except ccfix.Dropped as dropped:
+            return events, ("dropped", dropped.args[0])
+        except ccfix.UpstreamError as raised:
+            return events, ("raised", raised)
+    return events, None
+
+
+def call_chunk(*calls, **more):
+    return delta(more.get("finish"), tool_calls=list(calls))
+
+
+def fn(name=None, arguments=None, **more):
+    function = {key: value for key, value in (("name", name), ("arguments", arguments)) if value is not None}
+    return dict(more, function=function)
+
+
+SIGNED = {"type": "reasoning.encrypted", "data": "gAAA", "id": "rs_1", "index": 0}
+STREAMS = (
+    # (name, steps, what the client is told)
+    ("text", ["text Hel", "text lo", "end stop", "usage 7 2"], ["text: Hello", "= end_turn"]),
+    ("no finish reason but [DONE]", ["text Hi"], ["text: Hi", "= end_turn"]),
+    ("OpenAI's first chunk and padding", [{"choices": [{"index": 0, "delta": {"role": "assistant", "content": "", "refusal": None}}], "obfuscation": "xx"}, "text Hi", "end stop"],
+     ["text: Hi", "= end_turn"]),
+    ("Azure: choices [] and a choice without delta", [{"choices": [], "prompt_filter_results": [], "id": "", "model": ""}, "text Hi",
+                                                      {"choices": [{"index": 0, "finish_reason": None, "content_filter_offsets": {}}]}, "end stop"], ["text: Hi", "= end_turn"]),
+    ("SGLang: all keys present as null", [{"choices": [{"index": 0, "delta": {"role": "assistant", "content": "Hi", "reasoning_content": None, "tool_calls": None},
+                                                        "finish_reason": None, "matched_stop": None}]}, "end stop"], ["text: Hi", "= end_turn"]),
+    ("DeepSeek: empty reasoning opens no block", [delta(content=None, reasoning_content=""), "text Hi", "end stop"], ["text: Hi", "= end_turn"]),
+    ("xAI: no finish_reason key until the end", [{"choices": [{"delta": {"content": "Hi"}}]}, "end stop"], ["text: Hi", "= end_turn"]),
+    ("white space first is no block of its own", ["text \n", "text \n", "text Hi", "end stop"], ["text: \n\nHi", "= end_turn"]),
+    ("white space alone after a call is nothing", ["call 0 c1 Read {\"path\":\"a\"}", "text \n\n", "end tool_calls"], ['c1 Read {"path": "a"}', "= tool_use"]),
+    ("white space alone before a call is nothing", ["text \n\n", "call 0 c1 Read {\"path\":\"a\"}", "end tool_calls"], ['c1 Read {"path": "a"}', "= tool_use"]),
+
+    ("reasoning, then text", ["think a", "think b", "text Hi", "end stop"], ["think: ab", "text: Hi", "= end_turn"]),
+    ("reasoning in `reasoning`", [delta(reasoning="a"), "text Hi", "end stop"], ["think: a", "text: Hi", "= end_turn"]),
+    ("reasoning in `reasoning_text`", [delta(reasoning_text="a"), "text Hi", "end stop"], ["think: a", "text: Hi", "= end_turn"]),
+    ("the same reasoning in two fields is told once", [delta(reasoning_content="a", reasoning="a"), "text Hi", "end stop"], ["think: a", "text: Hi", "= end_turn"]),
+    ("the last reasoning and first text in one chunk", [delta(reasoning_content="a", content="Hi"), "end stop"], ["think: a", "text: Hi", "= end_turn"]),
+    ("text, then reasoning, then text", ["text a", "think b", "text c", "end stop"], ["text: a", "think: b", "text: c", "= end_turn"]),
+    ("reasoning alone", ["think a", "end stop"], ["think: a", "= end_turn"]),
+    ("Magistral's list of parts", [delta(content=[{"type": "thinking", "thinking": [{"type": "text", "text": "a"}]}, {"type": "text", "text": "Hi"}]), "text !", "end stop"],
+     ["think: a", "text: Hi!", "= end_turn"]),
+    ("reasoning_details with text and no plain field", [delta(reasoning_details=[{"type": "reasoning.text", "text": "a", "index": 0}]), "text Hi", "end stop"],
+     ["think: a", "text: Hi", "= end_turn"]),
+    ("reasoning_details beside the plain field are not told twice", [delta(reasoning="a", reasoning_details=[{"type": "reasoning.text", "text": "a", "index": 0}]), "text Hi", "end stop"],
+     ["think: a", "text: Hi", "= end_turn"]),
+    ("an encrypted detail alone is carried in an empty thinking block", [delta(reasoning_details=[SIGNED]), "text Hi", "end stop"], ["think: ", "text: Hi", "= end_turn"]),
+    ("<think> tags", ["text <think>a</think>Hi", "end stop"], ["think: a", "text: Hi", "= end_turn"]),
+    ("<think> tags later in the text stay", ["text See <think>a</think>", "end stop"], ["text: See <think>a</think>", "= end_turn"]),
+    ("an opening tag that the template ate", ["text a</think>Hi", "end stop"], ["think: a", "text: Hi", "= end_turn"]),
+    ("<think> that never ends", ["text <think>a", "end stop"], ["think: a", "= end_turn"]),
+    ("something that only begins like a tag", ["text <thi", "end stop"], ["text: <thi", "= end_turn"]),
+    ("an empty <think>", ["text <think>\n\n</think>\n\nHi", "end stop"], ["text: Hi", "= end_turn"]),
+
+    ("one call", ["call 0 c1 Read -", "call 0 - - {\"path\":", "call 0 - - \"a\"}", "end tool_calls"], ['c1 Read {"path": "a"}', "= tool_use"]),
+    ("text, then a call", ["text I read.", "call 0 c1 Read {\"path\":\"a\"}", "end tool_calls"], ["text: I read.", 'c1 Read {"path": "a"}', "= tool_use"]),
+    ("reasoning, then a call", ["think hm", "call 0 c1 Read {\"path\":\"a\"}", "end tool_calls"], ["think: hm", 'c1 Read {"path": "a"}', "= tool_use"]),
+    ("calls make it tool_use, whatever is said", ["call 0 c1 Read {\"path\":\"a\"}", "end stop"], ['c1 Read {"path": "a"}', "= tool_use"]),
+    ("tool_calls without a call", ["text Hi", "end tool_calls"], ["text: Hi", "= end_turn"]),
+    ("no arguments at all", ["call 0 c1 Bash -", "end tool_calls"], ["c1 Bash {}", "= tool_use"]),
+    ("DashScope: id \"\" on continuations", ["call 0 c1 Read {\"path\":", call_chunk(fn(None, '"a"}', index=0, id="")), "end tool_calls"], ['c1 Read {"path": "a"}', "= tool_use"]),
+    ("name \"\" on continuations", ["call 0 c1 Read {\"path\":", call_chunk(fn("", '"a"}', index=0)), "end tool_calls"], ['c1 Read {"path": "a"}', "= tool_use"]),
+    ("the name comes after arguments", ["call 0 c1 - {\"path\":", "call 0 - Read \"a\"}", "end tool_calls"], ['c1 Read {"path": "a"}', "= tool_use"]),
+    ("index starts at 1", ["text x", "call 1 c1 Read {\"path\":\"a\"}", "end tool_calls"], ["text: x", 'c1 Read {"path": "a"}', "= tool_use"]),
+    ("no index, one call in pieces", ["call - c1 Read {\"path\":", "call - - - \"a\"}", "end tool_calls"], ['c1 Read {"path": "a"}', "= tool_use"]),
+    ("no index, id repeated on continuations", ["call - c1 Read {\"path\":", "call - c1 - \"a\"}", "end tool_calls"], ['c1 Read {"path": "a"}', "= tool_use"]),
+    ("Mistral: no index, two whole calls", [call_chunk(fn("Read", '{"path":"a"}', id="c1"), fn("Bash", '{"cmd":"b"}', id="c2")), "end tool_calls"],
+     ['c1 Read {"path": "a"}', 'c2 Bash {"cmd": "b"}', "= tool_use"]),
+    ("no index and no ids, two whole calls", [call_chunk(fn("Read", '{"path":"a"}'), fn("Bash", '{"cmd":"b"}')), "end tool_calls"],
+     ['toolu_new1 Read {"path": "a"}', 'toolu_new2 Bash {"cmd": "b"}', "= tool_use"]),
+    ("Gemini: every call has index 0", ["call 0 c1 Read {\"path\":\"a\"}", "call 0 c2 Bash {\"cmd\":\"b\"}", "end stop"],
+     ['c1 Read {"path": "a"}', 'c2 Bash {"cmd": "b"}', "= tool_use"]),
+    ("interleaved calls lose no byte", ["call 0 c1 Read {\"path\":", "call 1 c2 Bash {\"cmd\":", "call 0 - - \"a\"}", "call 1 - - \"b\"}", "end tool_calls"],
+     ['c1 Read {"path": "a"}', 'c2 Bash {"cmd": "b"}', "= tool_use"]),
+    ("interleaved, the second is whole first", ["call 0 c1 Read {\"pa", "call 1 c2 Bash {\"cmd\":\"b\"}", "call 0 - - th\":\"a\"}", "end tool_calls"],
+     ['c1 Read {"path": "a"}', 'c2 Bash {"cmd": "b"}', "= tool_use"]),
+    ("one id twice in an answer", ["call 0 c1 Read {\"path\":\"a\"}", "call 1 c1 Bash {\"cmd\":\"b\"}", "end tool_calls"],
+     ['c1 Read {"path": "a"}', 'toolu_new1 Bash {"cmd": "b"}', "= tool_use"]),
+    ("ids that Claude Code could not use", ["call 0 functions.Read:0 Read {\"path\":\"a\"}", "end tool_calls"], ['toolu_new1 Read {"path": "a"}', "= tool_use"]),
+    ("null as id", [call_chunk(fn("Read", '{"path":"a"}', index=0, id=None)), "end tool_calls"], ['toolu_new1 Read {"path": "a"}', "= tool_use"]),
+    ("white space after a whole call", ["call 0 c1 Read {\"path\":\"a\"}", call_chunk(fn(None, "\n ", index=0)), "end tool_calls"], ['c1 Read {"path": "a"}', "= tool_use"]),
+    ("arguments as an object", [call_chunk(fn("Read", {"path": "a"}, index=0, id="c1")), "end tool_calls"], ['c1 Read {"path": "a"}', "= tool_use"]),
+    ("the old function_call", [delta(function_call={"name": "Read", "arguments": ""}), delta(function_call={"arguments": '{"path":"a"}'}), "end function_call"],
+     ['toolu_new1 Read {"path": "a"}', "= tool_use"]),
+    ("text after a call", ["call 0 c1 Read {\"path\":\"a\"}", "text Done.", "end tool_calls"], ['c1 Read {"path": "a"}', "text: Done.", "= tool_use"]),
+    ("text while a call is unfinished waits", ["call 0 c1 Read {\"path\":", "text Hm.", "call 0 - - \"a\"}", "end tool_calls"], ['c1 Read {"path": "a"}', "text: Hm.", "= tool_use"]),
+    ("reasoning while a call is unfinished waits", ["call 0 c1 Read {\"path\":", "think Hm.", "call 0 - - \"a\"}", "end tool_calls"],
+     ['c1 Read {"path": "a"}', "think: Hm.", "= tool_use"]),
+    ("text between two calls", ["call 0 c1 Read {\"path\":\"a\"}", "text And.", "call 1 c2 Bash {\"cmd\":\"b\"}", "end tool_calls"],
+     ['c1 Read {"path": "a"}', "text: And.", 'c2 Bash {"cmd": "b"}', "= tool_use"]),
+    ("null for an optional argument is dropped", ["call 0 c1 Read {\"path\":\"a\",\"n\":null}", "end tool_calls"], ['c1 Read {"path": "a"}', "= tool_use"]),
+    ("a number in quotes is a number", ["call 0 c1 Read {\"path\":\"a\",\"n\":\"5\"}", "end tool_calls"], ['c1 Read {"n": 5, "path": "a"}', "= tool_use"]),
+    ("an empty `pages` is absent", ["call 0 c1 Read {\"path\":\"a\",\"pages\":\"\"}", "end tool_calls"], ['c1 Read {"path": "a"}', "= tool_use"]),
+    ("a name in the wrong case", ["call 0 c1 read {\"path\":\"a\"}", "end tool_calls"], ['c1 Read {"path": "a"}', "= tool_use"]),
+    ("a tool that is not offered is told", ["call 0 c1 Gone {\"x\":1}", "end tool_calls"], ['c1 Gone {"x": 1}', "= tool_use"]),
+    ("a call without a name, beside text", ["text Hi", "call 0 c1 - {}", "end tool_calls"], ["text: Hi", "= end_turn"]),
+    ("a call cut by the token limit", ["call 0 c1 Read {\"path\":\"a\"}", "end length"], ['c1 Read {"path": "a"}', "= max_tokens"]),
+
+    ("finished without a word", ["end stop"], ["= end_turn"]),
+    ("finish length", ["text Hi", "end length"], ["text: Hi", "= max_tokens"]),
+    ("finish model_length", ["text Hi", "end model_length"], ["text: Hi", "= max_tokens"]),
+    ("finish eos", ["text Hi", "end eos"], ["text: Hi", "= end_turn"]),
+    ("finish unheard-of", ["text Hi", "end whatever"], ["text: Hi", "= end_turn"]),
+    ("finish content_filter", ["text Hi", "end content_filter"], ["text: Hi", "= refusal"]),
+    ("finish sensitive", ["text Hi", "end sensitive"], ["text: Hi", "= refusal"]),
+    ("a refusal is text and a refusal", [delta(refusal="No."), "end stop"], ["text: No.", "= refusal"]),
+    ("overflow in the middle is never model_context_window_exceeded", ["text Hi", "end model_context_window_exceeded"], ["text: Hi", "= max_tokens"]),
+    ("vLLM names the stop text", ["text Hi", {"choices": [{"delta": {}, "finish_reason": "stop", "stop_reason": "</b>"}]}], ["text: Hi", "= stop_sequence"]),
+    ("a stop token id is no stop text", ["text Hi", {"choices": [{"delta": {}, "finish_reason": "stop", "stop_reason": 128009}]}], ["text: Hi", "= end_turn"]),
+    ("OpenRouter finishes twice", ["text Hi", "end stop", delta("stop", content="")], ["text: Hi", "= end_turn"]),
+    ("MiniMax ends with the whole message again", ["text Hi", {"object": "chat.completion", "choices": [{"finish_reason": "stop", "message": {"content": "Hi"}}]}],
+     ["text: Hi", "= end_turn"]),
+    ("a whole completion as the only chunk", [{"choices": [{"finish_reason": "stop", "message": {"content": "Hi", "reasoning_content": "a"}}]}], ["think: a", "text: Hi", "= end_turn"]),
+    ("Copilot: text and call in two choices", [{"choices": [{"message": {"content": "Hi"}, "finish_reason": "tool_calls"},
+                                                            {"message": {"tool_calls": [fn("Read", '{"path":"a"}', id="c1")]}, "finish_reason": "tool_calls"}]}],
+     ["text: Hi", 'c1 Read {"path": "a"}', "= tool_use"]),
+    ("half an emoji in each delta", ["text \ud83d", "text \ude00", "end stop"], ["text: \ud83d\ude00", "= end_turn"]),
+    ("chunks of wrong types say nothing", [{"choices": {"a": 1}}, {"choices": ["x", None, 5]}, {"choices": [{"delta": "x"}]}, {"choices": [{"delta": ["x"]}]}, {"choices": 5}, {"choices": "abc"},
+                                           "text Hi", "end stop"], ["text: Hi", "= end_turn"]),
+)
+
+BROKEN = (
+    # (name, steps, [DONE] at the end?, what happened: "raised" (status free), "error" event, or "dropped"; status; text before it)
+    ("nothing at all", [], False, "raised", 502, ""),
+    ("cut before content", [{"choices": []}], False, "raised", 502, ""),
+    ("[DONE] without a word", [], True, "raised", 502, ""),
+    ("cut after text", ["text Hi"], False, "error", 502, "Hi"),
+    ("cut in reasoning", ["think Hi"], False, "error", 502, ""),
+    ("cut in a call", ["text Hi", "call 0 c1 Read {\"pa"], False, "dropped", 502, "Hi"),
+    ("Ollama's empty chunk, then the end", ["text Hi", {"model": "", "choices": [{"delta": {"content": ""}, "finish_reason": None}]}], False, "error", 502, "Hi"),
+    ("an error first", [{"error": {"message": "overloaded", "code": 503}}], True, "raised", 529, ""),
+    ("an error after text", ["text Hi", {"error": {"message": "boom", "code": 500}}], True, "error", 502, "Hi"),
+    ("an error in a call", ["call 0 c1 Read {\"pa", {"error": {"message": "boom"}}], True, "dropped", 502, ""),
+    ("OpenRouter's error chunk", ["text Hi", {"error": {"code": 502, "message": "gone"}, "choices": [{"delta": {"content": ""}, "finish_reason": "error"}]}], True, "error", 502, "Hi"),
+    ("x_groq.error", ["text Hi", {"x_groq": {"error": "over capacity"}, "choices": []}], True, "error", 529, "Hi"),
+    ("base_resp", [{"base_resp": {"status_code": 1008, "status_msg": "insufficient balance"}, "choices": None}], True, "raised", 402, ""),
+    ("insufficient_system_resource", ["text Hi", "end insufficient_system_resource"], True, "error", 529, "Hi"),
+    ("network_error", ["end network_error"], True, "raised", 502, ""),
+    ("abort", ["text Hi", "end abort"], True, "error", 502, "Hi"),
+    ("overflow as finish reason, before content", ["end model_context_window_exceeded", "usage 900 0"], True, "raised", 400, ""),
+    ("overflow as an error chunk", [{"error": {"message": "maximum context length is 8 tokens. However, your messages resulted in 9 tokens"}}], True, "raised", 400, ""),
+    ("one call, never named", ["call 0 c1 - {}", "end tool_calls"], True, "raised", 502, ""),
+)
+
+
+class TestStreams(unittest.TestCase):
+    """Each stream fed whole, cut in two at every byte, and byte by byte; every event through the grammar oracle."""
+    maxDiff = None
+
+    def test_rows(self):
+        for name, steps, wanted in STREAMS:
+            raw = sse(*map(chunk, steps))
+            with self.subTest(name):
+                events, _ = fed(raw, "whole", translator())
+                self.assertEqual(grammar(self, events), "done")
+                self.assertEqual(told(ccfix.assemble(events)), wanted)
+                payloads = [payload for payload in ccfix.sse_payloads([raw]) if payload is not None]
+                for how in ["bytes"] + list(range(1, len(raw))):
+                    if [payload for payload in ccfix.sse_payloads(pieces_of(raw, how)) if payload is not None] != payloads:
+                        self.fail("other payloads when cut at %s" % how)
+                for how in ["bytes"] + list(range(1, len(raw), 29)):
+                    if fed(raw, how, translator())[0] != events:
+                        self.fail("other events when cut at %s" % how)
+
+    def test_every_answer_survives_encoding_folding_and_unfolding(self):
+        for name, steps, _ in STREAMS:
+            with self.subTest(name):
+                events, _ = fed(sse(*map(chunk, steps)), "whole", translator())
+                text = "".join(map(ccfix.encode_event, events))
+                text.encode("ascii")
+                self.assertEqual(sse_events(text), events)
+                message = ccfix.assemble(events)
+                again = list(ccfix.replay(message))
+                self.assertEqual(grammar(self, again), "done")
+                self.assertEqual(ccfix.assemble(again), message)
+                fresh = ccfix.assemble(ccfix.replay(message, lambda: "fresh"))
+                self.assertTrue(all(block["id"] == "toolu_fresh" for block in fresh["content"] if block["type"] == "tool_use"))
+
+    def test_broken_streams(self):
+        for name, steps, done, wanted, status, text in BROKEN:
+            raw = sse(*map(chunk, steps), done=done)
+            for how in ["whole", "bytes"] + list(range(1, len(raw), 5)):
+                with self.subTest(name, how=how):
+                    events, end = fed(raw, how, translator())
+                    state = grammar(self, events)
+                    shown = "".join(e["delta"].get("text", "") for e in events if e["type"] == "content_block_delta")
+                    self.assertEqual((end[0] if end else state, shown), (wanted, text))
+                    if end:
+                        self.assertEqual(end[1].status, status)
+                    else:
+                        self.assertEqual(events[-1]["error"]["type"], ccfix.ERROR_TYPES.get(status, "api_error"))
+
+    def test_the_first_chunk_with_content_starts_the_message(self):
+        made = translator()
+        self.assertEqual(list(made.feed(delta(role="assistant", content=""))), [])
+        self.assertEqual(list(made.feed({"choices": [], "usage": {"prompt_tokens": 4}})), [])
+        first = list(made.feed(delta(content="Hi")))
+        self.assertEqual([event["type"] for event in first], ["message_start", "content_block_start", "content_block_delta"])
+        self.assertEqual(first[0]["message"], {"id": "msg_1", "type": "message", "role": "assistant", "model": "claude-x", "content": [], "stop_reason": None, "stop_sequence": None,
+                                               "usage": {"input_tokens": 10, "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0, "output_tokens": 0}})
+
+    def test_ids_that_the_conversation_has_used_are_made_new(self):
+        for taken, wanted in (((), "call_0"), (("call_0",), "toolu_new1")):
+            events, _ = fed(sse(*map(chunk, ["call 0 call_0 Bash {\"cmd\":\"x\"}", "end tool_calls"])), "whole", translator(taken=taken))
+            self.assertEqual(ccfix.assemble(events)["content"][0]["id"], wanted)
+
+    def test_text_streams_as_it_comes(self):
+        made = translator()
+        for part in ("Hel", "lo", " you", ". {", " x"):
+            events = [e for e in made.feed(chunk("text " + part)) if e["type"] == "content_block_delta"]
+            self.assertEqual([e["delta"]["text"] for e in events], [part])
+
+    def test_arguments_stream_as_they_come(self):
+        made, seen = translator(), ""
+        list(made.feed(chunk("call 0 c1 Bash {\"cmd\": \"aaaaaaaaaaaaaaaa")))
+        for part in ("bbbbbbbbbbbbbbbb", "cccccccccccccccc", "\"}"):
+            seen += "".join(e["delta"]["partial_json"] for e in made.feed(chunk("call 0 - - " + part)))
+        self.assertIn("bbbbbbbbbbbbbbbb", seen)
+
+
+class TestThinkTags(unittest.TestCase):
+    """A leading <think> block, whatever the deltas' borders are."""
+
+    ROWS = (
+        ("<think>a b</think>Hi", ["think: a b", "text: Hi", "= end_turn"]),
+        ("<think>\na\n\nb\n</think>\n\nHi\n\nyou", ["think: a\n\nb", "text: Hi\n\nyou", "= end_turn"]),
+        ("\n<think>\n\na</think>\nHi </think> x", ["think: a", "text: Hi </think> x", "= end_turn"]),
+        ("<think>a < b </thin </think>Hi", ["think: a < b </thin ", "text: Hi", "= end_turn"]),
+        ("<think></think>Hi", ["text: Hi", "= end_turn"]),
+        ("<thinking about it>", ["text: <thinking about it>", "= end_turn"]),
+        ("a <think>b</think>", ["text: a <think>b</think>", "= end_turn"]),
+        ("<think>a\n\n", ["think: a\n\n", "= end_turn"]),
+    )
+
+    def test_cut_everywhere(self):
+        for text, wanted in self.ROWS:
+            cuts = [[text[:n], text[n:]] for n in range(len(text) + 1)] + [list(text)] + [[text[:n], text[n:n + 1], text[n + 1:]] for n in range(len(text))]
+            for parts in cuts:
+                with self.subTest(parts):
+                    events, _ = fed(sse(*[delta(content=part) for part in parts] + [delta("stop")]), "whole", translator())
+                    self.assertEqual(grammar(self, events), "done")
+                    self.assertEqual(told(ccfix.assemble(events)), wanted)
+
+
+class TestOneMapping(unittest.TestCase):
+    """The unstreamed answer is the folded stream: both forms of one answer assemble equal."""
+
+    def test_both_forms(self):
+        calls = [fn("Read", '{"path":"a"}', id="c1", type="function"), fn("Bash", '{"cmd":"b"}', id="c2", type="function")]
+        usage = {"prompt_tokens": 9, "completion_tokens": 4}
+        for text, thought, made, finish in itertools.product(("", "Hello you"), ("", "hm hm"), ([], calls[:1], calls), ("stop", "length", "tool_calls")):
+            if not (text or thought or made):
+                continue
+            whole = {"choices": [{"message": {"content": text or None, "reasoning_content": thought or None, "tool_calls": made or None}, "finish_reason": finish}], "usage": usage}
+            steps = [delta(reasoning_content=letter) for letter in thought] + [delta(content=letter) for letter in text]
+            for position, call in enumerate(made):
+                steps.append(call_chunk(dict(fn(call["function"]["name"], "", id=call["id"]), index=position)))
+                steps += [call_chunk(fn(None, letter, index=position)) for letter in call["function"]["arguments"]]
+            streamed = ccfix.assemble(fed(sse(*steps + [delta(finish), {"choices": [], "usage": usage}]), "whole", translator())[0])
+            answers = []
+            for stream in (True, False):
+                for raw in (sse(*steps + [delta(finish), {"choices": [], "usage": usage}]), json.dumps(whole).encode()):
+                    answers.append(answered(raw, "hi", stream=stream, tools=[tool("Read", ["path"], path="string"), tool("Bash", ["cmd"], cmd="string")]))
+            self.assertEqual(told(streamed), told(answers[0]))
+            for answer in answers[1:]:
+                self.assertEqual(dict(answer, id=""), dict(answers[0], id=""))
+
+
+USAGES = (
+    # (the provider's usage, (input, cache read, cache write, output))
+    ({"prompt_tokens": 100, "completion_tokens": 5}, (100, 0, 0, 5)),
+    ({"prompt_tokens": 100, "completion_tokens": 5, "prompt_tokens_details": {"cached_tokens": 60}}, (40, 60, 0, 5)),
+    ({"prompt_tokens": 100, "completion_tokens": 5, "prompt_cache_hit_tokens": 60, "prompt_cache_miss_tokens": 40}, (40, 60, 0, 5)),
+    ({"prompt_tokens": 100, "completion_tokens": 5, "cached_tokens": 60}, (40, 60, 0, 5)),
+    ({"prompt_tokens": 100, "completion_tokens": 5, "prompt_tokens_details": {"cached_tokens": 60, "cache_write_tokens": 30}}, (10, 60, 30, 5)),
+    ({"prompt_tokens": 100, "completion_tokens": 5, "prompt_tokens_details": {"cached_tokens": 160}}, (100, 160, 0, 5)),
+    ({"prompt_tokens": 291, "completion_tokens": 26, "total_tokens": 513, "completion_tokens_details": {"reasoning_tokens": 196}}, (291, 0, 0, 222)),
+    ({"prompt_tokens": 291, "completion_tokens": 222, "total_tokens": 513, "completion_tokens_details": {"reasoning_tokens": 196}}, (291, 0, 0, 222)),
+    ({"input_tokens": 7, "output_tokens": 3}, (7, 0, 0, 3)),
+    ({"prompt_tokens": 100, "completion_tokens": 0}, (100, 0, 0, 0)),
+    ({"prompt_tokens": None, "completion_tokens": "5", "prompt_tokens_details": None}, (10, 0, 0, 0)),
+    ({}, (10, 0, 0, 3)),            # nothing told: estimates, of 10 input tokens and 12 letters
+    ([5], (10, 0, 0, 3)),
+)
+
+
+class TestUsage(unittest.TestCase):
+    """Token counts as Anthropic counts them; the client decides by them when to compact."""
+
+    def test_rows_in_every_place(self):
+        for usage, wanted in USAGES:
+            places_ = (
+                [delta(content="Hello, world"), delta("stop"), {"choices": [], "usage": usage}],
+                [delta(content="Hello, world"), dict(delta("stop"), usage=usage)],
+                [delta(content="Hello, world"), {"choices": [{"delta": {}, "finish_reason": "stop", "usage": usage}]}],
+                [delta(content="Hello, world"), dict(delta("stop"), x_groq={"usage": usage})],
+                [dict(delta(content="Hello, world"), usage={"prompt_tokens": 1, "completion_tokens": 1} if usage else None), dict(delta("stop"), usage=usage)],
+            )
+            for steps in places_ if usage and usage != [5] else places_[:2]:
+                with self.subTest(usage, steps=steps):
+                    told_ = ccfix.assemble(fed(sse(*steps), "whole", translator())[0])["usage"]
+                    self.assertEqual((told_["input_tokens"], told_["cache_read_input_tokens"], told_["cache_creation_input_tokens"], told_["output_tokens"]), wanted)
+
+    def test_a_late_null_does_not_erase_it(self):
+        steps = [delta(content="Hi"), dict(delta("stop"), usage={"prompt_tokens": 5, "completion_tokens": 1}), dict(delta("stop"), usage=None)]
+        self.assertEqual(ccfix.assemble(fed(sse(*steps), "whole", translator())[0])["usage"]["input_tokens"], 5)
+
+
+FRAMES = (
+    # (name, bytes, payloads)
+    ("LF", b"data: a\n\ndata: b\n\n", ["a", "b"]),
+    ("CRLF", b"data: a\r\n\r\ndata: b\r\n\r\n", ["a", "b"]),
+    ("no space after the colon", b"data:a\n\n", ["a"]),
+    ("two spaces keep one", b"data:  a\n\n", [" a"]),
+    ("comments and other fields", b": keep-alive\n\nid: 5\nretry: 9\nevent: x\ndata: a\n\n: OPENROUTER PROCESSING\n\n", ["a"]),
+    ("several data lines are one event", b"data: {\"a\":\ndata: 1}\n\n", ["{\"a\":\n1}"]),
+    ("no blank line between events", b"data: {\"a\":1}\ndata: {\"b\":2}\ndata: [DONE]\n", ["{\"a\":1}", "{\"b\":2}", "[DONE]"]),
+    ("a BOM", b"\xef\xbb\xbfdata: a\n\n", ["a"]),
+    ("event: error", b"event: error\ndata: {\"message\":\"x\"}\n\ndata: b\n\n", ["{\"error\":{\"message\":\"x\"}}", "b"]),
+    ("event: error with an error object", b"event: error\ndata: {\"error\":{\"message\":\"x\"}}\n\n", ["{\"error\":{\"message\":\"x\"}}"]),
+    ("event: error with words", b"event: error\ndata: x\n\n", ["{\"error\":{\"message\":\"x\"}}"]),
+    ("llama.cpp's error line", b"error: {\"message\":\"x\"}\n\n", ["{\"error\":{\"message\":\"x\"}}"]),
+    ("an end without a blank line", b"data: [DONE]", ["[DONE]"]),
+    ("an end without a blank line, JSON", b"data: {\"a\":1}\n", ["{\"a\":1}"]),
+    ("an event that the end cuts off", b"data: a1\n\ndata: {\"b\":", ["a1"]),
+    ("U+2028 ends no line", "data: a\u2028b\n\n".encode(), ["a\u2028b"]),
+    ("letters of several bytes", "data: \u4f60\U0001f600\n\n".encode(), ["\u4f60\U0001f600"]),
+    ("broken UTF-8 costs a letter", b"data: a\xffb\n\n", ["a\ufffdb"]),
+    ("nothing", b"", []),
+    ("only line ends", b"\n\n\r\n\n", []),
+)
+
+
+class TestFraming(unittest.TestCase):
+
+    def test_rows_cut_everywhere(self):
+        for name, raw, wanted in FRAMES:
+            for how in ["whole", "bytes"] + list(range(1, len(raw))):
+                with self.subTest(name, how=how):
+                    self.assertEqual([p for p in ccfix.sse_payloads(pieces_of(raw, how)) if p is not None], wanted)
+
+    def test_none_after_each_block_says_no_more_for_now(self):
+        self.assertEqual(list(ccfix.sse_payloads([b"data: a\n\nda", b"ta: b\n\n"])), ["a", None, "b", None])
+
+    def test_a_line_without_end_is_refused(self):
+        with mock.patch.object(ccfix, "MAX_LINE", 1000):
+            with self.assertRaises(ccfix.UpstreamError):
+                for _ in ccfix.sse_payloads(b"x" * 10 for _ in range(1000)):
+                    """Nothing comes of it."""
+
+
+SOUP_VALUES = (None, True, 0, -1, 2.5, "", "x", " ", "<think>", "</think>", "{", "}", '{"path":"a"}', "stop", "error", [], {}, [{}], "Read", "call_1", {"x": 1}, [None], "\ud800",
+               "<tool_call>", "</tool_call>", [{"type": "text", "text": "t"}], [{"type": "reasoning.text", "text": "t", "index": 0}])
+SOUP_KEYS = ("content", "reasoning_content", "reasoning", "reasoning_details", "tool_calls", "refusal", "function_call", "role")
+
+
+def soup(random_):
+    """A chunk that may hold anything."""
+    pick = lambda: random_.choice(SOUP_VALUES)
+    call = {key: pick() for key in random_.sample(("index", "id", "function", "extra_content", "type"), 3)}
+    if random_.random() < 0.7:
+        call["function"] = {key: pick() for key in random_.sample(("name", "arguments"), random_.randint(0, 2))}
+        call["index"] = random_.choice((0, 0, 1, None))
+    delta_ = {key: pick() for key in random_.sample(SOUP_KEYS, 2)}
+    if random_.random() < 0.5:
+        delta_["tool_calls"] = [call]
+    choice = {"delta": delta_ if random_.random() < 0.95 else pick(), "finish_reason": random_.choice((None,) * 20 + ("stop", "length", "x", {}))}
+    made = {"choices": [choice] if random_.random() < 0.95 else pick()}
+    if random_.random() < 0.05:
+        made[random_.choice(("usage", "x_groq", "base_resp", "error", "model"))] = pick()
+    return made
+
+
+class TestSoup(unittest.TestCase):
+    """Any chunks: grammatical events, or a loud failure."""
+
+    def test_soup(self):
+        random_ = random.Random(7)
+        ends = set()
+        for number in range(800):
+            raw = sse(*[soup(random_) for _ in range(random_.randint(1, 8))], done=random_.random() < 0.8)
+            with self.subTest(number):
+                events, end = fed(raw, random_.choice(("whole", "bytes")), translator(profile=random_.choice((PLAIN, row("gemini"), row("openrouter")))))
+                state = grammar(self, events)
+                ends.add(end[0] if end else state)
+                if not end and state == "done":
+                    message = ccfix.assemble(events)
+                    self.assertTrue(all(isinstance(block["input"], dict) for block in message["content"] if block["type"] == "tool_use"))
+                    self.assertEqual(ccfix.assemble(ccfix.replay(message)), message)
+                    "".join(map(ccfix.encode_event, events)).encode("ascii")
+                elif not end:
+                    self.assertEqual(state, "error")
+        self.assertEqual(ends, {"done", "error", "raised", "dropped"})
+
+    def test_soup_for_the_relay(self):
+        random_ = random.Random(8)
+        kinds = ("message_start", "content_block_start", "content_block_delta", "content_block_stop", "message_delta", "message_stop", "ping", "error", "message", "x", None, 5)
+        for number in range(800):
+            made, events = ccfix.RelayTranslator("msg_1", "claude-x", PLAIN, 10), []
+            with self.subTest(number):
+                try:
+                    for _ in range(random_.randint(1, 8)):
+                        event = {key: random_.choice(SOUP_VALUES + (0, {"type": "text_delta", "text": "t"}, {"type": "text"})) for key in
+                                 random_.sample(("index", "delta", "content_block", "message", "usage", "content", "error"), 4)}
+                        event["type"] = random_.choice(kinds)
+                        events += made.feed(event)
+                    events += made.finish()
+                except ccfix.UpstreamError as error:
+                    try:
+                        events += made.fail(error)
+                    except (ccfix.UpstreamError, ccfix.Dropped):
+                        """Loud enough."""
+                "".join(map(ccfix.encode_event, events)).encode("ascii")
+
+
+class TestEnds(unittest.TestCase):
+    """fail() in every state, and what is our own bug."""
+
+    ERROR = ccfix.UpstreamError("boom")
+
+    def test_fail_by_state(self):
+        rows = (
+            # (steps before, what happens)
+            ([], "raised"), (["text Hi"], "error"), (["think Hi"], "error"), (["call 0 c1 Read {"], "dropped"),
+            (["call 0 c1 Read {\"path\":\"a\"}", "call 1 c2 Bash {"], "dropped"), (["call 0 c1 Read {\"path\":\"a\"}", "text Hi"], "error"),
+        )
+        for steps, wanted in rows:
+            with self.subTest(steps):
+                made, events = translator(), []
+                for step in steps:
+                    events += made.feed(chunk(step))
+                try:
+                    events += made.fail(self.ERROR)
+                    got = "error"
+                except ccfix.Dropped as dropped:
+                    got = "dropped"
+                    self.assertIs(dropped.args[0], self.ERROR)
+                except ccfix.UpstreamError as raised:
+                    got = "raised"
+                    self.assertIs(raised, self.ERROR)
+                self.assertEqual(got, wanted)
+                grammar(self, events)
+                if wanted != "raised":
+                    self.assertEqual((list(made.finish()), list(made.fail(self.ERROR))), ([], []))
+                    with self.assertRaises(RuntimeError):
+                        list(made.feed(delta(content="x")))
+
+    def test_a_started_message_without_content_ends_with_an_error_event(self):
+        made = translator()
+        events = list(made.start()) + list(made.fail(self.ERROR))
+        self.assertEqual((grammar(self, events), events[-1]["error"]["message"]), ("error", "boom"))
+
+    def test_after_done_nothing(self):
+        made = translator()
+        list(made.feed(delta("stop", content="x"))), list(made.finish())
+        self.assertEqual((made.state, list(made.finish()), list(made.fail(self.ERROR))), (ccfix.DONE, [], []))
+        with self.assertRaises(RuntimeError):
+            list(made.feed(delta(content="x")))
+
+    def test_the_error_event_names_the_request(self):
+        made = translator()
+        list(made.feed(delta(content="x")))
+        self.assertEqual(list(made.fail(self.ERROR))[-1], {"type": "error", "error": {"type": "api_error", "message": "boom"}, "request_id": "msg_1"})
+
+
+class TestSilence(unittest.TestCase):
+    """What a silent provider sounds like: nothing for 15 s, message_start and pings, then signs of life."""
+
+    def exchange(self, **fields):
+        self.now = 1000.0
+        proxy, _ = proxy_with(None)
+        made = ccfix.Exchange(proxy, request("hi", **fields), {}, no_wait, clock=lambda: self.now)
+        made.translator = translator()
+        return made
+
+    def pass_time(self, made, seconds):
+        """Events said in so many seconds of silence, asked for each second."""
+        events = []
+        for _ in range(seconds):
+            self.now += 1
+            events += [dict(event, at=self.now - 1000) for event in sse_events(made.silence())]
+        return events
+
+    def write(self, made, steps):
+        events = [event for step in steps for event in made.translator.feed(chunk(step))]
+        made.last_write = made.last_sign = self.now
+        return events
+
+    def test_before_the_first_content(self):
+        made = self.exchange()
+        self.assertEqual(self.pass_time(made, 14), [])
+        events = self.pass_time(made, 31 - 14)
+        self.assertEqual([(event["type"], event["at"]) for event in events],
+                         [("message_start", 15), ("ping", 15), ("ping", 20), ("ping", 25), ("ping", 30)])
+
+    def test_signs_of_life_after_minutes(self):
+        for steps, delta_type in (([], "thinking_delta"), (["text Hi"], "thinking_delta"), (["think a"], "thinking_delta"), (["call 0 c1 Read {\"pa"], "input_json_delta")):
+            with self.subTest(steps):
+                made = self.exchange()
+                events = self.write(made, steps)
+                events += self.pass_time(made, 700)
+                signs = [event for event in events if event["type"] == "content_block_delta" and "at" in event]
+                self.assertTrue(signs)
+                self.assertLessEqual(signs[0]["at"], 250)
+                self.assertEqual({tuple(event["delta"].values()) for event in signs}, {(delta_type, "")})
+                times = [event["at"] for event in events if event["type"] in ("ping", "content_block_delta") and "at" in event]
+                self.assertLessEqual(max(b - a for a, b in zip(times, times[1:])), 5)
+                signed = [event["at"] for event in signs]
+                self.assertLessEqual(max(b - a for a, b in zip(signed, signed[1:])), 300)
+                rest = ["call 0 - - th\":\"a\"}"] if "call" in str(steps) else ["text you"]
+                events += self.write(made, rest + ["end stop"]) + list(made.translator.finish())
+                self.assertEqual(grammar(self, events), "done")
+
+    def test_content_stills_it(self):
+        made = self.exchange()
+        self.write(made, ["text Hi"])
+        self.assertEqual(self.pass_time(made, 4), [])
+        self.write(made, ["text Hi"])
+        self.assertEqual(self.pass_time(made, 4), [])
+        self.assertEqual([event["at"] for event in self.pass_time(made, 6)], [9, 14])
+
+    def test_never_after_the_end_nor_unstreamed(self):
+        made = self.exchange()
+        self.write(made, ["text Hi", "end stop"]), list(made.translator.finish())
+        self.assertEqual(self.pass_time(made, 600), [])
+        self.assertEqual(self.pass_time(self.exchange(stream=False), 600), [])
+        failed = self.exchange()
+        self.write(failed, ["text Hi"]), list(failed.translator.fail(ccfix.UpstreamError("x")))
+        self.assertEqual(self.pass_time(failed, 600), [])
+
+    def test_an_early_start_and_a_second_try_make_one_message(self):
+        """message_start went out in the silence; the try that then fails is made again, under the same start."""
+        clock, said_ = [0.0], []
+        proxy, wires = proxy_with(lambda sent: FakeReply(200, {}, late(sent)), TARGET_RETRIES="1")
+
+        def late(sent):
+            clock[0] += 20
+            said_.append(made.silence())
+            yield b"" if len(wires.sent) == 1 else sse(delta("stop", content="Hi"))
+
+        made = ccfix.Exchange(proxy, request("hi"), {}, no_wait, clock=lambda: clock[0])
+        text = said_[0] if said_ else ""
+        written = list(made.batches())
+        events = sse_events(said_[0]) + sse_events(said_[1] + "".join(written))
+        self.assertEqual((len(wires.sent), grammar(self, events), text), (2, "done", ""))
+        self.assertEqual([event["type"] for event in events].count("message_start"), 1)
+
+
+# ======================================================================================================
+# 8  Learning
+# ======================================================================================================
+
+def err(message, **more):
+    return {"error": dict({"message": message, "type": "invalid_request_error"}, **more)}
+
+
+def has(*fields):
+    return lambda sent: [field for field in fields if field in sent]
+
+
+def in_history(field):
+    return lambda sent: any(field in m for m in sent["messages"] if m["role"] == "assistant")
+
+
+def part_of_kind(kind):
+    return lambda sent: any(part.get("type") == kind for m in sent["messages"] if isinstance(m["content"], list) for part in m["content"])
+
+
+def schema_has(word):
+    return lambda sent: '"%s":' % word in json.dumps(sent.get("tools", ""))
+
+
+def output_above(limit, field="max_tokens"):
+    return lambda sent: sent.get(field, 0) > limit
+
+
+def above_together(window):
+    """Prompt and output above the context window, the prompt counted as a third of a token a byte -> (output, prompt, both)."""
+    def offends(sent):
+        prompt = len(json.dumps(sent["messages"])) // 3
+        return sent["max_tokens"] + prompt > window and (sent["max_tokens"], prompt, sent["max_tokens"] + prompt)
+    return offends
+
+
+def forced(sent):
+    return sent.get("tool_choice") in ("required",) or isinstance(sent.get("tool_choice"), dict)
+
+
+def no_reasoning_after_tools(sent):
+    return any(m.get("tool_calls") and not m.get("reasoning_content") for m in sent["messages"])
+
+
+def user_after_tool(sent):
+    roles = [m["role"] for m in sent["messages"]]
+    return ("tool", "user") in zip(roles, roles[1:])
+
+
+def bad_ids(sent):
+    return any(not re.match(r"[A-Za-z0-9]{9}\Z", call["id"]) for m in sent["messages"] for call in m.get("tool_calls", ()))
+
+
+DISGUISE = ("ANTHROPIC_BASE_URL", "ANTHROPIC_MODEL")
+PIN = {"tool_choice": {"type": "any"}}
+LOUD = {"thinking": {"type": "enabled", "budget_tokens": 9000}, "output_config": {"effort": "high"}}
+EXTRA = {"temperature": 0.5, "top_p": 0.9, "stop_sequences": ["</x>"]}
+STRICT = (
+    # (who, settings, fields of the requests, what offends, status, body or body(offence), the most lessons that this may cost)
+    ("OpenAI: unknown fields", {}, {}, has(*DISGUISE), 400, err("Unrecognized request arguments supplied: ANTHROPIC_BASE_URL, ANTHROPIC_MODEL"), 1),
+    ("OpenAI: one unknown field", {}, {}, has(*DISGUISE), 400, lambda found: err("Unrecognized request argument supplied: " + found[0]), 1),
+    ("Mistral: extra_forbidden in message.detail", {}, {}, has(*DISGUISE), 422, lambda found: {"object": "error", "type": "invalid_request_error", "message": {
+        "detail": [{"type": "extra_forbidden", "loc": ["body", found[0]], "msg": "Extra inputs are not permitted", "input": "x"}]}}, 1),
+    ("Mistral: extra_forbidden in detail", {}, EXTRA, has("top_p"), 422, {"detail": [{"type": "extra_forbidden", "loc": ["body", "top_p"], "msg": "Extra inputs are not permitted"}]}, 1),
+    ("Groq: property", {}, {}, has(*DISGUISE), 400, lambda found: err("property '%s' is unsupported" % found[0]), 1),
+    ("Groq: did you mean", {}, EXTRA, has("top_p"), 400, err("property 'top_p' is unsupported, did you mean 'top_k'?"), 1),
+    ("Groq: in the history", {"PROFILE": "kimi"}, {}, in_history("reasoning_content"), 400, err(
+        "'messages.2' : for 'role:assistant' the following must be satisfied[('messages.2' : property 'reasoning_content' is unsupported)]"), 1),
+    ("Gemini: a list, a line a field", {}, {}, has(*DISGUISE), 400, lambda found: [{"error": {"code": 400, "status": "INVALID_ARGUMENT", "message": "\n".join(
+        "Invalid JSON payload received. Unknown name \"%s\": Cannot find field." % name for name in found)}}], 1),
+    ("Gemini: schema keywords", {}, {}, schema_has("const"), 400, [{"error": {"code": 400, "message":
+        "Invalid JSON payload received. Unknown name \"const\" at 'tools[0].function_declarations[5].parameters.properties[0].value': Cannot find field."}}], 1),
+    ("Cerebras, flat", {}, {}, has(*DISGUISE), 400, lambda found: {"message": "body.%s: property 'body.%s' is unsupported" % (found[0], found[0]), "type": "invalid_request_error",
+                                                                  "param": "validation_error", "code": "wrong_api_format"}, 1),
+    ("NIM: unsupported parameters", {}, {}, has(*DISGUISE), 400, lambda found: {"message": "Validation: Unsupported parameter(s): %s" % ", ".join(found), "type": "Bad Request"}, 1),
+    ("NIM: a Python list as text", {}, {}, has(*DISGUISE), 400, lambda found: {"error": "[{'type': 'extra_forbidden', 'loc': ('body', '%s'), 'msg': 'Extra inputs are not permitted'}]" % found[0]}, 1),
+    ("NIM: chat_template_kwargs", {"PROFILE": "nim"}, LOUD, has("chat_template_kwargs"), 400, err("Unsupported parameter(s): `chat_template_kwargs`"), 1),
+    ("Fireworks: extra inputs", {}, {}, has(*DISGUISE), 400, lambda found: err("Extra inputs are not permitted, field: '%s', value: 'x'" % found[0]), 1),
+    ("Fireworks: stream_options", {}, {}, has("stream_options"), 400, err("Extra inputs are not permitted, field: 'stream_options', value: {'include_usage': True}"), 1),
+    ("xAI: an argument, in camel case", {}, EXTRA, has("top_p"), 400, {"code": "Client specified an invalid argument", "error": "Argument not supported on this model: topP"}, 1),
+    ("xAI: a parameter", {}, EXTRA, has("stop"), 400, {"code": "x", "error": "Model grok-4 does not support parameter stop."}, 1),
+    ("OpenAI: max_tokens is called otherwise", {}, {}, has("max_tokens"), 400, err(
+        "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead.", param="max_tokens", code="unsupported_parameter"), 1),
+    ("Mistral: max_completion_tokens is called otherwise", {"PROFILE": "openai-reasoning"}, {}, has("max_completion_tokens"), 422, {
+        "detail": [{"type": "extra_forbidden", "loc": ["body", "max_completion_tokens"], "msg": "Extra inputs are not permitted"}]}, 1),
+    ("OpenAI: temperature", {}, EXTRA, has("temperature"), 400, err("Unsupported value: 'temperature' does not support 0.5 with this model. Only the default (1) value is supported.",
+                                                                   param="temperature", code="unsupported_value"), 1),
+    ("Kimi: temperature", {}, EXTRA, has("temperature"), 400, err("invalid temperature: only 1 is allowed for this model"), 1),
+    ("everything of EXTRA, one by one", {}, EXTRA, has("temperature", "top_p", "stop"), 400, lambda found: err("Unsupported parameter: '%s' is not supported with this model." % found[0]), 3),
+
+    ("OpenAI: output limit", {}, {}, output_above(4096), 400, err("max_tokens is too large: 64000. This model supports at most 4096 completion tokens, whereas you provided 64000."), 1),
+    ("DeepSeek: output limit", {}, {}, output_above(8192), 400, err("Invalid max_tokens value, the valid range of max_tokens is [1, 8192]"), 1),
+    ("Groq: output limit", {}, {}, output_above(40960), 400, err("`max_tokens` must be less than or equal to `40960`, the maximum value for `max_tokens` is less than the `context_window` for this model"), 1),
+    ("Groq: output limit, other name", {"PROFILE": "openai-reasoning"}, {}, output_above(40960, "max_completion_tokens"), 400, err("max_completion_tokens must be less than or equal to 40960, the maximum value for m"), 1),
+    ("Ark: output limit", {}, {}, output_above(12288), 400, err(
+        "The parameter `max_tokens` specified in the request is not valid: integer above maximum value, expected a value <= 12288, but got 64000 instead"), 1),
+    ("DashScope: output limit", {}, {}, output_above(16384), 400, err("<400> InternalError.Algo.InvalidParameter: Range of max_tokens should be [1, 16384]"), 1),
+    ("Anthropic relay: output limit", {}, {}, output_above(4096), 400, err("max_tokens: 64000 > 4096, which is the maximum allowed number of output tokens for claude-3-opus"), 1),
+
+    ("DeepSeek: forced choice", {}, PIN, forced, 400, err("deepseek-reasoner does not support this tool_choice"), 1),
+    ("Moonshot: required", {}, PIN, forced, 400, err("tool_choice 'required' is incompatible with thinking enabled"), 1),
+    ("Qwen: forced choice", {}, PIN, forced, 400, err("<400> InternalError.Algo.InvalidParameter: The tool_choice parameter does not support being set to required or object in thinking mode"), 1),
+    ("parallel_tool_calls", {}, {"tool_choice": {"type": "auto", "disable_parallel_tool_use": True}}, has("parallel_tool_calls"), 400, err("Unsupported parameter: 'parallel_tool_calls' is not supported with this model."), 1),
+    ("Groq: number of tools", {}, {"tools": [tool("Read", ["path"], path="string")] + [tool("t%d" % n) for n in range(140)]}, lambda sent: len(sent.get("tools", ())) > 128, 400,
+     err("'tools' : maximum number of items is 128"), 1),
+    ("OpenAI: number of tools", {}, {"tools": [tool("Read", ["path"], path="string")] + [tool("t%d" % n) for n in range(140)]}, lambda sent: len(sent.get("tools", ())) > 128, 400,
+     err("Invalid 'tools': array too long. Expected an array with maximum length 128, but got an array with length 141 instead.", param="tools", code="array_above_max_length"), 1),
+    ("Mistral: no user after tool", {}, {}, user_after_tool, 400, {"object": "error", "message": "Unexpected role 'user' after role 'tool'", "type": "invalid_request_message_order", "code": "3230"}, 1),
+    ("Mistral: tool ids", {}, {}, bad_ids, 400, {"object": "error", "message": "Tool call id was call_abc but must be a-z, A-Z, 0-9, with a length of 9.", "code": "3280"}, 1),
+    ("MiniMax: no system role", {}, {}, lambda sent: sent["messages"][0]["role"] == "system", 400, err("invalid params, chat content has invalid message role: system (2013)"), 1),
+    ("Gemma: no system role", {}, {}, lambda sent: sent["messages"][0]["role"] == "system", 400, err("System role not supported"), 1),
+
+    ("Ark: text only", {}, {}, part_of_kind("image_url"), 400, err("Model only support text input"), 1),
+    ("OpenRouter: no image endpoint", {}, {}, part_of_kind("image_url"), 404, err("No endpoints found that support image input"), 1),
+    ("DeepSeek: image_url is unknown", {}, {}, part_of_kind("image_url"), 400, err("Failed to deserialize the JSON body into the target type: messages[0]: unknown variant `image_url`, expected `text`"), 1),
+    ("llama.cpp: no image support", {}, {}, part_of_kind("image_url"), 500, err("image input is not supported - hint: if this is unexpected, you may need to provide the mmproj"), 1),
+    ("vLLM: not multimodal", {}, {}, part_of_kind("image_url"), 400, err("m is not a multimodal model"), 1),
+    ("a file part", {"PROFILE": "openai"}, {}, part_of_kind("file"), 400, err("Invalid value: 'file'. Supported values are: 'text' and 'image_url'."), 1),
+
+    ("DeepSeek: reasoning must come back", {}, {}, no_reasoning_after_tools, 400, err("The reasoning_content in the thinking mode must be passed back to the API."), 1),
+    ("DeepSeek, earlier text", {}, {}, no_reasoning_after_tools, 400, err("Missing reasoning_content field in the assistant message at message index 2."), 1),
+    ("Kimi: reasoning must come back", {}, {}, no_reasoning_after_tools, 400, err("thinking is enabled but reasoning_content is missing in assistant tool call message at index 2"), 1),
+    ("Gemini: signatures must come back", {}, {}, lambda sent: any("extra_content" not in m["tool_calls"][0] for m in sent["messages"] if m.get("tool_calls")), 400,
+     [{"error": {"code": 400, "message": "Function call is missing a thought_signature in functionCall parts. This is required for tools to work correctly."}}], 1),
+    ("Cerebras: reasoning_content in the history", {"PROFILE": "kimi"}, {}, in_history("reasoning_content"), 400,
+     {"message": "messages.2.assistant.reasoning_content: property 'messages.2.assistant.reasoning_content' is unsupported", "type": "invalid_request_error", "code": "wrong_api_format"}, 1),
+
+    ("gpt-5.6: no effort beside tools", {"PROFILE": "openai-gpt5.1"}, LOUD, lambda sent: sent.get("reasoning_effort", "none") != "none", 400, err(
+        "Function tools with reasoning_effort are not supported for gpt-5.6-terra in /v1/chat/completions. To use function tools, use /v1/responses or set reasoning_effort to 'none'."), 1),
+    ("effort is not known", {"PROFILE": "openai-gpt5.1"}, LOUD, has("reasoning_effort"), 400, err("Unrecognized request argument supplied: reasoning_effort"), 1),
+    ("xAI: no effort for this model", {"PROFILE": "fireworks"}, LOUD, has("reasoning_effort"), 400, {"code": "x", "error": "Model grok-4 does not support parameter reasoningEffort."}, 1),
+    ("NIM: no thinking", {"PROFILE": "kimi"}, LOUD, has("thinking"), 400, err("Validation: Unsupported parameter(s): `thinking`"), 1),
+    ("Cerebras: no enable_thinking", {"PROFILE": "dashscope"}, LOUD, has("enable_thinking"), 400, {"message": "body.enable_thinking: property 'body.enable_thinking' is unsupported"}, 1),
+    ("DashScope: thinking only streams", {"PROFILE": "siliconflow"}, dict(LOUD, stream=False), lambda sent: sent.get("enable_thinking") and not sent.get("stream"), 400,
+     err("parameter.enable_thinking must be set to false for non-streaming calls"), 1),
+    ("DashScope, even when streamed", {}, LOUD, lambda sent: sent.get("enable_thinking") is not False, 400, err("parameter.enable_thinking must be set to false for non-streaming calls"), 1),
+
+    ("response_format is not there", {"PROFILE": "mistral"}, {"output_config": {"format": {"type": "json_schema", "schema": props()}}}, has("response_format"), 400,
+     err("'response_format' : value is not one of the allowed values"), 2),
+    ("json_schema is not there", {"PROFILE": "mistral"}, {"output_config": {"format": {"type": "json_schema", "schema": props()}}}, lambda sent: sent.get("response_format", {}).get("type") == "json_schema", 400,
+     err("This response_format type is unavailable now"), 1),
+    ("a pattern that no grammar takes", {}, {}, schema_has("pattern"), 400, err("Invalid regex in tool schema: look-around is not supported"), 1),
+    ("a format keyword", {}, {}, schema_has("format"), 400, err("Invalid schema for function 'Read': In context=('properties', 'at'), 'format' is not permitted"), 1),
+
+    ("vLLM: prompt and output together", {}, {}, above_together(32768), 400, lambda found: err(
+        "This model's maximum context length is 32768 tokens. However, you requested %d output tokens and your prompt contains at least %d input tokens, for a total of at least %d tokens." % found), 1),
+    ("Groq: a malformed call, once", {"TARGET_RETRIES": "1"}, {}, lambda sent, seen=[]: not seen and not seen.append(1), 400, err("Failed to call a function", code="tool_use_failed"), 1),
+)
+
+SESSION_TOOLS = [tool("Read", ["path"], path={"type": "string", "pattern": "^(?!/)"}, at={"type": "string", "format": "date"}, kind={"const": "x"}), tool("Bash", ["cmd"], cmd="string")]
+
+
+def session(proxy, count, **fields):
+    """Run `count` turns of a tool loop -> errors. Every third turn is a word of the user after the tool result."""
+    messages = [user("Look at this.", png(), PDF)]
+    fields = dict({"system": "Be brief.", "tools": SESSION_TOOLS, "max_tokens": 64000}, **fields)
+    errors = []
+    for turn in range(count):
+        events, error = ask(proxy, request(*messages, **fields), {"x-claude-code-session-id": "s"})
+        if error:
+            errors.append(error)
+            continue
+        message = ccfix.assemble(events)
+        messages.append({"role": "assistant", "content": message["content"]})
+        results = [result(block["id"], "ok") for block in message["content"] if block["type"] == "tool_use"]
+        messages.append(user(*(results + (["Go on."] if turn % 3 == 2 or not results else []))))
+    return errors
+
+
+class StrictProvider(object):
+    """Answers with reasoning and a tool call, unless the request offends."""
+
+    def __init__(self, offends, status, body):
+        self.offends, self.status, self.body, self.turn, self.refused = offends, status, body, 0, 0
+
+    def __call__(self, sent):
+        found = self.offends(sent)
+        if found:
+            self.refused += 1
+            body = self.body(found) if callable(self.body) else self.body
+            return FakeReply(self.status, {}, [json.dumps(body).encode()])
+        self.turn += 1
+        return FakeReply(200, {}, [sse(delta(reasoning_content="step %d" % self.turn), call_chunk(fn("Read", '{"path":"a%d"}' % self.turn, index=0, id="call_%d" % self.turn)), delta("tool_calls"))])
+
+
+class TestStrictProviders(unittest.TestCase):
+    """A provider as strict as upstreams.md tells takes a session of twenty turns after one more request a lesson; a restart needs none."""
+
+    def test_sessions(self):
+        for number, (who, settings, fields, offends, status, body, most) in enumerate(STRICT):
+            with self.subTest(who):
+                folder = tempfile.mkdtemp()
+                try:        # every fourth goes all the way: a refusal comes within the first turns, and the rest is time
+                    self.check(dict(settings, CACHE_DIR=folder), fields, StrictProvider(offends, status, body), most, 6 if number % 4 else 20)
+                finally:
+                    shutil.rmtree(folder, ignore_errors=True)
+
+    def check(self, settings, fields, provider, most, turns):
+        proxy, wires = proxy_with(provider, **settings)
+        self.assertEqual([e.message for e in session(proxy, turns, **fields)], [])
+        self.assertGreaterEqual(provider.refused, 1, "nothing was ever refused")
+        self.assertLessEqual(provider.refused, most)
+        self.assertEqual(len(wires.sent), turns + provider.refused)
+        for text in (ccfix.lesson_text(field, value) for changes in proxy.lessons.values() for field, value in changes.items()):
+            self.assertTrue(text and "%" not in text, text)
+        json.dumps(proxy.status())
+        proxy.store.close()
+        before = provider.refused
+        again, wires = proxy_with(provider, **settings)
+        self.assertEqual(session(again, 3, **fields), [])
+        self.assertEqual((provider.refused, len(wires.sent)), (before, 3), "the lesson did not survive the restart")
+        again.store.close()
+
+    def test_all_in_one(self):
+        """A provider that refuses several things, one at a time, needs one request for each."""
+        rules = [(has(*DISGUISE), err("Unrecognized request argument supplied: ANTHROPIC_MODEL")), (has("temperature"), err("invalid temperature: only 1 is allowed for this model")),
+                 (output_above(4096), err("supports at most 4096 completion tokens; max_tokens is too large"))]
+        provider = StrictProvider(lambda sent: [body for offends, body in rules if offends(sent)], 400, lambda found: found[0])
+        proxy, wires = proxy_with(provider)
+        self.assertEqual(session(proxy, 20, **EXTRA), [])
+        self.assertEqual(len(wires.sent), 20 + 3)
+
+
+NATIVE_HELLO = "".join(ccfix.encode_event(event) for event in ccfix.replay(
+    {"id": "msg_up", "type": "message", "role": "assistant", "model": "up", "content": [{"type": "text", "text": "Hello"}], "stop_reason": "end_turn", "stop_sequence": None,
+     "usage": {"input_tokens": 7, "output_tokens": 1}})).encode()
+
+
+class TestNativeLessons(unittest.TestCase):
+    """Providers that speak Anthropic, and what they refuse."""
+
+    ROWS = (
+        # (what offends(body, headers), the refusal)
+        (lambda sent, headers: "mid-x" in headers.get("anthropic-beta", ""), "Unexpected value(s) `mid-x` for the `anthropic-beta` header. Please consult our documentation."),
+        (lambda sent, headers: any(m["role"] == "system" for m in sent["messages"]), "messages.1.role: Input should be 'user' or 'assistant'"),
+        (lambda sent, headers: "cache_control" in json.dumps(sent), "cache_control.ephemeral.scope: Extra inputs are not permitted"),
+        (lambda sent, headers: "context_management" in sent, "context_management: Extra inputs are not permitted"),
+        (lambda sent, headers: sent.get("max_tokens", 0) > 8192, "max_tokens: 32000 > 8192, which is the maximum allowed number of output tokens for x"),
+        (lambda sent, headers: "output_config" in sent, "output_config: Extra inputs are not permitted"),
+    )
+
+    def test_rows(self):
+        body = request(user(txt("a", cache_control={"type": "ephemeral", "scope": "x"})), {"role": "system", "content": "s"}, "b", context_management={"edits": []}, output_config={"effort": "low"})
+        for offends, text in self.ROWS:
+            with self.subTest(text):
+                refused = []
+
+                def answer(sent):
+                    if offends(sent, wires.headers[-1]):
+                        refused.append(sent)
+                        return FakeReply(400, {}, [json.dumps({"type": "error", "error": {"type": "invalid_request_error", "message": text}}).encode()])
+                    return FakeReply(200, {}, [NATIVE_HELLO])
+                proxy, wires = proxy_with(answer, TARGET_FORMAT="anthropic")
+                for _ in range(3):
+                    events, error = ask(proxy, body, {"anthropic-beta": "good-1,mid-x"})
+                    self.assertIsNone(error)
+                    self.assertEqual(grammar(self, events), "done")
+                self.assertEqual((len(refused), len(wires.sent)), (1, 4))
+                self.assertIn("good-1", wires.headers[-1]["anthropic-beta"])
+
+
+class TestWhatIsNotLearned(unittest.TestCase):
+
+    def test_an_error_that_no_rule_fits_goes_out_once_with_the_providers_words(self):
+        for words in ("The moon is in the wrong phase.", "Your request was blocked by policy 17", "messages: too many tool calls in flight", "model is not allowed for this project"):
+            with self.subTest(words):
+                proxy, wires = proxy_with(lambda sent: FakeReply(400, {}, [json.dumps(err(words)).encode()]))
+                events, error = ask(proxy, request("hi", tools=[tool("Read")]))
+                self.assertEqual((error.status, error.type, len(wires.sent), events), (424, "invalid_request_error", 1, []))
+                self.assertIn(words, error.message)
+                self.assertEqual(proxy.lessons, {})
+
+    def test_never_more_than_three_mends(self):
+        fields = iter(["temperature", "top_p", "stop", "stream_options", "max_tokens"] * 9)
+        proxy, wires = proxy_with(lambda sent: FakeReply(400, {}, [json.dumps(err("property '%s' is unsupported" % next(f for f in fields if f in sent))).encode()]))
+        events, error = ask(proxy, request("hi", **EXTRA))
+        self.assertEqual((error.status, len(wires.sent)), (424, 4))
+
+    def test_never_twice_for_the_same_lesson(self):
+        proxy, wires = proxy_with(lambda sent: FakeReply(400, {}, [json.dumps(err("property 'temperature' is unsupported")).encode()]))
+        events, error = ask(proxy, request("hi", temperature=1))
+        self.assertEqual((error.status, len(wires.sent)), (424, 2))
+
+    def test_essentials_are_never_dropped(self):
+        for name in ("model", "messages", "tools", "stream", "max_tokens"):
+            for text in ("Unrecognized request argument supplied: %s", "property '%s' is unsupported", "Invalid value for '%s'", "'%s' is not permitted", "Unsupported parameter: '%s'"):
+                with self.subTest(text % name):
+                    proxy, wires = proxy_with(lambda sent: FakeReply(400, {}, [json.dumps(err(text % name)).encode()]))
+                    ask(proxy, request("hi", tools=[tool("Read")]))
+                    for sent in wires.sent:
+                        self.assertTrue({"model", "messages", "tools", "stream"} <= set(sent))
+                        self.assertTrue({"max_tokens", "max_completion_tokens"} & set(sent))
+
+    def test_other_errors_teach_nothing(self):
+        for status in (401, 402, 404, 429, 500, 503):
+            proxy, wires = proxy_with(lambda sent: FakeReply(status, {}, [json.dumps(err("property 'temperature' is unsupported")).encode()]))
+            ask(proxy, request("hi", temperature=1))
+            self.assertEqual((proxy.lessons, len(wires.sent)), ({}, 1), status)
+
+    def test_lessons_belong_to_one_provider_and_model(self):
+        def answer(sent):
+            return FakeReply(400, {}, [json.dumps(err("property 'temperature' is unsupported")).encode()]) if sent["model"] == "m" and "temperature" in sent else FakeReply(200, {}, [HELLO_STREAM])
+        proxy, wires = proxy_with(answer, TARGET_MODEL_HAIKU="small")
+        ask(proxy, request("hi", temperature=1))
+        ask(proxy, request("hi", temperature=1, model="claude-haiku-4-5"))
+        ask(proxy, request("hi", temperature=1))
+        self.assertEqual([("temperature" in sent, sent["model"]) for sent in wires.sent], [(True, "m"), (False, "m"), (True, "small"), (False, "m")])
+
+    def test_lessons_are_forgotten(self):
+        folder = tempfile.mkdtemp()
+        try:
+            provider = StrictProvider(has(*DISGUISE), 400, err("Unrecognized request argument supplied: ANTHROPIC_MODEL"))
+            proxy, wires = proxy_with(provider, CACHE_DIR=folder)
+            ask(proxy, request("hi"))
+            self.assertEqual([row["field"] for row in proxy.status()["lessons"]], ["strict"])
+            self.assertEqual((proxy.forget(), proxy.lessons, proxy.status()["lessons"], proxy.forget()), (1, {}, [], 0))
+            proxy.store.close()
+            again, wires = proxy_with(provider, CACHE_DIR=folder)
+            self.assertEqual(again.lessons, {})
+            again.store.close()
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def test_lessons_from_a_file_may_hold_anything(self):
+        for odd in (None, 5, [], {"nonsense": 1}, {"never": ["a", ["b"]], "images": False}):
+            self.assertIsInstance(ccfix.applied(ccfix.DEFAULT, odd), ccfix.Profile)
+        self.assertEqual(ccfix.applied(ccfix.DEFAULT, {"never": ["a"]}).never, ("a",))
+
+    def test_learning_survives_any_text(self):
+        random_ = random.Random(3)
+        words = ("max_tokens", "tool_choice", "image", "not support", "reasoning_content", "'temperature'", "[1, 5]", "unknown", "tools", "maximum length 5", "schema", "pattern", "(", "extra_forbidden", "missing",
+                 "must be", "at most 99999", "response_format", "thinking", "system role", "not supported", "file", "Unsupported parameter(s):", "beta", "cache_control", "ANTHROPIC_X", "{", "\\", "`")
+        sent = ccfix.to_openai(request(user("a", png()), tools=SESSION_TOOLS, **dict(EXTRA, **LOUD)), "m", ccfix.DEFAULT)
+        for _ in range(700):
+            text = " ".join(random_.choice(words) for _ in range(random_.randint(1, 9)))
+            error = provider_like(text)
+            changes = ccfix.learn(error, random_.choice(ccfix.PROFILES), sent)
+            ccfix.applied(ccfix.DEFAULT, json.loads(json.dumps(changes)))
+            for field, value in changes.items():
+                self.assertIsInstance(ccfix.lesson_text(field, value), str)
+
+
+def provider_like(text):
+    return ccfix.upstream_error(400, {}, json.dumps(err(text)))
+
+
+class TestReasoningSurvives(unittest.TestCase):
+    """What a provider needs back on the next turn comes back byte for byte, through signatures or by tool-call id."""
+    maxDiff = None
+
+    DETAILS = [{"type": "reasoning.text", "text": "I think \u00fc", "signature": "sig==", "index": 0, "format": "anthropic-claude-v1"}, {"type": "reasoning.encrypted", "data": "gAAA\u2028", "id": "rs_1", "index": 1}]
+    ROWS = (
+        # (profile, deltas of the answer, field of the assistant message (or None: in the call), what must come back)
+        ("deepseek", [delta(reasoning_content="a\n"), delta(reasoning_content=" b\u4f60")], "reasoning_content", "a\n b\u4f60"),
+        ("kimi", [delta(reasoning_content="think  twice ")], "reasoning_content", "think  twice "),
+        ("mimo", [delta(reasoning_content="m")], "reasoning_content", "m"),
+        ("ollama", [delta(reasoning="o")], "reasoning", "o"),
+        ("cerebras", [delta(reasoning="c")], "reasoning", "c"),
+        ("openrouter", [delta(reasoning="I think \u00fc", reasoning_details=[dict(DETAILS[0], text="I think", signature=None)]),
+                        delta(reasoning_details=[{"type": "reasoning.text", "text": " \u00fc", "index": 0, "signature": "sig=="}]), delta(reasoning_details=[DETAILS[1]])], "reasoning_details", DETAILS),
+        ("openrouter", [delta(reasoning_details=[DETAILS[1]])], "reasoning_details", [DETAILS[1]]),
+        ("minimax", [delta(reasoning_details=[{"type": "reasoning.text", "text": "mm", "id": "r", "index": 0}])], "reasoning_details", [{"type": "reasoning.text", "text": "mm", "id": "r", "index": 0}]),
+        ("gemini", [], None, "c2lnbmF0dXJl+/="),
+    )
+
+    def turn(self, name, deltas, google):
+        """(proxy, wires, the assistant's finished message) of one turn with a call."""
+        call = fn("Read", '{ "path":"a" }', index=0, id="call_1")
+        if google:
+            call["extra_content"] = {"google": {"thought_signature": google}}
+        proxy, wires = proxy_with(lambda sent: FakeReply(200, {}, [sse(*deltas + [call_chunk(call), delta("tool_calls")])]), PROFILE=name)
+        events, error = ask(proxy, request("hi", tools=[tool("Read", ["path"], path="string")]))
+        self.assertIsNone(error)
+        self.assertEqual(grammar(self, events), "done")
+        return proxy, wires, ccfix.assemble(events)
+
+    def next_turn(self, proxy, wires, content):
+        call = next(block for block in content if block["type"] == "tool_use")
+        ask(proxy, request("hi", {"role": "assistant", "content": content}, user(result(call["id"], "ok")), tools=[tool("Read", ["path"], path="string")]))
+        return next(m for m in wires.sent[-1]["messages"] if m["role"] == "assistant")
+
+    def check(self, message, field, wanted):
+        if field:
+            self.assertEqual(ccfix.compact_json(message.get(field)), ccfix.compact_json(wanted))
+        else:
+            self.assertEqual(message["tool_calls"][0]["extra_content"], {"google": {"thought_signature": wanted}})
+        self.assertEqual(message["tool_calls"][0]["function"]["arguments"], '{ "path":"a" }')
+
+    def test_through_the_signature(self):
+        for name, deltas, field, wanted in self.ROWS:
+            with self.subTest(name):
+                proxy, wires, message = self.turn(name, deltas, None if field else wanted)
+                proxy.memory = ccfix.Memory()       # as after a restart: only the signature knows
+                fresh = self.next_turn(proxy, wires, message["content"])
+                if field:
+                    self.assertEqual(ccfix.compact_json(fresh.get(field)), ccfix.compact_json(wanted))
+                else:
+                    self.assertEqual(fresh["tool_calls"][0]["extra_content"], {"google": {"thought_signature": wanted}})
+
+    def test_by_tool_call_id_where_the_client_dropped_the_block(self):
+        for name, deltas, field, wanted in self.ROWS:
+            with self.subTest(name):
+                proxy, wires, message = self.turn(name, deltas, None if field else wanted)
+                self.check(self.next_turn(proxy, wires, [block for block in message["content"] if block["type"] != "thinking"]), field, wanted)
+
+    def test_by_tool_call_id_after_a_restart(self):
+        folder = tempfile.mkdtemp()
+        try:
+            proxy, wires = proxy_with(lambda sent: FakeReply(200, {}, [sse(delta(reasoning_content="kept"), call_chunk(fn("Read", "{}", index=0, id="call_1")), delta("tool_calls"))]), PROFILE="deepseek", CACHE_DIR=folder)
+            message = ccfix.assemble(ask(proxy, request("hi"))[0])
+            proxy.store.close()
+            again, wires = proxy_with(wires.answer, PROFILE="deepseek", CACHE_DIR=folder)
+            sent = self.next_turn(again, wires, [block for block in message["content"] if block["type"] != "thinking"])
+            again.store.close()
+            self.assertEqual(sent["reasoning_content"], "kept")
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def test_what_is_not_kept_gets_the_providers_placeholder_or_nothing(self):
+        rows = (("deepseek", "reasoning_content", ccfix.NOT_KEPT), ("kimi", "reasoning_content", None), ("openrouter", "reasoning_details", None), ("groq", "reasoning_content", None))
+        content = [{"type": "thinking", "thinking": "claude's own", "signature": "EqQBCkYIBxgC"}, use("toolu_9", path="a")]
+        for name, field, wanted in rows:
+            with self.subTest(name):
+                proxy, wires = proxy_with(lambda sent: FakeReply(200, {}, [HELLO_STREAM]), PROFILE=name)
+                message = self.next_turn(proxy, wires, content)
+                self.assertEqual(message.get(field), wanted)
+                self.assertNotIn("EqQB", json.dumps(wires.sent))
+                self.assertNotIn("claude's own", json.dumps(wires.sent))
+        proxy, wires = proxy_with(lambda sent: FakeReply(200, {}, [HELLO_STREAM]), PROFILE="gemini")
+        self.assertEqual(self.next_turn(proxy, wires, content)["tool_calls"][0]["extra_content"], {"google": {"thought_signature": ccfix.GEMINI_SKIP}})
+
+    def test_another_providers_state_is_left_out(self):
+        block = {"type": "thinking", "thinking": "h", "signature": ccfix.write_state("api.other.com", {"details": [SIGNED]})}
+        for mark in (block["signature"], "", None, 5, "ccfix1.", "ccfix1.!!!.", ccfix.write_state("host", {})[:-1], ccfix.write_state("host", {}) + "!!!", ccfix.write_state("host", {}) + "AAAA"):
+            for name in ("openrouter", "kimi", "gemini", "deepseek"):
+                sent = ccfix.to_openai(request("a", said(dict(block, signature=mark), "b"), "c"), "m", row(name))["messages"][1]
+                self.assertEqual(sent, A("b"), (name, mark))
+
+    def test_state_is_packed_whole(self):
+        for state in ({}, {"details": [SIGNED] * 50}, {"google": {"id": "s" * 1000}}, {"details": [{"text": "\ud83d"}]}):
+            mark = ccfix.write_state("host", state)
+            self.assertEqual(ccfix.read_state({"type": "thinking", "thinking": "t", "signature": mark}, "host"), dict(state, text="t"))
+            self.assertIsNone(ccfix.read_state({"type": "thinking", "thinking": "t", "signature": mark}, "other"))
+            self.assertRegex(mark, r"\A[\x21-\x7e]+\Z")
+
+    def test_providers_that_refuse_reasoning_never_get_it(self):
+        block = {"type": "thinking", "thinking": "h", "signature": ccfix.write_state("host", {"details": [SIGNED]})}
+        for name in ("groq", "mistral", "openai", "openai-reasoning", "xai", "default", "vllm", "llamacpp"):
+            profile = PLAIN if name == "default" else row(name)
+            sent = ccfix.to_openai(request("a", said(block, use("c1")), user(result("c1", "r"))), "m", profile)["messages"][1]
+            self.assertEqual(set(sent), {"role", "content", "tool_calls"}, name)
+
+
+# ======================================================================================================
 # 9  Upstream
 # ======================================================================================================
 
@@ -955,7 +3209,7 @@ class UpstreamCase(unittest.TestCase):
         return caught.exception
 
 
-class TestFraming(UpstreamCase):
+class TestHttpFraming(UpstreamCase):
     WHOLE = [
         ("content-length", [counted(b"hello")], b"hello"),
         ("content-length in two parts", [counted(b"hello")[:-3], 0.01, b"llo"], b"hello"),
@@ -2184,6 +4438,1552 @@ class TestRecorder(unittest.TestCase):
 
 
 # ======================================================================================================
+# 10  Cache: sessions
+# ======================================================================================================
+
+# A session in the shape of the real client's: (what the user says, how many calls the model makes before it answers)
+SESSION = (("Make the colour in notes.txt blue.", 4), ("continue", 1), ("Ask the book.", 3), ("yes", 0), ("Write a poem.", 2),
+           ("go on", 0), ("Which date is it today?", 0))
+NOTE = "<system-reminder>\n%s\n</system-reminder>"
+
+
+def session_reply(sent):
+    """The model of the session: the reply that belongs to the number of assistant turns; it names its place."""
+    place = sum(message["role"] == "assistant" for message in sent["messages"])
+    plan = [kind for _, calls in SESSION for kind in ["call"] * calls + ["text"]]
+    if plan[place] == "text":
+        chunks = [delta(content="answer %d" % place), delta("stop")]
+    else:
+        calls = [{"index": index, "id": "call_%s_%d" % (random.random(), index), "type": "function",
+                  "function": {"name": "Read", "arguments": json.dumps({"path": "file %d" % index})}} for index in (0, 1)]
+        chunks = [delta(tool_calls=calls), delta("tool_calls")]
+    return FakeReply(200, {"content-type": "text/event-stream"}, [sse(*chunks)])
+
+
+def marked_last(messages):
+    """A copy in which the last block has cache_control, and messages of one text are strings, as the client sends them."""
+    messages = copy.deepcopy(messages)
+    for message in messages[:-1]:
+        if isinstance(message["content"], list) and [block["type"] for block in message["content"]] == ["text"] and message["role"] != "assistant":
+            message["content"] = message["content"][0]["text"]
+    if isinstance(messages[-1]["content"], str):
+        messages[-1]["content"] = [{"type": "text", "text": messages[-1]["content"]}]
+    messages[-1]["content"][-1]["cache_control"] = {"type": "ephemeral"}
+    return messages
+
+
+def answer_told(proxy, body, name=""):
+    """(message, cache state) of one exchange, streamed or not as the body asks."""
+    exchange = ccfix.Exchange(proxy, body, {"x-claude-code-session-id": name}, no_wait)
+    message = ccfix.assemble(sse_events("".join(exchange.batches()))) if body["stream"] else exchange.message()
+    return message, exchange.cache_state
+
+
+def client_session(proxy, date, name, questions=SESSION):
+    """Play the session as one client -> ([cache state of each request], [text of each answer])."""
+    messages, answers, states = [], [], []
+    tools = [tool("Bash", command="string"), tool("Read", path="string"), tool("Write", path="string")]
+    system = [{"type": "text", "text": "x-anthropic-billing-header: cc_version=2.1.330.%s; cch=%s;" % (len(name), name)},
+              {"type": "text", "text": "You are a tool. Memory: /home/me"}]
+    for prompt, _ in questions:
+        messages.append({"role": "user", "content": prompt})
+        if len(messages) == 1:
+            messages = [{"role": "user", "content": [{"type": "text", "text": text} for text in (
+                NOTE % "Contents of /w/CLAUDE.md (project instructions):\n\nUse tabs.", NOTE % u"Attribution \U0001f916", prompt)]},
+                {"role": "system", "content": "# Environment\n - cwd: /w\n\nToday's date is %s." % date}]
+        while True:
+            turn = len(states)
+            body = request(*marked_last(messages), system=system, tools=tools if turn % 2 else tools[::-1],
+                           metadata={"user_id": json.dumps({"session_id": name})}, stream=turn % 3 > 0)
+            message, state = answer_told(proxy, body, name)
+            content = message["content"]
+            states.append(state)
+            messages.append({"role": "assistant", "content": content})
+            calls = [block["id"] for block in content if block["type"] == "tool_use"]
+            if not calls:
+                answers.append(content[0]["text"])
+                break
+            found = [{"type": "tool_result", "tool_use_id": call_id, "content": "result of %d" % place} for place, call_id in enumerate(calls)]
+            messages.append({"role": "user", "content": found[::(-1) ** len(name)]})     # in order of completion
+    return states, answers
+
+
+class CachedCase(unittest.TestCase):
+    def proxy(self, answer, mode, **values):
+        folder = tempfile.mkdtemp()
+        proxy, wires = proxy_with(answer, CACHE_ENABLED="true", CACHE_DIR=folder, CACHE_KEY_MODE=mode, **values)
+        self.addCleanup(shutil.rmtree, folder)
+        self.addCleanup(proxy.store.close)
+        return proxy
+
+
+class TestCacheSession(CachedCase):
+    def sessions(self, mode):
+        """The first session, the same on the same day, and on another: states of each; answers are checked."""
+        proxy = self.proxy(session_reply, mode)
+        found = [client_session(proxy, date, name) for date, name in (("2026-11-22", "a"), ("2026-11-22", "bb"), ("2026-11-23", "ccc"))]
+        self.assertEqual([answers for _, answers in found], [found[0][1]] * 3)
+        self.assertEqual(len(found[0][0]), sum(calls + 1 for _, calls in SESSION))
+        return [states for states, _ in found]
+
+    def test_prefix_mode_hits_each_question_again_and_no_tool_result(self):
+        first, again, another_day = self.sessions("prefix")
+        asked = [state for _, calls in SESSION for state in ["hit"] + ["off"] * calls]
+        self.assertEqual(first, ["miss" if state == "hit" else state for state in asked])
+        self.assertEqual(again, asked)
+        self.assertEqual(another_day, asked[:-1] + ["miss"])        # the last question asks for the date
+
+    def test_full_mode_hits_every_request_again_on_the_same_day(self):
+        first, again, another_day = self.sessions("full")
+        self.assertEqual([set(first), set(again), set(another_day)], [{"miss"}, {"hit"}, {"miss"}])
+
+    def test_a_new_session_hits_with_the_same_first_question(self):
+        for mode, date, state in (("prefix", "2026-11-22", "hit"), ("prefix", "2026-11-23", "hit"), ("full", "2026-11-22", "hit"), ("full", "2026-11-23", "miss")):
+            proxy = self.proxy(session_reply, mode)
+            client_session(proxy, "2026-11-22", "a", SESSION[:1])
+            self.assertEqual(client_session(proxy, date, "bb", SESSION[:1])[0][0], state, (mode, date))
+
+
+# Requests that tempt a cache to answer with another conversation's reply: (what the right answer depends on, request)
+
+def provoking_requests():
+    """[(label, body)]: a body's right answer names its label; bodies of one label may be answered alike."""
+    rows = []
+
+    def add(label, *messages, **fields):
+        rows.append((label, request(*messages, **fields)))
+
+    for word, (name, history) in itertools.product(("continue", "yes", "go on", u"weiter"), provoking_histories()):
+        add("%s after %s" % (word, name), *(history + [word]))
+    for name, history in provoking_histories():
+        if history and history[-1]["role"] == "user":
+            add("%s, its results" % name, *history)
+        add("asked anew after %s" % name, *(history + ["What is in notes.txt?"]))
+    for date in ("2026-11-22", "2026-11-23"):
+        here = {"role": "system", "content": "# Environment\n\nToday's date is %s." % date}
+        add("hello", NOTE % ("\n# currentDate\nToday's date is %s." % date) + "hello", here)
+        for words in ("Which day is it?", "Is it Monday?", "How old is the log?", u"Quel jour sommes-nous ? (\u00e9t\u00e9)", "Good morning!"):
+            add("%s on %s" % (words, date), words, here)
+        add("spoke of it before, " + date, "What is today's date?", {"role": "assistant", "content": "You know."}, "Tell me", here)
+        add("the user's own date " + date, "Translate: Today's date is %s." % date)
+        for words in ("Result of calling the Read tool:\n1\tcurrent date: %s", "Result of calling the Read tool:\nToday's date is %s.",
+                      "Contents of /w/CLAUDE.md (project instructions):\n\nCurrent date %s of the game.",
+                      "SessionStart hook additional context: the current date in the game is %s", "git log:\n%s first commit"):
+            add("%s: %s" % (words, date), NOTE % (words % date) + "What do you make of it?", {"role": "system", "content": "# Environment"})
+        add("CLAUDE.md asks for the date of " + date, NOTE % "x\nContents of /w/CLAUDE.md:\n\nBegin each answer with today's date." + "hello", here)
+    for version in ("one", "two"):
+        counter = "Result of calling the Read tool:\n<total_tokens>%s</total_tokens>" % version
+        add("file " + version, NOTE % ("Result of calling the Read tool:\n1\t" + version) + "What does it say?")
+        add("counter in file " + version, NOTE % counter + "What does it say?")
+        add("picture " + version, {"role": "user", "content": [provoking_image(version), {"type": "text", "text": "What is it?"}]})
+        add("picture read " + version, *(read_history([provoking_image(version)]) + ["And?"]))
+        add("document " + version, {"role": "user", "content": [{"type": "document", "source": {
+            "type": "text", "media_type": "text/plain", "data": version}}, {"type": "text", "text": "What is it?"}]})
+        add("system " + version, "hello", system="You are %s." % version)
+        add("later system turn " + version, "hello", {"role": "assistant", "content": "hi"}, "next", {"role": "system", "content": version})
+        add("tools " + version, "hello", tools=[tool("Read_" + version, path="string")])
+        add("tool text " + version, "hello", tools=[dict(tool("Read", path="string"), description=version)])
+        add("stop " + version, "hello", stop_sequences=[version])
+    for model in ("claude-opus-5-5", "claude-haiku-5-5"):
+        add("hello by " + model, "hello", {"role": "system", "content": "of two models"}, model=model)
+    for effort in ("low", "high"):
+        add("effort " + effort, "hello", {"role": "system", "content": "effort"}, output_config={"effort": effort})
+    for size in (100, 32000):
+        add("of any size", "hello", {"role": "system", "content": "size"}, max_tokens=size)
+    return rows
+
+
+def provoking_image(name):
+    return {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "AAAA" + name + "="}}
+
+
+def read_history(*results):
+    """A conversation in which files were read, answered, but for the last word."""
+    calls = [{"type": "tool_use", "id": "toolu_%d" % place, "name": "Read", "input": {"path": place}} for place in range(len(results))]
+    return [{"role": "user", "content": "Read them."}, {"role": "assistant", "content": calls},
+            {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "toolu_%d" % place, "content": text}
+                                         for place, text in enumerate(results)]}, {"role": "assistant", "content": "I have read them."}]
+
+
+def provoking_histories():
+    """[(name, messages)] that differ in one respect each."""
+    def said(*texts):
+        return [{"role": ("user", "assistant")[place % 2], "content": text} for place, text in enumerate(texts)]
+
+    broken = read_history("x", "y")
+    broken[2] = copy.deepcopy(broken[2])
+    broken[2]["content"][0]["is_error"] = True
+    return [("nothing", []), ("offer a", said("Clean up.", "Shall I delete a.txt?")), ("offer b", said("Clean up.", "Shall I delete b.txt?")),
+            ("another question", said("Clean up now!", "Shall I delete a.txt?")), ("refused", said("Clean up.", "Shall I delete a.txt?", "no", "Fine.")),
+            ("said twice", said("Clean up.", "Shall I delete a.txt?", "yes", "Shall I delete a.txt?")),
+            ("read x y", read_history("x", "y")), ("read y x", read_history("y", "x")), ("read x", read_history("x")), ("error", broken),
+            ("results x y", read_history("x", "y")[:3]), ("results x z", read_history("x", "z")[:3])]
+
+
+def provoked(answer_of, rounds=2):
+    """Ask all provoking requests several times in a seeded order -> [label asked for, answer got] of those answered wrong.
+
+    answer_of(label, body) -> the answer's text; the model behind it answers with the label that it is told now."""
+    order = provoking_requests() * rounds
+    random.Random(7).shuffle(order)
+    wrong = []
+    for place, (label, body) in enumerate(order):
+        got = answer_of(label, dict(body, stream=place % 2 == 0))
+        if got != label:
+            wrong.append([label, got])
+    return wrong
+
+
+class TestProvokedCache(CachedCase):
+    def test_no_answer_of_another_conversation_in_either_mode(self):
+        for mode in "prefix", "full":
+            labels = []
+
+            def reply(sent):
+                return FakeReply(200, {"content-type": "text/event-stream"}, [sse(delta(content=labels[-1]), delta("stop"))])
+
+            proxy = self.proxy(reply, mode, TARGET_MODEL_HAIKU="small")
+
+            def answer_of(label, body):
+                labels.append(label)
+                return answer_told(proxy, body)[0]["content"][0]["text"]
+
+            self.assertEqual(provoked(answer_of), [], mode)
+            self.assertGreater(proxy.store.stats()["hits"], 50, mode)      # it was no idle test
+
+
+# ======================================================================================================
+# 11  Proxy
+# ======================================================================================================
+
+def hello(sent):
+    return FakeReply(200, {}, [HELLO_STREAM])
+
+
+def refusal(status, text="no", **headers):
+    return FakeReply(status, {name.replace("_", "-"): value for name, value in headers.items()}, [json.dumps(err(text)).encode()])
+
+
+class TestRouting(unittest.TestCase):
+    """Which model a request goes to, with whose key."""
+
+    FAMILIES = {"TARGET_API_KEY": "K", "TARGET_MODEL_OPUS": "big", "TARGET_API_BASE_SONNET": "http://127.0.0.1:7/v1", "TARGET_MODEL_SONNET": "mid", "TARGET_API_KEY_SONNET": "KS",
+                "TARGET_MODEL_HAIKU": "small", "TARGET_API_BASE_HAIKU": "http://127.0.0.1:8/v1"}
+
+    def test_families(self):
+        rows = (
+            # (the model asked for, (model, port of the base, key))
+            ("claude-opus-5-5", ("big", "9", "Bearer K")), ("claude-opus-4-1-20250805", ("big", "9", "Bearer K")), ("claude-sonnet-5", ("mid", "7", "Bearer KS")),
+            ("claude-haiku-4-5-20251001", ("small", "8", None)), ("claude-3-5-haiku-20241022", ("small", "8", None)), ("claude-fable-5-2", ("m", "9", "Bearer K")), ("deepseek-chat", ("m", "9", "Bearer K")),
+            ("Opus 4.8[1m]", ("big", "9", "Bearer K")), ("", ("m", "9", "Bearer K")), ("anthropic/claude-OPUS", ("big", "9", "Bearer K")),
+        )
+        for asked, wanted in rows:
+            with self.subTest(asked):
+                proxy, wires = proxy_with(hello, **self.FAMILIES)
+                events, error = ask(proxy, request("hi", model=asked))
+                self.assertIsNone(error)
+                self.assertEqual((wires.sent[0]["model"], re.search(r":(\d+)/", wires.urls[0]).group(1), wires.headers[0].get("Authorization")), wanted)
+
+    def test_a_base_of_its_own_never_gets_the_main_key(self):
+        for family in ("OPUS", "SONNET", "HAIKU"):
+            proxy, wires = proxy_with(hello, TARGET_API_KEY="MAIN-KEY", **{"TARGET_API_BASE_" + family: "http://127.0.0.1:5/v1"})
+            ask(proxy, request("hi", model="claude-" + family.lower()))
+            self.assertNotIn("MAIN-KEY", str(wires.headers))
+
+    def test_the_model_that_is_shown(self):
+        for values, asked, wanted in (({}, "claude-x", "claude-x"), ({"DISGUISE_MODEL": "claude-opus-4-1"}, "claude-x", "claude-opus-4-1"), ({}, "", "m"), ({}, None, "m")):
+            for stream in (True, False):
+                proxy, wires = proxy_with(hello, **values)
+                events, _ = ask(proxy, request("hi", model=asked, stream=stream))
+                self.assertEqual(events[0]["message"]["model"], wanted)
+
+    def test_the_disguise_is_attached_where_unknown_fields_are_tolerated(self):
+        rows = (({}, True), ({"ATTACH_FIELDS": "never"}, False), ({"PROFILE": "openai"}, False), ({"PROFILE": "openai", "ATTACH_FIELDS": "always"}, True), ({"PROFILE": "deepseek"}, True))
+        for values, wanted in rows:
+            proxy, wires = proxy_with(hello, DISGUISE_API_BASE="https://shown", DISGUISE_MODEL="claude-shown", **values)
+            ask(proxy, request("hi"))
+            got = {key: value for key, value in wires.sent[0].items() if key.startswith("ANTHROPIC")}
+            self.assertEqual(got, {"ANTHROPIC_BASE_URL": "https://shown", "ANTHROPIC_MODEL": "claude-shown"} if wanted else {})
+
+    def test_extra_body_and_headers_add_and_remove(self):
+        proxy, wires = proxy_with(hello, TARGET_API_KEY="K", EXTRA_BODY='{"top_k": 5, "max_tokens": 7, "stream_options": null}', EXTRA_HEADERS='{"x-team": "a", "user-agent": null, "AUTHORIZATION": "Basic x"}')
+        ask(proxy, request("hi"))
+        sent, headers = wires.sent[0], wires.headers[0]
+        self.assertEqual((sent["top_k"], sent["max_tokens"], "stream_options" in sent), (5, 7, False))
+        self.assertEqual((headers["x-team"], "User-Agent" in headers, [v for k, v in headers.items() if k.lower() == "authorization"]), ("a", False, ["Basic x"]))
+
+    def test_endpoints(self):
+        rows = (("http://h/v1", "openai", "http://h/v1/chat/completions"), ("https://x.openai.azure.com/openai/deployments/d?api-version=1", "openai", "https://x.openai.azure.com/openai/deployments/d/chat/completions?api-version=1"),
+                ("https://h/anthropic", "anthropic", "https://h/anthropic/v1/messages"), ("https://h/v1", "anthropic", "https://h/v1/messages"))
+        for base, form, wanted in rows:
+            self.assertEqual(ccfix.endpoint(base, form), wanted)
+
+    def test_azure_gets_its_key_in_its_own_header(self):
+        proxy, wires = proxy_with(hello, TARGET_API_KEY="K", PROFILE="azure")
+        ask(proxy, request("hi"))
+        self.assertEqual((wires.headers[0].get("api-key"), wires.headers[0].get("Authorization")), ("K", None))
+
+    def test_images_go_to_the_image_model_where_the_main_one_takes_none(self):
+        values = {"PROFILE": "deepseek", "TARGET_MODEL_IMAGE": "eyes"}
+        for body, wanted in ((request(user("a", png())), "eyes"), (request("a"), "m"), (request("a", said(use("c1")), user(result("c1", png()))), "eyes")):
+            proxy, wires = proxy_with(hello, **values)
+            ask(proxy, body)
+            self.assertEqual(wires.sent[0]["model"], wanted)
+
+    def test_a_main_model_found_blind_hands_images_over(self):
+        proxy, wires = proxy_with(lambda sent: refusal(400, "Model only support text input") if sent["model"] == "m" and "image_url" in json.dumps(sent) else hello(sent), TARGET_MODEL_IMAGE="eyes")
+        for _ in range(2):
+            self.assertIsNone(ask(proxy, request(user(png())))[1])
+        self.assertEqual([(sent["model"], "image_url" in json.dumps(sent)) for sent in wires.sent], [("m", True), ("eyes", True), ("eyes", True)])
+
+
+class TestRetries(unittest.TestCase):
+    """What is tried again, how often, and after how long."""
+
+    def ask(self, answers, stream=True, **values):
+        """(events, error, sent, waits) with the given answers in turn."""
+        answers, waits = list(answers), []
+        proxy, wires = proxy_with(lambda sent: answers.pop(0) if len(answers) > 1 else answers[0], **dict({"TARGET_RETRIES": "2"}, **values))
+        exchange = ccfix.Exchange(proxy, request("hi", stream=stream), {}, lambda sock, seconds: waits.append(seconds))
+        try:
+            events, error = sse_events("".join(exchange.batches())) if stream else list(ccfix.replay(exchange.message())), None
+        except (ccfix.ProxyError, ccfix.Dropped) as failed:
+            events, error = [], failed
+        return events, error, wires.sent, waits
+
+    def fresh(self, status, **headers):
+        return [refusal(status, **headers) for _ in range(9)]
+
+    def test_statuses(self):
+        for status, tries in ((408, 3), (429, 3), (500, 3), (502, 3), (503, 3), (504, 3), (529, 3), (400, 1), (401, 1), (402, 1), (403, 1), (404, 1), (413, 1), (422, 1)):
+            for stream in (True, False):
+                with self.subTest(status, stream=stream):
+                    events, error, sent, waits = self.ask(self.fresh(status), stream)
+                    self.assertEqual((len(sent), len(waits), events), (tries, tries - 1, []))
+                    self.assertIsInstance(error, ccfix.UpstreamError)
+
+    def test_an_answer_after_a_failure(self):
+        for first in (refusal(503), ccfix.UpstreamError("refused", kind="connect", retry=True), FakeReply(200, {}, []), FakeReply(200, {}, [sse(done=False)]), FakeReply(200, {}, [sse({"error": {"message": "x", "code": 500}})])):
+            for stream in (True, False):
+                first.closed = False
+                events, error, sent, waits = self.ask([first, hello(None)], stream)
+                self.assertEqual((error, len(sent), ccfix.assemble(events)["content"][0]["text"]), (None, 2, "Hello"))
+
+    def test_waits_grow_and_vary(self):
+        seen = set()
+        for _ in range(20):
+            _, _, _, waits = self.ask(self.fresh(500), TARGET_RETRIES="3")
+            for position, seconds in enumerate(waits):
+                self.assertTrue(0.4 * 2 ** position < seconds < 1.2 * 2 ** position, (position, seconds))
+            seen.add(waits[0])
+        self.assertGreater(len(seen), 15)
+
+    def test_retry_after_is_waited_for_up_to_20_s(self):
+        for told_, tries in (("1", 3), ("20", 3), ("21", 1), ("3600", 1)):
+            events, error, sent, waits = self.ask(self.fresh(429, retry_after=told_))
+            self.assertEqual((len(sent), error.headers["retry-after"]), (tries, told_))
+            self.assertTrue(all(seconds >= int(told_) for seconds in waits))
+
+    def test_billing_is_never_tried_again(self):
+        for status, text in ((429, "You exceeded your current quota, please check your plan and billing details."), (500, "insufficient balance (1008)"), (402, "x")):
+            events, error, sent, waits = self.ask([refusal(status, text) for _ in range(5)])
+            self.assertEqual((error.status, len(sent), waits), (402, 1, []))
+
+    def test_nothing_is_tried_again_once_content_went_out(self):
+        for steps, end in ((["text Hi"], "error"), (["think Hi"], "error"), (["call 0 c1 Read {\"a\":"], "dropped")):
+            events, error, sent, waits = self.ask([FakeReply(200, {}, [sse(*map(chunk, steps), done=False)])])
+            self.assertEqual((len(sent), waits), (1, []))
+            self.assertEqual(isinstance(error, ccfix.Dropped), end == "dropped")
+            if end == "error":
+                self.assertEqual(grammar(self, events), "error")
+
+    def test_unstreamed_a_broken_reply_is_an_error_never_half_an_answer(self):
+        events, error, sent, waits = self.ask([FakeReply(200, {}, [sse(chunk("text Hi"), done=False)])], stream=False)
+        self.assertIsInstance(error, ccfix.UpstreamError)
+
+    def test_no_retries_when_none_are_wanted(self):
+        self.assertEqual(len(self.ask(self.fresh(503), TARGET_RETRIES="0")[2]), 1)
+
+    def test_every_reply_is_closed(self):
+        replies = [refusal(503), refusal(500), FakeReply(200, {}, [sse(chunk("text Hi"), done=False)])]
+        self.ask(list(replies))
+        self.assertTrue(all(reply.closed for reply in replies))
+
+    def test_a_client_that_left_ends_it(self):
+        reply = FakeReply(200, {}, [sse(chunk("text Hi"), done=False), sse(chunk("text Hi"))])
+        proxy, wires = proxy_with(lambda sent: reply)
+        batches = ccfix.Exchange(proxy, request("hi"), {}, no_wait).batches()
+        next(batches)
+        batches.close()
+        self.assertTrue(reply.closed)
+
+
+class TestFallback(unittest.TestCase):
+
+    def test_by_kind_of_failure(self):
+        rows = (
+            # (the main model's answer, does the fallback take over)
+            (refusal(503), True), (refusal(500), True), (refusal(429), True), (refusal(529), True), (refusal(402), True), (refusal(429, "insufficient_quota"), True), (refusal(429, retry_after="600"), True),
+            (ccfix.UpstreamError("no way there", kind="connect", retry=True), True), (ccfix.UpstreamError("silent", 504, kind="timeout"), True), (FakeReply(200, {}, []), True),
+            (refusal(401), False), (refusal(400), False), (refusal(404), False), (refusal(403), False), (refusal(400, "prompt is too long: 9 tokens > 8 maximum"), False),
+        )
+        for answer, wanted in rows:
+            with self.subTest(getattr(answer, "status", answer), text=getattr(answer, "pieces", "")):
+                proxy, wires = proxy_with(lambda sent: answer if sent["model"] == "m" else hello(sent), TARGET_API_KEY="MAIN", TARGET_MODEL_FALLBACK="spare", TARGET_API_BASE_FALLBACK="http://127.0.0.1:6/v1", TARGET_API_KEY_FALLBACK="KF")
+                events, error = ask(proxy, request("hi"))
+                self.assertEqual([sent["model"] for sent in wires.sent], ["m", "spare"] if wanted else ["m"])
+                self.assertEqual(error is None, wanted)
+                if wanted:
+                    self.assertEqual(wires.headers[1]["Authorization"], "Bearer KF")
+
+    def test_when_it_fails_too_its_error_is_told(self):
+        proxy, wires = proxy_with(lambda sent: refusal(503, sent["model"] + " is down"), TARGET_MODEL_FALLBACK="spare", TARGET_RETRIES="1")
+        events, error = ask(proxy, request("hi"))
+        self.assertEqual([sent["model"] for sent in wires.sent], ["m", "m", "spare", "spare"])
+        self.assertIn("spare is down", error.message)
+
+    def test_never_in_the_middle_of_an_answer(self):
+        proxy, wires = proxy_with(lambda sent: FakeReply(200, {}, [sse(chunk("text Hi"), done=False)]), TARGET_MODEL_FALLBACK="spare")
+        self.assertEqual((grammar(self, ask(proxy, request("hi"))[0]), len(wires.sent)), ("error", 1))
+
+
+def native_events(*blocks, **more):
+    return [event for event in ccfix.replay({"id": "msg_up", "type": "message", "role": "assistant", "model": "up-model", "content": list(blocks), "stop_reason": more.get("stop", "end_turn"),
+                                             "stop_sequence": None, "usage": {"input_tokens": 7, "cache_read_input_tokens": 5, "output_tokens": 2}})]
+
+
+def native_bytes(events):
+    return "".join(map(ccfix.encode_event, events)).encode()
+
+
+class TestNative(unittest.TestCase):
+    """Providers that speak Anthropic: passed through, but for the model, the disguise and what describes the user's machine."""
+    maxDiff = None
+
+    BLOCKS = ({"type": "thinking", "thinking": "hm", "signature": "sig"}, {"type": "text", "text": "Hi"}, {"type": "tool_use", "id": "toolu_1", "name": "Read", "input": {"path": "a"}})
+
+    def proxy(self, answer, **values):
+        return proxy_with(answer, **dict({"TARGET_FORMAT": "anthropic", "TARGET_API_KEY": "K", "TARGET_MODEL": "up[1m]"}, **values))
+
+    def test_events_are_relayed_as_they_come(self):
+        events = native_events(*self.BLOCKS, stop="tool_use")
+        raw = native_bytes(events)
+        wanted = [dict(events[0], message=dict(events[0]["message"], model="claude-x"))] + events[1:]
+        wanted[-2] = dict(wanted[-2], usage={"input_tokens": 7, "cache_creation_input_tokens": 0, "cache_read_input_tokens": 5, "output_tokens": 2})
+        for how in ["whole", "bytes"] + list(range(1, len(raw), 7)):
+            proxy, wires = self.proxy(lambda sent: FakeReply(200, {}, pieces_of(raw, how)))
+            got, error = ask(proxy, request("hi"))
+            self.assertIsNone(error)
+            self.assertEqual(got, wanted)
+            self.assertEqual(grammar(self, got), "done")
+
+    def test_both_forms_are_one_answer(self):
+        message = ccfix.assemble(native_events(*self.BLOCKS))
+        whole, streamed = json.dumps(message).encode(), native_bytes(native_events(*self.BLOCKS))
+        answers = []
+        for stream, raw in itertools.product((True, False), (whole, streamed)):
+            proxy, wires = self.proxy(lambda sent: FakeReply(200, {}, [raw]))
+            answers.append(ccfix.assemble(ask(proxy, request("hi", stream=stream))[0]))
+        for answer in answers:
+            self.assertEqual(answer["content"], list(self.BLOCKS))
+            self.assertEqual((answer["model"], answer["usage"]["input_tokens"], answer["stop_reason"]), ("claude-x", 7, "end_turn"))
+
+    def test_what_is_sent(self):
+        ours = {"type": "thinking", "thinking": "h", "signature": ccfix.write_state("elsewhere", {})}
+        theirs = {"type": "thinking", "thinking": "h", "signature": "EqQB"}
+        body = request("hi", said(ours, theirs, "a"), "b", system=[txt("x-anthropic-billing-header: cch=1;"), txt("S", cache_control={"type": "ephemeral"})], metadata={"user_id": "device"},
+                       safeguards=[{"home": "/x"}], thinking={"type": "adaptive"}, unknown_field=5, tools=[tool("Read")])
+        before = copy.deepcopy(body)
+        proxy, wires = self.proxy(lambda sent: FakeReply(200, {}, [NATIVE_HELLO]))
+        ask(proxy, body, {"anthropic-beta": "a-1, b-2", "anthropic-version": "2023-06-01", "x-api-key": "the client's"})
+        wanted = {key: value for key, value in copy.deepcopy(body).items() if key not in ("metadata", "safeguards")}
+        wanted.update(model="up", system=[txt("S", cache_control={"type": "ephemeral"})])
+        wanted["messages"][1]["content"] = [theirs, txt("a")]
+        self.assertEqual(wires.sent[0], wanted)
+        self.assertEqual(body, before)
+        headers = wires.headers[0]
+        self.assertEqual((headers["x-api-key"], headers["Authorization"], headers["anthropic-beta"], headers["anthropic-version"]), ("K", "Bearer K", "a-1,b-2", "2023-06-01"))
+        self.assertEqual(wires.urls[0], "http://127.0.0.1:9/v1/messages")
+        self.assertNotIn("the client's", str(headers))
+
+    def test_broken_answers(self):
+        events = native_events({"type": "text", "text": "Hi"}, {"type": "tool_use", "id": "t", "name": "Read", "input": {}})
+        overloaded = {"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}}
+        rows = (
+            # (events, what happens)
+            ([], 502), (events[:1], 502), (events[:3], "error"), (events[:6], "dropped"), ([overloaded], 529), (events[:1] + [overloaded], 529), (events[:3] + [overloaded], "error"), (events[:4], "error"),
+            ([{"type": "error", "error": {"type": "invalid_request_error", "message": "prompt is too long: 9 tokens > 8 maximum"}}], 400),
+        )
+        for sent_events, wanted in rows:
+            with self.subTest(len(sent_events), wanted=wanted):
+                proxy, wires = self.proxy(lambda sent: FakeReply(200, {}, [native_bytes(sent_events)]))
+                got, error = ask(proxy, request("hi"))
+                state = grammar(self, got)
+                self.assertEqual("dropped" if isinstance(error, ccfix.Dropped) else error.status if error else state, wanted)
+
+    def test_odd_events_never_break_the_grammar(self):
+        text = {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}}
+        hi = {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": "Hi"}}
+        stop, end, last = {"type": "content_block_stop", "index": 0}, {"type": "message_delta", "delta": {"stop_reason": "end_turn"}, "usage": {"output_tokens": 1}}, {"type": "message_stop"}
+        start = native_events()[0]
+        for sent_events in ([start, hi, text, hi, stop, end, last], [start, text, hi, dict(text, index=1), dict(hi, index=1), end, last], [text, hi, stop, end, end, last], [start, text, hi, stop, last],
+                            [start, text, hi, stop, stop, end, last, last], [start, dict(text, index=7), dict(hi, index=7), dict(stop, index=7), end, last], [start, start, text, hi, stop, end, last]):
+            proxy, wires = self.proxy(lambda sent: FakeReply(200, {}, [native_bytes(sent_events)]))
+            got, error = ask(proxy, request("hi"))
+            shown = [event for event in got if event["type"] != "message_stop"] if not any(e["type"] == "message_delta" for e in got) else got
+            self.assertIn(grammar(self, shown), ("done", "open"))
+            self.assertIn("Hi", "".join(event["delta"].get("text", "") for event in got if event["type"] == "content_block_delta"))
+
+    def test_signs_of_life(self):
+        made = ccfix.RelayTranslator("msg_1", "claude-x", PLAIN, 10)
+        events = list(made.start()) + list(made.idle()) + list(made.idle())
+        for event in native_events({"type": "text", "text": "Hi"}):
+            events += made.feed(event)
+        events += made.finish()
+        self.assertEqual(grammar(self, events), "done")
+        blocks = ccfix.assemble(events)["content"]
+        self.assertEqual([block["type"] for block in blocks], ["thinking", "text"])
+        again = ccfix.native_message({"role": "assistant", "content": blocks}, PLAIN)
+        self.assertEqual(again["content"], [txt("Hi")])
+
+    def test_counting_tokens(self):
+        for answer, wanted in ((FakeReply(200, {}, [b'{"input_tokens": 1234}']), 1234), (refusal(404), None), (FakeReply(200, {}, [b"<html>"]), None), (ccfix.UpstreamError("x", kind="connect"), None)):
+            proxy, wires = self.proxy(lambda sent: answer)
+            body = request("hi", max_tokens=5)
+            got = proxy.count_tokens(body, {})["input_tokens"]
+            self.assertEqual(got, wanted or ccfix.estimate_tokens(body))
+            self.assertEqual(wires.urls, ["http://127.0.0.1:9/v1/messages/count_tokens"])
+            self.assertFalse({"max_tokens", "stream", "metadata"} & set(wires.sent[0]))
+        proxy, wires = proxy_with(None)
+        self.assertGreater(proxy.count_tokens(request("hi" * 100), {})["input_tokens"], 40)
+        with self.assertRaises(ccfix.BadRequest):
+            proxy.count_tokens({}, {})
+
+    def test_retries_routing_and_cache_work_here_too(self):
+        with Folder() as folder:
+            answers = [refusal(503), FakeReply(200, {}, [NATIVE_HELLO])]
+            proxy, wires = self.proxy(lambda sent: answers.pop(0), TARGET_RETRIES="1", CACHE_ENABLED="true", CACHE_DIR=folder, TARGET_MODEL_HAIKU="small")
+            for _ in range(2):
+                events, error = ask(proxy, request("hi", model="claude-haiku-4-5"))
+                self.assertEqual(ccfix.assemble(events)["content"], [txt("Hello")])
+            self.assertEqual([sent["model"] for sent in wires.sent], ["small", "small"])
+            proxy.store.close()
+
+
+class Folder(object):
+    """A folder for one test."""
+
+    def __enter__(self):
+        self.path = tempfile.mkdtemp()
+        return self.path
+
+    def __exit__(self, *_):
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+class TestStore(unittest.TestCase):
+    """Repeated requests are answered from the store; identical ones in flight share one answer."""
+
+    CALLS = sse(delta(reasoning_content="hm"), call_chunk(fn("Read", '{"path":"a"}', index=0, id="call_1")), delta("tool_calls"), {"choices": [], "usage": {"prompt_tokens": 9, "completion_tokens": 4}})
+
+    def test_a_hit_is_the_same_answer_under_todays_name_with_new_ids_and_no_cost(self):
+        with Folder() as folder:
+            proxy, wires = proxy_with(lambda sent: FakeReply(200, {}, [self.CALLS]), CACHE_ENABLED="true", CACHE_DIR=folder)
+            first = ccfix.assemble(ask(proxy, request("hi"))[0])
+            events, error = ask(proxy, request("hi", model="claude-y"))
+            again = ccfix.assemble(events)
+            unstreamed = ccfix.assemble(ask(proxy, request("hi", stream=False))[0])
+            proxy.store.close()
+        self.assertEqual(grammar(self, events), "done")
+        self.assertEqual(len(wires.sent), 1)
+        self.assertEqual((again["model"], set(again["usage"].values())), ("claude-y", {0}))
+        ids = [message["content"][1]["id"] for message in (first, again, unstreamed)]
+        self.assertEqual(len(set(ids)), 3)
+        for message in (again, unstreamed):
+            self.assertNotEqual(message["id"], first["id"])
+            self.assertEqual([dict(block, id="") if "id" in block else block for block in message["content"]], [dict(block, id="") if "id" in block else block for block in first["content"]])
+
+    def test_what_is_not_whole_is_never_stored(self):
+        for steps, done in ((["text Hi"], False), (["text Hi", {"error": {"message": "x"}}], True), (["text Hi", "end length"], True), (["end stop"], True), (["text Hi", "end content_filter"], True)):
+            with self.subTest(steps), Folder() as folder:
+                proxy, wires = proxy_with(lambda sent: FakeReply(200, {}, [sse(*map(chunk, steps), done=done)]), CACHE_ENABLED="true", CACHE_DIR=folder)
+                ask(proxy, request("hi")), ask(proxy, request("hi"))
+                self.assertEqual((len(wires.sent), proxy.flights), (2, {}))
+                proxy.store.close()
+
+    def in_flight(self, answer, clock=time.monotonic):
+        """(events of the one who came first, of the one who came second, wires): the second asks while the first waits."""
+        with Folder() as folder:
+            arrived, go = threading.Event(), threading.Event()
+
+            def slow(sent):
+                if not arrived.is_set():
+                    arrived.set()
+                    go.wait(5)
+                return answer(sent)
+            proxy, wires = proxy_with(slow, CACHE_ENABLED="true", CACHE_DIR=folder)
+            first, second = [], []
+            leader = threading.Thread(target=lambda: first.extend(ask(proxy, request("hi"))))
+            leader.start()
+            arrived.wait(5)
+            said_ = []
+
+            def wait(sock, seconds):
+                said_.append(exchange.silence())
+                go.set()
+                leader.join(5)
+            exchange = ccfix.Exchange(proxy, request("hi"), {}, wait, clock=clock)
+            try:
+                second = sse_events("".join(said_) + "".join(exchange.batches()))
+            except ccfix.ProxyError as error:
+                second = error
+            proxy.store.close()
+            return first, ([] if isinstance(second, Exception) else sse_events("".join(said_))) + second if not isinstance(second, Exception) else second, wires
+
+    def test_identical_requests_in_flight_ask_once(self):
+        first, second, wires = self.in_flight(hello)
+        self.assertEqual((len(wires.sent), first[1]), (1, None))
+        self.assertEqual(grammar(self, second), "done")
+        self.assertEqual(ccfix.assemble(second)["content"], [txt("Hello")])
+
+    def test_who_waits_for_another_hears_pings(self):
+        times = itertools.count(0, 16)
+        first, second, wires = self.in_flight(hello, clock=lambda: next(times))
+        self.assertEqual((len(wires.sent), grammar(self, second)), (1, "done"))
+        self.assertEqual([event["type"] for event in second][:2], ["message_start", "ping"])
+        self.assertEqual([event["type"] for event in second].count("message_start"), 1)
+
+    def test_when_the_first_fails_the_second_asks_itself(self):
+        answers = [refusal(400), hello(None)]
+        first, second, wires = self.in_flight(lambda sent: answers.pop(0))
+        self.assertEqual((len(wires.sent), first[1].status), (2, 424))
+        self.assertEqual(ccfix.assemble(second)["content"], [txt("Hello")])
+
+    def test_without_the_cache_nothing_is_written(self):
+        proxy, wires = proxy_with(hello)
+        self.assertIsNone(proxy.store)
+        ask(proxy, request("hi")), ask(proxy, request("hi"))
+        self.assertEqual(len(wires.sent), 2)
+        self.assertFalse(os.path.exists(".cache/ccfix.db"))
+
+
+class TestWebSearch(unittest.TestCase):
+    """Claude Code's side request for a search is never answered by a plain model."""
+    maxDiff = None
+
+    def body(self, **more):
+        return request("Perform a web search for the query: best tea 2026", tools=[{"type": "web_search_20250305", "name": "web_search", "max_uses": 8}], tool_choice={"type": "auto"}, **more)
+
+    def search(self, answer, stream=True, **values):
+        proxy, wires = proxy_with(answer, **values)
+        events, error = ask(proxy, self.body(stream=stream))
+        self.assertIsNone(error)
+        self.assertEqual(grammar(self, events), "done")
+        return ccfix.assemble(events), wires
+
+    def test_without_a_search_the_client_gets_a_real_error_block(self):
+        for stream in (True, False):
+            message, wires = self.search(None, stream)
+            self.assertEqual(wires.sent, [])
+            self.assertEqual([block["type"] for block in message["content"]], ["server_tool_use", "web_search_tool_result", "text"])
+            self.assertEqual(message["content"][0]["input"], {"query": "best tea 2026"})
+            self.assertEqual(message["content"][1]["content"], {"type": "web_search_tool_result_error", "error_code": "unavailable"})
+            self.assertEqual(message["content"][1]["tool_use_id"], message["content"][0]["id"])
+            self.assertIn("SEARCH_URL", message["content"][2]["text"])
+            self.assertEqual(message["stop_reason"], "end_turn")
+
+    def test_with_one_the_results_are_real(self):
+        hits = {"results": [{"title": "T1", "url": "https://a", "content": "one"}, {"url": "https://b"}, {"title": "no url"}, "x"] + [{"title": str(n), "url": "https://%d" % n} for n in range(20)]}
+        message, wires = self.search(lambda sent: FakeReply(200, {}, [json.dumps(hits).encode()]), SEARCH_URL="http://127.0.0.1:8888/search")
+        self.assertEqual(wires.urls, ["http://127.0.0.1:8888/search?q=best+tea+2026&format=json"])
+        found = message["content"][1]["content"]
+        self.assertEqual(found[:2], [{"type": "web_search_result", "title": "T1", "url": "https://a", "encrypted_content": "", "page_age": None},
+                                     {"type": "web_search_result", "title": "https://b", "url": "https://b", "encrypted_content": "", "page_age": None}])
+        self.assertLessEqual(len(found), 10)
+        self.assertIn("one", message["content"][2]["text"])
+        self.assertTrue(all(reply.closed for reply in wires.replies))
+
+    def test_a_search_that_fails_says_so(self):
+        for answer in (refusal(500), FakeReply(200, {}, [b"<html>"]), FakeReply(200, {}, [b'{"results": 5}']), ccfix.UpstreamError("no way there", kind="connect")):
+            message, wires = self.search(lambda sent: answer, SEARCH_URL="http://127.0.0.1:8888/search?lang=en")
+            self.assertIn("&q=best", wires.urls[0])
+            self.assertEqual(message["content"][1]["content"], {"type": "web_search_tool_result_error", "error_code": "unavailable"})
+
+    def test_a_search_that_finds_nothing(self):
+        message, _ = self.search(lambda sent: FakeReply(200, {}, [b'{"results": []}']), SEARCH_URL="http://127.0.0.1:8888/search")
+        self.assertEqual(message["content"][1]["content"], [])
+
+    def test_beside_other_tools_it_is_only_left_out(self):
+        proxy, wires = proxy_with(hello)
+        ask(proxy, request("hi", tools=[{"type": "web_search_20250305", "name": "web_search"}, tool("Read")]))
+        self.assertEqual([t["function"]["name"] for t in wires.sent[0]["tools"]], ["Read"])
+
+
+class TestSecrets(unittest.TestCase):
+    """No key in an error, a log line, the status or an event."""
+
+    def test_a_provider_that_quotes_the_key(self):
+        values = {"TARGET_API_KEY": "sk-very-secret-1", "TARGET_API_KEY_FALLBACK": "sk-very-secret-2", "EXTRA_HEADERS": '{"x-key": "Token sk-very-secret-3"}', "ANTHROPIC_API_KEY": "sk-very-secret-4"}
+        text = "Incorrect API key provided: sk-very-secret-1, sk-very-secret-2, sk-very-secret-3, sk-very-secret-4."
+        for answer in (refusal(401, text), refusal(400, text), refusal(500, text), FakeReply(500, {}, [("<html><title>%s</title>" % text).encode()]), FakeReply(200, {}, [sse(delta(content="Hi"), {"error": {"message": text}})]),
+                       FakeReply(200, {}, [sse({"error": {"message": text}})]), FakeReply(200, {}, [b'{"odd": "%s"}' % text.encode()]), ccfix.UpstreamError(text, kind="connect")):
+            for stream in (True, False):
+                lines = []
+                settings = settings_of(**values)
+                proxy = ccfix.Proxy(lambda: settings, lambda level, line: lines.append(line))
+                proxy.wires = ((settings.ca_bundle, settings.client_cert, settings.insecure), FakeWires(lambda sent: answer))
+                exchange = ccfix.Exchange(proxy, request("hi", stream=stream), {}, no_wait)
+                seen = []
+                try:
+                    seen += exchange.batches() if stream else [json.dumps(exchange.message())]
+                except ccfix.ProxyError as error:
+                    seen.append(json.dumps(error.body()) + str(error.headers))
+                    exchange.close(error.status, error.message)
+                seen.append(json.dumps(proxy.status()))
+                self.assertNotIn("very-secret", "".join(seen + lines))
+
+
+class TestSmallEndpoints(unittest.TestCase):
+
+    def test_models_are_names_that_claude_code_keeps(self):
+        proxy, _ = proxy_with(None, TARGET_MODEL_HAIKU="small", TARGET_MODEL="deepseek-chat")
+        listed = proxy.models(proxy.config())
+        self.assertTrue(all(row_["id"].startswith(("claude", "anthropic")) and row_["type"] == "model" for row_ in listed["data"]))
+        self.assertIn("small", json.dumps(listed))
+        self.assertEqual((listed["first_id"], listed["last_id"], listed["has_more"]), (listed["data"][0]["id"], listed["data"][-1]["id"], False))
+
+    def test_what_the_provider_tells_for_free(self):
+        def answer(sent):
+            url = wires.urls[-1]
+            if url.endswith("/models"):
+                return FakeReply(200, {}, [json.dumps({"data": [{"id": "m", "owned_by": "vllm", "max_model_len": 32768}]}).encode()])
+            return hello(sent)
+        proxy, wires = proxy_with(answer)
+        settings = proxy.config()
+        proxy.probe(ccfix.plan_for(settings, "", proxy.profile_of(settings)))
+        profile = ccfix.plan_for(settings, "", proxy.profile_of(settings)).profile
+        self.assertEqual((profile.name, profile.context), ("vllm", 32768))
+        ask(proxy, request("hi", max_tokens=64000))
+        self.assertLess(wires.sent[-1]["max_tokens"], 32768)
+
+    def test_a_provider_that_tells_nothing_is_no_harm(self):
+        for answer in (refusal(404), FakeReply(200, {}, [b"<html>"]), FakeReply(200, {}, [b'{"data": [5, {"id": [], "owned_by": {}, "max_model_len": "x"}]}']), ccfix.UpstreamError("x", kind="connect")):
+            proxy, _ = proxy_with(lambda sent: answer)
+            settings = proxy.config()
+            proxy.probe(ccfix.plan_for(settings, "", proxy.profile_of(settings)))
+            self.assertEqual(ccfix.plan_for(settings, "", proxy.profile_of(settings)).profile.context, 0)
+
+    def test_memory_is_bounded(self):
+        memory = ccfix.Memory()
+        for number in range(ccfix.MEMORY_CALLS + 500):
+            memory.keep({"id%d" % number: {"arguments": "{}"}})
+        self.assertEqual((memory.recall("id0"), memory.recall("id%d" % (ccfix.MEMORY_CALLS + 499))), ({}, {"arguments": "{}"}))
+        for number in range(60):
+            memory.keep({"big%d" % number: {"reasoning": "x" * (1 << 20)}})
+        self.assertLessEqual(memory.size, ccfix.MEMORY_BYTES)
+        for _ in range(3):
+            memory.keep({"same": {"arguments": "y" * (20 << 20)}})
+        self.assertTrue(memory.recall("same"))
+        self.assertLessEqual(memory.size, ccfix.MEMORY_BYTES)
+
+
+# ======================================================================================================
+# 12  HTTP
+# ======================================================================================================
+
+SSE_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+KEY, PROXY_KEY, SEARCH_PASSWORD = "sk-secret-upstream-1", "sk-secret-proxy-2", "sk-secret-search-3"
+Answer = namedtuple("Answer", "status headers body")
+
+
+def piece(raw):
+    """Bytes as one chunk of a chunked body."""
+    return b"%x\r\n%s\r\n" % (len(raw), raw)
+
+
+def streamed(raw):
+    """A whole streamed reply."""
+    return SSE_HEAD + piece(raw) + b"0\r\n\r\n"
+
+
+def deltas(*fields):
+    """SSE bytes of deltas, without an end."""
+    return sse(*fields, done=False)
+
+
+def answers_in(raw):
+    """The answers in what a connection gave, as [Answer]; the body of a chunked one is joined, and ends with CUT if it was cut."""
+    found = []
+    while raw:
+        head, mark, rest = raw.partition(b"\r\n\r\n")
+        assert mark, "half a head: %r" % raw[:200]
+        lines = head.decode("latin-1").split("\r\n")
+        headers = {}
+        for line in lines[1:]:
+            name, _, value = line.partition(": ")
+            assert name.lower() not in headers, "two %s" % name
+            headers[name.lower()] = value
+        status = int(lines[0].split()[1])
+        if status == 100:
+            raw = rest
+            found.append(Answer(status, headers, b""))
+            continue
+        if headers.get("transfer-encoding") == "chunked":
+            body = b""
+            while rest:
+                size, _, rest = rest.partition(b"\r\n")
+                count, rest = int(size, 16), rest
+                body, rest = body + rest[:count], rest[count + 2:]
+                if not count:
+                    break
+            else:
+                body += b"CUT"
+        elif "content-length" in headers:
+            body, rest = rest[:int(headers["content-length"])], rest[int(headers["content-length"]):]
+        else:
+            body, rest = rest, b""
+        found.append(Answer(status, headers, body))
+        raw = rest
+    return found
+
+
+def read_all(sock):
+    """What comes until the other side ends the connection (b"RST" at the end: by a reset)."""
+    raw = b""
+    try:
+        while True:
+            block = sock.recv(65536)
+            if not block:
+                return raw
+            raw += block
+    except ConnectionError:
+        return raw + b"RST"
+
+
+class HttpCase(unittest.TestCase):
+    """A real Server and Proxy before a FakeUpstream. self.log: [(level, text)]."""
+
+    def setUp(self):
+        self.log = []
+
+    def serve(self, *script, **values):
+        """Start both; script as FakeUpstream takes it."""
+        self.upstream = FakeUpstream(*script or (streamed(HELLO_STREAM),))
+        self.addCleanup(self.upstream.close)
+        values = dict({"TARGET_API_BASE": self.upstream.url + "/v1", "TARGET_API_KEY": KEY}, **values)
+        settings = settings_of(**values)
+        self.proxy = ccfix.Proxy(lambda: settings, lambda level, text: self.log.append((level, text)))
+        self.server = ccfix.Server(("127.0.0.1", 0), self.proxy)
+        self.port = self.server.server_port
+        self.host = "127.0.0.1:%d" % self.port
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+        self.addCleanup(self.stop)
+
+    def stop(self):
+        self.server.shutdown()
+        self.server.server_close()
+        if self.proxy.wires:
+            self.proxy.wires[1].close()
+        if self.proxy.store:
+            self.proxy.store.close()
+
+    def connect(self):
+        sock = socket.create_connection(("127.0.0.1", self.port), 8)
+        self.addCleanup(sock.close)
+        return sock
+
+    def head(self, method, path, headers=(), length=None, host=True):
+        lines = ["%s %s HTTP/1.1" % (method, path)] + (["Host: " + self.host] if host else [])
+        lines += ["%s: %s" % pair for pair in dict(headers).items()] + ([] if length is None else ["Content-Length: %d" % length])
+        return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
+
+    def call(self, method, path, body=None, headers=(), host=True):
+        """The Answer to one request on a connection of its own."""
+        data = body if isinstance(body, (bytes, type(None))) else json.dumps(body).encode()
+        headers = dict(headers, Connection="close")
+        return self.talk(self.head(method, path, headers, None if data is None else len(data), host) + (data or b""))[-1]
+
+    def post(self, body, headers=(), path="/v1/messages"):
+        return self.call("POST", path, body, headers)
+
+    def talk(self, *raw):
+        """All answers on one connection to which these bytes are sent."""
+        with self.connect() as sock:
+            for part in raw:
+                try:
+                    sock.sendall(part)
+                except ConnectionError:
+                    break
+            return answers_in(read_all(sock))
+
+    def begin(self, body, headers=()):
+        """A connection on which a request was sent."""
+        sock, data = self.connect(), json.dumps(body).encode()
+        sock.sendall(self.head("POST", "/v1/messages", headers, len(data)) + data)
+        return sock
+
+    def is_error(self, answer, status, kind=None, words=""):
+        """Asserts that an answer is an Anthropic error."""
+        self.assertEqual(answer.status, status, answer)
+        self.assertTrue(answer.headers["request-id"].startswith("req_"))
+        body = json.loads(answer.body.decode())
+        self.assertEqual(set(body), {"type", "error", "request_id"})
+        self.assertEqual((body["type"], body["request_id"]), ("error", answer.headers["request-id"]))
+        self.assertEqual(set(body["error"]), {"type", "message"})
+        self.assertIn(words, body["error"]["message"])
+        if kind:
+            self.assertEqual(body["error"]["type"], kind)
+
+    def is_fine(self):
+        """Asserts that the server still answers, and that nothing failed inside it."""
+        answer = self.post(request("hi"))
+        self.assertEqual((answer.status, ccfix.assemble(sse_events(answer.body.decode()))["content"]), (200, [{"type": "text", "text": "Hello"}]))
+        self.assertEqual([text for level, text in self.log if "Traceback" in text], [])
+
+    def wait_until(self, condition, seconds=5):
+        end = time.monotonic() + seconds
+        while not condition():
+            self.assertLess(time.monotonic(), end, "did not come true")
+            time.sleep(0.002)
+
+
+class TestEndpoints(HttpCase):
+    ROWS = [
+        # method, path, status, part of the body or the allow header
+        ("GET", "/health", 200, b'"ok"'), ("HEAD", "/health", 200, b""), ("GET", "/", 200, b'"uptime_s"'), ("HEAD", "/", 200, b""),
+        ("GET", "/?x=1", 200, b'"uptime_s"'), ("GET", "/stats", 200, b'"totals"'), ("GET", "/cache/stats", 200, b'"enabled"'),
+        ("HEAD", "/api/hello", 200, b""), ("GET", "/v1/models", 200, b'"has_more"'), ("GET", "/any/prefix/v1/models?limit=1000", 200, b'"claude-opus"'),
+        ("GET", "/v1/models/some%2Fname", 200, b'"some/name"'), ("HEAD", "/v1/models", 200, b""),
+        ("POST", "/cache/clear", 200, b'"removed":0'), ("POST", "/cache/clear-expired", 200, b'"removed":0'),
+        ("POST", "/lessons/forget", 200, b'"removed":0'),
+        ("GET", "/v1/messages", 405, "POST"), ("HEAD", "/v1/messages", 405, "POST"), ("PUT", "/v1/messages", 405, "POST"),
+        ("POST", "/v1/models", 405, "GET, HEAD"), ("DELETE", "/", 405, "GET, HEAD"), ("OPTIONS", "/v1/messages", 405, "POST"),
+        ("BREW", "/v1/messages", 405, "POST"), ("GET", "/cache/clear", 405, "POST"), ("TRACE", "/", 405, "GET, HEAD"),
+        ("GET", "/nothing", 404, None), ("POST", "/v1/complete", 404, None), ("HEAD", "/nothing", 404, None), ("GET", "/v1/messages/x", 404, None),
+        ("OPTIONS", "*", 404, None), ("GET", "/../etc/passwd", 404, None), ("GET", "/%2e%2e/", 404, None), ("GET", "/\xe4\xff", 404, None),
+        ("GET", "//evil.test/", 404, None), ("GET", "http://[/", 400, None), ("CONNECT", "evil.test:443", 404, None),
+    ]
+
+    def test_each_path_and_method(self):
+        self.serve()
+        for method, path, status, more in self.ROWS:
+            with self.subTest(method + " " + path):
+                answer = self.call(method, path)
+                self.assertEqual(answer.status, status)
+                self.assertTrue(answer.headers["request-id"].startswith("req_"))
+                if method == "HEAD":
+                    self.assertEqual(answer.body, b"")
+                    self.assertGreater(int(answer.headers["content-length"]), 1)
+                elif status == 200:
+                    self.assertIn(more, answer.body)
+                else:
+                    self.is_error(answer, status)
+                if status == 405:
+                    self.assertEqual(answer.headers["allow"], more)
+        self.is_fine()
+
+    def test_messages_on_any_prefix_and_query(self):
+        self.serve()
+        for path in ("/v1/messages", "/v1/messages/", "/v1/messages?beta=true", "/v1/v1/messages", "/anthropic/v1/messages", "//v1/messages"):
+            self.assertEqual(self.post(request("hi"), path=path).status, 200, path)
+            self.assertEqual(self.post(request("hi"), path=path.replace("messages", "messages/count_tokens")).status, 200, path)
+        self.assertEqual(self.post(request("hi"), path="http://%s/v1/messages?a=b" % self.host).status, 200)
+
+    def test_stream_and_whole_answer_are_equal(self):
+        self.serve()
+        stream = self.post(request("hi"))
+        self.assertEqual(stream.headers["content-type"], "text/event-stream; charset=utf-8")
+        self.assertEqual(stream.headers["x-ccfix-cache"], "off")
+        events = sse_events(stream.body.decode())
+        self.assertEqual(grammar(self, events), "done")
+        whole = self.post(request("hi", stream=False))
+        message = json.loads(whole.body.decode())
+        folded = ccfix.assemble(events)
+        folded["id"] = message["id"]
+        self.assertEqual(message, folded)
+        self.assertEqual(whole.headers["x-ccfix-cache"], "off")
+
+    def test_connection_is_kept_and_pipelined_requests_are_answered_in_order(self):
+        self.serve()
+        data = json.dumps(request("hi")).encode()
+        one = self.head("POST", "/v1/messages", (), len(data)) + data
+        get, last = self.head("GET", "/health"), self.head("GET", "/v1/models", {"Connection": "close"})
+        answers = self.talk(b"\r\n" + one + get + one + b"\r\n" + last)
+        self.assertEqual([(a.status, a.body[:8]) for a in answers], [(200, b"event: m"), (200, b'{"status'), (200, b"event: m"), (200, b'{"data":')])
+        self.assertEqual(len({a.headers["request-id"] for a in answers}), 4)
+        self.assertEqual(self.upstream.connections, 1)
+
+    def test_http_1_0_stream_ends_with_the_connection(self):
+        self.serve()
+        data = json.dumps(request("hi")).encode()
+        answer, = self.talk(("POST /v1/messages HTTP/1.0\r\nHost: %s\r\nContent-Length: %d\r\n\r\n" % (self.host, len(data))).encode() + data)
+        self.assertNotIn("transfer-encoding", answer.headers)
+        self.assertEqual(answer.headers["connection"], "close")
+        self.assertEqual(sse_events(answer.body.decode())[-1]["type"], "message_stop")
+
+    def test_expect_continue(self):
+        self.serve()
+        data = json.dumps(request("hi", stream=False)).encode()
+        with self.connect() as sock:
+            sock.sendall(self.head("POST", "/v1/messages", {"Expect": "100-continue", "Connection": "close"}, len(data)))
+            self.assertEqual(sock.recv(100), b"HTTP/1.1 100 Continue\r\n\r\n")
+            sock.sendall(data)
+            self.assertEqual(answers_in(read_all(sock))[0].status, 200)
+        refused = self.talk(self.head("POST", "/v1/messages", {"Expect": "100-continue", "Connection": "close"}, 1 << 30))
+        self.assertEqual([a.status for a in refused], [413])
+
+
+class TestBadHttp(HttpCase):
+    HOST = b"Host: 127.0.0.1\r\n"
+    ROWS = [
+        # name, bytes sent, status (0: the connection ends without an answer), words
+        ("garbage", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\n\n", 400, "no HTTP"),
+        ("HTTP/0.9", b"GET /\r\n", 400, "no HTTP"),
+        ("two blanks", b"GET  / HTTP/1.1\r\n" + HOST + b"\r\n", 400, "no HTTP"),
+        ("HTTP/2 preface", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505, "HTTP/1.1"),
+        ("odd version", b"GET / HTTP/1.1.1\r\n\r\n", 400, "no HTTP"),
+        ("control in the path", b"GET /\x00x HTTP/1.1\r\n" + HOST + b"\r\n", 400, "no HTTP"),
+        ("long request line", b"GET /" + b"a" * 70000 + b" HTTP/1.1\r\n\r\n", 414, "too long"),
+        ("endless request line", b"a" * 200000, 414, "too long"),
+        ("long header", b"GET / HTTP/1.1\r\nX: " + b"a" * 70000 + b"\r\n\r\n", 431, "header"),
+        ("header flood", b"GET / HTTP/1.1\r\n" + b"".join(b"X-%d: y\r\n" % n for n in range(5000)) + b"\r\n", 431, "header"),
+        ("endless headers", b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 100000, 431, "header"),
+        ("folded header", b"GET / HTTP/1.1\r\n" + HOST + b"X: a\r\n b\r\n\r\n", 400, "no header field"),
+        ("blank before the colon", b"POST / HTTP/1.1\r\n" + HOST + b"Content-Length : 5\r\n\r\nhello", 400, "no header field"),
+        ("line without a colon", b"POST / HTTP/1.1\r\n" + HOST + b"hello\r\nContent-Length: 5\r\n\r\nhello", 400, "no header field"),
+        ("bare CR", b"POST / HTTP/1.1\r\n" + HOST + b"X: a\rContent-Length: 5\r\n\r\nhello", 400, "no header field"),
+        ("NUL", b"GET / HTTP/1.1\r\n" + HOST + b"X: a\x00b\r\n\r\n", 400, "no header field"),
+        ("no host", b"GET / HTTP/1.1\r\n\r\n", 403, "ALLOWED_HOSTS"),
+        ("two hosts", b"GET / HTTP/1.1\r\n" + HOST + HOST + b"\r\n", 400, "two hosts"),
+        ("another host in the target", b"GET http://evil.test/ HTTP/1.1\r\n" + HOST + b"\r\n", 400, "two hosts"),
+        ("no length", b"POST /v1/messages HTTP/1.1\r\n" + HOST + b"\r\n", 411, "Content-Length"),
+        ("chunked", b"POST /v1/messages HTTP/1.1\r\n" + HOST + b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n", 411, "chunked"),
+        ("length and chunked", b"POST /v1/messages HTTP/1.1\r\n" + HOST + b"Content-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n{}", 411, "chunked"),
+        ("two lengths", b"POST /v1/messages HTTP/1.1\r\n" + HOST + b"Content-Length: 2\r\nContent-Length: 2\r\n\r\n{}", 400, "one number"),
+        ("list of lengths", b"POST /v1/messages HTTP/1.1\r\n" + HOST + b"Content-Length: 2, 2\r\n\r\n{}", 400, "one number"),
+        ("negative length", b"POST /v1/messages HTTP/1.1\r\n" + HOST + b"Content-Length: -1\r\n\r\n{}", 400, "one number"),
+        ("signed length", b"POST /v1/messages HTTP/1.1\r\n" + HOST + b"Content-Length: +2\r\n\r\n{}", 400, "one number"),
+        ("huge length", b"POST /v1/messages HTTP/1.1\r\n" + HOST + b"Content-Length: " + b"9" * 4000 + b"\r\n\r\n{}", 400, "one number"),
+        ("over the limit", b"POST /v1/messages HTTP/1.1\r\n" + HOST + b"Content-Length: 67108865\r\n\r\n{}", 413, "64 MB"),
+        ("compressed", b"POST /v1/messages HTTP/1.1\r\n" + HOST + b"Content-Encoding: gzip\r\nContent-Length: 2\r\n\r\n{}", 415, "compressed"),
+        ("cut head", b"GET / HTT", 400, "no HTTP"),
+        ("cut headers", b"GET / HTTP/1.1\r\nHost: 1", 0, ""),
+        ("cut body", b"POST /v1/messages HTTP/1.1\r\n" + HOST + b"Content-Length: 20\r\n\r\n{}", 0, ""),
+        ("nothing", b"", 0, ""),
+        ("blank lines only", b"\r\n\r\n", 0, ""),
+    ]
+
+    def test_malformed_http(self):
+        self.serve()
+        with mock.patch.object(ccfix, "DRAIN_REFUSED", 0.05):
+            for name, raw, status, words in self.ROWS:
+                with self.subTest(name), self.connect() as sock:
+                    try:
+                        sock.sendall(raw)
+                        sock.shutdown(socket.SHUT_WR)
+                    except OSError:
+                        pass
+                    got = read_all(sock)
+                    if status:
+                        answer, = answers_in(got[:-3] if got.endswith(b"RST") else got)
+                        self.is_error(answer, status, words=words)
+                        self.assertEqual(answer.headers.get("connection"), "close" if status not in (403,) and name != "no host" else None)
+                    else:
+                        self.assertIn(got, (b"", b"RST"))
+        self.is_fine()
+        self.assertEqual(len(self.upstream.requests), 1)
+
+    def test_slow_senders_are_cut_off(self):
+        self.serve()
+        slow = {"HEAD_SECONDS": 0.05, "BODY_SECONDS": 0.05, "IDLE_SECONDS": 0.08, "DRAIN_REFUSED": 0.05}
+        with mock.patch.multiple(ccfix, **slow):
+            for name, raw, statuses in (("idle", b"", []), ("slow head", b"GET / HTTP/1.1\r\nHos", []),
+                                        ("slow body", self.head("POST", "/v1/messages", (), 20) + b"{", [408])):
+                with self.subTest(name):
+                    began = time.monotonic()
+                    self.assertEqual([a.status for a in self.talk(raw)], statuses)
+                    self.assertLess(time.monotonic() - began, 2)
+            with self.connect() as sock:            # a byte now and then does not help
+                stop = time.monotonic() + 3
+                try:
+                    while time.monotonic() < stop:
+                        sock.sendall(b"X")
+                        time.sleep(0.01)
+                except OSError:
+                    pass
+                self.assertLess(time.monotonic(), stop)
+        self.is_fine()
+
+    BODIES = [
+        ("empty", b"", "not JSON"), ("not JSON", b"{", "not JSON"), ("not UTF-8", b'{"a":"\xff"}', "UTF-8"), ("UTF-16", '{"a":1}'.encode("utf-16"), "UTF-8"),
+        ("list", b"[]", "object"), ("text", b'"x"', "object"), ("null", b"null", "object"), ("number", b"1", "object"), ("BOM", b"\xef\xbb\xbf{", "not JSON"),
+        ("NaN", b'{"messages":[],"temperature":NaN}', "NaN"), ("Infinity", b'{"messages":[-Infinity]}', "Infinity"),
+        ("huge number", b'{"max_tokens":' + b"9" * 3000000 + b"}", "digits"), ("huge float", b'{"temperature":1e999}', "too large"),
+        ("nested lists", b'{"messages":' + b"[" * 200000 + b"]" * 200000 + b"}", "nested"),
+        ("nested objects", b'{"a":' * 100000 + b"1" + b"}" * 100000, "nested"),
+        ("open nesting", b"[" * 1000000, "nested"),
+        ("no messages", b"{}", "messages"), ("empty messages", b'{"messages":[]}', "messages"), ("messages is text", b'{"messages":"hi"}', "messages"),
+        ("messages is an object", b'{"messages":{}}', "messages"), ("messages is null", b'{"messages":null}', "messages"),
+    ]
+
+    def test_bad_bodies(self):
+        self.serve()
+        for name, body, words in self.BODIES:
+            with self.subTest(name):
+                began = time.monotonic()
+                self.is_error(self.post(body), 400, "invalid_request_error", words)
+                if "messages" not in name:
+                    self.is_error(self.post(body, path="/v1/messages/count_tokens"), 400, "invalid_request_error", words)
+                self.assertLess(time.monotonic() - began, 3)
+        self.is_fine()
+
+    def test_deep_but_parseable_bodies(self):
+        self.serve()
+        for depth in (50, 300, 600, 900, 990):
+            deep = b"[" * depth + b"]" * depth
+            for body in (b'{"messages":[{"role":"user","content":[{"type":"tool_result","content":%s}]}],"stream":true}' % deep,
+                         b'{"messages":[{"role":"user","content":"x"}],"tools":[{"name":"t","input_schema":{"properties":%s}}]}'
+                         % (b'{"a":' * depth + b"1" + b"}" * depth),
+                         b'{"messages":[{"role":"assistant","content":[{"type":"tool_use","id":"a","name":"b","input":{"x":%s}}]}]}' % deep):
+                status = self.post(body).status
+                self.assertIn(status, (200, 400), depth)
+        self.is_fine()
+
+    ODD = [None, True, 0, -1, 1e300, "", "x", "\ud800", "\x00\n", [], {}, [None], [[]], {"a": None}, {"type": None}, [{"type": []}], "9" * 300]
+
+    def test_wrong_types_anywhere(self):
+        self.serve()
+        whole = {"model": "m", "max_tokens": 5, "system": [{"type": "text", "text": "s", "cache_control": {}}], "temperature": 1, "top_p": 1, "stop_sequences": ["x"],
+                 "thinking": {"type": "enabled", "budget_tokens": 5}, "output_config": {"effort": "high", "format": {"type": "json_schema", "schema": {}}},
+                 "metadata": {"user_id": "u"}, "tool_choice": {"type": "tool", "name": "t", "disable_parallel_tool_use": True}, "service_tier": "auto",
+                 "tools": [{"name": "t", "description": "d", "input_schema": {"type": "object", "properties": {"a": {"type": ["string", "null"]}}, "required": ["a"]}},
+                           {"type": "web_search_20250305", "name": "web_search"}, {"name": "late", "defer_loading": True, "input_schema": {}}],
+                 "messages": [{"role": "user", "content": [{"type": "text", "text": "x"}, {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "aa"}},
+                                                           {"type": "document", "title": "d", "source": {"type": "text", "data": "t", "media_type": "text/plain"}}]},
+                              {"role": "assistant", "content": [{"type": "thinking", "thinking": "t", "signature": "s"}, {"type": "tool_use", "id": "i", "name": "t", "input": {"a": "b"}}]},
+                              {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "i", "is_error": True, "content": [{"type": "text", "text": "r"}]}]},
+                              {"role": "system", "content": "s"}]}
+        places = list(self.places(whole))
+        rng = random.Random(12)
+        with self.connect() as sock:
+            file = sock.makefile("rb")
+            for path in places:
+                for odd in [self.ODD[0], self.ODD[rng.randrange(len(self.ODD))], self.ODD[rng.randrange(len(self.ODD))]]:
+                    body = self.changed(whole, path, odd)
+                    data = json.dumps(body).encode()
+                    sock.sendall(self.head("POST", "/v1/messages", (), len(data)) + data)
+                    status = int(file.readline().split()[1])
+                    headers = dict(line.decode().rstrip().split(": ", 1) for line in iter(file.readline, b"\r\n"))
+                    if "Content-Length" in headers:
+                        body = file.read(int(headers["Content-Length"]))
+                    else:
+                        while file.readline() != b"0\r\n":
+                            pass
+                        file.readline()
+                    self.assertIn(status, (200, 400), (path, odd, body, self.log[-1:]))
+                    self.assertNotIn("Connection", headers)
+        self.is_fine()
+
+    def places(self, value, path=()):
+        """Paths of all values in a JSON value."""
+        items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        for key, part in items:
+            yield path + (key,)
+            yield from self.places(part, path + (key,))
+
+    def changed(self, value, path, new):
+        """A copy in which the value at `path` is another."""
+        value = copy.deepcopy(value)
+        part = value
+        for key in path[:-1]:
+            part = part[key]
+        part[path[-1]] = new
+        return value
+
+
+class TestWhoMayAsk(HttpCase):
+    def test_without_a_key_only_names_of_this_machine_are_served(self):
+        self.serve(ALLOWED_HOSTS="box.internal, host.docker.internal")
+        rows = [("127.0.0.1", 200), ("127.0.0.1:8080", 200), ("localhost:1", 200), ("LOCALHOST", 200), ("[::1]:80", 200), ("127.9.9.9", 200),
+                ("box.internal:8080", 200), ("Host.Docker.Internal", 200), ("evil.test", 403), ("localhost.evil.test", 403), ("127.0.0.1.evil.test", 403),
+                ("192.168.1.5", 403), ("", 403), ("evil.test:127.0.0.1", 403), ("localhost@evil.test", 403), ("\xe4.test", 403)]
+        for host, status in rows:
+            for path in ("/stats", "/v1/models", "/", "/cache/stats"):
+                self.assertEqual(self.call("GET", path, headers={"Host": host}, host=False).status, status, (host, path))
+            self.assertEqual(self.call("POST", "/cache/clear", b"", {"Host": host}, host=False).status, status)
+            self.assertEqual(self.call("GET", "/health", headers={"Host": host}, host=False).status, 200)
+        self.is_error(self.call("GET", "/stats", headers={"Host": "evil.test"}, host=False), 403, "permission_error", "ALLOWED_HOSTS")
+
+    def test_foreign_origins_are_refused(self):
+        self.serve()
+        own = "http://" + self.host
+        for origin, status in ((own, 200), (own.replace("http:", "https:"), 200), ("http://evil.test", 403), ("null", 403), ("", 403),
+                               (own + ".evil.test", 403), ("http://127.0.0.1:1", 403), ("http://\xe4", 403)):
+            for method, path in (("GET", "/stats"), ("POST", "/cache/clear"), ("POST", "/lessons/forget"), ("GET", "/v1/models")):
+                answer = self.call(method, path, b"" if method == "POST" else None, {"Origin": origin})
+                self.assertEqual(answer.status, status, (origin, path))
+                self.assertNotIn("access-control-allow-origin", answer.headers)
+        self.assertEqual(self.post(request("hi"), {"Origin": "http://evil.test"}).status, 403)
+        self.assertEqual(len(self.upstream.requests), 0)
+
+    KEYS = ["sk-secret-proxy-2", "schl\xfcssel-\xe0", "\u043a\u043b\u044e\u0447-key", "a b", "x" * 3000]
+
+    def test_proxy_key(self):
+        for key in self.KEYS:
+            self.serve(ANTHROPIC_API_KEY=key)
+            wire = [key.encode("utf-8").decode("latin-1")] + ([key] if key.encode("latin-1", "ignore").decode("latin-1") == key else [])
+            for shown in wire:
+                for headers in ({"x-api-key": shown}, {"Authorization": "Bearer " + shown}, {"authorization": "bearer  " + shown},
+                                {"x-api-key": "other", "Authorization": "Bearer " + shown}, {"X-API-KEY": shown, "Authorization": "Bearer other"}):
+                    self.assertEqual(self.call("GET", "/stats", headers=headers).status, 200, headers)
+            for headers in ({}, {"x-api-key": ""}, {"x-api-key": wire[0] + "x"}, {"x-api-key": wire[0][:-1]}, {"Authorization": wire[0] + "y"},
+                            {"Authorization": "Basic " + wire[0]}, {"x-api-key": "?" * len(key)}, {"x-api-key": "\xff"}):
+                for method, path in (("GET", "/"), ("GET", "/stats"), ("GET", "/v1/models"), ("GET", "/api/hello"), ("GET", "/cache/stats"), ("GET", "/nothing")):
+                    self.is_error(self.call(method, path, headers=headers), 401, "authentication_error", "ANTHROPIC_AUTH_TOKEN")
+                for path in ("/v1/messages", "/v1/messages/count_tokens", "/cache/clear", "/cache/clear-expired", "/lessons/forget"):
+                    answer = self.call("POST", path, b"{}", headers)
+                    self.is_error(answer, 401, "authentication_error")
+                    self.assertEqual(answer.headers["x-should-retry"], "false")
+            self.assertEqual(self.call("GET", "/health").status, 200)
+            self.assertEqual(len(self.upstream.requests), 0)
+
+    def test_key_comparison_takes_constant_time(self):
+        self.serve(ANTHROPIC_API_KEY="right")
+        with mock.patch.object(ccfix.hmac, "compare_digest", wraps=ccfix.hmac.compare_digest) as compare:
+            self.call("GET", "/stats", headers={"x-api-key": "right"})
+            self.call("GET", "/stats", headers={"x-api-key": "wrong"})
+        self.assertEqual(compare.call_count, 8)
+
+    def test_page_needs_no_key_but_its_figures_do(self):
+        self.serve(ANTHROPIC_API_KEY=PROXY_KEY)
+        page = self.call("GET", "/", headers={"Accept": "text/html,*/*"})
+        self.assertEqual(page.status, 200)
+        self.assertIn("script-src", page.headers["content-security-policy"])
+        for secret in (KEY, PROXY_KEY):
+            self.assertNotIn(secret.encode(), page.body)
+        self.assertEqual(self.call("GET", "/stats", headers={"Accept": "text/html"}).status, 401)
+        self.assertEqual(self.call("GET", "/stats", headers={"x-api-key": PROXY_KEY}).status, 200)
+        self.assertEqual(self.call("GET", "/", headers={"Accept": "text/html", "Origin": "http://evil.test"}).status, 403)
+
+    def test_with_a_key_any_host_name_is_served(self):
+        self.serve(ANTHROPIC_API_KEY=PROXY_KEY)
+        headers = {"Host": "proxy.company.test", "x-api-key": PROXY_KEY}
+        self.assertEqual(self.call("GET", "/stats", headers=headers, host=False).status, 200)
+        self.assertEqual(self.call("GET", "/stats", headers={"Host": "proxy.company.test"}, host=False).status, 401)
+
+    def test_no_secret_in_any_answer_or_log(self):
+        refusal = counted(('{"error":{"message":"Incorrect API key provided: %s"}}' % KEY).encode(), "401 Unauthorized")
+        self.serve(refusal, ANTHROPIC_API_KEY=PROXY_KEY, SEARCH_URL="http://user:%s@127.0.0.1:9/search" % SEARCH_PASSWORD, EXTRA_HEADERS='{"x-more": "sk-secret-extra-4"}')
+        headers = {"x-api-key": PROXY_KEY}
+        seen = b""
+        for method, path, body in (("GET", "/", None), ("GET", "/stats", None), ("GET", "/v1/models", None), ("POST", "/v1/messages", request("hi")),
+                                   ("POST", "/v1/messages", request("hi", stream=False)), ("GET", "/stats", None),
+                                   ("POST", "/v1/messages", request("Perform a web search for the query: x", tools=[{"type": "web_search_20250305", "name": "web_search"}]))):
+            answer = self.call(method, path, body, headers)
+            seen += answer.body + str(answer.headers).encode()
+        self.assertIn(b"Incorrect API key", seen)
+        seen += str(self.log).encode()
+        for secret in (KEY, PROXY_KEY, SEARCH_PASSWORD, "sk-secret-extra-4"):
+            self.assertNotIn(secret.encode(), seen)
+
+
+class TestInjection(HttpCase):
+    def test_upstream_headers_cannot_split_the_answer(self):
+        for value in (b"5\r\nSet-Cookie: a=b", b"5\r\n\r\nHTTP/1.1 200 OK", b"5\rX: y", b"\xff\xfe5", b"5; \x00", b"1e400", b"9" * 5000, b"-1", b""):
+            with self.subTest(value[:20]):
+                self.serve([b"HTTP/1.1 429 Too Many\r\nRetry-After: %s\r\nContent-Length: 2\r\n\r\n{}" % value, CUT])
+                answer = self.post(request("hi"))
+                self.assertIn(answer.status, (429, 502))
+                self.assertNotIn("set-cookie", answer.headers)
+                self.assertRegex(answer.headers.get("retry-after", "0"), r"\A\d{1,9}\Z")
+
+    def test_text_from_outside_cannot_forge_headers_or_log_lines(self):
+        nasty = "m\r\nSet-Cookie: a=b\r\n\r\n<script>\u2028\x1b[31m\x85\ud800"
+        self.serve()
+        settings = settings_of(LOG_LEVEL="debug")
+        lines = io.StringIO()
+        self.proxy.log = ccfix.Log(settings, lines)
+        answer = self.post(request("hi", model=nasty), {"x-claude-code-session-id": "a\x85b\xff", "anthropic-version": "x\x7f"})
+        self.assertEqual(answer.status, 200)
+        self.assertNotIn("set-cookie", answer.headers)
+        self.call("GET", "/v1/models/" + "%0d%0aSet-Cookie:%20a=b%00%ff")
+        self.call("GET", "/\x85nothing")
+        self.assertTrue(lines.getvalue())
+        for line in lines.getvalue().split("\n")[:-1]:
+            self.assertRegex(line, r"\A\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (debug|info|warning|error) ")
+            self.assertRegex(line, r"\A[\x20-\x7e]*\Z")
+
+    def test_client_headers_reach_the_upstream_only_if_meant_to(self):
+        self.serve()
+        headers = {"x-api-key": "client-key", "Authorization": "Bearer client", "Cookie": "a=b", "anthropic-beta": "x", "X-Forwarded-For": "1.2.3.4"}
+        self.assertEqual(self.post(request("hi"), headers).status, 200)
+        sent = self.upstream.requests[0].headers
+        self.assertEqual(set(sent), {"host", "accept-encoding", "content-length", "content-type", "accept", "user-agent", "authorization"})
+        self.assertEqual(sent["authorization"], "Bearer " + KEY)
+
+
+class TestHangUp(HttpCase):
+    """Whenever the client leaves, the upstream call ends at once."""
+
+    def left(self, sock, seconds=0.5):
+        """Asserts that the upstream sees the end soon after the client hung up."""
+        sock.close()
+        self.assertTrue(self.upstream.gone.wait(seconds), "the upstream call went on")
+        self.wait_until(lambda: self.proxy.active == 0)
+        self.assertEqual([text for level, text in self.log if "Traceback" in text], [])
+        self.assertIn("499" if not self.log[-1][1].count(" 200 ") else "200", self.log[-1][1])
+
+    def test_before_the_head(self):
+        for stream in (True, False):
+            self.serve(threading.Event())
+            sock = self.begin(request("hi", stream=stream))
+            self.wait_until(lambda: self.upstream.requests)
+            self.left(sock)
+
+    def test_in_silence_after_the_head(self):
+        self.serve([SSE_HEAD, threading.Event()])
+        sock = self.begin(request("hi"))
+        self.wait_until(lambda: self.upstream.requests)
+        self.left(sock)
+
+    def test_in_the_middle(self):
+        for name in ("content", "reasoning_content"):
+            self.serve([SSE_HEAD + piece(deltas(delta(**{name: "Hello"}))), threading.Event()])
+            sock = self.begin(request("hi"))
+            sock.recv(10)
+            self.left(sock)
+
+    def test_in_a_held_silence(self):
+        with mock.patch.multiple(ccfix, HOLD_SECONDS=0.01, PING_SECONDS=0.01, LOOK_SECONDS=0.01):
+            self.serve([SSE_HEAD, threading.Event()])
+            sock = self.begin(request("hi"))
+            self.assertIn(b"200 OK", sock.recv(1000))
+            self.left(sock)
+
+    def test_with_a_reset(self):
+        self.serve([SSE_HEAD + piece(deltas(delta(content="Hello"))), threading.Event()])
+        sock = self.begin(request("hi"))
+        sock.recv(10)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.left(sock)
+
+    def test_while_a_retry_waits(self):
+        self.serve(counted(b"{}", "503 Busy", "Retry-After: 15\r\n"), TARGET_RETRIES="3")
+        sock = self.begin(request("hi"))
+        self.wait_until(lambda: any("try 2" in text for _, text in self.log))
+        sock.close()
+        self.wait_until(lambda: self.proxy.active == 0, 0.5)
+        self.assertEqual(len(self.upstream.requests), 1)
+
+    def test_while_the_body_is_sent(self):
+        self.serve([EARLY, threading.Event()])
+        sock = self.begin(request("x" * 20000000))
+        self.wait_until(lambda: self.upstream.requests)
+        sock.close()
+        self.wait_until(lambda: not self.proxy.active and not self.proxy.wires[1].live, 0.8)
+
+    def test_while_it_reads_nothing(self):
+        block = piece(deltas(*[delta(content="x" * 1000)] * 16))
+        def endless(request_):
+            return [SSE_HEAD] + [block] * 2000
+        self.serve(endless)
+        sock = self.begin(request("hi"))
+        sock.recv(10)
+        time.sleep(0.1)
+        self.left(sock)
+
+    def test_a_client_that_stops_reading_is_given_up(self):
+        block = piece(deltas(*[delta(content="x" * 1000)] * 16))
+        with mock.patch.object(ccfix, "SEND_SECONDS", 0.1):
+            self.serve(lambda request_: [SSE_HEAD] + [block] * 3000)
+            sock = self.begin(request("hi"))
+            sock.recv(10)
+            self.assertTrue(self.upstream.gone.wait(5))
+            self.wait_until(lambda: self.proxy.active == 0)
+
+    def test_a_slow_reader_gets_everything(self):
+        block = piece(deltas(*[delta(content="x" * 1000)] * 16))
+        self.serve(lambda request_: [SSE_HEAD] + [block] * 400 + [piece(HELLO_STREAM) + b"0\r\n\r\n"])
+        with self.connect() as sock:
+            data = json.dumps(request("hi")).encode()
+            sock.sendall(self.head("POST", "/v1/messages", {"Connection": "close"}, len(data)) + data)
+            time.sleep(0.1)
+            answer, = answers_in(read_all(sock))
+        message = ccfix.assemble(sse_events(answer.body.decode()))
+        self.assertEqual(len(message["content"][0]["text"]), 6400005)
+
+    def test_a_finished_stream_keeps_the_connection(self):
+        self.serve()
+        for _ in range(3):
+            self.post(request("hi"))
+        self.assertEqual(self.upstream.connections, 1)
+
+
+class TestHonestStreams(HttpCase):
+    FAST = {"HOLD_SECONDS": 0.05, "PING_SECONDS": 0.03, "SIGN_SECONDS": 0.15, "LOOK_SECONDS": 0.01}
+
+    def stream(self, *script, **fields):
+        """(Answer, its events) of one streamed request before this upstream."""
+        self.serve(*script, **{name: fields.pop(name) for name in list(fields) if name.isupper()})
+        answer = self.post(request("hi", **fields))
+        body = answer.body[:-3] if answer.body.endswith(b"CUT") else answer.body
+        return answer, sse_events(body.decode()) if answer.status == 200 else None
+
+    def test_early_errors_keep_their_status(self):
+        early = sse({"error": {"message": "slow down", "code": 429}})
+        for name, reply, status in (("in the stream", streamed(early), 429), ("as a status", counted(b"{}", "429 Slow"), 429),
+                                    ("nothing at all", [SSE_HEAD, CUT], 502), ("after a comment", [SSE_HEAD + piece(b": hi\n\n"), 0.02, piece(early)], 429),
+                                    ("after a role", [SSE_HEAD + piece(deltas(delta(role="assistant", content=""))), 0.02, piece(early)], 429)):
+            with self.subTest(name):
+                answer, _ = self.stream(reply)
+                self.is_error(answer, status)
+
+    def test_silence_is_filled_with_pings_then_signs_of_life(self):
+        with mock.patch.multiple(ccfix, **self.FAST):
+            for name, before in (("before the head", []), ("after the head", [SSE_HEAD]), ("between comments", [SSE_HEAD] + [piece(b": x\n\n"), 0.02] * 12)):
+                with self.subTest(name):
+                    answer, events = self.stream(before + [0.35, (b"" if before else SSE_HEAD) + piece(HELLO_STREAM) + b"0\r\n\r\n"])
+                    kinds = [event["type"] for event in events]
+                    self.assertEqual(kinds[:2], ["message_start", "ping"])
+                    self.assertGreater(kinds.count("ping"), 2)
+                    self.assertEqual(grammar(self, events), "done")
+                    content = ccfix.assemble(events)["content"]
+                    self.assertEqual(content[-1], {"type": "text", "text": "Hello"})
+                    self.assertEqual(content[0]["type"], "thinking")
+
+    def test_an_error_after_the_hold_is_an_event(self):
+        with mock.patch.multiple(ccfix, **dict(self.FAST, SIGN_SECONDS=9)):
+            answer, events = self.stream([0.2, counted(b'{"error":{"message":"broken"}}', "400 Bad")])
+        self.assertEqual((answer.status, [e["type"] for e in events if e["type"] != "ping"]), (200, ["message_start", "error"]))
+
+    def test_unstreamed_requests_get_no_pings(self):
+        with mock.patch.multiple(ccfix, **self.FAST):
+            answer, _ = self.stream([0.2, streamed(HELLO_STREAM)], stream=False)
+        self.assertEqual(json.loads(answer.body.decode())["content"], [{"type": "text", "text": "Hello"}])
+
+    def test_death_in_text_is_told_and_ends_cleanly(self):
+        for name, end in (("cut", CUT), ("reset", RST), ("end without a finish", b"0\r\n\r\n"), ("garbage", b"zz\r\n"),
+                          ("error event", piece(sse({"error": {"message": "boom"}})))):
+            for field, kind in (("content", "text"), ("reasoning_content", "thinking")):
+                with self.subTest(name, field=field):
+                    answer, events = self.stream([SSE_HEAD + piece(deltas(delta(**{field: "Hel"}), delta(**{field: "lo"}))), 0.01, end])
+                    self.assertFalse(answer.body.endswith(b"CUT"))
+                    self.assertEqual(grammar(self, events), "error")
+                    self.assertEqual(events[-2]["type"], "content_block_stop")
+                    self.assertEqual("".join(e["delta"].get(kind, "") for e in events if e["type"] == "content_block_delta"), "Hello")
+
+    def test_death_in_a_tool_call_drops_the_connection(self):
+        call = delta(tool_calls=[{"index": 0, "id": "c1", "function": {"name": "Write", "arguments": '{"a": "b'}}])
+        for end in (CUT, RST, b"0\r\n\r\n"):
+            answer, events = self.stream([SSE_HEAD + piece(deltas(delta(content="Hi"), call)), 0.01, end])
+            self.assertTrue(answer.body.endswith(b"CUT"), "the last chunk came")
+            self.assertNotIn("error", [event["type"] for event in events])
+            self.assertNotIn("message_stop", [event["type"] for event in events])
+
+    def test_a_stalled_upstream_ends_in_time(self):
+        answer, _ = self.stream([SSE_HEAD, threading.Event()], TARGET_TIMEOUT="0.2")
+        self.is_error(answer, 504, "timeout_error")
+        answer, events = self.stream([SSE_HEAD + piece(deltas(delta(content="Hel"))), threading.Event()], TARGET_TIMEOUT="0.2")
+        self.assertEqual(grammar(self, events), "error")
+
+    def test_nobody_there(self):
+        self.serve()
+        self.upstream.close()
+        self.is_error(self.post(request("hi")), 502, "api_error", "cannot be reached")
+
+
+class TestCacheOverHttp(HttpCase):
+    def test_header_tells_hit_and_miss(self):
+        folder = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, folder, True)
+        self.serve(CACHE_ENABLED="true", CACHE_DIR=folder, CACHE_KEY_MODE="full")
+        states = [self.post(request("hi", stream=stream)).headers["x-ccfix-cache"] for stream in (True, True, False)]
+        self.assertEqual(states, ["miss", "hit", "hit"])
+        self.assertEqual(len(self.upstream.requests), 1)
+        stats = json.loads(self.call("GET", "/cache/stats").body.decode())
+        self.assertEqual((stats["entries"], stats["hits"], stats["enabled"]), (1, 2, True))
+        self.assertEqual(json.loads(self.call("POST", "/cache/clear-expired", b"").body.decode()), {"removed": 0})
+        self.assertEqual(json.loads(self.call("POST", "/cache/clear", b"").body.decode()), {"removed": 1})
+        self.assertEqual(self.post(request("hi")).headers["x-ccfix-cache"], "miss")
+
+
+class TestServerItself(HttpCase):
+    def test_bursts_of_connections_are_all_served(self):
+        self.serve()
+        socks = [self.connect() for _ in range(100)]
+        for sock in socks:
+            sock.sendall(self.head("GET", "/health", {"Connection": "close"}))
+        self.assertEqual([answers_in(read_all(sock))[0].status for sock in socks], [200] * 100)
+
+    def test_a_bug_is_one_500_with_the_traceback_in_the_log(self):
+        self.serve()
+        with mock.patch.object(ccfix.Proxy, "models", side_effect=KeyError(KEY)):
+            self.is_error(self.call("GET", "/v1/models"), 500, "api_error", "its log")
+        self.assertEqual(len([1 for level, text in self.log if level == "error" and "Traceback" in text]), 1)
+
+    def test_a_request_is_forgotten_after_its_answer(self):
+        self.serve()
+        gc.collect()
+        gc.disable()
+        try:
+            with self.connect() as sock:
+                for _ in range(3):
+                    data = json.dumps(request("x" * 1000)).encode()
+                    sock.sendall(self.head("POST", "/v1/messages", (), len(data)) + data)
+                    while not sock.recv(65536).endswith(b"0\r\n\r\n"):
+                        pass
+                self.wait_until(lambda: not [o for o in gc.get_objects() if isinstance(o, ccfix.Exchange)], 2)
+        finally:
+            gc.enable()
+
+
+class TestSignals(unittest.TestCase):
+    """A process that serves, ended while a stream is open."""
+
+    def run_until(self, signum, *script):
+        """(exit code, what the client got, what was printed) when the signal comes while the stream is open."""
+        with FakeUpstream(*script) as upstream, tempfile.TemporaryDirectory() as folder:
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = free.getsockname()[1]
+            command = [sys.executable, ccfix.__file__, "-b", upstream.url + "/v1", "-m", "m", "-p", str(port)]
+            env = {"PATH": os.environ.get("PATH", ""), "HOME": folder, "LC_ALL": "C", "TARGET_API_KEY": KEY, "PYTHONDONTWRITEBYTECODE": "1"}
+            process = subprocess.Popen(command, cwd=folder, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            try:
+                sock, end = None, time.monotonic() + 15
+                while sock is None and time.monotonic() < end and process.poll() is None:
+                    try:
+                        sock = socket.create_connection(("127.0.0.1", port), 10)
+                    except OSError:
+                        time.sleep(0.02)
+                data = json.dumps(request("hi")).encode()
+                with sock:
+                    sock.sendall(b"POST /v1/messages HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(data) + data)
+                    got = sock.recv(100)
+                    process.send_signal(signum)
+                    got += read_all(sock)
+                printed = process.communicate(timeout=10)[0].decode()
+            finally:
+                process.kill()
+                process.wait()
+                process.stdout.close()
+            self.assertEqual(sorted(os.listdir(folder)), [])
+            return process.returncode, got, printed
+
+    @unittest.skipIf(os.name == "nt", "POSIX signals")
+    def test_an_open_stream_is_finished(self):
+        stream = [lambda r: counted(b"{}", "404 No") if r.method == "GET" else [SSE_HEAD + piece(deltas(delta(content="Hel"))), 0.4,
+                                                                                piece(sse(delta(content="lo"), delta("stop"))) + b"0\r\n\r\n"]]
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            code, got, printed = self.run_until(signum, *stream)
+            self.assertEqual(code, 0, printed)
+            message = ccfix.assemble(sse_events(answers_in(got)[0].body.decode()))
+            self.assertEqual(message["content"], [{"type": "text", "text": "Hello"}])
+            self.assertNotIn("Traceback", printed)
+            self.assertNotIn(KEY, printed)
+
+
+# ======================================================================================================
 # 13  Status page
 # ======================================================================================================
 
@@ -2222,6 +6022,767 @@ class TestStatusPage(unittest.TestCase):
 
 
 # ======================================================================================================
+# 15  Commands
+# ======================================================================================================
+
+class Faulty(ccfix.DemoModel):
+    """The demo model as a provider with one fault; server.proxy is the fault's name."""
+
+    MODELS = ("deepseek-chat", "deepseek-reasoner", "text-embedding-3")
+    REFUSALS = {
+        # fault: (applies to this body, status, error)
+        "key": (lambda body: True, 401, {"message": "Incorrect API key provided", "code": "invalid_api_key"}),
+        "billing": (lambda body: True, 402, {"message": "Insufficient Balance"}),
+        "model": (lambda body: True, 404, {"message": "The model `x` does not exist", "code": "model_not_found"}),
+        "path": (lambda body: True, 404, {"message": "Not Found"}),
+        "server": (lambda body: True, 500, {"message": "worker died"}),
+        "stream refused": (lambda body: body.get("stream"), 500, {"message": "no streams today"}),
+        "tools refused": (lambda body: body.get("tools"), 400, {"message": "this model has no tools at all"}),
+        "results refused": (lambda body: "tool_call_id" in json.dumps(body), 400, {"message": "role tool is odd here"}),
+        "image refused": (lambda body: "image_url" in json.dumps(body), 400, {"message": "image input is not supported"}),
+        "short context": (lambda body: len(json.dumps(body)) > 20000, 400, {
+            "message": "This model's maximum context length is 8192 tokens. However, your messages resulted in 15000 tokens."}),
+    }
+
+    def do_GET(self):
+        if self.server.proxy == "path":
+            return self.refuse(404, {"message": "Not Found"})
+        rows = [{"id": name, "object": "model", "owned_by": "x"} for name in self.MODELS]
+        if self.server.proxy == "small window":
+            rows = [dict(row, context_length=8000) for row in rows]
+        if self.server.proxy == "large window":
+            rows = [dict(row, context_length=131072) for row in rows]
+        self.reply(json.dumps({"object": "list", "data": rows}))
+
+    def do_POST(self):
+        raw = self.rfile.read(int(self.headers["Content-Length"]))
+        body, fault = json.loads(raw.decode()), self.server.proxy
+        applies, status, error = self.REFUSALS.get(fault, (lambda body: False, 0, None))
+        if applies(body):
+            return self.refuse(status, error)
+        if fault in ("no tools", "html"):
+            body.pop("tools", None)
+        if fault == "html":
+            return self.reply("<html><title>Welcome to nginx</title></html>", "text/html")
+        if fault == "empty":
+            body = {"stream": body.get("stream"), "empty": True}
+        body["fault"] = fault
+        self.rfile = io.BytesIO(json.dumps(body).encode())
+        self.headers.replace_header("Content-Length", str(len(self.rfile.getvalue())))
+        self.body = body
+        ccfix.DemoModel.do_POST(self)
+
+    def reply(self, text, content_type="application/json"):
+        fault = self.server.proxy
+        if fault == "empty" and content_type.endswith("stream"):
+            text = 'data: {"choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}\n\ndata: [DONE]\n\n'
+        elif fault == "empty" and "choices" in text:
+            text = '{"choices":[{"index":0,"message":{"role":"assistant","content":""},"finish_reason":"stop"}]}'
+        if fault == "no usage":
+            text = re.sub(r'data: \{"choices":\[\],"usage.*?\n\n', "", text)
+        if fault == "cuts prompts":
+            text = re.sub(r'"prompt_tokens":\d+', '"prompt_tokens":2048', text)
+        if fault == "caches":
+            text = re.sub(r'("prompt_tokens":\d+)', r'\1,"prompt_tokens_details":{"cached_tokens":50}', text)
+        ccfix.DemoModel.reply(self, text, content_type)
+
+    def refuse(self, status, error):
+        data = json.dumps({"error": error}).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+
+class CommandsCase(unittest.TestCase):
+    """A bare account: an empty folder that is home and current folder, and nothing in the environment."""
+
+    def setUp(self):
+        self.home = os.path.realpath(tempfile.mkdtemp())
+        self.addCleanup(shutil.rmtree, self.home, True)
+        self.addCleanup(os.chdir, os.getcwd())
+        os.chdir(self.home)
+        bare = mock.patch.dict(os.environ, {"HOME": self.home, "USERPROFILE": self.home, "PATH": os.defpath}, clear=True)
+        bare.start()
+        self.addCleanup(bare.stop)
+        none = mock.patch.object(ccfix, "LOCAL_SERVERS", ())
+        none.start()
+        self.addCleanup(none.stop)
+
+    def main(self, *argv):
+        """(exit code, stdout, stderr) of a command line without a terminal."""
+        out, err, before = io.StringIO(), io.StringIO(), sys.stdin
+        sys.stdin = io.StringIO("")
+        try:
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                code = ccfix.main(list(argv))
+        except SystemExit as end:
+            code = end.code
+        finally:
+            sys.stdin = before
+        return code, out.getvalue(), err.getvalue()
+
+    def serve(self, fault, handler=Faulty):
+        """The base URL of a server with a fault."""
+        server = ccfix.Server(("127.0.0.1", 0), fault, handler)
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        self.addCleanup(server.server_close)
+        self.addCleanup(server.shutdown)
+        return server.address() + "/v1"
+
+    def write(self, name, text):
+        with open(os.path.join(self.home, name), "w", encoding="utf-8") as file:
+            file.write(text)
+        return os.path.join(self.home, name)
+
+    def read(self, name):
+        with open(os.path.join(self.home, name), encoding="utf-8") as file:
+            return file.read()
+
+
+class TestCommandLine(CommandsCase):
+
+    def test_help_of_each_command_fits_a_terminal_and_is_ascii(self):
+        with mock.patch.dict(os.environ, {"COLUMNS": "80"}):
+            for name in ("",) + tuple(ccfix.COMMANDS):
+                code, out, _ = self.main(*[name] * bool(name) + ["--help"])
+                self.assertEqual(code, 0, name)
+                self.assertLessEqual(max(map(len, out.splitlines())), 80, name)
+                out.encode("ascii")
+                self.assertNotIn("\x1b", out)
+
+    def test_help_alone_names_every_setting_and_command(self):
+        out = self.main("--help")[1]
+        for row in ccfix.SETTINGS:
+            self.assertIn(row.flags[-1] if row.flags else row.env, out)
+        for name in ccfix.COMMANDS:
+            self.assertIn("\n  %-10s " % name, out)
+
+    def test_wrong_command_lines_end_with_2_and_say_what_is_right(self):
+        for argv, said in ((["chekc"], "the commands are serve, run, check"), (["--nosuch"], "unrecognized arguments"),
+                           (["run", "hello"], "come after --"), (["-p", "seven"], "a port number"), (["--env-file", "nope"], "nope is not there"),
+                           (["--replay", "nope"], "--replay"), ([], "Three ways to go on"), (["check"], "Three ways to go on"),
+                           (["-b", "https://api.example.com"], "no key for https://api.example.com/v1"),
+                           (["run", "--demo"], "claude is not on the PATH"), (["init"], "-b URL, -k KEY and -m MODEL")):
+            code, out, err = self.main(*argv)
+            self.assertEqual((code, out), (2, ""), argv)
+            self.assertIn(said, err)
+
+    def test_version(self):
+        self.assertEqual(self.main("--version")[:2], (0, "ccfix %s\n" % ccfix.__version__))
+
+    def test_a_home_that_does_not_exist_and_a_read_only_folder_are_no_trouble(self):
+        os.chmod(self.home, 0o500)
+        self.addCleanup(os.chmod, self.home, 0o700)
+        with mock.patch.dict(os.environ, {"HOME": "/nonexistent/home"}):
+            self.assertEqual(self.main("check", "--demo")[0], 0)
+
+    def test_an_init_that_cannot_write_says_so(self):
+        with mock.patch.object(ccfix, "write_private", side_effect=OSError(13, "Permission denied")):
+            self.assertEqual(self.main("init", "-b", "http://127.0.0.1:1", "-m", "m")[0::2], (2, "ccfix: .env cannot be written: Permission denied\n"))
+
+
+class TestTarget(CommandsCase):
+
+    def config(self, **given):
+        return ccfix.Config(given, {}, "", self.home)
+
+    def test_a_server_on_this_machine_is_used_where_nothing_is_configured(self):
+        base = self.serve("")
+        with mock.patch.object(ccfix, "LOCAL_SERVERS", (("Nobody", 1), ("Ollama", ccfix.origin(base)[2]))):
+            config, err = self.config(), io.StringIO()
+            with contextlib.redirect_stderr(err):
+                ccfix.find_target(config)
+        self.assertEqual((config().target_api_base, config().target_model), (base, "deepseek-chat"))
+        self.assertEqual(config().origins["target_model"], "found on this machine")
+        self.assertIn("found Ollama at %s, using its model deepseek-chat (-m takes another: deepseek-reasoner" % base, err.getvalue())
+
+    def test_a_model_that_is_named_is_kept(self):
+        base = self.serve("")
+        with mock.patch.object(ccfix, "LOCAL_SERVERS", (("vLLM", ccfix.origin(base)[2]),)), contextlib.redirect_stderr(io.StringIO()):
+            config = self.config(TARGET_MODEL="deepseek-reasoner")
+            ccfix.find_target(config)
+        self.assertEqual((config().target_api_base, config().target_model), (base, "deepseek-reasoner"))
+
+    def test_a_server_on_the_proxys_own_port_moves_the_proxy(self):
+        with mock.patch.object(ccfix, "local_servers", lambda: [("llama.cpp", "http://127.0.0.1:8080/v1", ["m"])]):
+            with contextlib.redirect_stderr(io.StringIO()):
+                config = self.config()
+                ccfix.find_target(config)
+        self.assertEqual(config().proxy_port, 8081)
+
+    def test_another_ccfix_and_other_servers_are_no_model_servers(self):
+        for fault, handler in (("path", Faulty), (proxy_with(None)[0], ccfix.Handler)):
+            base = self.serve(fault, handler)
+            with mock.patch.object(ccfix, "LOCAL_SERVERS", (("x", ccfix.origin(base)[2]),)):
+                self.assertEqual(ccfix.local_servers(), [])
+
+    def test_the_demo_never_reaches_a_configured_provider(self):
+        environ = {"TARGET_API_BASE_OPUS": "https://real.example.com/v1", "TARGET_API_KEY_OPUS": "k", "LOG_LEVEL": "error"}
+        config = ccfix.Config({"TARGET_API_BASE": "http://127.0.0.1:1/v1"}, environ, "", self.home, alone=True)
+        self.assertEqual((config().target_api_base_opus, config().target_api_key_opus, config().log_level), ("", "", "error"))
+
+
+class TestLiveSettings(CommandsCase):
+
+    def setUp(self):
+        CommandsCase.setUp(self)
+        self.lines, self.age = [], 0
+
+    def change(self, text):
+        """Write .env so that its time differs too."""
+        self.age += 10
+        path = self.write(".env", text)
+        os.utime(path, (1e9 + self.age, 1e9 + self.age))
+
+    def config(self):
+        config = ccfix.Config({}, {}, ".env", self.home)
+        log = ccfix.Log(config.settings, io.StringIO())
+        config.log = mock.Mock(side_effect=lambda level, text: self.lines.append("%s %s" % (level, text)), configure=log.configure)
+        return config
+
+    def test_a_change_is_taken_and_told_without_secrets(self):
+        self.change("TARGET_MODEL=one\nTARGET_API_KEY=sk-first\n")
+        config = self.config()
+        self.assertEqual(config().target_model, "one")
+        self.change("TARGET_MODEL=two\nTARGET_API_KEY=sk-second\nCACHE_ENABLED=true\n")
+        self.assertEqual((config().target_model, config().target_api_key, config().cache_enabled), ("two", "sk-second", True))
+        self.assertEqual(self.lines, ["info .env was changed: TARGET_API_KEY; TARGET_MODEL = two; CACHE_ENABLED = True"])
+
+    def test_a_broken_file_keeps_the_old_settings_and_says_why(self):
+        self.change("TARGET_MODEL=one\n")
+        config = self.config()
+        self.change("TARGET_MODEL=two\nCACHE_TTL=soon\n")
+        self.assertEqual((config().target_model, config().cache_ttl), ("one", 3600))
+        self.assertIn("warning .env was changed but cannot be used, the old settings stay: CACHE_TTL is 'soon' (from .env)", self.lines[0])
+        self.change("TARGET_MODEL=three\n")
+        self.assertEqual(config().target_model, "three")
+
+    def test_a_file_that_goes_or_comes_counts_as_a_change(self):
+        config = self.config()
+        self.change("TARGET_MODEL=one\n")
+        self.assertEqual(config().target_model, "one")
+        os.remove(".env")
+        self.assertEqual(config().target_model, "gpt-4o")
+
+
+class TestCheck(CommandsCase):
+
+    def rows(self, **values):
+        """{row name: Verdict} of a check."""
+        tester = ccfix.Tester(settings_of(**values))
+        try:
+            return {name: verdict for name, _, verdict, _ in ccfix.checked(tester)}
+        finally:
+            tester.close()
+
+    def test_each_fault_is_named_in_its_row_with_its_fix(self):
+        for fault, name, status, seen, fix in (
+                ("", "tool call", "ok", 'get_weather({"place":"Paris"})', ""),
+                ("", "tool result turn", "ok", "The tool answered", ""),
+                ("", "long prompt", "ok", "the limit is not told", ""),
+                ("", "image", "fail", "did not see a red square", "TARGET_MODEL_IMAGE"),
+                ("", "cached tokens", "fail", "none told", ""),
+                ("key", "key accepted", "fail", "Incorrect API key", "TARGET_API_KEY"),
+                ("billing", "key accepted", "fail", "Insufficient Balance", "add credit"),
+                ("model", "model exists", "fail", "no model deepseek-chatt", "-m with one of: deepseek-chat, deepseek-reasoner"),
+                ("path", "model exists", "fail", "no such address", "most end in /v1"),
+                ("server", "plain reply", "fail", "worker died", "server's own log"),
+                ("html", "plain reply", "fail", "a web page (Welcome to nginx)", "most end in /v1"),
+                ("html", "stream", "skip", "not tried", ""),
+                ("empty", "plain reply", "fail", "empty", ""),
+                ("stream refused", "stream", "fail", "no streams today", "server's own log"),
+                ("no usage", "usage in stream", "fail", "estimates", "turn on usage"),
+                ("no tools", "tool call", "fail", "text instead of a call", "trained for tools"),
+                ("tools refused", "tool call", "fail", "no tools at all", ""),
+                ("results refused", "tool result turn", "fail", "role tool is odd", ""),
+                ("image refused", "image", "fail", "refused the image", "TARGET_MODEL_IMAGE"),
+                ("short context", "long prompt", "fail", "15000 tokens > 8192", "larger context window"),
+                ("cuts prompts", "long prompt", "fail", "cut the prompt to 2048 tokens", "larger context window"),
+                ("small window", "long prompt", "fail", "8000 tokens; Claude Code's first request", "larger context window"),
+                ("large window", "long prompt", "ok", "131072 tokens", ""),
+                ("caches", "cached tokens", "ok", "50 of ", "")):
+            base = self.bases.get(fault) or self.serve(fault)
+            if fault not in self.bases:
+                self.bases[fault] = base
+                self.known[fault] = self.rows(TARGET_API_BASE=base, TARGET_MODEL="deepseek-chatt" if fault == "model" else "deepseek-chat",
+                                              TARGET_API_KEY="sk-very-secret")
+            verdict = self.known[fault][name]
+            with self.subTest(fault=fault, row=name):
+                self.assertEqual(verdict.status, status, verdict)
+                self.assertIn(seen, verdict.seen)
+                self.assertIn(fix, verdict.fix)
+
+    bases, known = {}, {}
+
+    def test_what_cannot_be_reached_is_told_with_its_fix_and_the_rest_is_not_tried(self):
+        refused, unknown = ConnectionRefusedError(111, "Connection refused"), socket.gaierror(-2, "Name or service not known")
+        for error, seen, fix in ((refused, "cannot be reached (Connection refused)", "check that the server runs"),
+                                 (unknown, "cannot be resolved", "check the base URL")):
+            with mock.patch.object(ccfix.socket, "create_connection", side_effect=error):
+                rows = self.rows(TARGET_API_BASE="https://api.example.com/v1", TARGET_API_KEY="sk-very-secret")
+            self.assertIn(seen, rows["reachable"].seen)
+            self.assertIn(fix, rows["reachable"].fix)
+            self.assertEqual({verdict.status for name, verdict in rows.items() if name != "reachable"}, {"skip"})
+
+    def test_a_proxy_that_wants_a_password_is_named(self):
+        class Gate(Faulty):
+            def do_GET(self):
+                self.refuse(407, {})
+        base = self.serve("", Gate)
+        with mock.patch.dict(os.environ, {"HTTP_PROXY": base}), mock.patch.object(ccfix.urllib.request, "proxy_bypass", lambda host: False):
+            rows = self.rows(TARGET_API_BASE="http://api.example.com/v1")
+        self.assertIn("HTTP_PROXY needs user:password@", rows["reachable"].seen + rows["reachable"].fix)
+
+    @unittest.skipUnless(shutil.which("openssl"), "needs the openssl command")
+    def test_an_untrusted_certificate_is_named_and_a_ca_bundle_mends_it(self):
+        self.write("cnf", "[req]\ndistinguished_name=dn\n[dn]\n[v3]\nsubjectAltName=IP:127.0.0.1\nbasicConstraints=critical,CA:true\n")
+        subprocess.check_call(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "3", "-subj", "/CN=127.0.0.1", "-config", "cnf",
+                               "-extensions", "v3", "-keyout", "key.pem", "-out", "cert.pem"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        server = ccfix.Server(("127.0.0.1", 0), "", Faulty)
+        context = ssl.SSLContext(getattr(ssl, "PROTOCOL_TLS_SERVER", ssl.PROTOCOL_TLS))
+        context.load_cert_chain("cert.pem", "key.pem")
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        self.addCleanup(server.server_close)
+        self.addCleanup(server.shutdown)
+        base = server.address().replace("http:", "https:") + "/v1"
+        verdict = self.rows(TARGET_API_BASE=base)["reachable"]
+        self.assertIn("certificate that is not trusted", verdict.seen)
+        self.assertIn("--ca-bundle", verdict.fix)
+        rows = self.rows(TARGET_API_BASE=base, TARGET_MODEL="deepseek-chat", CA_BUNDLE=os.path.join(self.home, "cert.pem"))
+        self.assertIn("TLS verified", rows["reachable"].seen)
+        self.assertEqual(rows["tool call"].status, "ok")
+
+    def test_exit_code_json_and_no_secret(self):
+        good, bad = self.serve(""), self.serve("key")
+        code, out, err = self.main("check", "-b", good, "-m", "deepseek-chat", "--json")
+        told = json.loads(out)
+        self.assertEqual((code, told["ok"], err), (0, True, ""))
+        self.assertEqual([row["name"] for row in told["checks"]], [row[0] for row in ccfix.CHECKS if not row[3]])
+        code, out, _ = self.main("check", "-b", bad, "-m", "deepseek-chat", "-k", "sk-very-secret")
+        self.assertEqual(code, 1)
+        self.assertIn("FAIL key accepted", out)
+        self.assertIn("Claude Code cannot work with it: key accepted", out)
+        self.assertNotIn("sk-very-secret", out)
+
+    def test_an_anthropic_server_is_checked_in_the_same_way(self):
+        settings = settings_of(TARGET_API_BASE=self.serve(""), TARGET_MODEL="deepseek-chat", ANTHROPIC_API_KEY="proxy-key")
+        proxy = ccfix.Proxy(lambda: settings, lambda level, text: None)
+        base = self.serve(proxy, ccfix.Handler)
+        code, out, _ = self.main("check", "--base-url", base[:-3], "-k", "proxy-key")
+        self.assertEqual(code, 0, out)
+        self.assertRegex(out, r"ok   event order +as Anthropic's\nok   errors +HTTP 400, invalid_request_error")
+        code, out, _ = self.main("check", "--base-url", base)
+        self.assertIn("FAIL key accepted", out)
+
+    def test_faults_of_an_event_stream_are_named(self):
+        good = "".join(map(ccfix.encode_event, ccfix.replay({"id": "m", "type": "message", "role": "assistant", "model": "x", "stop_reason": "end_turn",
+                                                             "stop_sequence": None, "content": [{"type": "text", "text": "hi"}],
+                                                             "usage": {"input_tokens": 1, "output_tokens": 1}})))
+        for said, text in (("", good), ("", good.replace("\n", "\r\n")), ("`event:` line", re.sub("event: .*\n", "", good)),
+                           ("index 3 where 0", good.replace('"index":0', '"index":3')), ("out of order", good.replace("message_stop", "message_end")),
+                           ("out of order: none", ""), ("an error in the stream: busy", 'event: error\ndata: {"type":"error","error":{"message":"busy"}}\n\n')):
+            found = ccfix.grammar_fault(text)
+            self.assertTrue(found.startswith(said) or said in found, found)
+            self.assertEqual(bool(said), bool(found))
+
+    def test_patience_ends_an_exchange(self):
+        ends = socket.socketpair()
+        with ends[0], ends[1], self.assertRaises(ccfix.UpstreamError) as caught:
+            ccfix.patience(0.01)(ends[0], 5)
+        self.assertEqual((caught.exception.status, caught.exception.kind), (504, "timeout"))
+        self.assertTrue(ccfix.patience(1)(None, 0.001))
+
+
+class TestRun(CommandsCase):
+
+    def plan(self, model="deepseek-chat", **fields):
+        return ccfix.Plan("", model, "b", "k", ccfix.DEFAULT._replace(**fields))
+
+    def environment(self, environ=(), plan=None, **values):
+        return ccfix.claude_environment(dict(environ), "http://127.0.0.1:9", "fresh", settings_of(**values), plan or self.plan())
+
+    def test_what_leads_elsewhere_is_taken_out_of_the_environment(self):
+        foreign = {name: "x" for name in ("ANTHROPIC_API_KEY", "CLAUDE_CODE_USE_BEDROCK", "CLAUDE_CODE_USE_VERTEX", "ANTHROPIC_SMALL_FAST_MODEL",
+                                          "CLAUDE_CODE_OAUTH_TOKEN", "ANTHROPIC_CUSTOM_HEADERS", "TARGET_API_KEY", "EXTRA_HEADERS")}
+        found = self.environment(dict(foreign, HOME="/h", ANTHROPIC_BASE_URL="https://elsewhere", ANTHROPIC_DEFAULT_OPUS_MODEL="y", ANTHROPIC_LOG="debug"))
+        self.assertEqual(set(foreign) & set(found), set())
+        self.assertEqual((found["ANTHROPIC_BASE_URL"], found["ANTHROPIC_AUTH_TOKEN"], found["ANTHROPIC_DEFAULT_OPUS_MODEL"]),
+                         ("http://127.0.0.1:9", "fresh", "deepseek-chat"))
+        self.assertEqual((found["HOME"], found["ANTHROPIC_LOG"]), ("/h", "debug"))
+
+    def test_limits_of_the_target_become_those_of_the_session(self):
+        for plan, context, output in ((self.plan(), None, None), (self.plan(context=65536), "65536", "16384"), (self.plan(context=200000), "200000", None),
+                                      (self.plan(context=65536, max_output=8192), "65536", "8192"), (self.plan(max_output=4096), None, "4096")):
+            found = self.environment(plan=plan)
+            self.assertEqual((found.get("CLAUDE_CODE_MAX_CONTEXT_TOKENS"), found.get("CLAUDE_CODE_MAX_OUTPUT_TOKENS")), (context, output))
+
+    def test_the_model_goes_by_a_name_that_claude_code_does_not_know(self):
+        for model, shown in (("qwen/qwen3:free", "qwen/qwen3:free"), ("anthropic/claude-sonnet-4.5", "ccfix-main"), ("tiny-opus", "ccfix-main")):
+            self.assertEqual(self.environment(plan=self.plan(model))["ANTHROPIC_MODEL"], shown)
+
+    def test_families_with_a_target_of_their_own_are_routed_to_it(self):
+        found = self.environment(TARGET_MODEL_HAIKU="small", TARGET_API_BASE_OPUS="http://127.0.0.1:7/v1")
+        self.assertEqual([found["ANTHROPIC_DEFAULT_%s_MODEL" % word] for word in ("OPUS", "SONNET", "HAIKU")],
+                         ["ccfix-opus", "deepseek-chat", "ccfix-haiku"])
+        self.assertEqual(found["ANTHROPIC_DEFAULT_HAIKU_MODEL_NAME"], "small")
+
+    def test_defaults_give_way_to_the_user(self):
+        self.assertEqual(self.environment()["CLAUDE_CODE_ATTRIBUTION_HEADER"], "0")
+        self.assertEqual(self.environment({"CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": ""})["CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC"], "")
+
+    def test_loopback_goes_past_a_company_proxy(self):
+        self.assertNotIn("NO_PROXY", self.environment())
+        self.assertEqual(self.environment({"HTTPS_PROXY": "http://p:1"})["NO_PROXY"], "127.0.0.1,localhost")
+        self.assertEqual(self.environment({"http_proxy": "http://p:1", "no_proxy": "corp"})["no_proxy"], "corp,127.0.0.1,localhost")
+
+    def test_settings_files_that_beat_the_environment_are_overruled(self):
+        texts = ['{"env":{"ANTHROPIC_BASE_URL":"https://elsewhere","CLAUDE_CODE_USE_BEDROCK":"1","FOO":"1"}}', "broken", '{"env":[]}', ""]
+        self.assertEqual(ccfix.settings_overrides(texts, {"ANTHROPIC_BASE_URL": "mine"}), {"ANTHROPIC_BASE_URL": "mine", "CLAUDE_CODE_USE_BEDROCK": ""})
+
+    def test_auto_mode_is_off_unless_asked_for(self):
+        off = {"permissions": {"disableAutoMode": "disable"}}
+        path = self.write("mine.json", '{"permissions":{"allow":["Read"]},"x":1}')
+        for arguments, settings, rest in (
+                ([], off, []), (["-c"], off, ["-c"]), (["-p", "hi"], {}, ["-p", "hi"]), (["--print"], {}, ["--print"]),
+                (["--permission-mode", "auto"], {}, ["--permission-mode", "auto"]), (["--dangerously-skip-permissions"], {}, ["--dangerously-skip-permissions"]),
+                (["--permission-mode=plan"], {}, ["--permission-mode=plan"]),
+                (["--settings", '{"x":1}', "-p"], {"x": 1}, ["-p"]), (["--settings=" + '{"x":1}'], dict(off, x=1), []),
+                (["--settings", path, "hi"], {"permissions": {"allow": ["Read"], "disableAutoMode": "disable"}, "x": 1}, ["hi"])):
+            self.assertEqual(ccfix.claude_settings(arguments, {}), (settings, rest), arguments)
+        self.assertEqual(ccfix.claude_settings(["-p"], {"A": "b"})[0], {"env": {"A": "b"}})
+
+    def test_a_key_travels_in_a_private_file_that_goes_again(self):
+        with ccfix.settings_argument({"env": {"ANTHROPIC_AUTH_TOKEN": "t"}}) as found:
+            self.assertEqual((json.loads(self.read(found[1])), stat.S_IMODE(os.stat(found[1]).st_mode) & 0o77), ({"env": {"ANTHROPIC_AUTH_TOKEN": "t"}}, 0))
+        self.assertFalse(os.path.exists(found[1]))
+        with ccfix.settings_argument({}) as found:
+            self.assertEqual(found, [])
+
+    def test_the_program_behind_npms_cmd_file_is_started_without_a_shell(self):
+        shim = '@ECHO off\r\n"%%dp0%%\\node_modules\\@anthropic-ai\\claude-code\\%s"   %%*\r\n'
+        folder = os.path.join("C:", "npm")
+        program = os.path.join(folder, "node_modules", "@anthropic-ai", "claude-code")
+        for source, command in ((shim % "bin\\claude.exe", [os.path.join(program, "bin", "claude.exe")]),
+                                (shim % "cli.js", ["node", os.path.join(program, "cli.js")]), ("something else", [os.path.join(folder, "claude.cmd")])):
+            with mock.patch.object(ccfix.shutil, "which", lambda name: name):
+                self.assertEqual(ccfix.claude_command(os.path.join(folder, "claude.cmd"), lambda path: source), command)
+        self.assertEqual(ccfix.claude_command("/usr/bin/claude"), ["/usr/bin/claude"])
+
+
+FAKE_CLAUDE = """#!%s
+import json, os, signal, sys, time, urllib.request
+if "wait" in sys.argv:
+    print("ready", flush=True)
+    time.sleep(20)
+if "die" in sys.argv:
+    os.kill(os.getpid(), signal.SIGKILL)
+base, key = os.environ["ANTHROPIC_BASE_URL"], os.environ["ANTHROPIC_AUTH_TOKEN"]
+body = {"model": os.environ["ANTHROPIC_MODEL"], "max_tokens": 9, "messages": [{"role": "user", "content": sys.stdin.read()}]}
+for given in (key, "wrong"):
+    asked = urllib.request.Request(base + "/v1/messages", json.dumps(body).encode(), {"Authorization": "Bearer " + given})
+    try:
+        answer = json.loads(urllib.request.build_opener(urllib.request.ProxyHandler({})).open(asked).read().decode())
+        print(answer["content"][0]["text"])
+    except urllib.error.HTTPError as error:
+        print(error.code)
+print(json.dumps(sys.argv[1:]))
+sys.exit(7)
+"""
+
+
+@unittest.skipUnless(os.name == "posix", "a script as the client")
+class TestRunWithAClient(CommandsCase):
+
+    def setUp(self):
+        CommandsCase.setUp(self)
+        path = self.write("claude", FAKE_CLAUDE % sys.executable)
+        os.chmod(path, 0o755)
+
+    def start(self, *words):
+        return subprocess.Popen([sys.executable, ccfix.__file__, "run", "--demo", "--"] + list(words), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                stderr=subprocess.PIPE, universal_newlines=True, cwd=self.home, env={"PATH": self.home, "HOME": self.home})
+
+    def test_terminal_arguments_and_exit_code_pass_through(self):
+        out, err = self.start("-p", "a b", "--", "$HOME").communicate("piped words", 30)
+        said, refused, words = out.rsplit("\n", 3)[:3]
+        self.assertIn("Your words: piped words", said)
+        self.assertEqual((refused, json.loads(words), err), ("401", ["-p", "a b", "--", "$HOME"], ""))
+        self.assertEqual(sorted(os.listdir(self.home)), ["claude"])
+
+    def test_exit_codes_and_why_auto_mode_is_off(self):
+        child = self.start()
+        out, err = child.communicate("", 30)
+        self.assertEqual((child.returncode, json.loads(out.splitlines()[-1])), (7, ["--settings", '{"permissions":{"disableAutoMode":"disable"}}']))
+        self.assertEqual(err.count("auto permission mode is off"), 1)
+        child = self.start("die", "-p")
+        child.communicate("", 30)
+        self.assertEqual(child.returncode, 128 + signal.SIGKILL)
+
+    def test_sigterm_is_passed_on(self):
+        child = self.start("wait", "-p")
+        self.assertEqual(child.stdout.readline(), "ready\n")
+        child.send_signal(signal.SIGTERM)
+        child.communicate(timeout=30)
+        self.assertEqual(child.returncode, 128 + signal.SIGTERM)
+
+
+class TestInit(CommandsCase):
+
+    def test_a_private_commented_env_is_written_and_the_settings_printed(self):
+        code, out, err = self.main("init", "-b", "https://api.example.com", "-k", 'k"\\ x', "-m", "m", "-p", "9000")
+        self.assertEqual(code, 0, err)
+        self.assertEqual(stat.S_IMODE(os.stat(".env").st_mode), 0o600 if os.name == "posix" else 0o666)
+        found = ccfix.Config({}, {}, ".env", self.home)()
+        self.assertEqual((found.target_api_base, found.target_api_key, found.target_model, found.proxy_port), ("https://api.example.com/v1", 'k"\\ x', "m", 9000))
+        told = json.loads(out)
+        self.assertEqual((told["env"]["ANTHROPIC_BASE_URL"], told["env"]["ANTHROPIC_MODEL"]), ("http://127.0.0.1:9000", "m"))
+        self.assertNotIn("k\"", out + err)
+        self.assertEqual(os.listdir("."), [".env"])
+
+    def test_an_existing_file_is_replaced_by_force_only(self):
+        self.write(".env", "TARGET_API_BASE=broken base\n")
+        self.assertEqual(self.main("init", "-b", "http://127.0.0.1:1", "-m", "m")[0], 2)
+        self.assertEqual(self.read(".env"), "TARGET_API_BASE=broken base\n")
+        self.assertEqual(self.main("init", "--force", "-b", "http://127.0.0.1:1", "-m", "m")[0], 0)
+        self.assertIn("\nTARGET_MODEL=m\n", self.read(".env"))
+
+    def test_a_local_server_and_its_model_are_taken_where_nobody_can_be_asked(self):
+        base = self.serve("")
+        with mock.patch.object(ccfix, "LOCAL_SERVERS", (("Ollama", ccfix.origin(base)[2]),)):
+            code, _, err = self.main("init")
+        self.assertEqual(code, 0, err)
+        self.assertIn("TARGET_API_BASE=%s\n" % base, self.read(".env"))
+        self.assertIn("TARGET_MODEL=deepseek-chat\n", self.read(".env"))
+
+    def test_questions_offer_what_was_found(self):
+        base = self.serve("")
+        lines = io.StringIO("1\n2\n")
+        lines.isatty = lambda: True
+        with mock.patch.object(ccfix, "LOCAL_SERVERS", (("Ollama", ccfix.origin(base)[2]),)), mock.patch.object(ccfix.sys, "stdin", lines):
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as err:
+                self.assertEqual(ccfix.main(["init"]), 0)
+        self.assertIn("1  %s (Ollama on this machine" % base, err.getvalue())
+        self.assertIn("TARGET_MODEL=deepseek-reasoner\n", self.read(".env"))
+
+
+class TestInstall(CommandsCase):
+
+    @unittest.skipUnless(os.name == "posix", "POSIX")
+    def test_installed_programs_work_and_go_again(self):
+        code, out, err = self.main("install")
+        folder = os.path.join(self.home, ".local", "bin")
+        self.assertEqual((code, sorted(os.listdir(folder))), (0, ["ccf", "ccfix"]))
+        self.assertIn("not on your PATH", err)
+        with open(ccfix.__file__, "rb") as mine, open(os.path.join(folder, "ccfix"), "rb") as copy_:
+            self.assertEqual(mine.read(), copy_.read())
+        path = os.pathsep.join([os.path.dirname(sys.executable), "/usr/bin", "/bin"])
+        shown = subprocess.check_output([os.path.join(folder, "ccf"), "--version"], env={"PATH": path, "HOME": self.home}, universal_newlines=True)
+        self.assertEqual(shown, "ccfix %s\n" % ccfix.__version__)
+        self.assertEqual(self.main("install")[0], 0)
+        self.assertEqual(self.main("uninstall")[0], 0)
+        self.assertEqual(os.listdir(folder), [])
+
+    def test_another_programs_file_stays(self):
+        os.makedirs("bin")
+        self.write("bin/ccf", "#!/bin/sh\necho other\n")
+        self.assertEqual(self.main("install", "--dir", "bin")[0], 2)
+        self.assertEqual(self.main("uninstall", "--dir", "bin")[0], 1)
+        self.assertEqual(self.read("bin/ccf"), "#!/bin/sh\necho other\n")
+        self.assertEqual(os.listdir("bin"), ["ccf"])
+
+    def test_windows_gets_cmd_files_in_a_folder_of_the_users_own(self):
+        files = ccfix.installed_files(True, "source", "C:\\py\\python.exe")
+        self.assertEqual(sorted(files), ["ccf.cmd", "ccfix.cmd", "ccfix.py"])
+        self.assertIn('"C:\\py\\python.exe" "%~dp0ccfix.py" %*\r\n', files["ccfix.cmd"])
+        self.assertIn('"%~dp0ccfix.py" open\r\n', files["ccf.cmd"])
+        apps = os.path.join("L", "Microsoft", "WindowsApps")
+        self.assertEqual(ccfix.install_folder(True, {"LOCALAPPDATA": "L", "PATH": "x;" + apps}, "h"), apps)
+        self.assertEqual(ccfix.install_folder(True, {}, "h"), os.path.join("h", "AppData", "Local", "Programs", "ccfix"))
+
+    def test_open_finds_the_running_proxy(self):
+        import webbrowser
+        port = str(ccfix.origin(self.serve(proxy_with(None)[0], ccfix.Handler))[2])
+        with mock.patch.object(webbrowser, "open", return_value=True) as opened:
+            self.assertEqual(self.main("open", "-p", port)[:2], (0, "http://127.0.0.1:%s/\n" % port))
+            opened.assert_called_once_with("http://127.0.0.1:%s/" % port)
+            self.assertEqual(self.main("open", "-p", "1")[0], 1)
+            other = str(ccfix.origin(self.serve(""))[2])
+            self.assertEqual(self.main("open", "-p", other)[0], 1)
+
+
+class TestReplay(CommandsCase):
+
+    def test_recorded_replies_come_again_in_order_then_an_error(self):
+        for number, reply in enumerate(({"status": 200, "headers": {"content-type": "text/event-stream", "Content-Length": "3", "X-Key": "<hidden>"},
+                                         "body": HELLO_STREAM.decode()},
+                                        {"status": 429, "headers": {"retry-after": "7"}, "body": '{"error":{"message":"slow down"}}'})):
+            self.write("%d.json" % number, json.dumps({"replies": [reply]}))
+        settings = settings_of(**ccfix.start_replay(self.home))
+        proxy = ccfix.Proxy(lambda: settings, lambda level, text: None)
+        self.addCleanup(lambda: proxy.wires[1].close())
+        wait = ccfix.patience(10)
+        events = list(ccfix.Exchange(proxy, request(), {}, wait).events())
+        self.assertEqual(ccfix.assemble([e for e in events if e])["content"], [{"type": "text", "text": "Hello"}])
+        for status, said in ((429, "slow down"), (424, "no further reply")):
+            with self.assertRaises(ccfix.ProxyError) as caught:
+                list(ccfix.Exchange(proxy, request(), {}, wait).events())
+            self.assertEqual(caught.exception.status, status)
+            self.assertIn(said, caught.exception.message)
+            if status == 429:
+                self.assertEqual(caught.exception.headers["retry-after"], "7")
+
+    def test_a_folder_without_records_is_refused(self):
+        self.write("x.json", "{}")
+        for folder in (self.home, "nope"):
+            with self.assertRaises(ccfix.Usage):
+                ccfix.start_replay(folder)
+
+
+class TestOwnPort(unittest.TestCase):
+    """A proxy that is its own target would call itself without end."""
+
+    def test_serving_on_the_port_of_the_target_is_refused(self):
+        for base in ("http://localhost:8080/v1", "http://127.0.0.1:8080/anthropic", "http://[::1]:8080/v1"):
+            with mock.patch("sys.stderr", io.StringIO()) as said, mock.patch.object(ccfix, "Running", side_effect=AssertionError("started")):
+                self.assertEqual(ccfix.main(["-b", base, "-m", "any", "-p", "8080"]), 2)
+            self.assertIn("is ccfix's own port; give ccfix another one, say -p 8081", said.getvalue())
+
+
+# ======================================================================================================
+# The README
+# ======================================================================================================
+
+README = os.path.join(HERE, "README.md")
+
+
+def readme_text():
+    """The README beside this file; skips the test where it was copied without."""
+    if not os.path.isfile(README):
+        raise unittest.SkipTest("README.md is not here")
+    with open(README, encoding="utf-8") as file:
+        return file.read()
+
+
+def readme_commands(text):
+    """Command lines (lists of words) in the ```sh blocks that start ccfix.py."""
+    lines = [line for block in re.findall(r"(?ms)^```sh\n(.*?)^```", text) for line in block.splitlines()]
+    starts = [re.match(r"(?:[A-Z_]+=\S+ )*python3 ccfix\.py(?: |$)(.*)", line) for line in lines]
+    return [shlex.split(start.group(1), comments=True) for start in starts if start]
+
+
+class TestReadme(unittest.TestCase):
+    """The README says what is true."""
+
+    # Names of others: Claude Code's, the shell's, and those of servers and of networks.
+    FOREIGN = re.compile(r"CLAUDE_\w+|ENABLE_TOOL_SEARCH|ANTHROPIC_(?:BASE_URL|AUTH_TOKEN|MODEL)|(?:HTTPS?|ALL|NO)_PROXY|SSL_CERT_FILE"
+                         r"|NODE_EXTRA_CA_CERTS|OLLAMA_CONTEXT_LENGTH|YOUR_PROXY_KEY|NO_COLOR|GET|POST|HEAD")
+
+    def between(self, name):
+        found = re.search(r"<!-- %s -->\n(.*?)\n<!-- /%s -->" % (name, name), readme_text(), re.S)
+        self.assertIsNotNone(found, name)
+        return found.group(1)
+
+    def test_table_of_settings_is_current(self):
+        self.assertEqual(self.between("settings"), ccfix.settings_table())
+
+    def test_table_of_providers_is_current(self):
+        self.assertEqual(self.between("providers"), ccfix.profiles_table())
+
+    def test_every_setting_named_exists(self):
+        known = set(ccfix.BY_ENV)
+        for code in re.findall(r"`([^`\n]+)`", re.sub(r"(?ms)^```.*?^```", "", readme_text())):
+            for word in re.findall(r"^[A-Z]{3,}$|\b[A-Z]+_[A-Z_]+\b", code):
+                if not self.FOREIGN.fullmatch(word) and not os.path.exists(os.path.join(HERE, word)):
+                    self.assertIn(word, known, code)
+
+    def test_names_in_env_examples_are_settings(self):
+        for block in re.findall(r"(?ms)^```ini\n(.*?)^```", readme_text()):
+            found = ccfix.dotenv(block)
+            self.assertEqual(set(found) - set(ccfix.BY_ENV), set())
+            ccfix.Settings([("the README", found)])
+
+    def test_every_command_named_exists(self):
+        text = readme_text()
+        tables = re.findall("(?ms)^\\| (?:command|\u547d\u4ee4) \\|.*?\n\n", text)
+        self.assertEqual(len(tables), 2)
+        for table in tables:
+            self.assertEqual(set(re.findall(r"(?m)^\| `([a-z]+)` \|", table)), set(ccfix.COMMANDS))
+        named = set(re.findall(r"`python3 ccfix\.py ([a-z]+)", text))
+        self.assertEqual(named - set(ccfix.COMMANDS), set())
+
+    def test_examples_are_accepted_by_the_command_line(self):
+        commands = readme_commands(readme_text())
+        self.assertGreater(len(commands), 10)
+        for words in commands:
+            with self.subTest(" ".join(words)):
+                self.assertTrue(parsed(words))
+
+    def test_base_urls_of_the_examples_find_their_provider(self):
+        rows = {"api.deepseek.com/anthropic": "anthropic", "api.deepseek.com": "deepseek", "dashscope": "dashscope", "api.openai.com": "openai-gpt5-tools",
+                "openrouter": "openrouter", ":11434": "ollama", ":8000": "vllm", "localhost:8080": "llamacpp", "azure": "azure-reasoning"}
+        for words in readme_commands(readme_text()):
+            base = words[words.index("-b") + 1] if "-b" in words else ""
+            for part, name in rows.items():
+                if part in base and not (name == "deepseek" and base.endswith("/anthropic")):
+                    model = words[words.index("-m") + 1]
+                    self.assertEqual(ccfix.profile_for(ccfix.base_url(base), model).name, name, base)
+
+    def test_flags_named_exist(self):
+        source = ccfix_source() + '"--version" "--help"'
+        for code in re.findall(r"`([^`\n]+)`", readme_text()):
+            if not code.startswith("claude"):
+                for name in re.findall(r"(?:^| )(--[a-z][a-z-]+)", code):
+                    self.assertTrue('"%s"' % name in source, code)
+
+    def test_error_texts_to_look_for_are_those_of_the_source(self):
+        texts = sorted(node.s for node in ast.walk(ast.parse(ccfix_source())) if isinstance(node, ast.Str)) if sys.version_info < (3, 8) else \
+            sorted(node.value for node in ast.walk(ast.parse(ccfix_source())) if isinstance(node, ast.Constant) and isinstance(node.value, str))
+        rows = [row for row in re.findall(r"(?m)^\| (`.*?) \| .*? \| .*? \|$", readme_text()) if not re.match(r"`[A-Z_]+` |`[a-z0-9.-]+`", row)]
+        looked_up = [code for row in rows for code in re.findall(r"`([^`]+)`", row) if re.search("[a-z] [a-z]", code)]
+        self.assertGreater(len(looked_up), 40)
+        for code in looked_up:
+            pattern = re.compile(".*".join(re.escape(piece.strip(" ")) for piece in code.split("...")), re.S)
+            self.assertTrue(any(pattern.search(text) for text in texts), code)
+
+    def test_files_named_exist_or_are_made(self):
+        made = {".env", "settings.json", "responses.db", "cert.pem", "key.pem", "ccfix.py", "test_ccfix.py"}
+        for code in re.findall(r"`([^`\n]+)`", readme_text()):
+            for name in re.findall(r"(?<![\w/:.*-])(?:~/\.claude/)?([\w.-]*\.(?:py|md|json|db|pem|txt|sh|env))\b", code):
+                self.assertTrue(name in made or os.path.exists(os.path.join(HERE, name)), code)
+        for name in re.findall(r"`(\.ci/[\w.]+)`", readme_text()) if os.path.isdir(os.path.join(HERE, ".ci")) else ():
+            self.assertTrue(os.path.exists(os.path.join(HERE, name)), name)
+        for name in re.findall(r"\]\((?!#|https?:)([^)]+)\)", readme_text()):
+            self.assertTrue(os.path.exists(os.path.join(HERE, name)), name)
+
+    @unittest.skipUnless("TestHouse" in globals(), "only a part of the tests")
+    def test_test_classes_named_exist(self):
+        for name in re.findall(r"\b(Test[A-Z]\w+)", readme_text()):
+            self.assertIn(name, globals())
+
+    def test_both_languages_have_the_same_sections(self):
+        english, chinese = re.split(r"(?m)^# ccfix.*\n", readme_text())[1:]
+        self.assertEqual(english.count("\n## "), chinese.count("\n## "))
+        self.assertEqual(re.findall(r"(?m)^python3 .*", english), re.findall(r"(?m)^python3 .*", chinese))
+
+
+def parsed(words):
+    """Whether the command line takes the words."""
+    with mock.patch("sys.stderr", io.StringIO()) as said:
+        try:
+            return bool(ccfix.command_line(words))
+        except (SystemExit, ccfix.Usage) as error:
+            raise AssertionError("%s\n%s" % (error, said.getvalue()))
+
+
+def ccfix_source():
+    """The text of ccfix.py."""
+    with open(ccfix.__file__, encoding="utf-8") as file:
+        return file.read()
+
+
+# ======================================================================================================
 # The house
 # ======================================================================================================
 
@@ -2238,7 +6799,7 @@ class TestHouse(unittest.TestCase):
         cls.tree = ast.parse(cls.source)
 
     def test_only_the_standard_library_is_imported(self):
-        allowed = set("""argparse ast base64 collections contextlib difflib functools getpass hashlib hmac http io itertools json math operator os platform
+        allowed = set("""argparse ast base64 ctypes collections contextlib difflib functools getpass hashlib hmac http io itertools json math operator os platform
             random re secrets select shlex shutil signal socket socketserver sqlite3 ssl stat string subprocess sys tempfile textwrap threading time traceback
             typing urllib uuid webbrowser zlib""".split())
         found = set()

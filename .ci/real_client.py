@@ -19,9 +19,12 @@ STREAM_JSON = ("--output-format", "stream-json", "--verbose")
 
 # Helpers
 
-def session(script, *args, prompt="Do the task.", **client):
-    """One run of the client in print mode; -> (Run, the requests that the upstream saw)."""
-    with Scripted(script) as upstream, ccfix(upstream.url) as url:
+def session(script, *args, prompt="Do the task.", settings=None, **client):
+    """One run of the client in print mode; -> (Run, the requests that the upstream saw).
+
+    `settings`: environment of ccfix; {upstream} in a value is the upstream's address."""
+    with Scripted(script) as upstream, ccfix(upstream.url, env={
+            name: value.replace("{upstream}", upstream.url[:-len("/v1")]) for name, value in (settings or {}).items()}) as url:
         run = claude(url, "-p", prompt, SKIP_PERMISSIONS, *args, **client)
     return run, upstream.requests
 
@@ -224,6 +227,14 @@ def web_search():
     check("nothing is invented", not any("INVENTED" in r.raw for r in requests), seen(run, requests))
 
 
+def web_search_configured():
+    run, requests = session(rounds([call("WebSearch", query="what is new")], [say("SEARCH-OVER")]),
+                            env={"ENABLE_TOOL_SEARCH": "false"}, settings={"SEARCH_URL": "{upstream}/search"})
+    answers("WebSearch with a search configured", run, requests, "SEARCH-OVER", 2)
+    result = "".join(map(str, requests[-1].results))
+    check("the tool result has the real page", "A real page" in result and "https://example.org/real" in result, result)
+
+
 def mcp_long_names():
     server = {"mcpServers": {"a_server_with_quite_a_long_name": {"command": sys.executable, "args": [os.path.join(HERE, "mcp_server.py")]}}}
     names = ["mcp__a_server_with_quite_a_long_name__" + name for name in
@@ -361,5 +372,6 @@ def silent_upstream():
 
 if __name__ == "__main__":
     run_table([plain_text, model_names, thinking, demo, tool_loop, tool_loop_default_model, parallel_tools, subagent, image_read,
-               tool_search, web_search, mcp_long_names, json_schema, errors, context_overflow, overflow_at_once,
+               tool_search, web_search, web_search_configured, mcp_long_names, json_schema, errors, context_overflow,
+               overflow_at_once,
                dies_in_text, dies_in_thinking, dies_in_tool_call, dies_in_second_call, dies_before_it_answers, silent_upstream])

@@ -1,12 +1,12 @@
 """A session of the real Claude Code client that cache_session.py and prefix_session.py measure: 25 requests or so, always the same.
 
 Seven runs of the client, all but the first with --continue: a tool loop (Read, Edit, Bash), parallel calls, an image, ToolSearch for
-built-in and MCP tools, a subagent, bare "continue" and "yes", and a date that changes on the way. The model is a script.
+built-in and MCP tools, a subagent, bare "continue" and "yes"; on the way a second MCP server is added and the date changes. The
+model is a script.
 """
 import glob
 import json
 import os
-import re
 import shutil
 import struct
 import sys
@@ -16,7 +16,7 @@ from harness import HERE, claude
 from scripted_upstream import call, say, think
 
 EARLY, LATE = "Etc/GMT+12", "Etc/GMT-14"     # 26 hours apart: never the same date
-MCP = {"mcpServers": {"answers": {"command": sys.executable, "args": [os.path.join(HERE, "mcp_server.py")]}}}
+SERVER = {"command": sys.executable, "args": [os.path.join(HERE, "mcp_server.py")]}
 BOOK = "mcp__answers__look_up_the_answer_in_the_big_book_of_answers_"
 
 
@@ -87,9 +87,10 @@ def play(url, work, home, zone=EARLY, later=None, most=99):
     os.makedirs(home)
     wrong, listed = [], tasks(work)[:most]
     for place, (prompt, replies) in enumerate(listed):
-        now = later if later and place >= len(listed) - 2 else zone
-        run = claude(url, "-p", prompt, "--dangerously-skip-permissions", "--mcp-config", json.dumps(MCP), *(["--continue"] if place else []),
-                     home=home, cwd=work, env={"TZ": now}, limit=90)
+        now = later if later and place >= 5 else zone
+        servers = {"mcpServers": {"answers": SERVER, "more": SERVER} if place >= 3 else {"answers": SERVER}}
+        run = claude(url, "-p", prompt, "--dangerously-skip-permissions", "--mcp-config", json.dumps(servers),
+                     *(["--continue"] if place else []), home=home, cwd=work, env={"TZ": now}, limit=90)
         end = replies[-1][-1].value
         if run.code or end not in run.out:
             wrong.append("%s: exit code %s, expected %r, got %r %r" % (prompt, run.code, end, run.out[-300:], run.err[-300:]))
@@ -108,8 +109,3 @@ def recorded(folder):
 def is_main(exchange):
     """Whether an exchange belongs to the main conversation (not to a subagent)."""
     return "x-claude-code-agent-id" not in {name.lower() for name in exchange["client_headers"]}
-
-
-def text_of(message):
-    """All text of a message of either API, for showing."""
-    return re.sub(r"\s+", " ", json.dumps(message))

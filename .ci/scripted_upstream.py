@@ -121,6 +121,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         if self.path.endswith("/models"):
             return self.send_json(200, {"object": "list", "data": [{"id": "scripted", "object": "model"}]})
+        if self.path.startswith("/search"):      # as a SearXNG server answers
+            return self.send_json(200, {"query": "what", "results": [
+                {"title": "A real page", "url": "https://example.org/real", "content": "It says REAL-RESULT."}]})
         self.send_json(404, {"error": {"message": "Not Found", "type": "invalid_request_error"}})
 
     def do_POST(self):
@@ -274,12 +277,18 @@ def token_usage(request, reply):
 class Scripted:
     """The server as a context manager; `script` may be replaced at any time."""
 
-    def __init__(self, script):
+    def __init__(self, script, host="127.0.0.1"):
         self.script, self.requests, self.hangups = script, [], 0
         self._lock = threading.Lock()
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server = http.server.ThreadingHTTPServer((host, 0), Handler)
         self._server.daemon_threads, self._server.owner = True, self
+        self._server.handle_error = lambda *_: None    # a peer that leaves, or refuses our certificate
         self.url = "http://127.0.0.1:%d/v1" % self._server.server_address[1]
+
+    def wrap(self, context):
+        """Speak TLS from now on."""
+        self._server.socket = context.wrap_socket(self._server.socket, server_side=True, do_handshake_on_connect=False)
+        self.url = self.url.replace("http:", "https:")
 
     def record(self, path, headers, raw):
         with self._lock:
