@@ -229,10 +229,10 @@ OVERFLOW = re.compile(
     r"|too long|too large for model|input token count|exceed\w*.{0,40}(?:token limit|limit of \d|context|maximum|max length)"
     r"|reduce the (?:length|size) of the (?:messages|input|prompt)|Range of input length|tokens to keep"
     r"|Request (?:body )?too large|tokens? exceed|longer than the model", re.I)
-NO_OVERFLOW = re.compile(r"rate limit|too many requests|throttl|per minute|(?:string|array) too long|tool_calls?\[|Invalid 'messages", re.I)
+NO_OVERFLOW = re.compile(r"(?:image|file) exceeds|\d ?MB\b|pixels|connections|retries|rate limit|too many requests|throttl|per minute|(?:string|array) too long|tool_calls?\[|Invalid 'messages", re.I)
 TPM = re.compile(r"Request too large for .*?Limit (\d+), Requested (\d+)", re.S)
 
-# Numbers in overflow texts, most telling first: p(rompt), c(ompletion), m(aximum), t(otal). upstreams.md 3.2 lists the texts.
+# Numbers in overflow texts, most telling first: p(rompt), c(ompletion), m(aximum), t(otal).
 OVERFLOW_NUMBERS = [re.compile(pattern, re.I | re.S) for pattern in (
     r"maximum context length (?:is|of) (?P<m>\d+) tokens.*?total of (?P<t>\d+) tokens: (?P<p>\d+) tokens.*?and (?P<c>\d+) tokens",
     r"maximum context length (?:is|of) (?P<m>\d+) tokens.*?requested (?P<c>\d+) output tokens.*?at least (?P<p>\d+) input tokens",
@@ -281,7 +281,7 @@ OUTPUT_LIMIT = re.compile(
     r".*?(?:at most|less than or equal to|<=|\[\d+,\s*|> )\s*`?(\d{3,7})", re.S)
 
 BILLING = re.compile(
-    r"insufficient[_ ](?:user_)?(?:quota|balance|credit|fund)|balance is (?:insufficient|too low)|exceeded your current quota"
+    r"insufficient[_ ](?:user_)?(?:quota|balance|credit|fund)|balance is (?:insufficient|too low)|exceeded your current quota(?![\s\S]*retry in \d)"
     r"|Arrearage|good standing|credit balance|payment required|out of credits|billing (?:hard )?limit|billing_not_active"
     r"|\(1008\)|can only afford|quota (?:is )?(?:exhausted|used up)|\u989d\u5ea6\u4e0d\u8db3|\u4f59\u989d\u4e0d\u8db3|\u6b20\u8d39", re.I)
 OVERLOADED = re.compile(r"overload|at capacity|over capacity|currently unavailable|Loading model|server is busy", re.I)
@@ -372,7 +372,7 @@ class ErrorRow(NamedTuple):
 
 NEVER = (("x-should-retry", "false"),)
 ERROR_ROWS = (
-    # First match wins. Sources: upstreams.md 3.3, real-servers.md 4d, claude-code.md 5.1.
+    # First match wins. What providers send is theirs to change; what Claude Code does was seen with version 2.1.330.
     ErrorRow("billing", (200, 400, 402, 403, 429, 500), BILLING, 402, "The provider's account has no credit:", headers=NEVER),
     ErrorRow("billing", (402,), None, 402, "The provider wants payment:", headers=NEVER),
     ErrorRow("overflow", (), None, 400, ""),
@@ -637,7 +637,9 @@ class Settings(object):
 
 def without_password(url):
     """A URL (or any text) without the user and password that an address may carry."""
-    return re.sub(r"(\w+://)[^/@\s]+@", r"\1", url)
+    # A password may hold @ and /, as people write it; and the // may be missing its colon.
+    user = r"(\w+://)(?:[^\s/?#@:]*:(?!\d+/)[^\s?#]*|[^\s/?#@]+)@|\b[^\s/:@]{1,99}:[^\s/:@]{1,99}@"
+    return re.sub(user, lambda found: found.group(1) or "", url)
 
 
 def dotenv(source):
@@ -753,82 +755,82 @@ PROFILES = (
     DEFAULT._replace(name="openai-gpt5-tools", title="OpenAI gpt-5.4 and later", hosts=("api.openai.com",), models=r"gpt-5\.([4-9]|\d\d)|gpt-[6-9]",
                      strict=True, max_tokens="max_completion_tokens", never=NO_SAMPLING, files=True, max_tools=128, json_format="json_schema",
                      reasoning="effort", efforts=("none", "low", "medium", "high", "xhigh"), effort_with_tools="none",
-                     source="upstreams.md 4: only effort none beside tools on chat completions"),
+                     source="openai-openapi issue 541, litellm PR 34569"),
     DEFAULT._replace(name="openai-gpt5.1", title="OpenAI gpt-5.1 to 5.3", hosts=("api.openai.com",), models=r"gpt-5\.[1-3]",
                      strict=True, max_tokens="max_completion_tokens", never=NO_SAMPLING, files=True, max_tools=128, json_format="json_schema",
-                     reasoning="effort", efforts=("none", "low", "medium", "high"), source="upstreams.md 4"),
+                     reasoning="effort", efforts=("none", "low", "medium", "high"), source="openai-openapi openapi.json, pydantic-ai profiles/openai.py"),
     DEFAULT._replace(name="openai-reasoning", title="OpenAI o-series, gpt-5", hosts=("api.openai.com",), models=r"o\d|gpt-5",
                      strict=True, max_tokens="max_completion_tokens", never=NO_SAMPLING, files=True, max_tools=128, json_format="json_schema",
-                     reasoning="effort", efforts=("low", "medium", "high"), source="upstreams.md 1.2, 1.4, 4"),
+                     reasoning="effort", efforts=("low", "medium", "high"), source="openai-openapi openapi.json, cline openai-compatible.ts"),
     DEFAULT._replace(name="openai", title="OpenAI, other models", hosts=("api.openai.com",), strict=True, files=True, max_tools=128,
-                     json_format="json_schema", source="upstreams.md 1"),
+                     json_format="json_schema", source="openai-openapi openapi.json, langchain_dart issue 712"),
     DEFAULT._replace(name="azure-reasoning", title="Azure OpenAI, o-series and gpt-5", hosts=("openai.azure.com", "cognitiveservices.azure.com"),
                      models=r"o\d|gpt-5", strict=True, max_tokens="max_completion_tokens", never=NO_SAMPLING, key_header="api-key",
-                     max_tools=128, json_format="json_schema", reasoning="effort", efforts=("low", "medium", "high"), source="upstreams.md 1.1, 1.4"),
+                     max_tools=128, json_format="json_schema", reasoning="effort", efforts=("low", "medium", "high"), source="openai-python issue 1354"),
     DEFAULT._replace(name="azure", title="Azure OpenAI", hosts=("openai.azure.com", "cognitiveservices.azure.com"), strict=True,
-                     key_header="api-key", max_tools=128, json_format="json_schema", source="upstreams.md 1.1, 1.4"),
+                     key_header="api-key", max_tools=128, json_format="json_schema", source="openai-python issue 1354"),
     DEFAULT._replace(name="deepseek", title="DeepSeek", hosts=("api.deepseek.com",), images=False, json_format="json_object",
                      tool_choice=("none",), replay="reasoning_content", placeholder=NOT_KEPT, reasoning="thinking",
-                     efforts=("low", "high", "max"), source="upstreams.md 1.6, 4"),
+                     efforts=("low", "high", "max"), source="api-docs.deepseek.com/guides/thinking_mode"),
     DEFAULT._replace(name="dashscope", title="Qwen on DashScope", hosts=("dashscope.aliyuncs.com", "dashscope-intl.aliyuncs.com",
                      "dashscope-us.aliyuncs.com"), always_stream=True, json_format="json_object", reasoning="enable_thinking",
-                     source="upstreams.md 1.5, 4"),
+                     source="langchain4j issue 3974, pydantic-ai providers/alibaba.py"),
     DEFAULT._replace(name="kimi-k3", title="Kimi K3", hosts=("api.moonshot.ai", "api.moonshot.cn", "api.kimi.com"), models=r"kimi-k3",
                      never=("temperature", "top_p"), tool_choice=("none",), tool_ids="kimi", typed_schema=True, image_urls=False,
                      replay="reasoning_content", replay_all=True, reasoning="effort", efforts=("low", "high", "max"),
-                     source="upstreams.md 1.4, 1.6, 4"),
+                     source="aihubmix guide to Kimi K3.1"),
     DEFAULT._replace(name="kimi", title="Kimi (Moonshot)", hosts=("api.moonshot.ai", "api.moonshot.cn", "api.kimi.com"),
                      never=("temperature", "top_p"), tool_choice=("none",), tool_ids="kimi", typed_schema=True, image_urls=False,
-                     replay="reasoning_content", replay_all=True, reasoning="thinking", source="upstreams.md 1.4 to 1.6"),
+                     replay="reasoning_content", replay_all=True, reasoning="thinking", source="kimi-cli kosong/chat_provider/kimi.py"),
     DEFAULT._replace(name="glm-5.3", title="Z.ai GLM-5.2 and later", hosts=("api.z.ai", "open.bigmodel.cn"), models=r"glm-(5\.[2-9]|[6-9])",
                      body=(("tool_stream", True),), tool_choice=("none",), json_format="json_object", replay="reasoning_content", replay_all=True,
-                     reasoning="effort", efforts=("low", "high", "max"), source="upstreams.md 2.3, 4"),
+                     reasoning="effort", efforts=("low", "high", "max"), source="pydantic-ai profiles/zai.py"),
     DEFAULT._replace(name="zai", title="Z.ai GLM", hosts=("api.z.ai", "open.bigmodel.cn"), body=(("tool_stream", True),), tool_choice=("none",),
-                     json_format="json_object", replay="reasoning_content", replay_all=True, reasoning="thinking", source="upstreams.md 2.3, 4"),
+                     json_format="json_object", replay="reasoning_content", replay_all=True, reasoning="thinking", source="pydantic-ai models/zai.py"),
     DEFAULT._replace(name="minimax", title="MiniMax", hosts=("api.minimax.io", "api.minimaxi.com", "api.minimax.chat"),
                      body=(("reasoning_split", True),), tool_choice=("none",), replay="reasoning_details", replay_all=True, reasoning="adaptive",
-                     source="upstreams.md 1.5, 1.6, 4"),
+                     source="platform.minimax.io/docs/api-reference"),
     DEFAULT._replace(name="mistral", title="Mistral", hosts=("api.mistral.ai",), strict=True, tool_ids="nine", user_after_tool=False,
-                     usage_option=False, json_format="json_schema", source="upstreams.md 1.1, 1.4, 1.5"),
+                     usage_option=False, json_format="json_schema", source="eca issue 231, datapizza-ai issue 98, gptel issue 1203"),
     DEFAULT._replace(name="groq-gpt-oss", title="Groq, gpt-oss", hosts=("api.groq.com",), models=r"openai/gpt-oss", strict=True, max_tools=128,
                      max_output=65536, context=131072, images=False, json_format="json_schema", reasoning="effort", efforts=("low", "medium", "high"),
-                     source="upstreams.md 1.1, 4, 7"),
+                     source="groq-python, models.dev"),
     DEFAULT._replace(name="groq", title="Groq, other models", hosts=("api.groq.com",), strict=True, max_tools=128, json_format="json_object",
-                     source="upstreams.md 1.1, 1.4"),
+                     source="groq-python, llms PR 64"),
     DEFAULT._replace(name="xai", title="xAI", hosts=("api.x.ai",), strict=True, never=("stop",), max_tools=200, json_format="json_schema",
-                     source="upstreams.md 1.1, 1.4"),
+                     source="uni-api issue 105, vercel/ai xai-chat-language-model.ts"),
     DEFAULT._replace(name="gemini", title="Gemini", hosts=("generativelanguage.googleapis.com", "aiplatform.googleapis.com"), strict=True,
                      schema=("additionalProperties", "const", "exclusiveMinimum", "exclusiveMaximum", "pattern", "default", "propertyNames",
                              "patternProperties", "format", "not", "if", "then", "else", "examples"),
                      json_format="json_schema", replay="google", placeholder=GEMINI_SKIP, reasoning="effort",
-                     efforts=("low", "medium", "high"), source="upstreams.md 1.1, 1.5, 1.6"),
+                     efforts=("low", "medium", "high"), source="zed issue 44875, opensquilla issue 225"),
     DEFAULT._replace(name="openrouter", title="OpenRouter", hosts=("openrouter.ai",), files=True, replay="reasoning_details", replay_all=True,
                      reasoning="openrouter", efforts=("minimal", "low", "medium", "high", "xhigh"), json_format="json_schema",
-                     headers=(("X-Title", "ccfix"),), source="upstreams.md 1.2, 1.6, 4"),
+                     headers=(("X-Title", "ccfix"),), source="openrouter.ai/docs/use-cases/reasoning-tokens"),
     DEFAULT._replace(name="cerebras", title="Cerebras", hosts=("api.cerebras.ai",), strict=True, parallel=False, images=False, max_output=40960,
-                     context=131072, json_format="json_schema", replay="reasoning", source="upstreams.md 1.1, 1.4, 1.6, 7"),
-    DEFAULT._replace(name="nim", title="NVIDIA NIM", hosts=("integrate.api.nvidia.com",), strict=True, reasoning="kwargs", source="upstreams.md 1.1, 4"),
+                     context=131072, json_format="json_schema", replay="reasoning", source="opencode issue 6648, Empryo PR 209"),
+    DEFAULT._replace(name="nim", title="NVIDIA NIM", hosts=("integrate.api.nvidia.com",), strict=True, reasoning="kwargs", source="free-claude-code issue 127, CLIProxyAPI issue 4149"),
     DEFAULT._replace(name="fireworks", title="Fireworks", hosts=("api.fireworks.ai",), strict=True, json_format="json_schema",
-                     reasoning="effort", efforts=("low", "medium", "high"), source="upstreams.md 1.1, 4"),
+                     reasoning="effort", efforts=("low", "medium", "high"), source="midscene issue 1322"),
     DEFAULT._replace(name="together", title="Together", hosts=("api.together.xyz", "api.together.ai"), json_format="json_schema",
-                     source="upstreams.md 2.2"),
+                     source="docs.together.ai/docs/glm-5.3-quickstart"),
     DEFAULT._replace(name="siliconflow", title="SiliconFlow", hosts=("api.siliconflow.cn", "api.siliconflow.com"), json_format="json_object",
-                     reasoning="enable_thinking", source="upstreams.md 4"),
-    DEFAULT._replace(name="ark", title="Volcengine Ark", hosts=("volces.com", "bytepluses.com"), reasoning="thinking", source="upstreams.md 1.3, 4"),
+                     reasoning="enable_thinking", source="models.dev"),
+    DEFAULT._replace(name="ark", title="Volcengine Ark", hosts=("volces.com", "bytepluses.com"), reasoning="thinking", source="openclaude issue 331"),
     DEFAULT._replace(name="mimo", title="Xiaomi MiMo", hosts=("xiaomimimo.com",), replay="reasoning_content", placeholder=NOT_KEPT,
-                     reasoning="thinking", source="upstreams.md 1.6"),
+                     reasoning="thinking", source="cc-switch proxy/providers/claude.rs"),
     DEFAULT._replace(name="copilot", title="GitHub Copilot", hosts=("githubcopilot.com",), strict=True, max_tools=128,
                      headers=(("Editor-Version", "vscode/1.104.0"), ("Copilot-Integration-Id", "vscode-chat"), ("Openai-Intent", "conversation-edits"),
-                              ("Copilot-Vision-Request", "true")), source="upstreams.md 8"),
+                              ("Copilot-Vision-Request", "true")), source="copilot-api api-config.ts"),
     LOCAL._replace(name="ollama", title="Ollama", hosts=(":11434", "ollama.com"), tool_choice=("none",), replay="reasoning", replay_all=True,
-                   reasoning="effort", efforts=("none", "low", "medium", "high", "max"), source="upstreams.md 1.5, 1.6, 4"),
-    LOCAL._replace(name="lmstudio", title="LM Studio", hosts=(":1234",), source="upstreams.md 3.2, 8"),
-    LOCAL._replace(name="sglang", title="SGLang", hosts=(":30000",), reasoning="kwargs", source="upstreams.md 3.2, 4"),
-    LOCAL._replace(name="llamacpp", title="llama.cpp server", hosts=(":8080",), reasoning="kwargs", source="real-servers.md", tried=True),
-    LOCAL._replace(name="vllm", title="vLLM", hosts=(":8000",), reasoning="kwargs", source="real-servers.md"),
-    DEFAULT._replace(name="litellm", title="LiteLLM gateway", hosts=(":4000",), strict=True, source="upstreams.md 3.2, 8"),
-    DEFAULT._replace(name="demo", title="the embedded demo model", source="this file", tried=True),
-    DEFAULT._replace(name="anthropic", title="anything that speaks Anthropic", format="anthropic", source="upstreams.md 5", tried=True),
+                   reasoning="effort", efforts=("none", "low", "medium", "high", "max"), source="ollama openai/openai.go"),
+    LOCAL._replace(name="lmstudio", title="LM Studio", hosts=(":1234",), source="lmstudio-ai/docs openai-compat/tools.mdx"),
+    LOCAL._replace(name="sglang", title="SGLang", hosts=(":30000",), reasoning="kwargs", source="sglang issue 20678, its error texts"),
+    LOCAL._replace(name="llamacpp", title="llama.cpp server", hosts=(":8080",), reasoning="kwargs", source="llama.cpp's server as it answered in the tests here", tried=True),
+    LOCAL._replace(name="vllm", title="vLLM", hosts=(":8000",), reasoning="kwargs", source="vllm chat_completion/protocol.py"),
+    DEFAULT._replace(name="litellm", title="LiteLLM gateway", hosts=(":4000",), strict=True, source="litellm issues 32086 and 17343"),
+    DEFAULT._replace(name="demo", title="the embedded demo model", source="this file"),
+    DEFAULT._replace(name="anthropic", title="anything that speaks Anthropic", format="anthropic", source="docs.anthropic.com/en/api/messages, llama.cpp's /v1/messages", tried=True),
 )
 
 # The `owned_by` of a /models answer tells a server that its address does not.
@@ -869,11 +871,13 @@ def serves(row, host, port_):
 
 def profiles_table():
     """The README's table of providers, in Markdown: what differs from the default, and whether a real server was tried."""
-    lines = ["| profile | provider | differs in | tried on a real server |", "| --- | --- | --- | --- |"]
+    lines = ["| profile | provider | differs in | source | tried on a real server |", "| --- | --- | --- | --- | --- |"]
     for row in PROFILES:
+        if row.name == "demo":
+            continue            # nobody's provider
         fields = [field for field in Profile._fields if getattr(row, field) != getattr(DEFAULT, field)
                   and field not in ("name", "title", "hosts", "models", "source", "tried", "scope")]
-        lines.append("| `%s` | %s | %s | %s |" % (row.name, row.title, ", ".join(fields) or "nothing", "yes" if row.tried else "no"))
+        lines.append("| `%s` | %s | %s | %s | %s |" % (row.name, row.title, ", ".join(fields) or "nothing", row.source, "yes" if row.tried else "no"))
     return "\n".join(lines)
 
 
@@ -891,7 +895,7 @@ def thinking_fields(level, profile):
 
 
 REASONING = {
-    # style: (level, profile) -> body fields. level: off, low, medium, high, xhigh, max. Sources: upstreams.md 4.
+    # style: (level, profile) -> body fields. level: off, low, medium, high, xhigh, max. The rows of PROFILES name the sources.
     "effort": effort_fields,
     "thinking": thinking_fields,
     "adaptive": lambda level, profile: {"thinking": {"type": "disabled" if level == "off" else "adaptive"}},
@@ -1352,7 +1356,7 @@ def openai_tool(tool, profile, memo):
     if len(memo) > 2000:
         memo.clear()
     memo[tool["name"]] = (tool, rules, {"type": "function", "function": function})
-    return memo[tool["name"]][2]
+    return {"type": "function", "function": function}           # not memo's: another thread may have put its own there
 
 
 MAX_REFS = 200
@@ -2559,7 +2563,7 @@ def sse_payloads(blocks):
 
 def is_whole(line):
     """Whether a data line is an event of its own, so that the next one needs no blank line before it."""
-    return line[:1] == "{" and line[-1:] == "}" or line == "[DONE]"
+    return line[:1] == "{" and line[-1:] == "}" and json_or_none(line) is not None or line == "[DONE]"
 
 
 def other_line(line, data, failed):
@@ -2838,7 +2842,7 @@ class StreamTranslator(object):
         """Put one tool_calls delta into its slot."""
         function = as_dict(call.get("function"))
         name, fragment = function.get("name"), function.get("arguments")
-        slot = self.slot_for(call.get("index"), call.get("id"), name)
+        slot = self.slot_for(call.get("index"), call.get("id"), name, fragment)
         if isinstance(name, str) and name and not slot.name:
             slot.name = name
         if isinstance(fragment, str):
@@ -2848,9 +2852,10 @@ class StreamTranslator(object):
         signature = as_dict(as_dict(call.get("extra_content")).get("google")).get("thought_signature")
         slot.google = signature if isinstance(signature, str) else slot.google
 
-    def slot_for(self, index, call_id, name):
+    def slot_for(self, index, call_id, name, fragment):
         """The slot that a delta belongs to: by index, else by id, else the last one. A different id that comes with a
-        name is a new call even on a used index (Gemini and others count every call 0)."""
+        name is a new call even on a used index (Gemini and others count every call 0); without an id another name is,
+        and the same name when whole arguments are followed by more."""
         call_id = call_id if isinstance(call_id, str) else ""
         last = self.slots[-1] if self.slots else None
         if isinstance(index, int):
@@ -2859,7 +2864,8 @@ class StreamTranslator(object):
             slot = next((slot for slot in self.slots if call_id and slot.id == call_id), None) or (None if call_id and name else last)
         if slot is None or (call_id and slot.id and call_id != slot.id and name):
             return self.new_slot(index, call_id)
-        if not call_id and not isinstance(index, int) and name and slot.name and json_or_none(slot.arguments()) is not None:
+        if not call_id and name and slot.name and (name != slot.name or fragment and str(fragment).strip() and slot.arguments().strip() != "{}"
+                                                   and json_or_none(slot.arguments()) is not None):
             return self.new_slot(index, call_id)
         slot.id = slot.id or call_id
         return slot
@@ -3012,8 +3018,9 @@ class StreamTranslator(object):
         yield from self.advance(ending=True)
         late, self.late = self.late, []
         for kind, text in late:
-            if text.strip():
-                yield from self.say(kind, text)
+            yield from self.say(kind, text)
+        if self.kind != "thinking" and self.unsigned():
+            yield from self.carry({})           # a signature that came after the text
         yield from self.start()
         yield from self.close_block()
         self.state = DONE
@@ -3288,7 +3295,7 @@ def replay(message, new_id=None):
 # 8  Learning: a provider's error -> a lesson (changes of its profile)
 # ======================================================================================================
 
-# Field names in "no such field" errors; upstreams.md 3.4 has the texts and who sends them.
+# Field names in "no such field" errors, as OpenAI, Groq and Cerebras, Gemini, NIM, Mistral, Fireworks, xAI and others word them.
 FIELD_PATTERNS = [re.compile(pattern, re.I) for pattern in (
     r"Unrecognized request arguments? supplied: ([\w, ]+)",
     r"property '(?:body\.)?([\w.]+)' is unsupported",
@@ -4755,7 +4762,7 @@ class Ledger:
     """
 
     def __init__(self, size=1000, prices=None, now=time.time, save=None):
-        self._prices, self._now, self._save = prices or {}, now, save
+        self._prices, self._now, self.save = prices or {}, now, save
         self._lock = threading.Lock()
         self._rows = collections.deque(maxlen=size)
         self._totals = Sums()
@@ -4782,14 +4789,21 @@ class Ledger:
             sums.add(failed, tokens, cost)
             if first_ms is not None and len(sums.first_ms) < KEPT_SAMPLES:
                 sums.first_ms.append(first_ms)
-        if self._save:
-            self._save(row)
+        if self.save:
+            self.save(row)
         return row
 
+    def price(self, prices):
+        """Count with these prices from now on."""
+        self._prices, self._price_of = prices, {}
+
     def restore(self, rows):
-        """Show rows (newest first) of an earlier run again; they do not count in the sums of this one."""
-        with self._lock:
-            self._rows.extendleft(rows)
+        """Take in rows (newest first) that an earlier run saved, where there are none yet."""
+        save, self.save = self.save, None
+        if not self._rows:
+            for row in reversed(rows):
+                self.add(row)
+        self.save = save
 
     def _new_minute(self, minute):
         if len(self._minutes) >= KEPT_MINUTES:
@@ -5116,7 +5130,8 @@ def native_body(body, plan):
         sent["max_tokens"] = min(body["max_tokens"], plan.profile.max_output)
     if isinstance(sent.get("system"), list):
         sent["system"] = [block for block in sent["system"] if not block_text(as_dict(block)).startswith(BILLING_LINE)]
-    sent["messages"] = [native_message(as_dict(message), plan.profile) for message in body["messages"]]
+    messages = [native_message(as_dict(message), plan.profile) for message in body["messages"]]
+    sent["messages"] = [message for message in messages if message.get("role") == "system" or message.get("content") not in ([], REMINDER % "")]
     return without_keys(sent, "cache_control") if "cache_control" in plan.profile.never else sent
 
 
@@ -5151,7 +5166,7 @@ def without_keys(value, name):
 def payload_of(sent):
     """(the request's JSON bytes, [(label, bytes)] of its parts): encoded once, in pieces, so that the pieces can be compared
     with those of the session's last request."""
-    messages, tools = sent.get("messages"), as_list(sent.get("tools"))
+    messages, tools = as_list(sent.get("messages")), as_list(sent.get("tools"))
     encoded = [compact_json(message).encode() for message in messages]
     parts = [("message %d (%s)" % (position, as_dict(message).get("role")), part) for position, (message, part) in enumerate(zip(messages, encoded))]
     head = {key: value for key, value in sent.items() if key not in ("messages", "tools")}
@@ -5216,20 +5231,52 @@ class Proxy(object):
     def __init__(self, config, log, new_id=lambda: os.urandom(12).hex(), now=time.time):
         self.config, self.log, self.new_id, self.now = config, log, new_id, now
         self.started, self.lock, self.active = now(), threading.Lock(), 0
-        settings = config()
-        self.store = open_store(settings, lambda text: log("warning", text))
-        self.memory = Memory(self.store)
+        self.store, self.memory, self.recorder, self.ledger, self.sessions = None, Memory(), None, Ledger(now=now), Sessions()
         self.lessons = {}           # (base, model) -> {profile field: value}
         self.found = {}             # (base, model) -> {"owner", "context"}: what the provider tells of itself
+        self.flights, self.memo, self.rows, self.wires = {}, {}, {}, None       # rows: profile_for's answers
+        self.seen = None            # the Settings that store, ledger and recorder were made from
+        self.follow(config())
+
+    def settings(self):
+        """The Settings of now; store, ledger and recorder follow a change of them."""
+        settings = self.config()
+        if settings is not self.seen:
+            try:
+                self.follow(settings)
+            except ValueError as e:
+                self.log("warning", "PRICES cannot be used, the old ones stay: %s" % e)
+        return settings
+
+    def follow(self, settings):
+        """Make anew what depends on settings that changed. Raises ValueError for prices that cannot be used."""
+        with self.lock:
+            old, self.seen = self.seen, settings
+
+            def changed(*names):
+                return old is None or any(getattr(old, name) != getattr(settings, name) for name in names)
+            if changed("cache_enabled", "ledger", "cache_dir", "cache_ttl", "cache_max_mb"):
+                self.open_store(settings)
+            if changed("record_dir"):
+                self.recorder = Recorder(settings.record_dir, settings.secrets(), self.warn) if settings.record_dir else None
+            if changed("prices"):
+                self.ledger.price(prices_from(settings.prices) if settings.prices else {})
+
+    def open_store(self, settings):
+        """Open the Cache in CACHE_DIR where the user asked for the cache or the ledger, or named the folder: nothing is
+        written otherwise."""
+        if self.store:
+            self.store.close()
+        wanted = settings.cache_enabled or settings.ledger or settings.origins["cache_dir"] != "default"
+        self.store = Cache(settings.cache_dir, settings.cache_ttl, settings.cache_max_mb << 20, log=self.warn) if wanted else None
+        self.memory.store = self.store
+        self.ledger.save = self.store.save_row if self.store and settings.ledger else None
         if self.store:
             self.lessons.update({tuple(key): as_dict(value) for key, value in self.store.lessons().items()})
-        self.ledger = Ledger(prices=prices_from(settings.prices) if settings.prices else {}, now=now,
-                             save=self.store.save_row if self.store and settings.ledger else None)
-        if self.store and settings.ledger:
-            self.ledger.restore(self.store.saved_rows())
-        self.sessions = Sessions()
-        self.flights, self.memo, self.rows, self.wires = {}, {}, {}, None       # rows: profile_for's answers
-        self.recorder = Recorder(settings.record_dir, settings.secrets(), lambda text: log("warning", text)) if settings.record_dir else None
+            self.ledger.restore(self.store.saved_rows() if settings.ledger else ())
+
+    def warn(self, text_):
+        self.log("warning", text_)
 
     def upstream(self, settings):
         """The shared connections; made anew when a setting about TLS changed."""
@@ -5274,7 +5321,7 @@ class Proxy(object):
     def probe(self, plan, wait=None):
         """Ask the provider once what it tells for free: who it is, and the model's context window. Never raises."""
         try:
-            found = told_by(self.upstream(self.config()), plan, upstream_headers(plan, self.config(), {}), wait)
+            found = told_by(self.upstream(self.settings()), plan, upstream_headers(plan, self.settings(), {}), wait)
             self.found[(plan.base, plan.model)] = found
             if 0 < found["context"] < SMALL_CONTEXT:
                 self.log("warning", "%s has a context window of %d tokens; Claude Code's first request alone has about 13,000"
@@ -5309,7 +5356,7 @@ class Proxy(object):
         """{"input_tokens"}: the provider's own count where it speaks Anthropic, else an estimate."""
         if not isinstance(body.get("messages"), list):
             raise BadRequest("messages: a list is required")
-        settings = self.config()
+        settings = self.settings()
         plan = route(settings, str(body.get("model")), False, self.profile_of(settings))
         if plan.profile.format == "anthropic":
             try:
@@ -5329,7 +5376,7 @@ class Proxy(object):
 
     def status(self, address_=""):
         """What GET /stats tells; the status page shows it."""
-        settings = self.config()
+        settings = self.settings()
         plan = plan_for(settings, "", self.profile_of(settings))
         routes = [plan_for(settings, family, self.profile_of(settings)) for family in FAMILIES + ("fallback", "image")]
         shown = self.store.stats() if self.store and settings.cache_enabled else {}
@@ -5346,14 +5393,6 @@ class Proxy(object):
             "totals": dict(self.ledger.totals(), active=self.active), "series": self.ledger.series(), "requests": self.ledger.rows(100),
             "lessons": lessons, "cache": dict(shown, enabled=settings.cache_enabled, mode=settings.cache_key_mode, ttl=settings.cache_ttl),
             "settings": settings.shown()}
-
-
-def open_store(settings, log):
-    """The Cache in CACHE_DIR, or None where nothing may be written: only a user who asked for the cache or the ledger, or
-    named the folder, gets one."""
-    if not (settings.cache_enabled or settings.ledger or settings.origins["cache_dir"] != "default"):
-        return None
-    return Cache(settings.cache_dir, settings.cache_ttl, settings.cache_max_mb << 20, log=log)
 
 
 def told_by(upstream, plan, headers, wait=None):
@@ -5397,7 +5436,7 @@ class Exchange(object):
 
     def __init__(self, proxy, body, headers, wait, clock=time.monotonic):
         self.proxy, self.body, self.headers, self.wait, self.clock = proxy, body, headers, wait, clock
-        self.settings = proxy.config()
+        self.settings = proxy.settings()
         self.id, self.stream = proxy.new_id(), body.get("stream") is True
         self.asked = re.sub(r"\[1m\]$", "", str(body.get("model") or ""))
         self.shown = self.settings.disguise_model or self.asked or self.settings.target_model
@@ -5509,6 +5548,8 @@ class Exchange(object):
                 error.message = without_secrets(error.message, self.settings.secrets())     # some providers quote the key
                 self.error, translator = error, self.translator
                 if translator.content or not self.again(error):
+                    if error.status in (429, 529):
+                        error.headers.setdefault("retry-after", "5")    # the provider named no time; the client waits longer each time
                     yield from translator.fail(self.sized(error))       # raises the error where the status is still free
                     yield None
                     return
@@ -5698,10 +5739,10 @@ class Exchange(object):
                        + (" retries=%d" % self.retries if self.retries else "") + (" prefix lost: " + self.broke if self.broke else "")
                        + (" error: " + error if error else ""))
         if self.settings.log_level == "debug":
-            seen = {"headers": dict(self.headers.items()), "request": self.body, "sent": self.sent, "error": error}
+            seen = {"headers": dict(self.headers.items()), "request": without_person(self.body), "sent": self.sent, "error": error}
             self.proxy.log("debug", self.id + " " + compact_json(shortened(redact(seen, self.settings.secrets()))))
         if self.proxy.recorder:
-            self.proxy.recorder.write({"time": row["time"], "id": self.id, "row": row, "request": self.body, "sent": self.sent,
+            self.proxy.recorder.write({"time": row["time"], "id": self.id, "row": row, "request": without_person(self.body), "sent": self.sent,
                                        "client_headers": dict(self.headers.items()), "replies": self.replies})
 
 
@@ -5711,6 +5752,11 @@ def without_secrets(text_, secrets):
         if len(secret) >= 4:
             text_ = text_.replace(secret, "<hidden>")
     return text_
+
+
+def without_person(body):
+    """A request for a record, without what tells who and where the user is."""
+    return {key: "<hidden>" if key in ("metadata", "safeguards") else value for key, value in body.items()}
 
 
 def shortened(value, limit=500):
@@ -6072,7 +6118,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def guard(self, path, netloc):
         """Raise ProxyError unless the request may be served: the proxy key where there is one; else only names of this
         machine, so that a web page cannot spend the user's key (DNS rebinding, foreign origins)."""
-        settings = self.proxy.config()
+        settings = self.proxy.settings()
         host = self.headers.get("host", "")
         if len(self.headers.all("host")) > 1 or netloc and netloc.lower() != host.lower():
             raise self.closing(ProxyError("the request names two hosts", 400))
@@ -6179,7 +6225,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.began_reply:
             self.close_connection = True
             return
-        error.message = without_secrets(error.message, self.proxy.config().secrets())
+        error.message = without_secrets(error.message, self.proxy.settings().secrets())
         try:
             self.send_json(error.body(self.request_id), error.status, error.headers)
         except OSError:
@@ -6249,12 +6295,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_json(self.proxy.count_tokens(body, self.headers, Watch(self.connection, None)))
 
     def get_models(self):
-        self.send_json(self.proxy.models(self.proxy.config()))
+        self.send_json(self.proxy.models(self.proxy.settings()))
 
     def get_model(self, name):
         """Any name is served, so any name exists."""
         name = urllib.parse.unquote(name)[:200]
-        known = {row["id"]: row for row in self.proxy.models(self.proxy.config())["data"]}
+        known = {row["id"]: row for row in self.proxy.models(self.proxy.settings())["data"]}
         self.send_json(known.get(name) or {"type": "model", "id": name, "display_name": name, "created_at": "2025-01-01T00:00:00Z"})
 
     def get_health(self):
@@ -6274,7 +6320,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_json(self.proxy.status(self.server.address()), headers={"Cache-Control": "no-store"})
 
     def get_cache_stats(self):
-        settings, store = self.proxy.config(), self.proxy.store
+        settings, store = self.proxy.settings(), self.proxy.store
         shown = store.stats() if store else {}
         self.send_json(dict(shown, enabled=settings.cache_enabled, mode=settings.cache_key_mode, ttl=settings.cache_ttl))
 
@@ -7169,6 +7215,9 @@ def check_target(settings):
                     % without_password(settings.target_api_base))
 
 
+INSECURE_WORDS = "WARNING: TLS certificates are not verified (INSECURE): anyone on the way can read the key"
+
+
 def banner(settings, address_):
     """What is printed at the start: under 12 lines."""
     key = settings.anthropic_api_key
@@ -7180,9 +7229,7 @@ def banner(settings, address_):
         lines.append("  %-9s %s" % (shell, "; ".join(commands)))
     if settings.proxy_host not in ("127.0.0.1", "localhost", "::1") and not key:
         lines.append("  WARNING: open to the network without a proxy key; set ANTHROPIC_API_KEY")
-    if settings.insecure:
-        lines.append("  WARNING: TLS certificates are not verified (INSECURE)")
-    return lines
+    return lines + ["  " + INSECURE_WORDS] * settings.insecure
 
 
 def serve(config, options):
@@ -7320,7 +7367,7 @@ def start_replay(folder):
 # ---- run: a proxy and Claude Code, for one session ------------------------------------------------------
 
 CLAUDE_DEFAULTS = {
-    # What a session through a proxy wants unless the user says otherwise. Measured: wire/claude-code.md 6.3, 8.1, 9.
+    # What a session through a proxy wants unless the user says otherwise. Measured with Claude Code 2.1.330.
     "CLAUDE_CODE_ATTRIBUTION_HEADER": "0",              # a line in the prompt that spoils the provider's prefix cache
     "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",    # this session is not Anthropic's: no telemetry, no other host
     "CLAUDE_CODE_DISABLE_1M_CONTEXT": "1",              # a window that nobody knows counts as 200k, not 1M
@@ -7468,8 +7515,8 @@ def run(config, options):
         try:
             environment = claude_environment(os.environ, running.server.address(), key, config(), running.plan())
             settings, rest = claude_settings(options.arguments, settings_overrides(claude_files(config.home), environment))
-            if "disableAutoMode" in as_dict(settings.get("permissions")):
-                say(WHY_NO_AUTO, out=sys.stderr)
+            say(*[WHY_NO_AUTO] * ("disableAutoMode" in as_dict(settings.get("permissions"))) + ["ccfix: " + INSECURE_WORDS] * config().insecure,
+                out=sys.stderr)
             with settings_argument(settings) as more:
                 return exit_code(subprocess.Popen(claude_command(path) + more + rest, env=environment))
         except OSError as e:

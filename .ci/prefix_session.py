@@ -20,6 +20,8 @@ from recorded_session import LATE, is_main, model, play, recorded, tasks
 from scripted_upstream import Scripted
 
 COMMAND = "python3 .ci/prefix_session.py"
+LONG = 160       # characters of a text, for the real server
+ANSWER = 4       # tokens of its answers
 
 
 # What ccfix is measured against: what many proxies do
@@ -95,7 +97,7 @@ def session(work, home, records):
 def cut_down(body, answers):
     """The client's request, small enough for a small model: its own answers put in, long texts and tools cut."""
     said = iter(answers)
-    return dict(body, max_tokens=8, stream=False, system=[dict(block, text=short(block["text"], 600)) for block in body["system"]],
+    return dict(body, max_tokens=ANSWER, stream=False, system=[dict(block, text=short(block["text"], LONG)) for block in body["system"]],
                 tools=[cut_tool(tool) for tool in body["tools"]],
                 messages=[dict(message, content=cut_content(message, said)) for message in body["messages"]])
 
@@ -116,8 +118,8 @@ def cut_block(block):
         return {"type": "text", "text": "[image]"}
     if block["type"] == "tool_result":
         inner = block["content"]
-        return dict(block, content=short(inner, 240) if isinstance(inner, str) else [cut_block(part) for part in inner])
-    return dict(block, text=short(block["text"], 240)) if block["type"] == "text" else block
+        return dict(block, content=short(inner, LONG) if isinstance(inner, str) else [cut_block(part) for part in inner])
+    return dict(block, text=short(block["text"], LONG)) if block["type"] == "text" else block
 
 
 def short(text, limit):
@@ -129,7 +131,7 @@ def cut_tool(tool):
     known = tool["input_schema"].get("properties", {})
     names = tool["input_schema"].get("required", [])[:1]
     schema = {"type": "object", "properties": {name: {"type": known[name].get("type", "string")} for name in names if name in known}}
-    return dict(tool, description=tool.get("description", "")[:30], input_schema=schema)
+    return dict(tool, description="", input_schema=schema)
 
 
 def through_ccfix(url, body):
@@ -143,7 +145,7 @@ def through_ccfix(url, body):
 
 def directly(url, body):
     """The same of a request converted naively, to the server itself."""
-    answer = post(url + "/chat/completions", dict(naive(body, MODEL), max_tokens=8, temperature=0), timeout=200)
+    answer = post(url + "/chat/completions", dict(naive(body, MODEL), max_tokens=ANSWER, temperature=0), timeout=200)
     if answer.status != 200:
         raise RuntimeError("the server: %s %s" % (answer.status, answer.raw[:300]))
     used, text = answer.body["usage"], answer.body["choices"][0]["message"].get("content") or ""
