@@ -106,7 +106,7 @@ ERROR_TYPES = {
     # HTTP status -> Anthropic's error type; anything else is api_error
     400: "invalid_request_error", 401: "authentication_error", 402: "billing_error", 403: "permission_error",
     404: "not_found_error", 405: "invalid_request_error", 411: "invalid_request_error", 413: "request_too_large",
-    422: "invalid_request_error", 424: "invalid_request_error", 429: "rate_limit_error",
+    408: "timeout_error", 414: "invalid_request_error", 415: "invalid_request_error", 417: "invalid_request_error", 422: "invalid_request_error", 424: "invalid_request_error", 429: "rate_limit_error",
     431: "invalid_request_error", 504: "timeout_error", 529: "overloaded_error",
 }
 
@@ -305,7 +305,7 @@ def upstream_error(status, headers, raw):
 
     Chosen by what the real client does with each status: 400 is sent up to six times and 401 for three minutes,
     so an unrecognised 400 goes out as 424 (once), and a bad key with `x-should-retry: false`; billing is 402 (once);
-    429 and 5xx are retried with Retry-After; for 404 it shows its own words, that the model may not exist.
+    429 and 5xx are retried with Retry-After; the words of a 404 it hides (see Handler.fail).
     """
     message, code, kind = error_fields(raw)
     text = " ".join((message, code, kind))
@@ -953,7 +953,7 @@ def to_openai(body, model, profile, attach=None, recall=None, memo=None, room=0)
     converted tools are kept between calls; room: output tokens that fit this time (0: not known).
     Raises BadRequest for a body that is no Messages request.
     """
-    checked_messages(body)
+    check_messages(body)
     recall = recall or (lambda call_id: {})
     tools = openai_tools(body, profile, {} if memo is None else memo)
     sent = {"model": model, "messages": openai_messages(body, profile, recall)}
@@ -974,7 +974,45 @@ def to_openai(body, model, profile, attach=None, recall=None, memo=None, room=0)
     return sent
 
 
-def checked_messages(body):
+def is_number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def is_content(value):
+    """Whether a value is a text, or a list of blocks."""
+    return isinstance(value, str) or isinstance(value, list) and all(isinstance(part, (dict, str)) for part in value)
+
+
+FIELD_CHECKS = (
+    # field, what may stand there (nothing and null always may), in words
+    ("model", lambda value: isinstance(value, str), "a text"),
+    ("max_tokens", lambda value: is_number(value) and value > 0, "a number above 0"),
+    ("system", is_content, "a text or a list of blocks"),
+    ("tools", lambda value: isinstance(value, list) and all(isinstance(tool, dict) for tool in value), "a list of tools"),
+    ("tool_choice", lambda value: isinstance(value, dict), "an object with a type"),
+    ("thinking", lambda value: isinstance(value, dict), "an object with a type"),
+    ("output_config", lambda value: isinstance(value, dict), "an object"),
+    ("temperature", is_number, "a number"),
+    ("top_p", is_number, "a number"),
+    ("stop_sequences", lambda value: isinstance(value, list), "a list of texts"),
+    ("stream", lambda value: isinstance(value, bool), "true or false"),
+)
+
+
+def check_request(body):
+    """Raises BadRequest, which names the field, for a body that is no Messages request. Unknown fields and blocks are fine."""
+    for field, fits, words_ in FIELD_CHECKS:
+        if body.get(field) is not None and not fits(body[field]):
+            raise BadRequest("%s: must be %s" % (field, words_))
+    check_messages(body)
+    for position, message in enumerate(body["messages"]):
+        if not isinstance(message, dict) or message.get("role") not in ("user", "assistant", "system", "developer"):
+            raise BadRequest("messages.%d.role: must be user, assistant or system" % position)
+        if not is_content(message.get("content")):
+            raise BadRequest("messages.%d.content: must be a text or a list of blocks" % position)
+
+
+def check_messages(body):
     """Raises BadRequest for a body without messages."""
     if not isinstance(body.get("messages"), list) or not body["messages"]:
         raise BadRequest("messages: a list with at least one message is required")
@@ -1091,18 +1129,25 @@ def assistant_message(blocks, profile, recall, ids, counter):
         elif kind == "tool_use":
             call = Call(str(block.get("id") or ""), sent_id(block, profile, ids, counter), short_name(str(block.get("name") or "tool")))
             known = recall(call.id)
-            notes.append(known)
+            notes.append(known if known.get("scope") == profile.scope else {})
             calls.append(call)
             tool_calls.append({"id": call.sent_id, "type": "function",
                                "function": {"name": call.name, "arguments": argument_text(block.get("input"), known.get("arguments"))}})
         elif kind not in THOUGHTS:
             texts.append(foreign_text(block))
     message = {"role": "assistant", "content": "\n\n".join(texts)}
+    if profile.replay == "reasoning_details" and not calls:
+        notes.append(recall(text_key(profile.scope, "".join(texts))))
     if profile.replay and (tool_calls or profile.replay_all):
         message.update(replayed(blocks, profile, notes, calls, tool_calls))
     if tool_calls:
         message["tool_calls"] = tool_calls
     return message, calls
+
+
+def text_key(scope, text):
+    """Under which name the reasoning of a turn without calls is remembered."""
+    return "text_" + hashlib.sha1((scope + "\n" + text.strip()).encode("utf-8", "replace")).hexdigest()
 
 
 def sent_id(block, profile, ids, counter):
@@ -1155,8 +1200,8 @@ def replayed(blocks, profile, notes, calls, tool_calls):
                 tool_calls[position]["extra_content"] = {"google": {"thought_signature": signature}}
         return {}
     if profile.replay == "reasoning_details":
-        details = next((state["details"] for state in reversed(states) if state.get("details")), None) \
-            or next((note["details"] for note in notes if note.get("details")), None)
+        # What is remembered is whole; a signature holds what had come when its block was closed.
+        details = next((known["details"] for known in notes + states[::-1] if known.get("details")), None)
         return {"reasoning_details": details} if details else {}
     text = "".join(state.get("text", "") for state in states) or next((note["reasoning"] for note in notes if note.get("reasoning")), "")
     text = text or (profile.placeholder if tool_calls or profile.replay_all else "")
@@ -2706,7 +2751,7 @@ class StreamTranslator(object):
         self.tags, self.reason, self.stopped_at, self.ended = ThinkTags(), "", None, False
         schemas = {name: schema for name, (_, schema) in self.tools.items()}
         self.calls = {kind: TextCalls(schemas) for kind in ("text", "thinking")} if schemas else {}
-        self.usage, self.written, self.details, self.thought = {}, 0, [], []
+        self.usage, self.written, self.details, self.thought, self.said = {}, 0, [], [], []
 
     # -- chunks in
 
@@ -2732,6 +2777,8 @@ class StreamTranslator(object):
             if text:
                 if self.kind == "text" and self.tags.done and not self.slots and isinstance(text, str) and not self.suspicious(text):
                     self.written += len(text)
+                    if self.details:
+                        self.said.append(text)
                     yield {"type": "content_block_delta", "index": self.index, "delta": {"type": "text_delta", "text": text}}
                 else:
                     yield from self.text(text)
@@ -2849,8 +2896,9 @@ class StreamTranslator(object):
             slot.waiting.append(fragment)
         elif fragment is not None:
             slot.waiting.append(compact_json(fragment))
-        signature = as_dict(as_dict(call.get("extra_content")).get("google")).get("thought_signature")
-        slot.google = signature if isinstance(signature, str) else slot.google
+        if "extra_content" in call:
+            signature = as_dict(as_dict(call["extra_content"]).get("google")).get("thought_signature")
+            slot.google = signature if isinstance(signature, str) else slot.google
 
     def slot_for(self, index, call_id, name, fragment):
         """The slot that a delta belongs to: by index, else by id, else the last one. A different id that comes with a
@@ -2859,7 +2907,7 @@ class StreamTranslator(object):
         call_id = call_id if isinstance(call_id, str) else ""
         last = self.slots[-1] if self.slots else None
         if isinstance(index, int):
-            slot = next((slot for slot in reversed(self.slots) if slot.key == index), None)
+            slot = last if last and last.key == index else next((slot for slot in reversed(self.slots) if slot.key == index), None)
         else:
             slot = next((slot for slot in self.slots if call_id and slot.id == call_id), None) or (None if call_id and name else last)
         if slot is None or (call_id and slot.id and call_id != slot.id and name):
@@ -2951,6 +2999,8 @@ class StreamTranslator(object):
         self.written += len(text)
         if kind == "thinking":
             self.thought.append(text)
+        elif self.details:
+            self.said.append(text)
         _, delta, field = BLOCKS[kind]
         yield {"type": "content_block_delta", "index": self.index, "delta": {"type": delta, field: text}}
 
@@ -3019,9 +3069,7 @@ class StreamTranslator(object):
         late, self.late = self.late, []
         for kind, text in late:
             yield from self.say(kind, text)
-        if self.kind != "thinking" and self.unsigned():
-            yield from self.carry({})           # a signature that came after the text
-        yield from self.start()
+        yield from self.start()         # details that came after the text are not carried: `claude -p` prints what the last block says
         yield from self.close_block()
         self.state = DONE
         self.keep_memory()
@@ -3029,8 +3077,12 @@ class StreamTranslator(object):
         yield {"type": "message_stop"}
 
     def keep_memory(self):
-        """Reasoning belongs to each call of the turn: the client may drop or trim the thinking block."""
+        """Reasoning belongs to each call of the turn: the client may drop or trim the thinking block. A turn without calls
+        is known by its text."""
+        if self.unsigned() and not self.memory:
+            self.memory[text_key(self.profile.scope, "".join(self.said))] = {}
         for note in self.memory.values():
+            note["scope"] = self.profile.scope
             if self.thought:
                 note["reasoning"] = "".join(self.thought)
             if self.details:
@@ -5504,7 +5556,7 @@ class Exchange(object):
 
     def events(self):
         """Event dicts, and None where all that has arrived is given: from the cache, a search, or the provider."""
-        checked_messages(self.body)
+        check_messages(self.body)
         if is_search(self.body):
             yield from self.replayed(search_message(self), None)
             return
@@ -5894,7 +5946,7 @@ HEAD_SECONDS = 30           # for a request's head, and between two reads of its
 BODY_SECONDS = 300          # for the whole body
 IDLE_SECONDS = 300          # a kept-alive connection without a request
 SEND_SECONDS = 120          # for a client that does not read
-DRAIN_REFUSED = 2           # seconds in which the rest of a refused request is read away
+LINGER_SECONDS = 2          # at the end of a connection, for what the client still sends
 LOOK_SECONDS = 1            # between two looks at whether a silence needs a ping
 MAX_DIGITS = 300            # of a number in a request; Python before 3.11 takes hours for a million
 REQUEST_LINE = re.compile(rb"([!-~]+) ([!-~\x80-\xff]+) HTTP/(\d)\.(\d)\r?\n")
@@ -5998,6 +6050,16 @@ class Watch(object):
                 raise ClientGone()
 
 
+SURROGATE = re.compile(r"(\\\\|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2})|\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
+
+
+def without_halves(source):
+    """JSON text in which half a surrogate pair is U+FFFD: strict parsers refuse it, and no UTF-8 has it."""
+    if "\\ud" not in source and "\\uD" not in source:
+        return source
+    return SURROGATE.sub(lambda found: found.group(1) or "\\ufffd", source)
+
+
 class Handler(http.server.BaseHTTPRequestHandler):
     """One client connection. Every error of a request ends in `fail`, every reply in `send`."""
 
@@ -6037,12 +6099,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.command, self.path, self.request_version, self.headers = "", "", "HTTP/1.1", Headers()
         self.close_connection, self.began_reply, self.unread = True, False, False
         self.route()
-        if self.close_connection and self.unread:
+        if self.close_connection and (self.unread or self.began_reply):
             self.drain()
 
     def drain(self):
-        """Read what a refused request still sends, for a moment: closing at once would take the reply from the client."""
-        end = time.monotonic() + DRAIN_REFUSED
+        """Read what the client still sends, for a moment: closing before that would take the reply from it (RFC 9112, 9.6)."""
+        end = time.monotonic() + LINGER_SECONDS
         try:
             self.connection.shutdown(socket.SHUT_WR)
             while poll_socket(self.connection, max(end - time.monotonic(), 0)) and self.connection.recv(65536):
@@ -6063,7 +6125,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.unread = True
         found = REQUEST_LINE.fullmatch(line)
         if not found:
-            raise ProxyError("the request line is too long" if len(line) == MAX_HEAD else "the request line is no HTTP", 414 if len(line) == MAX_HEAD else 400)
+            is_long = len(line) == MAX_HEAD
+            raise ProxyError("the request line is " + ("too long" if is_long else "no HTTP"), 414 if is_long else 400)
         self.command, self.path = found.group(1).decode("ascii"), found.group(2).decode("latin-1")
         if found.group(3) != b"1":
             raise ProxyError("only HTTP/1.1 and 1.0 are served", 505)
@@ -6082,7 +6145,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         options = self.headers.tokens("connection")
         self.request_version = "HTTP/1.0" if found.group(4) == b"0" else "HTTP/1.1"
         self.close_connection = "close" in options or self.request_version == "HTTP/1.0" and "keep-alive" not in options
-        self.unread = self.headers.get("content-length", "0") != "0" or bool(self.headers.all("transfer-encoding"))
+        self.unread = any(length != "0" for length in self.headers.all("content-length")) or bool(self.headers.all("transfer-encoding"))
         return True
 
     def route(self):
@@ -6178,7 +6241,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """(the body as a dict, its length). Raises BadRequest."""
         raw = self.read_body()
         try:
-            body = REQUEST_JSON.decode(raw.decode("utf-8"))
+            body = REQUEST_JSON.decode(without_halves(raw.decode("utf-8")))
         except RecursionError:
             raise BadRequest("the request body is nested too deeply")
         except UnicodeDecodeError:
@@ -6226,8 +6289,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.close_connection = True
             return
         error.message = without_secrets(error.message, self.proxy.settings().secrets())
+        # Claude Code shows its own words for a 404, and asks twice; 424 it asks once, and shows ours.
+        hidden = error.status == 404 and error.kind and self.headers and "claude-cli/" in (self.headers.get("User-Agent") or "")
         try:
-            self.send_json(error.body(self.request_id), error.status, error.headers)
+            self.send_json(error.body(self.request_id), 424 if hidden else error.status, error.headers)
         except OSError:
             self.close_connection = True
 
@@ -6252,8 +6317,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def post_messages(self):
         body, size = self.read_json()
-        if not isinstance(body.get("messages"), list) or not body["messages"]:
-            raise BadRequest("messages: a list with at least one message is required")
+        check_request(body)
         self.watch = Watch(self.connection, self.write_events)
         exchange = self.watch.exchange = Exchange(self.proxy, body, self.headers, self.watch)
         exchange.id, exchange.bytes_in = self.request_id[4:], size
@@ -7616,7 +7680,8 @@ class Answer(object):
 class Tester(object):
     """What the rows of `check` share: a proxy that tries nothing twice, and what it was told so far.
 
-    asked: the model name that is asked for, whose family decides where it goes.
+    asked: the model name that is asked for, whose family decides where it goes. Nothing of what is set may hide or mend
+    what the target does: the settings are changed for that.
     """
 
     def __init__(self, settings, asked="ccfix-check"):
@@ -7937,8 +8002,8 @@ GATES = 4           # rows without which the rest would only say the same again
 MARKS = {"ok": "ok", "skip": "--", "fail": "no"}
 
 
-def checked(tester):
-    """Try the rows of CHECKS in turn -> (name, required, Verdict, ms) as each is done."""
+def checked(tester, announce=lambda name: None):
+    """Try the rows of CHECKS in turn -> (name, required, Verdict, ms) as each is done; announce(name) before."""
     blocked = ""
     for number, (name, required, look, format_) in enumerate(CHECKS):
         if format_ not in ("", tester.plan().profile.format):
@@ -7947,6 +8012,7 @@ def checked(tester):
         if blocked:
             verdict = Verdict("skip", "not tried: first \"%s\" must work" % blocked, "")
         else:
+            announce(name)
             try:
                 verdict = look(tester)
             except ProxyError as error:
@@ -7955,6 +8021,13 @@ def checked(tester):
             blocked = blocked or name
         secrets = tester.settings.secrets()
         yield name, required, Verdict(*[redact(part, secrets) for part in verdict]), round((time.monotonic() - began) * 1000)
+
+
+def announced(name):
+    """On a terminal, show which row is under way; its own line then covers this one."""
+    if sys.stdout.isatty():
+        sys.stdout.write("...  %s\r" % name)
+        sys.stdout.flush()
 
 
 def check(config, options):
@@ -7966,7 +8039,7 @@ def check(config, options):
     plan, rows, failed_rows = tester.plan(), [], []
     show = (lambda *lines: None) if options.json else say
     show("%s at %s" % (plan.model, without_password(plan.base)))
-    for name, required, verdict, ms in checked(tester):
+    for name, required, verdict, ms in checked(tester, (lambda name: None) if options.json else announced):
         rows.append(dict(verdict._asdict(), name=name, required=required, ms=ms))
         if required and verdict.status == "fail":
             failed_rows.append(name)
@@ -8000,7 +8073,7 @@ def asked(question, default=""):
 def chosen(title, rows, default=""):
     """One of rows (texts) by number, or any other text that the user types."""
     say(title, *["  %d  %s" % (number, row) for number, row in enumerate(rows, 1)], out=sys.stderr)
-    said = asked("number, or another", default or ("1" if rows else ""))
+    said = asked("number, or another" if rows else "answer", default or ("1" if rows else ""))
     return rows[int(said) - 1] if re.match(r"\d{1,3}\Z", said) and 0 < int(said) <= len(rows) else said
 
 
@@ -8064,8 +8137,8 @@ def init(config, options):
         write_private(path, env_template(values))
     except OSError as e:
         raise Usage("%s cannot be written: %s" % (path, e.strerror or e))
-    say("ccfix: wrote %s (only you can read it). Next: `%s check`, then `%s run`;" % (path, program(), program()),
-        "or `%s`, with this in ~/.claude/settings.json:" % program(), out=sys.stderr)
+    say("ccfix: wrote %s (only you can read it). Next:" % path, "  %s check" % program(), "  %s run" % program(),
+        "or  %s  with this in ~/.claude/settings.json:" % program(), out=sys.stderr)
     key = settings.anthropic_api_key or "ccfix"
     lines = {"ANTHROPIC_BASE_URL": "http://127.0.0.1:%d" % settings.proxy_port, "ANTHROPIC_AUTH_TOKEN": key}
     plan = plan_for(settings, "", lambda base, model: profile_for(base, model, settings.profile)._replace(context=settings.max_context))

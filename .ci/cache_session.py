@@ -91,7 +91,7 @@ def table(played, provoked_):
              [" / ".join(played[mode][place][0]["row"]["cache"] for place in (1, 2)) for mode in MODES]),
         line("**wrong answers in a session built to provoke them**",
              ["**%d** of %d (%d from the cache)" % (len(provoked_[mode][0]), *provoked_[mode][1:]) for mode in MODES]), "",
-        "(%s, `%s`; Claude Code 2.1.330, 7 runs of it a session, cache hits change nothing that the user sees.)" % (
+        "(%s, `%s`; Claude Code 2.1.330, 7 runs of it a session. The misses in words follow a background agent, whose random ids then stand in the conversation.)" % (
             time.strftime("%Y-%m-%d", time.gmtime()), COMMAND), ""))
 
 

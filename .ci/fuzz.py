@@ -251,7 +251,7 @@ def judge(status, headers, body):
 class Bed:
     """ccfix, and an upstream that answers with self.reply, in this process."""
 
-    FAST = {"IDLE_SECONDS": 0.5, "HEAD_SECONDS": 0.3, "BODY_SECONDS": 0.5, "DRAIN_REFUSED": 0.1}     # what a cut request is waited for
+    FAST = {"IDLE_SECONDS": 0.5, "HEAD_SECONDS": 0.3, "BODY_SECONDS": 0.5, "LINGER_SECONDS": 0.1}     # what a cut request is waited for
 
     def __init__(self):
         self.before = {name: getattr(ccfix, name) for name in self.FAST}
