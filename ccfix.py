@@ -7096,13 +7096,16 @@ class Log(object):
     MAX_FILE = 10 << 20
 
     def __init__(self, settings, out=None):
-        self.lock, self.out, self.file = threading.Lock(), out or sys.stderr, None
+        self.lock, self.out, self.file, self.path = threading.Lock(), out or sys.stderr, None, ""
         self.configure(settings)
+        if self.path:
+            self.write_file("")         # OSError: better now than never
 
     def configure(self, settings):
         """Take level, file and secrets from (changed) settings."""
         self.least, self.secrets = self.LEVELS.index(settings.log_level), settings.secrets()
-        self.path = settings.log_file
+        if settings.log_file != self.path:
+            self.path, self.file = settings.log_file, None
 
     def __call__(self, level, text_):
         if self.LEVELS.index(level) < self.least:
@@ -7227,7 +7230,11 @@ class Running(object):
 
     def __init__(self, config, host=None, port_=None, out=None):
         settings = config()
-        self.config, self.log = config, Log(settings, out)
+        self.config = config
+        try:
+            self.log = Log(settings, out)
+        except OSError as e:
+            raise Usage("LOG_FILE %s cannot be written: %s" % (settings.log_file, e.strerror or e))
         config.log = self.log
         try:
             self.proxy = Proxy(config, self.log)
@@ -7273,7 +7280,11 @@ class Running(object):
 
 
 def check_target(settings):
-    """Raise Usage when the target cannot work: a key is missing."""
+    """Raise Usage when the target cannot work: a key is missing, or a file that is named."""
+    for name in ("ca_bundle", "client_cert"):
+        for path in filter(None, getattr(settings, name).split(",")):
+            if not os.path.exists(path):
+                raise Usage("%s names %s, which is not there" % (name.upper(), path))
     if not settings.target_api_key and not is_loopback(settings.target_api_base) and not settings.extra_headers:
         raise Usage("no key for %s: give it as TARGET_API_KEY in the environment or .env, or with -k KEY; or try --demo"
                     % without_password(settings.target_api_base))
@@ -7288,7 +7299,7 @@ def banner(settings, address_):
     lines = ["ccfix %s on %s" % (__version__, address_),
              "  target    %s at %s" % (settings.target_model, without_password(settings.target_api_base)),
              "  disguise  %s" % (settings.disguise_model or "the model name that Claude Code asks for"),
-             "  proxy key %s" % ("on" if key else "off")]
+             "  proxy key %s" % ("on, from %s" % settings.origins["anthropic_api_key"] if key else "off")]
     for shell, commands in connect_lines(address_, bool(key)):
         lines.append("  %-9s %s" % (shell, "; ".join(commands)))
     if settings.proxy_host not in ("127.0.0.1", "localhost", "::1") and not key:
@@ -7381,7 +7392,8 @@ def find_target(config):
     or when what is configured cannot work."""
     settings = config()
     if any(settings.origins[name] != "default" for name in ("target_api_base", "target_api_key", "extra_headers")):
-        return check_target(settings)
+        check_target(settings)
+        return find_model(config)
     servers, wanted = local_servers(), settings.target_model if settings.origins["target_model"] != "default" else ""
     if not servers:
         raise Usage(NO_TARGET.format(program()))
@@ -7394,6 +7406,24 @@ def find_target(config):
     others = [name for name in models if name != model]
     say("ccfix: nothing is configured; found %s at %s, using its model %s" % (title, base, model)
         + (" (-m takes another: %s)" % cut(", ".join(others), 200) if others else ""), out=sys.stderr)
+
+
+def find_model(config):
+    """Where a server on this machine is configured but no model, take one that it has, and say so."""
+    settings = config()
+    if settings.origins["target_model"] != "default" or not is_loopback(settings.target_api_base):
+        return
+    upstream = Upstream(GLANCE_SECONDS, GLANCE_SECONDS)
+    try:
+        models = model_names(got_json(upstream, settings.target_api_base.partition("?")[0] + "/models", GLANCE_SECONDS,
+                                      {"Authorization": "Bearer " + settings.target_api_key}))
+    except ProxyError:
+        return
+    finally:
+        upstream.close()
+    if models and settings.target_model not in models:
+        config.aim({"TARGET_MODEL": models[0]})
+        say("ccfix: no model is configured; using %s of %s" % (models[0], without_password(settings.target_api_base)), out=sys.stderr)
 
 
 class ReplayModel(DemoModel):
@@ -8150,9 +8180,16 @@ def init(config, options):
 def write_private(path, text_):
     """Write a file, whole or not at all, that only the user can read. Raises OSError."""
     part = "%s.%d.part" % (path, os.getpid())
-    with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8", newline="\n") as file:
-        file.write(text_)
-    os.replace(part, path)
+    try:
+        # surrogateescape: under LC_ALL=C, Python 3.6 reads other letters of the command line as such
+        with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8", errors="surrogateescape",
+                  newline="\n") as file:
+            file.write(text_)
+        os.replace(part, path)
+    except OSError:
+        if os.path.exists(part):
+            os.unlink(part)
+        raise
 
 
 # ---- install, uninstall, open ----------------------------------------------------------------------------

@@ -5661,6 +5661,13 @@ class TestWhoMayAsk(HttpCase):
             self.assertEqual(self.call("GET", "/health", headers={"Host": host}, host=False).status, 200)
         self.is_error(self.call("GET", "/stats", headers={"Host": "evil.test"}, host=False), 403, "permission_error", "ALLOWED_HOSTS")
 
+    def test_names_of_an_open_server(self):
+        bound = namedtuple("bound", "server_name")
+        rows = [("0.0.0.0", "192.168.1.5:8080", True), ("0.0.0.0", "[fe80::1]:80", True), ("0.0.0.0", "evil.test", False), ("::", "10.0.0.1", True),
+                ("192.168.1.5", "192.168.1.5", True), ("192.168.1.5", "192.168.1.6", False), ("box", "BOX:80", True), ("::1", "[::1]:8080", True)]
+        for name, host, known in rows:
+            self.assertEqual(ccfix.Server.answers_to(bound(name), host, ()), known, (name, host))
+
     def test_foreign_origins_are_refused(self):
         self.serve()
         own = "http://" + self.host
@@ -6722,6 +6729,130 @@ class TestReplay(CommandsCase):
         for folder in (self.home, "nope"):
             with self.assertRaises(ccfix.Usage):
                 ccfix.start_replay(folder)
+
+
+class TestRequestChecks(unittest.TestCase):
+    """A request of wrong types is refused before anything is sent, by the name of the field."""
+
+    ROWS = [
+        ("max_tokens", "many"), ("max_tokens", -1), ("max_tokens", True), ("temperature", "hot"), ("top_p", []), ("system", 5), ("tools", "x"),
+        ("tools", [5]), ("tool_choice", "auto"), ("model", 5), ("stream", "yes"), ("thinking", True), ("stop_sequences", "x"), ("messages", []),
+        ("messages", "hi"), ("messages.0.role", [{"role": "wizard", "content": "x"}]), ("messages.0.content", [{"role": "user", "content": 5}]),
+        ("messages.1.content", [{"role": "user", "content": "a"}, {"role": "user", "content": [None]}]),
+    ]
+
+    def test_wrong_types_are_named(self):
+        for field, value in self.ROWS:
+            with self.subTest(field, value=value):
+                with self.assertRaises(ccfix.BadRequest) as caught:
+                    ccfix.check_request(dict(request("hi"), **{field.partition(".")[0]: value}))
+                self.assertEqual((caught.exception.message.partition(":")[0], caught.exception.status), (field, 400))
+
+    def test_null_and_unknown_fields_pass(self):
+        ccfix.check_request(dict(request("hi"), system=None, tools=None, stream=None, whatever={"a": 1}))
+
+    def test_half_a_surrogate_pair_becomes_a_replacement_character(self):
+        rows = [(r'"\ud83d"', r'"\ufffd"'), (r'"\ud83d\ude00"', r'"\ud83d\ude00"'), (r'"\\ud83d"', r'"\\ud83d"'), (r'"\\\uDE00x"', r'"\\\ufffdx"'),
+                (r'"\ud83d\ud83d\ude00"', r'"\ufffd\ud83d\ude00"'), ('"plain"', '"plain"')]
+        for source, wanted in rows:
+            self.assertEqual(ccfix.without_halves(source), wanted)
+            json.loads(ccfix.without_halves(source)).encode("utf-8")
+
+
+class TestFollowing(unittest.TestCase):
+    """What was made from settings follows a change of .env."""
+
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder, self.env = folder.name, os.path.join(folder.name, ".env")
+
+    def config(self, *lines):
+        with open(self.env, "w", encoding="utf-8") as file:
+            file.write("\n".join(lines))
+        config = ccfix.Config({"TARGET_API_BASE": "http://127.0.0.1:9/v1"}, {}, self.env, self.folder)
+        config.log = mock.Mock()
+        return config
+
+    def change(self, *lines):
+        with open(self.env, "w", encoding="utf-8") as file:
+            file.write("\n".join(lines))
+
+    def test_store_ledger_prices_and_record_follow(self):
+        config = self.config("TARGET_MODEL=a")
+        proxy = ccfix.Proxy(config, mock.Mock())
+        self.assertIsNone(proxy.store)
+        self.change("TARGET_MODEL=longer-name", "CACHE_ENABLED=true", "LEDGER=true", "CACHE_DIR=" + os.path.join(self.folder, "c"),
+                    'PRICES={"longer-name": {"input": 1, "output": 2, "cache_read": 0}}', "RECORD_DIR=" + os.path.join(self.folder, "r"))
+        self.assertEqual(proxy.settings().target_model, "longer-name")
+        self.addCleanup(proxy.store.close)
+        self.assertEqual(proxy.store.stats()["entries"], 0)
+        self.assertIsNotNone(proxy.recorder)
+        self.assertEqual(proxy.ledger.add({"model": "longer-name", "input": 1000000})["cost"], 1.0)
+        again = ccfix.Proxy(config, mock.Mock())
+        self.addCleanup(again.store.close)
+        self.assertEqual([row["model"] for row in again.ledger.rows()], ["longer-name"], "saved rows are back")
+        self.assertEqual(again.ledger.totals()["input"], 1000000)
+        self.assertEqual(len(again.store.saved_rows()), 1, "and are not saved twice")
+
+    def test_broken_prices_keep_the_old_ones(self):
+        config = self.config("PRICES={}")
+        proxy = ccfix.Proxy(config, mock.Mock())
+        self.change("PRICES={broken}")
+        proxy.settings()
+        self.assertIn("PRICES cannot be used", proxy.log.call_args[0][1])
+
+    def test_a_log_file_that_cannot_be_written_is_told_at_the_start(self):
+        with mock.patch("sys.stderr", io.StringIO()) as said:
+            code = ccfix.main(["--demo", "-p", "0", "--env-file", self.env if self.config() else "", "--log-file", os.path.join(self.folder, "no", "x.log")])
+        self.assertEqual(code, 2)
+        self.assertIn("LOG_FILE", said.getvalue())
+
+    def test_a_certificate_file_that_is_not_there_is_told_at_the_start(self):
+        for name in ("CA_BUNDLE", "CLIENT_CERT"):
+            with self.assertRaises(ccfix.Usage) as caught:
+                ccfix.check_target(settings_of(**{name: os.path.join(self.folder, "none.pem")}))
+            self.assertIn(name, str(caught.exception))
+
+    def test_a_local_server_without_a_model_name_gives_one(self):
+        models = json.dumps({"object": "list", "data": [{"id": "embed-small"}, {"id": "real"}]}).encode()
+        with FakeUpstream(counted(models)) as server:
+            config = ccfix.Config({"TARGET_API_BASE": server.url + "/v1"}, {}, self.env, self.folder)
+            with mock.patch("sys.stderr", io.StringIO()) as said:
+                ccfix.find_target(config)
+            self.assertEqual(config().target_model, "real")
+            self.assertIn("using real", said.getvalue())
+
+    def test_a_private_file_is_written_whole_or_not_at_all(self):
+        path = os.path.join(self.folder, "file")
+        ccfix.write_private(path, "K\udcc3\udca9")           # as Python 3.6 reads the command line under LC_ALL=C
+        with open(path, "rb") as file:
+            self.assertEqual(file.read(), "K\u00e9".encode("utf-8"))
+        with self.assertRaises(OSError):
+            ccfix.write_private(self.folder, "x")
+        self.assertEqual([name for name in os.listdir(os.path.dirname(self.folder)) if name.startswith(os.path.basename(self.folder) + ".")], [])
+
+
+class TestMissingModel(UpstreamCase):
+    """Claude Code hides the words of a 404; it is told by a status whose words it shows."""
+
+    def test_status_by_client(self):
+        body = json.dumps({"error": {"message": "The model `m` does not exist", "code": "model_not_found"}}).encode()
+        server = self.fake(counted(body, "404 Not Found"))
+        settings = settings_of(TARGET_API_BASE=server.url + "/v1")
+        proxy = ccfix.Proxy(lambda: settings, lambda level, text: None)
+        front = ccfix.Server(("127.0.0.1", 0), proxy)
+        threading.Thread(target=front.serve_forever, daemon=True).start()
+        self.addCleanup(front.server_close)
+        self.addCleanup(front.shutdown)
+        for agent, status in (("claude-cli/2.1.330 (external, cli)", 424), ("Anthropic/Python", 404)):
+            client = http.client.HTTPConnection("127.0.0.1", front.server_port, timeout=10)
+            client.request("POST", "/v1/messages", json.dumps(request("hi")), {"User-Agent": agent})
+            reply = client.getresponse()
+            error = json.loads(reply.read().decode())["error"]
+            self.assertEqual((reply.status, error["type"]), (status, "not_found_error"))
+            self.assertIn("TARGET_MODEL", error["message"])
+            client.close()
 
 
 class TestOwnPort(unittest.TestCase):

@@ -1,4 +1,4 @@
-"""Commands on a bare account, beyond commands.py: the poorest locale, a terminal with its keys, servers found, real servers.
+"""Commands on a bare account: the poorest locale, a terminal with its keys, servers found, real servers.
 
     python3 .ci/account.py [scenario ...]      # all of them, or those named (with -, as in the output)
 """
