@@ -107,6 +107,29 @@ def overflow(url):
               answer.status == 400 and re.match(r"prompt is too long: \d+ tokens > \d+ maximum", told.get("message", "")), answer)
 
 
+def json_reply(url):
+    schema = {"type": "object", "properties": {"title": {"type": "string"}}, "required": ["title"], "additionalProperties": False}
+    answer = messages(url, question("Title this: the cat sat on the mat.", system="Be short.", max_tokens=60,
+                                    output_config={"format": {"type": "json_schema", "schema": schema}}))
+    text = "".join(block.get("text", "") for block in answer.body.get("content", ())) if answer.status == 200 else ""
+    check("a reply in the form of a JSON schema", answer.status == 200 and (answer.body["stop_reason"] == "max_tokens" or
+                                                                         isinstance(json.loads(text).get("title"), str)), answer)
+
+
+def native(upstream):
+    """The server's own Anthropic API behind ccfix."""
+    with ccfix(upstream, model=MODEL, env={"TARGET_FORMAT": "anthropic", "DISGUISE_MODEL": "claude-opus-5-5"}) as url:
+        whole = messages(url, question("What is the capital of France?"))
+        check("native, not streamed: a message under the disguise", whole.status == 200 and whole.body["type"] == "message"
+              and whole.body["model"] == "claude-opus-5-5" and whole.body["content"], whole)
+        streamed = messages(url, question("What is the capital of France?", stream=True))
+        check("native, streamed: a whole message", streamed.status == 200 and in_grammar(sse_events(streamed.raw)), streamed.raw)
+        count = post(url + "/v1/messages/count_tokens", question("What is the capital of France?"))
+        check("native: the server's own count", count.status == 200 and count.body["input_tokens"] > 100, count)
+        tools(url)
+        overflow(url)
+
+
 def busy(upstream):
     slots = get(upstream[:-len("/v1")] + "/slots").body
     return any(slot["is_processing"] for slot in slots)
@@ -140,9 +163,10 @@ def with_one_server():
         with ccfix(upstream, model=MODEL, env={"EXTRA_BODY": '{"stop": [".", "\\n\\n"]}'}) as url:
             real_client(url)
         with ccfix(upstream, model=MODEL) as url:
-            for part in (turns, tools, overflow):
+            for part in (turns, tools, json_reply, overflow):
                 part(url)
             hang_up(url, upstream)
+        native(upstream)
 
 
 def wrong_key():
