@@ -975,7 +975,8 @@ def to_openai(body, model, profile, attach=None, recall=None, memo=None, room=0)
 
 
 def is_number(value):
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """Whether a value is a number that can be sent: 1e400 is read as infinity, which is no JSON."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e12
 
 
 def is_content(value):
@@ -1486,11 +1487,6 @@ def choice_fields(body, profile, tools):
     if choice.get("disable_parallel_tool_use") is True and profile.parallel:
         fields["parallel_tool_calls"] = False
     return fields
-
-
-def is_number(value):
-    """Whether a value is a number that can be sent: 1e400 is read as infinity, which is no JSON."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e12
 
 
 def sampling_fields(body, profile, room):
@@ -5994,14 +5990,16 @@ class Watch(object):
 
     def __call__(self, sock, seconds):
         """True: sock can be read; False: the seconds are over."""
-        end = time.monotonic() + seconds
         if sock is not self.watched:
             self.watch(sock)
+        end = time.monotonic() + seconds
         while True:
             ready = self.ready(max(min(seconds, LOOK_SECONDS), 0))
+            now = time.monotonic()
+            if ready == self.answered and now < self.look:      # the hot path: nothing but the provider
+                return True
             if self.client_open and self.client_fd in ready:
                 self.look_at_client()
-            now = time.monotonic()
             if now >= self.look and self.exchange is not None:
                 self.look = now + LOOK_SECONDS
                 self.break_silence()
@@ -6014,6 +6012,7 @@ class Watch(object):
     def watch(self, sock):
         """Look at another socket (or none) beside the client's."""
         self.watched, self.watched_fd = sock, sock and sock.fileno()
+        self.answered = [self.watched_fd]
         self.places = [place for place in (self.client if self.client_open else None, sock) if place is not None]
         self.poller = select.poll() if hasattr(select, "poll") else None        # none on Windows
         if self.poller:
@@ -6256,10 +6255,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def write(self, data):
         """Send bytes to the client. OSError when it is gone, or takes none for SEND_SECONDS."""
-        view = memoryview(data)
-        while view:
+        while data:
             try:
-                view = view[self.connection.send(view):]
+                sent = self.connection.send(data)
+                if sent == len(data):
+                    return
+                data = memoryview(data)[sent:]
             except BlockingIOError:
                 if not poll_socket(self.connection, SEND_SECONDS, read=False, write=True):
                     raise socket.timeout("the client reads nothing")

@@ -76,7 +76,7 @@ def grammar(test, events):
             test.assertIn(state, ("open", "ending"), what)
             if what == "content_block_start":
                 test.assertEqual((state, kind, event["index"]), ("open", None, index + 1))
-                index, kind, text = event["index"], event["content_block"]["type"], []
+                index, kind = event["index"], event["content_block"]["type"]
             elif what == "content_block_delta":
                 test.assertEqual(event["index"], index)
                 wanted = {"text": ("text_delta",), "thinking": ("thinking_delta", "signature_delta"), "tool_use": ("input_json_delta",),
@@ -7046,6 +7046,15 @@ class TestHouse(unittest.TestCase):
             if isinstance(node, ast.FunctionDef):
                 lines = max(getattr(inner, "lineno", 0) for inner in ast.walk(node)) - node.lineno + 1
                 self.assertLessEqual(lines, 60, node.name)
+
+    def test_no_top_level_name_is_defined_twice(self):
+        names = []
+        for node in self.tree.body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                names.append(node.name)
+            elif isinstance(node, ast.Assign):
+                names += [target.id for target in node.targets if isinstance(target, ast.Name)]
+        self.assertEqual(sorted(name for name in set(names) if names.count(name) > 1), [])
 
     def test_nothing_is_left_to_do(self):
         for word in ("TO" + "DO", "FIX" + "ME", "XX" + "X", "NotImplemented"):
