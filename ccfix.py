@@ -106,8 +106,9 @@ ERROR_TYPES = {
     # HTTP status -> Anthropic's error type; anything else is api_error
     400: "invalid_request_error", 401: "authentication_error", 402: "billing_error", 403: "permission_error",
     404: "not_found_error", 405: "invalid_request_error", 411: "invalid_request_error", 413: "request_too_large",
-    408: "timeout_error", 414: "invalid_request_error", 415: "invalid_request_error", 417: "invalid_request_error", 422: "invalid_request_error", 424: "invalid_request_error", 429: "rate_limit_error",
-    431: "invalid_request_error", 504: "timeout_error", 529: "overloaded_error",
+    408: "timeout_error", 414: "invalid_request_error", 415: "invalid_request_error", 417: "invalid_request_error",
+    422: "invalid_request_error", 424: "invalid_request_error", 429: "rate_limit_error", 431: "invalid_request_error",
+    504: "timeout_error", 529: "overloaded_error",
 }
 
 FAMILIES = ("opus", "sonnet", "haiku")
@@ -229,7 +230,9 @@ OVERFLOW = re.compile(
     r"|too long|too large for model|input token count|exceed\w*.{0,40}(?:token limit|limit of \d|context|maximum|max length)"
     r"|reduce the (?:length|size) of the (?:messages|input|prompt)|Range of input length|tokens to keep"
     r"|Request (?:body )?too large|tokens? exceed|longer than the model", re.I)
-NO_OVERFLOW = re.compile(r"(?:image|file) exceeds|\d ?MB\b|pixels|connections|retries|rate limit|too many requests|throttl|per minute|(?:string|array) too long|tool_calls?\[|Invalid 'messages", re.I)
+NO_OVERFLOW = re.compile(
+    r"(?:image|file) exceeds|\d ?MB\b|pixels|connections|retries|rate limit|too many requests|throttl|per minute|(?:string|array) too long"
+    r"|(?:took|taking|waited|waiting) too long|too long to|tool_calls?\[|Invalid 'messages", re.I)
 TPM = re.compile(r"Request too large for .*?Limit (\d+), Requested (\d+)", re.S)
 
 # Numbers in overflow texts, most telling first: p(rompt), c(ompletion), m(aximum), t(otal).
@@ -290,6 +293,7 @@ NO_MODEL = re.compile(
     r"|modelCode|model_not_found|Model Not Exist|unknown model|only supported in v1/responses|not a chat model"
     r"|unsupported_api_for_model|not accessible via the /chat/completions", re.I | re.S)
 PERMANENT_500 = re.compile(r"jinja|chat template|image input is not supported|tool call arguments as JSON|must be at the beginning", re.I)
+BAD_KEY = re.compile(r"API key not valid|API_KEY_INVALID|(?:invalid|incorrect|wrong) api[ _-]?key|api[ _-]?key is (?:invalid|not valid|wrong)", re.I)
 SAMPLING = re.compile(r"tool_use_failed|failed_generation|does not match the expected .{0,20}format", re.I)
 
 
@@ -377,6 +381,7 @@ ERROR_ROWS = (
     ErrorRow("billing", (402,), None, 402, "The provider wants payment:", headers=NEVER),
     ErrorRow("overflow", (), None, 400, ""),
     ErrorRow("auth", (401,), None, 401, "The provider refused the key; mend TARGET_API_KEY (-k):", headers=NEVER),
+    ErrorRow("auth", (400, 403), BAD_KEY, 401, "The provider refused the key; mend TARGET_API_KEY (-k):", headers=NEVER),      # Gemini
     ErrorRow("model", (400, 404, 410, 422), NO_MODEL, 404, "The provider has no such model; mend TARGET_MODEL (-m):", headers=NEVER),
     ErrorRow("sampling", (400, 422, 500), SAMPLING, 500, "The model produced a malformed tool call:", retry=True, type="api_error"),
     ErrorRow("request", (404,), re.compile("No endpoints found that"), 424, "The provider refused the request:"),         # OpenRouter: images, tools
@@ -809,7 +814,8 @@ PROFILES = (
                      headers=(("X-Title", "ccfix"),), source="openrouter.ai/docs/use-cases/reasoning-tokens"),
     DEFAULT._replace(name="cerebras", title="Cerebras", hosts=("api.cerebras.ai",), strict=True, parallel=False, images=False, max_output=40960,
                      context=131072, json_format="json_schema", replay="reasoning", source="opencode issue 6648, Empryo PR 209"),
-    DEFAULT._replace(name="nim", title="NVIDIA NIM", hosts=("integrate.api.nvidia.com",), strict=True, reasoning="kwargs", source="free-claude-code issue 127, CLIProxyAPI issue 4149"),
+    DEFAULT._replace(name="nim", title="NVIDIA NIM", hosts=("integrate.api.nvidia.com",), strict=True, reasoning="kwargs",
+                     source="free-claude-code issue 127, CLIProxyAPI issue 4149"),
     DEFAULT._replace(name="fireworks", title="Fireworks", hosts=("api.fireworks.ai",), strict=True, json_format="json_schema",
                      reasoning="effort", efforts=("low", "medium", "high"), source="midscene issue 1322"),
     DEFAULT._replace(name="together", title="Together", hosts=("api.together.xyz", "api.together.ai"), json_format="json_schema",
@@ -826,11 +832,13 @@ PROFILES = (
                    reasoning="effort", efforts=("none", "low", "medium", "high", "max"), source="ollama openai/openai.go"),
     LOCAL._replace(name="lmstudio", title="LM Studio", hosts=(":1234",), source="lmstudio-ai/docs openai-compat/tools.mdx"),
     LOCAL._replace(name="sglang", title="SGLang", hosts=(":30000",), reasoning="kwargs", source="sglang issue 20678, its error texts"),
-    LOCAL._replace(name="llamacpp", title="llama.cpp server", hosts=(":8080",), reasoning="kwargs", source="llama.cpp's server as it answered in the tests here", tried=True),
+    LOCAL._replace(name="llamacpp", title="llama.cpp server", hosts=(":8080",), reasoning="kwargs",
+                   source="llama.cpp's server as it answered in the tests here", tried=True),
     LOCAL._replace(name="vllm", title="vLLM", hosts=(":8000",), reasoning="kwargs", source="vllm chat_completion/protocol.py"),
     DEFAULT._replace(name="litellm", title="LiteLLM gateway", hosts=(":4000",), strict=True, source="litellm issues 32086 and 17343"),
     DEFAULT._replace(name="demo", title="the embedded demo model", source="this file"),
-    DEFAULT._replace(name="anthropic", title="anything that speaks Anthropic", format="anthropic", source="docs.anthropic.com/en/api/messages, llama.cpp's /v1/messages", tried=True),
+    DEFAULT._replace(name="anthropic", title="anything that speaks Anthropic", format="anthropic",
+                     source="docs.anthropic.com/en/api/messages, llama.cpp's /v1/messages", tried=True),
 )
 
 # The `owned_by` of a /models answer tells a server that its address does not.
@@ -925,7 +933,7 @@ def thinking_level(body):
     efforts = [as_dict(as_dict(turn).get("output_config")).get("effort") for turn in as_list(body.get("messages"))]
     effort = next((e for e in reversed(efforts) if e in LEVELS), as_dict(body.get("output_config")).get("effort"))
     if isinstance(effort, str) and effort in LEVELS:
-        return effort
+        return "off" if effort == "none" else effort
     budget = thinking.get("budget_tokens")
     if thinking.get("type") == "enabled" and isinstance(budget, (int, float)):
         return "low" if budget < 4000 else "medium" if budget < 16000 else "high"
@@ -3324,7 +3332,8 @@ def replay(message, new_id=None):
         if kind in ("tool_use", "server_tool_use"):
             call_id = "toolu_" + new_id() if new_id and kind == "tool_use" else block.get("id")
             yield {"type": "content_block_start", "index": index, "content_block": dict(block, id=call_id, input={})}
-            yield {"type": "content_block_delta", "index": index, "delta": {"type": "input_json_delta", "partial_json": compact_json(block.get("input") or {})}}
+            arguments = {"type": "input_json_delta", "partial_json": compact_json(block.get("input") or {})}
+            yield {"type": "content_block_delta", "index": index, "delta": arguments}
         elif skeleton is None:
             yield {"type": "content_block_start", "index": index, "content_block": block}
         else:
@@ -3503,7 +3512,8 @@ def learn_any_field(text, profile, sent):
     return {"never": tuple(profile.never) + tuple(fields)} if fields else {}
 
 
-LESSON_RULES = (learn_native, learn_thinking, learn_replay, learn_choice, learn_roles, learn_format, learn_images, learn_files, learn_output_limit, learn_fields,
+LESSON_RULES = (learn_native, learn_thinking, learn_replay, learn_choice, learn_roles, learn_format, learn_images, learn_files,
+                learn_output_limit, learn_fields,
                 learn_schema, learn_any_field)
 
 
@@ -3546,7 +3556,8 @@ def lesson_text(field, value):
 
 LESSON_WORDS = {
     "strict": "unknown fields are refused; the disguise is not attached", "max_tokens": "the output limit is called %s",
-    "density": "counts up to %s tokens a byte", "max_output": "at most %s output tokens", "context": "the context window has %s tokens", "images": "takes no images",
+    "density": "counts up to %s tokens a byte", "max_output": "at most %s output tokens", "context": "the context window has %s tokens",
+    "images": "takes no images",
     "files": "takes no PDF files", "replay": "reasoning goes back as: %s", "placeholder": "missing reasoning is replaced by: %s",
     "tool_choice": "tool choice beyond auto: %s", "always_stream": "always asked for a stream",
     "user_after_tool": "takes no user message right after a tool message", "tool_ids": "tool ids in the form: %s",
@@ -5264,10 +5275,10 @@ class Memory(object):
 
 class Flight(object):
     """A reply that several identical requests wait for."""
-    __slots__ = ("landed", "message", "cost_ms")
+    __slots__ = ("landed", "message")
 
     def __init__(self):
-        self.landed, self.message, self.cost_ms = threading.Event(), None, 0
+        self.landed, self.message = threading.Event(), None
 
 
 class Proxy(object):
@@ -5553,7 +5564,7 @@ class Exchange(object):
     def events(self):
         """Event dicts, and None where all that has arrived is given: from the cache, a search, or the provider."""
         check_messages(self.body)
-        if is_search(self.body):
+        if is_search(self.body) and not self.plan.profile.scope.endswith("api.anthropic.com"):      # which searches itself
             yield from self.replayed(search_message(self), None)
             return
         hit = self.from_cache() if self.settings.cache_enabled else None
@@ -5882,7 +5893,8 @@ def whole_reply(raw, start, plan):
 def refused(reply, raw, plan):
     """The UpstreamError of a reply with an error status; a redirect says where the address has moved."""
     if reply.status < 400:
-        return UpstreamError("%s has moved to %s; mend TARGET_API_BASE (-b)." % (without_password(plan.base), reply.headers.get("location")), 404, kind="path")
+        place = (without_password(plan.base), reply.headers.get("location"))
+        return UpstreamError("%s has moved to %s; mend TARGET_API_BASE (-b)." % place, 404, kind="path")
     return upstream_error(reply.status, reply.headers, raw)
 
 

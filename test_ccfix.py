@@ -6855,6 +6855,31 @@ class TestMissingModel(UpstreamCase):
             client.close()
 
 
+class TestErrorWords(unittest.TestCase):
+    """Texts whose words could be taken for something else."""
+
+    ROWS = [
+        (400, "API key not valid. Please pass a valid API key.", "auth", 401), (403, "Invalid API key provided", "auth", 401),
+        (500, "The request took too long to process", "server", 502), (503, "the model is taking too long", "overloaded", 529),
+        (400, "prompt is too long", "overflow", 400), (400, "messages: string too long", "request", 424),
+    ]
+
+    def test_each_is_its_own_kind(self):
+        for status, text, kind, shown in self.ROWS:
+            error = ccfix.upstream_error(status, {}, json.dumps({"error": {"message": text}}))
+            self.assertEqual((error.kind, error.status), (kind, shown), text)
+
+    def test_anthropics_own_server_searches_itself(self):
+        body = request("Perform a web search for the query: x", tools=[{"type": "web_search_20250305", "name": "web_search"}])
+        for base, asked in (("https://api.anthropic.com", 1), ("https://api.deepseek.com/anthropic", 0)):
+            message = {"type": "message", "id": "m", "role": "assistant", "content": [{"type": "text", "text": "found"}], "stop_reason": "end_turn",
+                       "stop_sequence": None, "usage": {"input_tokens": 1, "output_tokens": 1}}
+            answer = "".join(map(ccfix.encode_event, ccfix.replay(message))).encode()
+            proxy, wires = proxy_with(lambda sent: FakeReply(200, {}, [answer]), TARGET_API_BASE=base, TARGET_FORMAT="anthropic")
+            ask(proxy, body)
+            self.assertEqual(len(wires.sent), asked, base)
+
+
 class TestOwnPort(unittest.TestCase):
     """A proxy that is its own target would call itself without end."""
 
