@@ -11,8 +11,8 @@ import sys
 import tempfile
 import time
 
-from harness import TOP, ccfix, check, finish, get, post, sse_events
-from recorded_session import EARLY, LATE, is_main, model, play, recorded
+from harness import TOP, ccfix, check, get, post, sse_events
+from recorded_session import EARLY, LATE, is_main, model, play, publish, recorded
 from scripted_upstream import Scripted, say
 
 sys.path.append(TOP)
@@ -107,12 +107,7 @@ def main():
         check("%s: it is main conversation and subagent that are counted" % mode, sum(map(is_main, first)) < len(first), len(first))
         check("%s: no wrong answer, with the cache at work" % mode, not provoked_[mode][0] and provoked_[mode][2] > 50, provoked_[mode])
     check("prefix: the first question is a hit on another day, too", played["prefix"][2][0]["row"]["cache"] == "hit")
-    text = table(played, provoked_)
-    print("\n" + text)
-    if sys.argv[1:]:
-        with open(sys.argv[1], "w", encoding="utf-8") as file:
-            file.write(text)
-    finish()
+    publish(table(played, provoked_))
 
 
 if __name__ == "__main__":

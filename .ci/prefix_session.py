@@ -15,9 +15,9 @@ import sys
 import tempfile
 import time
 
-from harness import ccfix, check, finish, post
+from harness import ccfix, check, post
 from real_server import MODEL, llama
-from recorded_session import LATE, is_main, model, play, recorded, tasks
+from recorded_session import LATE, is_main, model, play, publish, recorded, tasks
 from scripted_upstream import Scripted
 
 COMMAND = "python3 .ci/prefix_session.py"
@@ -209,12 +209,7 @@ def main():
     shares = [100.0 * cached / perfect for cached, perfect, largest, computed in real]
     check("ccfix: at least 95 % of a perfect prefix is cached by the real server", shares[0] >= 95, real)
     check("ccfix keeps more than the naive conversion", shares[0] > shares[1], real)
-    text = table(turns, rows, real, shares, same)
-    print("\n" + text)
-    if sys.argv[1:]:
-        with open(sys.argv[1], "w", encoding="utf-8") as file:
-            file.write(text)
-    finish()
+    publish(table(turns, rows, real, shares, same))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import struct
 import sys
 import zlib
 
-from harness import HERE, claude
+from harness import HERE, claude, finish
 from scripted_upstream import call, say, think
 
 EARLY, LATE = "Etc/GMT+12", "Etc/GMT-14"     # 26 hours apart: never the same date
@@ -109,3 +109,12 @@ def recorded(folder):
 def is_main(exchange):
     """Whether an exchange belongs to the main conversation (not to a subagent)."""
     return "x-claude-code-agent-id" not in {name.lower() for name in exchange["client_headers"]}
+
+
+def publish(table):
+    """Print a Markdown table, write it to the file that the command line names, and end with the sum of the checks."""
+    print("\n" + table)
+    if sys.argv[1:]:
+        with open(sys.argv[1], "w", encoding="utf-8") as file:
+            file.write(table)
+    finish()
