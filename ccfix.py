@@ -5287,7 +5287,7 @@ class Proxy(object):
     config(): the Settings of now. log(level, text). new_id() -> a fresh hex text.
     """
 
-    def __init__(self, config, log, new_id=lambda: os.urandom(12).hex(), now=time.time):
+    def __init__(self, config, log, new_id=lambda: "%024x" % random.getrandbits(96), now=time.time):
         self.config, self.log, self.new_id, self.now = config, log, new_id, now
         self.started, self.lock, self.active = now(), threading.Lock(), 0
         self.store, self.memory, self.recorder, self.ledger, self.sessions = None, Memory(), None, Ledger(now=now), Sessions()
@@ -5493,10 +5493,10 @@ class Exchange(object):
     unstreamed answer. wait(sock, seconds) waits for the client as well and writes what silence() gives meanwhile.
     """
 
-    def __init__(self, proxy, body, headers, wait, clock=time.monotonic):
+    def __init__(self, proxy, body, headers, wait, clock=time.monotonic, settings=None, id=""):
         self.proxy, self.body, self.headers, self.wait, self.clock = proxy, body, headers, wait, clock
-        self.settings = proxy.settings()
-        self.id, self.stream = proxy.new_id(), body.get("stream") is True
+        self.settings = settings or proxy.settings()
+        self.id, self.stream = id or proxy.new_id(), body.get("stream") is True
         self.asked = re.sub(r"\[1m\]$", "", str(body.get("model") or ""))
         self.shown = self.settings.disguise_model or self.asked or self.settings.target_model
         with_images = bool(self.settings.target_model_image) and has_images(body)
@@ -6061,14 +6061,14 @@ class Watch(object):
                 raise ClientGone()
 
 
-SURROGATE = re.compile(r"(\\\\|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2})|\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
+SURROGATE = re.compile(rb"(\\\\|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2})|\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
 
 
-def without_halves(source):
-    """JSON text in which half a surrogate pair is U+FFFD: strict parsers refuse it, and no UTF-8 has it."""
-    if "\\ud" not in source and "\\uD" not in source:
-        return source
-    return SURROGATE.sub(lambda found: found.group(1) or "\\ufffd", source)
+def without_halves(raw):
+    """JSON bytes in which half a surrogate pair is U+FFFD: strict parsers refuse it, and no UTF-8 has it."""
+    if b"\\ud" not in raw and b"\\uD" not in raw:
+        return raw
+    return SURROGATE.sub(lambda found: found.group(1) or b"\\ufffd", raw)
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -6192,7 +6192,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def guard(self, path, netloc):
         """Raise ProxyError unless the request may be served: the proxy key where there is one; else only names of this
         machine, so that a web page cannot spend the user's key (DNS rebinding, foreign origins)."""
-        settings = self.proxy.settings()
+        settings = self.settings = self.proxy.settings()
         host = self.headers.get("host", "")
         if len(self.headers.all("host")) > 1 or netloc and netloc.lower() != host.lower():
             raise self.closing(ProxyError("the request names two hosts", 400))
@@ -6252,7 +6252,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """(the body as a dict, its length). Raises BadRequest."""
         raw = self.read_body()
         try:
-            body = REQUEST_JSON.decode(without_halves(raw.decode("utf-8")))
+            body = REQUEST_JSON.decode(without_halves(raw).decode("utf-8"))
         except RecursionError:
             raise BadRequest("the request body is nested too deeply")
         except UnicodeDecodeError:
@@ -6332,8 +6332,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         body, size = self.read_json()
         check_request(body)
         self.watch = Watch(self.connection, self.write_events)
-        exchange = self.watch.exchange = Exchange(self.proxy, body, self.headers, self.watch)
-        exchange.id, exchange.bytes_in = self.request_id[4:], size
+        exchange = Exchange(self.proxy, body, self.headers, self.watch, settings=self.settings, id=self.request_id[4:])
+        self.watch.exchange, exchange.bytes_in = exchange, size
         status, error = 499, "the client hung up"
         with self.proxy.counted():
             try:

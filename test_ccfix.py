@@ -6755,8 +6755,8 @@ class TestRequestChecks(unittest.TestCase):
         rows = [(r'"\ud83d"', r'"\ufffd"'), (r'"\ud83d\ude00"', r'"\ud83d\ude00"'), (r'"\\ud83d"', r'"\\ud83d"'), (r'"\\\uDE00x"', r'"\\\ufffdx"'),
                 (r'"\ud83d\ud83d\ude00"', r'"\ufffd\ud83d\ude00"'), ('"plain"', '"plain"')]
         for source, wanted in rows:
-            self.assertEqual(ccfix.without_halves(source), wanted)
-            json.loads(ccfix.without_halves(source)).encode("utf-8")
+            self.assertEqual(ccfix.without_halves(source.encode()), wanted.encode())
+            json.loads(ccfix.without_halves(source.encode()).decode()).encode("utf-8")
 
 
 class TestFollowing(unittest.TestCase):
