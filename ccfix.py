@@ -2711,6 +2711,7 @@ class ThinkTags(object):
 # ---- the translator ----------------------------------------------------------------------------------
 
 IDLE, OPEN, DONE, FAILED = "idle", "open", "done", "failed"
+MAX_THOUGHT = 4 << 20       # characters; a longer turn's reasoning travels in its thinking block alone
 
 
 class Slot(object):
@@ -3002,7 +3003,8 @@ class StreamTranslator(object):
             yield from self.open_block(kind)
         self.written += len(text)
         if kind == "thinking":
-            self.thought.append(text)
+            if self.written < MAX_THOUGHT:
+                self.thought.append(text)
         elif self.details:
             self.said.append(text)
         _, delta, field = BLOCKS[kind]
@@ -3087,7 +3089,7 @@ class StreamTranslator(object):
             self.memory[text_key(self.profile.scope, "".join(self.said))] = {}
         for note in self.memory.values():
             note["scope"] = self.profile.scope
-            if self.thought:
+            if self.thought and self.written < MAX_THOUGHT:
                 note["reasoning"] = "".join(self.thought)
             if self.details:
                 note["details"] = self.details
