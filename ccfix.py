@@ -7328,10 +7328,10 @@ def serve(config, options):
     base, port_ = config().target_api_base, config().proxy_port
     if is_loopback(base) and origin(base)[2] == port_:      # passed through to itself, one request would become thousands
         raise Usage("the target %s is ccfix's own port; give ccfix another one, say -p %d" % (without_password(base), port_ + 1))
-    running = Running(config).start()
     stopped = threading.Event()
-    for name in ("SIGINT", "SIGTERM"):
+    for name in ("SIGINT", "SIGTERM"):      # before the first request can come
         signal.signal(getattr(signal, name), lambda *_: stopped.set())
+    running = Running(config).start()
     say(*banner(config(), running.server.address()))
     while not stopped.wait(0.5):            # a wait without a limit would not notice signals on Windows
         pass
