@@ -7589,22 +7589,31 @@ def settings_argument(settings):
 
 def exit_code(child):
     """Wait for a child that shares our terminal -> its exit code, 128 + N for signal N. Ctrl-C is the child's; SIGTERM and
-    SIGHUP are passed on; when it stops itself (Ctrl-Z), so do we, so that the shell takes over."""
-    before = {}
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+    SIGHUP are passed on; when it stops (Ctrl-Z), so do we, so that the shell takes over. Claude Code stops its whole
+    process group: then we were stopped and continued ourselves before we are told of the child's stop."""
+    def pass_on(number, _):                             # not by Popen.send_signal: it would take the exit code first
+        if child.returncode is None:
+            os.kill(child.pid, number)
+
+    before, continued = {}, []
+    for name, handler in (("SIGINT", lambda *_: None), ("SIGTERM", pass_on), ("SIGHUP", pass_on), ("SIGCONT", lambda *_: continued.append(True))):
         number = getattr(signal, name, None)
         if number is not None and signal.getsignal(number) != signal.SIG_IGN:
-            before[number] = signal.signal(number, lambda number, _: None if number == signal.SIGINT else child.send_signal(number))
+            before[number] = signal.signal(number, handler)
     try:
         if not hasattr(os, "WUNTRACED"):                # Windows
             return child.wait()
         while True:
-            _, status = os.waitpid(child.pid, os.WUNTRACED)
-            if not os.WIFSTOPPED(status):
+            _, status = os.waitpid(child.pid, os.WUNTRACED | os.WCONTINUED)
+            if os.WIFCONTINUED(status):
+                continued.clear()
+            elif os.WIFSTOPPED(status):
+                if not continued:
+                    os.kill(os.getpid(), signal.SIGSTOP)
+                os.kill(child.pid, signal.SIGCONT)
+            else:
                 child.returncode = 128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
                 return child.returncode
-            os.kill(os.getpid(), signal.SIGSTOP)
-            child.send_signal(signal.SIGCONT)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

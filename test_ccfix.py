@@ -6586,6 +6586,22 @@ sys.exit(7)
 """
 
 
+STOPPED_CLIENT = """
+import os, signal, subprocess, sys
+sys.path.insert(0, sys.argv[1])
+import ccfix
+wait = os.waitpid
+def late(pid, options):
+    found = wait(pid, options)
+    if os.WIFSTOPPED(found[1]) and "group" in sys.argv:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return found
+os.waitpid = late
+stop = "import os, signal, time; os.kill(os.getpid(), signal.SIGSTOP); time.sleep(0.3); os.kill(os.getpid(), signal.SIGSTOP); os._exit(7)"
+sys.exit(ccfix.exit_code(subprocess.Popen([sys.executable, "-c", stop])))
+"""
+
+
 @unittest.skipUnless(os.name == "posix", "a script as the client")
 class TestRunWithAClient(CommandsCase):
 
@@ -6610,6 +6626,18 @@ class TestRunWithAClient(CommandsCase):
         out, err = child.communicate("", 30)
         self.assertEqual((child.returncode, json.loads(out.splitlines()[-1])), (7, ["--settings", '{"permissions":{"disableAutoMode":"disable"}}']))
         self.assertEqual(err.count("auto permission mode is off"), 1)
+
+    def test_each_stop_of_the_client_stops_us_once(self):
+        """Claude Code stops its whole process group, so that our own stop may come before or after we see the client's."""
+        for words in ([], ["group"]):
+            child = subprocess.Popen([sys.executable, "-c", STOPPED_CLIENT, os.path.dirname(os.path.abspath(ccfix.__file__))] + words,
+                                     preexec_fn=os.setpgrp)
+            seen = []
+            while not seen or os.WIFSTOPPED(seen[-1]):
+                seen.append(os.waitpid(child.pid, os.WUNTRACED)[1])
+                os.killpg(child.pid, signal.SIGCONT) if os.WIFSTOPPED(seen[-1]) else None
+            child.returncode = os.WEXITSTATUS(seen[-1])
+            self.assertEqual((len(seen), child.returncode), (3, 7), words)
 
     def test_sigterm_is_passed_on(self):
         child = self.start("wait", "-p")
