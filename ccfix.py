@@ -54,6 +54,7 @@ import os
 import random
 import re
 import select
+import selectors
 import shutil
 import signal
 import socket
@@ -2580,9 +2581,11 @@ def sse_payloads(blocks):
     for block in blocks:
         end = block.rfind(b"\n") + 1
         if not end:
-            rest.append(block)
-            if len(rest) % 64 == 0 and sum(map(len, rest)) > MAX_LINE:
+            if block:
+                rest.append(block)
+            if len(rest) % 64 == 63 and sum(map(len, rest)) > MAX_LINE:
                 raise UpstreamError("The provider sent a line of over %d MB; that is no model's reply." % (MAX_LINE >> 20), kind="cut")
+            yield None
             continue
         lines = b"".join(rest + [block[:end]]).decode("utf-8", "replace").split("\n")
         rest = [block[end:]] if end < len(block) else []
@@ -3919,6 +3922,9 @@ def inflated(pieces, wbits):
     """The decompressed `pieces`, at most BLOCK_SIZE bytes at a time. zlib.error: damaged; ValueError: cut off."""
     inflater, started = zlib.decompressobj(wbits), False
     for piece in pieces:
+        if not piece:
+            yield b""
+            continue
         if not started and wbits == zlib.MAX_WBITS and piece[0] & 15 != 8:
             inflater = zlib.decompressobj(-wbits)   # "deflate" without the zlib header that RFC 9110 wants
         started, block = True, None
@@ -3932,13 +3938,14 @@ def inflated(pieces, wbits):
 
 
 class Reply:
-    """An answer whose head has come: status, headers (Headers) and the body, to be read once.
+    """An answer whose head has come: status, headers (Headers) and the body, to be read once. While it is not `patient`, blocks()
+    gives b"" instead of waiting.
 
     Whoever opened it calls close(), in `finally`; finish() before that if the rest of the body is not wanted but short.
     """
 
     def __init__(self, upstream, wire, response, keep):
-        self.status, self.headers = response.status, response.headers
+        self.status, self.headers, self.patient = response.status, response.headers, True
         self.upstream, self.wire, self.keep = upstream, wire, keep and not response.last
         self.framing = Dechunker() if response.chunked else Counter(response.length)
 
@@ -3973,8 +3980,11 @@ class Reply:
                 yield block
             if framing.done or self.wire is None:
                 return
-            data = wire.receive()
-            if not data:
+            data = wire.receive() if self.patient else wire.now()
+            if data is None:
+                yield b""
+                data = b""
+            elif not data:
                 if framing.left is not None:
                     raise wire.cut("closed by it")
                 framing.done, self.keep = True, False
@@ -5503,7 +5513,7 @@ class Exchange(object):
         self.shown = self.settings.disguise_model or self.asked or self.settings.target_model
         with_images = bool(self.settings.target_model_image) and has_images(body)
         self.plan = route(self.settings, self.asked, with_images, proxy.profile_of(self.settings))
-        self.translator, self.cache_state, self.flight, self.key = None, "off", None, None
+        self.translator, self.cache_state, self.flight, self.key, self.reply = None, "off", None, None, None
         self.retries, self.mends, self.room, self.learned, self.replies = 0, 0, 0, [], []
         self.bytes_in = self.bytes_out = 0
         self.began = self.last_write = self.last_sign = clock()
@@ -5512,7 +5522,8 @@ class Exchange(object):
     # -- what goes out
 
     def batches(self):
-        """SSE text, written as it comes. Raises ProxyError only before the first batch, Dropped in the middle."""
+        """SSE text, to be written as it comes; "" where a read of the provider made none. Raises ProxyError only before the first
+        batch, Dropped in the middle."""
         out = []
         for event in self.events():
             if event is not None:
@@ -5525,8 +5536,14 @@ class Exchange(object):
                 self.bytes_out += len(text_)
                 yield text_
                 out = []
+            else:
+                yield ""
         if out:
             yield "".join(out)
+
+    def flowing(self):
+        """The provider's Reply while its stream is coming and its content is going out, so that nothing is tried again; else None."""
+        return self.reply if self.reply and self.translator.content else None
 
     def message(self):
         """The whole answer as one message. Raises ProxyError."""
@@ -5646,6 +5663,7 @@ class Exchange(object):
                 raise refused(reply, raw, plan)
             yield from self.recorded(reply) if proxy.recorder else self.translated(reply, reply.blocks())
         finally:
+            self.reply = None
             reply.close()
         proxy.memory.keep(self.translator.memory)
 
@@ -5677,6 +5695,7 @@ class Exchange(object):
             yield from translator.feed(whole_reply(joined(head, blocks), start, self.plan))
             translator.ended = True
         else:
+            self.reply = reply
             for payload in sse_payloads(itertools.chain([head], blocks)):
                 if payload is None:
                     yield None
@@ -5685,6 +5704,9 @@ class Exchange(object):
                     break
                 else:
                     yield from translator.feed(chunk_of(payload))
+            self.reply = None
+            if not reply.patient:       # what the end does may take a moment: not in the thread that moves all streams
+                yield None
         yield from translator.finish()
         yield None
         reply.finish()
@@ -5958,6 +5980,9 @@ IDLE_SECONDS = 300          # a kept-alive connection without a request
 SEND_SECONDS = 120          # for a client that does not read
 LINGER_SECONDS = 2          # at the end of a connection, for what the client still sends
 LOOK_SECONDS = 1            # between two looks at whether a silence needs a ping
+SETTLED = 4                 # pieces of a streamed answer after which the Pump takes it
+QUIET_SECONDS = 1           # a silence, after which the Pump gives it back
+MOST_STREAMS = 200 if selectors.DefaultSelector is selectors.SelectSelector else 10000      # select() takes 512 descriptors
 MAX_DIGITS = 300            # of a number in a request; Python before 3.11 takes hours for a million
 REQUEST_LINE = re.compile(rb"([!-~]+) ([!-~\x80-\xff]+) HTTP/(\d)\.(\d)\r?\n")
 REASONS = http.server.BaseHTTPRequestHandler.responses
@@ -6061,6 +6086,130 @@ class Watch(object):
                 self.write(text_)
             except OSError:
                 raise ClientGone()
+
+
+class Stream(object):
+    """A streamed answer on its way through the Pump. rest: bytes that the client did not take at once; error: what was raised;
+    back: set once the stream's own thread has to go on."""
+    __slots__ = ("handler", "batches", "exchange", "reply", "descriptors", "moved", "rest", "error", "back")
+
+    def __init__(self, handler, batches, exchange):
+        self.handler, self.batches, self.exchange, self.reply = handler, batches, exchange, exchange.flowing()
+        self.descriptors = [self.reply.wire.sock.fileno()] + [handler.watch.client_fd] * handler.watch.client_open
+        self.moved, self.rest, self.error, self.back = 0, b"", None, threading.Event()
+
+    def step(self, now):
+        """Pass on what has come. False: that was all, or the stream's own thread has to go on."""
+        try:
+            text_ = next(self.batches, None)
+            if text_:
+                self.moved = now
+                data = self.handler.framed(text_)
+                self.rest = data[self.handler.connection.send(data):]
+            return not self.rest and self.exchange.reply is not None
+        except BlockingIOError:
+            self.rest = data
+        except BaseException as e:
+            self.error = e
+        return False
+
+
+class Pump(object):
+    """Moves all streams that flow, in one thread. With a thread each, every chunk of a model wakes one that has long lost its
+    place in the processor's caches: 200 streams then cost three times as much, and wait for each other.
+
+    A stream comes from its own thread once its answer has begun, and goes back to it as soon as there is more to do than to
+    pass data on: at its end, in a silence, when the client hangs up or reads too slowly. So nothing here ever waits.
+    """
+
+    def __init__(self, log):
+        self.log, self.lock, self.coming, self.streams = log, threading.Lock(), collections.deque(), set()
+        self.selector = self.bell = None
+
+    def move(self, stream):
+        """Returns when the stream's own thread has to go on. Raises what was raised on the way."""
+        if not self.enter(stream):
+            return
+        stream.back.wait()
+        if stream.error:
+            error, stream.error = stream.error, None
+            try:
+                raise error
+            finally:
+                error = None            # else it and this frame would know each other
+        stream.handler.write(stream.rest)
+
+    def close(self):
+        """Ends the thread; streams go on in their own."""
+        self.enter(None)
+
+    def enter(self, stream):
+        """Have the thread take a stream; None ends it. False: there is no place."""
+        with self.lock:
+            if stream and self.bell is None:
+                self.selector, (self.bell, ear) = selectors.DefaultSelector(), socket.socketpair()
+                self.bell.setblocking(False)
+                self.selector.register(ear, selectors.EVENT_READ)
+                threading.Thread(target=self.run, args=(ear,), daemon=True).start()
+            if self.bell is None or stream and len(self.streams) >= MOST_STREAMS:
+                return False
+            self.coming.append(stream)
+            with contextlib.suppress(BlockingIOError):      # it has not heard the last hundreds
+                self.bell.send(b".")
+            return True
+
+    def run(self, ear):
+        """The thread."""
+        try:
+            while self.take():
+                self.work(self.selector.select(QUIET_SECONDS if self.streams else None), ear, time.monotonic())
+        except Exception:       # our bug: the streams go on in their threads
+            self.log("error", "the pump failed inside ccfix:\n" + traceback.format_exc())
+        finally:
+            with self.lock:
+                for stream in list(self.streams) + [stream for stream in self.coming if stream]:
+                    self.release(stream)
+                self.coming.clear()
+                self.selector.close()
+                self.bell.close()
+                ear.close()
+                self.bell = None
+
+    def work(self, events, ear, now):
+        """Do what events ask for, and give back the streams that are silent."""
+        for key, _ in events:
+            if key.data is None:
+                ear.recv(4096)
+            elif key.data in self.streams:          # an event before this one may have ended it
+                self.turn(key.data, key.fd, now)
+        for stream in [stream for stream in self.streams if now - stream.moved > QUIET_SECONDS]:
+            self.release(stream)
+
+    def take(self):
+        """Take what is coming. False: the end."""
+        while self.coming:
+            stream = self.coming.popleft()
+            if stream is None:
+                return False
+            stream.moved, stream.reply.patient = time.monotonic(), False
+            self.streams.add(stream)
+            for number in stream.descriptors:
+                self.selector.register(number, selectors.EVENT_READ, stream)
+        return True
+
+    def turn(self, stream, descriptor, now):
+        """A descriptor of a stream can be read."""
+        if descriptor != stream.descriptors[0] or not stream.step(now):
+            self.release(stream)
+
+    def release(self, stream):
+        """Give a stream back to its thread."""
+        if stream in self.streams:
+            self.streams.remove(stream)
+            for number in stream.descriptors:
+                self.selector.unregister(number)
+        stream.reply.patient = True
+        stream.back.set()
 
 
 SURROGATE = re.compile(rb"(\\\\|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2})|\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
@@ -6311,12 +6460,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except OSError:
             self.close_connection = True
 
+    def framed(self, text_):
+        """SSE text as one chunk of the body."""
+        data = text_.encode("ascii")
+        return data if self.request_version == "HTTP/1.0" else b"%x\r\n%s\r\n" % (len(data), data)
+
     def write_events(self, text_):
         """Write SSE text as one chunk, after the head if this is the first. Also called by Watch, in silences."""
-        data = text_.encode("ascii")
-        chunked = self.request_version != "HTTP/1.0"
-        if chunked:
-            data = b"%x\r\n%s\r\n" % (len(data), data)
+        data, chunked = self.framed(text_), self.request_version != "HTTP/1.0"
         if not self.began_reply:
             self.began_reply = True
             headers = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache",
@@ -6364,8 +6515,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
             exchange.bytes_out = len(data)
             self.send(200, data, headers={"x-ccfix-cache": exchange.cache_state})
             return
-        for text_ in exchange.batches():
-            self.write_events(text_)
+        with contextlib.closing(exchange.batches()) as batches:
+            pieces = 0
+            for text_ in batches:
+                if text_:
+                    self.write_events(text_)
+                    pieces += 1
+                if pieces >= SETTLED and exchange.flowing():
+                    pieces = 0
+                    self.server.pump.move(Stream(self, batches, exchange))
+                    self.watch.look_at_client()
         if self.request_version != "HTTP/1.0":
             self.write(b"0\r\n\r\n")
 
@@ -6444,7 +6603,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
     stopping = False                    # once true, each connection ends with its next reply
 
     def __init__(self, address, proxy, handler=Handler):
-        self.proxy = proxy
+        self.proxy, self.pump = proxy, Pump(getattr(proxy, "log", None))
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         http.server.HTTPServer.__init__(self, address, handler)
 
@@ -6452,6 +6611,10 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         """Without HTTPServer's getfqdn: a DNS look-up at start, slow in companies."""
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = self.server_address[:2]
+
+    def server_close(self):
+        http.server.HTTPServer.server_close(self)
+        self.pump.close()
 
     def address(self):
         """The URL that clients on this machine use."""
