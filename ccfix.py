@@ -60,9 +60,7 @@ import signal
 import socket
 import socketserver
 import ssl
-import subprocess
 import sys
-import tempfile
 import threading
 import time
 import traceback
@@ -7431,6 +7429,9 @@ class Running(object):
         probe = threading.Thread(target=self.proxy.probe, args=(self.plan(),), daemon=True)
         probe.start()
         probe.join(wait)
+        later = threading.Timer(1, give_memory_back)
+        later.daemon = True
+        later.start()
         return self
 
     def plan(self):
@@ -7455,6 +7456,15 @@ class Running(object):
         end = time.monotonic() + seconds
         while self.proxy.active and time.monotonic() < end:
             time.sleep(0.02)
+
+
+def give_memory_back():
+    """Have glibc give the system what was needed at the start only (see main_as_hook); elsewhere free() does that itself."""
+    try:
+        import ctypes
+        ctypes.CDLL(None).malloc_trim(0)
+    except (ImportError, AttributeError, OSError, TypeError, MemoryError):
+        """Another C library, or no ctypes."""
 
 
 def check_target(settings):
@@ -7741,6 +7751,7 @@ def settings_argument(settings):
     if not settings.get("env"):
         yield ["--settings", compact_json(settings)] if settings else []
         return
+    import tempfile     # here, not above: serving does not need it
     number, path = tempfile.mkstemp(prefix="ccfix-", suffix=".json")
     try:
         with open(number, "w", encoding="utf-8") as file:
@@ -7785,6 +7796,7 @@ def exit_code(child):
 def run(config, options):
     """A proxy on a free loopback port, and Claude Code on it -> Claude Code's exit code."""
     find_target(config)
+    import subprocess   # here, not above: serving does not need it
     path = shutil.which("claude")
     if not path:
         raise Usage("claude is not on the PATH; install Claude Code (npm install -g @anthropic-ai/claude-code) and try again")
@@ -8644,5 +8656,15 @@ def main(argv=None):
         return 1
 
 
-if __name__ == "__main__":
+def main_as_hook(*_):
+    """main(), as the exception hook of the script. CPython holds the syntax tree of the script it was given (18 MB of this one)
+    while the script runs; the hook is what it calls after that. The last line's error is for nothing else."""
+    sys.excepthook = sys.__excepthook__
     sys.exit(main())
+
+
+if __name__ == "__main__":
+    if sys._getframe().f_back:          # -m, a debugger, or another program runs it: they hold no tree
+        sys.exit(main())
+    sys.excepthook = main_as_hook
+    raise SyntaxWarning("the syntax tree is no longer needed")
