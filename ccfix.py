@@ -2712,6 +2712,8 @@ class ThinkTags(object):
 # ---- the translator ----------------------------------------------------------------------------------
 
 IDLE, OPEN, DONE, FAILED = "idle", "open", "done", "failed"
+PLAIN_FRAGMENT = frozenset(("index", "function"))
+REASONING_KEYS = frozenset(REASONING_FIELDS + ("reasoning_details",))
 MAX_THOUGHT = 4 << 20       # characters; a longer turn's reasoning travels in its thinking block alone
 
 
@@ -2778,7 +2780,7 @@ class StreamTranslator(object):
             if not isinstance(delta, dict):
                 delta = as_dict(choice.get("message")) if fresh and delta is None else {}
             text, only_text = delta.get("content"), len(delta) == 1 and "content" in delta
-            if not only_text:
+            if not only_text and not REASONING_KEYS.isdisjoint(delta):
                 yield from self.shown_reasoning(delta)
             if text:
                 if self.kind == "text" and self.tags.done and not self.slots and isinstance(text, str) and not self.suspicious(text):
@@ -2789,7 +2791,8 @@ class StreamTranslator(object):
                 else:
                     yield from self.text(text)
             if not only_text and (delta.get("tool_calls") or delta.get("function_call") or delta.get("refusal")):
-                yield from self.rare(delta)
+                more = self.fragment(delta)
+                yield from self.rare(delta) if more is None else self.arguments(more)
             if choice.get("finish_reason"):
                 self.note_finish(choice)
             if choice.get("usage"):
@@ -2863,6 +2866,17 @@ class StreamTranslator(object):
                 yield from self.advance()
             else:
                 yield from self.say("thinking" if what == "thinking" else kind, value)
+
+    def fragment(self, delta):
+        """What a delta adds to the input of the open call, where it holds nothing else; else None. The hot path of tool input."""
+        slot, calls = self.slots[-1] if self.slots else None, delta.get("tool_calls")
+        if slot and slot.stream and not slot.closed and len(delta) == 1 and isinstance(calls, list) and len(calls) == 1:
+            call = as_dict(calls[0])
+            if call.get("index") == slot.key and PLAIN_FRAGMENT.issuperset(call):
+                function = as_dict(call.get("function"))
+                if len(function) == 1 and isinstance(function.get("arguments"), str):
+                    return slot.stream.feed(function["arguments"])
+        return None
 
     def rare(self, delta):
         """Tool calls, the old function_call, and refusals."""
