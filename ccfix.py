@@ -5253,10 +5253,10 @@ def payload_of(sent):
     encoded = [compact_json(message).encode() for message in messages]
     parts = [("message %d (%s)" % (position, as_dict(message).get("role")), part) for position, (message, part) in enumerate(zip(messages, encoded))]
     head = {key: value for key, value in sent.items() if key not in ("messages", "tools")}
-    pieces = [compact_json(head).encode()[:-1], b',"messages":[', b",".join(encoded), b"]"]
+    pieces = [compact_json(head).encode()[:-1], b',"messages":['] + separated(encoded)
     if tools:
         names = [compact_json(tool).encode() for tool in tools]
-        pieces += [b',"tools":[', b",".join(names), b"]"]
+        pieces += [b'],"tools":['] + separated(names)
         parts = [("tool " + str(as_dict(as_dict(tool).get("function")).get("name") or as_dict(tool).get("name")), part)
                  for tool, part in zip(tools, names)] + parts
     if isinstance(sent.get("system"), (str, list)):
@@ -5264,7 +5264,12 @@ def payload_of(sent):
     elif parts and messages and as_dict(messages[0]).get("role") == "system":
         first = next(position for position, part in enumerate(parts) if part[0].startswith("message 0"))
         parts[first] = ("system", parts[first][1])
-    return b"".join(pieces) + b"}", parts
+    return b"".join(pieces + [b"]}"]), parts
+
+
+def separated(pieces):
+    """The pieces with commas between."""
+    return [part for piece in pieces for part in (b",", piece)][1:]
 
 
 class Memory(object):
@@ -6224,12 +6229,13 @@ class Pump(object):
         stream.back.set()
 
 
+MAY_BE_HALF = re.compile(rb"\\u[dD]")
 SURROGATE = re.compile(rb"(\\\\|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2})|\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
 
 
 def without_halves(raw):
     """JSON bytes in which half a surrogate pair is U+FFFD: strict parsers refuse it, and no UTF-8 has it."""
-    if b"\\ud" not in raw and b"\\uD" not in raw:
+    if not MAY_BE_HALF.search(raw):
         return raw
     return SURROGATE.sub(lambda found: found.group(1) or b"\\ufffd", raw)
 
