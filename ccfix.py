@@ -44,7 +44,6 @@ import collections
 import contextlib
 import hashlib
 import hmac
-import http.client
 import http.server
 import io
 import itertools
@@ -131,6 +130,31 @@ def as_dict(value):
 def as_list(value):
     """value if it is a list, else an empty one."""
     return value if isinstance(value, list) else []
+
+
+MAX_DIGITS = 300            # of a number; Python before 3.11 takes hours for a million
+
+
+def whole_number(digits):
+    if len(digits) > MAX_DIGITS:
+        raise ValueError("a number has %d digits" % len(digits))
+    return int(digits)
+
+
+def finite_number(digits):
+    value = float(digits)
+    if value in (float("inf"), float("-inf")):
+        raise ValueError("%s is too large" % digits[:20])
+    return value
+
+
+def refused_constant(name):
+    """NaN and Infinity are no JSON."""
+    raise ValueError("%s is no JSON number" % name)
+
+
+JSON_HOOKS = {"parse_int": whole_number, "parse_float": finite_number, "parse_constant": refused_constant}
+STRICT = json.JSONDecoder(**JSON_HOOKS)     # Python's own takes NaN, 1e999 and numbers without end
 
 
 # ======================================================================================================
@@ -224,18 +248,19 @@ def plain_text(text):
     return text[:1000]
 
 
-OVERFLOW = re.compile(
-    r"context[_ ](?:length|window|size|limit)|maximum (?:prompt|context|model) ?(?:length)?|prompt.{0,40}too (?:long|large)"
+# Patterns of error texts are compiled when the first error comes, not at each start.
+OVERFLOW = (
+    r"(?i)context[_ ](?:length|window|size|limit)|maximum (?:prompt|context|model) ?(?:length)?|prompt.{0,40}too (?:long|large)"
     r"|too long|too large for model|input token count|exceed\w*.{0,40}(?:token limit|limit of \d|context|maximum|max length)"
     r"|reduce the (?:length|size) of the (?:messages|input|prompt)|Range of input length|tokens to keep"
-    r"|Request (?:body )?too large|tokens? exceed|longer than the model", re.I)
-NO_OVERFLOW = re.compile(
-    r"(?:image|file) exceeds|\d ?MB\b|pixels|connections|retries|rate limit|too many requests|throttl|per minute|(?:string|array) too long"
-    r"|(?:took|taking|waited|waiting) too long|too long to|tool_calls?\[|Invalid 'messages", re.I)
-TPM = re.compile(r"Request too large for .*?Limit (\d+), Requested (\d+)", re.S)
+    r"|Request (?:body )?too large|tokens? exceed|longer than the model")
+NO_OVERFLOW = (
+    r"(?i)(?:image|file) exceeds|\d ?MB\b|pixels|connections|retries|rate limit|too many requests|throttl|per minute|(?:string|array) too long"
+    r"|(?:took|taking|waited|waiting) too long|too long to|tool_calls?\[|Invalid 'messages")
+TPM = r"(?s)Request too large for .*?Limit (\d+), Requested (\d+)"
 
 # Numbers in overflow texts, most telling first: p(rompt), c(ompletion), m(aximum), t(otal).
-OVERFLOW_NUMBERS = [re.compile(pattern, re.I | re.S) for pattern in (
+OVERFLOW_NUMBERS = (
     r"maximum context length (?:is|of) (?P<m>\d+) tokens.*?total of (?P<t>\d+) tokens: (?P<p>\d+) tokens.*?and (?P<c>\d+) tokens",
     r"maximum context length (?:is|of) (?P<m>\d+) tokens.*?requested (?P<c>\d+) output tokens.*?at least (?P<p>\d+) input tokens",
     r"maximum context length (?:is|of) (?P<m>\d+) tokens.*?requested (?:about )?(?P<t>\d+) tokens \((?P<p>\d+) (?:in the messages|of text input)"
@@ -252,7 +277,7 @@ OVERFLOW_NUMBERS = [re.compile(pattern, re.I | re.S) for pattern in (
     r"(?:contains|have|got) (?:at least )?(?P<p>\d+) (?:input )?tokens?\b.*?(?:with|limit|maximum|length)\D{0,40}?(?P<m>\d{3,})",
     r"Max size: (?P<m>\d+) tokens",
     r"length should be \[1, (?P<m>\d+)\]",
-)]
+)
 
 
 def overflow_numbers(text, body=None):
@@ -261,7 +286,7 @@ def overflow_numbers(text, body=None):
     if isinstance(error.get("n_prompt_tokens"), int) and isinstance(error.get("n_ctx"), int):      # llama.cpp
         return error["n_prompt_tokens"], 0, error["n_ctx"]
     for pattern in OVERFLOW_NUMBERS:
-        found = pattern.search(text)
+        found = re.search(pattern, text, re.I | re.S)
         if found:
             number = {key: int(value) for key, value in found.groupdict().items() if value}
             return number.get("p", 0), number.get("c", 0), number.get("m", 0)
@@ -270,30 +295,30 @@ def overflow_numbers(text, body=None):
 
 def is_overflow(status, text, code=""):
     """Whether an error says that the prompt, or prompt and output together, do not fit the context."""
-    if status in (400, 413, 429) and TPM.search(text):
+    if status in (400, 413, 429) and re.search(TPM, text):
         return True            # Groq, OpenAI: one request above the tokens per minute; waiting never helps
     if status not in (200, 400, 413, 422, 500):
         return False
     telling = code in ("context_length_exceeded", "model_max_prompt_tokens_exceeded", "exceed_context_size_error")
-    return (telling or bool(OVERFLOW.search(text))) and not NO_OVERFLOW.search(text) and not OUTPUT_LIMIT.match(text)
+    return (telling or bool(re.search(OVERFLOW, text))) and not re.search(NO_OVERFLOW, text) and not re.match(OUTPUT_LIMIT, text)
 
 
-OUTPUT_LIMIT = re.compile(
-    r"(?=.*?max(?:imum)?_?(?:completion_|output_|new_)?tokens)(?!.*?(?:context length|context limit))"
-    r".*?(?:at most|less than or equal to|<=|\[\d+,\s*|> )\s*`?(\d{3,7})", re.S)
+OUTPUT_LIMIT = (
+    r"(?s)(?=.*?max(?:imum)?_?(?:completion_|output_|new_)?tokens)(?!.*?(?:context length|context limit))"
+    r".*?(?:at most|less than or equal to|<=|\[\d+,\s*|> )\s*`?(\d{3,7})")
 
-BILLING = re.compile(
-    r"insufficient[_ ](?:user_)?(?:quota|balance|credit|fund)|balance is (?:insufficient|too low)|exceeded your current quota(?![\s\S]*retry in \d)"
+BILLING = (
+    r"(?i)insufficient[_ ](?:user_)?(?:quota|balance|credit|fund)|balance is (?:insufficient|too low)|exceeded your current quota(?![\s\S]*retry in \d)"
     r"|Arrearage|good standing|credit balance|payment required|out of credits|billing (?:hard )?limit|billing_not_active"
-    r"|\(1008\)|can only afford|quota (?:is )?(?:exhausted|used up)|\u989d\u5ea6\u4e0d\u8db3|\u4f59\u989d\u4e0d\u8db3|\u6b20\u8d39", re.I)
-OVERLOADED = re.compile(r"overload|at capacity|over capacity|currently unavailable|Loading model|server is busy", re.I)
-NO_MODEL = re.compile(
-    r"model.{0,80}(?:does not exist|not found|not exist|no longer available|end of life|not supported in|decommissioned)"
+    r"|\(1008\)|can only afford|quota (?:is )?(?:exhausted|used up)|\u989d\u5ea6\u4e0d\u8db3|\u4f59\u989d\u4e0d\u8db3|\u6b20\u8d39")
+OVERLOADED = r"(?i)overload|at capacity|over capacity|currently unavailable|Loading model|server is busy"
+NO_MODEL = (
+    r"(?is)model.{0,80}(?:does not exist|not found|not exist|no longer available|end of life|not supported in|decommissioned)"
     r"|modelCode|model_not_found|Model Not Exist|unknown model|only supported in v1/responses|not a chat model"
-    r"|unsupported_api_for_model|not accessible via the /chat/completions", re.I | re.S)
-PERMANENT_500 = re.compile(r"jinja|chat template|image input is not supported|tool call arguments as JSON|must be at the beginning", re.I)
-BAD_KEY = re.compile(r"API key not valid|API_KEY_INVALID|(?:invalid|incorrect|wrong) api[ _-]?key|api[ _-]?key is (?:invalid|not valid|wrong)", re.I)
-SAMPLING = re.compile(r"tool_use_failed|failed_generation|does not match the expected .{0,20}format", re.I)
+    r"|unsupported_api_for_model|not accessible via the /chat/completions")
+PERMANENT_500 = r"(?i)jinja|chat template|image input is not supported|tool call arguments as JSON|must be at the beginning"
+BAD_KEY = r"(?i)API key not valid|API_KEY_INVALID|(?:invalid|incorrect|wrong) api[ _-]?key|api[ _-]?key is (?:invalid|not valid|wrong)"
+SAMPLING = r"(?i)tool_use_failed|failed_generation|does not match the expected .{0,20}format"
 
 
 def overflow_error(prompt, limit, estimate=0, window=0):
@@ -341,11 +366,11 @@ def retry_after(headers, body, text):
 
 
 class ErrorRow(NamedTuple):
-    """One class of upstream errors. statuses: which (empty: any); pattern: in the text (None: any);
+    """One class of upstream errors. statuses: which (empty: any); pattern: in the text (empty: any);
     status: what the client gets (0: the same); sentence: shown before the provider's words."""
     kind: str
     statuses: tuple
-    pattern: object
+    pattern: str
     status: int
     sentence: str
     retry: bool = False
@@ -357,7 +382,7 @@ class ErrorRow(NamedTuple):
             return False
         if self.kind == "overflow":
             return is_overflow(status, text, code)
-        return self.pattern is None or bool(self.pattern.search(text))
+        return not self.pattern or bool(re.search(self.pattern, text))
 
     def error(self, status, headers, message, text, body):
         if self.kind == "overflow":
@@ -377,25 +402,25 @@ NEVER = (("x-should-retry", "false"),)
 ERROR_ROWS = (
     # First match wins. What providers send is theirs to change; what Claude Code does was seen with version 2.1.330.
     ErrorRow("billing", (200, 400, 402, 403, 429, 500), BILLING, 402, "The provider's account has no credit:", headers=NEVER),
-    ErrorRow("billing", (402,), None, 402, "The provider wants payment:", headers=NEVER),
-    ErrorRow("overflow", (), None, 400, ""),
-    ErrorRow("auth", (401,), None, 401, "The provider refused the key; mend TARGET_API_KEY (-k):", headers=NEVER),
+    ErrorRow("billing", (402,), "", 402, "The provider wants payment:", headers=NEVER),
+    ErrorRow("overflow", (), "", 400, ""),
+    ErrorRow("auth", (401,), "", 401, "The provider refused the key; mend TARGET_API_KEY (-k):", headers=NEVER),
     ErrorRow("auth", (400, 403), BAD_KEY, 401, "The provider refused the key; mend TARGET_API_KEY (-k):", headers=NEVER),      # Gemini
     ErrorRow("model", (400, 404, 410, 422), NO_MODEL, 404, "The provider has no such model; mend TARGET_MODEL (-m):", headers=NEVER),
     ErrorRow("sampling", (400, 422, 500), SAMPLING, 500, "The model produced a malformed tool call:", retry=True, type="api_error"),
-    ErrorRow("request", (404,), re.compile("No endpoints found that"), 424, "The provider refused the request:"),         # OpenRouter: images, tools
-    ErrorRow("path", (404, 405), None, 404, "The provider has no such address or model; check TARGET_API_BASE (-b) and TARGET_MODEL (-m):",
+    ErrorRow("request", (404,), "No endpoints found that", 424, "The provider refused the request:"),         # OpenRouter: images, tools
+    ErrorRow("path", (404, 405), "", 404, "The provider has no such address or model; check TARGET_API_BASE (-b) and TARGET_MODEL (-m):",
              headers=NEVER),
-    ErrorRow("model", (410,), None, 404, "The model is gone; choose another TARGET_MODEL (-m):", headers=NEVER),
-    ErrorRow("policy", (403,), None, 403, "The provider forbids this request:", headers=NEVER),
+    ErrorRow("model", (410,), "", 404, "The model is gone; choose another TARGET_MODEL (-m):", headers=NEVER),
+    ErrorRow("policy", (403,), "", 403, "The provider forbids this request:", headers=NEVER),
     ErrorRow("overloaded", (200, 429, 500, 503), OVERLOADED, 529, "The provider is overloaded:", retry=True),
-    ErrorRow("rate", (429,), None, 429, "", retry=True),
-    ErrorRow("size", (413,), None, 413, "The provider says that the request is too large:"),
+    ErrorRow("rate", (429,), "", 429, "", retry=True),
+    ErrorRow("size", (413,), "", 413, "The provider says that the request is too large:"),
     ErrorRow("request", (500,), PERMANENT_500, 424, "The provider cannot take this request:"),
-    ErrorRow("timeout", (408, 504, 522, 524), None, 504, "The provider took too long:", retry=True),
-    ErrorRow("overloaded", (503, 529), None, 529, "The provider is overloaded:", retry=True),
-    ErrorRow("server", tuple(range(500, 600)), None, 502, "The provider failed:", retry=True),
-    ErrorRow("request", (), None, 424, "The provider refused the request:"),
+    ErrorRow("timeout", (408, 504, 522, 524), "", 504, "The provider took too long:", retry=True),
+    ErrorRow("overloaded", (503, 529), "", 529, "The provider is overloaded:", retry=True),
+    ErrorRow("server", tuple(range(500, 600)), "", 502, "The provider failed:", retry=True),
+    ErrorRow("request", (), "", 424, "The provider refused the request:"),
 )
 
 
@@ -531,7 +556,7 @@ def base_url(value):
 
 class Setting(NamedTuple):
     """A row: env is the name in the environment and .env; flags: on the command line; claude: the key under "env"
-    in ~/.claude/settings.json; secret: never shown; cli: argparse's words for flags that take no value."""
+    in ~/.claude/settings.json; secret: never shown; const: the value that a flag without one sets."""
     env: str
     default: str
     help: str
@@ -744,46 +769,43 @@ class Profile(NamedTuple):
     efforts: tuple = ()                 # effort words it takes, weakest first
     effort_with_tools: str = ""         # the only effort that it takes beside tools
     betas: tuple = ()                   # anthropic-beta flags that are not passed on (Anthropic's form only)
-    scope: str = ""                     # whose reasoning state this is (set by `plan`): host of the base URL
+    scope: str = ""                     # whose reasoning state this is (set by profile_for): host of the base URL
     source: str = ""
     tried: bool = False                 # on a real server
 
 DEFAULT = Profile()
 NO_SAMPLING = ("temperature", "top_p", "stop")
+OPENAI = DEFAULT._replace(hosts=("api.openai.com",), strict=True, files=True, max_tools=128, json_format="json_schema")
+OPENAI_REASONING = OPENAI._replace(max_tokens="max_completion_tokens", never=NO_SAMPLING, reasoning="effort", efforts=("low", "medium", "high"))
+AZURE = dict(hosts=("openai.azure.com", "cognitiveservices.azure.com"), key_header="api-key", files=False, source="openai-python issue 1354")
+KIMI_HOSTS = ("api.moonshot.ai", "api.moonshot.cn", "api.kimi.com")
 LOCAL = DEFAULT._replace(json_format="json_schema", image_urls=False)
 NOT_KEPT = "(the reasoning of this step was not kept)"
 GEMINI_SKIP = "skip_thought_signature_validator"        # Google's own word for "there is none"
 
 PROFILES = (
     # Order matters within a host: the first row whose model pattern fits is taken.
-    DEFAULT._replace(name="openai-gpt5-tools", title="OpenAI gpt-5.4 and later", hosts=("api.openai.com",), models=r"gpt-5\.([4-9]|\d\d)|gpt-[6-9]",
-                     strict=True, max_tokens="max_completion_tokens", never=NO_SAMPLING, files=True, max_tools=128, json_format="json_schema",
-                     reasoning="effort", efforts=("none", "low", "medium", "high", "xhigh"), effort_with_tools="none",
-                     source="openai-openapi issue 541, litellm PR 34569"),
-    DEFAULT._replace(name="openai-gpt5.1", title="OpenAI gpt-5.1 to 5.3", hosts=("api.openai.com",), models=r"gpt-5\.[1-3]",
-                     strict=True, max_tokens="max_completion_tokens", never=NO_SAMPLING, files=True, max_tools=128, json_format="json_schema",
-                     reasoning="effort", efforts=("none", "low", "medium", "high"), source="openai-openapi openapi.json, pydantic-ai profiles/openai.py"),
-    DEFAULT._replace(name="openai-reasoning", title="OpenAI o-series, gpt-5", hosts=("api.openai.com",), models=r"o\d|gpt-5",
-                     strict=True, max_tokens="max_completion_tokens", never=NO_SAMPLING, files=True, max_tools=128, json_format="json_schema",
-                     reasoning="effort", efforts=("low", "medium", "high"), source="openai-openapi openapi.json, cline openai-compatible.ts"),
-    DEFAULT._replace(name="openai", title="OpenAI, other models", hosts=("api.openai.com",), strict=True, files=True, max_tools=128,
-                     json_format="json_schema", source="openai-openapi openapi.json, langchain_dart issue 712"),
-    DEFAULT._replace(name="azure-reasoning", title="Azure OpenAI, o-series and gpt-5", hosts=("openai.azure.com", "cognitiveservices.azure.com"),
-                     models=r"o\d|gpt-5", strict=True, max_tokens="max_completion_tokens", never=NO_SAMPLING, key_header="api-key",
-                     max_tools=128, json_format="json_schema", reasoning="effort", efforts=("low", "medium", "high"), source="openai-python issue 1354"),
-    DEFAULT._replace(name="azure", title="Azure OpenAI", hosts=("openai.azure.com", "cognitiveservices.azure.com"), strict=True,
-                     key_header="api-key", max_tools=128, json_format="json_schema", source="openai-python issue 1354"),
+    OPENAI_REASONING._replace(name="openai-gpt5-tools", title="OpenAI gpt-5.4 and later", models=r"gpt-5\.([4-9]|\d\d)|gpt-[6-9]",
+                              efforts=("none", "low", "medium", "high", "xhigh"), effort_with_tools="none",
+                              source="openai-openapi issue 541, litellm PR 34569"),
+    OPENAI_REASONING._replace(name="openai-gpt5.1", title="OpenAI gpt-5.1 to 5.3", models=r"gpt-5\.[1-3]", efforts=("none", "low", "medium", "high"),
+                              source="openai-openapi openapi.json, pydantic-ai profiles/openai.py"),
+    OPENAI_REASONING._replace(name="openai-reasoning", title="OpenAI o-series, gpt-5", models=r"o\d|gpt-5",
+                              source="openai-openapi openapi.json, cline openai-compatible.ts"),
+    OPENAI._replace(name="openai", title="OpenAI, other models", source="openai-openapi openapi.json, langchain_dart issue 712"),
+    OPENAI_REASONING._replace(name="azure-reasoning", title="Azure OpenAI, o-series and gpt-5", models=r"o\d|gpt-5", **AZURE),
+    OPENAI._replace(name="azure", title="Azure OpenAI", **AZURE),
     DEFAULT._replace(name="deepseek", title="DeepSeek", hosts=("api.deepseek.com",), images=False, json_format="json_object",
                      tool_choice=("none",), replay="reasoning_content", placeholder=NOT_KEPT, reasoning="thinking",
                      efforts=("low", "high", "max"), source="api-docs.deepseek.com/guides/thinking_mode"),
     DEFAULT._replace(name="dashscope", title="Qwen on DashScope", hosts=("dashscope.aliyuncs.com", "dashscope-intl.aliyuncs.com",
                      "dashscope-us.aliyuncs.com"), always_stream=True, json_format="json_object", reasoning="enable_thinking",
                      source="langchain4j issue 3974, pydantic-ai providers/alibaba.py"),
-    DEFAULT._replace(name="kimi-k3", title="Kimi K3", hosts=("api.moonshot.ai", "api.moonshot.cn", "api.kimi.com"), models=r"kimi-k3",
+    DEFAULT._replace(name="kimi-k3", title="Kimi K3", hosts=KIMI_HOSTS, models=r"kimi-k3",
                      never=("temperature", "top_p"), tool_choice=("none",), tool_ids="kimi", typed_schema=True, image_urls=False,
                      replay="reasoning_content", replay_all=True, reasoning="effort", efforts=("low", "high", "max"),
                      source="aihubmix guide to Kimi K3.1"),
-    DEFAULT._replace(name="kimi", title="Kimi (Moonshot)", hosts=("api.moonshot.ai", "api.moonshot.cn", "api.kimi.com"),
+    DEFAULT._replace(name="kimi", title="Kimi (Moonshot)", hosts=KIMI_HOSTS,
                      never=("temperature", "top_p"), tool_choice=("none",), tool_ids="kimi", typed_schema=True, image_urls=False,
                      replay="reasoning_content", replay_all=True, reasoning="thinking", source="kimi-cli kosong/chat_provider/kimi.py"),
     DEFAULT._replace(name="glm-5.3", title="Z.ai GLM-5.2 and later", hosts=("api.z.ai", "open.bigmodel.cn"), models=r"glm-(5\.[2-9]|[6-9])",
@@ -1580,26 +1602,7 @@ LONGEST_TOKEN = 4096            # of a key or number that is still coming in, be
 UNREADABLE = (ValueError, RecursionError, MemoryError)
 
 
-def bounded_int(digits):
-    if len(digits) > 4000:      # int() is quadratic before Python 3.11, and refuses 4300 digits after
-        raise ValueError("number too long")
-    return int(digits)
-
-
-def finite_float(text):
-    number = float(text)
-    if number in (float("inf"), float("-inf")):
-        raise ValueError("number too large")
-    return number
-
-
-def no_constant(word):
-    raise ValueError("%s is not JSON" % word)
-
-
-HOOKS = {"parse_int": bounded_int, "parse_float": finite_float, "parse_constant": no_constant}
-STRICT = json.JSONDecoder(**HOOKS)
-LENIENT = json.JSONDecoder(strict=False, **HOOKS)       # takes unescaped newlines and tabs in strings
+LENIENT = json.JSONDecoder(strict=False, **JSON_HOOKS)      # takes unescaped newlines and tabs in strings
 
 # ---- repair: text -> dict ----------------------------------------------------------------------------------------------
 
@@ -1683,12 +1686,16 @@ def sole_object(text):
     raise ValueError("too many objects")
 
 
+def required(schema):
+    """The names of the properties that a schema requires."""
+    names = schema.get("required") if isinstance(schema, dict) else None
+    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+
+
 def sole_string(schema):
     """The name of the one required property if that is a string, else None."""
-    required = schema.get("required") if isinstance(schema, dict) else None
-    if not isinstance(required, list) or len(required) != 1 or not isinstance(required[0], str):
-        return None
-    return required[0] if schema_types(property_schema(schema, required[0])) == {"string"} else None
+    names = required(schema)
+    return names[0] if len(names) == 1 and schema_types(property_schema(schema, names[0])) == {"string"} else None
 
 
 def bare_text(text, schema):
@@ -2172,12 +2179,6 @@ def mended_object(text, schema):
     return repair_arguments(text + "}", schema) if found is None else found
 
 
-def required(schema):
-    """The names of the properties that a schema requires."""
-    names = schema.get("required") if isinstance(schema, dict) else None
-    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
-
-
 # ---- parsers: (body, tools, loads) -> ([(name, arguments dict)], where in the body they end), or ValueError, or Incomplete
 
 def offered(name, tools):
@@ -2218,16 +2219,15 @@ def json_call(value, tools, loads):
 
 
 BODY_END = re.compile(r"\Z")
-BETWEEN_JSON = re.compile(r"[\s;,]*")
 
 
 def json_calls(body, tools, loads):
     """JSON calls in a row, or lists of them."""
-    calls, at = [], BETWEEN_JSON.match(body).end()
+    calls, at = [], BETWEEN.match(body).end()
     while body.startswith(("{", "["), at):
         value, at = json_value(body, at, BODY_END, loads)
         calls += [json_call(one, tools, loads) for one in (value if isinstance(value, list) else [value])]
-        at = BETWEEN_JSON.match(body, at).end()
+        at = BETWEEN.match(body, at).end()
     return calls, at
 
 
@@ -3370,7 +3370,7 @@ def replay(message, new_id=None):
 # ======================================================================================================
 
 # Field names in "no such field" errors, as OpenAI, Groq and Cerebras, Gemini, NIM, Mistral, Fireworks, xAI and others word them.
-FIELD_PATTERNS = [re.compile(pattern, re.I) for pattern in (
+FIELD_PATTERNS = (
     r"Unrecognized request arguments? supplied: ([\w, ]+)",
     r"property '(?:body\.)?([\w.]+)' is unsupported",
     r'Unknown name \\*"(\w+)\\*"',
@@ -3384,10 +3384,10 @@ FIELD_PATTERNS = [re.compile(pattern, re.I) for pattern in (
     r"invalid (temperature|top_p): only",
     r"(?:unknown|unexpected|unrecognized|unsupported|invalid) (?:field|parameter|argument|keyword argument|property):? ['`\"]?([\w.]+)",
     r"(\w+): Extra inputs are not permitted",
-)]
+)
 SCHEMA_WORDS = ("pattern", "format", "const", "additionalProperties", "exclusiveMinimum", "exclusiveMaximum", "default", "propertyNames",
                 "patternProperties", "anyOf", "oneOf", "allOf", "minLength", "maxLength", "minItems", "maxItems", "not", "examples", "title")
-REFUSED = re.compile(r"unsupported|not support|unknown|unrecogni[sz]ed|unexpected|not permitted|not allowed|extra|forbidden|invalid|unavailable", re.I)
+REFUSED = r"(?i)unsupported|not support|unknown|unrecogni[sz]ed|unexpected|not permitted|not allowed|extra|forbidden|invalid|unavailable"
 ESSENTIAL = ("model", "messages", "tools", "stream")
 
 
@@ -3395,7 +3395,7 @@ def named_fields(text):
     """Names of request fields that an error text complains of, in snake case."""
     found = []
     for pattern in FIELD_PATTERNS:
-        for match in pattern.findall(text):
+        for match in re.findall(pattern, text, re.I):
             found += [re.sub(r"(?<=[a-z])([A-Z])", lambda m: "_" + m.group(1).lower(), name) if not name.isupper() else name
                       for name in re.findall(r"[\w.]+", match)]
     return list(dict.fromkeys(found))
@@ -3423,7 +3423,7 @@ def learn_fields(text, profile, sent):
 
 
 def learn_output_limit(text, profile, sent):
-    found = OUTPUT_LIMIT.match(text)
+    found = re.match(OUTPUT_LIMIT, text)
     limit = int(found.group(1)) if found else 0
     return {"max_output": limit} if limit and limit < sent.get(profile.max_tokens, 0) else {}
 
@@ -3448,7 +3448,7 @@ def learn_thinking(text, profile, sent):
         return {"never": tuple(profile.never) + ("reasoning_effort",)}
     asked = [field for field in ("reasoning_effort", "thinking", "enable_thinking", "reasoning", "chat_template_kwargs") if field in sent]
     named = [field for field in asked if re.search(r"\b%s\b" % field, text)]
-    if asked and REFUSED.search(text) and (named or re.search(r"not support (?:thinking|reasoning)|(?:thinking|reasoning) is not", text, re.I)):
+    if asked and re.search(REFUSED, text) and (named or re.search(r"not support (?:thinking|reasoning)|(?:thinking|reasoning) is not", text, re.I)):
         return {"reasoning": "", "effort_with_tools": ""}
     return {}
 
@@ -3523,7 +3523,7 @@ def learn_native(text, profile, sent):
 
 def learn_any_field(text, profile, sent):
     """Last resort: a field of ours that the text names in quotes and calls wrong in some way."""
-    if not REFUSED.search(text):
+    if not re.search(REFUSED, text):
         return {}
     fields = [field for field in sent if field not in ESSENTIAL and field != profile.max_tokens and re.search(r"['\"`(\[]%s\b" % re.escape(field), text)]
     return {"never": tuple(profile.never) + tuple(fields)} if fields else {}
@@ -6000,7 +6000,6 @@ LOOK_SECONDS = 1            # between two looks at whether a silence needs a pin
 SETTLED = 4                 # pieces of a streamed answer after which the Pump takes it
 QUIET_SECONDS = 1           # a silence, after which the Pump gives it back
 MOST_STREAMS = 200 if selectors.DefaultSelector is selectors.SelectSelector else 10000      # select() takes 512 descriptors
-MAX_DIGITS = 300            # of a number in a request; Python before 3.11 takes hours for a million
 REQUEST_LINE = re.compile(rb"([!-~]+) ([!-~\x80-\xff]+) HTTP/(\d)\.(\d)\r?\n")
 REASONS = http.server.BaseHTTPRequestHandler.responses
 
@@ -6141,7 +6140,7 @@ class Pump(object):
 
     def __init__(self, log):
         self.log, self.lock, self.coming, self.streams = log, threading.Lock(), collections.deque(), set()
-        self.selector = self.bell = None
+        self.selector, self.bell, self.look = None, None, 0
 
     def move(self, stream):
         """Returns when the stream's own thread has to go on. Raises what was raised on the way."""
@@ -6164,7 +6163,10 @@ class Pump(object):
         """Have the thread take a stream; None ends it. False: there is no place."""
         with self.lock:
             if stream and self.bell is None:
-                self.selector, (self.bell, ear) = selectors.DefaultSelector(), socket.socketpair()
+                try:
+                    self.selector, (self.bell, ear) = selectors.DefaultSelector(), socket.socketpair()
+                except OSError:         # out of descriptors
+                    return False
                 self.bell.setblocking(False)
                 self.selector.register(ear, selectors.EVENT_READ)
                 threading.Thread(target=self.run, args=(ear,), daemon=True).start()
@@ -6199,8 +6201,10 @@ class Pump(object):
                 ear.recv(4096)
             elif key.data in self.streams:          # an event before this one may have ended it
                 self.turn(key.data, key.fd, now)
-        for stream in [stream for stream in self.streams if now - stream.moved > QUIET_SECONDS]:
-            self.release(stream)
+        if now >= self.look:
+            self.look = now + QUIET_SECONDS / 2
+            for stream in [stream for stream in self.streams if now - stream.moved > QUIET_SECONDS]:
+                self.release(stream)
 
     def take(self):
         """Take what is coming. False: the end."""
@@ -6224,7 +6228,8 @@ class Pump(object):
         if stream in self.streams:
             self.streams.remove(stream)
             for number in stream.descriptors:
-                self.selector.unregister(number)
+                with contextlib.suppress(KeyError):     # it was not yet taken wholly
+                    self.selector.unregister(number)
         stream.reply.patient = True
         stream.back.set()
 
@@ -6421,7 +6426,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """(the body as a dict, its length). Raises BadRequest."""
         raw = self.read_body()
         try:
-            body = REQUEST_JSON.decode(without_halves(raw).decode("utf-8"))
+            body = STRICT.decode(without_halves(raw).decode("utf-8"))
         except RecursionError:
             raise BadRequest("the request body is nested too deeply")
         except UnicodeDecodeError:
@@ -6588,27 +6593,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def post_lessons_forget(self):
         self.send_json({"removed": self.proxy.forget()})
-
-
-def refused_constant(name):
-    """NaN and Infinity are no JSON."""
-    raise ValueError("%s is no JSON number" % name)
-
-
-def whole_number(digits):
-    if len(digits) > MAX_DIGITS:
-        raise ValueError("a number has %d digits" % len(digits))
-    return int(digits)
-
-
-def finite_number(digits):
-    value = float(digits)
-    if value in (float("inf"), float("-inf")):
-        raise ValueError("%s is too large" % digits[:20])
-    return value
-
-
-REQUEST_JSON = json.JSONDecoder(parse_constant=refused_constant, parse_int=whole_number, parse_float=finite_number)
 
 
 class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
