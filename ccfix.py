@@ -2241,36 +2241,34 @@ def only_json(body, tools, loads):
 
 def tagged_calls(start, stop, parameter=r"(?!)"):
     """A parser of calls in a row, each `start` (with a group name), then parameters (groups key, value, perhaps string) or
-    a JSON object, then `stop`."""
-    start, stop, parameter = (re.compile(pattern, re.DOTALL) for pattern in (start, stop, parameter))
-    space = re.compile(r"\s*")
-
+    a JSON object, then `stop`. The patterns are compiled when the first such call comes."""
     def calls_in(body, tools, loads):
+        begins, ends = re.compile(start, re.DOTALL), re.compile(r"\s*(?:%s)" % stop, re.DOTALL)
         calls, at = [], 0
-        head = start.match(body)
+        head = begins.match(body)
         while head:
             name = offered(head.group("name"), tools)
             arguments, at = tagged_arguments(body, head.end(), tools[name], loads)
-            end = stop.match(body, space.match(body, at).end())
+            end = ends.match(body, at)
             if not end:
                 raise Incomplete()
             calls.append((name, arguments))
             at = end.end()
-            head = start.match(body, at) if at < len(body) else None
+            head = begins.match(body, at) if at < len(body) else None
         return calls, at
 
     def tagged_arguments(body, at, schema, loads):
         if body.startswith("{", at):
-            return json_value(body, at, stop, loads)
-        arguments = {}
-        found = parameter.match(body, at)
+            return json_value(body, at, re.compile(stop, re.DOTALL), loads)
+        arguments, member = {}, re.compile(parameter, re.DOTALL)
+        found = member.match(body, at)
         while found:
             groups = found.groupdict()
             key, value, verbatim = groups["key"].strip(), groups["value"], groups.get("string")
             wanted = VERBATIM.get(verbatim) or property_schema(schema, key)
             arguments[key] = typed(value if verbatim else unpadded(value), wanted)
             at = found.end()
-            found = parameter.match(body, at)
+            found = member.match(body, at)
         return arguments, at
 
     return calls_in
@@ -2319,7 +2317,7 @@ head: regex that what follows the opening must match soon, or it is prose; its g
 wrapped: whether open and close only wrap what parse reads, or belong to it.
 """
 
-CALL_FAMILIES = [Family(*row[:3], head=re.compile(row[3]), wrapped=row[4], parse=row[5]) for row in (
+CALL_FAMILIES = [Family(*row) for row in (
     ("<tool_call>", "</tool_call>", OWN_LINE, r"\s*(?:[{\[]|<function=|([\w.:-]+)\s*<)", True, either(json_calls, QWEN, GLM)),
     ("<function=", "</function>", OWN_LINE, r"([^>\s]+)>\s*[<{]", False, QWEN),
     ("[TOOL_REQUEST]", "[END_TOOL_REQUEST]", OWN_LINE, r"\s*[{\[]", True, json_calls),
@@ -2378,7 +2376,7 @@ class Held(object):
         """Whether this can still become a call, by what follows the opening."""
         if not self.headed:
             start = len(self.family.open)
-            head = self.family.head.match(self.whole(), start, start + MAX_LEAD_IN)
+            head = re.compile(self.family.head).match(self.whole(), start, start + MAX_LEAD_IN)
             if not head:
                 return self.size < start + MAX_LEAD_IN
             try:
@@ -4306,11 +4304,11 @@ SEND_HINTS = frozenset(("cache_control", "eager_input_streaming"))  # hints on h
 
 TOTAL_TOKENS = re.compile(r"<total_tokens>[^<\n]{0,80}</total_tokens>")
 MONTH = r"(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]{0,6}\.?"
-DATE_LINE = re.compile(
-    r"((?:today.s date|current date|current time|date has changed|today is)[^\n\d]{0,40}?)(?:"
+DATE_LINE = (      # compiled when it is first needed, as all that serving without a cache does not need
+    r"(?i)((?:today.s date|current date|current time|date has changed|today is)[^\n\d]{0,40}?)(?:"
     r"\d{4}-\d\d-\d\d(?:[T ]\d\d:\d\d(?::\d\d(?:\.\d{1,9})?)?(?: ?Z|[+-]\d\d:?\d\d)?)?|\d{1,2}[/.]\d{1,2}[/.]\d{2,4}|"
     r"(?:(?:mon|tue|wed|thu|fri|sat|sun)[a-z]{0,6},? )?(?:" + MONTH + r" \d{1,2}(?:st|nd|rd|th)?,? \d{4}|"
-    r"\d{1,2} " + MONTH + r",? \d{4}))", re.IGNORECASE)
+    r"\d{1,2} " + MONTH + r",? \d{4}))")
 DATE_HEADING = "# currentDate\n"
 TIME_WORDS = frozenset(
     "today tomorrow yesterday tonight now current currently date dates dated day days daily week weeks weekly month "
@@ -4434,7 +4432,7 @@ def without_billing(text):
 def without_volatile(text, dated):
     """A text that the client wrote itself, without token counters and (unless dated) without today's date."""
     text = TOTAL_TOKENS.sub("", text)
-    return text if dated else DATE_LINE.sub(r"\1<date>", text)
+    return text if dated else re.sub(DATE_LINE, r"\1<date>", text)
 
 
 def reminders(text):
@@ -4464,10 +4462,10 @@ def reminder_text(text, dated):
     if TOTAL_TOKENS.sub("", text).strip() == "":
         return ""
     before, heading, own = text.rpartition(DATE_HEADING)
-    found = None if dated else DATE_LINE.search(own)
+    found = None if dated else re.search(DATE_LINE, own)
     if not found or own[:found.start()].strip() not in ("", "The"):
         return text
-    return before + heading + DATE_LINE.sub(r"\1<date>", own, 1)
+    return before + heading + re.sub(DATE_LINE, r"\1<date>", own, 1)
 
 
 def user_text(text, dated):
@@ -4931,22 +4929,17 @@ class Ledger:
 
 # ---- Why an upstream's prefix cache was lost
 
-GROUPS = {"system": "system", "tool": "tools", "tools": "tools"}  # first word of a label -> group; else a message
+GROUPS = {"system": "system", "tool": "tools"}  # first word of a label -> group; else a message
 
 
 def sections(parts):
-    """[(label, crc)] of [(label, bytes)], in the order sent.
+    """{"system": [(label, crc)], "tools": [...], "messages": [...]} of [(label, bytes)], in the order sent.
 
     Labels: "system", "tool NAME" (one part a tool) and "message 3 (user)", counted from 1.
     """
-    return [(label, zlib.crc32(data)) for label, data in parts]
-
-
-def grouped(listed):
-    """{"system": [...], "tools": [...], "messages": [...]} of sections."""
     groups = {"system": [], "tools": [], "messages": []}
-    for section in listed:
-        groups[GROUPS.get(section[0].split(" ")[0], "messages")].append(section)
+    for label, data in parts:
+        groups[GROUPS.get(label.split(" ")[0], "messages")].append((label, zlib.crc32(data)))
     return groups
 
 
@@ -4966,7 +4959,6 @@ def common(old, new):
 
 def why_broken(old, new):
     """Why `new` (sections) does not go on where `old` stopped, as a text; "" where it does or is a part of it."""
-    old, new = grouped(old), grouped(new)
     reasons = []
     if crcs(old["system"]) != crcs(new["system"]):
         reasons.append("system text changed")
@@ -5014,29 +5006,27 @@ class Sessions:
         self._lock = threading.Lock()
         self._lines = collections.OrderedDict()  # session -> [sections, ...], latest last
 
-    def compare(self, session, listed):
-        """`why_broken` against the session's earlier request of the same line; remembers listed in its place."""
+    def compare(self, session, new):
+        """`why_broken` against the session's earlier request of the same line; remembers `new` (sections) in its place."""
         with self._lock:
             lines = self._lines.pop(session, [])
-            related = [line for line in lines if is_related(line, listed)]
-            old = max(reversed(related), key=lambda line: likeness(line, listed), default=None)
-            lines = [line for line in lines if line is not old] + [listed]
+            related = [line for line in lines if is_related(line, new)]
+            old = max(reversed(related), key=lambda line: likeness(line, new), default=None)
+            lines = [line for line in lines if line is not old] + [new]
             self._lines[session] = lines[-self.LINES:]
             if len(self._lines) > self._size:
                 self._lines.popitem(last=False)
-        return "" if old is None else why_broken(old, listed)
+        return "" if old is None else why_broken(old, new)
 
 
 def is_related(old, new):
     """True where two requests can be of one line: the same first message, or a history under the same system text."""
-    old, new = grouped(old), grouped(new)
     return common(old["messages"][:1], new["messages"][:1]) == 1 or (
         crcs(old["system"]) == crcs(new["system"]) and len(new["messages"]) > 2)  # up to 2: a first question
 
 
 def likeness(old, new):
     """How alike two requests are: (messages shared from the front, same tools)."""
-    old, new = grouped(old), grouped(new)
     return common(old["messages"], new["messages"]), crcs(old["tools"]) == crcs(new["tools"])
 
 

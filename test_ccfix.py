@@ -4383,7 +4383,7 @@ class TestWhyBroken(unittest.TestCase):
                 (request_parts(system="S", tools="ba", messages="x2345"),
                  "system text changed; tools reordered; message 1 (user) changed")):
             self.assertEqual(ccfix.why_broken(request_parts(), new), reason)
-        self.assertEqual(ccfix.why_broken([], request_parts()), "system text changed; tools changed (added a, b)")
+        self.assertEqual(ccfix.why_broken(ccfix.sections([]), request_parts()), "system text changed; tools changed (added a, b)")
 
     def test_sessions_are_compared_with_themselves(self):
         sessions = ccfix.Sessions(size=2)
