@@ -14,6 +14,7 @@ How a request travels:
 
 One direction in, one direction out; nothing calls backwards, but for one: whoever waits, waits through
 the client's `wait`, which notices a client that hung up and writes the pings that keep a silent stream alive.
+Each connection has a thread; streams that flow are moved by one thread for all of them, the Pump.
 
 Words: a *block* is Anthropic content, a *chunk* an OpenAI stream object, an *event* an Anthropic stream
 event, a *payload* the data string of an SSE event, a *profile* what is special about a provider, a *lesson*
@@ -8654,7 +8655,12 @@ def main_as_hook(*_):
     """main(), as the exception hook of the script. CPython holds the syntax tree of the script it was given (18 MB of this one)
     while the script runs; the hook is what it calls after that. The last line's error is for nothing else."""
     sys.excepthook = sys.__excepthook__
-    sys.exit(main())
+    try:
+        code = main()
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -6776,6 +6776,32 @@ class TestRunWithAClient(CommandsCase):
         self.assertEqual(child.returncode, 128 + signal.SIGTERM)
 
 
+class TestTheScript(CommandsCase):
+    """main() of the script runs in its exception hook; nobody must notice."""
+
+    def script(self, begin):
+        """(exit code, stdout, stderr) of ccfix.py with these lines at the beginning of main."""
+        path = self.write("script.py", ccfix_source().replace("    argv = list(sys.argv[1:] if argv is None else argv)\n", "    %s\n" % begin))
+        child = subprocess.Popen([sys.executable, path], stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, cwd=self.home)
+        out, err = child.communicate(timeout=30)
+        return child.returncode, out, err
+
+    def test_exit_codes_and_exceptions_are_those_of_main(self):
+        self.assertEqual(self.script("return 7"), (7, "", ""))
+        code, out, err = self.script("1 / 0")
+        self.assertEqual((code, out, err.splitlines()[0], err.splitlines()[-1]), (1, "", "Traceback (most recent call last):", "ZeroDivisionError: division by zero"))
+        self.assertNotIn("excepthook", err)
+
+    def test_threads_can_be_started_in_it(self):
+        self.assertEqual(self.script("import threading; t = threading.Thread(target=print, args=('ran',)); t.start(); t.join(); return 0"), (0, "ran\n", ""))
+
+    def test_as_a_module_and_under_another_program_it_is_called_directly(self):
+        folder = os.path.dirname(os.path.abspath(ccfix.__file__))
+        by_path = "import runpy, sys; sys.argv[1:] = ['--version']; runpy.run_path('ccfix.py', run_name='__main__')"
+        for words in (["-m", "ccfix", "--version"], ["-c", by_path]):
+            self.assertEqual(subprocess.check_output([sys.executable, "-B"] + words, cwd=folder, universal_newlines=True), "ccfix %s\n" % ccfix.__version__)
+
+
 class TestInit(CommandsCase):
 
     def test_a_private_commented_env_is_written_and_the_settings_printed(self):

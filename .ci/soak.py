@@ -326,7 +326,7 @@ def streams(options, upstream):
             early = early or (now if time.monotonic() > began + options.seconds / 3 else None)
             peak = tuple(map(max, peak, now))
         after = ccfix.settled(2)
-        check("200 streams for %g s" % options.seconds, done == 200 and after[1] == before[1] and peak[0] - early[0] < 8 and after[2] < 150 and peak[0] < 60, complete=done, broken=broken,
+        check("200 streams for %g s" % options.seconds, done == 200 and before[0] < 32 and after[1] == before[1] and peak[0] - early[0] < 8 and after[2] < 150 and peak[0] < 60, complete=done, broken=broken,
               RSS_before="%g MB" % before[0], after_a_third="%g MB" % (early or peak)[0], at_most="%g MB" % peak[0], after="%g MB" % after[0], threads="%d -> %d -> %d" % (before[1], peak[1], after[1]),
               descriptors="%d -> %d -> %d" % (before[2], peak[2], after[2]), longest_gap="%.2f s" % gap)
 
