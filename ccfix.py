@@ -4305,7 +4305,7 @@ SEND_HINTS = frozenset(("cache_control", "eager_input_streaming"))  # hints on h
 
 TOTAL_TOKENS = re.compile(r"<total_tokens>[^<\n]{0,80}</total_tokens>")
 MONTH = r"(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]{0,6}\.?"
-DATE_LINE = (      # compiled when it is first needed, as all that serving without a cache does not need
+DATE_LINE = (           # compiled when a request first needs it: most serve without a cache
     r"(?i)((?:today.s date|current date|current time|date has changed|today is)[^\n\d]{0,40}?)(?:"
     r"\d{4}-\d\d-\d\d(?:[T ]\d\d:\d\d(?::\d\d(?:\.\d{1,9})?)?(?: ?Z|[+-]\d\d:?\d\d)?)?|\d{1,2}[/.]\d{1,2}[/.]\d{2,4}|"
     r"(?:(?:mon|tue|wed|thu|fri|sat|sun)[a-z]{0,6},? )?(?:" + MONTH + r" \d{1,2}(?:st|nd|rd|th)?,? \d{4}|"

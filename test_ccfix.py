@@ -5311,9 +5311,9 @@ class HttpCase(unittest.TestCase):
     def setUp(self):
         self.log = []
 
-    def serve(self, *script, **values):
-        """Start both; script as FakeUpstream takes it."""
-        self.upstream = FakeUpstream(*script or (streamed(HELLO_STREAM),))
+    def serve(self, *script, tls=None, **values):
+        """Start both; script and tls as FakeUpstream takes them."""
+        self.upstream = FakeUpstream(*script or (streamed(HELLO_STREAM),), tls=tls)
         self.addCleanup(self.upstream.close)
         values = dict({"TARGET_API_BASE": self.upstream.url + "/v1", "TARGET_API_KEY": KEY}, **values)
         settings = settings_of(**values)
@@ -5878,9 +5878,13 @@ class PumpCase(HttpCase):
 
     def setUp(self):
         HttpCase.setUp(self)
-        patch = mock.patch.multiple(ccfix, SETTLED=1, QUIET_SECONDS=0.05)
-        patch.start()
-        self.addCleanup(patch.stop)
+        self.taken, self.released = [], []      # one entry a time
+        move, release = ccfix.Pump.move, ccfix.Pump.release
+        for patch in (mock.patch.multiple(ccfix, SETTLED=1, QUIET_SECONDS=0.05),
+                      mock.patch.object(ccfix.Pump, "move", lambda pump, stream: (self.taken.append(1), move(pump, stream))),
+                      mock.patch.object(ccfix.Pump, "release", lambda pump, stream: (self.released.append(1), release(pump, stream)))):
+            patch.start()
+            self.addCleanup(patch.stop)
 
 
 class TestHangUpInThePump(PumpCase, TestHangUp):
@@ -5892,10 +5896,11 @@ class TestPump(PumpCase):
     END = piece(sse(delta(content="lo"), delta("stop"))) + b"0\r\n\r\n"
 
     def begun(self, *script, **values):
-        """A connection whose stream the pump has."""
+        """A connection whose stream the pump got."""
         self.serve(*script, **values)
+        before = len(self.taken)
         sock = self.begin(request("hi"), {"Connection": "close"})
-        self.wait_until(lambda: self.server.pump.streams)
+        self.wait_until(lambda: len(self.taken) > before)
         return sock
 
     def text_of(self, sock):
@@ -5929,16 +5934,17 @@ class TestPump(PumpCase):
     def test_a_silence_is_filled_and_the_stream_comes_back(self):
         with mock.patch.multiple(ccfix, PING_SECONDS=0.1, LOOK_SECONDS=0.01):
             sock = self.begun([self.BEGIN, 0.5, piece(deltas(delta(content="p"))), 0.02, self.END])
-            self.wait_until(lambda: not self.server.pump.streams)
-            self.wait_until(lambda: self.server.pump.streams)
+            self.wait_until(lambda: self.released)
+            self.wait_until(lambda: len(self.taken) > 1)
             answer, = answers_in(read_all(sock))
         events = sse_events(answer.body.decode())
         self.assertGreater([event["type"] for event in events].count("ping"), 1)
         self.assertEqual(ccfix.assemble(events)["content"], [{"type": "text", "text": "Helplo"}])
 
     def test_bytes_without_content_are_a_silence(self):
-        sock = self.begun([self.BEGIN] + [piece(b": x\n\n"), 0.02] * 10 + [self.END])
-        self.wait_until(lambda: not self.server.pump.streams and self.proxy.active)
+        sock = self.begun([self.BEGIN] + [piece(b": x\n\n"), 0.02] * 30 + [self.END])
+        self.wait_until(lambda: self.released)
+        self.assertEqual((len(self.taken), self.proxy.active), (1, 1))
         self.assertEqual(self.text_of(sock), "Hello")
 
     def test_each_way_to_lose_the_provider(self):
@@ -5976,7 +5982,7 @@ class TestPump(PumpCase):
         go = threading.Event()
         sock = self.begun([self.BEGIN, go] + [block] * 300 + [self.END])
         go.set()
-        self.wait_until(lambda: not self.server.pump.streams)
+        self.wait_until(lambda: self.released)
         self.assertEqual(len(self.text_of(sock)), 4800005)
 
     def test_without_a_place_in_it_streams_work_as_well(self):
@@ -5996,6 +6002,20 @@ class TestPump(PumpCase):
         self.server.pump.close()
         self.assertEqual(self.text_of(sock), "Hello")
         self.wait_until(lambda: self.server.pump.bell is None)
+
+
+@unittest.skipUnless(shutil.which("openssl"), "needs the openssl command")
+class TestPumpOverTls(TestPump):
+    """The same, and records larger than what is read at once, from a provider behind TLS."""
+    setUpClass, tearDownClass = (classmethod(getattr(TestTls, name).__func__) for name in ("setUpClass", "tearDownClass"))
+
+    def serve(self, *script, **values):
+        TestPump.serve(self, *script, tls=self.pair, CA_BUNDLE=self.pair[0], **values)
+
+    def test_large_records(self):
+        words = ["x" * size for size in (1, 100, 16384, 20000, 70000, 3)]
+        flow = [part for word in words for part in (piece(deltas(delta(content=word))), 0.02)]
+        self.assertEqual(self.text_of(self.begun([self.BEGIN] + flow + [self.END])), "Hel" + "".join(words) + "lo")
 
 
 class TestHonestStreams(HttpCase):
