@@ -5875,6 +5875,8 @@ class TestHangUp(HttpCase):
 
 class PumpCase(HttpCase):
     """Streams go to the pump at their first piece, and back after a short silence."""
+    BEGIN = SSE_HEAD + piece(deltas(delta(content="Hel")))
+    END = piece(sse(delta(content="lo"), delta("stop"))) + b"0\r\n\r\n"
 
     def setUp(self):
         HttpCase.setUp(self)
@@ -5885,15 +5887,6 @@ class PumpCase(HttpCase):
                       mock.patch.object(ccfix.Pump, "release", lambda pump, stream: (self.released.append(1), release(pump, stream)))):
             patch.start()
             self.addCleanup(patch.stop)
-
-
-class TestHangUpInThePump(PumpCase, TestHangUp):
-    """The same while the pump has the stream."""
-
-
-class TestPump(PumpCase):
-    BEGIN = SSE_HEAD + piece(deltas(delta(content="Hel")))
-    END = piece(sse(delta(content="lo"), delta("stop"))) + b"0\r\n\r\n"
 
     def begun(self, *script, **values):
         """A connection whose stream the pump got."""
@@ -5909,6 +5902,12 @@ class TestPump(PumpCase):
         self.assertEqual(grammar(self, events), "done")
         return ccfix.assemble(events)["content"][-1]["text"]
 
+
+class TestHangUpInThePump(PumpCase, TestHangUp):
+    """The same while the pump has the stream."""
+
+
+class TestPump(PumpCase):
     def test_many_streams_are_moved_by_one_thread_and_end_in_their_own(self):
         moved, ended = set(), set()
         feed, finish = ccfix.StreamTranslator.feed, ccfix.StreamTranslator.finish
@@ -6005,17 +6004,14 @@ class TestPump(PumpCase):
 
 
 @unittest.skipUnless(shutil.which("openssl"), "needs the openssl command")
-class TestPumpOverTls(TestPump):
-    """The same, and records larger than what is read at once, from a provider behind TLS."""
+class TestPumpOverTls(PumpCase):
     setUpClass, tearDownClass = (classmethod(getattr(TestTls, name).__func__) for name in ("setUpClass", "tearDownClass"))
 
-    def serve(self, *script, **values):
-        TestPump.serve(self, *script, tls=self.pair, CA_BUNDLE=self.pair[0], **values)
-
-    def test_large_records(self):
+    def test_records_of_all_sizes(self):
         words = ["x" * size for size in (1, 100, 16384, 20000, 70000, 3)]
         flow = [part for word in words for part in (piece(deltas(delta(content=word))), 0.02)]
-        self.assertEqual(self.text_of(self.begun([self.BEGIN] + flow + [self.END])), "Hel" + "".join(words) + "lo")
+        sock = self.begun([self.BEGIN] + flow + [self.END], tls=self.pair, CA_BUNDLE=self.pair[0])
+        self.assertEqual(self.text_of(sock), "Hel" + "".join(words) + "lo")
 
 
 class TestHonestStreams(HttpCase):
