@@ -1339,14 +1339,14 @@ def parts_of(block, profile):
 
 def image_part(source, profile):
     """An image as an image_url part, or a note where the model takes none."""
-    kind, data = source.get("type"), source.get("data")
+    kind, data, url = source.get("type"), source.get("data"), source.get("url")
     if not profile.images:
         return "[an image was here; this model takes no images]"
     if kind == "base64" and isinstance(data, str):
         return {"type": "image_url", "image_url": {"url": "data:%s;base64,%s" % (source.get("media_type") or "image/png", data)}}
-    if kind == "url" and isinstance(source.get("url"), str) and profile.image_urls:
-        return {"type": "image_url", "image_url": {"url": source["url"]}}
-    return "[an image was here that could not be passed on%s]" % (": %s" % source["url"] if kind == "url" else "")
+    if kind == "url" and isinstance(url, str) and profile.image_urls:
+        return {"type": "image_url", "image_url": {"url": url}}
+    return "[an image was here that could not be passed on%s]" % (": %s" % url if kind == "url" and isinstance(url, str) else "")
 
 
 def document_parts(block, source, profile):

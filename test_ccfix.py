@@ -853,6 +853,8 @@ MESSAGES = (
      [U("[an image was here that could not be passed on: https://x/y.png]")]),
     ("an image of an unknown source", request(user({"type": "image", "source": {"type": "file", "file_id": "f"}})), PLAIN,
      [U("[an image was here that could not be passed on]")]),
+    ("an image URL that is none", request(user({"type": "image", "source": {"type": "url"}}, {"type": "image", "source": {"type": "url", "url": 5}})), PLAIN,
+     [U("[an image was here that could not be passed on]\n\n[an image was here that could not be passed on]")]),
     ("a text document", request(user({"type": "document", "title": "T", "source": {"type": "text", "media_type": "text/plain", "data": "body"}})), PLAIN,
      [U("[document: T]\nbody")]),
     ("a document of blocks", request(user({"type": "document", "source": {"type": "content", "content": [txt("x"), txt("y")]}})), PLAIN,
