@@ -6348,7 +6348,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.close_connection = True
         except RecursionError:
             self.fail(BadRequest("the request is nested too deeply"))
-        except Exception:           # our bug: the one bare catch-all
+        except Exception:           # our bug: the one bare catch-all of a request
             self.proxy.log("error", "%s failed inside ccfix:\n%s" % (self.request_id, traceback.format_exc()))
             self.fail(ProxyError("ccfix itself failed; its log has the details", 500))
 

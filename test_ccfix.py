@@ -5989,8 +5989,8 @@ class TestPump(PumpCase):
     def test_without_a_place_in_it_streams_work_as_well(self):
         for patch in (mock.patch.object(ccfix, "MOST_STREAMS", 0), mock.patch.object(ccfix.socket, "socketpair", side_effect=OSError("none left"))):
             with patch:
-                self.serve([self.BEGIN, 0.02, self.END])
-                self.assertEqual(self.text_of(self.begin(request("hi"), {"Connection": "close"})), "Hello")
+                self.assertEqual(self.text_of(self.begun([self.BEGIN, 0.02, self.END])), "Hello")
+                self.assertEqual(self.released, [], "the pump had it all the same")
 
     def test_streams_outlive_a_fault_of_the_pump_and_its_end(self):
         go = threading.Event()
