@@ -70,7 +70,7 @@ import zlib
 from typing import NamedTuple
 
 __version__ = "1.0.0"
-__all__ = ["main", "to_openai", "sse_payloads", "StreamTranslator", "encode_event", "assemble", "replay",
+__all__ = ["main", "to_openai", "sse_payloads", "StreamTranslator", "encode_event", "fold", "unfold",
            "upstream_error", "Settings", "Profile", "Proxy", "Server"]
 
 
@@ -136,25 +136,25 @@ def as_list(value):
 MAX_DIGITS = 300            # of a number; Python before 3.11 takes hours for a million
 
 
-def whole_number(digits):
+def parse_integer(digits):
     if len(digits) > MAX_DIGITS:
         raise ValueError("a number has %d digits" % len(digits))
     return int(digits)
 
 
-def finite_number(digits):
+def parse_float(digits):
     value = float(digits)
     if value in (float("inf"), float("-inf")):
         raise ValueError("%s is too large" % digits[:20])
     return value
 
 
-def refused_constant(name):
+def refuse_constant(name):
     """NaN and Infinity are no JSON."""
     raise ValueError("%s is no JSON number" % name)
 
 
-JSON_HOOKS = {"parse_int": whole_number, "parse_float": finite_number, "parse_constant": refused_constant}
+JSON_HOOKS = {"parse_int": parse_integer, "parse_float": parse_float, "parse_constant": refuse_constant}
 STRICT = json.JSONDecoder(**JSON_HOOKS)     # Python's own takes NaN, 1e999 and numbers without end
 
 
@@ -209,20 +209,20 @@ def error_fields(raw):
     try:
         body = json.loads(text)
     except (ValueError, RecursionError):
-        return plain_text(text), "", ""
+        return readable_text(text), "", ""
     if isinstance(body, list):
         body = body[0] if body else {}
     if not isinstance(body, dict):
         return str(body), "", ""
-    return fields_of_error(body)
+    return error_body_fields(body)
 
 
-def fields_of_error(body):
+def error_body_fields(body):
     """(message, code, type) of an error body that is a JSON object."""
     error = body.get("error")
     if isinstance(error, dict):
         inner = as_dict(error.get("metadata")).get("raw")
-        message = words(error.get("message") or error)
+        message = error_words(error.get("message") or error)
         if isinstance(inner, str) and inner.strip():
             message += ": " + error_fields(inner[:10000])[0]
         return message, str(error.get("code") or error.get("status") or ""), str(error.get("type") or "")
@@ -230,18 +230,18 @@ def fields_of_error(body):
     for value in (error, body.get("message"), base.get("status_msg"), body.get("detail"), body.get("msg")):
         if value:
             code = body.get("code") or base.get("status_code") or body.get("status") or ""
-            return words(value), str(code), str(body.get("type") or body.get("title") or "")
-    return words(body), "", ""
+            return error_words(value), str(code), str(body.get("type") or body.get("title") or "")
+    return error_words(body), "", ""
 
 
-def words(value):
+def error_words(value):
     """An error's message, whatever it is, as text."""
     if isinstance(value, str):
         return value.strip()
     return compact_json(value)
 
 
-def plain_text(text):
+def readable_text(text):
     """Text, or the title and heading of an HTML page, without tags; at most 1000 characters."""
     if re.match(r"(?is)\s*(<!doctype|<html|<head|<body|<\?xml)", text):
         found = re.findall(r"(?is)<(title|h1)[^>]*>(.*?)</\1", text[:20000])
@@ -458,14 +458,14 @@ class SettingError(Exception):
     """A setting that cannot be used; the message names it, its origin and what is allowed."""
 
 
-def text(value):
+def parse_text(value):
     """Any text without line breaks."""
     if "\n" in value or "\r" in value:
         raise ValueError("one line of text")
     return value.strip()
 
 
-def flag(value):
+def parse_flag(value):
     """true or false (also 1/0, yes/no, on/off)."""
     known = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False, "": False}
     if value.strip().lower() not in known:
@@ -473,21 +473,21 @@ def flag(value):
     return known[value.strip().lower()]
 
 
-def port(value):
+def parse_port(value):
     """A port number; 0 takes a free one."""
     if not re.match(r"\d{1,5}$", value.strip()) or int(value) > 65535:
         raise ValueError("a port number, 0 to 65535")
     return int(value)
 
 
-def count(value):
+def parse_count(value):
     """A whole number, 0 or more."""
     if not re.match(r"\d{1,12}$", value.strip()):
         raise ValueError("a whole number, 0 or more")
     return int(value)
 
 
-def seconds(value):
+def parse_seconds(value):
     """A number of seconds above 0."""
     try:
         number = float(value)
@@ -498,7 +498,7 @@ def seconds(value):
     return number
 
 
-def choice(*allowed):
+def parse_choice(*allowed):
     """A parser that takes one of the given words, in any case."""
     def parse(value):
         if value.strip().lower() not in allowed:
@@ -507,7 +507,7 @@ def choice(*allowed):
     return parse
 
 
-def json_object(value):
+def parse_json_object(value):
     """A JSON object."""
     if not value.strip():
         return {}
@@ -520,12 +520,12 @@ def json_object(value):
     return parsed
 
 
-def names(value):
+def parse_names(value):
     """Names separated by commas or spaces, in lower case."""
     return tuple(re.split(r"[,\s]+", value.strip().lower())) if value.strip() else ()
 
 
-def address(value):
+def parse_address(value):
     """An http or https URL; the scheme may be missing, as people paste it."""
     value = value.strip()
     if not value:
@@ -543,12 +543,12 @@ def address(value):
     return value
 
 
-def base_url(value):
+def parse_base_url(value):
     """The base of an OpenAI-compatible API; a pasted /chat/completions or trailing slash is taken off.
 
     A host alone gets /v1, since that is where every known server has its API; a path that is there is kept.
     """
-    parts = urllib.parse.urlsplit(address(value))
+    parts = urllib.parse.urlsplit(parse_address(value))
     if not parts.netloc:
         return ""
     path = re.sub(r"(/chat/completions|/messages|/completions|/responses)?/*$", "", parts.path)
@@ -561,7 +561,7 @@ class Setting(NamedTuple):
     env: str
     default: str
     help: str
-    parse: object = text
+    parse: object = parse_text
     flags: tuple = ()
     claude: str = ""
     secret: bool = False
@@ -574,54 +574,54 @@ class Setting(NamedTuple):
 
 SETTINGS = (
     Setting("TARGET_API_KEY", "", "the provider's key (not needed for a server on this machine)", flags=("-k", "--api-key"), secret=True),
-    Setting("TARGET_API_BASE", "https://api.openai.com/v1", "the provider's base URL", base_url, ("-b", "--api-base")),
+    Setting("TARGET_API_BASE", "https://api.openai.com/v1", "the provider's base URL", parse_base_url, ("-b", "--api-base")),
     Setting("TARGET_MODEL", "gpt-4o", "the provider's model", flags=("-m", "--model")),
-    Setting("TARGET_TIMEOUT", "300", "seconds without a byte from the provider before giving up", seconds),
-    Setting("TARGET_RETRIES", "2", "tries again, before the first content, after connection failures and 408, 429 and 5xx", count),
-    Setting("TARGET_FORMAT", "auto", "what the provider speaks: auto, openai or anthropic", choice("auto", "openai", "anthropic")),
+    Setting("TARGET_TIMEOUT", "300", "seconds without a byte from the provider before giving up", parse_seconds),
+    Setting("TARGET_RETRIES", "2", "tries again, before the first content, after connection failures and 408, 429 and 5xx", parse_count),
+    Setting("TARGET_FORMAT", "auto", "what the provider speaks: auto, openai or anthropic", parse_choice("auto", "openai", "anthropic")),
     Setting("TARGET_MODEL_OPUS", "", "model for Claude's opus family"),
-    Setting("TARGET_API_BASE_OPUS", "", "base URL for the opus family", base_url),
+    Setting("TARGET_API_BASE_OPUS", "", "base URL for the opus family", parse_base_url),
     Setting("TARGET_API_KEY_OPUS", "", "key for the opus family", secret=True),
     Setting("TARGET_MODEL_SONNET", "", "model for Claude's sonnet family"),
-    Setting("TARGET_API_BASE_SONNET", "", "base URL for the sonnet family", base_url),
+    Setting("TARGET_API_BASE_SONNET", "", "base URL for the sonnet family", parse_base_url),
     Setting("TARGET_API_KEY_SONNET", "", "key for the sonnet family", secret=True),
     Setting("TARGET_MODEL_HAIKU", "", "model for Claude's haiku family"),
-    Setting("TARGET_API_BASE_HAIKU", "", "base URL for the haiku family", base_url),
+    Setting("TARGET_API_BASE_HAIKU", "", "base URL for the haiku family", parse_base_url),
     Setting("TARGET_API_KEY_HAIKU", "", "key for the haiku family", secret=True),
     Setting("TARGET_MODEL_FALLBACK", "", "model that takes over when the main one is down or out of quota"),
-    Setting("TARGET_API_BASE_FALLBACK", "", "base URL of the fallback model", base_url),
+    Setting("TARGET_API_BASE_FALLBACK", "", "base URL of the fallback model", parse_base_url),
     Setting("TARGET_API_KEY_FALLBACK", "", "key of the fallback model", secret=True),
     Setting("TARGET_MODEL_IMAGE", "", "model for requests with images, where the main one takes none"),
-    Setting("TARGET_API_BASE_IMAGE", "", "base URL of the image model", base_url),
+    Setting("TARGET_API_BASE_IMAGE", "", "base URL of the image model", parse_base_url),
     Setting("TARGET_API_KEY_IMAGE", "", "key of the image model", secret=True),
     Setting("PROFILE", "", "force a provider row by name (see the provider table); empty: found by host and model"),
-    Setting("EXTRA_BODY", "", "JSON object: fields to add to each request; null removes one", json_object),
-    Setting("EXTRA_HEADERS", "", "JSON object: headers to add to each request; null removes one", json_object, secret=True),
-    Setting("MAX_OUTPUT", "0", "the model's output limit in tokens; 0: as known or learned", count),
-    Setting("MAX_CONTEXT", "0", "the model's context window in tokens; 0: as known or learned", count),
+    Setting("EXTRA_BODY", "", "JSON object: fields to add to each request; null removes one", parse_json_object),
+    Setting("EXTRA_HEADERS", "", "JSON object: headers to add to each request; null removes one", parse_json_object, secret=True),
+    Setting("MAX_OUTPUT", "0", "the model's output limit in tokens; 0: as known or learned", parse_count),
+    Setting("MAX_CONTEXT", "0", "the model's context window in tokens; 0: as known or learned", parse_count),
     Setting("DISGUISE_MODEL", "", "the model name shown to Claude Code; empty: the one it asked for", claude="ANTHROPIC_MODEL"),
-    Setting("DISGUISE_API_BASE", "https://api.anthropic.com", "the ANTHROPIC_BASE_URL value attached to requests", address,
+    Setting("DISGUISE_API_BASE", "https://api.anthropic.com", "the ANTHROPIC_BASE_URL value attached to requests", parse_address,
             claude="ANTHROPIC_BASE_URL"),
     Setting("ATTACH_FIELDS", "auto", "attach the two disguise fields to requests: auto (where unknown fields are tolerated), always, never",
-            choice("auto", "always", "never")),
+            parse_choice("auto", "always", "never")),
     Setting("PROXY_HOST", "127.0.0.1", "address to listen on; 0.0.0.0 opens it to the network", flags=("-H", "--host")),
-    Setting("PROXY_PORT", "8080", "port to listen on; 0 takes a free one", port, ("-p", "--port")),
+    Setting("PROXY_PORT", "8080", "port to listen on; 0 takes a free one", parse_port, ("-p", "--port")),
     Setting("ANTHROPIC_API_KEY", "", "the proxy's own key, which clients must send; empty: no check", secret=True),
-    Setting("ALLOWED_HOSTS", "", "further Host names to answer to when there is no proxy key, for containers", names),
-    Setting("SEARCH_URL", "", "SearXNG-style JSON endpoint for Claude Code's web search", address),
-    Setting("CACHE_ENABLED", "false", "store replies and answer repeated requests from the store", flag, ("--cache",), const="true"),
+    Setting("ALLOWED_HOSTS", "", "further Host names to answer to when there is no proxy key, for containers", parse_names),
+    Setting("SEARCH_URL", "", "SearXNG-style JSON endpoint for Claude Code's web search", parse_address),
+    Setting("CACHE_ENABLED", "false", "store replies and answer repeated requests from the store", parse_flag, ("--cache",), const="true"),
     Setting("CACHE_DIR", ".cache", "folder of the cache, the lessons and the ledger"),
-    Setting("CACHE_KEY_MODE", "prefix", "what counts as the same request: prefix, full or none", choice("prefix", "full", "none")),
-    Setting("CACHE_TTL", "3600", "seconds for which a stored reply is good", seconds),
-    Setting("CACHE_MAX_MB", "256", "size of the store; the least recently used go first", count),
-    Setting("LEDGER", "false", "keep the request ledger in the cache folder", flag),
+    Setting("CACHE_KEY_MODE", "prefix", "what counts as the same request: prefix, full or none", parse_choice("prefix", "full", "none")),
+    Setting("CACHE_TTL", "3600", "seconds for which a stored reply is good", parse_seconds),
+    Setting("CACHE_MAX_MB", "256", "size of the store; the least recently used go first", parse_count),
+    Setting("LEDGER", "false", "keep the request ledger in the cache folder", parse_flag),
     Setting("PRICES", "", "JSON, or a file of it: model -> {input, output, cache_read} per million tokens"),
-    Setting("LOG_LEVEL", "info", "debug, info, warning or error", choice("debug", "info", "warning", "error"), ("--log-level",)),
+    Setting("LOG_LEVEL", "info", "debug, info, warning or error", parse_choice("debug", "info", "warning", "error"), ("--log-level",)),
     Setting("LOG_FILE", "", "write the log there too; a new file is begun at 10 MB", flags=("--log-file",)),
     Setting("RECORD_DIR", "", "write each exchange there as one JSON file, keys hidden", flags=("--record",)),
     Setting("CA_BUNDLE", "", "file of further certificate authorities (PEM); SSL_CERT_FILE works too", flags=("--ca-bundle",)),
     Setting("CLIENT_CERT", "", "client certificate: cert.pem, or cert.pem,key.pem"),
-    Setting("INSECURE", "false", "do not verify TLS certificates: anyone on the way can read the key", flag, ("--insecure",), const="true"),
+    Setting("INSECURE", "false", "do not verify TLS certificates: anyone on the way can read the key", parse_flag, ("--insecure",), const="true"),
 )
 BY_ENV = {row.env: row for row in SETTINGS}
 
@@ -716,13 +716,13 @@ def env_template(values=()):
     for row in SETTINGS:
         lines += ["# " + row.help[0].upper() + row.help[1:]]
         if row.env in values:
-            lines += ["%s=%s" % (row.env, quoted_value(values[row.env]))]
+            lines += ["%s=%s" % (row.env, quote_value(values[row.env]))]
         else:
             lines += ["#%s=%s" % (row.env, row.default)]
     return "\n".join(lines) + "\n"
 
 
-def quoted_value(value):
+def quote_value(value):
     """value as .env text that `dotenv` reads back the same."""
     if re.match(r"[\w@%+=:,./-]*$", value):
         return value
@@ -763,8 +763,8 @@ class Profile(NamedTuple):
     json_format: str = ""               # response_format it takes: json_schema, json_object or none
     system_role: bool = True            # takes a system message
     user_after_tool: bool = True        # takes a user message right after a tool message
-    replay: str = ""                    # field in which earlier reasoning goes back; empty: it must not
-    replay_all: bool = False            # in every assistant turn, not only in those with tool calls
+    reasoning_field: str = ""                    # field in which earlier reasoning goes back; empty: it must not
+    reasoning_always: bool = False            # in every assistant turn, not only in those with tool calls
     placeholder: str = ""               # sent in place of reasoning that was not kept; empty: nothing
     reasoning: str = ""                 # how thinking is asked for: a row of REASONING; empty: not at all
     efforts: tuple = ()                 # effort words it takes, weakest first
@@ -797,25 +797,25 @@ PROFILES = (
     OPENAI_REASONING._replace(name="azure-reasoning", title="Azure OpenAI, o-series and gpt-5", models=r"o\d|gpt-5", **AZURE),
     OPENAI._replace(name="azure", title="Azure OpenAI", **AZURE),
     DEFAULT._replace(name="deepseek", title="DeepSeek", hosts=("api.deepseek.com",), images=False, json_format="json_object",
-                     tool_choice=("none",), replay="reasoning_content", placeholder=NOT_KEPT, reasoning="thinking",
+                     tool_choice=("none",), reasoning_field="reasoning_content", placeholder=NOT_KEPT, reasoning="thinking",
                      efforts=("low", "high", "max"), source="api-docs.deepseek.com/guides/thinking_mode"),
     DEFAULT._replace(name="dashscope", title="Qwen on DashScope", hosts=("dashscope.aliyuncs.com", "dashscope-intl.aliyuncs.com",
                      "dashscope-us.aliyuncs.com"), always_stream=True, json_format="json_object", reasoning="enable_thinking",
                      source="langchain4j issue 3974, pydantic-ai providers/alibaba.py"),
     DEFAULT._replace(name="kimi-k3", title="Kimi K3", hosts=KIMI_HOSTS, models=r"kimi-k3",
                      never=("temperature", "top_p"), tool_choice=("none",), tool_ids="kimi", typed_schema=True, image_urls=False,
-                     replay="reasoning_content", replay_all=True, reasoning="effort", efforts=("low", "high", "max"),
+                     reasoning_field="reasoning_content", reasoning_always=True, reasoning="effort", efforts=("low", "high", "max"),
                      source="aihubmix guide to Kimi K3.1"),
     DEFAULT._replace(name="kimi", title="Kimi (Moonshot)", hosts=KIMI_HOSTS,
                      never=("temperature", "top_p"), tool_choice=("none",), tool_ids="kimi", typed_schema=True, image_urls=False,
-                     replay="reasoning_content", replay_all=True, reasoning="thinking", source="kimi-cli kosong/chat_provider/kimi.py"),
+                     reasoning_field="reasoning_content", reasoning_always=True, reasoning="thinking", source="kimi-cli kosong/chat_provider/kimi.py"),
     DEFAULT._replace(name="glm-5.3", title="Z.ai GLM-5.2 and later", hosts=("api.z.ai", "open.bigmodel.cn"), models=r"glm-(5\.[2-9]|[6-9])",
-                     body=(("tool_stream", True),), tool_choice=("none",), json_format="json_object", replay="reasoning_content", replay_all=True,
+                     body=(("tool_stream", True),), tool_choice=("none",), json_format="json_object", reasoning_field="reasoning_content", reasoning_always=True,
                      reasoning="effort", efforts=("low", "high", "max"), source="pydantic-ai profiles/zai.py"),
     DEFAULT._replace(name="zai", title="Z.ai GLM", hosts=("api.z.ai", "open.bigmodel.cn"), body=(("tool_stream", True),), tool_choice=("none",),
-                     json_format="json_object", replay="reasoning_content", replay_all=True, reasoning="thinking", source="pydantic-ai models/zai.py"),
+                     json_format="json_object", reasoning_field="reasoning_content", reasoning_always=True, reasoning="thinking", source="pydantic-ai models/zai.py"),
     DEFAULT._replace(name="minimax", title="MiniMax", hosts=("api.minimax.io", "api.minimaxi.com", "api.minimax.chat"),
-                     body=(("reasoning_split", True),), tool_choice=("none",), replay="reasoning_details", replay_all=True, reasoning="adaptive",
+                     body=(("reasoning_split", True),), tool_choice=("none",), reasoning_field="reasoning_details", reasoning_always=True, reasoning="adaptive",
                      source="platform.minimax.io/docs/api-reference"),
     DEFAULT._replace(name="mistral", title="Mistral", hosts=("api.mistral.ai",), strict=True, tool_ids="nine", user_after_tool=False,
                      usage_option=False, json_format="json_schema", source="eca issue 231, datapizza-ai issue 98, gptel issue 1203"),
@@ -829,13 +829,13 @@ PROFILES = (
     DEFAULT._replace(name="gemini", title="Gemini", hosts=("generativelanguage.googleapis.com", "aiplatform.googleapis.com"), strict=True,
                      schema=("additionalProperties", "const", "exclusiveMinimum", "exclusiveMaximum", "pattern", "default", "propertyNames",
                              "patternProperties", "format", "not", "if", "then", "else", "examples"),
-                     json_format="json_schema", replay="google", placeholder=GEMINI_SKIP, reasoning="effort",
+                     json_format="json_schema", reasoning_field="google", placeholder=GEMINI_SKIP, reasoning="effort",
                      efforts=("low", "medium", "high"), source="zed issue 44875, opensquilla issue 225"),
-    DEFAULT._replace(name="openrouter", title="OpenRouter", hosts=("openrouter.ai",), files=True, replay="reasoning_details", replay_all=True,
+    DEFAULT._replace(name="openrouter", title="OpenRouter", hosts=("openrouter.ai",), files=True, reasoning_field="reasoning_details", reasoning_always=True,
                      reasoning="openrouter", efforts=("minimal", "low", "medium", "high", "xhigh"), json_format="json_schema",
                      headers=(("X-Title", "ccfix"),), source="openrouter.ai/docs/use-cases/reasoning-tokens"),
     DEFAULT._replace(name="cerebras", title="Cerebras", hosts=("api.cerebras.ai",), strict=True, parallel=False, images=False, max_output=40960,
-                     context=131072, json_format="json_schema", replay="reasoning", source="opencode issue 6648, Empryo PR 209"),
+                     context=131072, json_format="json_schema", reasoning_field="reasoning", source="opencode issue 6648, Empryo PR 209"),
     DEFAULT._replace(name="nim", title="NVIDIA NIM", hosts=("integrate.api.nvidia.com",), strict=True, reasoning="kwargs",
                      source="free-claude-code issue 127, CLIProxyAPI issue 4149"),
     DEFAULT._replace(name="fireworks", title="Fireworks", hosts=("api.fireworks.ai",), strict=True, json_format="json_schema",
@@ -845,12 +845,12 @@ PROFILES = (
     DEFAULT._replace(name="siliconflow", title="SiliconFlow", hosts=("api.siliconflow.cn", "api.siliconflow.com"), json_format="json_object",
                      reasoning="enable_thinking", source="models.dev"),
     DEFAULT._replace(name="ark", title="Volcengine Ark", hosts=("volces.com", "bytepluses.com"), reasoning="thinking", source="openclaude issue 331"),
-    DEFAULT._replace(name="mimo", title="Xiaomi MiMo", hosts=("xiaomimimo.com",), replay="reasoning_content", placeholder=NOT_KEPT,
+    DEFAULT._replace(name="mimo", title="Xiaomi MiMo", hosts=("xiaomimimo.com",), reasoning_field="reasoning_content", placeholder=NOT_KEPT,
                      reasoning="thinking", source="cc-switch proxy/providers/claude.rs"),
     DEFAULT._replace(name="copilot", title="GitHub Copilot", hosts=("githubcopilot.com",), strict=True, max_tools=128,
                      headers=(("Editor-Version", "vscode/1.104.0"), ("Copilot-Integration-Id", "vscode-chat"), ("Openai-Intent", "conversation-edits"),
                               ("Copilot-Vision-Request", "true")), source="copilot-api api-config.ts"),
-    LOCAL._replace(name="ollama", title="Ollama", hosts=(":11434", "ollama.com"), tool_choice=("none",), replay="reasoning", replay_all=True,
+    LOCAL._replace(name="ollama", title="Ollama", hosts=(":11434", "ollama.com"), tool_choice=("none",), reasoning_field="reasoning", reasoning_always=True,
                    reasoning="effort", efforts=("none", "low", "medium", "high", "max"), source="ollama openai/openai.go"),
     LOCAL._replace(name="lmstudio", title="LM Studio", hosts=(":1234",), source="lmstudio-ai/docs openai-compat/tools.mdx"),
     LOCAL._replace(name="sglang", title="SGLang", hosts=(":30000",), reasoning="kwargs", source="sglang issue 20678, its error texts"),
@@ -884,8 +884,8 @@ def profile_for(base, model, forced="", format="auto", owner=""):
     name = forced or OWNERS.get(owner, "")
     if format == "anthropic" or (format == "auto" and not forced and ANTHROPIC_PATHS.search(base)):
         name = "anthropic"
-    host, port_ = (parts.hostname or "").lower(), parts.port
-    rows = [row for row in PROFILES if row.name == name] if name else [row for row in PROFILES if row.hosts and serves(row, host, port_)]
+    host, port = (parts.hostname or "").lower(), parts.port
+    rows = [row for row in PROFILES if row.name == name] if name else [row for row in PROFILES if row.hosts and serves(row, host, port)]
     if name and not rows and name != "default":
         raise SettingError("PROFILE is %r; allowed: %s" % (name, ", ".join(row.name for row in PROFILES)))
     short = model.rsplit("/", 1)[-1]
@@ -894,9 +894,9 @@ def profile_for(base, model, forced="", format="auto", owner=""):
     return found._replace(scope=host)
 
 
-def serves(row, host, port_):
+def serves(row, host, port):
     """Whether a row's hosts include the host, or the port on this machine."""
-    return any((port_ == int(end[1:]) and LOOPBACK.match(host)) if end[:1] == ":" else (host == end or host.endswith("." + end)) for end in row.hosts)
+    return any((port == int(end[1:]) and LOOPBACK.match(host)) if end[:1] == ":" else (host == end or host.endswith("." + end)) for end in row.hosts)
 
 
 def profiles_table():
@@ -1032,9 +1032,9 @@ FIELD_CHECKS = (
 
 def check_request(body):
     """Raises BadRequest, which names the field, for a body that is no Messages request. Unknown fields and blocks are fine."""
-    for field, fits, words_ in FIELD_CHECKS:
+    for field, fits, words in FIELD_CHECKS:
         if body.get(field) is not None and not fits(body[field]):
-            raise BadRequest("%s: must be %s" % (field, words_))
+            raise BadRequest("%s: must be %s" % (field, words))
     check_messages(body)
     for position, message in enumerate(body["messages"]):
         if not isinstance(message, dict) or message.get("role") not in ("user", "assistant", "system", "developer"):
@@ -1078,7 +1078,7 @@ def system_text(system):
     return "\n\n".join(part for part in texts if part.strip())
 
 
-def turns(messages):
+def split_turns(messages):
     """[(role, blocks)] with roles user and assistant in turn; turns that say nothing are gone, neighbours of one role joined.
 
     A role:system turn becomes user text where it stands: moved to the front, each new one would rewrite the prefix.
@@ -1093,11 +1093,11 @@ def turns(messages):
             blocks = [] if TOKEN_MARKER.match(text) or not text.strip() else [{"type": "text", "text": REMINDER % text.strip()}]
         role = "assistant" if role == "assistant" else "user"
         said.append((role, [block for block in blocks if is_meant(block, role)]))
-    said = joined_turns(said)
-    return joined_turns((role, blocks) for role, blocks in said if role == "user" or any(block.get("type") not in THOUGHTS for block in blocks))
+    said = join_turns(said)
+    return join_turns((role, blocks) for role, blocks in said if role == "user" or any(block.get("type") not in THOUGHTS for block in blocks))
 
 
-def joined_turns(pairs):
+def join_turns(pairs):
     """[(role, blocks)] without empty turns, neighbours of one role joined."""
     joined = []
     for role, blocks in pairs:
@@ -1121,10 +1121,10 @@ def is_meant(block, role):
 
 def openai_messages(body, profile, recall):
     """All messages: one leading system message, then turns; tool messages directly after their calls."""
-    text, said = system_text(body.get("system")), turns(body["messages"])
+    text, said = system_text(body.get("system")), split_turns(body["messages"])
     messages = [{"role": "system", "content": text}] if text and profile.system_role else []
     if text and not profile.system_role:
-        said = joined_turns([("user", [{"type": "text", "text": text}])] + said)
+        said = join_turns([("user", [{"type": "text", "text": text}])] + said)
     ids, calls, counter = {}, [], [0]
     for role, blocks in said:
         if role == "assistant":
@@ -1167,9 +1167,9 @@ def assistant_message(blocks, profile, recall, ids, counter):
         elif kind not in THOUGHTS:
             texts.append(foreign_text(block))
     message = {"role": "assistant", "content": "\n\n".join(texts)}
-    if profile.replay == "reasoning_details" and not calls:
+    if profile.reasoning_field == "reasoning_details" and not calls:
         notes.append(recall(text_key(profile.scope, "".join(texts))))
-    if profile.replay and (tool_calls or profile.replay_all):
+    if profile.reasoning_field and (tool_calls or profile.reasoning_always):
         message.update(replayed(blocks, profile, notes, calls, tool_calls))
     if tool_calls:
         message["tool_calls"] = tool_calls
@@ -1178,7 +1178,7 @@ def assistant_message(blocks, profile, recall, ids, counter):
 
 def text_key(scope, text):
     """Under which name the reasoning of a turn without calls is remembered."""
-    return "text_" + hashlib.sha1((scope + "\n" + text.strip()).encode("utf-8", "replace")).hexdigest()
+    return "text" + hashlib.sha1((scope + "\n" + text.strip()).encode("utf-8", "replace")).hexdigest()
 
 
 def sent_id(block, profile, ids, counter):
@@ -1223,20 +1223,20 @@ def argument_text(value, original):
 def replayed(blocks, profile, notes, calls, tool_calls):
     """The fields that bring earlier reasoning back: from the thinking blocks' signatures, else by tool-call id."""
     states = [state for state in (read_state(block, profile.scope) for block in blocks if block.get("type") in THOUGHTS) if state is not None]
-    if profile.replay == "google":
+    if profile.reasoning_field == "google":
         known = {key: value for state in states for key, value in as_dict(state.get("google")).items()}
         for position, (call, note) in enumerate(zip(calls, notes)):
             signature = known.get(call.id) or note.get("google") or (profile.placeholder if position == 0 else "")
             if signature:
                 tool_calls[position]["extra_content"] = {"google": {"thought_signature": signature}}
         return {}
-    if profile.replay == "reasoning_details":
+    if profile.reasoning_field == "reasoning_details":
         # What is remembered is whole; a signature holds what had come when its block was closed.
         details = next((known["details"] for known in notes + states[::-1] if known.get("details")), None)
         return {"reasoning_details": details} if details else {}
     text = "".join(state.get("text", "") for state in states) or next((note["reasoning"] for note in notes if note.get("reasoning")), "")
-    text = text or (profile.placeholder if tool_calls or profile.replay_all else "")
-    return {profile.replay: text} if text else {}
+    text = text or (profile.placeholder if tool_calls or profile.reasoning_always else "")
+    return {profile.reasoning_field: text} if text else {}
 
 
 def write_state(scope, state):
@@ -1291,7 +1291,7 @@ def user_messages(blocks, calls, profile):
     if rest:
         if messages and not profile.user_after_tool:
             messages.append({"role": "assistant", "content": BRIDGE})
-        messages.append({"role": "user", "content": joined_parts(rest)})
+        messages.append({"role": "user", "content": join_parts(rest)})
     return messages
 
 
@@ -1365,7 +1365,7 @@ def document_parts(block, source, profile):
             " single pages as images.]" % (title, where)]
 
 
-def joined_parts(parts):
+def join_parts(parts):
     """Message content of parts: one plain string unless there is an image or a file in it."""
     if all(isinstance(part, str) for part in parts):
         return "\n\n".join(part for part in parts if part) or NO_OUTPUT
@@ -1443,7 +1443,7 @@ def ref_name(schema):
     return schema["$ref"].rsplit("/", 1)[-1]
 
 
-def named_schema(schema, defs):
+def resolve_ref(schema, defs):
     """What a schema's $ref names, with what stands beside the $ref; any object where it names nothing known (or itself)."""
     defs[None][0] -= 1
     found = as_dict(defs.get(ref_name(schema))) if defs[None][0] >= 0 else {}
@@ -1460,7 +1460,7 @@ def clean_schema(schema, profile, defs, depth):
         if key in schema:
             defs = dict(defs, **as_dict(schema[key]))
     if isinstance(schema.get("$ref"), str):
-        return clean_schema(named_schema(schema, defs), profile, {name: part for name, part in defs.items() if name != ref_name(schema)}, depth + 1)
+        return clean_schema(resolve_ref(schema, defs), profile, {name: part for name, part in defs.items() if name != ref_name(schema)}, depth + 1)
     clean = {}
     for key, value in schema.items():
         if key in ("$schema", "$defs", "definitions", "$id", "$comment") or (key == "format" and value == "uri"):
@@ -1625,14 +1625,14 @@ FENCE = re.compile(r"```\w*\s*(?=\{)")
 BETWEEN = re.compile(r"[\s,;]*")
 
 
-def requoted(body):
+def requote(body):
     """The inside of a single-quoted string, as the inside of a double-quoted one. Only \\' means something else in JSON."""
     return QUOTING.sub(lambda found: REQUOTED.get(found.group(), found.group()), body)
 
 
 REWRITES = {                    # kind of token -> its JSON
-    "double": lambda text: '"%s"' % requoted(text[1:-1]) if "\\'" in text else text,
-    "single": lambda text: '"%s"' % requoted(text[1:-1]),
+    "double": lambda text: '"%s"' % requote(text[1:-1]) if "\\'" in text else text,
+    "single": lambda text: '"%s"' % requote(text[1:-1]),
     "space": lambda text: " ",
     "extra": lambda text: "",
     "name": lambda text: '"%s"' % text,
@@ -1687,7 +1687,7 @@ def sole_object(text):
     raise ValueError("too many objects")
 
 
-def required(schema):
+def required_names(schema):
     """The names of the properties that a schema requires."""
     names = schema.get("required") if isinstance(schema, dict) else None
     return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
@@ -1695,7 +1695,7 @@ def required(schema):
 
 def sole_string(schema):
     """The name of the one required property if that is a string, else None."""
-    names = required(schema)
+    names = required_names(schema)
     return names[0] if len(names) == 1 and schema_types(property_schema(schema, names[0])) == {"string"} else None
 
 
@@ -1729,7 +1729,7 @@ def read_arguments(text, schema):
     return {name: inner}
 
 
-def repair_arguments(text, schema):
+def fix_arguments(text, schema):
     """The arguments that `text` certainly means, as a dict, or None. Never raises; time grows with the length only.
 
     Mended: nothing at all, null; an object encoded as a string, fenced, written twice, or with something after it; trailing
@@ -1848,7 +1848,7 @@ def null_means_absent(schema, key):
     return schema.get("additionalProperties") is False
 
 
-def coerced_member(name, key, value, schema):
+def coerce_member(name, key, value, schema):
     """The value that goes to the client, the very same object when nothing changes, or ABSENT."""
     if value is None and null_means_absent(schema, key):
         return ABSENT
@@ -1859,7 +1859,7 @@ def coerced_member(name, key, value, schema):
 
 def coerce_arguments(name, arguments, schema):
     """A new dict of the arguments of tool `name` as its schema wants them, as far as that is certain and lossless."""
-    pairs = [(key, coerced_member(name, key, value, schema)) for key, value in arguments.items()]
+    pairs = [(key, coerce_member(name, key, value, schema)) for key, value in arguments.items()]
     return {key: value for key, value in pairs if value is not ABSENT}
 
 
@@ -1875,13 +1875,13 @@ UNQUOTED = re.compile(r'[^"\[\]{}]*')
 SCALAR = re.compile(r"[-+.0-9A-Za-z]*")
 
 
-def written_member(name, key, text, schema):
+def write_member(name, key, text, schema):
     """The JSON of the member whose value is written `text`: that very text if it may stay, "" if the member is left out."""
     try:
         value = STRICT.decode(text)
     except ValueError:
         value, text = LENIENT.decode(text), ""
-    sent = coerced_member(name, key, value, schema)
+    sent = coerce_member(name, key, value, schema)
     if sent is ABSENT:
         return ""
     return text if text and sent is value else json.dumps(sent)
@@ -2076,7 +2076,7 @@ class ArgumentStream:
         """Send the held member, coerced, or leave it out."""
         written = "".join(self._held[self._value_at:])
         try:
-            written = written_member(self.name, self._key, written, self.schema)
+            written = write_member(self.name, self._key, written, self.schema)
         except UNREADABLE:
             return self._lose(text, at)
         if written:
@@ -2115,7 +2115,7 @@ class ArgumentStream:
         if state == "DONE":
             return "" if self._begun else self._held[0]
         rest = "".join(self._held) + self._rest if self._begun else self.raw
-        wanted = None if cut and not self.complete else repair_arguments(self.raw, self.schema)
+        wanted = None if cut and not self.complete else fix_arguments(self.raw, self.schema)
         if wanted is None or not self.raw:
             return rest
         try:
@@ -2146,7 +2146,7 @@ class Incomplete(ValueError):
 
 # ---- values
 
-def typed(value, schema):
+def parse_bare(value, schema):
     """A parameter that was written as bare text, as its schema (dict or None) wants it: a string stays one, to the byte."""
     types = schema_types(schema)
     if "string" in types or ANY in types and "enum" in (schema or {}):
@@ -2158,14 +2158,14 @@ def typed(value, schema):
     return value if ANY in types and (plain is None or isinstance(plain, str)) else plain
 
 
-def unpadded(value):
+def strip_padding(value):
     """Without the line breaks that some families put around a value: where the first is missing, the last is the value's own."""
     if not value.startswith("\n"):
         return value
     return value[1:-1] if value.endswith("\n") and len(value) > 1 else value[1:]
 
 
-def whole_object(text, schema):
+def parse_object(text, schema):
     """The dict that is the JSON text, or None; for text that may have been cut off, where nothing is repaired."""
     try:
         value = LENIENT.decode(text)
@@ -2174,15 +2174,15 @@ def whole_object(text, schema):
     return value if isinstance(value, dict) else None
 
 
-def mended_object(text, schema):
+def fix_object(text, schema):
     """repair_arguments, for text that came whole: Qwen sometimes forgets the last brace."""
-    found = repair_arguments(text, schema)
-    return repair_arguments(text + "}", schema) if found is None else found
+    found = fix_arguments(text, schema)
+    return fix_arguments(text + "}", schema) if found is None else found
 
 
 # ---- parsers: (body, tools, loads) -> ([(name, arguments dict)], where in the body they end), or ValueError, or Incomplete
 
-def offered(name, tools):
+def find_tool(name, tools):
     """The offered tool that a model means by name."""
     for form in (name, re.sub(r"^functions\.", "", name)):
         if form in tools:
@@ -2210,7 +2210,7 @@ def json_call(value, tools, loads):
     inner = value.get("function") if isinstance(value, dict) else {}
     value = inner if isinstance(inner, dict) else value
     name = next((value[key] for key in ("name", "tool_name", "function") if isinstance(value.get(key), str)), "")
-    name = offered(name, tools)
+    name = find_tool(name, tools)
     arguments = next((value[key] for key in ("arguments", "parameters", "args") if key in value), {})
     if isinstance(arguments, str):
         arguments = loads(arguments, tools[name]) if arguments.strip() else {}
@@ -2248,7 +2248,7 @@ def tagged_calls(start, stop, parameter=r"(?!)"):
         calls, at = [], 0
         head = begins.match(body)
         while head:
-            name = offered(head.group("name"), tools)
+            name = find_tool(head.group("name"), tools)
             arguments, at = tagged_arguments(body, head.end(), tools[name], loads)
             end = ends.match(body, at)
             if not end:
@@ -2267,7 +2267,7 @@ def tagged_calls(start, stop, parameter=r"(?!)"):
             groups = found.groupdict()
             key, value, verbatim = groups["key"].strip(), groups["value"], groups.get("string")
             wanted = VERBATIM.get(verbatim) or property_schema(schema, key)
-            arguments[key] = typed(value if verbatim else unpadded(value), wanted)
+            arguments[key] = parse_bare(value if verbatim else strip_padding(value), wanted)
             at = found.end()
             found = member.match(body, at)
         return arguments, at
@@ -2381,7 +2381,7 @@ class Held(object):
             if not head:
                 return self.size < start + MAX_LEAD_IN
             try:
-                self.headed = not (head.re.groups and head.group(1)) or bool(offered(head.group(1), tools))
+                self.headed = not (head.re.groups and head.group(1)) or bool(find_tool(head.group(1), tools))
             except ValueError:
                 return False
         return True
@@ -2392,10 +2392,10 @@ class Held(object):
         family, text = self.family, self.whole()[:end]
         first = len(family.open) if family.wrapped else 0
         body = text[first:end - len(family.close) if family.wrapped and closed else end]
-        found, length = family.parse(body, tools, mended_object if closed else whole_object)
+        found, length = family.parse(body, tools, fix_object if closed else parse_object)
         if not found or family.close and body[length:].strip():
             raise ValueError("no call")
-        if not closed and any(set(required(tools[name])) - set(arguments) for name, arguments in found):
+        if not closed and any(set(required_names(tools[name])) - set(arguments) for name, arguments in found):
             raise ValueError("cut off")
         end = end if closed else first + length
         return [(name, json.dumps(arguments, allow_nan=False)) for name, arguments in found], end
@@ -2591,7 +2591,7 @@ def sse_payloads(blocks):
             if line[-1:] == "\r":
                 line = line[:-1]
             if line[:6] == "data: ":
-                if data and is_whole(data[-1]):
+                if data and is_whole_event(data[-1]):
                     yield event_payload(data, failed)
                     data = []
                 data.append(line[6:])
@@ -2610,7 +2610,7 @@ def sse_payloads(blocks):
         yield None
 
 
-def is_whole(line):
+def is_whole_event(line):
     """Whether a data line is an event of its own, so that the next one needs no blank line before it."""
     return line[:1] == "{" and line[-1:] == "}" and json_or_none(line) is not None or line == "[DONE]"
 
@@ -3135,12 +3135,12 @@ class StreamTranslator(object):
         the client decides by these numbers when to compact."""
         u = self.usage
         details, more = as_dict(u.get("prompt_tokens_details")), as_dict(u.get("completion_tokens_details"))
-        prompt = number_in(u, "prompt_tokens", "input_tokens")
-        output = number_in(u, "completion_tokens", "output_tokens")
-        read = number_in(details, "cached_tokens") or number_in(u, "prompt_cache_hit_tokens", "cached_tokens", "cache_read_input_tokens")
-        made = number_in(details, "cache_write_tokens", "created_cache_tokens") or number_in(u, "cache_creation_input_tokens")
-        thought = number_in(more, "reasoning_tokens")
-        if thought and number_in(u, "total_tokens") == prompt + output + thought:       # xAI counts them apart
+        prompt = positive_int(u, "prompt_tokens", "input_tokens")
+        output = positive_int(u, "completion_tokens", "output_tokens")
+        read = positive_int(details, "cached_tokens") or positive_int(u, "prompt_cache_hit_tokens", "cached_tokens", "cache_read_input_tokens")
+        made = positive_int(details, "cache_write_tokens", "created_cache_tokens") or positive_int(u, "cache_creation_input_tokens")
+        thought = positive_int(more, "reasoning_tokens")
+        if thought and positive_int(u, "total_tokens") == prompt + output + thought:       # xAI counts them apart
             output += thought
         if not prompt:
             prompt = self.input_tokens
@@ -3155,7 +3155,7 @@ class Dropped(Exception):
     """The connection to the client must end without a word: it then streams the same request again."""
 
 
-def number_in(values, *names):
+def positive_int(values, *names):
     """The first of the named values that is a positive whole number, else 0."""
     return next((values[name] for name in names if isinstance(values.get(name), int) and values[name] > 0), 0)
 
@@ -3199,7 +3199,7 @@ class RelayTranslator(object):
         if kind == "error" or "error" in event:
             raise error_in_reply(event) or UpstreamError("The provider reported an error.")
         if kind == "message":                                   # a whole message in answer to a stream request
-            for part in replay(event):
+            for part in unfold(event):
                 yield from self.feed(part)
         elif kind == "message_start":
             self.first = event
@@ -3264,7 +3264,7 @@ class RelayTranslator(object):
             yield {"type": "content_block_stop", "index": self.index}
 
     def usage_now(self):
-        usage = {name: number_in(self.usage, name) for name in ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens",
+        usage = {name: positive_int(self.usage, name) for name in ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens",
                                                                  "output_tokens")}
         if not usage["input_tokens"] + usage["cache_read_input_tokens"]:
             usage["input_tokens"] = self.input_tokens
@@ -3295,7 +3295,7 @@ def encode_event(event):
 PING = {"type": "ping"}
 
 
-def assemble(events):
+def fold(events):
     """The finished message that events tell: the unstreamed answer. Raises UpstreamError for an error event."""
     message, blocks, inputs = {}, {}, {}
     for event in events:
@@ -3338,7 +3338,7 @@ def finished_block(block, pieces):
     return block
 
 
-def replay(message, new_id=None):
+def unfold(message, new_id=None):
     """The events that make up a finished message; new_id() gives tool calls fresh ids (a replayed one must not repeat)."""
     started = dict(message, content=[], stop_reason=None, stop_sequence=None)
     yield {"type": "message_start", "message": started}
@@ -3411,7 +3411,7 @@ def learn_fields(text, profile, sent):
         elif last in ("max_tokens", "max_completion_tokens") and last in sent:
             changes["max_tokens"] = "max_completion_tokens" if last == "max_tokens" else "max_tokens"
         elif last in ("reasoning_content", "reasoning", "reasoning_details") and last not in sent:
-            changes["replay"] = ""
+            changes["reasoning_field"] = ""
         elif last in SCHEMA_WORDS and last not in sent and last not in profile.schema:
             changes["schema"] = tuple(profile.schema) + (last,)
         elif last in sent and last not in ESSENTIAL:
@@ -3455,10 +3455,10 @@ def learn_thinking(text, profile, sent):
 def learn_replay(text, profile, sent):
     """Reasoning that must come back with the history."""
     if "thought_signature" in text:
-        return {"replay": "google", "placeholder": GEMINI_SKIP}
+        return {"reasoning_field": "google", "placeholder": GEMINI_SKIP}
     if re.search(r"reasoning_content.{0,80}(?:passed back|missing)|missing.{0,20}reasoning_content", text, re.I):
-        known = profile.replay == "reasoning_content" and profile.placeholder
-        return {"replay": "reasoning_content", "placeholder": NOT_KEPT, "replay_all": bool(known) or profile.replay_all}
+        known = profile.reasoning_field == "reasoning_content" and profile.placeholder
+        return {"reasoning_field": "reasoning_content", "placeholder": NOT_KEPT, "reasoning_always": bool(known) or profile.reasoning_always}
     return {}
 
 
@@ -3483,8 +3483,8 @@ def learn_schema(text, profile, sent):
         found = ["pattern"]
     else:
         found = re.findall(r"['\"`\[]\$?(%s)['\"`\]]" % "|".join(SCHEMA_WORDS), text)
-    words_ = tuple(word for word in dict.fromkeys(found) if word not in profile.schema)
-    return {"schema": tuple(profile.schema) + words_} if words_ else {}
+    words = tuple(word for word in dict.fromkeys(found) if word not in profile.schema)
+    return {"schema": tuple(profile.schema) + words} if words else {}
 
 
 def learn_format(text, profile, sent):
@@ -3574,13 +3574,13 @@ LESSON_WORDS = {
     "strict": "unknown fields are refused; the disguise is not attached", "max_tokens": "the output limit is called %s",
     "density": "counts up to %s tokens a byte", "max_output": "at most %s output tokens", "context": "the context window has %s tokens",
     "images": "takes no images",
-    "files": "takes no PDF files", "replay": "reasoning goes back as: %s", "placeholder": "missing reasoning is replaced by: %s",
+    "files": "takes no PDF files", "reasoning_field": "reasoning goes back as: %s", "placeholder": "missing reasoning is replaced by: %s",
     "tool_choice": "tool choice beyond auto: %s", "always_stream": "always asked for a stream",
     "user_after_tool": "takes no user message right after a tool message", "tool_ids": "tool ids in the form: %s",
 }
 
 
-def applied(profile, changes):
+def apply_lesson(profile, changes):
     """A profile with lessons applied. changes may come from JSON: lists become tuples, unknown fields are ignored."""
     def frozen(value):
         return tuple(frozen(part) for part in value) if isinstance(value, (list, tuple)) else value
@@ -3620,7 +3620,7 @@ def host_port(host, port):
     return ("[%s]:%d" if ":" in host else "%s:%d") % (host, port)
 
 
-def origin(url):
+def url_origin(url):
     """(scheme, host, port) of an http(s) URL; ValueError for anything else."""
     parts = urllib.parse.urlsplit(url)
     if parts.scheme not in PORTS or not parts.hostname:
@@ -3929,7 +3929,7 @@ class Counter:
         return block
 
 
-def inflated(pieces, wbits):
+def inflate(pieces, wbits):
     """The decompressed `pieces`, at most BLOCK_SIZE bytes at a time. zlib.error: damaged; ValueError: cut off."""
     inflater, started = zlib.decompressobj(wbits), False
     for piece in pieces:
@@ -3967,7 +3967,7 @@ class Reply:
             if coding in ("", "identity"):
                 yield from self.payload()
             elif coding in INFLATERS:
-                yield from inflated(self.payload(), INFLATERS[coding])
+                yield from inflate(self.payload(), INFLATERS[coding])
             else:
                 raise UpstreamError("%s compresses its answer with %s although it was asked not to: only gzip and deflate "
                                     "can be read" % (self.wire.peer, ascii(coding)), kind="body")
@@ -4051,7 +4051,7 @@ def redirect_target(method, url, reply):
         return ""
     target = urllib.parse.urljoin(url, reply.headers.get("Location", "")).partition("#")[0]
     try:
-        old, new = origin(url), origin(target)
+        old, new = url_origin(url), url_origin(target)
     except ValueError:
         return ""
     upgrade = old[1] == new[1] and (old[0], new[0]) == ("http", "https")
@@ -4149,7 +4149,7 @@ class Upstream:
     def route(self, url):
         """The Route of a URL; looked up once a minute, as that reads the whole environment (or the Windows registry)."""
         try:
-            place = origin(url)
+            place = url_origin(url)
         except ValueError:      # its text may hold a part of the URL, and that a password
             raise UpstreamError("the base URL is not one: write it like https://host:port/v1", 500, kind="request")
         until, route = self.routes.get(place, (0, None))
@@ -4364,7 +4364,7 @@ def canonical(value):
     return json.dumps(value, sort_keys=True, separators=(",", ":"))
 
 
-def number(call_id, numbers):
+def call_number(call_id, numbers):
     """The call's number in order of appearance; numbers (id -> int) grows."""
     return numbers.setdefault(str(call_id), len(numbers))
 
@@ -4372,18 +4372,18 @@ def number(call_id, numbers):
 def full_parts(body, sent):
     """Messages and tools as they are sent, but for the ids of tool calls."""
     numbers = {}
-    return [[numbered(message, numbers) for message in as_list(sent.get("messages"))], sent.get("tools")]
+    return [[number_calls(message, numbers) for message in as_list(sent.get("messages"))], sent.get("tools")]
 
 
-def numbered(message, numbers):
+def number_calls(message, numbers):
     """An OpenAI message whose tool-call ids are numbers; a copy."""
     if not isinstance(message, dict):
         return message
     result = dict(message)
     if "tool_call_id" in result:
-        result["tool_call_id"] = number(result["tool_call_id"], numbers)
+        result["tool_call_id"] = call_number(result["tool_call_id"], numbers)
     if result.get("tool_calls"):
-        result["tool_calls"] = [dict(call, id=number(call.get("id"), numbers)) if isinstance(call, dict) else call
+        result["tool_calls"] = [dict(call, id=call_number(call.get("id"), numbers)) if isinstance(call, dict) else call
                                 for call in as_list(result["tool_calls"])]
     return result
 
@@ -4399,7 +4399,7 @@ def blocks_of(content):
 def prefix_parts(body, sent):
     """System, tools and conversation, normalised as `cache_key` says; None where no answer may be kept."""
     messages = [message for message in as_list(body.get("messages")) if isinstance(message, dict)]
-    if not asks(messages):
+    if not ends_in_question(messages):
         return None
     texts = [block.get("text") for message in messages if message.get("role") == "user"
              for block in blocks_of(message.get("content")) if block.get("type") == "text"]
@@ -4411,7 +4411,7 @@ def prefix_parts(body, sent):
     return [[text for text in system if text.strip()], [turn for turn in turns if turn[1] or turn[2]], tool_parts(sent)]
 
 
-def asks(messages):
+def ends_in_question(messages):
     """True where the conversation ends in a user turn without a tool result."""
     answered = [place for place, message in enumerate(messages) if message.get("role") == "assistant"]
     turn = messages[answered[-1] + 1:] if answered else messages
@@ -4497,10 +4497,10 @@ def block_part(block, numbers, clean):
     if kind == "thinking":
         return [kind, block.get("thinking") or block.get("signature")]
     if kind == "tool_use":
-        return [kind, number(block.get("id"), numbers), block.get("name"), block.get("input")]
+        return [kind, call_number(block.get("id"), numbers), block.get("name"), block.get("input")]
     if kind == "tool_result":
         inner = [block_part(part, numbers, str) for part in blocks_of(block.get("content"))]
-        return [kind, number(block.get("tool_use_id"), numbers), bool(block.get("is_error")), inner]
+        return [kind, call_number(block.get("tool_use_id"), numbers), bool(block.get("is_error")), inner]
     return [kind, {name: value for name, value in block.items() if name not in SEND_HINTS}]
 
 
@@ -4532,7 +4532,7 @@ MEMORY_ROWS = 20000
 LEDGER_ROWS = 20000
 
 
-def packed(value):
+def pack(value):
     """Compressed JSON, or None for what JSON cannot hold."""
     try:
         return zlib.compress(json.dumps(value, separators=(",", ":")).encode("ascii"), 6)
@@ -4540,7 +4540,7 @@ def packed(value):
         return None
 
 
-def unpacked(blob):
+def unpack(blob):
     """The value that `packed` made blob of; None for anything else."""
     try:
         return json.loads(zlib.decompress(blob).decode("ascii"))
@@ -4579,7 +4579,7 @@ class Cache:
         row = self._run(lambda db: db.execute(
             "SELECT value, cost_ms FROM responses WHERE key = ? AND abs(born - ?) < ?",
             (key, self._now(), self._ttl)).fetchone())
-        message = unpacked(row[0]) if row else None
+        message = unpack(row[0]) if row else None
         if not isinstance(message, dict):
             return self._count(misses=1)
         self._run(lambda db: db.execute(
@@ -4589,7 +4589,7 @@ class Cache:
 
     def put(self, key, message, cost_ms):
         """Keep a complete answer (a dict). One too big for the whole cache is left out."""
-        value = packed(message)
+        value = pack(message)
         if key is None or value is None or len(value) + ROW_BYTES > self._max_bytes:
             return
         row = (key, len(value) + ROW_BYTES, self._now(), float(cost_ms), value)
@@ -4644,7 +4644,7 @@ class Cache:
         """What `remember` kept, or None."""
         row = self._run(lambda db: db.execute("SELECT value FROM memory WHERE id = ?",
                                               (storable(call_id),)).fetchone())
-        return unpacked(row[0]) if row else None
+        return unpack(row[0]) if row else None
 
     def save_row(self, row):
         """Keep a ledger row (dict); the newest 20,000 stay. Made to be a Ledger's `save`."""
@@ -4654,11 +4654,11 @@ class Cache:
         """Saved ledger rows, newest first."""
         rows = self._run(lambda db: db.execute("SELECT value FROM ledger ORDER BY seq DESC LIMIT ?",
                                                (count,)).fetchall(), [])
-        return [row for row in (unpacked(blob) for blob, in rows) if row is not None]
+        return [row for row in (unpack(blob) for blob, in rows) if row is not None]
 
     def _append(self, table, row_id, value, limit):
         """Add a row to a table that keeps its newest `limit` rows."""
-        blob = packed(value)
+        blob = pack(value)
         if blob is None:
             return
 
@@ -4793,10 +4793,10 @@ def prices_from(text_or_path):
         raise ValueError("PRICES: not JSON (%s)" % error)
     if not isinstance(table, dict):
         raise ValueError('PRICES: must be an object such as {"model-name": {"input": 1, "output": 2}}')
-    return {model: checked_price(model, price) for model, price in table.items()}
+    return {model: check_price(model, price) for model, price in table.items()}
 
 
-def checked_price(model, price):
+def check_price(model, price):
     """A whole price row, or ValueError."""
     if "*" in model[:-1]:
         raise ValueError("PRICES: %r: a * may only stand at the end of a model's name" % model)
@@ -4948,7 +4948,7 @@ def crcs(listed):
     return [crc for _, crc in listed]
 
 
-def common(old, new):
+def common_prefix(old, new):
     """How many sections at the front are the same."""
     count = 0
     for (_, before), (_, after) in zip(old, new):
@@ -4983,7 +4983,7 @@ def tools_broken(old, new):
 
 def messages_broken(old, new):
     """Which message changed, or where the history was cut; "" where one list is the front of the other."""
-    same = common(old, new)
+    same = common_prefix(old, new)
     if same in (len(old), len(new)):
         return ""
     if len(new) >= len(old):
@@ -5022,13 +5022,13 @@ class Sessions:
 
 def is_related(old, new):
     """True where two requests can be of one line: the same first message, or a history under the same system text."""
-    return common(old["messages"][:1], new["messages"][:1]) == 1 or (
+    return common_prefix(old["messages"][:1], new["messages"][:1]) == 1 or (
         crcs(old["system"]) == crcs(new["system"]) and len(new["messages"]) > 2)  # up to 2: a first question
 
 
 def likeness(old, new):
     """How alike two requests are: (messages shared from the front, same tools)."""
-    return common(old["messages"], new["messages"]), crcs(old["tools"]) == crcs(new["tools"])
+    return common_prefix(old["messages"], new["messages"]), crcs(old["tools"]) == crcs(new["tools"])
 
 
 # ---- Record and replay
@@ -5054,21 +5054,21 @@ def redact(value, secrets=(), depth=60):
     if not depth:
         return HIDDEN
     if isinstance(value, dict):
-        return {redact(name, secrets): hidden_or(name, item, secrets, depth - 1) for name, item in value.items()}
+        return {redact(name, secrets): redact_item(name, item, secrets, depth - 1) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
         if len(value) == 2 and isinstance(value[0], str):
-            return [redact(value[0], secrets), hidden_or(value[0], value[1], secrets, depth - 1)]
+            return [redact(value[0], secrets), redact_item(value[0], value[1], secrets, depth - 1)]
         return [redact(item, secrets, depth - 1) for item in value]
     return value
 
 
-def hidden_or(name, item, secrets, depth):
+def redact_item(name, item, secrets, depth):
     """The item redacted; hidden where its name says so. A schema that describes such a field stays."""
     is_secret = str(name).lower() in SECRET_NAMES and not isinstance(item, dict)
     return HIDDEN if is_secret else redact(item, secrets, depth)
 
 
-def cut(text, limit=2000):
+def shorten(text, limit=2000):
     """The text's front and how much was left out."""
     return text if len(text) <= limit else "%s... (%d more characters)" % (text[:limit], len(text) - limit)
 
@@ -5102,7 +5102,7 @@ class Recorder:
             return False
 
 
-def recorded_replies(folder):
+def read_recording(folder):
     """[{status, headers (dict), body (str)}] of all exchanges in a folder, in order. Raises ValueError, OSError."""
     replies = []
     for name in sorted(name for name in os.listdir(folder) if name.endswith(".json")):
@@ -5141,7 +5141,7 @@ class Plan(NamedTuple):
     profile: Profile
 
 
-def route(settings, asked, has_images, profile_of):
+def plan_request(settings, asked, has_images, profile_of):
     """The Plan for a model name that the client asked for.
 
     Families are told by their word in the name; a family without settings of its own takes the main ones, and so does
@@ -5177,7 +5177,7 @@ def upstream_headers(plan, settings, client_headers):
     """Headers for the provider: its key in the form that it wants, its constants, and EXTRA_HEADERS."""
     headers = {"Content-Type": "application/json", "Accept": "application/json, text/event-stream", "User-Agent": "ccfix/" + __version__}
     if plan.profile.format == "anthropic":
-        betas = [flag_ for flag_ in re.split(r"[,\s]+", client_headers.get("anthropic-beta") or "") if flag_ and flag_ not in plan.profile.betas]
+        betas = [flag for flag in re.split(r"[,\s]+", client_headers.get("anthropic-beta") or "") if flag and flag not in plan.profile.betas]
         headers["anthropic-version"] = client_headers.get("anthropic-version") or "2023-06-01"
         if betas:
             headers["anthropic-beta"] = ",".join(betas)
@@ -5244,10 +5244,10 @@ def payload_of(sent):
     encoded = [compact_json(message).encode() for message in messages]
     parts = [("message %d (%s)" % (position, as_dict(message).get("role")), part) for position, (message, part) in enumerate(zip(messages, encoded))]
     head = {key: value for key, value in sent.items() if key not in ("messages", "tools")}
-    pieces = [compact_json(head).encode()[:-1], b',"messages":['] + separated(encoded)
+    pieces = [compact_json(head).encode()[:-1], b',"messages":['] + join_pieces(encoded)
     if tools:
         names = [compact_json(tool).encode() for tool in tools]
-        pieces += [b'],"tools":['] + separated(names)
+        pieces += [b'],"tools":['] + join_pieces(names)
         parts = [("tool " + str(as_dict(as_dict(tool).get("function")).get("name") or as_dict(tool).get("name")), part)
                  for tool, part in zip(tools, names)] + parts
     if isinstance(sent.get("system"), (str, list)):
@@ -5258,7 +5258,7 @@ def payload_of(sent):
     return b"".join(pieces + [b"]}"]), parts
 
 
-def separated(pieces):
+def join_pieces(pieces):
     """The pieces with commas between."""
     return [part for piece in pieces for part in (b",", piece)][1:]
 
@@ -5354,8 +5354,8 @@ class Proxy(object):
             self.lessons.update({tuple(key): as_dict(value) for key, value in self.store.lessons().items()})
             self.ledger.restore(self.store.saved_rows() if settings.ledger else ())
 
-    def warn(self, text_):
-        self.log("warning", text_)
+    def warn(self, text):
+        self.log("warning", text)
 
     def upstream(self, settings):
         """The shared connections; made anew when a setting about TLS changed."""
@@ -5373,7 +5373,7 @@ class Proxy(object):
             row = self.rows.get(key) or self.rows.setdefault(key, profile_for(*key))
             if found.get("context") and not row.context:
                 row = row._replace(context=found["context"])
-            row = applied(row, self.lessons.get((base, model)))
+            row = apply_lesson(row, self.lessons.get((base, model)))
             limits = {"max_output": settings.max_output, "context": settings.max_context}
             return row._replace(**{field: value for field, value in limits.items() if value})
         return profile
@@ -5391,16 +5391,16 @@ class Proxy(object):
     def forget(self):
         """Forget all lessons -> how many."""
         with self.lock:
-            count_ = sum(map(len, self.lessons.values()))
+            count = sum(map(len, self.lessons.values()))
             self.lessons.clear()
         if self.store:
             self.store.forget_lessons()
-        return count_
+        return count
 
     def probe(self, plan, wait=None):
         """Ask the provider once what it tells for free: who it is, and the model's context window. Never raises."""
         try:
-            found = told_by(self.upstream(self.settings()), plan, upstream_headers(plan, self.settings(), {}), wait)
+            found = ask_provider(self.upstream(self.settings()), plan, upstream_headers(plan, self.settings(), {}), wait)
             self.found[(plan.base, plan.model)] = found
             if 0 < found["context"] < SMALL_CONTEXT:
                 self.log("warning", "%s has a context window of %d tokens; Claude Code's first request alone has about 13,000"
@@ -5436,7 +5436,7 @@ class Proxy(object):
         if not isinstance(body.get("messages"), list):
             raise BadRequest("messages: a list is required")
         settings = self.settings()
-        plan = route(settings, str(body.get("model")), False, self.profile_of(settings))
+        plan = plan_request(settings, str(body.get("model")), False, self.profile_of(settings))
         if plan.profile.format == "anthropic":
             try:
                 reply = self.upstream(settings).open("POST", endpoint(plan.base, "anthropic", "messages/count_tokens"),
@@ -5453,7 +5453,7 @@ class Proxy(object):
                 self.log("debug", "count_tokens of the provider failed: %s" % e)
         return {"input_tokens": estimate_tokens(body)}
 
-    def status(self, address_=""):
+    def status(self, address=""):
         """What GET /stats tells; the status page shows it."""
         settings = self.settings()
         plan = plan_for(settings, "", self.profile_of(settings))
@@ -5462,19 +5462,19 @@ class Proxy(object):
         lessons = [{"upstream": urllib.parse.urlsplit(base).netloc.rpartition("@")[2], "model": model, "field": field, "value": value,
                     "text": lesson_text(field, value)} for (base, model), changes in list(self.lessons.items()) for field, value in changes.items()]
         return {
-            "name": "ccfix", "version": __version__, "time": self.now(), "uptime_s": round(self.now() - self.started, 1), "address": address_,
+            "name": "ccfix", "version": __version__, "time": self.now(), "uptime_s": round(self.now() - self.started, 1), "address": address,
             "proxy_key": bool(settings.anthropic_api_key), "demo": plan.profile.name == "demo",
             "target": {"model": plan.model, "api_base": without_password(plan.base), "profile": plan.profile.name, "format": plan.profile.format,
                        "context": plan.profile.context, "max_output": plan.profile.max_output},
             "disguise": {"model": settings.disguise_model, "api_base": settings.disguise_api_base},
             "routes": [{"family": row.family, "model": row.model, "api_base": without_password(row.base)} for row in routes if row.family],
-            "connect": dict(connect_lines(address_, bool(settings.anthropic_api_key))),
+            "connect": dict(connect_lines(address, bool(settings.anthropic_api_key))),
             "totals": dict(self.ledger.totals(), active=self.active), "series": self.ledger.series(), "requests": self.ledger.rows(100),
             "lessons": lessons, "cache": dict(shown, enabled=settings.cache_enabled, mode=settings.cache_key_mode, ttl=settings.cache_ttl),
             "settings": settings.shown()}
 
 
-def told_by(upstream, plan, headers, wait=None):
+def ask_provider(upstream, plan, headers, wait=None):
     """{"owner", "context", "models"} from /models, and from /props (llama.cpp) or /api/ps (Ollama) where the owner is known."""
     def ask(url):
         reply = upstream.open("GET", url, headers, None, wait, timeout=5)
@@ -5486,24 +5486,24 @@ def told_by(upstream, plan, headers, wait=None):
     mine = next((row for row in rows if row.get("id") == plan.model), rows[0] if len(rows) == 1 else {})
     top = as_dict(mine.get("top_provider"))
     limits = as_dict(as_dict(mine.get("capabilities")).get("limits"))
-    context = number_in(mine, "max_model_len", "context_length", "context_window", "max_context_length") or number_in(limits, "max_prompt_tokens") \
-        or number_in(top, "context_length")
+    context = positive_int(mine, "max_model_len", "context_length", "context_window", "max_context_length") or positive_int(limits, "max_prompt_tokens") \
+        or positive_int(top, "context_length")
     owner = str(mine.get("owned_by") or (rows[0].get("owned_by") if rows else "") or "")
     parts = urllib.parse.urlsplit(plan.base)
-    origin_ = "%s://%s" % (parts.scheme, parts.netloc)
+    origin = "%s://%s" % (parts.scheme, parts.netloc)
     if owner == "llamacpp":
-        context = number_in(as_dict(ask(origin_ + "/props").get("default_generation_settings")), "n_ctx") or context
+        context = positive_int(as_dict(ask(origin + "/props").get("default_generation_settings")), "n_ctx") or context
     elif OWNERS.get(owner) == "ollama":
-        running = [as_dict(row) for row in as_list(ask(origin_ + "/api/ps").get("models"))]
-        context = next((number_in(row, "context_length") for row in running if row.get("name") == plan.model), 0) or context
+        running = [as_dict(row) for row in as_list(ask(origin + "/api/ps").get("models"))]
+        context = next((positive_int(row, "context_length") for row in running if row.get("name") == plan.model), 0) or context
     return {"owner": owner, "context": context, "models": [str(row.get("id")) for row in rows]}
 
 
-def connect_lines(address_, has_key):
+def connect_lines(address, has_key):
     """(shell, the lines to paste) that connect Claude Code to this proxy."""
     key = "YOUR_PROXY_KEY" if has_key else "ccfix"
-    return (("bash", ["export ANTHROPIC_BASE_URL=%s" % address_, "export ANTHROPIC_AUTH_TOKEN=%s" % key, "claude"]),
-            ("powershell", ['$env:ANTHROPIC_BASE_URL="%s"' % address_, '$env:ANTHROPIC_AUTH_TOKEN="%s"' % key, "claude"]))
+    return (("bash", ["export ANTHROPIC_BASE_URL=%s" % address, "export ANTHROPIC_AUTH_TOKEN=%s" % key, "claude"]),
+            ("powershell", ['$env:ANTHROPIC_BASE_URL="%s"' % address, '$env:ANTHROPIC_AUTH_TOKEN="%s"' % key, "claude"]))
 
 
 class Exchange(object):
@@ -5520,7 +5520,7 @@ class Exchange(object):
         self.asked = re.sub(r"\[1m\]$", "", str(body.get("model") or ""))
         self.shown = self.settings.disguise_model or self.asked or self.settings.target_model
         with_images = bool(self.settings.target_model_image) and has_images(body)
-        self.plan = route(self.settings, self.asked, with_images, proxy.profile_of(self.settings))
+        self.plan = plan_request(self.settings, self.asked, with_images, proxy.profile_of(self.settings))
         self.translator, self.cache_state, self.flight, self.key, self.reply = None, "off", None, None, None
         self.retries, self.mends, self.room, self.learned, self.replies = 0, 0, 0, [], []
         self.bytes_in = self.bytes_out = 0
@@ -5540,9 +5540,9 @@ class Exchange(object):
                 self.last_write = self.last_sign = self.clock()
                 if self.first_ms is None:
                     self.first_ms = (self.last_write - self.began) * 1000
-                text_ = "".join(out)
-                self.bytes_out += len(text_)
-                yield text_
+                text = "".join(out)
+                self.bytes_out += len(text)
+                yield text
                 out = []
             else:
                 yield ""
@@ -5565,7 +5565,7 @@ class Exchange(object):
         except Dropped as dropped:
             raise dropped.args[0]
         self.first_ms = (self.clock() - self.began) * 1000
-        return assemble(events)
+        return fold(events)
 
     def silence(self):
         """SSE text to write in a silence, or "": after 15 s message_start, then pings, and after minutes a sign of life."""
@@ -5618,7 +5618,7 @@ class Exchange(object):
     def replayed(self, message, new_id):
         """A finished message as events, under today's name and a fresh id, with token counts at zero."""
         zero = {"input_tokens": 0, "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0, "output_tokens": 0}
-        events = replay(dict(message, id="msg_" + self.id, model=self.shown, usage=zero), new_id)
+        events = unfold(dict(message, id="msg_" + self.id, model=self.shown, usage=zero), new_id)
         if self.translator is not None and self.translator.state == OPEN:
             next(events)                    # message_start has gone out in the silence
         yield from events
@@ -5655,7 +5655,7 @@ class Exchange(object):
         native = plan.profile.format == "anthropic"
         estimate = self.bytes_in // 4
         self.translator = (RelayTranslator if native else StreamTranslator)(
-            "msg_" + self.id, self.shown, plan.profile, estimate, tools=None if native else offered_names(self.body),
+            "msg_" + self.id, self.shown, plan.profile, estimate, tools=None if native else tool_names(self.body),
             taken=() if native else used_ids(self.body), new_id=proxy.new_id, begun=begun)
         self.sent = sent = self.request_body()
         payload, parts = payload_of(sent)
@@ -5668,7 +5668,7 @@ class Exchange(object):
             if reply.status >= 300:
                 raw = reply.read(1 << 20)
                 self.note_reply(reply, raw)
-                raise refused(reply, raw, plan)
+                raise refusal(reply, raw, plan)
             yield from self.recorded(reply) if proxy.recorder else self.translated(reply, reply.blocks())
         finally:
             self.reply = None
@@ -5700,7 +5700,7 @@ class Exchange(object):
         translator, head = self.translator, first_bytes(blocks)
         start = head.lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
         if start in (b"{", b"[", b"<"):
-            yield from translator.feed(whole_reply(joined(head, blocks), start, self.plan))
+            yield from translator.feed(whole_reply(read_all(head, blocks), start, self.plan))
             translator.ended = True
         else:
             self.reply = reply
@@ -5766,7 +5766,7 @@ class Exchange(object):
             return False
         self.learned += [lesson_text(field, value) for field, value in changes.items()]
         self.proxy.teach(self.plan, changes)
-        self.plan = self.plan._replace(profile=applied(self.plan.profile, changes))
+        self.plan = self.plan._replace(profile=apply_lesson(self.plan.profile, changes))
         if changes.get("images") is False and self.settings.target_model_image:
             self.plan = plan_for(self.settings, "image", self.proxy.profile_of(self.settings))
         return True
@@ -5803,7 +5803,7 @@ class Exchange(object):
         """Store a complete answer; nothing that broke off, was cut by a limit, or is empty."""
         if not events or events[-1]["type"] != "message_stop":
             return
-        message = assemble(events)
+        message = fold(events)
         if message.get("stop_reason") in ("end_turn", "tool_use", "stop_sequence") and message["content"]:
             self.flight.message = message
             if self.proxy.store and self.plan.family != "fallback":     # the main model's place is not taken for long
@@ -5831,18 +5831,18 @@ class Exchange(object):
                        + (" error: " + error if error else ""))
         if self.settings.log_level == "debug":
             seen = {"headers": dict(self.headers.items()), "request": without_person(self.body), "sent": self.sent, "error": error}
-            self.proxy.log("debug", self.id + " " + compact_json(shortened(redact(seen, self.settings.secrets()))))
+            self.proxy.log("debug", self.id + " " + compact_json(shorten_strings(redact(seen, self.settings.secrets()))))
         if self.proxy.recorder:
             self.proxy.recorder.write({"time": row["time"], "id": self.id, "row": row, "request": without_person(self.body), "sent": self.sent,
                                        "client_headers": dict(self.headers.items()), "replies": self.replies})
 
 
-def without_secrets(text_, secrets):
-    """text_ with every secret in it hidden."""
+def without_secrets(text, secrets):
+    """text with every secret in it hidden."""
     for secret in secrets:
         if len(secret) >= 4:
-            text_ = text_.replace(secret, "<hidden>")
-    return text_
+            text = text.replace(secret, "<hidden>")
+    return text
 
 
 def without_person(body):
@@ -5850,13 +5850,13 @@ def without_person(body):
     return {key: "<hidden>" if key in ("metadata", "safeguards") else value for key, value in body.items()}
 
 
-def shortened(value, limit=500):
+def shorten_strings(value, limit=500):
     """A JSON value with long texts cut, for the log."""
     if isinstance(value, str):
-        return cut(value, limit)
+        return shorten(value, limit)
     if isinstance(value, dict):
-        return {key: shortened(part, limit) for key, part in value.items()}
-    return [shortened(part, limit) for part in value] if isinstance(value, (list, tuple)) else value
+        return {key: shorten_strings(part, limit) for key, part in value.items()}
+    return [shorten_strings(part, limit) for part in value] if isinstance(value, (list, tuple)) else value
 
 
 def has_images(body):
@@ -5871,7 +5871,7 @@ def has_images(body):
     return False
 
 
-def offered_names(body):
+def tool_names(body):
     """{name sent to the provider: (the client's name, schema)} of the offered tools."""
     return {short_name(tool["name"]): (tool["name"], as_dict(tool.get("input_schema"))) for tool in offered_tools(body)}
 
@@ -5893,7 +5893,7 @@ def first_bytes(blocks):
     return head.lstrip(b"\xef\xbb\xbf \t\r\n") or head
 
 
-def joined(head, blocks):
+def read_all(head, blocks):
     """All of a reply that is no stream. Raises UpstreamError when it is far too long."""
     pieces, size = [head], len(head)
     for block in blocks:
@@ -5908,7 +5908,7 @@ def whole_reply(raw, start, plan):
     """A reply that is no stream, as the one chunk (or message) that it is. Raises UpstreamError for a page or broken JSON."""
     if start == b"<":
         raise UpstreamError("%s answered with a web page (%s) instead of a completion; check TARGET_API_BASE (-b)."
-                            % (without_password(plan.base), plain_text(raw.decode("utf-8", "replace"))), kind="path")
+                            % (without_password(plan.base), readable_text(raw.decode("utf-8", "replace"))), kind="path")
     body = json_or_none(raw)
     if isinstance(body, list) and body:
         body = body[0]
@@ -5922,7 +5922,7 @@ def whole_reply(raw, start, plan):
     return body
 
 
-def refused(reply, raw, plan):
+def refusal(reply, raw, plan):
     """The UpstreamError of a reply with an error status; a redirect says where the address has moved."""
     if reply.status < 400:
         place = (without_password(plan.base), reply.headers.get("location"))
@@ -5940,27 +5940,27 @@ def is_search(body):
 
 def search_message(exchange):
     """The answer to a web search as a message: real results from SEARCH_URL, or a clear error block; never a model's invention."""
-    texts = [block_text(block) for _, blocks in turns(exchange.body["messages"])[-1:] for block in blocks if block.get("type") == "text"]
+    texts = [block_text(block) for _, blocks in split_turns(exchange.body["messages"])[-1:] for block in blocks if block.get("type") == "text"]
     query = re.sub(r"(?is)^.*?web search for the query:\s*", "", "\n".join(texts)).strip()[:400]
     call_id, code, hits = "srvtoolu_" + exchange.proxy.new_id(), "unavailable", []
-    text_ = "Web search is not configured: set SEARCH_URL in ccfix to a SearXNG address. No search was made."
+    text = "Web search is not configured: set SEARCH_URL in ccfix to a SearXNG address. No search was made."
     if exchange.settings.search_url:
         try:
-            hits, text_ = searched(exchange, query), ""
+            hits, text = search_web(exchange, query), ""
         except (ProxyError, ValueError) as e:
-            text_ = "The web search failed: %s" % e
+            text = "The web search failed: %s" % e
     found = [{"type": "web_search_result", "title": hit["title"], "url": hit["url"], "encrypted_content": "", "page_age": None} for hit in hits]
-    if not text_:
-        text_ = "\n\n".join("%s\n%s\n%s" % (hit["title"], hit["url"], hit["content"]) for hit in hits) or "The search found nothing."
+    if not text:
+        text = "\n\n".join("%s\n%s\n%s" % (hit["title"], hit["url"], hit["content"]) for hit in hits) or "The search found nothing."
         content = found
     else:
         content = {"type": "web_search_tool_result_error", "error_code": code}
     blocks = [{"type": "server_tool_use", "id": call_id, "name": "web_search", "input": {"query": query}},
-              {"type": "web_search_tool_result", "tool_use_id": call_id, "content": content}, {"type": "text", "text": text_}]
+              {"type": "web_search_tool_result", "tool_use_id": call_id, "content": content}, {"type": "text", "text": text}]
     return {"type": "message", "role": "assistant", "content": blocks, "stop_reason": "end_turn", "stop_sequence": None}
 
 
-def searched(exchange, query):
+def search_web(exchange, query):
     """[{title, url, content}] of SEARCH_URL's JSON answer (SearXNG's form). Raises ProxyError, ValueError."""
     url = exchange.settings.search_url
     url += ("&" if "?" in url else "?") + urllib.parse.urlencode({"q": query, "format": "json"})
@@ -6087,10 +6087,10 @@ class Watch(object):
         self.watch(self.watched)
 
     def break_silence(self):
-        text_ = self.exchange.silence()
-        if text_:
+        text = self.exchange.silence()
+        if text:
             try:
-                self.write(text_)
+                self.write(text)
             except OSError:
                 raise ClientGone()
 
@@ -6108,10 +6108,10 @@ class Stream(object):
     def step(self, now):
         """Pass on what has come. False: that was all, or the stream's own thread has to go on."""
         try:
-            text_ = next(self.batches, None)
-            if text_:
+            text = next(self.batches, None)
+            if text:
                 self.moved = now
-                data = self.handler.framed(text_)
+                data = self.handler.framed(text)
                 self.rest = data[self.handler.connection.send(data):]
             return not self.rest and self.exchange.reply is not None
         except BlockingIOError:
@@ -6361,11 +6361,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         host = self.headers.get("host", "")
         if len(self.headers.all("host")) > 1 or netloc and netloc.lower() != host.lower():
             raise self.closing(ProxyError("the request names two hosts", 400))
-        origin_ = self.headers.get("origin")
+        origin = self.headers.get("origin")
         key = settings.anthropic_api_key
         allowed = key and self.knows(key)
-        if origin_ is not None and origin_ not in ("http://" + host, "https://" + host) and not (allowed and "/v1/" in path):
-            raise ProxyError("requests from the origin %s are not served" % ascii(origin_)[:100], 403)
+        if origin is not None and origin not in ("http://" + host, "https://" + host) and not (allowed and "/v1/" in path):
+            raise ProxyError("requests from the origin %s are not served" % ascii(origin)[:100], 403)
         if re.match(r"/health/?\Z", path) or (key and path == "/" and "text/html" in self.headers.get("accept", "")):
             return                  # the page itself holds nothing; it asks for the key
         if key and not allowed:
@@ -6474,14 +6474,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except OSError:
             self.close_connection = True
 
-    def framed(self, text_):
+    def framed(self, text):
         """SSE text as one chunk of the body."""
-        data = text_.encode("ascii")
+        data = text.encode("ascii")
         return data if self.request_version == "HTTP/1.0" else b"%x\r\n%s\r\n" % (len(data), data)
 
-    def write_events(self, text_):
+    def write_events(self, text):
         """Write SSE text as one chunk, after the head if this is the first. Also called by Watch, in silences."""
-        data, chunked = self.framed(text_), self.request_version != "HTTP/1.0"
+        data, chunked = self.framed(text), self.request_version != "HTTP/1.0"
         if not self.began_reply:
             self.began_reply = True
             headers = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache",
@@ -6531,9 +6531,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return
         with contextlib.closing(exchange.batches()) as batches:
             pieces = 0
-            for text_ in batches:
-                if text_:
-                    self.write_events(text_)
+            for text in batches:
+                if text:
+                    self.write_events(text)
                     pieces += 1
                 if pieces >= SETTLED and exchange.flowing():
                     pieces = 0
@@ -7191,10 +7191,10 @@ def said_text(content):
 
 def demo_chunks(body):
     """The deltas of the demo model's reply, word by word."""
-    reasoning, text_, calls = demo_reply(body)
+    reasoning, text, calls = demo_reply(body)
     for word in re.findall(r"\S+\s*|\s+", reasoning):
         yield {"reasoning_content": word}, None
-    for word in re.findall(r"\S+\s*|\s+", text_):
+    for word in re.findall(r"\S+\s*|\s+", text):
         yield {"content": word}, None
     for index, (name, arguments) in enumerate(calls):
         yield {"tool_calls": [{"index": index, "id": "call_" + os.urandom(8).hex(), "type": "function",
@@ -7224,19 +7224,19 @@ class DemoModel(http.server.BaseHTTPRequestHandler):
         if body.get("stream"):
             chunks = [{"choices": [{"index": 0, "delta": delta, "finish_reason": finish}]} for delta, finish in deltas]
             chunks.append({"choices": [], "usage": usage})
-            text_ = "".join("data: %s\n\n" % compact_json(dict(chunk, id="demo", object="chat.completion.chunk", model="demo")) for chunk in chunks)
-            self.reply(text_ + "data: [DONE]\n\n", "text/event-stream")
+            text = "".join("data: %s\n\n" % compact_json(dict(chunk, id="demo", object="chat.completion.chunk", model="demo")) for chunk in chunks)
+            self.reply(text + "data: [DONE]\n\n", "text/event-stream")
         else:
-            reasoning, text_, calls = demo_reply(body)
-            message = {"role": "assistant", "content": text_, "reasoning_content": reasoning}
+            reasoning, text, calls = demo_reply(body)
+            message = {"role": "assistant", "content": text, "reasoning_content": reasoning}
             if calls:
                 message["tool_calls"] = [{"id": "call_" + os.urandom(8).hex(), "type": "function",
                                           "function": {"name": name, "arguments": json.dumps(arguments)}} for name, arguments in calls]
             self.reply(compact_json({"id": "demo", "object": "chat.completion", "model": "demo", "usage": usage,
                                      "choices": [{"index": 0, "message": message, "finish_reason": "tool_calls" if calls else "stop"}]}))
 
-    def reply(self, text_, content_type="application/json"):
-        data = text_.encode()
+    def reply(self, text, content_type="application/json"):
+        data = text.encode()
         self.send_response(200)
         self.send_header("Content-Type", content_type)
         self.send_header("Content-Length", str(len(data)))
@@ -7278,12 +7278,12 @@ class Log(object):
         if settings.log_file != self.path:
             self.path, self.file = settings.log_file, None
 
-    def __call__(self, level, text_):
+    def __call__(self, level, text):
         if self.LEVELS.index(level) < self.least:
             return
-        text_ = without_secrets(text_, self.secrets)
-        safe = re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda m: "\n    " if m.group() == "\n" and level == "error" and "Traceback" in text_ else
-                      m.group().encode("unicode_escape").decode(), text_)
+        text = without_secrets(text, self.secrets)
+        safe = re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda m: "\n    " if m.group() == "\n" and level == "error" and "Traceback" in text else
+                      m.group().encode("unicode_escape").decode(), text)
         line = "%s %-7s %s\n" % (time.strftime("%Y-%m-%d %H:%M:%S"), level, safe.encode("ascii", "backslashreplace").decode())
         with self.lock:
             try:
@@ -7399,7 +7399,7 @@ def complain(message):
 class Running(object):
     """A proxy that serves: server, proxy, log and config belong together. out: where log lines go, instead of stderr."""
 
-    def __init__(self, config, host=None, port_=None, out=None):
+    def __init__(self, config, host=None, port=None, out=None):
         settings = config()
         self.config = config
         try:
@@ -7411,7 +7411,7 @@ class Running(object):
             self.proxy = Proxy(config, self.log)
         except ValueError as e:
             raise Usage("PRICES cannot be used: %s" % e)
-        place = (host or settings.proxy_host, settings.proxy_port if port_ is None else port_)
+        place = (host or settings.proxy_host, settings.proxy_port if port is None else port)
         try:
             self.server = Server(place, self.proxy)
         except OSError as e:
@@ -7476,14 +7476,14 @@ def check_target(settings):
 INSECURE_WORDS = "WARNING: TLS certificates are not verified (INSECURE): anyone on the way can read the key"
 
 
-def banner(settings, address_):
+def banner(settings, address):
     """What is printed at the start: under 12 lines."""
     key = settings.anthropic_api_key
-    lines = ["ccfix %s on %s" % (__version__, address_),
+    lines = ["ccfix %s on %s" % (__version__, address),
              "  target    %s at %s" % (settings.target_model, without_password(settings.target_api_base)),
              "  disguise  %s" % (settings.disguise_model or "the model name that Claude Code asks for"),
              "  proxy key %s" % ("on, from %s" % settings.origins["anthropic_api_key"] if key else "off")]
-    for shell, commands in connect_lines(address_, bool(key)):
+    for shell, commands in connect_lines(address, bool(key)):
         lines.append("  %-9s %s" % (shell, "; ".join(commands)))
     if settings.proxy_host not in ("127.0.0.1", "localhost", "::1") and not key:
         lines.append("  WARNING: open to the network without a proxy key; set ANTHROPIC_API_KEY")
@@ -7493,9 +7493,9 @@ def banner(settings, address_):
 def serve(config, options):
     """Serve until Ctrl-C or SIGTERM -> exit code."""
     find_target(config)
-    base, port_ = config().target_api_base, config().proxy_port
-    if is_loopback(base) and origin(base)[2] == port_:      # passed through to itself, one request would become thousands
-        raise Usage("the target %s is ccfix's own port; give ccfix another one, say -p %d" % (without_password(base), port_ + 1))
+    base, port = config().target_api_base, config().proxy_port
+    if is_loopback(base) and url_origin(base)[2] == port:      # passed through to itself, one request would become thousands
+        raise Usage("the target %s is ccfix's own port; give ccfix another one, say -p %d" % (without_password(base), port + 1))
     stopped = threading.Event()
     for name in ("SIGINT", "SIGTERM"):      # before the first request can come
         signal.signal(getattr(signal, name), lambda *_: stopped.set())
@@ -7523,10 +7523,10 @@ Three ways to go on:
 def local_servers():
     """[(title, base URL, [model names])] of the model servers that answer on their usual ports of this machine."""
     upstream, found = Upstream(GLANCE_SECONDS, GLANCE_SECONDS), []
-    for title, port_ in LOCAL_SERVERS:
-        base = "http://127.0.0.1:%d/v1" % port_
+    for title, port in LOCAL_SERVERS:
+        base = "http://127.0.0.1:%d/v1" % port
         try:
-            answer = got_json(upstream, base + "/models", GLANCE_SECONDS)
+            answer = get_json(upstream, base + "/models", GLANCE_SECONDS)
         except ProxyError:
             continue
         if answer.get("object") == "list":          # our own proxy's list, in Anthropic's form, has no such field
@@ -7535,9 +7535,9 @@ def local_servers():
     return [row for row in found if row[2]]
 
 
-def got_json(upstream, url, seconds_, headers=()):
+def get_json(upstream, url, seconds, headers=()):
     """The JSON object at a URL; {} for anything else, and for an error status. Raises ProxyError."""
-    reply = upstream.open("GET", url, dict(headers), None, patience(seconds_), seconds_)
+    reply = upstream.open("GET", url, dict(headers), None, patience(seconds), seconds)
     try:
         return as_dict(json_or_none(reply.read(4 << 20))) if reply.status == 200 else {}
     finally:
@@ -7554,17 +7554,17 @@ def patience(limit):
     """A wait(sock, seconds) for `Upstream.open` that ends the whole exchange after `limit` seconds."""
     end = time.monotonic() + limit
 
-    def wait(sock, seconds_):
+    def wait(sock, seconds):
         left = end - time.monotonic()
-        if left > 0 and poll_socket(sock, min(seconds_, left)):
+        if left > 0 and poll_socket(sock, min(seconds, left)):
             return True
-        if seconds_ >= left:
+        if seconds >= left:
             raise UpstreamError("no complete answer within %g s" % limit, 504, "timeout_error", kind="timeout")
         return False
     return wait
 
 
-def program():
+def program_name():
     """What the user types to start this program."""
     name = os.path.basename(sys.argv[0] or "")
     return "python3 " + name if name.endswith(".py") else name or "ccfix"
@@ -7579,16 +7579,16 @@ def find_target(config):
         return find_model(config)
     servers, wanted = local_servers(), settings.target_model if settings.origins["target_model"] != "default" else ""
     if not servers:
-        raise Usage(NO_TARGET.format(program()))
+        raise Usage(NO_TARGET.format(program_name()))
     title, base, models = next((row for row in servers if wanted in row[2]), servers[0])
     model = wanted or models[0]
     found = {"TARGET_API_BASE": base, "TARGET_MODEL": model}
-    if settings.proxy_port == origin(base)[2] and settings.origins["proxy_port"] == "default":
+    if settings.proxy_port == url_origin(base)[2] and settings.origins["proxy_port"] == "default":
         found["PROXY_PORT"] = "8081"
     config.aim(found)
     others = [name for name in models if name != model]
     say("ccfix: nothing is configured; found %s at %s, using its model %s" % (title, base, model)
-        + (" (-m takes another: %s)" % cut(", ".join(others), 200) if others else ""), out=sys.stderr)
+        + (" (-m takes another: %s)" % shorten(", ".join(others), 200) if others else ""), out=sys.stderr)
 
 
 def find_model(config):
@@ -7598,7 +7598,7 @@ def find_model(config):
         return
     upstream = Upstream(GLANCE_SECONDS, GLANCE_SECONDS)
     try:
-        models = model_names(got_json(upstream, settings.target_api_base.partition("?")[0] + "/models", GLANCE_SECONDS,
+        models = model_names(get_json(upstream, settings.target_api_base.partition("?")[0] + "/models", GLANCE_SECONDS,
                                       {"Authorization": "Bearer " + settings.target_api_key}))
     except ProxyError:
         return
@@ -7630,7 +7630,7 @@ class ReplayModel(DemoModel):
 def start_replay(folder):
     """Serve the recorded replies of a folder on a free loopback port -> settings that aim at them. Raises Usage."""
     try:
-        replies = recorded_replies(folder)
+        replies = read_recording(folder)
     except (OSError, ValueError) as e:
         raise Usage("--replay cannot be used: %s" % e)
     if not replies:
@@ -7661,14 +7661,14 @@ WHY_NO_AUTO = ("ccfix: auto permission mode is off: its safety check runs on Ant
                " (run -- --permission-mode auto asks for it all the same)")
 
 
-def session_variables(address_, key, settings, plan):
+def session_variables(address, key, settings, plan):
     """Variables that connect Claude Code to this proxy, with the target's real limits.
 
     The model's name is the target's own: Claude Code obeys CLAUDE_CODE_MAX_CONTEXT_TOKENS only for names that it does
     not know, and the proxy routes by family words; a target named like a Claude model goes by another name.
     """
     known = any(word in plan.model.lower() for word in FAMILIES + ("claude",))
-    found = {"ANTHROPIC_BASE_URL": address_, "ANTHROPIC_AUTH_TOKEN": key, "ANTHROPIC_MODEL": MAIN_NAME if known else plan.model,
+    found = {"ANTHROPIC_BASE_URL": address, "ANTHROPIC_AUTH_TOKEN": key, "ANTHROPIC_MODEL": MAIN_NAME if known else plan.model,
              "ANTHROPIC_DEFAULT_FABLE_MODEL": MAIN_NAME if known else plan.model}
     for family in FAMILIES:
         own = getattr(settings, "target_model_" + family) or plan.model
@@ -7685,13 +7685,13 @@ def session_variables(address_, key, settings, plan):
     return found
 
 
-def claude_environment(environ, address_, key, settings, plan):
+def claude_environment(environ, address, key, settings, plan):
     """The environment of Claude Code for one session, from the user's own: nothing in it leads elsewhere, and it
     holds no secret of ccfix, since the model's commands can read it."""
     secret = {row.env for row in SETTINGS if row.secret}
     found = dict(CLAUDE_DEFAULTS)
     found.update((name, value) for name, value in environ.items() if not FOREIGN.match(name) and name not in secret)
-    found.update(session_variables(address_, key, settings, plan))
+    found.update(session_variables(address, key, settings, plan))
     if any(name.lower() in ("http_proxy", "https_proxy", "all_proxy") and value for name, value in environ.items()):
         for name in [name for name in found if name.lower() == "no_proxy"] or ["NO_PROXY"]:
             found[name] = ",".join(filter(None, [found.get(name), "127.0.0.1", "localhost"]))
@@ -7797,9 +7797,9 @@ def run(config, options):
         raise Usage("claude is not on the PATH; install Claude Code (npm install -g @anthropic-ai/claude-code) and try again")
     key = os.urandom(24).hex()
     config.aim({}, ANTHROPIC_API_KEY=key)
-    port_ = config().proxy_port if "PROXY_PORT" in config.given else 0
+    port = config().proxy_port if "PROXY_PORT" in config.given else 0
     with open(os.devnull, "w") as nowhere:              # a log line would garble Claude Code's screen; LOG_FILE has them
-        running = Running(config, "127.0.0.1", port_, nowhere).start(wait=0 if config().max_context else 6)
+        running = Running(config, "127.0.0.1", port, nowhere).start(wait=0 if config().max_context else 6)
         try:
             environment = claude_environment(os.environ, running.server.address(), key, config(), running.plan())
             settings, rest = claude_settings(options.arguments, settings_overrides(claude_files(config.home), environment))
@@ -7867,12 +7867,12 @@ def fail(seen, fix=""):
     return Verdict("fail", seen, fix)
 
 
-def brief(text_):
+def brief(text):
     """A model's words in quotes, on one short line."""
-    return ascii(text_[:40]) + ("..." if len(text_) > 40 else "")
+    return ascii(text[:40]) + ("..." if len(text) > 40 else "")
 
 
-def failed(error):
+def failure(error):
     """The Verdict of a ProxyError; where its message ends with advice, that is the fix."""
     seen, parenthesis, advice = error.message.partition("): ")
     if error.kind == "connect" and parenthesis:
@@ -7884,9 +7884,9 @@ class Answer(object):
     """A finished answer: message (Anthropic's), usage (the provider's own, {} if it told none), plan, and the seconds at which
     the first content and the end came; pieces: deltas of text and thinking."""
 
-    def __init__(self, exchange, events, seconds_):
-        self.message, self.plan, self.usage = assemble(events), exchange.plan, exchange.translator.usage
-        marks = [at for at, event in zip(seconds_, events) if event["type"] == "content_block_delta"]
+    def __init__(self, exchange, events, seconds):
+        self.message, self.plan, self.usage = fold(events), exchange.plan, exchange.translator.usage
+        marks = [at for at, event in zip(seconds, events) if event["type"] == "content_block_delta"]
         self.first, self.last, self.pieces = (marks[0], marks[-1], len(marks)) if marks else (0, 0, 0)
         self.tokens = exchange.translator.usage_now()
 
@@ -7915,7 +7915,7 @@ class Tester(object):
         self.proxy = Proxy(lambda: settings, Log(settings, sys.stderr if settings.log_level == "debug" else self.nowhere))
 
     def plan(self):
-        return route(self.settings, self.asked, False, self.proxy.profile_of(self.settings))
+        return plan_request(self.settings, self.asked, False, self.proxy.profile_of(self.settings))
 
     def open(self, method, url, body=None, limit=ROW_SECONDS):
         """(status, bytes) of a plain request to the provider. Raises ProxyError."""
@@ -7999,7 +7999,7 @@ def takes_key(tester):
         tester.plain()
     except ProxyError as error:
         if error.kind in ("auth", "billing", "policy", "connect"):
-            return failed(error)
+            return failure(error)
         return Verdict("skip", "not to be told: the question failed otherwise, see below", "")
     return ok("accepted" if tester.plan().key else "none given, none needed")
 
@@ -8018,7 +8018,7 @@ def has_model(tester):
     near = difflib.get_close_matches(plan.model, tester.models, 4, 0.4)
     near += [name for name in tester.models if plan.model.lower() in name.lower() and name not in near]
     shown = near or tester.models
-    fix = "-m with one of: " + cut(", ".join(shown[:12]), 300) if shown else ADVICE["model"]
+    fix = "-m with one of: " + shorten(", ".join(shown[:12]), 300) if shown else ADVICE["model"]
     if kind == "path":
         return fail("the provider has no such address, or no model %s" % plan.model, ADVICE["path"] + "; or " + fix)
     return fail("the provider has no model %s" % plan.model, fix)
@@ -8044,7 +8044,7 @@ def streams(tester):
 
 def tells_usage(tester):
     usage = tester.counting().usage
-    prompt, output = number_in(usage, "prompt_tokens", "input_tokens"), number_in(usage, "completion_tokens", "output_tokens")
+    prompt, output = positive_int(usage, "prompt_tokens", "input_tokens"), positive_int(usage, "completion_tokens", "output_tokens")
     if prompt and output:
         return ok("%d in, %d out" % (prompt, output))
     return fail("none: token counts are estimates, so the context shown and when it is compacted are too", "turn on usage in the server's streams")
@@ -8148,7 +8148,7 @@ def holds_context(tester):
 
 def caches_prefix(tester):
     system = "You are a terse clerk. " + " ".join("Rule %d: keep the file of case %d in drawer %d." % (n, n * 7, n % 13) for n in range(170))
-    answers = [tester.ask(text_, LONG_SECONDS, system=system, max_tokens=16) for text_ in ("Say yes.", "Say no.")]
+    answers = [tester.ask(text, LONG_SECONDS, system=system, max_tokens=16) for text in ("Say yes.", "Say no.")]
     read = answers[1].tokens["cache_read_input_tokens"]
     return ok("%d of %d tokens" % (read, answers[1].read())) if read else fail("none told: each turn may be read, and paid, anew")
 
@@ -8166,15 +8166,15 @@ def orders_events(tester):
     body = {"model": plan.model, "max_tokens": ANSWER_TOKENS, "stream": True, "messages": [{"role": "user", "content": "Say hello."}]}
     status, raw = tester.open("POST", endpoint(plan.base, "anthropic"), body)
     if status != 200:
-        return failed(upstream_error(status, {}, raw))
+        return failure(upstream_error(status, {}, raw))
     wrong = grammar_fault(raw.decode("utf-8", "replace"))
     return fail(wrong, "Claude Code needs Anthropic's event order; report it to the server's makers") if wrong else ok("as Anthropic's")
 
 
-def grammar_fault(text_):
+def grammar_fault(text):
     """What is wrong with an Anthropic event stream, or "": its event lines, the order, the block indexes."""
     shape, index = [], -1
-    for part in re.split(r"\r?\n\r?\n", text_):
+    for part in re.split(r"\r?\n\r?\n", text):
         data = "\n".join(re.findall(r"^data: ?(.*?)\r?$", part, re.M))
         name = re.search(r"^event: ?(.*?)\r?$", part, re.M)
         event = as_dict(json_or_none(data))
@@ -8190,7 +8190,7 @@ def grammar_fault(text_):
             return "%s with index %s where %d was due" % (kind, ascii(event.get("index")), index)
         shape.append(kind)
     order = r"message_start (content_block_start (content_block_delta )*content_block_stop )*message_delta message_stop $"
-    return "" if re.match(order, " ".join(shape) + " ") else "events out of order: " + cut(" ".join(shape) or "none", 200)
+    return "" if re.match(order, " ".join(shape) + " ") else "events out of order: " + shorten(" ".join(shape) or "none", 200)
 
 
 def refuses_well(tester):
@@ -8226,11 +8226,11 @@ GATES = 4           # rows without which the rest would only say the same again
 MARKS = {"ok": "ok", "skip": "--", "fail": "no"}
 
 
-def checked(tester, announce=lambda name: None):
+def run_checks(tester, announce=lambda name: None):
     """Try the rows of CHECKS in turn -> (name, required, Verdict, ms) as each is done; announce(name) before."""
     blocked = ""
-    for number, (name, required, look, format_) in enumerate(CHECKS):
-        if format_ not in ("", tester.plan().profile.format):
+    for number, (name, required, look, formats) in enumerate(CHECKS):
+        if formats not in ("", tester.plan().profile.format):
             continue
         began = time.monotonic()
         if blocked:
@@ -8240,14 +8240,14 @@ def checked(tester, announce=lambda name: None):
             try:
                 verdict = look(tester)
             except ProxyError as error:
-                verdict = failed(error)
+                verdict = failure(error)
         if verdict.status == "fail" and number < GATES:
             blocked = blocked or name
         secrets = tester.settings.secrets()
         yield name, required, Verdict(*[redact(part, secrets) for part in verdict]), round((time.monotonic() - began) * 1000)
 
 
-def announced(name):
+def announce(name):
     """On a terminal, show which row is under way; its own line then covers this one."""
     if sys.stdout.isatty():
         sys.stdout.write("...  %s\r" % name)
@@ -8263,7 +8263,7 @@ def check(config, options):
     plan, rows, failed_rows = tester.plan(), [], []
     show = (lambda *lines: None) if options.json else say
     show("%s at %s" % (plan.model, without_password(plan.base)))
-    for name, required, verdict, ms in checked(tester, (lambda name: None) if options.json else announced):
+    for name, required, verdict, ms in run_checks(tester, (lambda name: None) if options.json else announce):
         rows.append(dict(verdict._asdict(), name=name, required=required, ms=ms))
         if required and verdict.status == "fail":
             failed_rows.append(name)
@@ -8283,7 +8283,7 @@ def check(config, options):
 
 # ---- init: a .env, and the lines for Claude Code ---------------------------------------------------------
 
-def asked(question, default=""):
+def ask_user(question, default=""):
     """What the user types, on stderr so that stdout stays data; default for nothing. Raises Usage at the end of input."""
     say("", out=sys.stderr)
     sys.stderr.write(question + (" [%s]: " % default if default else ": "))
@@ -8294,37 +8294,37 @@ def asked(question, default=""):
     return line.strip() or default
 
 
-def chosen(title, rows, default=""):
+def choose(title, rows, default=""):
     """One of rows (texts) by number, or any other text that the user types."""
     say(title, *["  %d  %s" % (number, row) for number, row in enumerate(rows, 1)], out=sys.stderr)
-    said = asked("number, or another" if rows else "answer", default or ("1" if rows else ""))
+    said = ask_user("number, or another" if rows else "answer", default or ("1" if rows else ""))
     return rows[int(said) - 1] if re.match(r"\d{1,3}\Z", said) and 0 < int(said) <= len(rows) else said
 
 
-def asked_target(given):
+def ask_target(given):
     """Ask for what the flags left open -> {ENV_NAME: text}. Raises Usage."""
     values = dict(given)
     if "TARGET_API_BASE" not in values:
         servers = local_servers()
-        rows = ["%s (%s on this machine: %s)" % (base, title, cut(", ".join(models), 60)) for title, base, models in servers]
-        values["TARGET_API_BASE"] = chosen("Where is the model? A base URL%s:" % (", or one that was found" if rows else ""), rows,
+        rows = ["%s (%s on this machine: %s)" % (base, title, shorten(", ".join(models), 60)) for title, base, models in servers]
+        values["TARGET_API_BASE"] = choose("Where is the model? A base URL%s:" % (", or one that was found" if rows else ""), rows,
                                            "" if rows else BY_ENV["TARGET_API_BASE"].default).partition(" ")[0]
-    base = base_url(values["TARGET_API_BASE"])
+    base = parse_base_url(values["TARGET_API_BASE"])
     if "TARGET_API_KEY" not in values and not is_loopback(base):
         import getpass
         values["TARGET_API_KEY"] = getpass.getpass("Key (not shown): ", sys.stderr).strip()
     if "TARGET_MODEL" not in values:
-        values["TARGET_MODEL"] = chosen("Which model?", offered_models(values)[:30])
+        values["TARGET_MODEL"] = choose("Which model?", list_models(values)[:30])
     return values
 
 
-def offered_models(values):
+def list_models(values):
     """The models that a target lists; none where it does not answer."""
     settings = Settings([("init", values)])
     plan = plan_for(settings, "", lambda base, model: profile_for(base, model, settings.profile))
     upstream = Upstream(10, 10, settings.ca_bundle, settings.client_cert, settings.insecure)
     try:
-        return model_names(got_json(upstream, models_url(plan), 10, upstream_headers(plan, settings, {})))
+        return model_names(get_json(upstream, models_url(plan), 10, upstream_headers(plan, settings, {})))
     except ProxyError as e:
         say("ccfix: its models cannot be listed: %s" % e, out=sys.stderr)
         return []
@@ -8332,7 +8332,7 @@ def offered_models(values):
         upstream.close()
 
 
-def found_target(given):
+def detect_target(given):
     """What the flags left open, where nobody can be asked: a server found on this machine. Raises Usage."""
     values = dict(given)
     if "TARGET_API_BASE" not in values and "TARGET_API_KEY" not in values:
@@ -8342,7 +8342,7 @@ def found_target(given):
         values["TARGET_API_BASE"] = servers[0][1]
         say("ccfix: found %s at %s" % servers[0][:2], out=sys.stderr)
     if "TARGET_MODEL" not in values:
-        models = offered_models(values)
+        models = list_models(values)
         if not models:
             raise Usage("no model was given: -m MODEL")
         values["TARGET_MODEL"] = models[0]
@@ -8355,14 +8355,14 @@ def init(config, options):
     if os.path.lexists(path) and not options.force:
         raise Usage("%s is there already; --force replaces it, --env-file FILE writes another" % path)
     given = {name: value for name, value in config.given.items() if name in BY_ENV}
-    values = asked_target(given) if sys.stdin is not None and sys.stdin.isatty() else found_target(given)
+    values = ask_target(given) if sys.stdin is not None and sys.stdin.isatty() else detect_target(given)
     settings = Settings([("init", values)])
     try:
         write_private(path, env_template(values))
     except OSError as e:
         raise Usage("%s cannot be written: %s" % (path, e.strerror or e))
-    say("ccfix: wrote %s (only you can read it). Next:" % path, "  %s check" % program(), "  %s run" % program(),
-        "or  %s  with this in ~/.claude/settings.json:" % program(), out=sys.stderr)
+    say("ccfix: wrote %s (only you can read it). Next:" % path, "  %s check" % program_name(), "  %s run" % program_name(),
+        "or  %s  with this in ~/.claude/settings.json:" % program_name(), out=sys.stderr)
     key = settings.anthropic_api_key or "ccfix"
     lines = {"ANTHROPIC_BASE_URL": "http://127.0.0.1:%d" % settings.proxy_port, "ANTHROPIC_AUTH_TOKEN": key}
     plan = plan_for(settings, "", lambda base, model: profile_for(base, model, settings.profile)._replace(context=settings.max_context))
@@ -8371,14 +8371,14 @@ def init(config, options):
     return 0
 
 
-def write_private(path, text_):
+def write_private(path, text):
     """Write a file, whole or not at all, that only the user can read. Raises OSError."""
     part = "%s.%d.part" % (path, os.getpid())
     try:
         # surrogateescape: under LC_ALL=C, Python 3.6 reads other letters of the command line as such
         with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8", errors="surrogateescape",
                   newline="\n") as file:
-            file.write(text_)
+            file.write(text)
         os.replace(part, path)
     except OSError:
         if os.path.exists(part):
@@ -8426,8 +8426,8 @@ def install(config, options):
         raise Usage("%s is another program's; --force replaces it, --dir DIR takes another folder" % os.path.join(folder, foreign[0]))
     try:
         os.makedirs(folder, exist_ok=True)
-        for name, text_ in files.items():
-            place_program(os.path.join(folder, name), text_)
+        for name, text in files.items():
+            place_program(os.path.join(folder, name), text)
     except OSError as e:
         raise Usage("cannot install in %s: %s; --dir DIR takes another folder" % (folder, e.strerror or e))
     say("installed ccfix %s as %s" % (__version__, ", ".join(os.path.join(folder, name) for name in files)))
@@ -8437,11 +8437,11 @@ def install(config, options):
     return 0
 
 
-def place_program(path, text_):
+def place_program(path, text):
     """Write an executable file at once, so that a running one is never half a file."""
     part = "%s.%d.part" % (path, os.getpid())
     with open(part, "w", encoding="utf-8", newline="") as file:
-        file.write(text_)
+        file.write(text)
     os.chmod(part, 0o755)
     os.replace(part, path)
 
@@ -8473,13 +8473,13 @@ def open_page(config, options):
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.proxy_host, settings.proxy_host)
     url, upstream = "http://%s/" % host_port(host, settings.proxy_port), Upstream(3, 3)
     try:
-        running = got_json(upstream, url + "health", 3).get("name") == "ccfix"
+        running = get_json(upstream, url + "health", 3).get("name") == "ccfix"
     except ProxyError:
         running = False
     finally:
         upstream.close()
     if not running:
-        say("ccfix: no ccfix is running at %s; start it (%s), or name its port with -p" % (url, program()), out=sys.stderr)
+        say("ccfix: no ccfix is running at %s; start it (%s), or name its port with -p" % (url, program_name()), out=sys.stderr)
         return 1
     say(url)
     import webbrowser

@@ -198,7 +198,7 @@ def ask(proxy, body, headers=None):
             for text in exchange.batches():
                 out.append(text)
         else:
-            return list(ccfix.replay(exchange.message())), None
+            return list(ccfix.unfold(exchange.message())), None
     except (ccfix.ProxyError, ccfix.Dropped) as error:
         return sse_events("".join(out)), error
     return sse_events("".join(out)), None
@@ -225,7 +225,7 @@ def answered(answer, *messages, **fields):
     events, error = ask(proxy, request(*messages, **fields))
     if error:
         raise error
-    return ccfix.assemble(events)
+    return ccfix.fold(events)
 
 
 # ======================================================================================================
@@ -512,7 +512,7 @@ class TestDotenv(unittest.TestCase):
     def test_values_are_written_as_they_are_read(self):
         for value in ("x", "a b", 'say "hi"', "back\\slash", "\\n", "line\nline", "# note", "a #b", "it's", "", "$HOME", "\u4f60", '{"a": "b\\n"}', " edge "):
             with self.subTest(value):
-                self.assertEqual(ccfix.dotenv("A=" + ccfix.quoted_value(value))["A"], value)
+                self.assertEqual(ccfix.dotenv("A=" + ccfix.quote_value(value))["A"], value)
 
     def test_the_template_holds_every_setting_and_reads_back(self):
         values = {"TARGET_API_KEY": 'k "1"', "EXTRA_BODY": '{"a": {"b": null}}'}
@@ -589,7 +589,7 @@ class TestLayers(unittest.TestCase):
                 self.assertEqual(ccfix.Settings([("x", {"TARGET_API_BASE": pasted})]).target_api_base, wanted)
 
     def test_secrets_are_never_shown(self):
-        values = {setting.env: '{"x-key": "sk-secret"}' if setting.parse is ccfix.json_object else "sk-secret" for setting in ccfix.SETTINGS if setting.secret}
+        values = {setting.env: '{"x-key": "sk-secret"}' if setting.parse is ccfix.parse_json_object else "sk-secret" for setting in ccfix.SETTINGS if setting.secret}
         settings = ccfix.Settings([("x", dict(values, TARGET_API_BASE="https://user:pass-word@x/v1"))])
         shown = json.dumps(settings.shown())
         self.assertNotIn("sk-secret", shown)
@@ -667,10 +667,10 @@ class TestProfiles(unittest.TestCase):
                 self.assertEqual(list(profile.efforts), sorted(profile.efforts, key=ccfix.LEVELS.index))
                 self.assertTrue(set(profile.tool_choice) <= {"none", "required", "named"})
                 self.assertIn(profile.json_format, ("", "json_object", "json_schema"))
-                self.assertIn(profile.replay, ("", "reasoning_content", "reasoning", "reasoning_details", "google"))
+                self.assertIn(profile.reasoning_field, ("", "reasoning_content", "reasoning", "reasoning_details", "google"))
                 self.assertTrue(not profile.reasoning or profile.efforts or profile.reasoning in ("thinking", "adaptive", "enable_thinking", "kwargs"))
                 re.compile(profile.models)
-                self.assertEqual(ccfix.applied(profile, json.loads(json.dumps(profile._asdict()))), profile)
+                self.assertEqual(ccfix.apply_lesson(profile, json.loads(json.dumps(profile._asdict()))), profile)
 
     def test_the_table_shows_every_row_truthfully(self):
         lines = ccfix.profiles_table().splitlines()
@@ -1546,16 +1546,16 @@ class TestArgumentRepair(unittest.TestCase):
     def test_only_the_certain_is_repaired(self):
         for text, tool, wanted in REPAIRS:
             with self.subTest(text=text[:60]):
-                self.assertEqual(ccfix.repair_arguments(text, ARGUMENT_SCHEMAS[tool]), wanted)
+                self.assertEqual(ccfix.fix_arguments(text, ARGUMENT_SCHEMAS[tool]), wanted)
 
     def test_what_is_no_text_is_no_error(self):
-        self.assertEqual([ccfix.repair_arguments(value, None) for value in (None, {"a": 1}, 5, [], b"{}")],
+        self.assertEqual([ccfix.fix_arguments(value, None) for value in (None, {"a": 1}, 5, [], b"{}")],
                          [{}, {"a": 1}, None, None, None])
 
     def test_broken_schemas_change_nothing(self):
         for schema in BAD_SCHEMAS:
             for text in ('{"a": "5"}', '{"a": null, "b": null}', '{"a": ["5"]}', "word", '"word"'):
-                value = ccfix.repair_arguments(text, schema)
+                value = ccfix.fix_arguments(text, schema)
                 self.assertIn(value, ({"a": "5"}, {"a": None, "b": None}, {"a": ["5"]}, None))
                 kept = {key: item for key, item in (value or {}).items() if item is not None}
                 self.assertIn(ccfix.coerce_arguments("T", value or {}, schema), (value or {}, kept, {"b": None}))
@@ -1697,7 +1697,7 @@ class TestArgumentFuzz(unittest.TestCase):
         for dice, tool, schema, _, text in self.cases(2, 1000):
             text = corrupted(dice, text)
             joined, stream = self.run_stream(dice, tool, schema, text)
-            found = ccfix.repair_arguments(text, schema)
+            found = ccfix.fix_arguments(text, schema)
             self.assertEqual(stream.raw, text)
             if found is None:
                 self.assert_still_bad(joined, text)
@@ -2224,7 +2224,7 @@ class TestStreams(unittest.TestCase):
             with self.subTest(name):
                 events, _ = fed(raw, "whole", translator())
                 self.assertEqual(grammar(self, events), "done")
-                self.assertEqual(in_short(ccfix.assemble(events)), wanted)
+                self.assertEqual(in_short(ccfix.fold(events)), wanted)
                 payloads = [payload for payload in ccfix.sse_payloads([raw]) if payload is not None]
                 for how in ["bytes"] + list(range(1, len(raw))):
                     if [payload for payload in ccfix.sse_payloads(pieces_of(raw, how)) if payload is not None] != payloads:
@@ -2240,11 +2240,11 @@ class TestStreams(unittest.TestCase):
                 text = "".join(map(ccfix.encode_event, events))
                 text.encode("ascii")
                 self.assertEqual(sse_events(text), events)
-                message = ccfix.assemble(events)
-                again = list(ccfix.replay(message))
+                message = ccfix.fold(events)
+                again = list(ccfix.unfold(message))
                 self.assertEqual(grammar(self, again), "done")
-                self.assertEqual(ccfix.assemble(again), message)
-                fresh = ccfix.assemble(ccfix.replay(message, lambda: "fresh"))
+                self.assertEqual(ccfix.fold(again), message)
+                fresh = ccfix.fold(ccfix.unfold(message, lambda: "fresh"))
                 self.assertTrue(all(block["id"] == "toolu_fresh" for block in fresh["content"] if block["type"] == "tool_use"))
 
     def test_broken_streams(self):
@@ -2273,7 +2273,7 @@ class TestStreams(unittest.TestCase):
     def test_ids_that_the_conversation_has_used_are_made_new(self):
         for taken, wanted in (((), "call_0"), (("call_0",), "toolu_new1")):
             events, _ = fed(sse(*map(chunk, ["call 0 call_0 Bash {\"cmd\":\"x\"}", "end tool_calls"])), "whole", translator(taken=taken))
-            self.assertEqual(ccfix.assemble(events)["content"][0]["id"], wanted)
+            self.assertEqual(ccfix.fold(events)["content"][0]["id"], wanted)
 
     def test_text_streams_as_it_comes(self):
         made = translator()
@@ -2310,7 +2310,7 @@ class TestThinkTags(unittest.TestCase):
                 with self.subTest(parts):
                     events, _ = fed(sse(*[delta(content=part) for part in parts] + [delta("stop")]), "whole", translator())
                     self.assertEqual(grammar(self, events), "done")
-                    self.assertEqual(in_short(ccfix.assemble(events)), wanted)
+                    self.assertEqual(in_short(ccfix.fold(events)), wanted)
 
 
 class TestOneMapping(unittest.TestCase):
@@ -2327,7 +2327,7 @@ class TestOneMapping(unittest.TestCase):
             for position, call in enumerate(made):
                 steps.append(call_chunk(dict(fn(call["function"]["name"], "", id=call["id"]), index=position)))
                 steps += [call_chunk(fn(None, letter, index=position)) for letter in call["function"]["arguments"]]
-            streamed = ccfix.assemble(fed(sse(*steps + [delta(finish), {"choices": [], "usage": usage}]), "whole", translator())[0])
+            streamed = ccfix.fold(fed(sse(*steps + [delta(finish), {"choices": [], "usage": usage}]), "whole", translator())[0])
             answers = []
             for stream in (True, False):
                 for raw in (sse(*steps + [delta(finish), {"choices": [], "usage": usage}]), json.dumps(whole).encode()):
@@ -2369,12 +2369,12 @@ class TestUsage(unittest.TestCase):
             )
             for steps in places_ if usage and usage != [5] else places_[:2]:
                 with self.subTest(usage, steps=steps):
-                    told_ = ccfix.assemble(fed(sse(*steps), "whole", translator())[0])["usage"]
+                    told_ = ccfix.fold(fed(sse(*steps), "whole", translator())[0])["usage"]
                     self.assertEqual((told_["input_tokens"], told_["cache_read_input_tokens"], told_["cache_creation_input_tokens"], told_["output_tokens"]), wanted)
 
     def test_a_late_null_does_not_erase_it(self):
         steps = [delta(content="Hi"), dict(delta("stop"), usage={"prompt_tokens": 5, "completion_tokens": 1}), dict(delta("stop"), usage=None)]
-        self.assertEqual(ccfix.assemble(fed(sse(*steps), "whole", translator())[0])["usage"]["input_tokens"], 5)
+        self.assertEqual(ccfix.fold(fed(sse(*steps), "whole", translator())[0])["usage"]["input_tokens"], 5)
 
 
 FRAMES = (
@@ -2456,9 +2456,9 @@ class TestSoup(unittest.TestCase):
                 state = grammar(self, events)
                 ends.add(end[0] if end else state)
                 if not end and state == "done":
-                    message = ccfix.assemble(events)
+                    message = ccfix.fold(events)
                     self.assertTrue(all(isinstance(block["input"], dict) for block in message["content"] if block["type"] == "tool_use"))
-                    self.assertEqual(ccfix.assemble(ccfix.replay(message)), message)
+                    self.assertEqual(ccfix.fold(ccfix.unfold(message)), message)
                     "".join(map(ccfix.encode_event, events)).encode("ascii")
                 elif not end:
                     self.assertEqual(state, "error")
@@ -2780,7 +2780,7 @@ def session(proxy, count, **fields):
         if error:
             errors.append(error)
             continue
-        message = ccfix.assemble(events)
+        message = ccfix.fold(events)
         messages.append({"role": "assistant", "content": message["content"]})
         results = [result(block["id"], "ok") for block in message["content"] if block["type"] == "tool_use"]
         messages.append(user(*(results + (["Go on."] if turn % 3 == 2 or not results else []))))
@@ -2841,7 +2841,7 @@ class TestStrictProviders(unittest.TestCase):
         self.assertEqual(len(wires.sent), 20 + 3)
 
 
-NATIVE_HELLO = "".join(ccfix.encode_event(event) for event in ccfix.replay(
+NATIVE_HELLO = "".join(ccfix.encode_event(event) for event in ccfix.unfold(
     {"id": "msg_up", "type": "message", "role": "assistant", "model": "up", "content": [{"type": "text", "text": "Hello"}], "stop_reason": "end_turn", "stop_sequence": None,
      "usage": {"input_tokens": 7, "output_tokens": 1}})).encode()
 
@@ -2943,8 +2943,8 @@ class TestWhatIsNotLearned(unittest.TestCase):
 
     def test_lessons_from_a_file_may_hold_anything(self):
         for odd in (None, 5, [], {"nonsense": 1}, {"never": ["a", ["b"]], "images": False}):
-            self.assertIsInstance(ccfix.applied(ccfix.DEFAULT, odd), ccfix.Profile)
-        self.assertEqual(ccfix.applied(ccfix.DEFAULT, {"never": ["a"]}).never, ("a",))
+            self.assertIsInstance(ccfix.apply_lesson(ccfix.DEFAULT, odd), ccfix.Profile)
+        self.assertEqual(ccfix.apply_lesson(ccfix.DEFAULT, {"never": ["a"]}).never, ("a",))
 
     def test_learning_survives_any_text(self):
         random_ = random.Random(3)
@@ -2955,7 +2955,7 @@ class TestWhatIsNotLearned(unittest.TestCase):
             text = " ".join(random_.choice(words) for _ in range(random_.randint(1, 9)))
             error = provider_like(text)
             changes = ccfix.learn(error, random_.choice(ccfix.PROFILES), sent)
-            ccfix.applied(ccfix.DEFAULT, json.loads(json.dumps(changes)))
+            ccfix.apply_lesson(ccfix.DEFAULT, json.loads(json.dumps(changes)))
             for field, value in changes.items():
                 self.assertIsInstance(ccfix.lesson_text(field, value), str)
 
@@ -2994,7 +2994,7 @@ class TestReasoningSurvives(unittest.TestCase):
         events, error = ask(proxy, request("hi", tools=[tool("Read", ["path"], path="string")]))
         self.assertIsNone(error)
         self.assertEqual(grammar(self, events), "done")
-        return proxy, wires, ccfix.assemble(events)
+        return proxy, wires, ccfix.fold(events)
 
     def next_turn(self, proxy, wires, content):
         call = next(block for block in content if block["type"] == "tool_use")
@@ -3029,7 +3029,7 @@ class TestReasoningSurvives(unittest.TestCase):
         folder = tempfile.mkdtemp()
         try:
             proxy, wires = proxy_with(lambda sent: FakeReply(200, {}, [sse(delta(reasoning_content="kept"), call_chunk(fn("Read", "{}", index=0, id="call_1")), delta("tool_calls"))]), PROFILE="deepseek", CACHE_DIR=folder)
-            message = ccfix.assemble(ask(proxy, request("hi"))[0])
+            message = ccfix.fold(ask(proxy, request("hi"))[0])
             proxy.store.close()
             again, wires = proxy_with(wires.answer, PROFILE="deepseek", CACHE_DIR=folder)
             sent = self.next_turn(again, wires, [block for block in message["content"] if block["type"] != "thinking"])
@@ -3063,7 +3063,7 @@ class TestReasoningSurvives(unittest.TestCase):
         proxy, wires = proxy_with(lambda sent: FakeReply(200, {}, [sse(*steps + [delta("stop")])]), PROFILE="openrouter")
         events, error = ask(proxy, request("hi"))
         self.assertEqual((error, grammar(self, events)), (None, "done"))
-        ask(proxy, request("hi", {"role": "assistant", "content": ccfix.assemble(events)["content"]}, "more"))
+        ask(proxy, request("hi", {"role": "assistant", "content": ccfix.fold(events)["content"]}, "more"))
         self.assertEqual(wires.sent[-1]["messages"][1]["reasoning_details"], [{"type": "reasoning.text", "text": "a", "index": 0, "signature": "S"}])
 
     def test_state_is_packed_whole(self):
@@ -4159,7 +4159,7 @@ class TestCacheFaults(CacheCase):
         self.assertTrue(self.healthy(self.cache))
 
     def test_damaged_entry_is_a_miss(self):
-        for blob in b"", b"no zlib", ccfix.packed(["no dict"]), ccfix.packed({"a": 1})[:-3]:
+        for blob in b"", b"no zlib", ccfix.pack(["no dict"]), ccfix.pack({"a": 1})[:-3]:
             self.cache.put("k", {"a": 1}, 1)
             self.cache._db.execute("UPDATE responses SET value = ?", (blob,))
             self.assertIsNone(self.cache.get("k"))
@@ -4435,15 +4435,15 @@ class TestRecorder(unittest.TestCase):
         self.assertNotIn("sk-12345", json.dumps(ccfix.redact(deep)))
 
     def test_long_text_is_cut(self):
-        self.assertEqual(ccfix.cut("abc", 3), "abc")
-        self.assertEqual(ccfix.cut("abcde", 3), "abc... (2 more characters)")
+        self.assertEqual(ccfix.shorten("abc", 3), "abc")
+        self.assertEqual(ccfix.shorten("abcde", 3), "abc... (2 more characters)")
 
     def test_replies_come_back_in_order_of_time(self):
         recorder = ccfix.Recorder(self.folder, ["sk-12345"])
         for when, replies in ((2.5, [{"status": 200, "headers": {"a": "b"}, "body": "three sk-12345"}]),
                               (2.25, [{"status": 400, "body": "one"}, {"status": 200, "headers": None, "body": u"two \u00e9"}])):
             self.assertTrue(recorder.write({"time": when, "id": "../evil id", "replies": replies}))
-        self.assertEqual(ccfix.recorded_replies(self.folder), [
+        self.assertEqual(ccfix.read_recording(self.folder), [
             {"status": 400, "headers": {}, "body": "one"}, {"status": 200, "headers": {}, "body": u"two \u00e9"},
             {"status": 200, "headers": {"a": "b"}, "body": "three <hidden>"}])
         self.assertEqual(sorted(os.listdir(self.folder))[0], "19700101-000002-250000-___evil_id.json")
@@ -4466,7 +4466,7 @@ class TestRecorder(unittest.TestCase):
             with open(os.path.join(self.folder, "bad.json"), "w") as file:
                 file.write(text)
             with self.assertRaises(ValueError) as caught:
-                ccfix.recorded_replies(self.folder)
+                ccfix.read_recording(self.folder)
             self.assertIn("bad.json", str(caught.exception))
 
 
@@ -4508,7 +4508,7 @@ def marked_last(messages):
 def answer_told(proxy, body, name=""):
     """(message, cache state) of one exchange, streamed or not as the body asks."""
     exchange = ccfix.Exchange(proxy, body, {"x-claude-code-session-id": name}, no_wait)
-    message = ccfix.assemble(sse_events("".join(exchange.batches()))) if body["stream"] else exchange.message()
+    message = ccfix.fold(sse_events("".join(exchange.batches()))) if body["stream"] else exchange.message()
     return message, exchange.cache_state
 
 
@@ -4779,7 +4779,7 @@ class TestRetries(unittest.TestCase):
         proxy, wires = proxy_with(lambda sent: answers.pop(0) if len(answers) > 1 else answers[0], **dict({"TARGET_RETRIES": "2"}, **values))
         exchange = ccfix.Exchange(proxy, request("hi", stream=stream), {}, lambda sock, seconds: waits.append(seconds))
         try:
-            events, error = sse_events("".join(exchange.batches())) if stream else list(ccfix.replay(exchange.message())), None
+            events, error = sse_events("".join(exchange.batches())) if stream else list(ccfix.unfold(exchange.message())), None
         except (ccfix.ProxyError, ccfix.Dropped) as failed:
             events, error = [], failed
         return events, error, wires.sent, waits
@@ -4800,7 +4800,7 @@ class TestRetries(unittest.TestCase):
             for stream in (True, False):
                 first.closed = False
                 events, error, sent, waits = self.ask([first, hello(None)], stream)
-                self.assertEqual((error, len(sent), ccfix.assemble(events)["content"][0]["text"]), (None, 2, "Hello"))
+                self.assertEqual((error, len(sent), ccfix.fold(events)["content"][0]["text"]), (None, 2, "Hello"))
 
     def test_waits_grow_and_vary(self):
         seen = set()
@@ -4887,7 +4887,7 @@ class TestFallback(unittest.TestCase):
 
 
 def native_events(*blocks, **more):
-    return [event for event in ccfix.replay({"id": "msg_up", "type": "message", "role": "assistant", "model": "up-model", "content": list(blocks), "stop_reason": more.get("stop", "end_turn"),
+    return [event for event in ccfix.unfold({"id": "msg_up", "type": "message", "role": "assistant", "model": "up-model", "content": list(blocks), "stop_reason": more.get("stop", "end_turn"),
                                              "stop_sequence": None, "usage": {"input_tokens": 7, "cache_read_input_tokens": 5, "output_tokens": 2}})]
 
 
@@ -4917,12 +4917,12 @@ class TestNative(unittest.TestCase):
             self.assertEqual(grammar(self, got), "done")
 
     def test_both_forms_are_one_answer(self):
-        message = ccfix.assemble(native_events(*self.BLOCKS))
+        message = ccfix.fold(native_events(*self.BLOCKS))
         whole, streamed = json.dumps(message).encode(), native_bytes(native_events(*self.BLOCKS))
         answers = []
         for stream, raw in itertools.product((True, False), (whole, streamed)):
             proxy, wires = self.proxy(lambda sent: FakeReply(200, {}, [raw]))
-            answers.append(ccfix.assemble(ask(proxy, request("hi", stream=stream))[0]))
+            answers.append(ccfix.fold(ask(proxy, request("hi", stream=stream))[0]))
         for answer in answers:
             self.assertEqual(answer["content"], list(self.BLOCKS))
             self.assertEqual((answer["model"], answer["usage"]["input_tokens"], answer["stop_reason"]), ("claude-x", 7, "end_turn"))
@@ -4988,7 +4988,7 @@ class TestNative(unittest.TestCase):
             events += made.feed(event)
         events += made.finish()
         self.assertEqual(grammar(self, events), "done")
-        blocks = ccfix.assemble(events)["content"]
+        blocks = ccfix.fold(events)["content"]
         self.assertEqual([block["type"] for block in blocks], ["thinking", "text"])
         again = ccfix.native_message({"role": "assistant", "content": blocks}, PLAIN)
         self.assertEqual(again["content"], [txt("Hi")])
@@ -5012,7 +5012,7 @@ class TestNative(unittest.TestCase):
             proxy, wires = self.proxy(lambda sent: answers.pop(0), TARGET_RETRIES="1", CACHE_ENABLED="true", CACHE_DIR=folder, TARGET_MODEL_HAIKU="small")
             for _ in range(2):
                 events, error = ask(proxy, request("hi", model="claude-haiku-4-5"))
-                self.assertEqual(ccfix.assemble(events)["content"], [txt("Hello")])
+                self.assertEqual(ccfix.fold(events)["content"], [txt("Hello")])
             self.assertEqual([sent["model"] for sent in wires.sent], ["small", "small"])
             proxy.store.close()
 
@@ -5036,10 +5036,10 @@ class TestStore(unittest.TestCase):
     def test_a_hit_is_the_same_answer_under_todays_name_with_new_ids_and_no_cost(self):
         with Folder() as folder:
             proxy, wires = proxy_with(lambda sent: FakeReply(200, {}, [self.CALLS]), CACHE_ENABLED="true", CACHE_DIR=folder)
-            first = ccfix.assemble(ask(proxy, request("hi"))[0])
+            first = ccfix.fold(ask(proxy, request("hi"))[0])
             events, error = ask(proxy, request("hi", model="claude-y"))
-            again = ccfix.assemble(events)
-            unstreamed = ccfix.assemble(ask(proxy, request("hi", stream=False))[0])
+            again = ccfix.fold(events)
+            unstreamed = ccfix.fold(ask(proxy, request("hi", stream=False))[0])
             proxy.store.close()
         self.assertEqual(grammar(self, events), "done")
         self.assertEqual(len(wires.sent), 1)
@@ -5091,7 +5091,7 @@ class TestStore(unittest.TestCase):
         first, second, wires = self.in_flight(hello)
         self.assertEqual((len(wires.sent), first[1]), (1, None))
         self.assertEqual(grammar(self, second), "done")
-        self.assertEqual(ccfix.assemble(second)["content"], [txt("Hello")])
+        self.assertEqual(ccfix.fold(second)["content"], [txt("Hello")])
 
     def test_who_waits_for_another_hears_pings(self):
         times = itertools.count(0, 16)
@@ -5104,7 +5104,7 @@ class TestStore(unittest.TestCase):
         answers = [refusal(400), hello(None)]
         first, second, wires = self.in_flight(lambda sent: answers.pop(0))
         self.assertEqual((len(wires.sent), first[1].status), (2, 424))
-        self.assertEqual(ccfix.assemble(second)["content"], [txt("Hello")])
+        self.assertEqual(ccfix.fold(second)["content"], [txt("Hello")])
 
     def test_without_the_cache_nothing_is_written(self):
         proxy, wires = proxy_with(hello)
@@ -5126,7 +5126,7 @@ class TestWebSearch(unittest.TestCase):
         events, error = ask(proxy, self.body(stream=stream))
         self.assertIsNone(error)
         self.assertEqual(grammar(self, events), "done")
-        return ccfix.assemble(events), wires
+        return ccfix.fold(events), wires
 
     def test_without_a_search_the_client_gets_a_real_error_block(self):
         for stream in (True, False):
@@ -5384,7 +5384,7 @@ class HttpCase(unittest.TestCase):
     def is_fine(self):
         """Asserts that the server still answers, and that nothing failed inside it."""
         answer = self.post(request("hi"))
-        self.assertEqual((answer.status, ccfix.assemble(sse_events(answer.body.decode()))["content"]), (200, [{"type": "text", "text": "Hello"}]))
+        self.assertEqual((answer.status, ccfix.fold(sse_events(answer.body.decode()))["content"]), (200, [{"type": "text", "text": "Hello"}]))
         self.assertEqual([text for level, text in self.log if "Traceback" in text], [])
 
     def wait_until(self, condition, seconds=5):
@@ -5445,7 +5445,7 @@ class TestEndpoints(HttpCase):
         self.assertEqual(grammar(self, events), "done")
         whole = self.post(request("hi", stream=False))
         message = json.loads(whole.body.decode())
-        folded = ccfix.assemble(events)
+        folded = ccfix.fold(events)
         folded["id"] = message["id"]
         self.assertEqual(message, folded)
         self.assertEqual(whole.headers["x-ccfix-cache"], "off")
@@ -5865,7 +5865,7 @@ class TestHangUp(HttpCase):
             sock.sendall(self.head("POST", "/v1/messages", {"Connection": "close"}, len(data)) + data)
             time.sleep(0.1)
             answer, = answers_in(read_all(sock))
-        message = ccfix.assemble(sse_events(answer.body.decode()))
+        message = ccfix.fold(sse_events(answer.body.decode()))
         self.assertEqual(len(message["content"][0]["text"]), 6400005)
 
     def test_a_finished_stream_keeps_the_connection(self):
@@ -5902,7 +5902,7 @@ class PumpCase(HttpCase):
         answer, = answers_in(read_all(sock))
         events = sse_events(answer.body.decode())
         self.assertEqual(grammar(self, events), "done")
-        return ccfix.assemble(events)["content"][-1]["text"]
+        return ccfix.fold(events)["content"][-1]["text"]
 
 
 class TestHangUpInThePump(PumpCase, TestHangUp):
@@ -5940,7 +5940,7 @@ class TestPump(PumpCase):
             answer, = answers_in(read_all(sock))
         events = sse_events(answer.body.decode())
         self.assertGreater([event["type"] for event in events].count("ping"), 1)
-        self.assertEqual(ccfix.assemble(events)["content"], [{"type": "text", "text": "Helplo"}])
+        self.assertEqual(ccfix.fold(events)["content"], [{"type": "text", "text": "Helplo"}])
 
     def test_bytes_without_content_are_a_silence(self):
         sock = self.begun([self.BEGIN] + [piece(b": x\n\n"), 0.02] * 30 + [self.END])
@@ -6044,7 +6044,7 @@ class TestHonestStreams(HttpCase):
                     self.assertEqual(kinds[:2], ["message_start", "ping"])
                     self.assertGreater(kinds.count("ping"), 2)
                     self.assertEqual(grammar(self, events), "done")
-                    content = ccfix.assemble(events)["content"]
+                    content = ccfix.fold(events)["content"]
                     self.assertEqual(content[-1], {"type": "text", "text": "Hello"})
                     self.assertEqual(content[0]["type"], "thinking")
 
@@ -6219,7 +6219,7 @@ class TestSignals(unittest.TestCase):
         for signum in (signal.SIGTERM, signal.SIGINT):
             code, got, printed = self.run_until(signum, *stream)
             self.assertEqual(code, 0, printed)
-            message = ccfix.assemble(sse_events(answers_in(got)[0].body.decode()))
+            message = ccfix.fold(sse_events(answers_in(got)[0].body.decode()))
             self.assertEqual(message["content"], [{"type": "text", "text": "Hello"}])
             self.assertNotIn("Traceback", printed)
             self.assertNotIn(KEY, printed)
@@ -6431,7 +6431,7 @@ class TestTarget(CommandsCase):
 
     def test_a_server_on_this_machine_is_used_where_nothing_is_configured(self):
         base = self.serve("")
-        with mock.patch.object(ccfix, "LOCAL_SERVERS", (("Nobody", 1), ("Ollama", ccfix.origin(base)[2]))):
+        with mock.patch.object(ccfix, "LOCAL_SERVERS", (("Nobody", 1), ("Ollama", ccfix.url_origin(base)[2]))):
             config, err = self.config(), io.StringIO()
             with contextlib.redirect_stderr(err):
                 ccfix.find_target(config)
@@ -6441,7 +6441,7 @@ class TestTarget(CommandsCase):
 
     def test_a_model_that_is_named_is_kept(self):
         base = self.serve("")
-        with mock.patch.object(ccfix, "LOCAL_SERVERS", (("vLLM", ccfix.origin(base)[2]),)), contextlib.redirect_stderr(io.StringIO()):
+        with mock.patch.object(ccfix, "LOCAL_SERVERS", (("vLLM", ccfix.url_origin(base)[2]),)), contextlib.redirect_stderr(io.StringIO()):
             config = self.config(TARGET_MODEL="deepseek-reasoner")
             ccfix.find_target(config)
         self.assertEqual((config().target_api_base, config().target_model), (base, "deepseek-reasoner"))
@@ -6456,7 +6456,7 @@ class TestTarget(CommandsCase):
     def test_another_ccfix_and_other_servers_are_no_model_servers(self):
         for fault, handler in (("path", Faulty), (proxy_with(None)[0], ccfix.Handler)):
             base = self.serve(fault, handler)
-            with mock.patch.object(ccfix, "LOCAL_SERVERS", (("x", ccfix.origin(base)[2]),)):
+            with mock.patch.object(ccfix, "LOCAL_SERVERS", (("x", ccfix.url_origin(base)[2]),)):
                 self.assertEqual(ccfix.local_servers(), [])
 
     def test_the_demo_never_reaches_a_configured_provider(self):
@@ -6514,7 +6514,7 @@ class TestCheck(CommandsCase):
         """{row name: Verdict} of a check."""
         tester = ccfix.Tester(settings_of(**values))
         try:
-            return {name: verdict for name, _, verdict, _ in ccfix.checked(tester)}
+            return {name: verdict for name, _, verdict, _ in ccfix.run_checks(tester)}
         finally:
             tester.close()
 
@@ -6620,7 +6620,7 @@ class TestCheck(CommandsCase):
         self.assertIn("FAIL key accepted", out)
 
     def test_faults_of_an_event_stream_are_named(self):
-        good = "".join(map(ccfix.encode_event, ccfix.replay({"id": "m", "type": "message", "role": "assistant", "model": "x", "stop_reason": "end_turn",
+        good = "".join(map(ccfix.encode_event, ccfix.unfold({"id": "m", "type": "message", "role": "assistant", "model": "x", "stop_reason": "end_turn",
                                                              "stop_sequence": None, "content": [{"type": "text", "text": "hi"}],
                                                              "usage": {"input_tokens": 1, "output_tokens": 1}})))
         for said, text in (("", good), ("", good.replace("\n", "\r\n")), ("`event:` line", re.sub("event: .*\n", "", good)),
@@ -6842,7 +6842,7 @@ class TestInit(CommandsCase):
 
     def test_a_local_server_and_its_model_are_taken_where_nobody_can_be_asked(self):
         base = self.serve("")
-        with mock.patch.object(ccfix, "LOCAL_SERVERS", (("Ollama", ccfix.origin(base)[2]),)):
+        with mock.patch.object(ccfix, "LOCAL_SERVERS", (("Ollama", ccfix.url_origin(base)[2]),)):
             code, _, err = self.main("init")
         self.assertEqual(code, 0, err)
         self.assertIn("TARGET_API_BASE=%s\n" % base, self.read(".env"))
@@ -6852,7 +6852,7 @@ class TestInit(CommandsCase):
         base = self.serve("")
         lines = io.StringIO("1\n2\n")
         lines.isatty = lambda: True
-        with mock.patch.object(ccfix, "LOCAL_SERVERS", (("Ollama", ccfix.origin(base)[2]),)), mock.patch.object(ccfix.sys, "stdin", lines):
+        with mock.patch.object(ccfix, "LOCAL_SERVERS", (("Ollama", ccfix.url_origin(base)[2]),)), mock.patch.object(ccfix.sys, "stdin", lines):
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as err:
                 self.assertEqual(ccfix.main(["init"]), 0)
         self.assertIn("1  %s (Ollama on this machine" % base, err.getvalue())
@@ -6895,12 +6895,12 @@ class TestInstall(CommandsCase):
 
     def test_open_finds_the_running_proxy(self):
         import webbrowser
-        port = str(ccfix.origin(self.serve(proxy_with(None)[0], ccfix.Handler))[2])
+        port = str(ccfix.url_origin(self.serve(proxy_with(None)[0], ccfix.Handler))[2])
         with mock.patch.object(webbrowser, "open", return_value=True) as opened:
             self.assertEqual(self.main("open", "-p", port)[:2], (0, "http://127.0.0.1:%s/\n" % port))
             opened.assert_called_once_with("http://127.0.0.1:%s/" % port)
             self.assertEqual(self.main("open", "-p", "1")[0], 1)
-            other = str(ccfix.origin(self.serve(""))[2])
+            other = str(ccfix.url_origin(self.serve(""))[2])
             self.assertEqual(self.main("open", "-p", other)[0], 1)
 
 
@@ -6916,7 +6916,7 @@ class TestReplay(CommandsCase):
         self.addCleanup(lambda: proxy.wires[1].close())
         wait = ccfix.patience(10)
         events = list(ccfix.Exchange(proxy, request(), {}, wait).events())
-        self.assertEqual(ccfix.assemble([e for e in events if e])["content"], [{"type": "text", "text": "Hello"}])
+        self.assertEqual(ccfix.fold([e for e in events if e])["content"], [{"type": "text", "text": "Hello"}])
         for status, said in ((429, "slow down"), (424, "no further reply")):
             with self.assertRaises(ccfix.ProxyError) as caught:
                 list(ccfix.Exchange(proxy, request(), {}, wait).events())
@@ -7075,7 +7075,7 @@ class TestErrorWords(unittest.TestCase):
         for base, asked in (("https://api.anthropic.com", 1), ("https://api.deepseek.com/anthropic", 0)):
             message = {"type": "message", "id": "m", "role": "assistant", "content": [{"type": "text", "text": "found"}], "stop_reason": "end_turn",
                        "stop_sequence": None, "usage": {"input_tokens": 1, "output_tokens": 1}}
-            answer = "".join(map(ccfix.encode_event, ccfix.replay(message))).encode()
+            answer = "".join(map(ccfix.encode_event, ccfix.unfold(message))).encode()
             proxy, wires = proxy_with(lambda sent: FakeReply(200, {}, [answer]), TARGET_API_BASE=base, TARGET_FORMAT="anthropic")
             ask(proxy, body)
             self.assertEqual(len(wires.sent), asked, base)
@@ -7168,7 +7168,7 @@ class TestReadme(unittest.TestCase):
             for part, name in rows.items():
                 if part in base and not (name == "deepseek" and base.endswith("/anthropic")):
                     model = words[words.index("-m") + 1]
-                    self.assertEqual(ccfix.profile_for(ccfix.base_url(base), model).name, name, base)
+                    self.assertEqual(ccfix.profile_for(ccfix.parse_base_url(base), model).name, name, base)
 
     def test_flags_named_exist(self):
         source = ccfix_source() + '"--version" "--help"'
@@ -7400,7 +7400,7 @@ class TestVectors(unittest.TestCase):
         adapt = expect.get("adapt", {})
         if adapt and "send_back" not in adapt:
             self.assertIsNone(error)
-            self.assertEqual(ccfix.assemble(events)["content"][0]["text"], "Hello")
+            self.assertEqual(ccfix.fold(events)["content"][0]["text"], "Hello")
             self.assertLessEqual(provider.offended, 1, "more than one extra request")
             events, error = ask(proxy, body)            # the lesson holds
             self.assertLessEqual(provider.offended, 1, "the lesson was not remembered")
@@ -7411,7 +7411,7 @@ class TestVectors(unittest.TestCase):
         elif error is None or not expect.get("or_error"):
             self.assertIsNone(error)
             self.assertEqual(state, "done")
-            message = ccfix.assemble(events)
+            message = ccfix.fold(events)
             self.check_message(expect, message)
             if "send_back" in adapt:
                 ask(proxy, request("q", {"role": "assistant", "content": message["content"]}, "and?"))
