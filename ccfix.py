@@ -39,6 +39,7 @@ called, the *disguise* the model name that Claude Code is shown.
 
 Sections 1 to 8 are pure: bytes and dicts in, bytes and dicts out; no sockets, files, clocks or printing.
 """
+
 import argparse
 import base64
 import collections
@@ -70,8 +71,20 @@ import zlib
 from typing import NamedTuple
 
 __version__ = "1.0.0"
-__all__ = ["main", "to_openai", "sse_payloads", "StreamTranslator", "encode_event", "fold", "unfold",
-           "upstream_error", "Settings", "Profile", "Proxy", "Server"]
+__all__ = [
+    "main",
+    "to_openai",
+    "sse_payloads",
+    "StreamTranslator",
+    "encode_event",
+    "fold",
+    "unfold",
+    "upstream_error",
+    "Settings",
+    "Profile",
+    "Proxy",
+    "Server",
+]
 
 
 # ======================================================================================================
@@ -80,34 +93,68 @@ __all__ = ["main", "to_openai", "sse_payloads", "StreamTranslator", "encode_even
 
 STOP_REASONS = {
     # OpenAI's finish_reason -> Anthropic's stop_reason. Any tool call makes it "tool_use", whatever this says.
-    "stop": "end_turn", "end": "end_turn", "eos": "end_turn", "tool_calls": "end_turn", "function_call": "end_turn",
-    "repetition_truncation": "end_turn",        # MiMo
-    "length": "max_tokens", "model_length": "max_tokens", "max_tokens": "max_tokens",
-    "content_filter": "refusal", "sensitive": "refusal",                                  # sensitive: Z.ai
+    "stop": "end_turn",
+    "end": "end_turn",
+    "eos": "end_turn",
+    "tool_calls": "end_turn",
+    "function_call": "end_turn",
+    "repetition_truncation": "end_turn",  # MiMo
+    "length": "max_tokens",
+    "model_length": "max_tokens",
+    "max_tokens": "max_tokens",
+    "content_filter": "refusal",
+    "sensitive": "refusal",  # sensitive: Z.ai
 }
 
 FINISH_ERRORS = {
     # A finish_reason that is no finish: (Anthropic error type, sentence).
-    "insufficient_system_resource": ("overloaded_error", "The provider ran out of resources in the middle of the reply."),
+    "insufficient_system_resource": (
+        "overloaded_error",
+        "The provider ran out of resources in the middle of the reply.",
+    ),
     "error": ("api_error", "The provider reported an error in the middle of the reply."),
-    "network_error": ("api_error", "The provider lost its own connection in the middle of the reply."),
+    "network_error": (
+        "api_error",
+        "The provider lost its own connection in the middle of the reply.",
+    ),
     "abort": ("api_error", "The model server aborted the reply."),
 }
 
 BLOCKS = {
     # kind: (content_block of content_block_start, delta type, field of the delta and of the finished block)
     "text": ({"type": "text", "text": ""}, "text_delta", "text"),
-    "thinking": ({"type": "thinking", "thinking": "", "signature": ""}, "thinking_delta", "thinking"),
-    "tool_use": ({"type": "tool_use", "id": "", "name": "", "input": {}}, "input_json_delta", "partial_json"),
+    "thinking": (
+        {"type": "thinking", "thinking": "", "signature": ""},
+        "thinking_delta",
+        "thinking",
+    ),
+    "tool_use": (
+        {"type": "tool_use", "id": "", "name": "", "input": {}},
+        "input_json_delta",
+        "partial_json",
+    ),
 }
 
 ERROR_TYPES = {
     # HTTP status -> Anthropic's error type; anything else is api_error
-    400: "invalid_request_error", 401: "authentication_error", 402: "billing_error", 403: "permission_error",
-    404: "not_found_error", 405: "invalid_request_error", 411: "invalid_request_error", 413: "request_too_large",
-    408: "timeout_error", 414: "invalid_request_error", 415: "invalid_request_error", 417: "invalid_request_error",
-    422: "invalid_request_error", 424: "invalid_request_error", 429: "rate_limit_error", 431: "invalid_request_error",
-    504: "timeout_error", 529: "overloaded_error",
+    400: "invalid_request_error",
+    401: "authentication_error",
+    402: "billing_error",
+    403: "permission_error",
+    404: "not_found_error",
+    405: "invalid_request_error",
+    411: "invalid_request_error",
+    413: "request_too_large",
+    408: "timeout_error",
+    414: "invalid_request_error",
+    415: "invalid_request_error",
+    417: "invalid_request_error",
+    422: "invalid_request_error",
+    424: "invalid_request_error",
+    429: "rate_limit_error",
+    431: "invalid_request_error",
+    504: "timeout_error",
+    529: "overloaded_error",
 }
 
 FAMILIES = ("opus", "sonnet", "haiku")
@@ -115,7 +162,7 @@ FAMILIES = ("opus", "sonnet", "haiku")
 # Models reply in these fields, in this order of trust; the first that holds text counts (both are sent by some).
 REASONING_FIELDS = ("reasoning_content", "reasoning", "reasoning_text")
 
-BILLING_LINE = "x-anthropic-billing-header:"     # first system block of Claude Code; changes, and describes the client
+BILLING_LINE = "x-anthropic-billing-header:"  # first system block of Claude Code; changes, and describes the client
 
 
 def compact_json(value, _encode=json.JSONEncoder(separators=(",", ":")).encode):
@@ -133,7 +180,7 @@ def as_list(value):
     return value if isinstance(value, list) else []
 
 
-MAX_DIGITS = 300            # of a number; Python before 3.11 takes hours for a million
+MAX_DIGITS = 300  # of a number; Python before 3.11 takes hours for a million
 
 
 def parse_integer(digits):
@@ -154,13 +201,18 @@ def refuse_constant(name):
     raise ValueError("%s is no JSON number" % name)
 
 
-JSON_HOOKS = {"parse_int": parse_integer, "parse_float": parse_float, "parse_constant": refuse_constant}
-STRICT = json.JSONDecoder(**JSON_HOOKS)     # Python's own takes NaN, 1e999 and numbers without end
+JSON_HOOKS = {
+    "parse_int": parse_integer,
+    "parse_float": parse_float,
+    "parse_constant": refuse_constant,
+}
+STRICT = json.JSONDecoder(**JSON_HOOKS)  # Python's own takes NaN, 1e999 and numbers without end
 
 
 # ======================================================================================================
 # 2  Errors: what went wrong, whose fault it is, and how Claude Code is told
 # ======================================================================================================
+
 
 class ProxyError(Exception):
     """An error that the client is shown.
@@ -169,6 +221,7 @@ class ProxyError(Exception):
     decides by ("overflow", "billing", "auth", "connect", "timeout", "cut", ...); retry: worth another try
     before any content went out.
     """
+
     default = 500
 
     def __init__(self, message, status=None, type=None, headers=(), kind="", retry=False):
@@ -179,17 +232,23 @@ class ProxyError(Exception):
 
     def body(self, request_id=""):
         """Anthropic's error object (https://docs.anthropic.com/en/api/errors)."""
-        return {"type": "error", "error": {"type": self.type, "message": self.message}, "request_id": request_id}
+        return {
+            "type": "error",
+            "error": {"type": self.type, "message": self.message},
+            "request_id": request_id,
+        }
 
 
 class BadRequest(ProxyError):
     """The client's request cannot be served as it is."""
+
     default = 400
 
 
 class UpstreamError(ProxyError):
     """The provider, or the way to it, failed. numbers: what an overflow text said (prompt, output, limit);
     text: the provider's own words, for learning."""
+
     default = 502
     numbers, text = (0, 0, 0), ""
 
@@ -225,9 +284,19 @@ def error_body_fields(body):
         message = error_words(error.get("message") or error)
         if isinstance(inner, str) and inner.strip():
             message += ": " + error_fields(inner[:10000])[0]
-        return message, str(error.get("code") or error.get("status") or ""), str(error.get("type") or "")
+        return (
+            message,
+            str(error.get("code") or error.get("status") or ""),
+            str(error.get("type") or ""),
+        )
     base = as_dict(body.get("base_resp"))
-    for value in (error, body.get("message"), base.get("status_msg"), body.get("detail"), body.get("msg")):
+    for value in (
+        error,
+        body.get("message"),
+        base.get("status_msg"),
+        body.get("detail"),
+        body.get("msg"),
+    ):
         if value:
             code = body.get("code") or base.get("status_code") or body.get("status") or ""
             return error_words(value), str(code), str(body.get("type") or body.get("title") or "")
@@ -245,7 +314,12 @@ def readable_text(text):
     """Text, or the title and heading of an HTML page, without tags; at most 1000 characters."""
     if re.match(r"(?is)\s*(<!doctype|<html|<head|<body|<\?xml)", text):
         found = re.findall(r"(?is)<(title|h1)[^>]*>(.*?)</\1", text[:20000])
-        text = " - ".join(dict.fromkeys(re.sub(r"<[^>]*>|\s+", " ", part).strip() for _, part in found)) or "an HTML page"
+        text = (
+            " - ".join(
+                dict.fromkeys(re.sub(r"<[^>]*>|\s+", " ", part).strip() for _, part in found)
+            )
+            or "an HTML page"
+        )
     return text[:1000]
 
 
@@ -254,10 +328,12 @@ OVERFLOW = (
     r"(?i)context[_ ](?:length|window|size|limit)|maximum (?:prompt|context|model) ?(?:length)?|prompt.{0,40}too (?:long|large)"
     r"|too long|too large for model|input token count|exceed\w*.{0,40}(?:token limit|limit of \d|context|maximum|max length)"
     r"|reduce the (?:length|size) of the (?:messages|input|prompt)|Range of input length|tokens to keep"
-    r"|Request (?:body )?too large|tokens? exceed|longer than the model")
+    r"|Request (?:body )?too large|tokens? exceed|longer than the model"
+)
 NO_OVERFLOW = (
     r"(?i)(?:image|file) exceeds|\d ?MB\b|pixels|connections|retries|rate limit|too many requests|throttl|per minute|(?:string|array) too long"
-    r"|(?:took|taking|waited|waiting) too long|too long to|tool_calls?\[|Invalid 'messages")
+    r"|(?:took|taking|waited|waiting) too long|too long to|tool_calls?\[|Invalid 'messages"
+)
 TPM = r"(?s)Request too large for .*?Limit (\d+), Requested (\d+)"
 
 # Numbers in overflow texts, most telling first: p(rompt), c(ompletion), m(aximum), t(otal).
@@ -284,7 +360,9 @@ OVERFLOW_NUMBERS = (
 def overflow_numbers(text, body=None):
     """(prompt, output, limit) in tokens as an overflow text tells them; 0 where it does not."""
     error = as_dict(as_dict(body).get("error"))
-    if isinstance(error.get("n_prompt_tokens"), int) and isinstance(error.get("n_ctx"), int):      # llama.cpp
+    if isinstance(error.get("n_prompt_tokens"), int) and isinstance(
+        error.get("n_ctx"), int
+    ):  # llama.cpp
         return error["n_prompt_tokens"], 0, error["n_ctx"]
     for pattern in OVERFLOW_NUMBERS:
         found = re.search(pattern, text, re.I | re.S)
@@ -297,26 +375,39 @@ def overflow_numbers(text, body=None):
 def is_overflow(status, text, code=""):
     """Whether an error says that the prompt, or prompt and output together, do not fit the context."""
     if status in (400, 413, 429) and re.search(TPM, text):
-        return True            # Groq, OpenAI: one request above the tokens per minute; waiting never helps
+        return True  # Groq, OpenAI: one request above the tokens per minute; waiting never helps
     if status not in (200, 400, 413, 422, 500):
         return False
-    telling = code in ("context_length_exceeded", "model_max_prompt_tokens_exceeded", "exceed_context_size_error")
-    return (telling or bool(re.search(OVERFLOW, text))) and not re.search(NO_OVERFLOW, text) and not re.match(OUTPUT_LIMIT, text)
+    telling = code in (
+        "context_length_exceeded",
+        "model_max_prompt_tokens_exceeded",
+        "exceed_context_size_error",
+    )
+    return (
+        (telling or bool(re.search(OVERFLOW, text)))
+        and not re.search(NO_OVERFLOW, text)
+        and not re.match(OUTPUT_LIMIT, text)
+    )
 
 
 OUTPUT_LIMIT = (
     r"(?s)(?=.*?max(?:imum)?_?(?:completion_|output_|new_)?tokens)(?!.*?(?:context length|context limit))"
-    r".*?(?:at most|less than or equal to|<=|\[\d+,\s*|> )\s*`?(\d{3,7})")
+    r".*?(?:at most|less than or equal to|<=|\[\d+,\s*|> )\s*`?(\d{3,7})"
+)
 
 BILLING = (
     r"(?i)insufficient[_ ](?:user_)?(?:quota|balance|credit|fund)|balance is (?:insufficient|too low)|exceeded your current quota(?![\s\S]*retry in \d)"
     r"|Arrearage|good standing|credit balance|payment required|out of credits|billing (?:hard )?limit|billing_not_active"
-    r"|\(1008\)|can only afford|quota (?:is )?(?:exhausted|used up)|\u989d\u5ea6\u4e0d\u8db3|\u4f59\u989d\u4e0d\u8db3|\u6b20\u8d39")
-OVERLOADED = r"(?i)overload|at capacity|over capacity|currently unavailable|Loading model|server is busy"
+    r"|\(1008\)|can only afford|quota (?:is )?(?:exhausted|used up)|\u989d\u5ea6\u4e0d\u8db3|\u4f59\u989d\u4e0d\u8db3|\u6b20\u8d39"
+)
+OVERLOADED = (
+    r"(?i)overload|at capacity|over capacity|currently unavailable|Loading model|server is busy"
+)
 NO_MODEL = (
     r"(?is)model.{0,80}(?:does not exist|not found|not exist|no longer available|end of life|not supported in|decommissioned)"
     r"|modelCode|model_not_found|Model Not Exist|unknown model|only supported in v1/responses|not a chat model"
-    r"|unsupported_api_for_model|not accessible via the /chat/completions")
+    r"|unsupported_api_for_model|not accessible via the /chat/completions"
+)
 PERMANENT_500 = r"(?i)jinja|chat template|image input is not supported|tool call arguments as JSON|must be at the beginning"
 BAD_KEY = r"(?i)API key not valid|API_KEY_INVALID|(?:invalid|incorrect|wrong) api[ _-]?key|api[ _-]?key is (?:invalid|not valid|wrong)"
 SAMPLING = r"(?i)tool_use_failed|failed_generation|does not match the expected .{0,20}format"
@@ -326,7 +417,9 @@ def overflow_error(prompt, limit, estimate=0, window=0):
     """The one text by which every version of Claude Code knows that it must compact the conversation."""
     limit = limit or window or max(1000, prompt - 1 if prompt else estimate - 1)
     prompt = max(prompt or estimate, limit + 1)
-    return UpstreamError("prompt is too long: %d tokens > %d maximum" % (prompt, limit), 400, kind="overflow")
+    return UpstreamError(
+        "prompt is too long: %d tokens > %d maximum" % (prompt, limit), 400, kind="overflow"
+    )
 
 
 def upstream_error(status, headers, raw):
@@ -362,13 +455,18 @@ def retry_after(headers, body, text):
     value = str(headers.get("retry-after") or "").strip()
     if re.match(r"[0-9]{1,9}(\.[0-9]+)?\Z", value):
         return str(int(float(value) + 0.999))
-    found = re.search(r'"retryDelay"\s*:\s*"(\d{1,9})|(?:retry|try again) (?:after|in) (\d{1,9}(?:\.\d+)?) ?s', compact_json(body) + text, re.I)
+    found = re.search(
+        r'"retryDelay"\s*:\s*"(\d{1,9})|(?:retry|try again) (?:after|in) (\d{1,9}(?:\.\d+)?) ?s',
+        compact_json(body) + text,
+        re.I,
+    )
     return str(int(float(next(filter(None, found.groups()))) + 0.999)) if found else ""
 
 
 class ErrorRow(NamedTuple):
     """One class of upstream errors. statuses: which (empty: any); pattern: in the text (empty: any);
     status: what the client gets (0: the same); sentence: shown before the provider's words."""
+
     kind: str
     statuses: tuple
     pattern: str
@@ -396,25 +494,85 @@ class ErrorRow(NamedTuple):
         wait = retry_after(headers, body, text) if self.retry or self.kind == "rate" else ""
         if wait:
             extra["retry-after"] = wait
-        return UpstreamError(shown, self.status or status, self.type or None, extra, self.kind, self.retry)
+        return UpstreamError(
+            shown, self.status or status, self.type or None, extra, self.kind, self.retry
+        )
 
 
 NEVER = (("x-should-retry", "false"),)
 ERROR_ROWS = (
     # First match wins. What providers send is theirs to change; what Claude Code does was seen with version 2.1.330.
-    ErrorRow("billing", (200, 400, 402, 403, 429, 500), BILLING, 402, "The provider's account has no credit:", headers=NEVER),
+    ErrorRow(
+        "billing",
+        (200, 400, 402, 403, 429, 500),
+        BILLING,
+        402,
+        "The provider's account has no credit:",
+        headers=NEVER,
+    ),
     ErrorRow("billing", (402,), "", 402, "The provider wants payment:", headers=NEVER),
     ErrorRow("overflow", (), "", 400, ""),
-    ErrorRow("auth", (401,), "", 401, "The provider refused the key; mend TARGET_API_KEY (-k):", headers=NEVER),
-    ErrorRow("auth", (400, 403), BAD_KEY, 401, "The provider refused the key; mend TARGET_API_KEY (-k):", headers=NEVER),      # Gemini
-    ErrorRow("model", (400, 404, 410, 422), NO_MODEL, 404, "The provider has no such model; mend TARGET_MODEL (-m):", headers=NEVER),
-    ErrorRow("sampling", (400, 422, 500), SAMPLING, 500, "The model produced a malformed tool call:", retry=True, type="api_error"),
-    ErrorRow("request", (404,), "No endpoints found that", 424, "The provider refused the request:"),         # OpenRouter: images, tools
-    ErrorRow("path", (404, 405), "", 404, "The provider has no such address or model; check TARGET_API_BASE (-b) and TARGET_MODEL (-m):",
-             headers=NEVER),
-    ErrorRow("model", (410,), "", 404, "The model is gone; choose another TARGET_MODEL (-m):", headers=NEVER),
+    ErrorRow(
+        "auth",
+        (401,),
+        "",
+        401,
+        "The provider refused the key; mend TARGET_API_KEY (-k):",
+        headers=NEVER,
+    ),
+    ErrorRow(
+        "auth",
+        (400, 403),
+        BAD_KEY,
+        401,
+        "The provider refused the key; mend TARGET_API_KEY (-k):",
+        headers=NEVER,
+    ),  # Gemini
+    ErrorRow(
+        "model",
+        (400, 404, 410, 422),
+        NO_MODEL,
+        404,
+        "The provider has no such model; mend TARGET_MODEL (-m):",
+        headers=NEVER,
+    ),
+    ErrorRow(
+        "sampling",
+        (400, 422, 500),
+        SAMPLING,
+        500,
+        "The model produced a malformed tool call:",
+        retry=True,
+        type="api_error",
+    ),
+    ErrorRow(
+        "request", (404,), "No endpoints found that", 424, "The provider refused the request:"
+    ),  # OpenRouter: images, tools
+    ErrorRow(
+        "path",
+        (404, 405),
+        "",
+        404,
+        "The provider has no such address or model; check TARGET_API_BASE (-b) and TARGET_MODEL (-m):",
+        headers=NEVER,
+    ),
+    ErrorRow(
+        "model",
+        (410,),
+        "",
+        404,
+        "The model is gone; choose another TARGET_MODEL (-m):",
+        headers=NEVER,
+    ),
     ErrorRow("policy", (403,), "", 403, "The provider forbids this request:", headers=NEVER),
-    ErrorRow("overloaded", (200, 429, 500, 503), OVERLOADED, 529, "The provider is overloaded:", retry=True),
+    ErrorRow(
+        "overloaded",
+        (200, 429, 500, 503),
+        OVERLOADED,
+        529,
+        "The provider is overloaded:",
+        retry=True,
+    ),
     ErrorRow("rate", (429,), "", 429, "", retry=True),
     ErrorRow("size", (413,), "", 413, "The provider says that the request is too large:"),
     ErrorRow("request", (500,), PERMANENT_500, 424, "The provider cannot take this request:"),
@@ -440,7 +598,9 @@ def error_in_reply(body):
     if isinstance(error, str) and body.get("code"):
         source = body
     code = as_dict(error).get("code") if isinstance(error, dict) else None
-    status = int(code) if isinstance(code, (int, str)) and re.match(r"[45]\d\d$", str(code)) else 500
+    status = (
+        int(code) if isinstance(code, (int, str)) and re.match(r"[45]\d\d$", str(code)) else 500
+    )
     raw = compact_json(source)
     kind = str(as_dict(error).get("type", ""))
     if status == 500 and ("rate_limit" in raw or "rate limit" in raw.lower()):
@@ -453,6 +613,7 @@ def error_in_reply(body):
 # ======================================================================================================
 # 3  Settings: one row a setting; command line > environment > .env > Claude's settings > default
 # ======================================================================================================
+
 
 class SettingError(Exception):
     """A setting that cannot be used; the message names it, its origin and what is allowed."""
@@ -467,7 +628,17 @@ def parse_text(value):
 
 def parse_flag(value):
     """true or false (also 1/0, yes/no, on/off)."""
-    known = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False, "": False}
+    known = {
+        "true": True,
+        "1": True,
+        "yes": True,
+        "on": True,
+        "false": False,
+        "0": False,
+        "no": False,
+        "off": False,
+        "": False,
+    }
     if value.strip().lower() not in known:
         raise ValueError("true or false")
     return known[value.strip().lower()]
@@ -500,10 +671,12 @@ def parse_seconds(value):
 
 def parse_choice(*allowed):
     """A parser that takes one of the given words, in any case."""
+
     def parse(value):
         if value.strip().lower() not in allowed:
             raise ValueError("one of " + ", ".join(word or "(empty)" for word in allowed))
         return value.strip().lower()
+
     return parse
 
 
@@ -535,7 +708,12 @@ def parse_address(value):
         value = ("http://" if local else "https://") + value
     try:
         parts = urllib.parse.urlsplit(value)
-        good = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1) and not parts.fragment
+        good = (
+            parts.scheme in ("http", "https")
+            and parts.hostname
+            and (parts.port or 1)
+            and not parts.fragment
+        )
     except ValueError:
         good = False
     if not good or re.search(r"[\s\x00-\x1f]", value):
@@ -557,7 +735,9 @@ def parse_base_url(value):
 
 class Setting(NamedTuple):
     """A row: env is the name in the environment and .env; flags: on the command line; claude: the key under "env"
-    in ~/.claude/settings.json; secret: never shown; const: the value that a flag without one sets."""
+    in ~/.claude/settings.json; secret: never shown; const: the value that a flag without one sets.
+    """
+
     env: str
     default: str
     help: str
@@ -573,12 +753,39 @@ class Setting(NamedTuple):
 
 
 SETTINGS = (
-    Setting("TARGET_API_KEY", "", "the provider's key (not needed for a server on this machine)", flags=("-k", "--api-key"), secret=True),
-    Setting("TARGET_API_BASE", "https://api.openai.com/v1", "the provider's base URL", parse_base_url, ("-b", "--api-base")),
+    Setting(
+        "TARGET_API_KEY",
+        "",
+        "the provider's key (not needed for a server on this machine)",
+        flags=("-k", "--api-key"),
+        secret=True,
+    ),
+    Setting(
+        "TARGET_API_BASE",
+        "https://api.openai.com/v1",
+        "the provider's base URL",
+        parse_base_url,
+        ("-b", "--api-base"),
+    ),
     Setting("TARGET_MODEL", "gpt-4o", "the provider's model", flags=("-m", "--model")),
-    Setting("TARGET_TIMEOUT", "300", "seconds without a byte from the provider before giving up", parse_seconds),
-    Setting("TARGET_RETRIES", "2", "tries again, before the first content, after connection failures and 408, 429 and 5xx", parse_count),
-    Setting("TARGET_FORMAT", "auto", "what the provider speaks: auto, openai or anthropic", parse_choice("auto", "openai", "anthropic")),
+    Setting(
+        "TARGET_TIMEOUT",
+        "300",
+        "seconds without a byte from the provider before giving up",
+        parse_seconds,
+    ),
+    Setting(
+        "TARGET_RETRIES",
+        "2",
+        "tries again, before the first content, after connection failures and 408, 429 and 5xx",
+        parse_count,
+    ),
+    Setting(
+        "TARGET_FORMAT",
+        "auto",
+        "what the provider speaks: auto, openai or anthropic",
+        parse_choice("auto", "openai", "anthropic"),
+    ),
     Setting("TARGET_MODEL_OPUS", "", "model for Claude's opus family"),
     Setting("TARGET_API_BASE_OPUS", "", "base URL for the opus family", parse_base_url),
     Setting("TARGET_API_KEY_OPUS", "", "key for the opus family", secret=True),
@@ -588,40 +795,147 @@ SETTINGS = (
     Setting("TARGET_MODEL_HAIKU", "", "model for Claude's haiku family"),
     Setting("TARGET_API_BASE_HAIKU", "", "base URL for the haiku family", parse_base_url),
     Setting("TARGET_API_KEY_HAIKU", "", "key for the haiku family", secret=True),
-    Setting("TARGET_MODEL_FALLBACK", "", "model that takes over when the main one is down or out of quota"),
+    Setting(
+        "TARGET_MODEL_FALLBACK",
+        "",
+        "model that takes over when the main one is down or out of quota",
+    ),
     Setting("TARGET_API_BASE_FALLBACK", "", "base URL of the fallback model", parse_base_url),
     Setting("TARGET_API_KEY_FALLBACK", "", "key of the fallback model", secret=True),
-    Setting("TARGET_MODEL_IMAGE", "", "model for requests with images, where the main one takes none"),
+    Setting(
+        "TARGET_MODEL_IMAGE", "", "model for requests with images, where the main one takes none"
+    ),
     Setting("TARGET_API_BASE_IMAGE", "", "base URL of the image model", parse_base_url),
     Setting("TARGET_API_KEY_IMAGE", "", "key of the image model", secret=True),
-    Setting("PROFILE", "", "force a provider row by name (see the provider table); empty: found by host and model"),
-    Setting("EXTRA_BODY", "", "JSON object: fields to add to each request; null removes one", parse_json_object),
-    Setting("EXTRA_HEADERS", "", "JSON object: headers to add to each request; null removes one", parse_json_object, secret=True),
-    Setting("MAX_OUTPUT", "0", "the model's output limit in tokens; 0: as known or learned", parse_count),
-    Setting("MAX_CONTEXT", "0", "the model's context window in tokens; 0: as known or learned", parse_count),
-    Setting("DISGUISE_MODEL", "", "the model name shown to Claude Code; empty: the one it asked for", claude="ANTHROPIC_MODEL"),
-    Setting("DISGUISE_API_BASE", "https://api.anthropic.com", "the ANTHROPIC_BASE_URL value attached to requests", parse_address,
-            claude="ANTHROPIC_BASE_URL"),
-    Setting("ATTACH_FIELDS", "auto", "attach the two disguise fields to requests: auto (where unknown fields are tolerated), always, never",
-            parse_choice("auto", "always", "never")),
-    Setting("PROXY_HOST", "127.0.0.1", "address to listen on; 0.0.0.0 opens it to the network", flags=("-H", "--host")),
-    Setting("PROXY_PORT", "8080", "port to listen on; 0 takes a free one", parse_port, ("-p", "--port")),
-    Setting("ANTHROPIC_API_KEY", "", "the proxy's own key, which clients must send; empty: no check", secret=True),
-    Setting("ALLOWED_HOSTS", "", "further Host names to answer to when there is no proxy key, for containers", parse_names),
-    Setting("SEARCH_URL", "", "SearXNG-style JSON endpoint for Claude Code's web search", parse_address),
-    Setting("CACHE_ENABLED", "false", "store replies and answer repeated requests from the store", parse_flag, ("--cache",), const="true"),
+    Setting(
+        "PROFILE",
+        "",
+        "force a provider row by name (see the provider table); empty: found by host and model",
+    ),
+    Setting(
+        "EXTRA_BODY",
+        "",
+        "JSON object: fields to add to each request; null removes one",
+        parse_json_object,
+    ),
+    Setting(
+        "EXTRA_HEADERS",
+        "",
+        "JSON object: headers to add to each request; null removes one",
+        parse_json_object,
+        secret=True,
+    ),
+    Setting(
+        "MAX_OUTPUT", "0", "the model's output limit in tokens; 0: as known or learned", parse_count
+    ),
+    Setting(
+        "MAX_CONTEXT",
+        "0",
+        "the model's context window in tokens; 0: as known or learned",
+        parse_count,
+    ),
+    Setting(
+        "DISGUISE_MODEL",
+        "",
+        "the model name shown to Claude Code; empty: the one it asked for",
+        claude="ANTHROPIC_MODEL",
+    ),
+    Setting(
+        "DISGUISE_API_BASE",
+        "https://api.anthropic.com",
+        "the ANTHROPIC_BASE_URL value attached to requests",
+        parse_address,
+        claude="ANTHROPIC_BASE_URL",
+    ),
+    Setting(
+        "ATTACH_FIELDS",
+        "auto",
+        "attach the two disguise fields to requests: auto (where unknown fields are tolerated), always, never",
+        parse_choice("auto", "always", "never"),
+    ),
+    Setting(
+        "PROXY_HOST",
+        "127.0.0.1",
+        "address to listen on; 0.0.0.0 opens it to the network",
+        flags=("-H", "--host"),
+    ),
+    Setting(
+        "PROXY_PORT", "8080", "port to listen on; 0 takes a free one", parse_port, ("-p", "--port")
+    ),
+    Setting(
+        "ANTHROPIC_API_KEY",
+        "",
+        "the proxy's own key, which clients must send; empty: no check",
+        secret=True,
+    ),
+    Setting(
+        "ALLOWED_HOSTS",
+        "",
+        "further Host names to answer to when there is no proxy key, for containers",
+        parse_names,
+    ),
+    Setting(
+        "SEARCH_URL", "", "SearXNG-style JSON endpoint for Claude Code's web search", parse_address
+    ),
+    Setting(
+        "CACHE_ENABLED",
+        "false",
+        "store replies and answer repeated requests from the store",
+        parse_flag,
+        ("--cache",),
+        const="true",
+    ),
     Setting("CACHE_DIR", ".cache", "folder of the cache, the lessons and the ledger"),
-    Setting("CACHE_KEY_MODE", "prefix", "what counts as the same request: prefix, full or none", parse_choice("prefix", "full", "none")),
+    Setting(
+        "CACHE_KEY_MODE",
+        "prefix",
+        "what counts as the same request: prefix, full or none",
+        parse_choice("prefix", "full", "none"),
+    ),
     Setting("CACHE_TTL", "3600", "seconds for which a stored reply is good", parse_seconds),
-    Setting("CACHE_MAX_MB", "256", "size of the store; the least recently used go first", parse_count),
+    Setting(
+        "CACHE_MAX_MB", "256", "size of the store; the least recently used go first", parse_count
+    ),
     Setting("LEDGER", "false", "keep the request ledger in the cache folder", parse_flag),
-    Setting("PRICES", "", "JSON, or a file of it: model -> {input, output, cache_read} per million tokens"),
-    Setting("LOG_LEVEL", "info", "debug, info, warning or error", parse_choice("debug", "info", "warning", "error"), ("--log-level",)),
-    Setting("LOG_FILE", "", "write the log there too; a new file is begun at 10 MB", flags=("--log-file",)),
-    Setting("RECORD_DIR", "", "write each exchange there as one JSON file, keys hidden", flags=("--record",)),
-    Setting("CA_BUNDLE", "", "file of further certificate authorities (PEM); SSL_CERT_FILE works too", flags=("--ca-bundle",)),
+    Setting(
+        "PRICES",
+        "",
+        "JSON, or a file of it: model -> {input, output, cache_read} per million tokens",
+    ),
+    Setting(
+        "LOG_LEVEL",
+        "info",
+        "debug, info, warning or error",
+        parse_choice("debug", "info", "warning", "error"),
+        ("--log-level",),
+    ),
+    Setting(
+        "LOG_FILE",
+        "",
+        "write the log there too; a new file is begun at 10 MB",
+        flags=("--log-file",),
+    ),
+    Setting(
+        "RECORD_DIR",
+        "",
+        "write each exchange there as one JSON file, keys hidden",
+        flags=("--record",),
+    ),
+    Setting(
+        "CA_BUNDLE",
+        "",
+        "file of further certificate authorities (PEM); SSL_CERT_FILE works too",
+        flags=("--ca-bundle",),
+    ),
     Setting("CLIENT_CERT", "", "client certificate: cert.pem, or cert.pem,key.pem"),
-    Setting("INSECURE", "false", "do not verify TLS certificates: anyone on the way can read the key", parse_flag, ("--insecure",), const="true"),
+    Setting(
+        "INSECURE",
+        "false",
+        "do not verify TLS certificates: anyone on the way can read the key",
+        parse_flag,
+        ("--insecure",),
+        const="true",
+    ),
 )
 BY_ENV = {row.env: row for row in SETTINGS}
 
@@ -636,7 +950,10 @@ class Settings(object):
     def __init__(self, layers=()):
         self.origins = {}
         for row in SETTINGS:
-            origin, value = next(((origin, values[row.env]) for origin, values in layers if values.get(row.env)), ("default", row.default))
+            origin, value = next(
+                ((origin, values[row.env]) for origin, values in layers if values.get(row.env)),
+                ("default", row.default),
+            )
             try:
                 setattr(self, row.name, row.parse(value))
             except ValueError as e:
@@ -647,8 +964,18 @@ class Settings(object):
     def secrets(self):
         """All secret values that are set: what must never be shown."""
         found = [getattr(self, row.name) for row in SETTINGS if row.secret]
-        found += [part for extra in found if isinstance(extra, dict) for value in extra.values() for part in (value, str(value).split(" ")[-1])]
-        return sorted({str(value) for value in found if value and not isinstance(value, dict)}, key=len, reverse=True)
+        found += [
+            part
+            for extra in found
+            if isinstance(extra, dict)
+            for value in extra.values()
+            for part in (value, str(value).split(" ")[-1])
+        ]
+        return sorted(
+            {str(value) for value in found if value and not isinstance(value, dict)},
+            key=len,
+            reverse=True,
+        )
 
     def shown(self):
         """[{name, value, origin, help}] for the status page and `check`; secrets only as set or not set."""
@@ -661,7 +988,14 @@ class Settings(object):
                 value = compact_json(value) if value or value is False else ""
             elif isinstance(value, float):
                 value = "%g" % value
-            rows.append({"name": row.env, "value": without_password(str(value)), "origin": self.origins[row.name], "help": row.help})
+            rows.append(
+                {
+                    "name": row.env,
+                    "value": without_password(str(value)),
+                    "origin": self.origins[row.name],
+                    "help": row.help,
+                }
+            )
         return rows
 
 
@@ -685,8 +1019,13 @@ def dotenv(source):
         name, value = match.groups()
         quoted = re.match(r"\"((?:[^\"\\]|\\.)*)\"|'([^']*)'", value)
         if quoted and quoted.group(1) is not None:
-            value = re.sub(r"\\(.)", lambda m: {"n": "\n", "t": "\t"}.get(m.group(1), m.group(1) if m.group(1) in "\"\\$" else m.group(0)),
-                           quoted.group(1))
+            value = re.sub(
+                r"\\(.)",
+                lambda m: {"n": "\n", "t": "\t"}.get(
+                    m.group(1), m.group(1) if m.group(1) in "\"\\$" else m.group(0)
+                ),
+                quoted.group(1),
+            )
         elif quoted:
             value = quoted.group(2)
         else:
@@ -698,7 +1037,11 @@ def dotenv(source):
 def claude_layer(source):
     """The settings that ~/.claude/settings.json gives (its text), by our names; a file that is no JSON gives none."""
     env = as_dict(as_dict(json_or_none(source)).get("env"))
-    return {row.env: env[row.claude] for row in SETTINGS if row.claude and isinstance(env.get(row.claude), str)}
+    return {
+        row.env: env[row.claude]
+        for row in SETTINGS
+        if row.claude and isinstance(env.get(row.claude), str)
+    }
 
 
 def settings_table():
@@ -706,7 +1049,10 @@ def settings_table():
     lines = ["| setting | flag | default | meaning |", "| --- | --- | --- | --- |"]
     for row in SETTINGS:
         flags = " ".join("`%s`" % name for name in row.flags)
-        lines.append("| `%s` | %s | %s | %s |" % (row.env, flags, "`%s`" % row.default if row.default else "", row.help))
+        lines.append(
+            "| `%s` | %s | %s | %s |"
+            % (row.env, flags, "`%s`" % row.default if row.default else "", row.help)
+        )
     return "\n".join(lines)
 
 
@@ -733,140 +1079,434 @@ def quote_value(value):
 # 4  Providers: one row a provider, showing only how it differs from the default
 # ======================================================================================================
 
+
 class Profile(NamedTuple):
     """How to talk to a provider. A converter asks `profile.x`, never who the provider is; a lesson replaces fields."""
+
     name: str = "default"
     title: str = "any other"
-    hosts: tuple = ()                   # ends of host names; ":11434" is a port on this machine
-    models: str = ""                    # pattern of model names; empty: all
-    format: str = "openai"              # what it speaks: openai or anthropic
-    strict: bool = False                # rejects unknown fields: nothing is attached
-    max_tokens: str = "max_tokens"      # name of the output limit
-    max_output: int = 0                 # output limit in tokens; 0: not known
-    context: int = 0                    # context window in tokens; 0: not known
-    density: float = 0.34               # most tokens that a byte of the client's request was seen to make
-    never: tuple = ()                   # fields that are never sent
-    body: tuple = ()                    # (field, value) sent with every request
-    headers: tuple = ()                 # (name, value) sent with every request
-    key_header: str = "authorization"   # header of the key; authorization means "Bearer KEY"
-    usage_option: bool = True           # wants stream_options.include_usage
-    always_stream: bool = False         # asked as a stream even when the client wants none
-    tool_choice: tuple = ("none", "required", "named")      # forms it takes besides auto
-    parallel: bool = True               # knows parallel_tool_calls
+    hosts: tuple = ()  # ends of host names; ":11434" is a port on this machine
+    models: str = ""  # pattern of model names; empty: all
+    format: str = "openai"  # what it speaks: openai or anthropic
+    strict: bool = False  # rejects unknown fields: nothing is attached
+    max_tokens: str = "max_tokens"  # name of the output limit
+    max_output: int = 0  # output limit in tokens; 0: not known
+    context: int = 0  # context window in tokens; 0: not known
+    density: float = 0.34  # most tokens that a byte of the client's request was seen to make
+    never: tuple = ()  # fields that are never sent
+    body: tuple = ()  # (field, value) sent with every request
+    headers: tuple = ()  # (name, value) sent with every request
+    key_header: str = "authorization"  # header of the key; authorization means "Bearer KEY"
+    usage_option: bool = True  # wants stream_options.include_usage
+    always_stream: bool = False  # asked as a stream even when the client wants none
+    tool_choice: tuple = ("none", "required", "named")  # forms it takes besides auto
+    parallel: bool = True  # knows parallel_tool_calls
     max_tools: int = 0
-    tool_ids: str = "short"             # short: at most 40 characters; nine: 9 letters and digits; kimi: functions.NAME:N
-    schema: tuple = ()                  # JSON schema keywords that it rejects
-    typed_schema: bool = False          # every property needs a type
+    tool_ids: str = (
+        "short"  # short: at most 40 characters; nine: 9 letters and digits; kimi: functions.NAME:N
+    )
+    schema: tuple = ()  # JSON schema keywords that it rejects
+    typed_schema: bool = False  # every property needs a type
     images: bool = True
-    image_urls: bool = True             # fetches http(s) images itself
-    files: bool = False                 # takes PDF as a file part
-    json_format: str = ""               # response_format it takes: json_schema, json_object or none
-    system_role: bool = True            # takes a system message
-    user_after_tool: bool = True        # takes a user message right after a tool message
-    reasoning_field: str = ""                    # field in which earlier reasoning goes back; empty: it must not
-    reasoning_always: bool = False            # in every assistant turn, not only in those with tool calls
-    placeholder: str = ""               # sent in place of reasoning that was not kept; empty: nothing
-    reasoning: str = ""                 # how thinking is asked for: a row of REASONING; empty: not at all
-    efforts: tuple = ()                 # effort words it takes, weakest first
-    effort_with_tools: str = ""         # the only effort that it takes beside tools
-    betas: tuple = ()                   # anthropic-beta flags that are not passed on (Anthropic's form only)
-    scope: str = ""                     # whose reasoning state this is (set by profile_for): host of the base URL
+    image_urls: bool = True  # fetches http(s) images itself
+    files: bool = False  # takes PDF as a file part
+    json_format: str = ""  # response_format it takes: json_schema, json_object or none
+    system_role: bool = True  # takes a system message
+    user_after_tool: bool = True  # takes a user message right after a tool message
+    reasoning_field: str = ""  # field in which earlier reasoning goes back; empty: it must not
+    reasoning_always: bool = False  # in every assistant turn, not only in those with tool calls
+    placeholder: str = ""  # sent in place of reasoning that was not kept; empty: nothing
+    reasoning: str = ""  # how thinking is asked for: a row of REASONING; empty: not at all
+    efforts: tuple = ()  # effort words it takes, weakest first
+    effort_with_tools: str = ""  # the only effort that it takes beside tools
+    betas: tuple = ()  # anthropic-beta flags that are not passed on (Anthropic's form only)
+    scope: str = ""  # whose reasoning state this is (set by profile_for): host of the base URL
     source: str = ""
-    tried: bool = False                 # on a real server
+    tried: bool = False  # on a real server
+
 
 DEFAULT = Profile()
 NO_SAMPLING = ("temperature", "top_p", "stop")
-OPENAI = DEFAULT._replace(hosts=("api.openai.com",), strict=True, files=True, max_tools=128, json_format="json_schema")
-OPENAI_REASONING = OPENAI._replace(max_tokens="max_completion_tokens", never=NO_SAMPLING, reasoning="effort", efforts=("low", "medium", "high"))
-AZURE = dict(hosts=("openai.azure.com", "cognitiveservices.azure.com"), key_header="api-key", files=False, source="openai-python issue 1354")
+OPENAI = DEFAULT._replace(
+    hosts=("api.openai.com",), strict=True, files=True, max_tools=128, json_format="json_schema"
+)
+OPENAI_REASONING = OPENAI._replace(
+    max_tokens="max_completion_tokens",
+    never=NO_SAMPLING,
+    reasoning="effort",
+    efforts=("low", "medium", "high"),
+)
+AZURE = dict(
+    hosts=("openai.azure.com", "cognitiveservices.azure.com"),
+    key_header="api-key",
+    files=False,
+    source="openai-python issue 1354",
+)
 KIMI_HOSTS = ("api.moonshot.ai", "api.moonshot.cn", "api.kimi.com")
 LOCAL = DEFAULT._replace(json_format="json_schema", image_urls=False)
 NOT_KEPT = "(the reasoning of this step was not kept)"
-GEMINI_SKIP = "skip_thought_signature_validator"        # Google's own word for "there is none"
+GEMINI_SKIP = "skip_thought_signature_validator"  # Google's own word for "there is none"
 
 PROFILES = (
     # Order matters within a host: the first row whose model pattern fits is taken.
-    OPENAI_REASONING._replace(name="openai-gpt5-tools", title="OpenAI gpt-5.4 and later", models=r"gpt-5\.([4-9]|\d\d)|gpt-[6-9]",
-                              efforts=("none", "low", "medium", "high", "xhigh"), effort_with_tools="none",
-                              source="openai-openapi issue 541, litellm PR 34569"),
-    OPENAI_REASONING._replace(name="openai-gpt5.1", title="OpenAI gpt-5.1 to 5.3", models=r"gpt-5\.[1-3]", efforts=("none", "low", "medium", "high"),
-                              source="openai-openapi openapi.json, pydantic-ai profiles/openai.py"),
-    OPENAI_REASONING._replace(name="openai-reasoning", title="OpenAI o-series, gpt-5", models=r"o\d|gpt-5",
-                              source="openai-openapi openapi.json, cline openai-compatible.ts"),
-    OPENAI._replace(name="openai", title="OpenAI, other models", source="openai-openapi openapi.json, langchain_dart issue 712"),
-    OPENAI_REASONING._replace(name="azure-reasoning", title="Azure OpenAI, o-series and gpt-5", models=r"o\d|gpt-5", **AZURE),
+    OPENAI_REASONING._replace(
+        name="openai-gpt5-tools",
+        title="OpenAI gpt-5.4 and later",
+        models=r"gpt-5\.([4-9]|\d\d)|gpt-[6-9]",
+        efforts=("none", "low", "medium", "high", "xhigh"),
+        effort_with_tools="none",
+        source="openai-openapi issue 541, litellm PR 34569",
+    ),
+    OPENAI_REASONING._replace(
+        name="openai-gpt5.1",
+        title="OpenAI gpt-5.1 to 5.3",
+        models=r"gpt-5\.[1-3]",
+        efforts=("none", "low", "medium", "high"),
+        source="openai-openapi openapi.json, pydantic-ai profiles/openai.py",
+    ),
+    OPENAI_REASONING._replace(
+        name="openai-reasoning",
+        title="OpenAI o-series, gpt-5",
+        models=r"o\d|gpt-5",
+        source="openai-openapi openapi.json, cline openai-compatible.ts",
+    ),
+    OPENAI._replace(
+        name="openai",
+        title="OpenAI, other models",
+        source="openai-openapi openapi.json, langchain_dart issue 712",
+    ),
+    OPENAI_REASONING._replace(
+        name="azure-reasoning",
+        title="Azure OpenAI, o-series and gpt-5",
+        models=r"o\d|gpt-5",
+        **AZURE,
+    ),
     OPENAI._replace(name="azure", title="Azure OpenAI", **AZURE),
-    DEFAULT._replace(name="deepseek", title="DeepSeek", hosts=("api.deepseek.com",), images=False, json_format="json_object",
-                     tool_choice=("none",), reasoning_field="reasoning_content", placeholder=NOT_KEPT, reasoning="thinking",
-                     efforts=("low", "high", "max"), source="api-docs.deepseek.com/guides/thinking_mode"),
-    DEFAULT._replace(name="dashscope", title="Qwen on DashScope", hosts=("dashscope.aliyuncs.com", "dashscope-intl.aliyuncs.com",
-                     "dashscope-us.aliyuncs.com"), always_stream=True, json_format="json_object", reasoning="enable_thinking",
-                     source="langchain4j issue 3974, pydantic-ai providers/alibaba.py"),
-    DEFAULT._replace(name="kimi-k3", title="Kimi K3", hosts=KIMI_HOSTS, models=r"kimi-k3",
-                     never=("temperature", "top_p"), tool_choice=("none",), tool_ids="kimi", typed_schema=True, image_urls=False,
-                     reasoning_field="reasoning_content", reasoning_always=True, reasoning="effort", efforts=("low", "high", "max"),
-                     source="aihubmix guide to Kimi K3.1"),
-    DEFAULT._replace(name="kimi", title="Kimi (Moonshot)", hosts=KIMI_HOSTS,
-                     never=("temperature", "top_p"), tool_choice=("none",), tool_ids="kimi", typed_schema=True, image_urls=False,
-                     reasoning_field="reasoning_content", reasoning_always=True, reasoning="thinking", source="kimi-cli kosong/chat_provider/kimi.py"),
-    DEFAULT._replace(name="glm-5.3", title="Z.ai GLM-5.2 and later", hosts=("api.z.ai", "open.bigmodel.cn"), models=r"glm-(5\.[2-9]|[6-9])",
-                     body=(("tool_stream", True),), tool_choice=("none",), json_format="json_object", reasoning_field="reasoning_content", reasoning_always=True,
-                     reasoning="effort", efforts=("low", "high", "max"), source="pydantic-ai profiles/zai.py"),
-    DEFAULT._replace(name="zai", title="Z.ai GLM", hosts=("api.z.ai", "open.bigmodel.cn"), body=(("tool_stream", True),), tool_choice=("none",),
-                     json_format="json_object", reasoning_field="reasoning_content", reasoning_always=True, reasoning="thinking", source="pydantic-ai models/zai.py"),
-    DEFAULT._replace(name="minimax", title="MiniMax", hosts=("api.minimax.io", "api.minimaxi.com", "api.minimax.chat"),
-                     body=(("reasoning_split", True),), tool_choice=("none",), reasoning_field="reasoning_details", reasoning_always=True, reasoning="adaptive",
-                     source="platform.minimax.io/docs/api-reference"),
-    DEFAULT._replace(name="mistral", title="Mistral", hosts=("api.mistral.ai",), strict=True, tool_ids="nine", user_after_tool=False,
-                     usage_option=False, json_format="json_schema", source="eca issue 231, datapizza-ai issue 98, gptel issue 1203"),
-    DEFAULT._replace(name="groq-gpt-oss", title="Groq, gpt-oss", hosts=("api.groq.com",), models=r"openai/gpt-oss", strict=True, max_tools=128,
-                     max_output=65536, context=131072, images=False, json_format="json_schema", reasoning="effort", efforts=("low", "medium", "high"),
-                     source="groq-python, models.dev"),
-    DEFAULT._replace(name="groq", title="Groq, other models", hosts=("api.groq.com",), strict=True, max_tools=128, json_format="json_object",
-                     source="groq-python, llms PR 64"),
-    DEFAULT._replace(name="xai", title="xAI", hosts=("api.x.ai",), strict=True, never=("stop",), max_tools=200, json_format="json_schema",
-                     source="uni-api issue 105, vercel/ai xai-chat-language-model.ts"),
-    DEFAULT._replace(name="gemini", title="Gemini", hosts=("generativelanguage.googleapis.com", "aiplatform.googleapis.com"), strict=True,
-                     schema=("additionalProperties", "const", "exclusiveMinimum", "exclusiveMaximum", "pattern", "default", "propertyNames",
-                             "patternProperties", "format", "not", "if", "then", "else", "examples"),
-                     json_format="json_schema", reasoning_field="google", placeholder=GEMINI_SKIP, reasoning="effort",
-                     efforts=("low", "medium", "high"), source="zed issue 44875, opensquilla issue 225"),
-    DEFAULT._replace(name="openrouter", title="OpenRouter", hosts=("openrouter.ai",), files=True, reasoning_field="reasoning_details", reasoning_always=True,
-                     reasoning="openrouter", efforts=("minimal", "low", "medium", "high", "xhigh"), json_format="json_schema",
-                     headers=(("X-Title", "ccfix"),), source="openrouter.ai/docs/use-cases/reasoning-tokens"),
-    DEFAULT._replace(name="cerebras", title="Cerebras", hosts=("api.cerebras.ai",), strict=True, parallel=False, images=False, max_output=40960,
-                     context=131072, json_format="json_schema", reasoning_field="reasoning", source="opencode issue 6648, Empryo PR 209"),
-    DEFAULT._replace(name="nim", title="NVIDIA NIM", hosts=("integrate.api.nvidia.com",), strict=True, reasoning="kwargs",
-                     source="free-claude-code issue 127, CLIProxyAPI issue 4149"),
-    DEFAULT._replace(name="fireworks", title="Fireworks", hosts=("api.fireworks.ai",), strict=True, json_format="json_schema",
-                     reasoning="effort", efforts=("low", "medium", "high"), source="midscene issue 1322"),
-    DEFAULT._replace(name="together", title="Together", hosts=("api.together.xyz", "api.together.ai"), json_format="json_schema",
-                     source="docs.together.ai/docs/glm-5.3-quickstart"),
-    DEFAULT._replace(name="siliconflow", title="SiliconFlow", hosts=("api.siliconflow.cn", "api.siliconflow.com"), json_format="json_object",
-                     reasoning="enable_thinking", source="models.dev"),
-    DEFAULT._replace(name="ark", title="Volcengine Ark", hosts=("volces.com", "bytepluses.com"), reasoning="thinking", source="openclaude issue 331"),
-    DEFAULT._replace(name="mimo", title="Xiaomi MiMo", hosts=("xiaomimimo.com",), reasoning_field="reasoning_content", placeholder=NOT_KEPT,
-                     reasoning="thinking", source="cc-switch proxy/providers/claude.rs"),
-    DEFAULT._replace(name="copilot", title="GitHub Copilot", hosts=("githubcopilot.com",), strict=True, max_tools=128,
-                     headers=(("Editor-Version", "vscode/1.104.0"), ("Copilot-Integration-Id", "vscode-chat"), ("Openai-Intent", "conversation-edits"),
-                              ("Copilot-Vision-Request", "true")), source="copilot-api api-config.ts"),
-    LOCAL._replace(name="ollama", title="Ollama", hosts=(":11434", "ollama.com"), tool_choice=("none",), reasoning_field="reasoning", reasoning_always=True,
-                   reasoning="effort", efforts=("none", "low", "medium", "high", "max"), source="ollama openai/openai.go"),
-    LOCAL._replace(name="lmstudio", title="LM Studio", hosts=(":1234",), source="lmstudio-ai/docs openai-compat/tools.mdx"),
-    LOCAL._replace(name="sglang", title="SGLang", hosts=(":30000",), reasoning="kwargs", source="sglang issue 20678, its error texts"),
-    LOCAL._replace(name="llamacpp", title="llama.cpp server", hosts=(":8080",), reasoning="kwargs",
-                   source="llama.cpp's server as it answered in the tests here", tried=True),
-    LOCAL._replace(name="vllm", title="vLLM", hosts=(":8000",), reasoning="kwargs", source="vllm chat_completion/protocol.py"),
-    DEFAULT._replace(name="litellm", title="LiteLLM gateway", hosts=(":4000",), strict=True, source="litellm issues 32086 and 17343"),
+    DEFAULT._replace(
+        name="deepseek",
+        title="DeepSeek",
+        hosts=("api.deepseek.com",),
+        images=False,
+        json_format="json_object",
+        tool_choice=("none",),
+        reasoning_field="reasoning_content",
+        placeholder=NOT_KEPT,
+        reasoning="thinking",
+        efforts=("low", "high", "max"),
+        source="api-docs.deepseek.com/guides/thinking_mode",
+    ),
+    DEFAULT._replace(
+        name="dashscope",
+        title="Qwen on DashScope",
+        hosts=(
+            "dashscope.aliyuncs.com",
+            "dashscope-intl.aliyuncs.com",
+            "dashscope-us.aliyuncs.com",
+        ),
+        always_stream=True,
+        json_format="json_object",
+        reasoning="enable_thinking",
+        source="langchain4j issue 3974, pydantic-ai providers/alibaba.py",
+    ),
+    DEFAULT._replace(
+        name="kimi-k3",
+        title="Kimi K3",
+        hosts=KIMI_HOSTS,
+        models=r"kimi-k3",
+        never=("temperature", "top_p"),
+        tool_choice=("none",),
+        tool_ids="kimi",
+        typed_schema=True,
+        image_urls=False,
+        reasoning_field="reasoning_content",
+        reasoning_always=True,
+        reasoning="effort",
+        efforts=("low", "high", "max"),
+        source="aihubmix guide to Kimi K3.1",
+    ),
+    DEFAULT._replace(
+        name="kimi",
+        title="Kimi (Moonshot)",
+        hosts=KIMI_HOSTS,
+        never=("temperature", "top_p"),
+        tool_choice=("none",),
+        tool_ids="kimi",
+        typed_schema=True,
+        image_urls=False,
+        reasoning_field="reasoning_content",
+        reasoning_always=True,
+        reasoning="thinking",
+        source="kimi-cli kosong/chat_provider/kimi.py",
+    ),
+    DEFAULT._replace(
+        name="glm-5.3",
+        title="Z.ai GLM-5.2 and later",
+        hosts=("api.z.ai", "open.bigmodel.cn"),
+        models=r"glm-(5\.[2-9]|[6-9])",
+        body=(("tool_stream", True),),
+        tool_choice=("none",),
+        json_format="json_object",
+        reasoning_field="reasoning_content",
+        reasoning_always=True,
+        reasoning="effort",
+        efforts=("low", "high", "max"),
+        source="pydantic-ai profiles/zai.py",
+    ),
+    DEFAULT._replace(
+        name="zai",
+        title="Z.ai GLM",
+        hosts=("api.z.ai", "open.bigmodel.cn"),
+        body=(("tool_stream", True),),
+        tool_choice=("none",),
+        json_format="json_object",
+        reasoning_field="reasoning_content",
+        reasoning_always=True,
+        reasoning="thinking",
+        source="pydantic-ai models/zai.py",
+    ),
+    DEFAULT._replace(
+        name="minimax",
+        title="MiniMax",
+        hosts=("api.minimax.io", "api.minimaxi.com", "api.minimax.chat"),
+        body=(("reasoning_split", True),),
+        tool_choice=("none",),
+        reasoning_field="reasoning_details",
+        reasoning_always=True,
+        reasoning="adaptive",
+        source="platform.minimax.io/docs/api-reference",
+    ),
+    DEFAULT._replace(
+        name="mistral",
+        title="Mistral",
+        hosts=("api.mistral.ai",),
+        strict=True,
+        tool_ids="nine",
+        user_after_tool=False,
+        usage_option=False,
+        json_format="json_schema",
+        source="eca issue 231, datapizza-ai issue 98, gptel issue 1203",
+    ),
+    DEFAULT._replace(
+        name="groq-gpt-oss",
+        title="Groq, gpt-oss",
+        hosts=("api.groq.com",),
+        models=r"openai/gpt-oss",
+        strict=True,
+        max_tools=128,
+        max_output=65536,
+        context=131072,
+        images=False,
+        json_format="json_schema",
+        reasoning="effort",
+        efforts=("low", "medium", "high"),
+        source="groq-python, models.dev",
+    ),
+    DEFAULT._replace(
+        name="groq",
+        title="Groq, other models",
+        hosts=("api.groq.com",),
+        strict=True,
+        max_tools=128,
+        json_format="json_object",
+        source="groq-python, llms PR 64",
+    ),
+    DEFAULT._replace(
+        name="xai",
+        title="xAI",
+        hosts=("api.x.ai",),
+        strict=True,
+        never=("stop",),
+        max_tools=200,
+        json_format="json_schema",
+        source="uni-api issue 105, vercel/ai xai-chat-language-model.ts",
+    ),
+    DEFAULT._replace(
+        name="gemini",
+        title="Gemini",
+        hosts=("generativelanguage.googleapis.com", "aiplatform.googleapis.com"),
+        strict=True,
+        schema=(
+            "additionalProperties",
+            "const",
+            "exclusiveMinimum",
+            "exclusiveMaximum",
+            "pattern",
+            "default",
+            "propertyNames",
+            "patternProperties",
+            "format",
+            "not",
+            "if",
+            "then",
+            "else",
+            "examples",
+        ),
+        json_format="json_schema",
+        reasoning_field="google",
+        placeholder=GEMINI_SKIP,
+        reasoning="effort",
+        efforts=("low", "medium", "high"),
+        source="zed issue 44875, opensquilla issue 225",
+    ),
+    DEFAULT._replace(
+        name="openrouter",
+        title="OpenRouter",
+        hosts=("openrouter.ai",),
+        files=True,
+        reasoning_field="reasoning_details",
+        reasoning_always=True,
+        reasoning="openrouter",
+        efforts=("minimal", "low", "medium", "high", "xhigh"),
+        json_format="json_schema",
+        headers=(("X-Title", "ccfix"),),
+        source="openrouter.ai/docs/use-cases/reasoning-tokens",
+    ),
+    DEFAULT._replace(
+        name="cerebras",
+        title="Cerebras",
+        hosts=("api.cerebras.ai",),
+        strict=True,
+        parallel=False,
+        images=False,
+        max_output=40960,
+        context=131072,
+        json_format="json_schema",
+        reasoning_field="reasoning",
+        source="opencode issue 6648, Empryo PR 209",
+    ),
+    DEFAULT._replace(
+        name="nim",
+        title="NVIDIA NIM",
+        hosts=("integrate.api.nvidia.com",),
+        strict=True,
+        reasoning="kwargs",
+        source="free-claude-code issue 127, CLIProxyAPI issue 4149",
+    ),
+    DEFAULT._replace(
+        name="fireworks",
+        title="Fireworks",
+        hosts=("api.fireworks.ai",),
+        strict=True,
+        json_format="json_schema",
+        reasoning="effort",
+        efforts=("low", "medium", "high"),
+        source="midscene issue 1322",
+    ),
+    DEFAULT._replace(
+        name="together",
+        title="Together",
+        hosts=("api.together.xyz", "api.together.ai"),
+        json_format="json_schema",
+        source="docs.together.ai/docs/glm-5.3-quickstart",
+    ),
+    DEFAULT._replace(
+        name="siliconflow",
+        title="SiliconFlow",
+        hosts=("api.siliconflow.cn", "api.siliconflow.com"),
+        json_format="json_object",
+        reasoning="enable_thinking",
+        source="models.dev",
+    ),
+    DEFAULT._replace(
+        name="ark",
+        title="Volcengine Ark",
+        hosts=("volces.com", "bytepluses.com"),
+        reasoning="thinking",
+        source="openclaude issue 331",
+    ),
+    DEFAULT._replace(
+        name="mimo",
+        title="Xiaomi MiMo",
+        hosts=("xiaomimimo.com",),
+        reasoning_field="reasoning_content",
+        placeholder=NOT_KEPT,
+        reasoning="thinking",
+        source="cc-switch proxy/providers/claude.rs",
+    ),
+    DEFAULT._replace(
+        name="copilot",
+        title="GitHub Copilot",
+        hosts=("githubcopilot.com",),
+        strict=True,
+        max_tools=128,
+        headers=(
+            ("Editor-Version", "vscode/1.104.0"),
+            ("Copilot-Integration-Id", "vscode-chat"),
+            ("Openai-Intent", "conversation-edits"),
+            ("Copilot-Vision-Request", "true"),
+        ),
+        source="copilot-api api-config.ts",
+    ),
+    LOCAL._replace(
+        name="ollama",
+        title="Ollama",
+        hosts=(":11434", "ollama.com"),
+        tool_choice=("none",),
+        reasoning_field="reasoning",
+        reasoning_always=True,
+        reasoning="effort",
+        efforts=("none", "low", "medium", "high", "max"),
+        source="ollama openai/openai.go",
+    ),
+    LOCAL._replace(
+        name="lmstudio",
+        title="LM Studio",
+        hosts=(":1234",),
+        source="lmstudio-ai/docs openai-compat/tools.mdx",
+    ),
+    LOCAL._replace(
+        name="sglang",
+        title="SGLang",
+        hosts=(":30000",),
+        reasoning="kwargs",
+        source="sglang issue 20678, its error texts",
+    ),
+    LOCAL._replace(
+        name="llamacpp",
+        title="llama.cpp server",
+        hosts=(":8080",),
+        reasoning="kwargs",
+        source="llama.cpp's server as it answered in the tests here",
+        tried=True,
+    ),
+    LOCAL._replace(
+        name="vllm",
+        title="vLLM",
+        hosts=(":8000",),
+        reasoning="kwargs",
+        source="vllm chat_completion/protocol.py",
+    ),
+    DEFAULT._replace(
+        name="litellm",
+        title="LiteLLM gateway",
+        hosts=(":4000",),
+        strict=True,
+        source="litellm issues 32086 and 17343",
+    ),
     DEFAULT._replace(name="demo", title="the embedded demo model", source="this file"),
-    DEFAULT._replace(name="anthropic", title="anything that speaks Anthropic", format="anthropic",
-                     source="docs.anthropic.com/en/api/messages, llama.cpp's /v1/messages", tried=True),
+    DEFAULT._replace(
+        name="anthropic",
+        title="anything that speaks Anthropic",
+        format="anthropic",
+        source="docs.anthropic.com/en/api/messages, llama.cpp's /v1/messages",
+        tried=True,
+    ),
 )
 
 # The `owned_by` of a /models answer tells a server that its address does not.
-OWNERS = {"vllm": "vllm", "llamacpp": "llamacpp", "sglang": "sglang", "library": "ollama", "organization_owner": "lmstudio"}
-ANTHROPIC_PATHS = re.compile(r"/anthropic(/v1)?$|/api/(coding|compatible|plan)(/v1)?$|api\.kimi\.com/coding(/v1)?$", re.I)
-LOOPBACK = re.compile(r"(localhost|127\.\d+\.\d+\.\d+|::1|0\.0\.0\.0|host\.docker\.internal)$", re.I)
+OWNERS = {
+    "vllm": "vllm",
+    "llamacpp": "llamacpp",
+    "sglang": "sglang",
+    "library": "ollama",
+    "organization_owner": "lmstudio",
+}
+ANTHROPIC_PATHS = re.compile(
+    r"/anthropic(/v1)?$|/api/(coding|compatible|plan)(/v1)?$|api\.kimi\.com/coding(/v1)?$", re.I
+)
+LOOPBACK = re.compile(
+    r"(localhost|127\.\d+\.\d+\.\d+|::1|0\.0\.0\.0|host\.docker\.internal)$", re.I
+)
 
 
 def is_loopback(base):
@@ -885,29 +1525,66 @@ def profile_for(base, model, forced="", format="auto", owner=""):
     if format == "anthropic" or (format == "auto" and not forced and ANTHROPIC_PATHS.search(base)):
         name = "anthropic"
     host, port = (parts.hostname or "").lower(), parts.port
-    rows = [row for row in PROFILES if row.name == name] if name else [row for row in PROFILES if row.hosts and serves(row, host, port)]
+    rows = (
+        [row for row in PROFILES if row.name == name]
+        if name
+        else [row for row in PROFILES if row.hosts and serves(row, host, port)]
+    )
     if name and not rows and name != "default":
-        raise SettingError("PROFILE is %r; allowed: %s" % (name, ", ".join(row.name for row in PROFILES)))
+        raise SettingError(
+            "PROFILE is %r; allowed: %s" % (name, ", ".join(row.name for row in PROFILES))
+        )
     short = model.rsplit("/", 1)[-1]
-    found = next((row for row in rows if not row.models or re.match(row.models, model, re.I) or re.match(row.models, short, re.I)),
-                 rows[0] if forced and rows else DEFAULT)
+    found = next(
+        (
+            row
+            for row in rows
+            if not row.models
+            or re.match(row.models, model, re.I)
+            or re.match(row.models, short, re.I)
+        ),
+        rows[0] if forced and rows else DEFAULT,
+    )
     return found._replace(scope=host)
 
 
 def serves(row, host, port):
     """Whether a row's hosts include the host, or the port on this machine."""
-    return any((port == int(end[1:]) and LOOPBACK.match(host)) if end[:1] == ":" else (host == end or host.endswith("." + end)) for end in row.hosts)
+    return any(
+        (
+            (port == int(end[1:]) and LOOPBACK.match(host))
+            if end[:1] == ":"
+            else (host == end or host.endswith("." + end))
+        )
+        for end in row.hosts
+    )
 
 
 def profiles_table():
     """The README's table of providers, in Markdown: what differs from the default, and whether a real server was tried."""
-    lines = ["| profile | provider | differs in | source | tried on a real server |", "| --- | --- | --- | --- | --- |"]
+    lines = [
+        "| profile | provider | differs in | source | tried on a real server |",
+        "| --- | --- | --- | --- | --- |",
+    ]
     for row in PROFILES:
         if row.name == "demo":
-            continue            # nobody's provider
-        fields = [field for field in Profile._fields if getattr(row, field) != getattr(DEFAULT, field)
-                  and field not in ("name", "title", "hosts", "models", "source", "tried", "scope")]
-        lines.append("| `%s` | %s | %s | %s | %s |" % (row.name, row.title, ", ".join(fields) or "nothing", row.source, "yes" if row.tried else "no"))
+            continue  # nobody's provider
+        fields = [
+            field
+            for field in Profile._fields
+            if getattr(row, field) != getattr(DEFAULT, field)
+            and field not in ("name", "title", "hosts", "models", "source", "tried", "scope")
+        ]
+        lines.append(
+            "| `%s` | %s | %s | %s | %s |"
+            % (
+                row.name,
+                row.title,
+                ", ".join(fields) or "nothing",
+                row.source,
+                "yes" if row.tried else "no",
+            )
+        )
     return "\n".join(lines)
 
 
@@ -928,10 +1605,16 @@ REASONING = {
     # style: (level, profile) -> body fields. level: off, low, medium, high, xhigh, max. The rows of PROFILES name the sources.
     "effort": effort_fields,
     "thinking": thinking_fields,
-    "adaptive": lambda level, profile: {"thinking": {"type": "disabled" if level == "off" else "adaptive"}},
+    "adaptive": lambda level, profile: {
+        "thinking": {"type": "disabled" if level == "off" else "adaptive"}
+    },
     "enable_thinking": lambda level, profile: {"enable_thinking": level != "off"},
-    "openrouter": lambda level, profile: {"reasoning": {"effort": "none" if level == "off" else effort_word(level, profile.efforts)}},
-    "kwargs": lambda level, profile: {"chat_template_kwargs": {"enable_thinking": level != "off", "thinking": level != "off"}},
+    "openrouter": lambda level, profile: {
+        "reasoning": {"effort": "none" if level == "off" else effort_word(level, profile.efforts)}
+    },
+    "kwargs": lambda level, profile: {
+        "chat_template_kwargs": {"enable_thinking": level != "off", "thinking": level != "off"}
+    },
 }
 LEVELS = ("off", "none", "minimal", "low", "medium", "high", "xhigh", "max")
 
@@ -941,7 +1624,9 @@ def effort_word(level, words):
     if level == "off" or not words:
         return "none" if "none" in words else ""
     wanted = LEVELS.index(level)
-    return next((word for word in words if LEVELS.index(word) >= wanted and word != "none"), words[-1])
+    return next(
+        (word for word in words if LEVELS.index(word) >= wanted and word != "none"), words[-1]
+    )
 
 
 def thinking_level(body):
@@ -952,8 +1637,14 @@ def thinking_level(body):
     thinking = as_dict(body.get("thinking"))
     if thinking.get("type") == "disabled":
         return "off"
-    efforts = [as_dict(as_dict(turn).get("output_config")).get("effort") for turn in as_list(body.get("messages"))]
-    effort = next((e for e in reversed(efforts) if e in LEVELS), as_dict(body.get("output_config")).get("effort"))
+    efforts = [
+        as_dict(as_dict(turn).get("output_config")).get("effort")
+        for turn in as_list(body.get("messages"))
+    ]
+    effort = next(
+        (e for e in reversed(efforts) if e in LEVELS),
+        as_dict(body.get("output_config")).get("effort"),
+    )
     if isinstance(effort, str) and effort in LEVELS:
         return "off" if effort == "none" else effort
     budget = thinking.get("budget_tokens")
@@ -1011,7 +1702,11 @@ def is_number(value):
 
 def is_content(value):
     """Whether a value is a text, or a list of blocks."""
-    return isinstance(value, str) or isinstance(value, list) and all(isinstance(part, (dict, str)) for part in value)
+    return (
+        isinstance(value, str)
+        or isinstance(value, list)
+        and all(isinstance(part, (dict, str)) for part in value)
+    )
 
 
 FIELD_CHECKS = (
@@ -1019,7 +1714,11 @@ FIELD_CHECKS = (
     ("model", lambda value: isinstance(value, str), "a text"),
     ("max_tokens", lambda value: is_number(value) and value > 0, "a number above 0"),
     ("system", is_content, "a text or a list of blocks"),
-    ("tools", lambda value: isinstance(value, list) and all(isinstance(tool, dict) for tool in value), "a list of tools"),
+    (
+        "tools",
+        lambda value: isinstance(value, list) and all(isinstance(tool, dict) for tool in value),
+        "a list of tools",
+    ),
     ("tool_choice", lambda value: isinstance(value, dict), "an object with a type"),
     ("thinking", lambda value: isinstance(value, dict), "an object with a type"),
     ("output_config", lambda value: isinstance(value, dict), "an object"),
@@ -1037,7 +1736,12 @@ def check_request(body):
             raise BadRequest("%s: must be %s" % (field, words))
     check_messages(body)
     for position, message in enumerate(body["messages"]):
-        if not isinstance(message, dict) or message.get("role") not in ("user", "assistant", "system", "developer"):
+        if not isinstance(message, dict) or message.get("role") not in (
+            "user",
+            "assistant",
+            "system",
+            "developer",
+        ):
             raise BadRequest("messages.%d.role: must be user, assistant or system" % position)
         if not is_content(message.get("content")):
             raise BadRequest("messages.%d.content: must be a text or a list of blocks" % position)
@@ -1060,7 +1764,11 @@ def as_blocks(content):
         return [{"type": "text", "text": content}] if content else []
     if isinstance(content, dict):
         return [content]
-    return [{"type": "text", "text": part} if isinstance(part, str) else part for part in as_list(content) if isinstance(part, (dict, str))]
+    return [
+        {"type": "text", "text": part} if isinstance(part, str) else part
+        for part in as_list(content)
+        if isinstance(part, (dict, str))
+    ]
 
 
 def block_text(block):
@@ -1070,6 +1778,7 @@ def block_text(block):
 
 
 # ---- system text, and who says what ------------------------------------------------------------------
+
 
 def system_text(system):
     """The system prompt as one text, without the billing line: it changes, and would cost the provider's whole prefix cache."""
@@ -1090,11 +1799,19 @@ def split_turns(messages):
         role, blocks = message.get("role"), as_blocks(message.get("content"))
         if role in ("system", "developer"):
             text = "\n\n".join(filter(None, map(block_text, blocks)))
-            blocks = [] if TOKEN_MARKER.match(text) or not text.strip() else [{"type": "text", "text": REMINDER % text.strip()}]
+            blocks = (
+                []
+                if TOKEN_MARKER.match(text) or not text.strip()
+                else [{"type": "text", "text": REMINDER % text.strip()}]
+            )
         role = "assistant" if role == "assistant" else "user"
         said.append((role, [block for block in blocks if is_meant(block, role)]))
     said = join_turns(said)
-    return join_turns((role, blocks) for role, blocks in said if role == "user" or any(block.get("type") not in THOUGHTS for block in blocks))
+    return join_turns(
+        (role, blocks)
+        for role, blocks in said
+        if role == "user" or any(block.get("type") not in THOUGHTS for block in blocks)
+    )
 
 
 def join_turns(pairs):
@@ -1143,8 +1860,10 @@ def openai_messages(body, profile, recall):
 
 # ---- the assistant's turns ---------------------------------------------------------------------------
 
+
 class Call(NamedTuple):
     """A call that waits for its result: the client's id, the id and name sent to the provider."""
+
     id: str
     sent_id: str
     name: str
@@ -1158,12 +1877,24 @@ def assistant_message(blocks, profile, recall, ids, counter):
         if kind == "text":
             texts.append(block_text(block))
         elif kind == "tool_use":
-            call = Call(str(block.get("id") or ""), sent_id(block, profile, ids, counter), short_name(str(block.get("name") or "tool")))
+            call = Call(
+                str(block.get("id") or ""),
+                sent_id(block, profile, ids, counter),
+                short_name(str(block.get("name") or "tool")),
+            )
             known = recall(call.id)
             notes.append(known if known.get("scope") == profile.scope else {})
             calls.append(call)
-            tool_calls.append({"id": call.sent_id, "type": "function",
-                               "function": {"name": call.name, "arguments": argument_text(block.get("input"), known.get("arguments"))}})
+            tool_calls.append(
+                {
+                    "id": call.sent_id,
+                    "type": "function",
+                    "function": {
+                        "name": call.name,
+                        "arguments": argument_text(block.get("input"), known.get("arguments")),
+                    },
+                }
+            )
         elif kind not in THOUGHTS:
             texts.append(foreign_text(block))
     message = {"role": "assistant", "content": "\n\n".join(texts)}
@@ -1178,13 +1909,17 @@ def assistant_message(blocks, profile, recall, ids, counter):
 
 def text_key(scope, text):
     """Under which name the reasoning of a turn without calls is remembered."""
-    return "text" + hashlib.sha1((scope + "\n" + text.strip()).encode("utf-8", "replace")).hexdigest()
+    return (
+        "text" + hashlib.sha1((scope + "\n" + text.strip()).encode("utf-8", "replace")).hexdigest()
+    )
 
 
 def sent_id(block, profile, ids, counter):
     """The tool-call id for the provider, made of the client's id alone (or, for Kimi, of name and position)."""
     given = str(block.get("id") or "call_%d" % counter[0])
-    if profile.tool_ids == "kimi":           # its chat template expects functions.NAME:N, counted through the conversation
+    if (
+        profile.tool_ids == "kimi"
+    ):  # its chat template expects functions.NAME:N, counted through the conversation
         ids[given] = "functions.%s:%d" % (short_name(str(block.get("name"))), counter[0])
     elif profile.tool_ids == "nine" and not re.match(r"[A-Za-z0-9]{9}$", given):
         ids[given] = hashlib.sha1(given.encode("utf-8", "replace")).hexdigest()[:9]
@@ -1214,34 +1949,57 @@ def argument_text(value, original):
         return raw if json_or_none(raw) is not None else compact_json({"unparsed": raw})
     if isinstance(original, str):
         known = json_or_none(original)
-        if isinstance(known, dict) and all(key in value and (value[key] == part or str(value[key]) == str(part)) for key, part in known.items()
-                                           if part is not None):
+        if isinstance(known, dict) and all(
+            key in value and (value[key] == part or str(value[key]) == str(part))
+            for key, part in known.items()
+            if part is not None
+        ):
             return original
     return compact_json(value)
 
 
 def replayed(blocks, profile, notes, calls, tool_calls):
     """The fields that bring earlier reasoning back: from the thinking blocks' signatures, else by tool-call id."""
-    states = [state for state in (read_state(block, profile.scope) for block in blocks if block.get("type") in THOUGHTS) if state is not None]
+    states = [
+        state
+        for state in (
+            read_state(block, profile.scope) for block in blocks if block.get("type") in THOUGHTS
+        )
+        if state is not None
+    ]
     if profile.reasoning_field == "google":
-        known = {key: value for state in states for key, value in as_dict(state.get("google")).items()}
+        known = {
+            key: value for state in states for key, value in as_dict(state.get("google")).items()
+        }
         for position, (call, note) in enumerate(zip(calls, notes)):
-            signature = known.get(call.id) or note.get("google") or (profile.placeholder if position == 0 else "")
+            signature = (
+                known.get(call.id)
+                or note.get("google")
+                or (profile.placeholder if position == 0 else "")
+            )
             if signature:
                 tool_calls[position]["extra_content"] = {"google": {"thought_signature": signature}}
         return {}
     if profile.reasoning_field == "reasoning_details":
         # What is remembered is whole; a signature holds what had come when its block was closed.
-        details = next((known["details"] for known in notes + states[::-1] if known.get("details")), None)
+        details = next(
+            (known["details"] for known in notes + states[::-1] if known.get("details")), None
+        )
         return {"reasoning_details": details} if details else {}
-    text = "".join(state.get("text", "") for state in states) or next((note["reasoning"] for note in notes if note.get("reasoning")), "")
+    text = "".join(state.get("text", "") for state in states) or next(
+        (note["reasoning"] for note in notes if note.get("reasoning")), ""
+    )
     text = text or (profile.placeholder if tool_calls or profile.reasoning_always else "")
     return {profile.reasoning_field: text} if text else {}
 
 
 def write_state(scope, state):
     """A thinking block's signature that carries state (a dict) for the provider `scope`, and nobody else."""
-    packed = base64.urlsafe_b64encode(zlib.compress(compact_json(state).encode(), 1)).decode() if state else ""
+    packed = (
+        base64.urlsafe_b64encode(zlib.compress(compact_json(state).encode(), 1)).decode()
+        if state
+        else ""
+    )
     return STATE_MARK + base64.urlsafe_b64encode(scope.encode()).decode() + "." + packed
 
 
@@ -1252,7 +2010,7 @@ def read_state(block, scope):
         return None
     state = {}
     try:
-        packed = mark[len(STATE_MARK):].split(".", 1)[1]
+        packed = mark[len(STATE_MARK) :].split(".", 1)[1]
         if packed:
             state = as_dict(json.loads(zlib.decompress(base64.urlsafe_b64decode(packed)).decode()))
     except (ValueError, zlib.error, IndexError):
@@ -1268,12 +2026,17 @@ def foreign_text(block):
     if kind == "server_tool_use":
         return "[%s: %s]" % (block.get("name"), compact_json(as_dict(block.get("input"))))
     if kind.endswith("_tool_result"):
-        found = ["%s - %s" % (hit.get("title"), hit.get("url")) for hit in as_list(block.get("content")) if isinstance(hit, dict)]
+        found = [
+            "%s - %s" % (hit.get("title"), hit.get("url"))
+            for hit in as_list(block.get("content"))
+            if isinstance(hit, dict)
+        ]
         return "\n".join(["[%s]" % kind] + found)
     return block_text(block) or "[a block of kind %s, which this model cannot be shown]" % kind[:60]
 
 
 # ---- the user's turns and tool results ---------------------------------------------------------------
+
 
 def user_messages(blocks, calls, profile):
     """Tool messages in the order of the calls, then one user message with everything else of the turn."""
@@ -1306,15 +2069,27 @@ def tool_messages(calls, results, profile):
         if images:
             pictures += ["[from the result of %s:]" % call.name] + images
             shown = shown or ["(see the next message)"]
-        messages.append({"role": "tool", "tool_call_id": call.sent_id, "content": "\n".join(shown) or NO_OUTPUT})
+        messages.append(
+            {"role": "tool", "tool_call_id": call.sent_id, "content": "\n".join(shown) or NO_OUTPUT}
+        )
     return messages, pictures
 
 
 def result_parts(block, profile):
     """The parts of a tool_result; an error says so, and tool_reference blocks name the tools that were loaded."""
     blocks = as_blocks(block.get("content"))
-    loaded = [short_name(str(part.get("tool_name"))) for part in blocks if part.get("type") == "tool_reference"]
-    parts = [part for inner in blocks if inner.get("type") != "tool_reference" for part in parts_of(inner, profile) if part != ""]
+    loaded = [
+        short_name(str(part.get("tool_name")))
+        for part in blocks
+        if part.get("type") == "tool_reference"
+    ]
+    parts = [
+        part
+        for inner in blocks
+        if inner.get("type") != "tool_reference"
+        for part in parts_of(inner, profile)
+        if part != ""
+    ]
     if loaded:
         parts.append("These tools are loaded and can be called now: " + ", ".join(loaded))
     if not any(part.strip() if isinstance(part, str) else part for part in parts):
@@ -1343,26 +2118,41 @@ def image_part(source, profile):
     if not profile.images:
         return "[an image was here; this model takes no images]"
     if kind == "base64" and isinstance(data, str):
-        return {"type": "image_url", "image_url": {"url": "data:%s;base64,%s" % (source.get("media_type") or "image/png", data)}}
+        return {
+            "type": "image_url",
+            "image_url": {
+                "url": "data:%s;base64,%s" % (source.get("media_type") or "image/png", data)
+            },
+        }
     if kind == "url" and isinstance(url, str) and profile.image_urls:
         return {"type": "image_url", "image_url": {"url": url}}
-    return "[an image was here that could not be passed on%s]" % (": %s" % url if kind == "url" and isinstance(url, str) else "")
+    return "[an image was here that could not be passed on%s]" % (
+        ": %s" % url if kind == "url" and isinstance(url, str) else ""
+    )
 
 
 def document_parts(block, source, profile):
     """A document: its text; a PDF as a file part where the profile takes one, else a note that says what to do."""
-    title, kind, data = str(block.get("title") or "document"), source.get("type"), source.get("data")
+    title, kind, data = (
+        str(block.get("title") or "document"),
+        source.get("type"),
+        source.get("data"),
+    )
     if kind == "text":
         return ["[document: %s]\n%s" % (title, data)]
     if kind == "content":
-        return ["[document: %s]" % title] + [part for inner in as_blocks(source.get("content")) for part in parts_of(inner, profile)]
+        return ["[document: %s]" % title] + [
+            part for inner in as_blocks(source.get("content")) for part in parts_of(inner, profile)
+        ]
     if kind == "base64" and isinstance(data, str) and profile.files:
         name = title if title.lower().endswith(".pdf") else title + ".pdf"
         url = "data:%s;base64,%s" % (source.get("media_type") or "application/pdf", data)
         return [{"type": "file", "file": {"filename": name, "file_data": url}}]
     where = " at %s" % source["url"] if isinstance(source.get("url"), str) else ""
-    return ["[a PDF document (%s)%s was here; this model cannot read PDF files. Convert it to text (for example with pdftotext), or read"
-            " single pages as images.]" % (title, where)]
+    return [
+        "[a PDF document (%s)%s was here; this model cannot read PDF files. Convert it to text (for example with pdftotext), or read"
+        " single pages as images.]" % (title, where)
+    ]
 
 
 def join_parts(parts):
@@ -1387,17 +2177,26 @@ PLACEHOLDER_TOOL = "DeferredToolPlaceholder"
 
 def offered_tools(body):
     """The client's function tools in an order that only ever grows at its end: those that are always there by name,
-    then the deferred ones as the conversation's tool_reference blocks name them. Server tools are not functions."""
+    then the deferred ones as the conversation's tool_reference blocks name them. Server tools are not functions.
+    """
     tools = {}
     for tool in as_list(body.get("tools")):
         name = as_dict(tool).get("name")
-        if isinstance(name, str) and name and name != PLACEHOLDER_TOOL and ("input_schema" in tool or tool.get("type") in (None, "custom")):
+        if (
+            isinstance(name, str)
+            and name
+            and name != PLACEHOLDER_TOOL
+            and ("input_schema" in tool or tool.get("type") in (None, "custom"))
+        ):
             tools[name] = tool
     fixed = sorted(name for name in tools if not tools[name].get("defer_loading"))
     if len(fixed) == len(tools):
         return [tools[name] for name in fixed]
     order = {name: position for position, name in enumerate(referenced_tools(body))}
-    deferred = sorted((name for name in tools if tools[name].get("defer_loading")), key=lambda name: (order.get(name, len(order)), name))
+    deferred = sorted(
+        (name for name in tools if tools[name].get("defer_loading")),
+        key=lambda name: (order.get(name, len(order)), name),
+    )
     return [tools[name] for name in fixed + deferred]
 
 
@@ -1416,7 +2215,7 @@ def referenced_tools(body):
 def openai_tools(body, profile, memo):
     """OpenAI's tools for the client's, at most as many as the provider takes (those at the end are the rarest)."""
     tools = offered_tools(body)
-    return [openai_tool(tool, profile, memo) for tool in tools[:profile.max_tools or len(tools)]]
+    return [openai_tool(tool, profile, memo) for tool in tools[: profile.max_tools or len(tools)]]
 
 
 def openai_tool(tool, profile, memo):
@@ -1428,11 +2227,18 @@ def openai_tool(tool, profile, memo):
     schema = clean_schema(as_dict(tool.get("input_schema")), profile, {None: [MAX_REFS]}, 0)
     schema["type"] = "object"
     schema["properties"] = as_dict(schema.get("properties"))
-    function = {"name": short_name(tool["name"]), "description": str(tool.get("description") or ""), "parameters": schema}
+    function = {
+        "name": short_name(tool["name"]),
+        "description": str(tool.get("description") or ""),
+        "parameters": schema,
+    }
     if len(memo) > 2000:
         memo.clear()
     memo[tool["name"]] = (tool, rules, {"type": "function", "function": function})
-    return {"type": "function", "function": function}           # not memo's: another thread may have put its own there
+    return {
+        "type": "function",
+        "function": function,
+    }  # not memo's: another thread may have put its own there
 
 
 MAX_REFS = 200
@@ -1460,10 +2266,17 @@ def clean_schema(schema, profile, defs, depth):
         if key in schema:
             defs = dict(defs, **as_dict(schema[key]))
     if isinstance(schema.get("$ref"), str):
-        return clean_schema(resolve_ref(schema, defs), profile, {name: part for name, part in defs.items() if name != ref_name(schema)}, depth + 1)
+        return clean_schema(
+            resolve_ref(schema, defs),
+            profile,
+            {name: part for name, part in defs.items() if name != ref_name(schema)},
+            depth + 1,
+        )
     clean = {}
     for key, value in schema.items():
-        if key in ("$schema", "$defs", "definitions", "$id", "$comment") or (key == "format" and value == "uri"):
+        if key in ("$schema", "$defs", "definitions", "$id", "$comment") or (
+            key == "format" and value == "uri"
+        ):
             continue
         if key in profile.schema:
             if key == "const":
@@ -1481,11 +2294,19 @@ def clean_part(key, value, profile, defs, depth):
     if depth > 40:
         return {} if isinstance(value, dict) else value
     if key in ("properties", "patternProperties") and isinstance(value, dict):
-        return {name: clean_schema(part, profile, defs, depth + 1) if isinstance(part, dict) else part for name, part in value.items()}
-    if key in ("items", "additionalProperties", "not", "propertyNames", "contains") and isinstance(value, dict):
+        return {
+            name: clean_schema(part, profile, defs, depth + 1) if isinstance(part, dict) else part
+            for name, part in value.items()
+        }
+    if key in ("items", "additionalProperties", "not", "propertyNames", "contains") and isinstance(
+        value, dict
+    ):
         return clean_schema(value, profile, defs, depth + 1)
     if key in ("anyOf", "oneOf", "allOf", "prefixItems", "items") and isinstance(value, list):
-        return [clean_schema(part, profile, defs, depth + 1) if isinstance(part, dict) else part for part in value]
+        return [
+            clean_schema(part, profile, defs, depth + 1) if isinstance(part, dict) else part
+            for part in value
+        ]
     return value
 
 
@@ -1501,6 +2322,7 @@ def split_type(schema):
 
 # ---- the other fields --------------------------------------------------------------------------------
 
+
 def choice_fields(body, profile, tools):
     """tool_choice and parallel_tool_calls; nothing for auto, which is every provider's default."""
     choice = as_dict(body.get("tool_choice"))
@@ -1512,7 +2334,11 @@ def choice_fields(body, profile, tools):
         fields["tool_choice"] = "none"
     elif kind == "any" and "required" in profile.tool_choice:
         fields["tool_choice"] = "required"
-    elif kind == "tool" and "named" in profile.tool_choice and any(tool["function"]["name"] == name for tool in tools):
+    elif (
+        kind == "tool"
+        and "named" in profile.tool_choice
+        and any(tool["function"]["name"] == name for tool in tools)
+    ):
         fields["tool_choice"] = {"type": "function", "function": {"name": name}}
     if choice.get("disable_parallel_tool_use") is True and profile.parallel:
         fields["parallel_tool_calls"] = False
@@ -1524,13 +2350,15 @@ def sampling_fields(body, profile, room):
     fields = {}
     wanted = body.get("max_tokens")
     if is_number(wanted):
-        fields[profile.max_tokens] = min([max(1, int(wanted))] + [limit for limit in (profile.max_output, room) if limit > 0])
+        fields[profile.max_tokens] = min(
+            [max(1, int(wanted))] + [limit for limit in (profile.max_output, room) if limit > 0]
+        )
     for name in ("temperature", "top_p"):
         if is_number(body.get(name)):
             fields[name] = body[name]
     stops = [stop for stop in as_list(body.get("stop_sequences")) if isinstance(stop, str) and stop]
     if stops:
-        fields["stop"] = stops[:4]          # OpenAI and vLLM take no more
+        fields["stop"] = stops[:4]  # OpenAI and vLLM take no more
     return fields
 
 
@@ -1542,8 +2370,16 @@ def format_fields(body, profile, messages):
         return {}
     clean = clean_schema(schema, profile, {None: [MAX_REFS]}, 0)
     if profile.json_format == "json_schema":
-        return {"response_format": {"type": "json_schema", "json_schema": {"name": "reply", "schema": clean}}}
-    wish = "Reply with one JSON object that fits this JSON schema, and nothing else:\n" + compact_json(clean)
+        return {
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {"name": "reply", "schema": clean},
+            }
+        }
+    wish = (
+        "Reply with one JSON object that fits this JSON schema, and nothing else:\n"
+        + compact_json(clean)
+    )
     if isinstance(messages[-1]["content"], str):
         messages[-1]["content"] += "\n\n" + wish
     else:
@@ -1568,7 +2404,11 @@ def estimate_tokens(body):
             wide = len(value.encode("utf-8", "replace")) - len(value) if not is_ascii(value) else 0
             total += (len(value) - wide // 2) // 4 + wide // 3 + 1
         elif isinstance(value, dict):
-            if value.get("type") in ("image", "document") and isinstance(value.get("source"), dict) and value["source"].get("type") != "text":
+            if (
+                value.get("type") in ("image", "document")
+                and isinstance(value.get("source"), dict)
+                and value["source"].get("type") != "text"
+            ):
                 total += 1500
             else:
                 stack.extend(value.values())
@@ -1593,21 +2433,28 @@ def is_ascii(value):
 # 6  Tool text: arguments mended against the tool's schema; tool calls that a model wrote as text
 # ======================================================================================================
 
-EMPTY_MEANS_ABSENT = {          # GPT models fill every optional field; never put Write.content or Edit.new_string here
-    ("Read", "pages"), ("EnterWorktree", "name"), ("EnterWorktree", "path"),
-}
-ABSENT = object()               # the value of a member that is left out
-ANY = "any"                     # stands among a schema's types when they are not all known
-OBJECTS_IN_A_ROW = 8            # read at most; each costs one parse
-LONGEST_TOKEN = 4096            # of a key or number that is still coming in, before the stream gives up on it
+EMPTY_MEANS_ABSENT = (
+    {  # GPT models fill every optional field; never put Write.content or Edit.new_string here
+        ("Read", "pages"),
+        ("EnterWorktree", "name"),
+        ("EnterWorktree", "path"),
+    }
+)
+ABSENT = object()  # the value of a member that is left out
+ANY = "any"  # stands among a schema's types when they are not all known
+OBJECTS_IN_A_ROW = 8  # read at most; each costs one parse
+LONGEST_TOKEN = 4096  # of a key or number that is still coming in, before the stream gives up on it
 UNREADABLE = (ValueError, RecursionError, MemoryError)
 
 
-LENIENT = json.JSONDecoder(strict=False, **JSON_HOOKS)      # takes unescaped newlines and tabs in strings
+LENIENT = json.JSONDecoder(
+    strict=False, **JSON_HOOKS
+)  # takes unescaped newlines and tabs in strings
 
 # ---- repair: text -> dict ----------------------------------------------------------------------------------------------
 
-TOKEN = re.compile(r"""
+TOKEN = re.compile(
+    r"""
     (?P<double> "[^"\\]*(?:\\.[^"\\]*)*" )
   | (?P<single> '[^'\\]*(?:\\.[^'\\]*)*' )
   | (?P<space>  \s+ )
@@ -1617,10 +2464,19 @@ TOKEN = re.compile(r"""
   | (?P<same>   [:,] | [-+.0-9][-+.0-9eE]* )
   | (?P<name>   [A-Za-z_$][\w$]*(?=\s*:) )
   | (?P<word>   [A-Za-z]+ )
-""", re.VERBOSE | re.DOTALL)
+""",
+    re.VERBOSE | re.DOTALL,
+)
 QUOTING = re.compile(r'\\.|"', re.DOTALL)
 REQUOTED = {"\\'": "'", '"': '\\"'}
-WORDS = {"True": "true", "False": "false", "None": "null", "true": "true", "false": "false", "null": "null"}
+WORDS = {
+    "True": "true",
+    "False": "false",
+    "None": "null",
+    "true": "true",
+    "false": "false",
+    "null": "null",
+}
 FENCE = re.compile(r"```\w*\s*(?=\{)")
 BETWEEN = re.compile(r"[\s,;]*")
 
@@ -1630,7 +2486,7 @@ def requote(body):
     return QUOTING.sub(lambda found: REQUOTED.get(found.group(), found.group()), body)
 
 
-REWRITES = {                    # kind of token -> its JSON
+REWRITES = {  # kind of token -> its JSON
     "double": lambda text: '"%s"' % requote(text[1:-1]) if "\\'" in text else text,
     "single": lambda text: '"%s"' % requote(text[1:-1]),
     "space": lambda text: " ",
@@ -1648,7 +2504,7 @@ def tolerant_object(text, start):
     written, depth, at = [], 0, start
     while depth or not written:
         token = TOKEN.match(text, at)
-        if not token:           # the end of the text, an open quote, or no idea
+        if not token:  # the end of the text, an open quote, or no idea
             raise ValueError("no JSON at %d" % at)
         kind, at = token.lastgroup, token.end()
         depth += (kind == "open") - (kind == "close")
@@ -1675,9 +2531,11 @@ def sole_object(text):
     """
     found, at, first = {}, 0, ""
     for _ in range(OBJECTS_IN_A_ROW):
-        if first and first.startswith(text[at:].rstrip()):      # nothing more, or the same again and cut
+        if first and first.startswith(
+            text[at:].rstrip()
+        ):  # nothing more, or the same again and cut
             return found
-        if text[at:at + 1] != "{":
+        if text[at : at + 1] != "{":
             return found
         value, end = object_at(text, at)
         if found and value and value != found:
@@ -1696,13 +2554,19 @@ def required_names(schema):
 def sole_string(schema):
     """The name of the one required property if that is a string, else None."""
     names = required_names(schema)
-    return names[0] if len(names) == 1 and schema_types(property_schema(schema, names[0])) == {"string"} else None
+    return (
+        names[0]
+        if len(names) == 1 and schema_types(property_schema(schema, names[0])) == {"string"}
+        else None
+    )
 
 
 def bare_text(text, schema):
     """{the sole string: text} for text that is no attempt at JSON, e.g. `ls -la` for Bash; ValueError otherwise."""
     name = sole_string(schema)
-    attempt = re.match(r"""[^\w/.~$-]|true$|false$|[^{]*"\s*:|%s["']?\s*[:=]""" % re.escape(name or ""), text, re.I)
+    attempt = re.match(
+        r"""[^\w/.~$-]|true$|false$|[^{]*"\s*:|%s["']?\s*[:=]""" % re.escape(name or ""), text, re.I
+    )
     if name is None or attempt or text.endswith(("}", "]")):
         raise ValueError("not arguments")
     return {name: text}
@@ -1715,13 +2579,15 @@ def read_arguments(text, schema):
         return {}
     fence = FENCE.match(text)
     if fence or text.startswith("{"):
-        return sole_object(text[fence.end():] if fence else text)
+        return sole_object(text[fence.end() :] if fence else text)
     if not text.startswith('"'):
         return bare_text(text, schema)
     inner = LENIENT.decode(text)
     if not inner.strip():
         return {}
-    if inner.lstrip().startswith(("{", '"{', '"\\"')):          # encoded once more; each level halves the text
+    if inner.lstrip().startswith(
+        ("{", '"{', '"\\"')
+    ):  # encoded once more; each level halves the text
         return read_arguments(inner, schema)
     name = sole_string(schema)
     if name is None:
@@ -1736,7 +2602,7 @@ def fix_arguments(text, schema):
     commas, single quotes, Python words, bare keys, unescaped newlines; a bare string for the one required (string)
     property. Never: text that was cut off, or two different objects.
     """
-    if text is None or isinstance(text, dict):                  # some servers send the object itself
+    if text is None or isinstance(text, dict):  # some servers send the object itself
         return text or {}
     try:
         return read_arguments(text, schema) if isinstance(text, str) else None
@@ -1746,9 +2612,16 @@ def fix_arguments(text, schema):
 
 # ---- coercion: dict -> dict that fits the schema -----------------------------------------------------------------------
 
-TYPE_NAMES = {str: "string", bool: "boolean", int: "integer", float: "number", list: "array", dict: "object",
-              type(None): "null"}
-INTEGER = re.compile(r"0|-?[1-9][0-9]{0,14}")                   # 15 digits are exact in a double
+TYPE_NAMES = {
+    str: "string",
+    bool: "boolean",
+    int: "integer",
+    float: "number",
+    list: "array",
+    dict: "object",
+    type(None): "null",
+}
+INTEGER = re.compile(r"0|-?[1-9][0-9]{0,14}")  # 15 digits are exact in a double
 DECIMAL = re.compile(r"(?=.{1,16}$)-?(?:0|[1-9][0-9]*)\.[0-9]+")
 BOOLEANS = {"true": True, "false": False, "True": True, "False": False}
 
@@ -1776,13 +2649,18 @@ def schema_types(schema):
     if types == {ANY} and isinstance(branches, list):
         types = set().union(*map(declared_types, branches))
     choices = schema.get("enum")
-    if schema.get("nullable") is True or ANY in types and isinstance(choices, list) and None in choices:
+    if (
+        schema.get("nullable") is True
+        or ANY in types
+        and isinstance(choices, list)
+        and None in choices
+    ):
         types = types | {"null"}
     return types
 
 
 def as_integer(value):
-    if isinstance(value, float) and value.is_integer() and abs(value) < 2 ** 53:
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
         return int(value)
     return int(value) if isinstance(value, str) and INTEGER.fullmatch(value) else value
 
@@ -1809,11 +2687,18 @@ def as_parsed(kind):
         except UNREADABLE:
             return value
         return found if isinstance(found, kind) else value
+
     return parsed
 
 
-CASTS = {"integer": as_integer, "number": as_number, "boolean": as_boolean, "string": as_string,
-         "array": as_parsed(list), "object": as_parsed(dict)}
+CASTS = {
+    "integer": as_integer,
+    "number": as_number,
+    "boolean": as_boolean,
+    "string": as_string,
+    "array": as_parsed(list),
+    "object": as_parsed(dict),
+}
 
 
 def scalar_as_declared(value, types):
@@ -1915,27 +2800,38 @@ class ArgumentStream:
 
     MOVES = {
         ("START", "{"): "FIRST",
-        ("FIRST", '"'): "KEY", ("FIRST", "}"): "DONE",
-        ("NEXT", ","): "COMMA", ("NEXT", "}"): "DONE",
-        ("COMMA", '"'): "KEY", ("COMMA", "}"): "DONE",
+        ("FIRST", '"'): "KEY",
+        ("FIRST", "}"): "DONE",
+        ("NEXT", ","): "COMMA",
+        ("NEXT", "}"): "DONE",
+        ("COMMA", '"'): "KEY",
+        ("COMMA", "}"): "DONE",
         ("COLON", ":"): "VALUE",
     }
-    SPACED = {"START", "FIRST", "NEXT", "COMMA", "COLON", "VALUE", "DONE"}      # white space may come first
+    SPACED = {
+        "START",
+        "FIRST",
+        "NEXT",
+        "COMMA",
+        "COLON",
+        "VALUE",
+        "DONE",
+    }  # white space may come first
 
     def __init__(self, name, schema):
         self.name, self.schema = name, schema
         self.complete = False
         self._state = "START"
-        self._pieces = []       # all that came
-        self._sent = []         # all that went out
-        self._out = []          # what this feed() sends
-        self._begun = False     # something went out
-        self._held = []         # read, not sent: since the end of the last value
-        self._rest = ""         # not read: the beginning of an escape, a key or a scalar
+        self._pieces = []  # all that came
+        self._sent = []  # all that went out
+        self._out = []  # what this feed() sends
+        self._begun = False  # something went out
+        self._held = []  # read, not sent: since the end of the last value
+        self._rest = ""  # not read: the beginning of an escape, a key or a scalar
         self._keys = set()
-        self._key = ""          # of the member at hand
-        self._value_at = 0      # where in _held its value begins
-        self._depth = 0         # open brackets of a NESTED value
+        self._key = ""  # of the member at hand
+        self._value_at = 0  # where in _held its value begins
+        self._depth = 0  # open brackets of a NESTED value
 
     @property
     def raw(self):
@@ -1947,7 +2843,7 @@ class ArgumentStream:
         """The text that may go out now, "" for nothing."""
         self._pieces.append(fragment)
         if self._state == "STRING" and not self._rest and is_run(fragment):
-            self._sent.append(fragment)         # the hot path: thousands of these make a file
+            self._sent.append(fragment)  # the hot path: thousands of these make a file
             return fragment
         self._read(self._rest + fragment)
         text, self._out = "".join(self._out), []
@@ -1964,7 +2860,7 @@ class ArgumentStream:
                 self._held.append(text[start:at])
             if at < len(text):
                 at = self.STEPS[state](self, text, at)
-            if at == start and self._state == state:    # it takes more text to go on
+            if at == start and self._state == state:  # it takes more text to go on
                 break
         if len(text) - at > LONGEST_TOKEN:
             at = self._lose(text, at)
@@ -1995,8 +2891,8 @@ class ArgumentStream:
 
     def _close(self):
         self.complete = True
-        self._held = ["".join(self._held).replace(",", "")]     # a trailing comma
-        if self._begun:                                         # else it may be a placeholder: see sole_object
+        self._held = ["".join(self._held).replace(",", "")]  # a trailing comma
+        if self._begun:  # else it may be a placeholder: see sole_object
             self._emit(self._held.pop())
 
     def _read_key(self, text, at):
@@ -2007,10 +2903,10 @@ class ArgumentStream:
             self._key = STRICT.decode(found.group())
         except ValueError:
             return self._lose(text, at)
-        if self._key in self._keys:     # the last one would count, and the first is out
+        if self._key in self._keys:  # the last one would count, and the first is out
             return self._lose(text, at)
         self._keys.add(self._key)
-        if not self._begun:             # the members before this one were left out, and so is the comma
+        if not self._begun:  # the members before this one were left out, and so is the comma
             self._held = ["".join(self._held).replace(",", "")]
         self._held.append(found.group())
         self._state = "COLON"
@@ -2022,7 +2918,7 @@ class ArgumentStream:
             self._state = "NESTED" if text[at] in "[{" else "SCALAR"
             return at
         if schema_types(property_schema(self.schema, self._key)) & {"string", ANY}:
-            if at + 1 == len(text):     # an empty string may mean absent
+            if at + 1 == len(text):  # an empty string may mean absent
                 return at
             if text[at + 1] != '"':
                 self._emit("".join(self._held) + '"')
@@ -2040,17 +2936,19 @@ class ArgumentStream:
         if text[end] == '"':
             self._state = "NEXT"
         if text[end] != "\\":
-            self._emit('"' if text[end] == '"' else json.dumps(text[end])[1:-1])     # an unescaped newline or tab
+            self._emit(
+                '"' if text[end] == '"' else json.dumps(text[end])[1:-1]
+            )  # an unescaped newline or tab
             return end + 1
         if text.startswith("\\'", end):
-            self._emit("'")             # as in requoted
+            self._emit("'")  # as in requoted
             return end + 2
         return end if PART_OF_ESCAPE.fullmatch(text, end) else self._lose(text, end)
 
     def _hold_string(self, text, at):
         end = QUOTED.match(text, at).end()
         self._held.append(text[at:end])
-        if text[end:end + 1] != '"':
+        if text[end : end + 1] != '"':
             return end
         self._held.append('"')
         self._state = "NESTED"
@@ -2058,8 +2956,8 @@ class ArgumentStream:
 
     def _hold_nested(self, text, at):
         end = UNQUOTED.match(text, at).end()
-        self._held.append(text[at:end + 1])
-        mark = text[end:end + 1]
+        self._held.append(text[at : end + 1])
+        mark = text[end : end + 1]
         if mark == '"':
             self._state = "QUOTED"
         self._depth += (mark in ("[", "{")) - (mark in ("]", "}"))
@@ -2074,13 +2972,13 @@ class ArgumentStream:
 
     def _end_value(self, text, at):
         """Send the held member, coerced, or leave it out."""
-        written = "".join(self._held[self._value_at:])
+        written = "".join(self._held[self._value_at :])
         try:
             written = write_member(self.name, self._key, written, self.schema)
         except UNREADABLE:
             return self._lose(text, at)
         if written:
-            self._emit("".join(self._held[:self._value_at]) + written)
+            self._emit("".join(self._held[: self._value_at]) + written)
         self._held = [] if self._begun else ["{"]
         self._state = "NEXT"
         return at
@@ -2089,8 +2987,17 @@ class ArgumentStream:
         raise RuntimeError("feed() after finish()")
 
     STEPS = dict.fromkeys(("START", "FIRST", "NEXT", "COMMA", "COLON"), _move)
-    STEPS.update(KEY=_read_key, VALUE=_begin_value, STRING=_send_string, QUOTED=_hold_string, NESTED=_hold_nested,
-                 SCALAR=_hold_scalar, DONE=_lose, LOST=_lose, OVER=_refuse)
+    STEPS.update(
+        KEY=_read_key,
+        VALUE=_begin_value,
+        STRING=_send_string,
+        QUOTED=_hold_string,
+        NESTED=_hold_nested,
+        SCALAR=_hold_scalar,
+        DONE=_lose,
+        LOST=_lose,
+        OVER=_refuse,
+    )
 
     def _missing(self, wanted, rest):
         """What makes the text that went out the object `wanted`; `rest` when nothing can."""
@@ -2099,13 +3006,20 @@ class ArgumentStream:
             return json.dumps(wanted)
         sent = "".join(self._sent)
         have = LENIENT.decode(sent if self.complete else sent + "}")
-        missing = [key for key in wanted if key not in have or json.dumps(have[key]) != json.dumps(wanted[key])]
+        missing = [
+            key
+            for key in wanted
+            if key not in have or json.dumps(have[key]) != json.dumps(wanted[key])
+        ]
         if not have.keys() <= wanted.keys() or self.complete and missing:
             return rest
         if self.complete:
             return ""
-        self.complete = True            # of a name that comes twice the last one counts
-        return "".join(", %s: %s" % (json.dumps(key), json.dumps(wanted[key])) for key in missing) + "}"
+        self.complete = True  # of a name that comes twice the last one counts
+        return (
+            "".join(", %s: %s" % (json.dumps(key), json.dumps(wanted[key])) for key in missing)
+            + "}"
+        )
 
     def finish(self, cut=False):
         """The rest of the text, once nothing more comes. cut: the model hit its token limit."""
@@ -2129,11 +3043,13 @@ class ArgumentStream:
 # text -> tokens (white space, back-ticks, openings, prose) -> an opening that may count: held up to its closing literal
 #      -> read by the family's parser -> calls; or, when that fails, the same text again, with the opening as prose
 
-MAX_HELD = 1 << 18              # characters of one call; an opening without an end is text
-MAX_LEAD_IN = 200               # characters after the opening by which the name, or the first bracket, must have come
-MAX_CLOSINGS = 64               # closing literals inside one call's own values: bounds the re-reading
-MAX_BLANK = 1024                # white space, or back-ticks, that wait for what follows them
-STEP = 4096                     # characters looked at in one go, so that no opening costs more than this again
+MAX_HELD = 1 << 18  # characters of one call; an opening without an end is text
+MAX_LEAD_IN = (
+    200  # characters after the opening by which the name, or the first bracket, must have come
+)
+MAX_CLOSINGS = 64  # closing literals inside one call's own values: bounds the re-reading
+MAX_BLANK = 1024  # white space, or back-ticks, that wait for what follows them
+STEP = 4096  # characters looked at in one go, so that no opening costs more than this again
 
 # Where on the page we are, and where an opening counts.
 START, AFTER, LINE, MIDDLE = "message start", "right after a call", "line start", "middle of a line"
@@ -2145,6 +3061,7 @@ class Incomplete(ValueError):
 
 
 # ---- values
+
 
 def parse_bare(value, schema):
     """A parameter that was written as bare text, as its schema (dict or None) wants it: a string stays one, to the byte."""
@@ -2182,6 +3099,7 @@ def fix_object(text, schema):
 
 # ---- parsers: (body, tools, loads) -> ([(name, arguments dict)], where in the body they end), or ValueError, or Incomplete
 
+
 def find_tool(name, tools):
     """The offered tool that a model means by name."""
     for form in (name, re.sub(r"^functions\.", "", name)):
@@ -2209,9 +3127,18 @@ def json_call(value, tools, loads):
     """(name, arguments) of {"name", "arguments"} in its many spellings."""
     inner = value.get("function") if isinstance(value, dict) else {}
     value = inner if isinstance(inner, dict) else value
-    name = next((value[key] for key in ("name", "tool_name", "function") if isinstance(value.get(key), str)), "")
+    name = next(
+        (
+            value[key]
+            for key in ("name", "tool_name", "function")
+            if isinstance(value.get(key), str)
+        ),
+        "",
+    )
     name = find_tool(name, tools)
-    arguments = next((value[key] for key in ("arguments", "parameters", "args") if key in value), {})
+    arguments = next(
+        (value[key] for key in ("arguments", "parameters", "args") if key in value), {}
+    )
     if isinstance(arguments, str):
         arguments = loads(arguments, tools[name]) if arguments.strip() else {}
     if not isinstance(arguments, dict):
@@ -2227,7 +3154,9 @@ def json_calls(body, tools, loads):
     calls, at = [], BETWEEN.match(body).end()
     while body.startswith(("{", "["), at):
         value, at = json_value(body, at, BODY_END, loads)
-        calls += [json_call(one, tools, loads) for one in (value if isinstance(value, list) else [value])]
+        calls += [
+            json_call(one, tools, loads) for one in (value if isinstance(value, list) else [value])
+        ]
         at = BETWEEN.match(body, at).end()
     return calls, at
 
@@ -2243,6 +3172,7 @@ def only_json(body, tools, loads):
 def tagged_calls(start, stop, parameter=r"(?!)"):
     """A parser of calls in a row, each `start` (with a group name), then parameters (groups key, value, perhaps string) or
     a JSON object, then `stop`. The patterns are compiled when the first such call comes."""
+
     def calls_in(body, tools, loads):
         begins, ends = re.compile(start, re.DOTALL), re.compile(r"\s*(?:%s)" % stop, re.DOTALL)
         calls, at = [], 0
@@ -2277,6 +3207,7 @@ def tagged_calls(start, stop, parameter=r"(?!)"):
 
 def either(*parsers):
     """The first parser that finds a call."""
+
     def calls_in(body, tools, loads):
         for parser in parsers:
             try:
@@ -2288,26 +3219,45 @@ def either(*parsers):
             if calls:
                 return calls, at
         raise ValueError("no call")
+
     return calls_in
 
 
 # ---- families
 
-VERBATIM = {"true": {"type": "string"}, "false": {"type": "JSON"}}      # DeepSeek's string="..." -> the schema it stands for
+VERBATIM = {
+    "true": {"type": "string"},
+    "false": {"type": "JSON"},
+}  # DeepSeek's string="..." -> the schema it stands for
 DSML = r"(?:[\uff5c|]DSML[\uff5c|])?"
-QWEN = tagged_calls(r"\s*<function=(?P<name>[^>\s]+)>\s*", r"</function>",
-                    r"\s*<parameter=(?P<key>[^>]+)>(?P<value>.*?)</parameter>(?=\s*(?:<parameter=|</function>))")
-GLM = tagged_calls(r"\s*(?P<name>[\w.:-]+)\s*(?=<arg_key>|\Z)", r"\Z",
-                   r"\s*<arg_key>(?P<key>[^<]+)</arg_key>\s*<arg_value>(?P<value>.*?)</arg_value>(?=\s*(?:<arg_key>|\Z))")
-INVOKE = tagged_calls(r'\s*<%sinvoke\s+name="(?P<name>[^"]+)"\s*>\s*' % DSML, r"</%sinvoke>" % DSML,
-                      r'\s*<%sparameter\s+name="(?P<key>[^"]+)"(?:\s+string="(?P<string>true|false)")?\s*>'
-                      r"(?P<value>.*?)</%sparameter>(?=\s*(?:<%sparameter\s|</%sinvoke>))" % (DSML, DSML, DSML, DSML))
-KIMI = tagged_calls(r"\s*<\|tool_call_begin\|>\s*(?P<name>[^\s<]+?)(?::\d+)?\s*<\|tool_call_argument_begin\|>\s*",
-                    r"<\|tool_call_end\|>")
-DEEPSEEK = tagged_calls(r"\s*<\uff5ctool\u2581call\u2581begin\uff5c>(?:function<\uff5ctool\u2581sep\uff5c>)?(?P<name>[^\s<]+)"
-                        r"(?:<\uff5ctool\u2581sep\uff5c>)?\s*(?:```(?:json)?\s*)?",
-                        r"(?:```)?\s*<\uff5ctool\u2581call\u2581end\uff5c>")
-MISTRAL = tagged_calls(r"\s*(?:\[TOOL_CALLS\])?(?P<name>[\w.-]+)(?:\[CALL_ID\][\w-]*)?\[ARGS\]\s*", r"")
+QWEN = tagged_calls(
+    r"\s*<function=(?P<name>[^>\s]+)>\s*",
+    r"</function>",
+    r"\s*<parameter=(?P<key>[^>]+)>(?P<value>.*?)</parameter>(?=\s*(?:<parameter=|</function>))",
+)
+GLM = tagged_calls(
+    r"\s*(?P<name>[\w.:-]+)\s*(?=<arg_key>|\Z)",
+    r"\Z",
+    r"\s*<arg_key>(?P<key>[^<]+)</arg_key>\s*<arg_value>(?P<value>.*?)</arg_value>(?=\s*(?:<arg_key>|\Z))",
+)
+INVOKE = tagged_calls(
+    r'\s*<%sinvoke\s+name="(?P<name>[^"]+)"\s*>\s*' % DSML,
+    r"</%sinvoke>" % DSML,
+    r'\s*<%sparameter\s+name="(?P<key>[^"]+)"(?:\s+string="(?P<string>true|false)")?\s*>'
+    r"(?P<value>.*?)</%sparameter>(?=\s*(?:<%sparameter\s|</%sinvoke>))" % (DSML, DSML, DSML, DSML),
+)
+KIMI = tagged_calls(
+    r"\s*<\|tool_call_begin\|>\s*(?P<name>[^\s<]+?)(?::\d+)?\s*<\|tool_call_argument_begin\|>\s*",
+    r"<\|tool_call_end\|>",
+)
+DEEPSEEK = tagged_calls(
+    r"\s*<\uff5ctool\u2581call\u2581begin\uff5c>(?:function<\uff5ctool\u2581sep\uff5c>)?(?P<name>[^\s<]+)"
+    r"(?:<\uff5ctool\u2581sep\uff5c>)?\s*(?:```(?:json)?\s*)?",
+    r"(?:```)?\s*<\uff5ctool\u2581call\u2581end\uff5c>",
+)
+MISTRAL = tagged_calls(
+    r"\s*(?:\[TOOL_CALLS\])?(?P<name>[\w.-]+)(?:\[CALL_ID\][\w-]*)?\[ARGS\]\s*", r""
+)
 HARMONY = tagged_calls(r"(?P<name>[\w.-]+)[^{}]*?<\|message\|>\s*", r"\Z")
 
 Family = collections.namedtuple("Family", "open close where head wrapped parse")
@@ -2318,43 +3268,131 @@ head: regex that what follows the opening must match soon, or it is prose; its g
 wrapped: whether open and close only wrap what parse reads, or belong to it.
 """
 
-CALL_FAMILIES = [Family(*row) for row in (
-    ("<tool_call>", "</tool_call>", OWN_LINE, r"\s*(?:[{\[]|<function=|([\w.:-]+)\s*<)", True, either(json_calls, QWEN, GLM)),
-    ("<function=", "</function>", OWN_LINE, r"([^>\s]+)>\s*[<{]", False, QWEN),
-    ("[TOOL_REQUEST]", "[END_TOOL_REQUEST]", OWN_LINE, r"\s*[{\[]", True, json_calls),
-    ("<|tool_calls_section_begin|>", "<|tool_calls_section_end|>", ANYWHERE, r"\s*<\|tool_call_begin", True, KIMI),
-    ("<|tool_call_begin|>", "<|tool_call_end|>", ANYWHERE, r"[^<>]+<", False, KIMI),
-    ("<\uff5cDSML\uff5cfunction_calls>", "</\uff5cDSML\uff5cfunction_calls>", ANYWHERE, r"\s*<", True, INVOKE),
-    ("<\uff5cDSML\uff5ctool_calls>", "</\uff5cDSML\uff5ctool_calls>", ANYWHERE, r"\s*<", True, INVOKE),
-    ("<\uff5cDSML\uff5cinvoke", "</\uff5cDSML\uff5cinvoke>", ANYWHERE, r'\s+name="([^"]+)"', False, INVOKE),
-    ("<\uff5ctool\u2581calls\u2581begin\uff5c>", "<\uff5ctool\u2581calls\u2581end\uff5c>", ANYWHERE, r"\s*<", True, DEEPSEEK),
-    ("<\uff5ctool\u2581call\u2581begin\uff5c>", "<\uff5ctool\u2581call\u2581end\uff5c>", ANYWHERE, r"[^<>]+<", False, DEEPSEEK),
-    ("<minimax:tool_call>", "</minimax:tool_call>", ANYWHERE, r"\s*[<{\[]", True, either(INVOKE, json_calls)),
-    ("[TOOL_CALLS]", "", ANYWHERE, r"\s*(?:[{\[]|([\w.-]+)\[)", True, either(json_calls, MISTRAL)),
-    ("<|python_tag|>", "", ANYWHERE, r"\s*[{\[]", True, json_calls),
-    ("<|tool_call_start|>", "<|tool_call_end|>", ANYWHERE, r"\s*[{\[]", True, json_calls),
-    ("<|START_ACTION|>", "<|END_ACTION|>", ANYWHERE, r"\s*[{\[]", True, json_calls),
-    ("<|channel|>commentary to=", "<|call|>", ANYWHERE, r"([\w.-]+)[^\w.-]", True, HARMONY),
-    ("<|channel|>analysis to=", "<|call|>", ANYWHERE, r"([\w.-]+)[^\w.-]", True, HARMONY),
-    ("<|start|>assistant to=", "<|call|>", ANYWHERE, r"([\w.-]+)[^\w.-]", True, HARMONY),
-    ("<|start|>assistant<|channel|>commentary to=", "<|call|>", ANYWHERE, r"([\w.-]+)[^\w.-]", True, HARMONY),
-    ("{", "", ALONE, r'\s*"(?:name"\s*:\s*"([^"]+)"|type"\s*:\s*"function"|function"\s*:\s*\{)', False, only_json),
-)]
+CALL_FAMILIES = [
+    Family(*row)
+    for row in (
+        (
+            "<tool_call>",
+            "</tool_call>",
+            OWN_LINE,
+            r"\s*(?:[{\[]|<function=|([\w.:-]+)\s*<)",
+            True,
+            either(json_calls, QWEN, GLM),
+        ),
+        ("<function=", "</function>", OWN_LINE, r"([^>\s]+)>\s*[<{]", False, QWEN),
+        ("[TOOL_REQUEST]", "[END_TOOL_REQUEST]", OWN_LINE, r"\s*[{\[]", True, json_calls),
+        (
+            "<|tool_calls_section_begin|>",
+            "<|tool_calls_section_end|>",
+            ANYWHERE,
+            r"\s*<\|tool_call_begin",
+            True,
+            KIMI,
+        ),
+        ("<|tool_call_begin|>", "<|tool_call_end|>", ANYWHERE, r"[^<>]+<", False, KIMI),
+        (
+            "<\uff5cDSML\uff5cfunction_calls>",
+            "</\uff5cDSML\uff5cfunction_calls>",
+            ANYWHERE,
+            r"\s*<",
+            True,
+            INVOKE,
+        ),
+        (
+            "<\uff5cDSML\uff5ctool_calls>",
+            "</\uff5cDSML\uff5ctool_calls>",
+            ANYWHERE,
+            r"\s*<",
+            True,
+            INVOKE,
+        ),
+        (
+            "<\uff5cDSML\uff5cinvoke",
+            "</\uff5cDSML\uff5cinvoke>",
+            ANYWHERE,
+            r'\s+name="([^"]+)"',
+            False,
+            INVOKE,
+        ),
+        (
+            "<\uff5ctool\u2581calls\u2581begin\uff5c>",
+            "<\uff5ctool\u2581calls\u2581end\uff5c>",
+            ANYWHERE,
+            r"\s*<",
+            True,
+            DEEPSEEK,
+        ),
+        (
+            "<\uff5ctool\u2581call\u2581begin\uff5c>",
+            "<\uff5ctool\u2581call\u2581end\uff5c>",
+            ANYWHERE,
+            r"[^<>]+<",
+            False,
+            DEEPSEEK,
+        ),
+        (
+            "<minimax:tool_call>",
+            "</minimax:tool_call>",
+            ANYWHERE,
+            r"\s*[<{\[]",
+            True,
+            either(INVOKE, json_calls),
+        ),
+        (
+            "[TOOL_CALLS]",
+            "",
+            ANYWHERE,
+            r"\s*(?:[{\[]|([\w.-]+)\[)",
+            True,
+            either(json_calls, MISTRAL),
+        ),
+        ("<|python_tag|>", "", ANYWHERE, r"\s*[{\[]", True, json_calls),
+        ("<|tool_call_start|>", "<|tool_call_end|>", ANYWHERE, r"\s*[{\[]", True, json_calls),
+        ("<|START_ACTION|>", "<|END_ACTION|>", ANYWHERE, r"\s*[{\[]", True, json_calls),
+        ("<|channel|>commentary to=", "<|call|>", ANYWHERE, r"([\w.-]+)[^\w.-]", True, HARMONY),
+        ("<|channel|>analysis to=", "<|call|>", ANYWHERE, r"([\w.-]+)[^\w.-]", True, HARMONY),
+        ("<|start|>assistant to=", "<|call|>", ANYWHERE, r"([\w.-]+)[^\w.-]", True, HARMONY),
+        (
+            "<|start|>assistant<|channel|>commentary to=",
+            "<|call|>",
+            ANYWHERE,
+            r"([\w.-]+)[^\w.-]",
+            True,
+            HARMONY,
+        ),
+        (
+            "{",
+            "",
+            ALONE,
+            r'\s*"(?:name"\s*:\s*"([^"]+)"|type"\s*:\s*"function"|function"\s*:\s*\{)',
+            False,
+            only_json,
+        ),
+    )
+]
 OPENINGS = {family.open: family for family in CALL_FAMILIES}
 
 # Harmony's other marks -> the kind of text behind them. They vanish; those that end a channel only once one was opened.
-CHANNELS = {start + "<|channel|>" + name + "<|message|>": kind for start in ("", "<|start|>assistant")
-            for name, kind in (("analysis", "thinking"), ("final", "text"), ("commentary", "text"))}
-CHANNEL_ENDS = {mark: "text" for mark in ("<|start|>assistant", "<|end|>", "<|return|>", "<|call|>")}
+CHANNELS = {
+    start + "<|channel|>" + name + "<|message|>": kind
+    for start in ("", "<|start|>assistant")
+    for name, kind in (("analysis", "thinking"), ("final", "text"), ("commentary", "text"))
+}
+CHANNEL_ENDS = {
+    mark: "text" for mark in ("<|start|>assistant", "<|end|>", "<|return|>", "<|call|>")
+}
 
 LITERALS = sorted(list(OPENINGS) + list(CHANNELS) + list(CHANNEL_ENDS), key=len, reverse=True)
 LONGEST = len(LITERALS[0])
-PIECE = re.compile(r"(?P<blank>\s+)|(?P<ticks>`+)|(?P<literal>%s)|(?P<prose>[^\s`<\[{](?:[^\n`<\[{]*[^\s`<\[{])?|.)"
-                   % "|".join(map(re.escape, LITERALS)))
+PIECE = re.compile(
+    r"(?P<blank>\s+)|(?P<ticks>`+)|(?P<literal>%s)|(?P<prose>[^\s`<\[{](?:[^\n`<\[{]*[^\s`<\[{])?|.)"
+    % "|".join(map(re.escape, LITERALS))
+)
 
 
 class Held(object):
     """The text of a possible call while it arrives. lead: the white space before it; headed: its head has matched."""
+
     __slots__ = ("family", "lead", "parts", "size", "tail", "closings", "headed")
 
     def __init__(self, family, lead):
@@ -2370,8 +3408,12 @@ class Held(object):
         close, window, start = self.family.close, self.tail + text, self.size - len(self.tail)
         self.parts.append(text)
         self.size += len(text)
-        self.tail = window[1 - len(close):] if close else ""
-        return [start + found.end() for found in re.finditer(re.escape(close), window)] if close and close in window else []
+        self.tail = window[1 - len(close) :] if close else ""
+        return (
+            [start + found.end() for found in re.finditer(re.escape(close), window)]
+            if close and close in window
+            else []
+        )
 
     def plausible(self, tools):
         """Whether this can still become a call, by what follows the opening."""
@@ -2381,21 +3423,26 @@ class Held(object):
             if not head:
                 return self.size < start + MAX_LEAD_IN
             try:
-                self.headed = not (head.re.groups and head.group(1)) or bool(find_tool(head.group(1), tools))
+                self.headed = not (head.re.groups and head.group(1)) or bool(
+                    find_tool(head.group(1), tools)
+                )
             except ValueError:
                 return False
         return True
 
     def calls(self, end, closed, tools):
         """[(name, arguments JSON)] and where they end, of the text up to `end`; ValueError when it is no call, Incomplete
-        when it may become one. Not closed: nothing is repaired, and every required argument must be there."""
+        when it may become one. Not closed: nothing is repaired, and every required argument must be there.
+        """
         family, text = self.family, self.whole()[:end]
         first = len(family.open) if family.wrapped else 0
-        body = text[first:end - len(family.close) if family.wrapped and closed else end]
+        body = text[first : end - len(family.close) if family.wrapped and closed else end]
         found, length = family.parse(body, tools, fix_object if closed else parse_object)
         if not found or family.close and body[length:].strip():
             raise ValueError("no call")
-        if not closed and any(set(required_names(tools[name])) - set(arguments) for name, arguments in found):
+        if not closed and any(
+            set(required_names(tools[name])) - set(arguments) for name, arguments in found
+        ):
             raise ValueError("cut off")
         end = end if closed else first + length
         return [(name, json.dumps(arguments, allow_nan=False)) for name, arguments in found], end
@@ -2413,15 +3460,19 @@ class TextCalls(object):
 
     def __init__(self, tools):
         self.tools = tools
-        self.place = START                      # START, AFTER, LINE or MIDDLE
-        self.fences, self.inline = [], ""       # the back-ticks that opened the code we are in
-        self.channel = ""                       # Harmony: the kind of text that its open channel holds
-        self.pending = ""                       # the end of the text, while the next characters decide what it is
-        self.call = None                        # Held, while inside a possible call
+        self.place = START  # START, AFTER, LINE or MIDDLE
+        self.fences, self.inline = [], ""  # the back-ticks that opened the code we are in
+        self.channel = ""  # Harmony: the kind of text that its open channel holds
+        self.pending = ""  # the end of the text, while the next characters decide what it is
+        self.call = None  # Held, while inside a possible call
         self.held = True
 
     def feed(self, text):
-        return self.joined(piece for at in range(0, len(text), STEP) for piece in self.scan(text[at:at + STEP], False))
+        return self.joined(
+            piece
+            for at in range(0, len(text), STEP)
+            for piece in self.scan(text[at : at + STEP], False)
+        )
 
     def finish(self):
         return self.joined(self.scan("", True))
@@ -2436,7 +3487,14 @@ class TextCalls(object):
                 runs[-1][1].append(value)
             elif value:
                 runs.append((kind, [value]))
-        self.held = bool(self.call or self.pending or self.place != MIDDLE or self.inline or self.fences or self.channel)
+        self.held = bool(
+            self.call
+            or self.pending
+            or self.place != MIDDLE
+            or self.inline
+            or self.fences
+            or self.channel
+        )
         return [(kind, value if kind == "call" else "".join(value)) for kind, value in runs]
 
     def scan(self, text, final):
@@ -2458,8 +3516,10 @@ class TextCalls(object):
                 text, quiet = whole[end:], 0
             else:
                 yield self.channel or "text", held.lead
-                again = whole.rfind(held.family.open, 1, end)   # the last opening before this end gets a try, no other:
-                text, quiet = whole, again if again > 0 else end    # so the time stays linear
+                again = whole.rfind(
+                    held.family.open, 1, end
+                )  # the last opening before this end gets a try, no other:
+                text, quiet = whole, again if again > 0 else end  # so the time stays linear
 
     def verdict(self, text, final):
         """What the held call is, with text added: None while undecided, else (calls, end); no calls: it was prose."""
@@ -2490,7 +3550,7 @@ class TextCalls(object):
     def prose(self, text, quiet, final):
         """Yield text up to an opening that counts; return the text from there on. No opening counts before `quiet`."""
         text, self.pending = self.pending + text, ""
-        done = solid = at = 0                   # said up to done; white space alone from solid to at
+        done = solid = at = 0  # said up to done; white space alone from solid to at
         while at < len(text):
             token = PIECE.match(text, at)
             kind, end = token.lastgroup, token.end()
@@ -2510,7 +3570,7 @@ class TextCalls(object):
                 done = solid = end
             else:
                 if kind == "ticks":
-                    self.ticks(token.group(), text[end:end + 1])
+                    self.ticks(token.group(), text[end : end + 1])
                 self.place, solid = MIDDLE, end
             at = end
         if final or len(text) - solid > MAX_BLANK:
@@ -2526,13 +3586,24 @@ class TextCalls(object):
         if first not in "<[{" or len(text) - at >= LONGEST:
             return False
         rest = text[at:]
-        return any(literal.startswith(rest) and literal != rest and self.counts(literal) for literal in LITERALS)
+        return any(
+            literal.startswith(rest) and literal != rest and self.counts(literal)
+            for literal in LITERALS
+        )
 
     def counts(self, literal):
         """Whether a literal means something at this place. In an open Harmony channel all of Harmony's do, in code too."""
-        if literal in CHANNEL_ENDS or self.channel and literal.startswith(("<|channel|>", "<|start|>")):
+        if (
+            literal in CHANNEL_ENDS
+            or self.channel
+            and literal.startswith(("<|channel|>", "<|start|>"))
+        ):
             return bool(self.channel)
-        return not self.inline and not self.fences and (literal in CHANNELS or self.place in OPENINGS[literal].where)
+        return (
+            not self.inline
+            and not self.fences
+            and (literal in CHANNELS or self.place in OPENINGS[literal].where)
+        )
 
     def enter(self, mark):
         """Go on in the channel that a Harmony mark opens."""
@@ -2564,7 +3635,7 @@ class TextCalls(object):
 # 7  Stream: SSE bytes -> chunks -> Anthropic events -> SSE bytes
 # ======================================================================================================
 
-MAX_LINE = 32 << 20         # a longer SSE line is no model's work
+MAX_LINE = 32 << 20  # a longer SSE line is no model's work
 
 
 def sse_payloads(blocks):
@@ -2581,7 +3652,11 @@ def sse_payloads(blocks):
             if block:
                 rest.append(block)
             if len(rest) % 64 == 63 and sum(map(len, rest)) > MAX_LINE:
-                raise UpstreamError("The provider sent a line of over %d MB; that is no model's reply." % (MAX_LINE >> 20), kind="cut")
+                raise UpstreamError(
+                    "The provider sent a line of over %d MB; that is no model's reply."
+                    % (MAX_LINE >> 20),
+                    kind="cut",
+                )
             yield None
             continue
         lines = b"".join(rest + [block[:end]]).decode("utf-8", "replace").split("\n")
@@ -2612,7 +3687,9 @@ def sse_payloads(blocks):
 
 def is_whole_event(line):
     """Whether a data line is an event of its own, so that the next one needs no blank line before it."""
-    return line[:1] == "{" and line[-1:] == "}" and json_or_none(line) is not None or line == "[DONE]"
+    return (
+        line[:1] == "{" and line[-1:] == "}" and json_or_none(line) is not None or line == "[DONE]"
+    )
 
 
 def other_line(line, data, failed):
@@ -2644,11 +3721,12 @@ def chunk_of(payload):
     try:
         return as_dict(_decode_json(payload)[0])
     except (ValueError, RecursionError):
-        body = json_or_none(payload)            # white space before it
+        body = json_or_none(payload)  # white space before it
         return as_dict(body)
 
 
 # ---- reply text: leading <think>, calls written as text ----------------------------------------------
+
 
 class ThinkTags(object):
     """Splits a leading <think>..</think> off a reply's text, and the line ends beside the tags.
@@ -2656,6 +3734,7 @@ class ThinkTags(object):
     feed(text) -> [(kind, text)]. place: "start" (no text yet), "lead" (right after the opening tag), "inside", "after"
     (right after the closing tag); `done`: only text follows.
     """
+
     __slots__ = ("held", "place", "done")
     OPEN, CLOSE = "<think>", "</think>"
 
@@ -2671,7 +3750,7 @@ class ThinkTags(object):
                 return []
             if not start.startswith(self.OPEN):
                 return self.untagged(text)
-            self.place, text = "lead", start[len(self.OPEN):]
+            self.place, text = "lead", start[len(self.OPEN) :]
         if self.place == "lead":
             text = text.lstrip("\n")
             self.place = "inside" if text else "lead"
@@ -2683,7 +3762,11 @@ class ThinkTags(object):
         """Text without an opening tag; a closing one tells that the opening one was in the prompt template."""
         self.done = True
         before, tag, after = text.partition(self.CLOSE)
-        return [("thinking", before), ("text", after.lstrip())] if tag and self.OPEN not in before else [("text", text)]
+        return (
+            [("thinking", before), ("text", after.lstrip())]
+            if tag and self.OPEN not in before
+            else [("text", text)]
+        )
 
     def thought(self, text):
         """Text inside the tags; the beginning of a closing tag, and line ends, wait for what follows."""
@@ -2691,9 +3774,11 @@ class ThinkTags(object):
         if tag:
             self.place = "after"
             return [("thinking", before.rstrip("\n"))] + self.answer(after)
-        keep = next((n for n in range(len(self.CLOSE) - 1, 0, -1) if text.endswith(self.CLOSE[:n])), 0)
-        sure = text[:len(text) - keep].rstrip("\n")
-        self.held = text[len(sure):]
+        keep = next(
+            (n for n in range(len(self.CLOSE) - 1, 0, -1) if text.endswith(self.CLOSE[:n])), 0
+        )
+        sure = text[: len(text) - keep].rstrip("\n")
+        self.held = text[len(sure) :]
         return [("thinking", sure)]
 
     def answer(self, text):
@@ -2713,17 +3798,25 @@ class ThinkTags(object):
 IDLE, OPEN, DONE, FAILED = "idle", "open", "done", "failed"
 PLAIN_FRAGMENT = frozenset(("index", "function"))
 REASONING_KEYS = frozenset(REASONING_FIELDS + ("reasoning_details",))
-MAX_THOUGHT = 4 << 20       # characters; a longer turn's reasoning travels in its thinking block alone
+MAX_THOUGHT = 4 << 20  # characters; a longer turn's reasoning travels in its thinking block alone
 
 
 class Slot(object):
     """A tool call while it arrives. key: the provider's index or id; stream: its ArgumentStream once the name is known;
-    waiting: fragments that came before the name, or before its turn; google: Gemini's thought signature."""
+    waiting: fragments that came before the name, or before its turn; google: Gemini's thought signature.
+    """
+
     __slots__ = ("key", "id", "name", "waiting", "stream", "client_id", "google", "closed")
 
     def __init__(self, key, call_id):
         self.key, self.id, self.name = key, call_id, ""
-        self.waiting, self.stream, self.client_id, self.google, self.closed = [], None, "", "", False
+        self.waiting, self.stream, self.client_id, self.google, self.closed = (
+            [],
+            None,
+            "",
+            "",
+            False,
+        )
 
     def arguments(self):
         """The argument text as the model wrote it, so far."""
@@ -2748,12 +3841,31 @@ class StreamTranslator(object):
     After the end: `memory` {tool id: what to remember of the call}, `usage_now()`.
     """
 
-    def __init__(self, message_id, model, profile, input_tokens=0, tools=None, taken=(), new_id=None, begun=False):
-        self.message_id, self.model, self.profile, self.input_tokens = message_id, model, profile, input_tokens
-        self.tools, self.taken, self.new_id = tools or {}, set(taken), new_id or (lambda: "%d" % len(self.taken))
+    def __init__(
+        self,
+        message_id,
+        model,
+        profile,
+        input_tokens=0,
+        tools=None,
+        taken=(),
+        new_id=None,
+        begun=False,
+    ):
+        self.message_id, self.model, self.profile, self.input_tokens = (
+            message_id,
+            model,
+            profile,
+            input_tokens,
+        )
+        self.tools, self.taken, self.new_id = (
+            tools or {},
+            set(taken),
+            new_id or (lambda: "%d" % len(self.taken)),
+        )
         self.state = OPEN if begun else IDLE
-        self.content = False                # real content went out: no retry any more
-        self.kind, self.index = "", -1      # the open block
+        self.content = False  # real content went out: no retry any more
+        self.kind, self.index = "", -1  # the open block
         self.slots, self.late, self.memory, self.blank, self.signed = [], [], {}, "", ""
         self.tags, self.reason, self.stopped_at, self.ended = ThinkTags(), "", None, False
         schemas = {name: schema for name, (_, schema) in self.tools.items()}
@@ -2772,7 +3884,7 @@ class StreamTranslator(object):
                 raise error
         if chunk.get("usage"):
             self.usage = as_dict(chunk["usage"])
-        fresh = not self.content                # MiniMax ends with the whole message again
+        fresh = not self.content  # MiniMax ends with the whole message again
         for choice in as_list(chunk.get("choices")):
             choice = as_dict(choice)
             delta = choice.get("delta")
@@ -2782,14 +3894,26 @@ class StreamTranslator(object):
             if not only_text and not REASONING_KEYS.isdisjoint(delta):
                 yield from self.shown_reasoning(delta)
             if text:
-                if self.kind == "text" and self.tags.done and not self.slots and isinstance(text, str) and not self.suspicious(text):
+                if (
+                    self.kind == "text"
+                    and self.tags.done
+                    and not self.slots
+                    and isinstance(text, str)
+                    and not self.suspicious(text)
+                ):
                     self.written += len(text)
                     if self.details:
                         self.said.append(text)
-                    yield {"type": "content_block_delta", "index": self.index, "delta": {"type": "text_delta", "text": text}}
+                    yield {
+                        "type": "content_block_delta",
+                        "index": self.index,
+                        "delta": {"type": "text_delta", "text": text},
+                    }
                 else:
                     yield from self.text(text)
-            if not only_text and (delta.get("tool_calls") or delta.get("function_call") or delta.get("refusal")):
+            if not only_text and (
+                delta.get("tool_calls") or delta.get("function_call") or delta.get("refusal")
+            ):
                 more = self.fragment(delta)
                 yield from self.rare(delta) if more is None else self.arguments(more)
             if choice.get("finish_reason"):
@@ -2833,7 +3957,11 @@ class StreamTranslator(object):
                 part = as_dict(part)
                 inner = part.get("thinking")
                 if part.get("type") == "thinking" or inner:
-                    yield from self.reasoning("".join(str(as_dict(p).get("text") or "") for p in inner) if isinstance(inner, list) else inner)
+                    yield from self.reasoning(
+                        "".join(str(as_dict(p).get("text") or "") for p in inner)
+                        if isinstance(inner, list)
+                        else inner
+                    )
                 elif isinstance(part.get("text"), str):
                     yield from self.text(part["text"])
         elif isinstance(content, str):
@@ -2869,7 +3997,14 @@ class StreamTranslator(object):
     def fragment(self, delta):
         """What a delta adds to the input of the open call, where it holds nothing else; else None. The hot path of tool input."""
         slot, calls = self.slots[-1] if self.slots else None, delta.get("tool_calls")
-        if slot and slot.stream and not slot.closed and len(delta) == 1 and isinstance(calls, list) and len(calls) == 1:
+        if (
+            slot
+            and slot.stream
+            and not slot.closed
+            and len(delta) == 1
+            and isinstance(calls, list)
+            and len(calls) == 1
+        ):
             call = as_dict(calls[0])
             if call.get("index") == slot.key and PLAIN_FRAGMENT.issuperset(call):
                 function = as_dict(call.get("function"))
@@ -2896,10 +4031,12 @@ class StreamTranslator(object):
         reason = str(choice["finish_reason"])
         if reason in FINISH_ERRORS:
             kind, sentence = FINISH_ERRORS[reason]
-            raise UpstreamError(sentence, 529 if kind == "overloaded_error" else 502, kind, retry=True)
+            raise UpstreamError(
+                sentence, 529 if kind == "overloaded_error" else 502, kind, retry=True
+            )
         self.ended = True
         self.reason = self.reason if self.reason == "content_filter" else reason
-        if isinstance(choice.get("stop_reason"), str):          # vLLM names the stop text that matched
+        if isinstance(choice.get("stop_reason"), str):  # vLLM names the stop text that matched
             self.stopped_at = choice["stop_reason"]
 
     # -- tool calls
@@ -2916,7 +4053,9 @@ class StreamTranslator(object):
         elif fragment is not None:
             slot.waiting.append(compact_json(fragment))
         if "extra_content" in call:
-            signature = as_dict(as_dict(call["extra_content"]).get("google")).get("thought_signature")
+            signature = as_dict(as_dict(call["extra_content"]).get("google")).get(
+                "thought_signature"
+            )
             slot.google = signature if isinstance(signature, str) else slot.google
 
     def slot_for(self, index, call_id, name, fragment):
@@ -2926,13 +4065,29 @@ class StreamTranslator(object):
         call_id = call_id if isinstance(call_id, str) else ""
         last = self.slots[-1] if self.slots else None
         if isinstance(index, int):
-            slot = last if last and last.key == index else next((slot for slot in reversed(self.slots) if slot.key == index), None)
+            slot = (
+                last
+                if last and last.key == index
+                else next((slot for slot in reversed(self.slots) if slot.key == index), None)
+            )
         else:
-            slot = next((slot for slot in self.slots if call_id and slot.id == call_id), None) or (None if call_id and name else last)
+            slot = next((slot for slot in self.slots if call_id and slot.id == call_id), None) or (
+                None if call_id and name else last
+            )
         if slot is None or (call_id and slot.id and call_id != slot.id and name):
             return self.new_slot(index, call_id)
-        if not call_id and name and slot.name and (name != slot.name or fragment and str(fragment).strip() and slot.arguments().strip() != "{}"
-                                                   and json_or_none(slot.arguments()) is not None):
+        if (
+            not call_id
+            and name
+            and slot.name
+            and (
+                name != slot.name
+                or fragment
+                and str(fragment).strip()
+                and slot.arguments().strip() != "{}"
+                and json_or_none(slot.arguments()) is not None
+            )
+        ):
             return self.new_slot(index, call_id)
         slot.id = slot.id or call_id
         return slot
@@ -2952,7 +4107,7 @@ class StreamTranslator(object):
             if not slot.name:
                 if not ending:
                     return
-                slot.closed = True          # a call without a name cannot be made
+                slot.closed = True  # a call without a name cannot be made
                 continue
             if slot.stream is None:
                 yield from self.open_tool(slot)
@@ -2964,13 +4119,21 @@ class StreamTranslator(object):
             yield from self.arguments(slot.stream.finish(cut and ending and last))
             yield from self.close_block()
             slot.closed = True
-            self.memory[slot.client_id] = {key: value for key, value in (("arguments", slot.stream.raw), ("google", slot.google)) if value}
+            self.memory[slot.client_id] = {
+                key: value
+                for key, value in (("arguments", slot.stream.raw), ("google", slot.google))
+                if value
+            }
 
     def open_tool(self, slot):
         """Open the tool_use block of a slot whose name is known."""
         name, schema = self.offered(slot.name)
         slot.stream = ArgumentStream(name, schema)
-        slot.client_id = slot.id if re.match(r"[A-Za-z0-9_-]{1,64}$", slot.id) and slot.id not in self.taken else "toolu_" + self.new_id()
+        slot.client_id = (
+            slot.id
+            if re.match(r"[A-Za-z0-9_-]{1,64}$", slot.id) and slot.id not in self.taken
+            else "toolu_" + self.new_id()
+        )
         self.taken.add(slot.client_id)
         if slot.google or (self.unsigned() and self.kind != "thinking"):
             yield from self.carry({"google": {slot.client_id: slot.google}} if slot.google else {})
@@ -2986,7 +4149,11 @@ class StreamTranslator(object):
     def arguments(self, text):
         if text:
             self.written += len(text)
-            yield {"type": "content_block_delta", "index": self.index, "delta": {"type": "input_json_delta", "partial_json": text}}
+            yield {
+                "type": "content_block_delta",
+                "index": self.index,
+                "delta": {"type": "input_json_delta", "partial_json": text},
+            }
 
     # -- blocks out
 
@@ -2994,22 +4161,41 @@ class StreamTranslator(object):
         """message_start, if it has not gone out: the status is decided."""
         if self.state == IDLE:
             self.state = OPEN
-            usage = {"input_tokens": self.input_tokens, "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0, "output_tokens": 0}
-            yield {"type": "message_start", "message": {"id": self.message_id, "type": "message", "role": "assistant", "model": self.model,
-                                                        "content": [], "stop_reason": None, "stop_sequence": None, "usage": usage}}
+            usage = {
+                "input_tokens": self.input_tokens,
+                "cache_creation_input_tokens": 0,
+                "cache_read_input_tokens": 0,
+                "output_tokens": 0,
+            }
+            yield {
+                "type": "message_start",
+                "message": {
+                    "id": self.message_id,
+                    "type": "message",
+                    "role": "assistant",
+                    "model": self.model,
+                    "content": [],
+                    "stop_reason": None,
+                    "stop_sequence": None,
+                    "usage": usage,
+                },
+            }
 
     def say(self, kind, text):
         """Text or thinking in a block of its kind. What comes while a tool call is unfinished waits until after it."""
         if not text:
             return
         if self.slots and not self.slots[-1].closed:
-            if any(not slot.closed and (not slot.name or json_or_none(slot.arguments()) is None) for slot in self.slots):
+            if any(
+                not slot.closed and (not slot.name or json_or_none(slot.arguments()) is None)
+                for slot in self.slots
+            ):
                 self.late.append((kind, text))
                 return
             yield from self.advance(ending=True)
         if self.kind != kind:
             if not text.strip():
-                self.blank = text                       # white space alone is no block
+                self.blank = text  # white space alone is no block
                 return
             text, self.blank = self.blank + text, ""
             if kind == "text" and self.kind != "thinking" and self.unsigned():
@@ -3022,14 +4208,22 @@ class StreamTranslator(object):
         elif self.details:
             self.said.append(text)
         _, delta, field = BLOCKS[kind]
-        yield {"type": "content_block_delta", "index": self.index, "delta": {"type": delta, field: text}}
+        yield {
+            "type": "content_block_delta",
+            "index": self.index,
+            "delta": {"type": delta, field: text},
+        }
 
     def open_block(self, kind, **fields):
         """Close what is open and open a block of `kind`."""
         yield from self.start()
         yield from self.close_block()
         self.content, self.kind, self.index = True, kind, self.index + 1
-        yield {"type": "content_block_start", "index": self.index, "content_block": dict(BLOCKS[kind][0], **fields)}
+        yield {
+            "type": "content_block_start",
+            "index": self.index,
+            "content_block": dict(BLOCKS[kind][0], **fields),
+        }
 
     def close_block(self):
         """Close the open block, if any; a thinking block is signed with what the next turn must carry back."""
@@ -3050,8 +4244,14 @@ class StreamTranslator(object):
         """The signature_delta with state, and with the reasoning details so far."""
         if self.details:
             state, self.signed = dict(state, details=self.details), compact_json(self.details)
-        return {"type": "content_block_delta", "index": self.index,
-                "delta": {"type": "signature_delta", "signature": write_state(self.profile.scope, state)}}
+        return {
+            "type": "content_block_delta",
+            "index": self.index,
+            "delta": {
+                "type": "signature_delta",
+                "signature": write_state(self.profile.scope, state),
+            },
+        }
 
     def unsigned(self):
         """Whether there are reasoning details that no thinking block carries yet."""
@@ -3062,7 +4262,11 @@ class StreamTranslator(object):
         if self.kind not in ("thinking", "tool_use"):
             yield from self.open_block("thinking")
         _, delta, field = BLOCKS[self.kind]
-        yield {"type": "content_block_delta", "index": self.index, "delta": {"type": delta, field: ""}}
+        yield {
+            "type": "content_block_delta",
+            "index": self.index,
+            "delta": {"type": delta, field: ""},
+        }
 
     # -- the end
 
@@ -3075,25 +4279,40 @@ class StreamTranslator(object):
         if self.state in (DONE, FAILED):
             return
         if not self.ended:
-            raise UpstreamError("The provider's reply was cut off before its end." if self.content else
-                                "The provider closed the connection without an answer.", kind="cut", retry=True)
+            raise UpstreamError(
+                (
+                    "The provider's reply was cut off before its end."
+                    if self.content
+                    else "The provider closed the connection without an answer."
+                ),
+                kind="cut",
+                retry=True,
+            )
         if self.reason == "model_context_window_exceeded" and not self.content:
-            raise overflow_error(self.usage_now()["input_tokens"], self.profile.context, self.input_tokens)
+            raise overflow_error(
+                self.usage_now()["input_tokens"], self.profile.context, self.input_tokens
+            )
         for kind, text in self.tags.finish():
             yield from self.scanned(kind, text)
         for kind, calls in self.calls.items():
             yield from self.found(kind, calls.finish())
         if self.slots and not self.content and not any(slot.name for slot in self.slots):
-            raise UpstreamError("The model made a tool call without a name.", 502, kind="sampling", retry=True)
+            raise UpstreamError(
+                "The model made a tool call without a name.", 502, kind="sampling", retry=True
+            )
         yield from self.advance(ending=True)
         late, self.late = self.late, []
         for kind, text in late:
             yield from self.say(kind, text)
-        yield from self.start()         # details that came after the text are not carried: `claude -p` prints what the last block says
+        yield from self.start()  # details that came after the text are not carried: `claude -p` prints what the last block says
         yield from self.close_block()
         self.state = DONE
         self.keep_memory()
-        yield {"type": "message_delta", "delta": {"stop_reason": self.stop_reason(), "stop_sequence": self.stopped_at}, "usage": self.usage_now()}
+        yield {
+            "type": "message_delta",
+            "delta": {"stop_reason": self.stop_reason(), "stop_sequence": self.stopped_at},
+            "usage": self.usage_now(),
+        }
         yield {"type": "message_stop"}
 
     def keep_memory(self):
@@ -3109,17 +4328,25 @@ class StreamTranslator(object):
                 note["details"] = self.details
 
     def stop_reason(self):
-        cut = STOP_REASONS.get(self.reason) == "max_tokens" or self.reason == "model_context_window_exceeded"
+        cut = (
+            STOP_REASONS.get(self.reason) == "max_tokens"
+            or self.reason == "model_context_window_exceeded"
+        )
         if any(slot.client_id for slot in self.slots) and not cut:
             self.stopped_at = None
             return "tool_use"
         if cut:
             return "max_tokens"
-        return "stop_sequence" if self.stopped_at is not None else STOP_REASONS.get(self.reason, "end_turn")
+        return (
+            "stop_sequence"
+            if self.stopped_at is not None
+            else STOP_REASONS.get(self.reason, "end_turn")
+        )
 
     def fail(self, error):
         """Tell the client that the reply broke off, so that it keeps what it has: closed block, error event. In the middle
-        of a tool call raise Dropped instead: the client streams again when the connection just ends. IDLE: raise error."""
+        of a tool call raise Dropped instead: the client streams again when the connection just ends. IDLE: raise error.
+        """
         if self.state in (DONE, FAILED):
             return
         if self.state == IDLE:
@@ -3134,21 +4361,33 @@ class StreamTranslator(object):
         """Anthropic's usage: input, cache read and cache write are disjoint. Estimates where the provider tells nothing:
         the client decides by these numbers when to compact."""
         u = self.usage
-        details, more = as_dict(u.get("prompt_tokens_details")), as_dict(u.get("completion_tokens_details"))
+        details, more = as_dict(u.get("prompt_tokens_details")), as_dict(
+            u.get("completion_tokens_details")
+        )
         prompt = positive_int(u, "prompt_tokens", "input_tokens")
         output = positive_int(u, "completion_tokens", "output_tokens")
-        read = positive_int(details, "cached_tokens") or positive_int(u, "prompt_cache_hit_tokens", "cached_tokens", "cache_read_input_tokens")
-        made = positive_int(details, "cache_write_tokens", "created_cache_tokens") or positive_int(u, "cache_creation_input_tokens")
+        read = positive_int(details, "cached_tokens") or positive_int(
+            u, "prompt_cache_hit_tokens", "cached_tokens", "cache_read_input_tokens"
+        )
+        made = positive_int(details, "cache_write_tokens", "created_cache_tokens") or positive_int(
+            u, "cache_creation_input_tokens"
+        )
         thought = positive_int(more, "reasoning_tokens")
-        if thought and positive_int(u, "total_tokens") == prompt + output + thought:       # xAI counts them apart
+        if (
+            thought and positive_int(u, "total_tokens") == prompt + output + thought
+        ):  # xAI counts them apart
             output += thought
         if not prompt:
             prompt = self.input_tokens
         if not u:
             output = (self.written + 3) // 4
         rest = prompt - read - made
-        return {"input_tokens": rest if rest >= 0 else prompt, "cache_creation_input_tokens": made, "cache_read_input_tokens": read,
-                "output_tokens": output}
+        return {
+            "input_tokens": rest if rest >= 0 else prompt,
+            "cache_creation_input_tokens": made,
+            "cache_read_input_tokens": read,
+            "output_tokens": output,
+        }
 
 
 class Dropped(Exception):
@@ -3157,13 +4396,20 @@ class Dropped(Exception):
 
 def positive_int(values, *names):
     """The first of the named values that is a positive whole number, else 0."""
-    return next((values[name] for name in names if isinstance(values.get(name), int) and values[name] > 0), 0)
+    return next(
+        (values[name] for name in names if isinstance(values.get(name), int) and values[name] > 0),
+        0,
+    )
 
 
 def keep_detail(details, part):
     """Add a reasoning detail; pieces of one entry (same type and index) are joined, as they come split over deltas."""
     last = details[-1] if details else {}
-    if last.get("type") != part.get("type") or last.get("index") != part.get("index") or "data" in part:
+    if (
+        last.get("type") != part.get("type")
+        or last.get("index") != part.get("index")
+        or "data" in part
+    ):
         details.append(dict(part))
         return
     for key, value in part.items():
@@ -3177,18 +4423,40 @@ class RelayTranslator(object):
     """The same shape for a provider that speaks Anthropic itself: events in, the same events out, the model disguised."""
 
     def __init__(self, message_id, model, profile, input_tokens=0, begun=False, **_):
-        self.message_id, self.model, self.profile, self.input_tokens = message_id, model, profile, input_tokens
-        self.state, self.content, self.first, self.last, self.ended = (OPEN if begun else IDLE), False, None, None, False
+        self.message_id, self.model, self.profile, self.input_tokens = (
+            message_id,
+            model,
+            profile,
+            input_tokens,
+        )
+        self.state, self.content, self.first, self.last, self.ended = (
+            (OPEN if begun else IDLE),
+            False,
+            None,
+            None,
+            False,
+        )
         self.kind, self.index, self.usage, self.memory, self.written = "", -1, {}, {}, 0
         self.reason = ""
 
     def start(self):
         if self.state == IDLE:
             self.state = OPEN
-            message = dict(as_dict(as_dict(self.first).get("message")), model=self.model, content=[])
-            for key, value in (("id", self.message_id), ("type", "message"), ("role", "assistant"), ("stop_reason", None), ("stop_sequence", None)):
+            message = dict(
+                as_dict(as_dict(self.first).get("message")), model=self.model, content=[]
+            )
+            for key, value in (
+                ("id", self.message_id),
+                ("type", "message"),
+                ("role", "assistant"),
+                ("stop_reason", None),
+                ("stop_sequence", None),
+            ):
                 message.setdefault(key, value)
-            message["usage"] = dict({"input_tokens": self.input_tokens, "output_tokens": 0}, **as_dict(message.get("usage")))
+            message["usage"] = dict(
+                {"input_tokens": self.input_tokens, "output_tokens": 0},
+                **as_dict(message.get("usage")),
+            )
             yield {"type": "message_start", "message": message}
 
     def feed(self, event):
@@ -3198,7 +4466,7 @@ class RelayTranslator(object):
         kind = event.get("type")
         if kind == "error" or "error" in event:
             raise error_in_reply(event) or UpstreamError("The provider reported an error.")
-        if kind == "message":                                   # a whole message in answer to a stream request
+        if kind == "message":  # a whole message in answer to a stream request
             for part in unfold(event):
                 yield from self.feed(part)
         elif kind == "message_start":
@@ -3236,10 +4504,24 @@ class RelayTranslator(object):
         """A sign of life, as the other translator's; a thinking block of our own is signed, so that it is never sent on."""
         if not self.kind:
             yield from self.open_block("thinking", BLOCKS["thinking"][0])
-            yield {"type": "content_block_delta", "index": self.index,
-                   "delta": {"type": "signature_delta", "signature": write_state(self.profile.scope, {})}}
+            yield {
+                "type": "content_block_delta",
+                "index": self.index,
+                "delta": {
+                    "type": "signature_delta",
+                    "signature": write_state(self.profile.scope, {}),
+                },
+            }
         _, delta, field = BLOCKS.get(self.kind, (None, "", ""))
-        yield {"type": "content_block_delta", "index": self.index, "delta": {"type": delta, field: ""}} if delta else PING
+        yield (
+            {
+                "type": "content_block_delta",
+                "index": self.index,
+                "delta": {"type": delta, field: ""},
+            }
+            if delta
+            else PING
+        )
 
     def done(self):
         """[DONE] means nothing in Anthropic's form."""
@@ -3248,7 +4530,9 @@ class RelayTranslator(object):
         if self.state in (DONE, FAILED):
             return
         if not self.ended:
-            raise UpstreamError("The provider's reply was cut off before its end.", kind="cut", retry=True)
+            raise UpstreamError(
+                "The provider's reply was cut off before its end.", kind="cut", retry=True
+            )
         yield from self.start()
         yield from self.close_block()
         self.state = DONE
@@ -3264,8 +4548,15 @@ class RelayTranslator(object):
             yield {"type": "content_block_stop", "index": self.index}
 
     def usage_now(self):
-        usage = {name: positive_int(self.usage, name) for name in ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens",
-                                                                 "output_tokens")}
+        usage = {
+            name: positive_int(self.usage, name)
+            for name in (
+                "input_tokens",
+                "cache_creation_input_tokens",
+                "cache_read_input_tokens",
+                "output_tokens",
+            )
+        }
         if not usage["input_tokens"] + usage["cache_read_input_tokens"]:
             usage["input_tokens"] = self.input_tokens
         return usage
@@ -3276,7 +4567,11 @@ class RelayTranslator(object):
 _escape = json.dumps
 DELTAS = {
     # delta type: (field, the event as sent; the hot path writes from this, with one escape of the text)
-    delta: (field, 'event: content_block_delta\ndata: {"type":"content_block_delta","index":%%d,"delta":{"type":"%s","%s":%%s}}\n\n' % (delta, field))
+    delta: (
+        field,
+        'event: content_block_delta\ndata: {"type":"content_block_delta","index":%%d,"delta":{"type":"%s","%s":%%s}}\n\n'
+        % (delta, field),
+    )
     for _, delta, field in BLOCKS.values()
 }
 
@@ -3310,8 +4605,14 @@ def fold(events):
             message.update(event["delta"])
             message["usage"].update(event["usage"])
         elif kind == "error":
-            raise UpstreamError(event["error"]["message"], 529 if event["error"]["type"] == "overloaded_error" else 502, event["error"]["type"])
-    message["content"] = [finished_block(blocks[index], inputs.get(index, [])) for index in sorted(blocks)]
+            raise UpstreamError(
+                event["error"]["message"],
+                529 if event["error"]["type"] == "overloaded_error" else 502,
+                event["error"]["type"],
+            )
+    message["content"] = [
+        finished_block(blocks[index], inputs.get(index, [])) for index in sorted(blocks)
+    ]
     return message
 
 
@@ -3334,7 +4635,11 @@ def finished_block(block, pieces):
         block[kind] = block.get(kind, "") + whole
     elif pieces and "input" in block or kind in ("tool_use", "server_tool_use"):
         parsed = json_or_none(whole) if whole else block.get("input") or {}
-        block["input"] = parsed if isinstance(parsed, dict) else {"__unparsedToolInput": {"raw": whole, "len": len(whole)}}
+        block["input"] = (
+            parsed
+            if isinstance(parsed, dict)
+            else {"__unparsedToolInput": {"raw": whole, "len": len(whole)}}
+        )
     return block
 
 
@@ -3342,25 +4647,48 @@ def unfold(message, new_id=None):
     """The events that make up a finished message; new_id() gives tool calls fresh ids (a replayed one must not repeat)."""
     started = dict(message, content=[], stop_reason=None, stop_sequence=None)
     yield {"type": "message_start", "message": started}
-    for index, block in enumerate(block for block in as_list(message.get("content")) if isinstance(block, dict)):
+    for index, block in enumerate(
+        block for block in as_list(message.get("content")) if isinstance(block, dict)
+    ):
         kind = str(block.get("type"))
         skeleton, delta, field = BLOCKS.get(kind, (None, "", ""))
         if kind in ("tool_use", "server_tool_use"):
             call_id = "toolu_" + new_id() if new_id and kind == "tool_use" else block.get("id")
-            yield {"type": "content_block_start", "index": index, "content_block": dict(block, id=call_id, input={})}
-            arguments = {"type": "input_json_delta", "partial_json": compact_json(block.get("input") or {})}
+            yield {
+                "type": "content_block_start",
+                "index": index,
+                "content_block": dict(block, id=call_id, input={}),
+            }
+            arguments = {
+                "type": "input_json_delta",
+                "partial_json": compact_json(block.get("input") or {}),
+            }
             yield {"type": "content_block_delta", "index": index, "delta": arguments}
         elif skeleton is None:
             yield {"type": "content_block_start", "index": index, "content_block": block}
         else:
             yield {"type": "content_block_start", "index": index, "content_block": skeleton}
             if block.get(field):
-                yield {"type": "content_block_delta", "index": index, "delta": {"type": delta, field: block[field]}}
+                yield {
+                    "type": "content_block_delta",
+                    "index": index,
+                    "delta": {"type": delta, field: block[field]},
+                }
             if block.get("signature"):
-                yield {"type": "content_block_delta", "index": index, "delta": {"type": "signature_delta", "signature": block["signature"]}}
+                yield {
+                    "type": "content_block_delta",
+                    "index": index,
+                    "delta": {"type": "signature_delta", "signature": block["signature"]},
+                }
         yield {"type": "content_block_stop", "index": index}
-    yield {"type": "message_delta", "delta": {"stop_reason": message.get("stop_reason"), "stop_sequence": message.get("stop_sequence")},
-           "usage": dict(as_dict(message.get("usage")))}
+    yield {
+        "type": "message_delta",
+        "delta": {
+            "stop_reason": message.get("stop_reason"),
+            "stop_sequence": message.get("stop_sequence"),
+        },
+        "usage": dict(as_dict(message.get("usage"))),
+    }
     yield {"type": "message_stop"}
 
 
@@ -3384,8 +4712,27 @@ FIELD_PATTERNS = (
     r"(?:unknown|unexpected|unrecognized|unsupported|invalid) (?:field|parameter|argument|keyword argument|property):? ['`\"]?([\w.]+)",
     r"(\w+): Extra inputs are not permitted",
 )
-SCHEMA_WORDS = ("pattern", "format", "const", "additionalProperties", "exclusiveMinimum", "exclusiveMaximum", "default", "propertyNames",
-                "patternProperties", "anyOf", "oneOf", "allOf", "minLength", "maxLength", "minItems", "maxItems", "not", "examples", "title")
+SCHEMA_WORDS = (
+    "pattern",
+    "format",
+    "const",
+    "additionalProperties",
+    "exclusiveMinimum",
+    "exclusiveMaximum",
+    "default",
+    "propertyNames",
+    "patternProperties",
+    "anyOf",
+    "oneOf",
+    "allOf",
+    "minLength",
+    "maxLength",
+    "minItems",
+    "maxItems",
+    "not",
+    "examples",
+    "title",
+)
 REFUSED = r"(?i)unsupported|not support|unknown|unrecogni[sz]ed|unexpected|not permitted|not allowed|extra|forbidden|invalid|unavailable"
 ESSENTIAL = ("model", "messages", "tools", "stream")
 
@@ -3395,8 +4742,14 @@ def named_fields(text):
     found = []
     for pattern in FIELD_PATTERNS:
         for match in re.findall(pattern, text, re.I):
-            found += [re.sub(r"(?<=[a-z])([A-Z])", lambda m: "_" + m.group(1).lower(), name) if not name.isupper() else name
-                      for name in re.findall(r"[\w.]+", match)]
+            found += [
+                (
+                    re.sub(r"(?<=[a-z])([A-Z])", lambda m: "_" + m.group(1).lower(), name)
+                    if not name.isupper()
+                    else name
+                )
+                for name in re.findall(r"[\w.]+", match)
+            ]
     return list(dict.fromkeys(found))
 
 
@@ -3409,7 +4762,9 @@ def learn_fields(text, profile, sent):
         if name.startswith("ANTHROPIC_"):
             changes["strict"] = True
         elif last in ("max_tokens", "max_completion_tokens") and last in sent:
-            changes["max_tokens"] = "max_completion_tokens" if last == "max_tokens" else "max_tokens"
+            changes["max_tokens"] = (
+                "max_completion_tokens" if last == "max_tokens" else "max_tokens"
+            )
         elif last in ("reasoning_content", "reasoning", "reasoning_details") and last not in sent:
             changes["reasoning_field"] = ""
         elif last in SCHEMA_WORDS and last not in sent and last not in profile.schema:
@@ -3432,7 +4787,11 @@ def learn_choice(text, profile, sent):
     choice = sent.get("tool_choice")
     if not choice or "tool_choice" not in text and "tool choice" not in text.lower():
         return {}
-    return {"tool_choice": tuple(form for form in profile.tool_choice if form == "none" and choice != "none")}
+    return {
+        "tool_choice": tuple(
+            form for form in profile.tool_choice if form == "none" and choice != "none"
+        )
+    }
 
 
 def learn_thinking(text, profile, sent):
@@ -3445,9 +4804,28 @@ def learn_thinking(text, profile, sent):
         return {"effort_with_tools": "none"}
     if re.search(r"cannot be disabled when reasoning_effort", text):
         return {"never": tuple(profile.never) + ("reasoning_effort",)}
-    asked = [field for field in ("reasoning_effort", "thinking", "enable_thinking", "reasoning", "chat_template_kwargs") if field in sent]
+    asked = [
+        field
+        for field in (
+            "reasoning_effort",
+            "thinking",
+            "enable_thinking",
+            "reasoning",
+            "chat_template_kwargs",
+        )
+        if field in sent
+    ]
     named = [field for field in asked if re.search(r"\b%s\b" % field, text)]
-    if asked and re.search(REFUSED, text) and (named or re.search(r"not support (?:thinking|reasoning)|(?:thinking|reasoning) is not", text, re.I)):
+    if (
+        asked
+        and re.search(REFUSED, text)
+        and (
+            named
+            or re.search(
+                r"not support (?:thinking|reasoning)|(?:thinking|reasoning) is not", text, re.I
+            )
+        )
+    ):
         return {"reasoning": "", "effort_with_tools": ""}
     return {}
 
@@ -3456,28 +4834,52 @@ def learn_replay(text, profile, sent):
     """Reasoning that must come back with the history."""
     if "thought_signature" in text:
         return {"reasoning_field": "google", "placeholder": GEMINI_SKIP}
-    if re.search(r"reasoning_content.{0,80}(?:passed back|missing)|missing.{0,20}reasoning_content", text, re.I):
+    if re.search(
+        r"reasoning_content.{0,80}(?:passed back|missing)|missing.{0,20}reasoning_content",
+        text,
+        re.I,
+    ):
         known = profile.reasoning_field == "reasoning_content" and profile.placeholder
-        return {"reasoning_field": "reasoning_content", "placeholder": NOT_KEPT, "reasoning_always": bool(known) or profile.reasoning_always}
+        return {
+            "reasoning_field": "reasoning_content",
+            "placeholder": NOT_KEPT,
+            "reasoning_always": bool(known) or profile.reasoning_always,
+        }
     return {}
 
 
 def learn_images(text, profile, sent):
     """A model that takes no images: they become notes."""
-    telling = re.search(r"image|vision|multi-?modal|only supports? text", text, re.I) and \
-        re.search(r"not support|only supports? text|not a multimodal|unknown variant|unsupported|text.only|cannot|no endpoints found", text, re.I)
-    has_image = any(isinstance(m.get("content"), list) and any(p.get("type") == "image_url" for p in m["content"]) for m in sent["messages"])
+    telling = re.search(r"image|vision|multi-?modal|only supports? text", text, re.I) and re.search(
+        r"not support|only supports? text|not a multimodal|unknown variant|unsupported|text.only|cannot|no endpoints found",
+        text,
+        re.I,
+    )
+    has_image = any(
+        isinstance(m.get("content"), list)
+        and any(p.get("type") == "image_url" for p in m["content"])
+        for m in sent["messages"]
+    )
     return {"images": False} if telling and has_image else {}
 
 
 def learn_files(text, profile, sent):
-    has_file = any(isinstance(m.get("content"), list) and any(p.get("type") == "file" for p in m["content"]) for m in sent["messages"])
-    return {"files": False} if has_file and re.search(r"\bfile|pdf|unknown variant|content type", text, re.I) else {}
+    has_file = any(
+        isinstance(m.get("content"), list) and any(p.get("type") == "file" for p in m["content"])
+        for m in sent["messages"]
+    )
+    return (
+        {"files": False}
+        if has_file and re.search(r"\bfile|pdf|unknown variant|content type", text, re.I)
+        else {}
+    )
 
 
 def learn_schema(text, profile, sent):
     """A JSON schema keyword in a tool that the provider cannot read."""
-    if not sent.get("tools") or not re.search(r"schema|function|tools?\b|parameters|regex|grammar", text, re.I):
+    if not sent.get("tools") or not re.search(
+        r"schema|function|tools?\b|parameters|regex|grammar", text, re.I
+    ):
         return {}
     if re.search(r"regex|look-?(?:ahead|behind|around)", text, re.I):
         found = ["pattern"]
@@ -3489,7 +4891,9 @@ def learn_schema(text, profile, sent):
 
 def learn_format(text, profile, sent):
     """A response_format that is not there: the weaker form, then words."""
-    if "response_format" not in sent or not re.search(r"response_format|json_schema|json_object|structured output", text, re.I):
+    if "response_format" not in sent or not re.search(
+        r"response_format|json_schema|json_object|structured output", text, re.I
+    ):
         return {}
     return {"json_format": "json_object" if profile.json_format == "json_schema" else ""}
 
@@ -3500,10 +4904,20 @@ def learn_roles(text, profile, sent):
         return {"user_after_tool": False}
     if re.search(r"must be a-z, A-Z, 0-9, with a length of 9", text):
         return {"tool_ids": "nine"}
-    if re.search(r"system.{0,30}role.{0,30}(?:not supported|not enabled|unsupported)|role: system|Developer instruction is not enabled", text, re.I):
+    if re.search(
+        r"system.{0,30}role.{0,30}(?:not supported|not enabled|unsupported)|role: system|Developer instruction is not enabled",
+        text,
+        re.I,
+    ):
         return {"system_role": False}
-    found = re.search(r"maximum (?:number of items is|length) (\d+)", text) if "tools" in text else None
-    return {"max_tools": int(found.group(1))} if found and len(sent.get("tools", ())) > int(found.group(1)) else {}
+    found = (
+        re.search(r"maximum (?:number of items is|length) (\d+)", text) if "tools" in text else None
+    )
+    return (
+        {"max_tools": int(found.group(1))}
+        if found and len(sent.get("tools", ())) > int(found.group(1))
+        else {}
+    )
 
 
 def learn_native(text, profile, sent):
@@ -3524,13 +4938,30 @@ def learn_any_field(text, profile, sent):
     """Last resort: a field of ours that the text names in quotes and calls wrong in some way."""
     if not re.search(REFUSED, text):
         return {}
-    fields = [field for field in sent if field not in ESSENTIAL and field != profile.max_tokens and re.search(r"['\"`(\[]%s\b" % re.escape(field), text)]
+    fields = [
+        field
+        for field in sent
+        if field not in ESSENTIAL
+        and field != profile.max_tokens
+        and re.search(r"['\"`(\[]%s\b" % re.escape(field), text)
+    ]
     return {"never": tuple(profile.never) + tuple(fields)} if fields else {}
 
 
-LESSON_RULES = (learn_native, learn_thinking, learn_replay, learn_choice, learn_roles, learn_format, learn_images, learn_files,
-                learn_output_limit, learn_fields,
-                learn_schema, learn_any_field)
+LESSON_RULES = (
+    learn_native,
+    learn_thinking,
+    learn_replay,
+    learn_choice,
+    learn_roles,
+    learn_format,
+    learn_images,
+    learn_files,
+    learn_output_limit,
+    learn_fields,
+    learn_schema,
+    learn_any_field,
+)
 
 
 def learn(error, profile, sent):
@@ -3541,7 +4972,11 @@ def learn(error, profile, sent):
     if error.kind not in ("request", "size", "sampling", "policy") or not error.text:
         return {}
     for rule in LESSON_RULES:
-        changes = {field: value for field, value in rule(error.text, profile, sent).items() if getattr(profile, field) != value}
+        changes = {
+            field: value
+            for field, value in rule(error.text, profile, sent).items()
+            if getattr(profile, field) != value
+        }
         if changes:
             return changes
     return {}
@@ -3556,7 +4991,10 @@ def room_after(error, profile, size):
         return {}, 0
     lazy = prompt + output == limit + 1
     room = max(1024, limit - max(prompt + 64, size // 4 if lazy else 0))
-    return {"context": limit, "density": round(max(profile.density, min(16.0, (prompt + 64) / max(size, 1))), 3)}, room
+    return {
+        "context": limit,
+        "density": round(max(profile.density, min(16.0, (prompt + 64) / max(size, 1))), 3),
+    }, room
 
 
 def lesson_text(field, value):
@@ -3571,42 +5009,59 @@ def lesson_text(field, value):
 
 
 LESSON_WORDS = {
-    "strict": "unknown fields are refused; the disguise is not attached", "max_tokens": "the output limit is called %s",
-    "density": "counts up to %s tokens a byte", "max_output": "at most %s output tokens", "context": "the context window has %s tokens",
+    "strict": "unknown fields are refused; the disguise is not attached",
+    "max_tokens": "the output limit is called %s",
+    "density": "counts up to %s tokens a byte",
+    "max_output": "at most %s output tokens",
+    "context": "the context window has %s tokens",
     "images": "takes no images",
-    "files": "takes no PDF files", "reasoning_field": "reasoning goes back as: %s", "placeholder": "missing reasoning is replaced by: %s",
-    "tool_choice": "tool choice beyond auto: %s", "always_stream": "always asked for a stream",
-    "user_after_tool": "takes no user message right after a tool message", "tool_ids": "tool ids in the form: %s",
+    "files": "takes no PDF files",
+    "reasoning_field": "reasoning goes back as: %s",
+    "placeholder": "missing reasoning is replaced by: %s",
+    "tool_choice": "tool choice beyond auto: %s",
+    "always_stream": "always asked for a stream",
+    "user_after_tool": "takes no user message right after a tool message",
+    "tool_ids": "tool ids in the form: %s",
 }
 
 
 def apply_lesson(profile, changes):
     """A profile with lessons applied. changes may come from JSON: lists become tuples, unknown fields are ignored."""
+
     def frozen(value):
         return tuple(frozen(part) for part in value) if isinstance(value, (list, tuple)) else value
-    return profile._replace(**{field: frozen(value) for field, value in as_dict(changes).items() if field in Profile._fields})
+
+    return profile._replace(
+        **{
+            field: frozen(value)
+            for field, value in as_dict(changes).items()
+            if field in Profile._fields
+        }
+    )
 
 
 # ======================================================================================================
 # 9  Upstream: connections to the provider, kept alive
 # ======================================================================================================
 
-READ_SIZE = 16384               # one TLS record; every waiting thread holds one
+READ_SIZE = 16384  # one TLS record; every waiting thread holds one
 SEND_SIZE = 1 << 18
 MAX_HEAD = 1 << 16
 MAX_FIELDS = 200
-MAX_BODY = 1 << 26              # of a reply that is read whole
-BLOCK_SIZE = 1 << 16            # of decompressed output: a bomb costs time, not memory
-KEPT_WIRES = 128                # idle connections to one place
-DRAIN_SECONDS = 0.05            # how long finish() waits for the end of a body
-ROUTE_SECONDS = 60              # how long a look-up of the system's proxy settings holds
+MAX_BODY = 1 << 26  # of a reply that is read whole
+BLOCK_SIZE = 1 << 16  # of decompressed output: a bomb costs time, not memory
+KEPT_WIRES = 128  # idle connections to one place
+DRAIN_SECONDS = 0.05  # how long finish() waits for the end of a body
+ROUTE_SECONDS = 60  # how long a look-up of the system's proxy settings holds
 MAX_REDIRECTS = 3
 
 PORTS = {"http": 80, "https": 443}
 INFLATERS = {"gzip": zlib.MAX_WBITS | 16, "x-gzip": zlib.MAX_WBITS | 16, "deflate": zlib.MAX_WBITS}
 NOTHING_YET = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 HEAD_END = re.compile(rb"\r?\n\r?\n")
-INTERIM = re.compile(rb"HTTP/1\.[01] 1(?!01)\d\d[ \r\n]")   # 100 Continue, 103 Early Hints: the answer is still to come
+INTERIM = re.compile(
+    rb"HTTP/1\.[01] 1(?!01)\d\d[ \r\n]"
+)  # 100 Continue, 103 Early Hints: the answer is still to come
 HEADER_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
 FIELD_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 STATUS_LINE = re.compile(rb"HTTP/1\.(\d) +([1-9]\d\d)((?: .*)?)")
@@ -3629,7 +5084,10 @@ def url_origin(url):
 
 
 def basic_auth(parts):
-    pair = "%s:%s" % (urllib.parse.unquote(parts.username or ""), urllib.parse.unquote(parts.password or ""))
+    pair = "%s:%s" % (
+        urllib.parse.unquote(parts.username or ""),
+        urllib.parse.unquote(parts.password or ""),
+    )
     return "Basic " + base64.b64encode(pair.encode("utf-8")).decode("ascii")
 
 
@@ -3637,18 +5095,28 @@ def route_to(scheme, host, port):
     """The Route to an origin by HTTP(S)_PROXY, ALL_PROXY and NO_PROXY, or the settings of macOS and Windows."""
     proxies = urllib.request.getproxies()
     proxy = proxies.get(scheme) or proxies.get("all")
-    if not proxy or LOCAL_HOSTS.fullmatch(host) or urllib.request.proxy_bypass(host_port(host, port)):
+    if (
+        not proxy
+        or LOCAL_HOSTS.fullmatch(host)
+        or urllib.request.proxy_bypass(host_port(host, port))
+    ):
         return Route(scheme, host, port, None, "")
     try:
         parts = urllib.parse.urlsplit(proxy if "://" in proxy else "http://" + proxy)
         address = parts.hostname, parts.port or PORTS.get(parts.scheme)
     except ValueError:
-        raise UpstreamError("the proxy setting for %s has no valid host and port: correct %s_PROXY" %
-                            (host, scheme.upper()), kind="connect")
+        raise UpstreamError(
+            "the proxy setting for %s has no valid host and port: correct %s_PROXY"
+            % (host, scheme.upper()),
+            kind="connect",
+        )
     # As in urllib, the way to an https:// proxy is plain too: nearly all that are written so are plain ones.
     if parts.scheme not in PORTS or not parts.hostname:
-        raise UpstreamError("%s:// proxies are not supported: set %s_PROXY to an http:// proxy, or name %s in NO_PROXY" %
-                            (parts.scheme, scheme.upper(), host), kind="connect")
+        raise UpstreamError(
+            "%s:// proxies are not supported: set %s_PROXY to an http:// proxy, or name %s in NO_PROXY"
+            % (parts.scheme, scheme.upper(), host),
+            kind="connect",
+        )
     return Route(scheme, host, port, address, basic_auth(parts) if parts.username else "")
 
 
@@ -3657,7 +5125,7 @@ def poll_socket(sock, seconds, read=True, write=False):
     if sock is None:
         time.sleep(seconds)
         return True
-    if not hasattr(select, "poll"):     # Windows
+    if not hasattr(select, "poll"):  # Windows
         return any(select.select([sock] if read else [], [sock] if write else [], [], seconds))
     poll = select.poll()
     poll.register(sock, (select.POLLIN if read else 0) | (select.POLLOUT if write else 0))
@@ -3666,7 +5134,9 @@ def poll_socket(sock, seconds, read=True, write=False):
 
 class Headers:
     """The fields of a head, by lower-case name: get() gives the first of a name, all() every one. lines: bytes without line
-    breaks. strict: ValueError for a line that is no field (RFC 9112, section 5), else it is skipped."""
+    breaks. strict: ValueError for a line that is no field (RFC 9112, section 5), else it is skipped.
+    """
+
     __slots__ = ("fields",)
 
     def __init__(self, lines=(), strict=False):
@@ -3695,6 +5165,7 @@ class Headers:
 class Head:
     """The head of an answer. chunked, length: how the body is framed (length None: until the connection ends, unless it is
     chunked); last: the upstream closes the connection after it. ValueError for what is no head."""
+
     __slots__ = ("status", "reason", "headers", "chunked", "length", "last")
 
     def __init__(self, head, method):
@@ -3719,7 +5190,7 @@ def ascii_host(name):
     """A host with its port as it is written in HTTP."""
     try:
         return name.encode("idna").decode("ascii")
-    except UnicodeError:        # connecting will say what is wrong with it
+    except UnicodeError:  # connecting will say what is wrong with it
         return name.encode("ascii", "replace").decode("ascii")
 
 
@@ -3738,14 +5209,28 @@ def request_bytes(route, method, url, headers, body):
         target = "http://" + host_port(route.host, route.port) + target
         if route.proxy_auth:
             fields.append(("Proxy-Authorization", route.proxy_auth))
-    fields += [(name, value) for name, value in headers.items() if name.lower() not in ("content-length", "transfer-encoding")]
+    fields += [
+        (name, value)
+        for name, value in headers.items()
+        if name.lower() not in ("content-length", "transfer-encoding")
+    ]
     for name, value in fields:
         if not HEADER_VALUE.fullmatch(value):
-            raise UpstreamError("the header %s to the provider has a line break or another character in its value that HTTP "
-                                "forbids: check the setting (an API key?) it comes from" % ascii(name), 500, kind="request")
-    if not re.fullmatch("[!-~]+", target) or not all(FIELD_NAME.fullmatch(name) for name, _ in fields):
-        raise UpstreamError("the base URL or a header name has a blank or another character that HTTP forbids: check the "
-                            "settings", 500, kind="request")
+            raise UpstreamError(
+                "the header %s to the provider has a line break or another character in its value that HTTP "
+                "forbids: check the setting (an API key?) it comes from" % ascii(name),
+                500,
+                kind="request",
+            )
+    if not re.fullmatch("[!-~]+", target) or not all(
+        FIELD_NAME.fullmatch(name) for name, _ in fields
+    ):
+        raise UpstreamError(
+            "the base URL or a header name has a blank or another character that HTTP forbids: check the "
+            "settings",
+            500,
+            kind="request",
+        )
     lines = ["%s %s HTTP/1.1" % (method, target)] + ["%s: %s" % field for field in fields]
     return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1") + (body or b"")
 
@@ -3756,11 +5241,14 @@ class Wire:
     rest: bytes that came and are not used yet. heard: a byte of the current answer has come. since: idle from then on.
     Whoever gets an exception from a method must drop the wire.
     """
+
     __slots__ = ("sock", "route", "peer", "wait", "timeout", "rest", "heard", "since", "buffer")
 
     def __init__(self, sock, route, peer):
         self.sock, self.route, self.peer = sock, route, peer
-        self.buffer = bytearray(READ_SIZE)      # recv() would take as much anew for each chunk, and leave holes in memory
+        self.buffer = bytearray(
+            READ_SIZE
+        )  # recv() would take as much anew for each chunk, and leave holes in memory
         self.begin(poll_socket, 0)
 
     def begin(self, wait, timeout):
@@ -3769,7 +5257,11 @@ class Wire:
 
     def ready(self, wait, seconds):
         """`wait` on the socket, unless TLS has already taken from it what we are waiting for."""
-        return self.route.scheme == "https" and getattr(self.sock, "pending", int)() > 0 or wait(self.sock, seconds)
+        return (
+            self.route.scheme == "https"
+            and getattr(self.sock, "pending", int)() > 0
+            or wait(self.sock, seconds)
+        )
 
     def now(self):
         """What has arrived: bytes, b"" at the end of the connection, None if nothing (or only a TLS session ticket)."""
@@ -3785,8 +5277,13 @@ class Wire:
         """The next bytes, b"" at the end of the connection; waits at most `timeout` for them."""
         while True:
             if not self.ready(self.wait, self.timeout if seconds is None else max(seconds, 0)):
-                raise UpstreamError("%s has been silent for %g s: it is overloaded or stuck; try again, or raise the timeout"
-                                    % (self.peer, self.timeout), 504, "timeout_error", kind="timeout")
+                raise UpstreamError(
+                    "%s has been silent for %g s: it is overloaded or stuck; try again, or raise the timeout"
+                    % (self.peer, self.timeout),
+                    504,
+                    "timeout_error",
+                    kind="timeout",
+                )
             data = self.now()
             if data is not None:
                 return data
@@ -3796,12 +5293,12 @@ class Wire:
         view, moved = memoryview(data), time.monotonic()
         while view:
             try:
-                view = view[self.sock.send(view[:SEND_SIZE]):]
+                view = view[self.sock.send(view[:SEND_SIZE]) :]
                 moved = time.monotonic()
                 continue
             except NOTHING_YET:
                 pass
-            except OSError:     # it may have answered before it hung up: head() sees
+            except OSError:  # it may have answered before it hung up: head() sees
                 return False
             if self.wait(self.sock, 0):
                 early = self.now()
@@ -3810,8 +5307,13 @@ class Wire:
                 if early is not None and not INTERIM.match(self.rest):
                     return False
             if time.monotonic() - moved > self.timeout:
-                raise UpstreamError("%s took no byte of the request for %g s: it is overloaded or stuck; try again" %
-                                    (self.peer, self.timeout), 504, "timeout_error", kind="timeout")
+                raise UpstreamError(
+                    "%s took no byte of the request for %g s: it is overloaded or stuck; try again"
+                    % (self.peer, self.timeout),
+                    504,
+                    "timeout_error",
+                    kind="timeout",
+                )
             poll_socket(self.sock, 0.2, read=not self.rest, write=True)
         return True
 
@@ -3821,7 +5323,7 @@ class Wire:
         while True:
             found = HEAD_END.search(self.rest)
             if found:
-                head, self.rest = self.rest[:found.end()], self.rest[found.end():]
+                head, self.rest = self.rest[: found.end()], self.rest[found.end() :]
                 if not INTERIM.match(head):
                     return self.parsed(head, method)
                 continue
@@ -3840,17 +5342,24 @@ class Wire:
             raise self.garbage(head)
 
     def garbage(self, data):
-        if data[:1] == b"\x15":         # a TLS alert
+        if data[:1] == b"\x15":  # a TLS alert
             advice = "it expects TLS; write https:// in the base URL"
         else:
             advice = "check host and port of the base URL"
-        return UpstreamError("%s does not answer with proper HTTP (its %d bytes begin with %s): %s" %
-                             (self.peer, len(data), ascii(data[:40])[1:], advice), kind="cut")
+        return UpstreamError(
+            "%s does not answer with proper HTTP (its %d bytes begin with %s): %s"
+            % (self.peer, len(data), ascii(data[:40])[1:], advice),
+            kind="cut",
+        )
 
     def cut(self, seen):
         when = "in the middle of its answer" if self.heard else "before it answered"
-        return UpstreamError("the connection to %s ended %s (%s): a fault there or in the network; try again" %
-                             (self.peer, when, seen), kind="cut", retry=True)
+        return UpstreamError(
+            "the connection to %s ended %s (%s): a fault there or in the network; try again"
+            % (self.peer, when, seen),
+            kind="cut",
+            retry=True,
+        )
 
     def close(self):
         try:
@@ -3865,6 +5374,7 @@ class Dechunker:
     done: the end was seen; rest: what came after it. A size line is taken with the line break before it, which ends the
     chunk before; that is why it all begins with one.
     """
+
     SIZE_LINE = re.compile(rb"\r?\n([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\r\n]*)?\r?\n")
     PART_OF_IT = re.compile(rb"(?:\r?\n?|\r?\n[0-9A-Fa-f]{1,15}[ \t]*(?:;[^\r\n]*)?\r?)\Z")
     TRAILERS = re.compile(rb"(?:[^\r\n][^\n]*\n)*\r?\n")
@@ -3872,19 +5382,19 @@ class Dechunker:
 
     def __init__(self):
         self.left, self.tail, self.done, self.rest = 0, b"\r\n", False, b""
-        self.sizes = {}     # of size lines seen: chunks of a model are alike, and this halves the time
+        self.sizes = {}  # of size lines seen: chunks of a model are alike, and this halves the time
 
     def feed(self, data):
         """The payload in `data`, however many chunks it spans, as one piece. ValueError if it is not chunked framing."""
         if self.left >= len(data):
             self.left -= len(data)
             return data
-        data = self.tail + data         # one of `tail` and `left` is always empty
+        data = self.tail + data  # one of `tail` and `left` is always empty
         at, end, find, known = self.left, len(data), data.find, self.sizes.get
         pieces = [data[:at]]
         while at < end:
             start = find(b"\n", at + 2) + 1
-            if not start and data[at:] == b"\r\n":          # nearly always, when chunks come one by one
+            if not start and data[at:] == b"\r\n":  # nearly always, when chunks come one by one
                 self.left, self.tail = 0, b"\r\n"
                 return b"".join(pieces)
             size = known(data[at:start]) or self.size(data, at, start)
@@ -3899,7 +5409,7 @@ class Dechunker:
     def size(self, data, at, start):
         line = self.SIZE_LINE.match(data, at, start)
         size = int(line.group(1), 16) if line else 0
-        if start - at < 8:      # no more than 4,096 of them
+        if start - at < 8:  # no more than 4,096 of them
             self.sizes[data[at:start]] = size
         return size
 
@@ -3909,7 +5419,7 @@ class Dechunker:
         end = line and self.TRAILERS.match(data, line.end())
         self.left, self.tail = 0, data[at:]
         if end:
-            self.done, self.tail, self.rest = True, b"", data[end.end():]
+            self.done, self.tail, self.rest = True, b"", data[end.end() :]
         elif not (line or self.PART_OF_IT.match(self.tail)) or len(self.tail) > self.MAX_TAIL:
             raise ValueError("a chunk of the body has no valid size")
 
@@ -3923,7 +5433,7 @@ class Counter:
     def feed(self, data):
         if self.left is None:
             return data
-        block, self.rest = data[:self.left], data[self.left:]
+        block, self.rest = data[: self.left], data[self.left :]
         self.left -= len(block)
         self.done = not self.left
         return block
@@ -3937,7 +5447,9 @@ def inflate(pieces, wbits):
             yield b""
             continue
         if not started and wbits == zlib.MAX_WBITS and piece[0] & 15 != 8:
-            inflater = zlib.decompressobj(-wbits)   # "deflate" without the zlib header that RFC 9110 wants
+            inflater = zlib.decompressobj(
+                -wbits
+            )  # "deflate" without the zlib header that RFC 9110 wants
         started, block = True, None
         while piece or block is None or len(block) == BLOCK_SIZE:
             block = inflater.decompress(piece, BLOCK_SIZE)
@@ -3969,15 +5481,24 @@ class Reply:
             elif coding in INFLATERS:
                 yield from inflate(self.payload(), INFLATERS[coding])
             else:
-                raise UpstreamError("%s compresses its answer with %s although it was asked not to: only gzip and deflate "
-                                    "can be read" % (self.wire.peer, ascii(coding)), kind="body")
-        except GeneratorExit:       # the consumer has enough: finish() or close() will say what becomes of the connection
+                raise UpstreamError(
+                    "%s compresses its answer with %s although it was asked not to: only gzip and deflate "
+                    "can be read" % (self.wire.peer, ascii(coding)),
+                    kind="body",
+                )
+        except (
+            GeneratorExit
+        ):  # the consumer has enough: finish() or close() will say what becomes of the connection
             raise
         except (zlib.error, ValueError) as error:
             peer = self.wire.peer
             self.drop()
-            raise UpstreamError("the answer of %s is damaged (%s): a fault there or in a proxy between; try again" %
-                                (peer, error), kind="cut", retry=True)
+            raise UpstreamError(
+                "the answer of %s is damaged (%s): a fault there or in a proxy between; try again"
+                % (peer, error),
+                kind="cut",
+                retry=True,
+            )
         except BaseException:
             self.drop()
             raise
@@ -4009,8 +5530,11 @@ class Reply:
             if size > limit:
                 peer = self.wire.peer
                 self.drop()
-                raise UpstreamError("the answer of %s is longer than %d bytes: that is not a chat completion; check the base URL"
-                                    % (peer, limit), kind="body")
+                raise UpstreamError(
+                    "the answer of %s is longer than %d bytes: that is not a chat completion; check the base URL"
+                    % (peer, limit),
+                    kind="body",
+                )
         return b"".join(blocks)
 
     def finish(self):
@@ -4061,22 +5585,39 @@ def redirect_target(method, url, reply):
 def connect_error(route, error):
     """Why no connection came about, as an UpstreamError."""
     peer = host_port(*(route.proxy or (route.host, route.port)))
-    seen = getattr(error, "verify_message", "") or getattr(error, "strerror", "") or str(error) or type(error).__name__
+    seen = (
+        getattr(error, "verify_message", "")
+        or getattr(error, "strerror", "")
+        or str(error)
+        or type(error).__name__
+    )
     if isinstance(error, ssl.CertificateError) or "CERTIFICATE_VERIFY_FAILED" in str(error):
-        said = ("%s shows a certificate that is not trusted here (%s): if a company proxy or a private CA signed it, name the "
-                "CA's file in SSL_CERT_FILE or --ca-bundle (NODE_EXTRA_CA_CERTS is for Node only)" %
-                (host_port(route.host, route.port), seen))
+        said = (
+            "%s shows a certificate that is not trusted here (%s): if a company proxy or a private CA signed it, name the "
+            "CA's file in SSL_CERT_FILE or --ca-bundle (NODE_EXTRA_CA_CERTS is for Node only)"
+            % (host_port(route.host, route.port), seen)
+        )
         return UpstreamError(said, kind="connect")
     if isinstance(error, ssl.SSLError):
-        said = "no TLS with %s (%s): if it is a plain HTTP server, write http:// in the base URL" % (
-            host_port(route.host, route.port), seen)
+        said = (
+            "no TLS with %s (%s): if it is a plain HTTP server, write http:// in the base URL"
+            % (host_port(route.host, route.port), seen)
+        )
     elif route.proxy:
-        said = "the proxy %s cannot be reached (%s): check HTTPS_PROXY and HTTP_PROXY, or name %s in NO_PROXY" % (
-            peer, seen, route.host)
+        said = (
+            "the proxy %s cannot be reached (%s): check HTTPS_PROXY and HTTP_PROXY, or name %s in NO_PROXY"
+            % (peer, seen, route.host)
+        )
     elif isinstance(error, (socket.gaierror, UnicodeError)):
-        said = "the host name of %s cannot be resolved (%s): check the base URL, the network and any proxy" % (peer, seen)
+        said = (
+            "the host name of %s cannot be resolved (%s): check the base URL, the network and any proxy"
+            % (peer, seen)
+        )
     else:
-        said = "%s cannot be reached (%s): check that the server runs and that the base URL is right" % (peer, seen)
+        said = (
+            "%s cannot be reached (%s): check that the server runs and that the base URL is right"
+            % (peer, seen)
+        )
     return UpstreamError(said, kind="connect", retry=True)
 
 
@@ -4084,11 +5625,15 @@ def proxy_refusal(route, status, reason):
     """The proxy's answer to CONNECT as an UpstreamError."""
     proxy = host_port(*route.proxy)
     if status == 407:
-        said = "the proxy %s wants a name and password (407): %s_PROXY needs user:password@ before its host" % (
-            proxy, route.scheme.upper())
+        said = (
+            "the proxy %s wants a name and password (407): %s_PROXY needs user:password@ before its host"
+            % (proxy, route.scheme.upper())
+        )
     else:
-        said = "the proxy %s does not connect to %s (%d %s): ask who runs it, or name the host in NO_PROXY" % (
-            proxy, host_port(route.host, route.port), status, ascii(reason)[1:-1])
+        said = (
+            "the proxy %s does not connect to %s (%d %s): ask who runs it, or name the host in NO_PROXY"
+            % (proxy, host_port(route.host, route.port), status, ascii(reason)[1:-1])
+        )
     return UpstreamError(said, kind="connect", retry=status >= 500)
 
 
@@ -4099,7 +5644,15 @@ class Upstream:
     for which an unused connection is kept. The pool: Route -> wires, the latest used last.
     """
 
-    def __init__(self, timeout=300.0, connect_timeout=15.0, ca_bundle="", client_cert="", insecure=False, idle=60.0):
+    def __init__(
+        self,
+        timeout=300.0,
+        connect_timeout=15.0,
+        ca_bundle="",
+        client_cert="",
+        insecure=False,
+        idle=60.0,
+    ):
         self.timeout, self.connect_timeout, self.idle = timeout, connect_timeout, idle
         self.ca_bundle, self.client_cert, self.insecure = ca_bundle, client_cert, insecure
         self.lock, self.context_lock, self.context = threading.Lock(), threading.Lock(), None
@@ -4150,8 +5703,10 @@ class Upstream:
         """The Route of a URL; looked up once a minute, as that reads the whole environment (or the Windows registry)."""
         try:
             place = url_origin(url)
-        except ValueError:      # its text may hold a part of the URL, and that a password
-            raise UpstreamError("the base URL is not one: write it like https://host:port/v1", 500, kind="request")
+        except ValueError:  # its text may hold a part of the URL, and that a password
+            raise UpstreamError(
+                "the base URL is not one: write it like https://host:port/v1", 500, kind="request"
+            )
         until, route = self.routes.get(place, (0, None))
         if until < time.monotonic():
             route = route_to(*place)
@@ -4169,7 +5724,7 @@ class Upstream:
             found = None
             while wires and not found:
                 found = wires.pop()
-                if found.ready(poll_socket, 0):     # idle, yet readable: closed, or out of step
+                if found.ready(poll_socket, 0):  # idle, yet readable: closed, or out of step
                     old.append(found)
                     found = None
         for wire in old:
@@ -4202,13 +5757,15 @@ class Upstream:
                     self.tunnel(sock, route, wait)
                 sock = context.wrap_socket(sock, server_hostname=route.host)
             sock.settimeout(0)
-        except (OSError, ValueError) as error:     # ssl.CertificateError is a ValueError on 3.6
+        except (OSError, ValueError) as error:  # ssl.CertificateError is a ValueError on 3.6
             sock.close()
             raise connect_error(route._replace(proxy=None), error)
         except BaseException:
             sock.close()
             raise
-        peer = host_port(route.host, route.port) + (" (through the proxy %s)" % host_port(*address) if route.proxy else "")
+        peer = host_port(route.host, route.port) + (
+            " (through the proxy %s)" % host_port(*address) if route.proxy else ""
+        )
         wire = Wire(sock, route, peer)
         with self.lock:
             self.live.add(wire)
@@ -4250,8 +5807,12 @@ class Upstream:
             if self.client_cert:
                 context.load_cert_chain(*self.client_cert.split(",", 1))
         except OSError as error:
-            raise UpstreamError("the CA bundle %s or the client certificate %s cannot be loaded (%s): it must be a PEM file" %
-                                (ascii(self.ca_bundle), ascii(self.client_cert), error.strerror or error), 500, kind="request")
+            raise UpstreamError(
+                "the CA bundle %s or the client certificate %s cannot be loaded (%s): it must be a PEM file"
+                % (ascii(self.ca_bundle), ascii(self.client_cert), error.strerror or error),
+                500,
+                kind="request",
+            )
         if self.insecure:
             context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
         return context
@@ -4280,7 +5841,9 @@ class Upstream:
             self.pool.clear()
             for wire in self.live:
                 try:
-                    socket.socket.shutdown(wire.sock, socket.SHUT_RDWR)    # not SSLSocket's, which is not for two threads
+                    socket.socket.shutdown(
+                        wire.sock, socket.SHUT_RDWR
+                    )  # not SSLSocket's, which is not for two threads
                 except OSError:
                     pass
         for wire in idle:
@@ -4295,21 +5858,50 @@ KEY_VERSION = 2  # raise it when the rule below changes, so that older entries a
 
 # Fields of the converted request that do not decide what a right answer is. `stop` is not among them: it decides where
 # an answer ends. The limits are, because only answers that ended by themselves are ever stored.
-NOT_IN_KEY = frozenset((
-    "messages", "tools", "stream", "stream_options",
-    "temperature", "top_p", "top_k", "min_p", "seed", "max_tokens", "max_completion_tokens", "max_output_tokens",
-    "user", "metadata", "safety_identifier", "prompt_cache_key", "service_tier", "store",
-    "ANTHROPIC_BASE_URL", "ANTHROPIC_MODEL"))
-SHAPE_FIELDS = ("thinking", "output_config", "tool_choice", "stop_sequences")  # of the client's request
-SEND_HINTS = frozenset(("cache_control", "eager_input_streaming"))  # hints on how to send, on tools and blocks
+NOT_IN_KEY = frozenset(
+    (
+        "messages",
+        "tools",
+        "stream",
+        "stream_options",
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "seed",
+        "max_tokens",
+        "max_completion_tokens",
+        "max_output_tokens",
+        "user",
+        "metadata",
+        "safety_identifier",
+        "prompt_cache_key",
+        "service_tier",
+        "store",
+        "ANTHROPIC_BASE_URL",
+        "ANTHROPIC_MODEL",
+    )
+)
+SHAPE_FIELDS = (
+    "thinking",
+    "output_config",
+    "tool_choice",
+    "stop_sequences",
+)  # of the client's request
+SEND_HINTS = frozenset(
+    ("cache_control", "eager_input_streaming")
+)  # hints on how to send, on tools and blocks
 
 TOTAL_TOKENS = re.compile(r"<total_tokens>[^<\n]{0,80}</total_tokens>")
 MONTH = r"(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]{0,6}\.?"
-DATE_LINE = (           # compiled when a request first needs it: most serve without a cache
+DATE_LINE = (  # compiled when a request first needs it: most serve without a cache
     r"(?i)((?:today.s date|current date|current time|date has changed|today is)[^\n\d]{0,40}?)(?:"
     r"\d{4}-\d\d-\d\d(?:[T ]\d\d:\d\d(?::\d\d(?:\.\d{1,9})?)?(?: ?Z|[+-]\d\d:?\d\d)?)?|\d{1,2}[/.]\d{1,2}[/.]\d{2,4}|"
-    r"(?:(?:mon|tue|wed|thu|fri|sat|sun)[a-z]{0,6},? )?(?:" + MONTH + r" \d{1,2}(?:st|nd|rd|th)?,? \d{4}|"
-    r"\d{1,2} " + MONTH + r",? \d{4}))")
+    r"(?:(?:mon|tue|wed|thu|fri|sat|sun)[a-z]{0,6},? )?(?:"
+    + MONTH
+    + r" \d{1,2}(?:st|nd|rd|th)?,? \d{4}|"
+    r"\d{1,2} " + MONTH + r",? \d{4}))"
+)
 DATE_HEADING = "# currentDate\n"
 TIME_WORDS = frozenset(
     "today tomorrow yesterday tonight now current currently date dates dated day days daily week weeks weekly month "
@@ -4320,7 +5912,8 @@ TIME_WORDS = frozenset(
     "upcoming minute minutes monday tuesday wednesday thursday friday saturday sunday january february april june july "
     "august september october november december "
     "log journal diary datum tag woche monat jahr uhr heute morgen gestern fecha dia hoy manana ayer jour aujourd "
-    "demain hier giorno oggi domani ieri hoje dzis bugun".split())
+    "demain hier giorno oggi domani ieri hoje dzis bugun".split()
+)
 WORD = re.compile(r"[A-Za-z]+")
 NOT_ASCII = re.compile(r"[^\x00-\x7f]")
 
@@ -4372,7 +5965,10 @@ def call_number(call_id, numbers):
 def full_parts(body, sent):
     """Messages and tools as they are sent, but for the ids of tool calls."""
     numbers = {}
-    return [[number_calls(message, numbers) for message in as_list(sent.get("messages"))], sent.get("tools")]
+    return [
+        [number_calls(message, numbers) for message in as_list(sent.get("messages"))],
+        sent.get("tools"),
+    ]
 
 
 def number_calls(message, numbers):
@@ -4383,17 +5979,28 @@ def number_calls(message, numbers):
     if "tool_call_id" in result:
         result["tool_call_id"] = call_number(result["tool_call_id"], numbers)
     if result.get("tool_calls"):
-        result["tool_calls"] = [dict(call, id=call_number(call.get("id"), numbers)) if isinstance(call, dict) else call
-                                for call in as_list(result["tool_calls"])]
+        result["tool_calls"] = [
+            dict(call, id=call_number(call.get("id"), numbers)) if isinstance(call, dict) else call
+            for call in as_list(result["tool_calls"])
+        ]
     return result
 
 
 def blocks_of(content):
     """Content blocks (dicts) of a string or a list; what is neither counts as an unknown block."""
     content = [] if content is None else content if isinstance(content, list) else [content]
-    return [block if isinstance(block, dict) else
-            {"type": "text", "text": block} if isinstance(block, str) else {"type": None, "value": block}
-            for block in content]
+    return [
+        (
+            block
+            if isinstance(block, dict)
+            else (
+                {"type": "text", "text": block}
+                if isinstance(block, str)
+                else {"type": None, "value": block}
+            )
+        )
+        for block in content
+    ]
 
 
 def prefix_parts(body, sent):
@@ -4401,29 +6008,48 @@ def prefix_parts(body, sent):
     messages = [message for message in as_list(body.get("messages")) if isinstance(message, dict)]
     if not ends_in_question(messages):
         return None
-    texts = [block.get("text") for message in messages if message.get("role") == "user"
-             for block in blocks_of(message.get("content")) if block.get("type") == "text"]
+    texts = [
+        block.get("text")
+        for message in messages
+        if message.get("role") == "user"
+        for block in blocks_of(message.get("content"))
+        if block.get("type") == "text"
+    ]
     dated = any(speaks_of_time(own_text(text)) for text in texts if isinstance(text, str))
     numbers = {}
     turns = [turn_part(message, numbers, dated) for message in messages]
-    system = [without_volatile(without_billing(str(block.get("text", block))), dated)
-              for block in blocks_of(body.get("system"))]
-    return [[text for text in system if text.strip()], [turn for turn in turns if turn[1] or turn[2]], tool_parts(sent)]
+    system = [
+        without_volatile(without_billing(str(block.get("text", block))), dated)
+        for block in blocks_of(body.get("system"))
+    ]
+    return [
+        [text for text in system if text.strip()],
+        [turn for turn in turns if turn[1] or turn[2]],
+        tool_parts(sent),
+    ]
 
 
 def ends_in_question(messages):
     """True where the conversation ends in a user turn without a tool result."""
-    answered = [place for place, message in enumerate(messages) if message.get("role") == "assistant"]
-    turn = messages[answered[-1] + 1:] if answered else messages
-    kinds = [str(block.get("type")) for message in turn for block in blocks_of(message.get("content"))]
+    answered = [
+        place for place, message in enumerate(messages) if message.get("role") == "assistant"
+    ]
+    turn = messages[answered[-1] + 1 :] if answered else messages
+    kinds = [
+        str(block.get("type")) for message in turn for block in blocks_of(message.get("content"))
+    ]
     return any(message.get("role") == "user" for message in turn) and not any(
-        kind.endswith("tool_result") for kind in kinds)
+        kind.endswith("tool_result") for kind in kinds
+    )
 
 
 def tool_parts(sent):
     """The tools sent, in one order, as JSON texts: the client changes their order from request to request."""
-    return sorted(canonical({name: value for name, value in tool.items() if name not in SEND_HINTS})
-                  for tool in as_list(sent.get("tools")) if isinstance(tool, dict))
+    return sorted(
+        canonical({name: value for name, value in tool.items() if name not in SEND_HINTS})
+        for tool in as_list(sent.get("tools"))
+        if isinstance(tool, dict)
+    )
 
 
 def without_billing(text):
@@ -4448,13 +6074,18 @@ def reminders(text):
 
 def speaks_of_time(text):
     """True where the date can matter to the answer, or the text is not ASCII, which our words cannot judge."""
-    return bool(NOT_ASCII.search(text)) or not TIME_WORDS.isdisjoint(map(str.lower, WORD.findall(text)))
+    return bool(NOT_ASCII.search(text)) or not TIME_WORDS.isdisjoint(
+        map(str.lower, WORD.findall(text))
+    )
 
 
 def own_text(text):
     """What the user wrote: the text without reminders, but with the CLAUDE.md files in them."""
-    return " ".join(piece.partition(DATE_HEADING)[0] if is_reminder else piece
-                    for is_reminder, piece in reminders(text) if not is_reminder or "\nContents of " in piece)
+    return " ".join(
+        piece.partition(DATE_HEADING)[0] if is_reminder else piece
+        for is_reminder, piece in reminders(text)
+        if not is_reminder or "\nContents of " in piece
+    )
 
 
 def reminder_text(text, dated):
@@ -4464,7 +6095,7 @@ def reminder_text(text, dated):
         return ""
     before, heading, own = text.rpartition(DATE_HEADING)
     found = None if dated else re.search(DATE_LINE, own)
-    if not found or own[:found.start()].strip() not in ("", "The"):
+    if not found or own[: found.start()].strip() not in ("", "The"):
         return text
     return before + heading + re.sub(DATE_LINE, r"\1<date>", own, 1)
 
@@ -4475,16 +6106,24 @@ def user_text(text, dated):
         return ""
     if "<system-reminder>" not in text:
         return text
-    return "<system-reminder>".join(reminder_text(piece, dated) if is_reminder else piece
-                                    for is_reminder, piece in reminders(text))
+    return "<system-reminder>".join(
+        reminder_text(piece, dated) if is_reminder else piece
+        for is_reminder, piece in reminders(text)
+    )
 
 
 def turn_part(message, numbers, dated):
     """[role, settings, blocks] of one Anthropic message; parallel tool results in the order of their calls."""
-    clean = {"system": without_volatile, "user": user_text}.get(str(message.get("role")), lambda text, dated: text)
-    blocks = [block_part(block, numbers, lambda text: clean(text, dated))
-              for block in blocks_of(message.get("content"))]
-    results = sorted((block for block in blocks if block[0] == "tool_result"), key=lambda block: block[1])
+    clean = {"system": without_volatile, "user": user_text}.get(
+        str(message.get("role")), lambda text, dated: text
+    )
+    blocks = [
+        block_part(block, numbers, lambda text: clean(text, dated))
+        for block in blocks_of(message.get("content"))
+    ]
+    results = sorted(
+        (block for block in blocks if block[0] == "tool_result"), key=lambda block: block[1]
+    )
     others = [block for block in blocks if block[0] != "tool_result" and block[1] != ""]
     return [message.get("role"), message.get("output_config"), results + others]
 
@@ -4500,13 +6139,20 @@ def block_part(block, numbers, clean):
         return [kind, call_number(block.get("id"), numbers), block.get("name"), block.get("input")]
     if kind == "tool_result":
         inner = [block_part(part, numbers, str) for part in blocks_of(block.get("content"))]
-        return [kind, call_number(block.get("tool_use_id"), numbers), bool(block.get("is_error")), inner]
+        return [
+            kind,
+            call_number(block.get("tool_use_id"), numbers),
+            bool(block.get("is_error")),
+            inner,
+        ]
     return [kind, {name: value for name, value in block.items() if name not in SEND_HINTS}]
 
 
 # ---- Cache: one SQLite file; no trouble with it ever reaches a request
 
-SCHEMA_VERSION = 20261  # not a small number, so that another program's database is not taken for ours
+SCHEMA_VERSION = (
+    20261  # not a small number, so that another program's database is not taken for ours
+)
 SCHEMA = """
 BEGIN IMMEDIATE;
 CREATE TABLE IF NOT EXISTS responses
@@ -4524,10 +6170,12 @@ CREATE TABLE IF NOT EXISTS lessons (upstream TEXT, model TEXT, value TEXT, PRIMA
 PRAGMA user_version = %d;
 COMMIT;
 """ % SCHEMA_VERSION
-BUSY_SECONDS = 0.25   # how long a request waits for another process's lock
-SLOW_SECONDS = 0.1    # a trouble that took longer than this ...
-REST_SECONDS = 5      # ... is not met again for so long: waiting requests must not queue up behind each other
-ROW_BYTES = 200       # what a row costs besides its value: key, index, page slack
+BUSY_SECONDS = 0.25  # how long a request waits for another process's lock
+SLOW_SECONDS = 0.1  # a trouble that took longer than this ...
+REST_SECONDS = (
+    5  # ... is not met again for so long: waiting requests must not queue up behind each other
+)
+ROW_BYTES = 200  # what a row costs besides its value: key, index, page slack
 MEMORY_ROWS = 20000
 LEDGER_ROWS = 20000
 
@@ -4563,7 +6211,12 @@ class Cache:
 
     def __init__(self, folder, ttl, max_bytes, now=time.time, log=None):
         self.path = os.path.join(folder, "responses.db") if folder else ":memory:"
-        self._ttl, self._max_bytes, self._now, self._log = ttl, max_bytes, now, log or (lambda text: None)
+        self._ttl, self._max_bytes, self._now, self._log = (
+            ttl,
+            max_bytes,
+            now,
+            log or (lambda text: None),
+        )
         self._lock = threading.RLock()
         self._db = None
         self._closed = False
@@ -4576,14 +6229,21 @@ class Cache:
         """(message, cost_ms), or None. cost_ms: what the answer truly took upstream."""
         if key is None:
             return None
-        row = self._run(lambda db: db.execute(
-            "SELECT value, cost_ms FROM responses WHERE key = ? AND abs(born - ?) < ?",
-            (key, self._now(), self._ttl)).fetchone())
+        row = self._run(
+            lambda db: db.execute(
+                "SELECT value, cost_ms FROM responses WHERE key = ? AND abs(born - ?) < ?",
+                (key, self._now(), self._ttl),
+            ).fetchone()
+        )
         message = unpack(row[0]) if row else None
         if not isinstance(message, dict):
             return self._count(misses=1)
-        self._run(lambda db: db.execute(
-            "UPDATE responses SET used = (SELECT MAX(used) FROM responses) + 1 WHERE key = ?", (key,)))
+        self._run(
+            lambda db: db.execute(
+                "UPDATE responses SET used = (SELECT MAX(used) FROM responses) + 1 WHERE key = ?",
+                (key,),
+            )
+        )
         self._count(hits=1, saved_ms=row[1])
         return message, row[1]
 
@@ -4602,39 +6262,69 @@ class Cache:
         """Replace the row and make room for it, as one transaction -> how many others had to go."""
         db.execute("BEGIN IMMEDIATE")
         db.execute("DELETE FROM responses WHERE key = ?", row[:1])
-        excess = db.execute("SELECT value FROM counters WHERE name = 'bytes'").fetchone()[0] + row[1] - self._max_bytes
+        excess = (
+            db.execute("SELECT value FROM counters WHERE name = 'bytes'").fetchone()[0]
+            + row[1]
+            - self._max_bytes
+        )
         gone = []
-        for key, size in db.execute("SELECT key, size FROM responses ORDER BY used") if excess > 0 else ():
+        for key, size in (
+            db.execute("SELECT key, size FROM responses ORDER BY used") if excess > 0 else ()
+        ):
             gone.append((key,))
             excess -= size
             if excess <= 0:
                 break
         db.executemany("DELETE FROM responses WHERE key = ?", gone)
-        db.execute("INSERT INTO responses (key, size, born, used, cost_ms, value) VALUES "
-                   "(?, ?, ?, COALESCE((SELECT MAX(used) FROM responses), 0) + 1, ?, ?)", row)
+        db.execute(
+            "INSERT INTO responses (key, size, born, used, cost_ms, value) VALUES "
+            "(?, ?, ?, COALESCE((SELECT MAX(used) FROM responses), 0) + 1, ?, ?)",
+            row,
+        )
         db.execute("COMMIT")
         return len(gone)
 
     def stats(self):
         """Counts since the start, entries and bytes of now; error: the last trouble, None once a put went well."""
-        entries, size = self._run(lambda db: db.execute(
-            "SELECT COUNT(*), (SELECT value FROM counters WHERE name = 'bytes') FROM responses").fetchone(), (0, 0))
+        entries, size = self._run(
+            lambda db: db.execute(
+                "SELECT COUNT(*), (SELECT value FROM counters WHERE name = 'bytes') FROM responses"
+            ).fetchone(),
+            (0, 0),
+        )
         with self._lock:
             counts = dict(self._counts, saved_ms=round(self._counts["saved_ms"]))
         asked = counts["hits"] + counts["misses"]
-        return dict(counts, entries=entries, bytes=size, hit_rate=round(counts["hits"] / asked, 4) if asked else 0.0,
-                    ttl=self._ttl, max_bytes=self._max_bytes, path=self.path, error=self._error)
+        return dict(
+            counts,
+            entries=entries,
+            bytes=size,
+            hit_rate=round(counts["hits"] / asked, 4) if asked else 0.0,
+            ttl=self._ttl,
+            max_bytes=self._max_bytes,
+            path=self.path,
+            error=self._error,
+        )
 
     def clear(self):
         """Forget all answers -> how many. The file shrinks, where no other process is in the way."""
         count = self._run(lambda db: db.execute("DELETE FROM responses").rowcount, 0)
-        self._run(lambda db: (db.execute("VACUUM"), db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()))
+        self._run(
+            lambda db: (
+                db.execute("VACUUM"),
+                db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone(),
+            )
+        )
         return count
 
     def clear_expired(self):
         """Forget answers older than ttl (or from a future that a wrong clock made) -> how many."""
-        return self._run(lambda db: db.execute("DELETE FROM responses WHERE abs(born - ?) >= ?",
-                                               (self._now(), self._ttl)).rowcount, 0)
+        return self._run(
+            lambda db: db.execute(
+                "DELETE FROM responses WHERE abs(born - ?) >= ?", (self._now(), self._ttl)
+            ).rowcount,
+            0,
+        )
 
     def remember(self, call_id, value):
         """Keep the reasoning state (JSON value) that belongs to a tool call; the newest 20,000 stay."""
@@ -4642,8 +6332,11 @@ class Cache:
 
     def recall(self, call_id):
         """What `remember` kept, or None."""
-        row = self._run(lambda db: db.execute("SELECT value FROM memory WHERE id = ?",
-                                              (storable(call_id),)).fetchone())
+        row = self._run(
+            lambda db: db.execute(
+                "SELECT value FROM memory WHERE id = ?", (storable(call_id),)
+            ).fetchone()
+        )
         return unpack(row[0]) if row else None
 
     def save_row(self, row):
@@ -4652,8 +6345,12 @@ class Cache:
 
     def saved_rows(self, count=1000):
         """Saved ledger rows, newest first."""
-        rows = self._run(lambda db: db.execute("SELECT value FROM ledger ORDER BY seq DESC LIMIT ?",
-                                               (count,)).fetchall(), [])
+        rows = self._run(
+            lambda db: db.execute(
+                "SELECT value FROM ledger ORDER BY seq DESC LIMIT ?", (count,)
+            ).fetchall(),
+            [],
+        )
         return [row for row in (unpack(blob) for blob, in rows) if row is not None]
 
     def _append(self, table, row_id, value, limit):
@@ -4664,14 +6361,22 @@ class Cache:
 
         def add(db):
             db.execute("BEGIN IMMEDIATE")
-            db.execute("INSERT OR REPLACE INTO %s (id, value) VALUES (?, ?)" % table, (row_id, blob))
-            db.execute("DELETE FROM %s WHERE seq <= (SELECT MAX(seq) FROM %s) - ?" % (table, table), (limit,))
+            db.execute(
+                "INSERT OR REPLACE INTO %s (id, value) VALUES (?, ?)" % table, (row_id, blob)
+            )
+            db.execute(
+                "DELETE FROM %s WHERE seq <= (SELECT MAX(seq) FROM %s) - ?" % (table, table),
+                (limit,),
+            )
             db.execute("COMMIT")
+
         self._run(add)
 
     def lessons(self):
         """{(upstream, model): value} of all that `save_lesson` kept."""
-        rows = self._run(lambda db: db.execute("SELECT upstream, model, value FROM lessons").fetchall(), [])
+        rows = self._run(
+            lambda db: db.execute("SELECT upstream, model, value FROM lessons").fetchall(), []
+        )
         return {(upstream, model): json.loads(text) for upstream, model, text in rows}
 
     def save_lesson(self, upstream, model, value):
@@ -4702,6 +6407,7 @@ class Cache:
             start, faults = time.perf_counter(), (ImportError, OSError)
             try:
                 import sqlite3  # here, not above: it costs a start some 10 ms, and some Pythons are built without it
+
                 faults += (sqlite3.Error,)
                 self._db = self._db or self._opened(sqlite3)
                 return act(self._db)
@@ -4710,7 +6416,9 @@ class Cache:
                 if time.perf_counter() - start > SLOW_SECONDS:
                     self._rest_until = self._now() + REST_SECONDS
                 self._tell(str(error) or type(error).__name__)
-                if type(error).__name__ == "DatabaseError":  # corrupt; "locked" and "full" are OperationalErrors
+                if (
+                    type(error).__name__ == "DatabaseError"
+                ):  # corrupt; "locked" and "full" are OperationalErrors
                     self._set_aside(sqlite3)
                 return otherwise
 
@@ -4718,15 +6426,23 @@ class Cache:
         """A connection to a database of ours, made where there is none."""
         if self.path != ":memory:":
             os.makedirs(os.path.dirname(self.path) or ".", mode=0o700, exist_ok=True)
-            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))  # SQLite gives its side files the same mode
-        db = sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
+            os.close(
+                os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
+            )  # SQLite gives its side files the same mode
+        db = sqlite3.connect(
+            self.path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
+        )
         try:
             # In this order: another process makes tables and version in one step, so tables that are seen are marked.
             tables = db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0]
             version = db.execute("PRAGMA user_version").fetchone()[0]
             if tables and version != SCHEMA_VERSION:
                 raise sqlite3.DatabaseError("not a cache of this program or version")
-            for pragma in "journal_mode = WAL", "synchronous = NORMAL", "journal_size_limit = 4194304":
+            for pragma in (
+                "journal_mode = WAL",
+                "synchronous = NORMAL",
+                "journal_size_limit = 4194304",
+            ):
                 db.execute("PRAGMA " + pragma).fetchone()
             if not tables:
                 db.executescript(SCHEMA)
@@ -4741,7 +6457,9 @@ class Cache:
         try:
             if db:
                 db.close()
-        except Exception as error:  # sqlite3.Error, which has no name here; a file that cannot even be closed
+        except (
+            Exception
+        ) as error:  # sqlite3.Error, which has no name here; a file that cannot even be closed
             self._tell(str(error))
 
     def _tell(self, text):
@@ -4786,13 +6504,17 @@ def prices_from(text_or_path):
             with open(text, encoding="utf-8-sig") as file:
                 text = file.read()
         except (OSError, ValueError) as error:
-            raise ValueError("PRICES: cannot read the file %r (%s); give JSON or a path" % (text, error))
+            raise ValueError(
+                "PRICES: cannot read the file %r (%s); give JSON or a path" % (text, error)
+            )
     try:
         table = json.loads(text or "{}")
     except ValueError as error:
         raise ValueError("PRICES: not JSON (%s)" % error)
     if not isinstance(table, dict):
-        raise ValueError('PRICES: must be an object such as {"model-name": {"input": 1, "output": 2}}')
+        raise ValueError(
+            'PRICES: must be an object such as {"model-name": {"input": 1, "output": 2}}'
+        )
     return {model: check_price(model, price) for model, price in table.items()}
 
 
@@ -4801,20 +6523,36 @@ def check_price(model, price):
     if "*" in model[:-1]:
         raise ValueError("PRICES: %r: a * may only stand at the end of a model's name" % model)
     if not isinstance(price, dict) or not {"input", "output"} <= set(price) <= set(PRICE_FIELDS):
-        raise ValueError("PRICES: %r needs input and output, and may have cache_read and cache_write" % model)
+        raise ValueError(
+            "PRICES: %r needs input and output, and may have cache_read and cache_write" % model
+        )
     for name, value in price.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1e9:
-            raise ValueError("PRICES: %r: %s must be a price per million tokens, not %r" % (model, name, value))
+            raise ValueError(
+                "PRICES: %r: %s must be a price per million tokens, not %r" % (model, name, value)
+            )
     return {name: float(price.get(name, price["input"])) for name in PRICE_FIELDS}
 
 
 class Sums:
     """Sums over requests; cost counts those whose model has a price."""
 
-    __slots__ = ("requests", "errors", "input", "output", "cache_read", "cache_write", "cost", "unpriced", "first_ms")
+    __slots__ = (
+        "requests",
+        "errors",
+        "input",
+        "output",
+        "cache_read",
+        "cache_write",
+        "cost",
+        "unpriced",
+        "first_ms",
+    )
 
     def __init__(self):
-        self.requests = self.errors = self.input = self.output = self.cache_read = self.cache_write = self.unpriced = 0
+        self.requests = self.errors = self.input = self.output = self.cache_read = (
+            self.cache_write
+        ) = self.unpriced = 0
         self.cost, self.first_ms = 0.0, []
 
     def add(self, failed, tokens, cost):
@@ -4858,7 +6596,12 @@ class Ledger:
         total_ms, bytes_in, bytes_out, retries, lessons, cache, error, broke}; input excludes what came from a cache.
         """
         get = row.get
-        tokens = get("input") or 0, get("output") or 0, get("cache_read") or 0, get("cache_write") or 0
+        tokens = (
+            get("input") or 0,
+            get("output") or 0,
+            get("cache_read") or 0,
+            get("cache_write") or 0,
+        )
         cost = self._cost(get("model"), tokens) if self._prices else None
         failed = bool(get("error")) or (get("status") or 0) >= 400
         minute = int((get("time") or self._now()) // 60)
@@ -4903,7 +6646,9 @@ class Ledger:
 
     def _price(self, model):
         """The model's own prices, else those of the longest name with a * that fits, else None; as PRICE_FIELDS."""
-        fits = [name for name in self._prices if name.endswith("*") and str(model).startswith(name[:-1])]
+        fits = [
+            name for name in self._prices if name.endswith("*") and str(model).startswith(name[:-1])
+        ]
         found = model if model in self._prices else max(fits, key=len, default=None)
         return found and tuple(self._prices[found][name] for name in PRICE_FIELDS)
 
@@ -4922,10 +6667,20 @@ class Ledger:
         """One dict a minute, oldest first, the running minute last: t (epoch seconds), first_ms (median) and sums."""
         last = int(self._now() // 60)
         with self._lock:
-            found = [(minute, self._minutes.get(minute) or Sums()) for minute in range(last - minutes + 1, last + 1)]
-            return [dict(sums.figures(bool(self._prices)), t=minute * 60,
-                         first_ms=sorted(sums.first_ms)[len(sums.first_ms) // 2] if sums.first_ms else None)
-                    for minute, sums in found]
+            found = [
+                (minute, self._minutes.get(minute) or Sums())
+                for minute in range(last - minutes + 1, last + 1)
+            ]
+            return [
+                dict(
+                    sums.figures(bool(self._prices)),
+                    t=minute * 60,
+                    first_ms=(
+                        sorted(sums.first_ms)[len(sums.first_ms) // 2] if sums.first_ms else None
+                    ),
+                )
+                for minute, sums in found
+            ]
 
 
 # ---- Why an upstream's prefix cache was lost
@@ -4965,19 +6720,34 @@ def why_broken(old, new):
         reasons.append("system text changed")
     if crcs(old["tools"]) != crcs(new["tools"]):
         reasons.append(tools_broken(old["tools"], new["tools"]))
-    return "; ".join(reason for reason in reasons + [messages_broken(old["messages"], new["messages"])] if reason)
+    return "; ".join(
+        reason for reason in reasons + [messages_broken(old["messages"], new["messages"])] if reason
+    )
 
 
 def tools_broken(old, new):
-    """"tools reordered", or "tools changed" with the names that came, went or changed."""
+    """ "tools reordered", or "tools changed" with the names that came, went or changed."""
     if sorted(crcs(old)) == sorted(crcs(new)):
         return "tools reordered"
     before, after = dict(old), dict(new)
-    changes = (("added", sorted(set(after) - set(before))), ("removed", sorted(set(before) - set(after))),
-               ("edited", sorted(name for name in before if name in after and before[name] != after[name])))
-    words = ["%s %s" % (verb, ", ".join(label.partition(" ")[2] or label for label in labels[:3])
-                        + (" and %d more" % (len(labels) - 3) if len(labels) > 3 else ""))
-             for verb, labels in changes if labels]
+    changes = (
+        ("added", sorted(set(after) - set(before))),
+        ("removed", sorted(set(before) - set(after))),
+        (
+            "edited",
+            sorted(name for name in before if name in after and before[name] != after[name]),
+        ),
+    )
+    words = [
+        "%s %s"
+        % (
+            verb,
+            ", ".join(label.partition(" ")[2] or label for label in labels[:3])
+            + (" and %d more" % (len(labels) - 3) if len(labels) > 3 else ""),
+        )
+        for verb, labels in changes
+        if labels
+    ]
     return "tools changed" + (" (%s)" % "; ".join(words) if words else "")
 
 
@@ -5014,7 +6784,7 @@ class Sessions:
             related = [line for line in lines if is_related(line, new)]
             old = max(reversed(related), key=lambda line: likeness(line, new), default=None)
             lines = [line for line in lines if line is not old] + [new]
-            self._lines[session] = lines[-self.LINES:]
+            self._lines[session] = lines[-self.LINES :]
             if len(self._lines) > self._size:
                 self._lines.popitem(last=False)
         return "" if old is None else why_broken(old, new)
@@ -5023,7 +6793,8 @@ class Sessions:
 def is_related(old, new):
     """True where two requests can be of one line: the same first message, or a history under the same system text."""
     return common_prefix(old["messages"][:1], new["messages"][:1]) == 1 or (
-        crcs(old["system"]) == crcs(new["system"]) and len(new["messages"]) > 2)  # up to 2: a first question
+        crcs(old["system"]) == crcs(new["system"]) and len(new["messages"]) > 2
+    )  # up to 2: a first question
 
 
 def likeness(old, new):
@@ -5034,9 +6805,20 @@ def likeness(old, new):
 # ---- Record and replay
 
 HIDDEN = "<hidden>"
-SECRET_NAMES = frozenset((
-    "authorization", "proxy-authorization", "x-api-key", "api-key", "apikey", "api_key", "x-goog-api-key",
-    "x-auth-token", "cookie", "set-cookie"))
+SECRET_NAMES = frozenset(
+    (
+        "authorization",
+        "proxy-authorization",
+        "x-api-key",
+        "api-key",
+        "apikey",
+        "api_key",
+        "x-goog-api-key",
+        "x-auth-token",
+        "cookie",
+        "set-cookie",
+    )
+)
 SHORTEST_SECRET = 4  # "x" as a key protects nothing, and hiding it would garble every text
 
 
@@ -5048,13 +6830,18 @@ def redact(value, secrets=(), depth=60):
     if isinstance(value, bytes):
         value = value.decode("utf-8", "replace")
     if isinstance(value, str):
-        for secret in sorted((secret for secret in secrets if len(secret or "") >= SHORTEST_SECRET), key=len)[::-1]:
+        for secret in sorted(
+            (secret for secret in secrets if len(secret or "") >= SHORTEST_SECRET), key=len
+        )[::-1]:
             value = value.replace(secret, HIDDEN)
         return value
     if not depth:
         return HIDDEN
     if isinstance(value, dict):
-        return {redact(name, secrets): redact_item(name, item, secrets, depth - 1) for name, item in value.items()}
+        return {
+            redact(name, secrets): redact_item(name, item, secrets, depth - 1)
+            for name, item in value.items()
+        }
     if isinstance(value, (list, tuple)):
         if len(value) == 2 and isinstance(value[0], str):
             return [redact(value[0], secrets), redact_item(value[0], value[1], secrets, depth - 1)]
@@ -5070,7 +6857,11 @@ def redact_item(name, item, secrets, depth):
 
 def shorten(text, limit=2000):
     """The text's front and how much was left out."""
-    return text if len(text) <= limit else "%s... (%d more characters)" % (text[:limit], len(text) - limit)
+    return (
+        text
+        if len(text) <= limit
+        else "%s... (%d more characters)" % (text[:limit], len(text) - limit)
+    )
 
 
 class Recorder:
@@ -5080,7 +6871,12 @@ class Recorder:
     """
 
     def __init__(self, folder, secrets=(), log=None):
-        self._folder, self._secrets, self._log, self._told = folder, tuple(secrets), log or (lambda text: None), False
+        self._folder, self._secrets, self._log, self._told = (
+            folder,
+            tuple(secrets),
+            log or (lambda text: None),
+            False,
+        )
 
     def write(self, exchange):
         """-> True where the file is whole."""
@@ -5091,7 +6887,9 @@ class Recorder:
             text = json.dumps(redact(exchange, self._secrets), indent=1, default=str)
             os.makedirs(self._folder, mode=0o700, exist_ok=True)
             part = os.path.join(self._folder, name + ".part")
-            with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
+            with open(
+                os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8"
+            ) as file:
                 file.write(text)
             os.replace(part, os.path.join(self._folder, name + ".json"))
             return True
@@ -5109,10 +6907,19 @@ def read_recording(folder):
         try:
             with open(os.path.join(folder, name), encoding="utf-8") as file:
                 found = json.load(file)["replies"]
-            replies += [{"status": int(reply["status"]), "headers": dict(reply.get("headers") or {}),
-                         "body": str(reply.get("body") or "")} for reply in found]
+            replies += [
+                {
+                    "status": int(reply["status"]),
+                    "headers": dict(reply.get("headers") or {}),
+                    "body": str(reply.get("body") or ""),
+                }
+                for reply in found
+            ]
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError("replay: %s is not a recorded exchange (%s: %s)" % (name, type(error).__name__, error))
+            raise ValueError(
+                "replay: %s is not a recorded exchange (%s: %s)"
+                % (name, type(error).__name__, error)
+            )
     return replies
 
 
@@ -5120,20 +6927,32 @@ def read_recording(folder):
 # 11  Proxy: joins the above; Anthropic body in, events out; knows no client socket
 # ======================================================================================================
 
-HOLD_SECONDS = 15           # the status waits so long for the first content; then message_start goes out
-PING_SECONDS = 5            # between pings in a silence
-STALLED = 10                # times TARGET_TIMEOUT without content, though bytes come: given up
-SIGN_SECONDS = 240          # of nothing but pings: from now on empty deltas, since the client gives up after 600 s of pings
-MENDS = 3                   # lessons a request may cost
-LONGEST_WAIT = 20           # seconds of Retry-After that are waited out here; longer ones the client waits itself
-MEMORY_CALLS = 5000         # tool calls whose arguments and reasoning are remembered
+HOLD_SECONDS = 15  # the status waits so long for the first content; then message_start goes out
+PING_SECONDS = 5  # between pings in a silence
+STALLED = 10  # times TARGET_TIMEOUT without content, though bytes come: given up
+SIGN_SECONDS = 240  # of nothing but pings: from now on empty deltas, since the client gives up after 600 s of pings
+MENDS = 3  # lessons a request may cost
+LONGEST_WAIT = (
+    20  # seconds of Retry-After that are waited out here; longer ones the client waits itself
+)
+MEMORY_CALLS = 5000  # tool calls whose arguments and reasoning are remembered
 MEMORY_BYTES = 32 << 20
-SMALL_CONTEXT = 30000       # tokens; below it Claude Code is of no practical use
-FALLBACK_KINDS = ("connect", "timeout", "cut", "overloaded", "server", "rate", "billing", "sampling")
+SMALL_CONTEXT = 30000  # tokens; below it Claude Code is of no practical use
+FALLBACK_KINDS = (
+    "connect",
+    "timeout",
+    "cut",
+    "overloaded",
+    "server",
+    "rate",
+    "billing",
+    "sampling",
+)
 
 
 class Plan(NamedTuple):
     """Where a request goes. family: whose settings were used ("" main, opus, ..., fallback, image)."""
+
     family: str
     model: str
     base: str
@@ -5157,10 +6976,14 @@ def plan_request(settings, asked, has_images, profile_of):
 
 def plan_for(settings, family, profile_of):
     """The Plan of a family: its own model, base and key where they are set. A base of its own never gets the main key."""
+
     def own(name):
         return getattr(settings, "%s_%s" % (name, family)) if family else ""
+
     base = own("target_api_base") or settings.target_api_base
-    key = own("target_api_key") or (settings.target_api_key if base == settings.target_api_base else "")
+    key = own("target_api_key") or (
+        settings.target_api_key if base == settings.target_api_base else ""
+    )
     model = re.sub(r"\[1m\]$", "", own("target_model") or settings.target_model)
     mine = bool(own("target_model") or own("target_api_base"))
     return Plan(family if mine else "", model, base, key, profile_of(base, model))
@@ -5169,15 +6992,27 @@ def plan_for(settings, family, profile_of):
 def endpoint(base, format, name="messages"):
     """The URL that requests go to; the query of the base (Azure's api-version) stays."""
     parts = urllib.parse.urlsplit(base)
-    path = re.sub(r"/v1$", "", parts.path) + "/v1/" + name if format == "anthropic" else parts.path + "/chat/completions"
+    path = (
+        re.sub(r"/v1$", "", parts.path) + "/v1/" + name
+        if format == "anthropic"
+        else parts.path + "/chat/completions"
+    )
     return urllib.parse.urlunsplit((parts.scheme, parts.netloc, path, parts.query, ""))
 
 
 def upstream_headers(plan, settings, client_headers):
     """Headers for the provider: its key in the form that it wants, its constants, and EXTRA_HEADERS."""
-    headers = {"Content-Type": "application/json", "Accept": "application/json, text/event-stream", "User-Agent": "ccfix/" + __version__}
+    headers = {
+        "Content-Type": "application/json",
+        "Accept": "application/json, text/event-stream",
+        "User-Agent": "ccfix/" + __version__,
+    }
     if plan.profile.format == "anthropic":
-        betas = [flag for flag in re.split(r"[,\s]+", client_headers.get("anthropic-beta") or "") if flag and flag not in plan.profile.betas]
+        betas = [
+            flag
+            for flag in re.split(r"[,\s]+", client_headers.get("anthropic-beta") or "")
+            if flag and flag not in plan.profile.betas
+        ]
         headers["anthropic-version"] = client_headers.get("anthropic-version") or "2023-06-01"
         if betas:
             headers["anthropic-beta"] = ",".join(betas)
@@ -5198,14 +7033,26 @@ def upstream_headers(plan, settings, client_headers):
 def native_body(body, plan):
     """The body for a provider that speaks Anthropic: as it came, but for the model, what describes the user's machine,
     reasoning of other providers, and what the provider was found to refuse."""
-    sent = {key: value for key, value in body.items() if key not in ("metadata", "safeguards") and key not in plan.profile.never}
+    sent = {
+        key: value
+        for key, value in body.items()
+        if key not in ("metadata", "safeguards") and key not in plan.profile.never
+    }
     sent["model"] = plan.model
     if isinstance(body.get("max_tokens"), int) and plan.profile.max_output:
         sent["max_tokens"] = min(body["max_tokens"], plan.profile.max_output)
     if isinstance(sent.get("system"), list):
-        sent["system"] = [block for block in sent["system"] if not block_text(as_dict(block)).startswith(BILLING_LINE)]
+        sent["system"] = [
+            block
+            for block in sent["system"]
+            if not block_text(as_dict(block)).startswith(BILLING_LINE)
+        ]
     messages = [native_message(as_dict(message), plan.profile) for message in body["messages"]]
-    sent["messages"] = [message for message in messages if message.get("role") == "system" or message.get("content") not in ([], REMINDER % "")]
+    sent["messages"] = [
+        message
+        for message in messages
+        if message.get("role") == "system" or message.get("content") not in ([], REMINDER % "")
+    ]
     return without_keys(sent, "cache_control") if "cache_control" in plan.profile.never else sent
 
 
@@ -5216,8 +7063,17 @@ def native_message(message, profile):
     if message.get("role") == "system" and not profile.system_role:
         text = "\n\n".join(filter(None, map(block_text, as_blocks(content))))
         return {"role": "user", "content": REMINDER % text}
-    if isinstance(content, list) and any(str(as_dict(block).get("signature")).startswith(STATE_MARK) for block in content):
-        return dict(message, content=[block for block in content if not str(as_dict(block).get("signature")).startswith(STATE_MARK)])
+    if isinstance(content, list) and any(
+        str(as_dict(block).get("signature")).startswith(STATE_MARK) for block in content
+    ):
+        return dict(
+            message,
+            content=[
+                block
+                for block in content
+                if not str(as_dict(block).get("signature")).startswith(STATE_MARK)
+            ],
+        )
     return message
 
 
@@ -5242,18 +7098,31 @@ def payload_of(sent):
     with those of the session's last request."""
     messages, tools = as_list(sent.get("messages")), as_list(sent.get("tools"))
     encoded = [compact_json(message).encode() for message in messages]
-    parts = [("message %d (%s)" % (position, as_dict(message).get("role")), part) for position, (message, part) in enumerate(zip(messages, encoded))]
+    parts = [
+        ("message %d (%s)" % (position, as_dict(message).get("role")), part)
+        for position, (message, part) in enumerate(zip(messages, encoded))
+    ]
     head = {key: value for key, value in sent.items() if key not in ("messages", "tools")}
     pieces = [compact_json(head).encode()[:-1], b',"messages":['] + join_pieces(encoded)
     if tools:
         names = [compact_json(tool).encode() for tool in tools]
         pieces += [b'],"tools":['] + join_pieces(names)
-        parts = [("tool " + str(as_dict(as_dict(tool).get("function")).get("name") or as_dict(tool).get("name")), part)
-                 for tool, part in zip(tools, names)] + parts
+        parts = [
+            (
+                "tool "
+                + str(
+                    as_dict(as_dict(tool).get("function")).get("name") or as_dict(tool).get("name")
+                ),
+                part,
+            )
+            for tool, part in zip(tools, names)
+        ] + parts
     if isinstance(sent.get("system"), (str, list)):
         parts = [("system", compact_json(sent["system"]).encode())] + parts
     elif parts and messages and as_dict(messages[0]).get("role") == "system":
-        first = next(position for position, part in enumerate(parts) if part[0].startswith("message 0"))
+        first = next(
+            position for position, part in enumerate(parts) if part[0].startswith("message 0")
+        )
         parts[first] = ("system", parts[first][1])
     return b"".join(pieces + [b"]}"]), parts
 
@@ -5267,12 +7136,19 @@ class Memory(object):
     """What is remembered of tool calls, by tool id: a bounded dict, the least recently used go first. Thread-safe."""
 
     def __init__(self, store=None):
-        self.notes, self.size, self.lock, self.store = collections.OrderedDict(), 0, threading.Lock(), store
+        self.notes, self.size, self.lock, self.store = (
+            collections.OrderedDict(),
+            0,
+            threading.Lock(),
+            store,
+        )
 
     def keep(self, notes):
         with self.lock:
             for call_id, note in notes.items():
-                size = 200 + sum(len(part) if isinstance(part, str) else 1000 for part in note.values())
+                size = 200 + sum(
+                    len(part) if isinstance(part, str) else 1000 for part in note.values()
+                )
                 self.size -= self.notes.pop(call_id, (None, 0))[1]
                 self.notes[call_id] = (note, size)
                 self.size += size
@@ -5295,6 +7171,7 @@ class Memory(object):
 
 class Flight(object):
     """A reply that several identical requests wait for."""
+
     __slots__ = ("landed", "message")
 
     def __init__(self):
@@ -5310,11 +7187,22 @@ class Proxy(object):
     def __init__(self, config, log, new_id=lambda: "%024x" % random.getrandbits(96), now=time.time):
         self.config, self.log, self.new_id, self.now = config, log, new_id, now
         self.started, self.lock, self.active = now(), threading.Lock(), 0
-        self.store, self.memory, self.recorder, self.ledger, self.sessions = None, Memory(), None, Ledger(now=now), Sessions()
-        self.lessons = {}           # (base, model) -> {profile field: value}
-        self.found = {}             # (base, model) -> {"owner", "context"}: what the provider tells of itself
-        self.flights, self.memo, self.rows, self.wires = {}, {}, {}, None       # rows: profile_for's answers
-        self.seen = None            # the Settings that store, ledger and recorder were made from
+        self.store, self.memory, self.recorder, self.ledger, self.sessions = (
+            None,
+            Memory(),
+            None,
+            Ledger(now=now),
+            Sessions(),
+        )
+        self.lessons = {}  # (base, model) -> {profile field: value}
+        self.found = {}  # (base, model) -> {"owner", "context"}: what the provider tells of itself
+        self.flights, self.memo, self.rows, self.wires = (
+            {},
+            {},
+            {},
+            None,
+        )  # rows: profile_for's answers
+        self.seen = None  # the Settings that store, ledger and recorder were made from
         self.follow(config())
 
     def settings(self):
@@ -5333,11 +7221,18 @@ class Proxy(object):
             old, self.seen = self.seen, settings
 
             def changed(*names):
-                return old is None or any(getattr(old, name) != getattr(settings, name) for name in names)
+                return old is None or any(
+                    getattr(old, name) != getattr(settings, name) for name in names
+                )
+
             if changed("cache_enabled", "ledger", "cache_dir", "cache_ttl", "cache_max_mb"):
                 self.open_store(settings)
             if changed("record_dir"):
-                self.recorder = Recorder(settings.record_dir, settings.secrets(), self.warn) if settings.record_dir else None
+                self.recorder = (
+                    Recorder(settings.record_dir, settings.secrets(), self.warn)
+                    if settings.record_dir
+                    else None
+                )
             if changed("prices"):
                 self.ledger.price(prices_from(settings.prices) if settings.prices else {})
 
@@ -5346,12 +7241,22 @@ class Proxy(object):
         written otherwise."""
         if self.store:
             self.store.close()
-        wanted = settings.cache_enabled or settings.ledger or settings.origins["cache_dir"] != "default"
-        self.store = Cache(settings.cache_dir, settings.cache_ttl, settings.cache_max_mb << 20, log=self.warn) if wanted else None
+        wanted = (
+            settings.cache_enabled or settings.ledger or settings.origins["cache_dir"] != "default"
+        )
+        self.store = (
+            Cache(
+                settings.cache_dir, settings.cache_ttl, settings.cache_max_mb << 20, log=self.warn
+            )
+            if wanted
+            else None
+        )
         self.memory.store = self.store
         self.ledger.save = self.store.save_row if self.store and settings.ledger else None
         if self.store:
-            self.lessons.update({tuple(key): as_dict(value) for key, value in self.store.lessons().items()})
+            self.lessons.update(
+                {tuple(key): as_dict(value) for key, value in self.store.lessons().items()}
+            )
             self.ledger.restore(self.store.saved_rows() if settings.ledger else ())
 
     def warn(self, text):
@@ -5362,20 +7267,36 @@ class Proxy(object):
         made = (settings.ca_bundle, settings.client_cert, settings.insecure)
         with self.lock:
             if self.wires is None or self.wires[0] != made:
-                self.wires = (made, Upstream(settings.target_timeout, ca_bundle=made[0], client_cert=made[1], insecure=made[2]))
+                self.wires = (
+                    made,
+                    Upstream(
+                        settings.target_timeout,
+                        ca_bundle=made[0],
+                        client_cert=made[1],
+                        insecure=made[2],
+                    ),
+                )
             return self.wires[1]
 
     def profile_of(self, settings):
         """(base, model) -> Profile, with what was found and learned, and with the user's own limits."""
+
         def profile(base, model):
             found = self.found.get((base, model), {})
-            key = (base, model, settings.profile, settings.target_format if base == settings.target_api_base else "auto", found.get("owner", ""))
+            key = (
+                base,
+                model,
+                settings.profile,
+                settings.target_format if base == settings.target_api_base else "auto",
+                found.get("owner", ""),
+            )
             row = self.rows.get(key) or self.rows.setdefault(key, profile_for(*key))
             if found.get("context") and not row.context:
                 row = row._replace(context=found["context"])
             row = apply_lesson(row, self.lessons.get((base, model)))
             limits = {"max_output": settings.max_output, "context": settings.max_context}
             return row._replace(**{field: value for field, value in limits.items() if value})
+
         return profile
 
     def teach(self, plan, changes):
@@ -5400,11 +7321,19 @@ class Proxy(object):
     def probe(self, plan, wait=None):
         """Ask the provider once what it tells for free: who it is, and the model's context window. Never raises."""
         try:
-            found = ask_provider(self.upstream(self.settings()), plan, upstream_headers(plan, self.settings(), {}), wait)
+            found = ask_provider(
+                self.upstream(self.settings()),
+                plan,
+                upstream_headers(plan, self.settings(), {}),
+                wait,
+            )
             self.found[(plan.base, plan.model)] = found
             if 0 < found["context"] < SMALL_CONTEXT:
-                self.log("warning", "%s has a context window of %d tokens; Claude Code's first request alone has about 13,000"
-                         % (plan.model, found["context"]))
+                self.log(
+                    "warning",
+                    "%s has a context window of %d tokens; Claude Code's first request alone has about 13,000"
+                    % (plan.model, found["context"]),
+                )
         except (ProxyError, ClientGone, ValueError, KeyError, TypeError) as e:
             self.log("debug", "the provider was not asked about itself: %s" % e)
 
@@ -5423,13 +7352,34 @@ class Proxy(object):
 
     def models(self, settings):
         """Anthropic's model list: the families, and the disguise or target, under names that Claude Code accepts."""
-        plans = [(family, plan_for(settings, family, self.profile_of(settings))) for family in FAMILIES]
+        plans = [
+            (family, plan_for(settings, family, self.profile_of(settings))) for family in FAMILIES
+        ]
         rows = [("claude-" + family, "%s (%s)" % (plan.model, family)) for family, plan in plans]
         shown = settings.disguise_model or settings.target_model
-        rows.insert(0, (shown if shown.startswith(("claude", "anthropic")) else "claude-" + shown, settings.target_model))
-        data = [{"type": "model", "id": name, "display_name": title, "description": "through ccfix", "created_at": "2025-01-01T00:00:00Z"}
-                for name, title in rows]
-        return {"data": data, "has_more": False, "first_id": data[0]["id"], "last_id": data[-1]["id"]}
+        rows.insert(
+            0,
+            (
+                shown if shown.startswith(("claude", "anthropic")) else "claude-" + shown,
+                settings.target_model,
+            ),
+        )
+        data = [
+            {
+                "type": "model",
+                "id": name,
+                "display_name": title,
+                "description": "through ccfix",
+                "created_at": "2025-01-01T00:00:00Z",
+            }
+            for name, title in rows
+        ]
+        return {
+            "data": data,
+            "has_more": False,
+            "first_id": data[0]["id"],
+            "last_id": data[-1]["id"],
+        }
 
     def count_tokens(self, body, headers, wait=None):
         """{"input_tokens"}: the provider's own count where it speaks Anthropic, else an estimate."""
@@ -5439,10 +7389,20 @@ class Proxy(object):
         plan = plan_request(settings, str(body.get("model")), False, self.profile_of(settings))
         if plan.profile.format == "anthropic":
             try:
-                reply = self.upstream(settings).open("POST", endpoint(plan.base, "anthropic", "messages/count_tokens"),
-                                                     upstream_headers(plan, settings, headers),
-                                                     compact_json({key: value for key, value in native_body(body, plan).items()
-                                                                   if key not in ("max_tokens", "stream")}).encode(), wait, timeout=10)
+                reply = self.upstream(settings).open(
+                    "POST",
+                    endpoint(plan.base, "anthropic", "messages/count_tokens"),
+                    upstream_headers(plan, settings, headers),
+                    compact_json(
+                        {
+                            key: value
+                            for key, value in native_body(body, plan).items()
+                            if key not in ("max_tokens", "stream")
+                        }
+                    ).encode(),
+                    wait,
+                    timeout=10,
+                )
                 try:
                     answer = as_dict(json_or_none(reply.read(1 << 20)))
                 finally:
@@ -5457,53 +7417,133 @@ class Proxy(object):
         """What GET /stats tells; the status page shows it."""
         settings = self.settings()
         plan = plan_for(settings, "", self.profile_of(settings))
-        routes = [plan_for(settings, family, self.profile_of(settings)) for family in FAMILIES + ("fallback", "image")]
+        routes = [
+            plan_for(settings, family, self.profile_of(settings))
+            for family in FAMILIES + ("fallback", "image")
+        ]
         shown = self.store.stats() if self.store and settings.cache_enabled else {}
-        lessons = [{"upstream": urllib.parse.urlsplit(base).netloc.rpartition("@")[2], "model": model, "field": field, "value": value,
-                    "text": lesson_text(field, value)} for (base, model), changes in list(self.lessons.items()) for field, value in changes.items()]
+        lessons = [
+            {
+                "upstream": urllib.parse.urlsplit(base).netloc.rpartition("@")[2],
+                "model": model,
+                "field": field,
+                "value": value,
+                "text": lesson_text(field, value),
+            }
+            for (base, model), changes in list(self.lessons.items())
+            for field, value in changes.items()
+        ]
         return {
-            "name": "ccfix", "version": __version__, "time": self.now(), "uptime_s": round(self.now() - self.started, 1), "address": address,
-            "proxy_key": bool(settings.anthropic_api_key), "demo": plan.profile.name == "demo",
-            "target": {"model": plan.model, "api_base": without_password(plan.base), "profile": plan.profile.name, "format": plan.profile.format,
-                       "context": plan.profile.context, "max_output": plan.profile.max_output},
+            "name": "ccfix",
+            "version": __version__,
+            "time": self.now(),
+            "uptime_s": round(self.now() - self.started, 1),
+            "address": address,
+            "proxy_key": bool(settings.anthropic_api_key),
+            "demo": plan.profile.name == "demo",
+            "target": {
+                "model": plan.model,
+                "api_base": without_password(plan.base),
+                "profile": plan.profile.name,
+                "format": plan.profile.format,
+                "context": plan.profile.context,
+                "max_output": plan.profile.max_output,
+            },
             "disguise": {"model": settings.disguise_model, "api_base": settings.disguise_api_base},
-            "routes": [{"family": row.family, "model": row.model, "api_base": without_password(row.base)} for row in routes if row.family],
+            "routes": [
+                {"family": row.family, "model": row.model, "api_base": without_password(row.base)}
+                for row in routes
+                if row.family
+            ],
             "connect": dict(connect_lines(address, bool(settings.anthropic_api_key))),
-            "totals": dict(self.ledger.totals(), active=self.active), "series": self.ledger.series(), "requests": self.ledger.rows(100),
-            "lessons": lessons, "cache": dict(shown, enabled=settings.cache_enabled, mode=settings.cache_key_mode, ttl=settings.cache_ttl),
-            "settings": settings.shown()}
+            "totals": dict(self.ledger.totals(), active=self.active),
+            "series": self.ledger.series(),
+            "requests": self.ledger.rows(100),
+            "lessons": lessons,
+            "cache": dict(
+                shown,
+                enabled=settings.cache_enabled,
+                mode=settings.cache_key_mode,
+                ttl=settings.cache_ttl,
+            ),
+            "settings": settings.shown(),
+        }
 
 
 def ask_provider(upstream, plan, headers, wait=None):
     """{"owner", "context", "models"} from /models, and from /props (llama.cpp) or /api/ps (Ollama) where the owner is known."""
+
     def ask(url):
         reply = upstream.open("GET", url, headers, None, wait, timeout=5)
         try:
             return as_dict(json_or_none(reply.read(4 << 20))) if reply.status == 200 else {}
         finally:
             reply.close()
-    rows = [row for row in as_list(ask(plan.base.partition("?")[0] + "/models").get("data")) if isinstance(row, dict)]
-    mine = next((row for row in rows if row.get("id") == plan.model), rows[0] if len(rows) == 1 else {})
+
+    rows = [
+        row
+        for row in as_list(ask(plan.base.partition("?")[0] + "/models").get("data"))
+        if isinstance(row, dict)
+    ]
+    mine = next(
+        (row for row in rows if row.get("id") == plan.model), rows[0] if len(rows) == 1 else {}
+    )
     top = as_dict(mine.get("top_provider"))
     limits = as_dict(as_dict(mine.get("capabilities")).get("limits"))
-    context = positive_int(mine, "max_model_len", "context_length", "context_window", "max_context_length") or positive_int(limits, "max_prompt_tokens") \
+    context = (
+        positive_int(
+            mine, "max_model_len", "context_length", "context_window", "max_context_length"
+        )
+        or positive_int(limits, "max_prompt_tokens")
         or positive_int(top, "context_length")
+    )
     owner = str(mine.get("owned_by") or (rows[0].get("owned_by") if rows else "") or "")
     parts = urllib.parse.urlsplit(plan.base)
     origin = "%s://%s" % (parts.scheme, parts.netloc)
     if owner == "llamacpp":
-        context = positive_int(as_dict(ask(origin + "/props").get("default_generation_settings")), "n_ctx") or context
+        context = (
+            positive_int(
+                as_dict(ask(origin + "/props").get("default_generation_settings")), "n_ctx"
+            )
+            or context
+        )
     elif OWNERS.get(owner) == "ollama":
         running = [as_dict(row) for row in as_list(ask(origin + "/api/ps").get("models"))]
-        context = next((positive_int(row, "context_length") for row in running if row.get("name") == plan.model), 0) or context
+        context = (
+            next(
+                (
+                    positive_int(row, "context_length")
+                    for row in running
+                    if row.get("name") == plan.model
+                ),
+                0,
+            )
+            or context
+        )
     return {"owner": owner, "context": context, "models": [str(row.get("id")) for row in rows]}
 
 
 def connect_lines(address, has_key):
     """(shell, the lines to paste) that connect Claude Code to this proxy."""
     key = "YOUR_PROXY_KEY" if has_key else "ccfix"
-    return (("bash", ["export ANTHROPIC_BASE_URL=%s" % address, "export ANTHROPIC_AUTH_TOKEN=%s" % key, "claude"]),
-            ("powershell", ['$env:ANTHROPIC_BASE_URL="%s"' % address, '$env:ANTHROPIC_AUTH_TOKEN="%s"' % key, "claude"]))
+    return (
+        (
+            "bash",
+            [
+                "export ANTHROPIC_BASE_URL=%s" % address,
+                "export ANTHROPIC_AUTH_TOKEN=%s" % key,
+                "claude",
+            ],
+        ),
+        (
+            "powershell",
+            [
+                '$env:ANTHROPIC_BASE_URL="%s"' % address,
+                '$env:ANTHROPIC_AUTH_TOKEN="%s"' % key,
+                "claude",
+            ],
+        ),
+    )
 
 
 class Exchange(object):
@@ -5514,14 +7554,28 @@ class Exchange(object):
     """
 
     def __init__(self, proxy, body, headers, wait, clock=time.monotonic, settings=None, id=""):
-        self.proxy, self.body, self.headers, self.wait, self.clock = proxy, body, headers, wait, clock
+        self.proxy, self.body, self.headers, self.wait, self.clock = (
+            proxy,
+            body,
+            headers,
+            wait,
+            clock,
+        )
         self.settings = settings or proxy.settings()
         self.id, self.stream = id or proxy.new_id(), body.get("stream") is True
         self.asked = re.sub(r"\[1m\]$", "", str(body.get("model") or ""))
         self.shown = self.settings.disguise_model or self.asked or self.settings.target_model
         with_images = bool(self.settings.target_model_image) and has_images(body)
-        self.plan = plan_request(self.settings, self.asked, with_images, proxy.profile_of(self.settings))
-        self.translator, self.cache_state, self.flight, self.key, self.reply = None, "off", None, None, None
+        self.plan = plan_request(
+            self.settings, self.asked, with_images, proxy.profile_of(self.settings)
+        )
+        self.translator, self.cache_state, self.flight, self.key, self.reply = (
+            None,
+            "off",
+            None,
+            None,
+            None,
+        )
         self.retries, self.mends, self.room, self.learned, self.replies = 0, 0, 0, [], []
         self.bytes_in = self.bytes_out = 0
         self.began = self.last_write = self.last_sign = clock()
@@ -5571,8 +7625,12 @@ class Exchange(object):
         """SSE text to write in a silence, or "": after 15 s message_start, then pings, and after minutes a sign of life."""
         now = self.clock()
         if now - self.last_sign > STALLED * self.settings.target_timeout:
-            raise UpstreamError("The provider keeps the connection alive, but sent no content for %d s; try again, or raise TARGET_TIMEOUT."
-                                % (now - self.last_sign), 504, kind="timeout")
+            raise UpstreamError(
+                "The provider keeps the connection alive, but sent no content for %d s; try again, or raise TARGET_TIMEOUT."
+                % (now - self.last_sign),
+                504,
+                kind="timeout",
+            )
         if not self.stream or self.translator is None or self.translator.state in (DONE, FAILED):
             return ""
         if self.translator.state == IDLE:
@@ -5582,7 +7640,9 @@ class Exchange(object):
         elif now - self.last_write < PING_SECONDS:
             return ""
         else:
-            events = list(self.translator.idle()) if now - self.last_sign >= SIGN_SECONDS else [PING]
+            events = (
+                list(self.translator.idle()) if now - self.last_sign >= SIGN_SECONDS else [PING]
+            )
         self.last_write = now
         return "".join(map(encode_event, events))
 
@@ -5591,7 +7651,9 @@ class Exchange(object):
     def events(self):
         """Event dicts, and None where all that has arrived is given: from the cache, a search, or the provider."""
         check_messages(self.body)
-        if is_search(self.body) and not self.plan.profile.scope.endswith("api.anthropic.com"):      # which searches itself
+        if is_search(self.body) and not self.plan.profile.scope.endswith(
+            "api.anthropic.com"
+        ):  # which searches itself
             yield from self.replayed(search_message(self), None)
             return
         hit = self.from_cache() if self.settings.cache_enabled else None
@@ -5617,10 +7679,15 @@ class Exchange(object):
 
     def replayed(self, message, new_id):
         """A finished message as events, under today's name and a fresh id, with token counts at zero."""
-        zero = {"input_tokens": 0, "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0, "output_tokens": 0}
+        zero = {
+            "input_tokens": 0,
+            "cache_creation_input_tokens": 0,
+            "cache_read_input_tokens": 0,
+            "output_tokens": 0,
+        }
         events = unfold(dict(message, id="msg_" + self.id, model=self.shown, usage=zero), new_id)
         if self.translator is not None and self.translator.state == OPEN:
-            next(events)                    # message_start has gone out in the silence
+            next(events)  # message_start has gone out in the silence
         yield from events
         yield None
 
@@ -5631,12 +7698,18 @@ class Exchange(object):
                 yield from self.attempt()
                 return
             except UpstreamError as error:
-                error.message = without_secrets(error.message, self.settings.secrets())     # some providers quote the key
+                error.message = without_secrets(
+                    error.message, self.settings.secrets()
+                )  # some providers quote the key
                 self.error, translator = error, self.translator
                 if translator.content or not self.again(error):
                     if error.status in (429, 529):
-                        error.headers.setdefault("retry-after", "5")    # the provider named no time; the client waits longer each time
-                    yield from translator.fail(self.sized(error))       # raises the error where the status is still free
+                        error.headers.setdefault(
+                            "retry-after", "5"
+                        )  # the provider named no time; the client waits longer each time
+                    yield from translator.fail(
+                        self.sized(error)
+                    )  # raises the error where the status is still free
                     yield None
                     return
 
@@ -5646,7 +7719,9 @@ class Exchange(object):
         """An overflow error with the numbers that the provider's words left out: the client compacts by them."""
         if error.kind != "overflow" or not error.text or (error.numbers[0] and error.numbers[2]):
             return error
-        return overflow_error(error.numbers[0], error.numbers[2], self.bytes_in // 4, self.plan.profile.context)
+        return overflow_error(
+            error.numbers[0], error.numbers[2], self.bytes_in // 4, self.plan.profile.context
+        )
 
     def attempt(self):
         """One request to the provider, translated."""
@@ -5655,21 +7730,43 @@ class Exchange(object):
         native = plan.profile.format == "anthropic"
         estimate = self.bytes_in // 4
         self.translator = (RelayTranslator if native else StreamTranslator)(
-            "msg_" + self.id, self.shown, plan.profile, estimate, tools=None if native else tool_names(self.body),
-            taken=() if native else used_ids(self.body), new_id=proxy.new_id, begun=begun)
+            "msg_" + self.id,
+            self.shown,
+            plan.profile,
+            estimate,
+            tools=None if native else tool_names(self.body),
+            taken=() if native else used_ids(self.body),
+            new_id=proxy.new_id,
+            begun=begun,
+        )
         self.sent = sent = self.request_body()
         payload, parts = payload_of(sent)
         if not self.retries + self.mends and len(parts) > 1:
-            session = "%s %s" % (self.headers.get("x-claude-code-session-id") or "", self.headers.get("x-claude-code-agent-id") or "")
-            self.broke = proxy.sessions.compare(session + plan.model, sections(parts)) if session.strip() else ""
-        reply = proxy.upstream(self.settings).open("POST", endpoint(plan.base, plan.profile.format), upstream_headers(plan, self.settings, self.headers),
-                                                   payload, self.wait, self.settings.target_timeout)
+            session = "%s %s" % (
+                self.headers.get("x-claude-code-session-id") or "",
+                self.headers.get("x-claude-code-agent-id") or "",
+            )
+            self.broke = (
+                proxy.sessions.compare(session + plan.model, sections(parts))
+                if session.strip()
+                else ""
+            )
+        reply = proxy.upstream(self.settings).open(
+            "POST",
+            endpoint(plan.base, plan.profile.format),
+            upstream_headers(plan, self.settings, self.headers),
+            payload,
+            self.wait,
+            self.settings.target_timeout,
+        )
         try:
             if reply.status >= 300:
                 raw = reply.read(1 << 20)
                 self.note_reply(reply, raw)
                 raise refusal(reply, raw, plan)
-            yield from self.recorded(reply) if proxy.recorder else self.translated(reply, reply.blocks())
+            yield from (
+                self.recorded(reply) if proxy.recorder else self.translated(reply, reply.blocks())
+            )
         finally:
             self.reply = None
             reply.close()
@@ -5682,9 +7779,22 @@ class Exchange(object):
             sent = native_body(self.body, plan)
         else:
             attach = None
-            if settings.attach_fields == "always" or (settings.attach_fields == "auto" and not plan.profile.strict):
-                attach = {"ANTHROPIC_BASE_URL": settings.disguise_api_base, "ANTHROPIC_MODEL": self.shown}
-            sent = to_openai(self.body, plan.model, plan.profile, attach, self.proxy.memory.recall, self.proxy.memo, self.output_room())
+            if settings.attach_fields == "always" or (
+                settings.attach_fields == "auto" and not plan.profile.strict
+            ):
+                attach = {
+                    "ANTHROPIC_BASE_URL": settings.disguise_api_base,
+                    "ANTHROPIC_MODEL": self.shown,
+                }
+            sent = to_openai(
+                self.body,
+                plan.model,
+                plan.profile,
+                attach,
+                self.proxy.memory.recall,
+                self.proxy.memo,
+                self.output_room(),
+            )
         return with_extra_body(sent, settings)
 
     def output_room(self):
@@ -5713,7 +7823,9 @@ class Exchange(object):
                 else:
                     yield from translator.feed(chunk_of(payload))
             self.reply = None
-            if not reply.patient:       # what the end does may take a moment: not in the thread that moves all streams
+            if (
+                not reply.patient
+            ):  # what the end does may take a moment: not in the thread that moves all streams
                 yield None
         yield from translator.finish()
         yield None
@@ -5727,6 +7839,7 @@ class Exchange(object):
             for block in reply.blocks():
                 kept.append(block)
                 yield block
+
         try:
             yield from self.translated(reply, blocks())
         finally:
@@ -5734,7 +7847,13 @@ class Exchange(object):
 
     def note_reply(self, reply, raw):
         if self.proxy.recorder:
-            self.replies.append({"status": reply.status, "headers": dict(reply.headers.items()), "body": raw.decode("utf-8", "replace")})
+            self.replies.append(
+                {
+                    "status": reply.status,
+                    "headers": dict(reply.headers.items()),
+                    "body": raw.decode("utf-8", "replace"),
+                }
+            )
 
     # -- again?
 
@@ -5748,19 +7867,34 @@ class Exchange(object):
         wait = int(wait) if wait.isdigit() else 0
         if error.retry and self.retries < self.settings.target_retries and wait <= LONGEST_WAIT:
             self.retries += 1
-            self.proxy.log("info", "%s: try %d after: %s" % (self.id, self.retries + 1, error.message))
-            self.wait(None, max(wait, 0.4 * 2 ** self.retries * random.uniform(0.6, 1.2)))
+            self.proxy.log(
+                "info", "%s: try %d after: %s" % (self.id, self.retries + 1, error.message)
+            )
+            self.wait(None, max(wait, 0.4 * 2**self.retries * random.uniform(0.6, 1.2)))
             return True
-        if error.kind in FALLBACK_KINDS and self.plan.family != "fallback" and self.settings.target_model_fallback:
-            self.plan, self.room = plan_for(self.settings, "fallback", self.proxy.profile_of(self.settings)), 0
-            self.proxy.log("warning", "%s: %s takes over after: %s" % (self.id, self.plan.model, error.message))
+        if (
+            error.kind in FALLBACK_KINDS
+            and self.plan.family != "fallback"
+            and self.settings.target_model_fallback
+        ):
+            self.plan, self.room = (
+                plan_for(self.settings, "fallback", self.proxy.profile_of(self.settings)),
+                0,
+            )
+            self.proxy.log(
+                "warning", "%s: %s takes over after: %s" % (self.id, self.plan.model, error.message)
+            )
             self.retries = 0
             return True
         return False
 
     def mend(self, error):
         """Learn from an error -> whether there is something new to try."""
-        changes, self.room = room_after(error, self.plan.profile, self.bytes_in) if self.room == 0 else ({}, self.room)
+        changes, self.room = (
+            room_after(error, self.plan.profile, self.bytes_in)
+            if self.room == 0
+            else ({}, self.room)
+        )
         changes = changes or learn(error, self.plan.profile, self.sent or {})
         if not changes:
             return False
@@ -5778,7 +7912,12 @@ class Exchange(object):
         proxy = self.proxy
         sent = to_openai(self.body, self.plan.model, self.plan.profile, None, None, proxy.memo)
         sent = with_extra_body(sent, self.settings)
-        self.key = cache_key(self.body, sent, self.settings.cache_key_mode, "%s %s" % (self.plan.base, self.plan.model))
+        self.key = cache_key(
+            self.body,
+            sent,
+            self.settings.cache_key_mode,
+            "%s %s" % (self.plan.base, self.plan.model),
+        )
         if self.key is None:
             return None
         self.cache_state = "miss"
@@ -5791,7 +7930,9 @@ class Exchange(object):
             if flight is None:
                 self.flight = proxy.flights[self.key] = Flight()
                 return None
-        self.translator = StreamTranslator("msg_" + self.id, self.shown, self.plan.profile, self.bytes_in // 4)     # for the pings
+        self.translator = StreamTranslator(
+            "msg_" + self.id, self.shown, self.plan.profile, self.bytes_in // 4
+        )  # for the pings
         while not flight.landed.is_set():
             self.wait(None, 0.05)
             self.last_sign = self.clock()
@@ -5804,9 +7945,14 @@ class Exchange(object):
         if not events or events[-1]["type"] != "message_stop":
             return
         message = fold(events)
-        if message.get("stop_reason") in ("end_turn", "tool_use", "stop_sequence") and message["content"]:
+        if (
+            message.get("stop_reason") in ("end_turn", "tool_use", "stop_sequence")
+            and message["content"]
+        ):
             self.flight.message = message
-            if self.proxy.store and self.plan.family != "fallback":     # the main model's place is not taken for long
+            if (
+                self.proxy.store and self.plan.family != "fallback"
+            ):  # the main model's place is not taken for long
                 self.proxy.store.put(self.key, message, (self.clock() - self.began) * 1000)
 
     # -- what is noted
@@ -5818,23 +7964,62 @@ class Exchange(object):
     def close(self, status, error=""):
         """Note the exchange in the ledger, the log and the record. status: what the client got; error: its text."""
         usage = self.translator.usage_now() if self.translator and self.translator.content else {}
-        row = {"time": self.proxy.now(), "id": self.id, "session": self.headers.get("x-claude-code-session-id") or "", "asked": self.asked,
-               "model": self.plan.model, "stream": self.stream, "status": status, "input": usage.get("input_tokens", 0),
-               "output": usage.get("output_tokens", 0), "cache_read": usage.get("cache_read_input_tokens", 0),
-               "cache_write": usage.get("cache_creation_input_tokens", 0), "first_ms": self.first_ms and round(self.first_ms, 1),
-               "total_ms": round((self.clock() - self.began) * 1000, 1), "bytes_in": self.bytes_in, "bytes_out": self.bytes_out,
-               "retries": self.retries, "lessons": self.learned, "cache": self.cache_state, "error": error, "broke": self.broke}
+        row = {
+            "time": self.proxy.now(),
+            "id": self.id,
+            "session": self.headers.get("x-claude-code-session-id") or "",
+            "asked": self.asked,
+            "model": self.plan.model,
+            "stream": self.stream,
+            "status": status,
+            "input": usage.get("input_tokens", 0),
+            "output": usage.get("output_tokens", 0),
+            "cache_read": usage.get("cache_read_input_tokens", 0),
+            "cache_write": usage.get("cache_creation_input_tokens", 0),
+            "first_ms": self.first_ms and round(self.first_ms, 1),
+            "total_ms": round((self.clock() - self.began) * 1000, 1),
+            "bytes_in": self.bytes_in,
+            "bytes_out": self.bytes_out,
+            "retries": self.retries,
+            "lessons": self.learned,
+            "cache": self.cache_state,
+            "error": error,
+            "broke": self.broke,
+        }
         self.proxy.ledger.add(row)
-        self.proxy.log("error" if status >= 500 else "info", "%(id)s %(asked)s -> %(model)s stream=%(stream)s %(status)s in=%(input)s+%(cache_read)s "
-                       "out=%(output)s first=%(first_ms)sms total=%(total_ms)sms cache=%(cache)s" % row
-                       + (" retries=%d" % self.retries if self.retries else "") + (" prefix lost: " + self.broke if self.broke else "")
-                       + (" error: " + error if error else ""))
+        self.proxy.log(
+            "error" if status >= 500 else "info",
+            "%(id)s %(asked)s -> %(model)s stream=%(stream)s %(status)s in=%(input)s+%(cache_read)s "
+            "out=%(output)s first=%(first_ms)sms total=%(total_ms)sms cache=%(cache)s" % row
+            + (" retries=%d" % self.retries if self.retries else "")
+            + (" prefix lost: " + self.broke if self.broke else "")
+            + (" error: " + error if error else ""),
+        )
         if self.settings.log_level == "debug":
-            seen = {"headers": dict(self.headers.items()), "request": without_person(self.body), "sent": self.sent, "error": error}
-            self.proxy.log("debug", self.id + " " + compact_json(shorten_strings(redact(seen, self.settings.secrets()))))
+            seen = {
+                "headers": dict(self.headers.items()),
+                "request": without_person(self.body),
+                "sent": self.sent,
+                "error": error,
+            }
+            self.proxy.log(
+                "debug",
+                self.id
+                + " "
+                + compact_json(shorten_strings(redact(seen, self.settings.secrets()))),
+            )
         if self.proxy.recorder:
-            self.proxy.recorder.write({"time": row["time"], "id": self.id, "row": row, "request": without_person(self.body), "sent": self.sent,
-                                       "client_headers": dict(self.headers.items()), "replies": self.replies})
+            self.proxy.recorder.write(
+                {
+                    "time": row["time"],
+                    "id": self.id,
+                    "row": row,
+                    "request": without_person(self.body),
+                    "sent": self.sent,
+                    "client_headers": dict(self.headers.items()),
+                    "replies": self.replies,
+                }
+            )
 
 
 def without_secrets(text, secrets):
@@ -5847,7 +8032,10 @@ def without_secrets(text, secrets):
 
 def without_person(body):
     """A request for a record, without what tells who and where the user is."""
-    return {key: "<hidden>" if key in ("metadata", "safeguards") else value for key, value in body.items()}
+    return {
+        key: "<hidden>" if key in ("metadata", "safeguards") else value
+        for key, value in body.items()
+    }
 
 
 def shorten_strings(value, limit=500):
@@ -5856,7 +8044,11 @@ def shorten_strings(value, limit=500):
         return shorten(value, limit)
     if isinstance(value, dict):
         return {key: shorten_strings(part, limit) for key, part in value.items()}
-    return [shorten_strings(part, limit) for part in value] if isinstance(value, (list, tuple)) else value
+    return (
+        [shorten_strings(part, limit) for part in value]
+        if isinstance(value, (list, tuple))
+        else value
+    )
 
 
 def has_images(body):
@@ -5873,14 +8065,23 @@ def has_images(body):
 
 def tool_names(body):
     """{name sent to the provider: (the client's name, schema)} of the offered tools."""
-    return {short_name(tool["name"]): (tool["name"], as_dict(tool.get("input_schema"))) for tool in offered_tools(body)}
+    return {
+        short_name(tool["name"]): (tool["name"], as_dict(tool.get("input_schema")))
+        for tool in offered_tools(body)
+    }
 
 
 def used_ids(body):
     """Tool ids that the conversation has already used."""
-    return {block.get("id") for message in body["messages"] if isinstance(message, dict) and message.get("role") == "assistant"
-            for block in as_list(message.get("content")) if isinstance(block, dict) and block.get("type") == "tool_use"
-            and isinstance(block.get("id"), str)}
+    return {
+        block.get("id")
+        for message in body["messages"]
+        if isinstance(message, dict) and message.get("role") == "assistant"
+        for block in as_list(message.get("content"))
+        if isinstance(block, dict)
+        and block.get("type") == "tool_use"
+        and isinstance(block.get("id"), str)
+    }
 
 
 def first_bytes(blocks):
@@ -5900,25 +8101,38 @@ def read_all(head, blocks):
         pieces.append(block)
         size += len(block)
         if size > MAX_LINE:
-            raise UpstreamError("The provider sent JSON of over %d MB; that is no model's reply." % (MAX_LINE >> 20), kind="cut")
+            raise UpstreamError(
+                "The provider sent JSON of over %d MB; that is no model's reply."
+                % (MAX_LINE >> 20),
+                kind="cut",
+            )
     return b"".join(pieces)
 
 
 def whole_reply(raw, start, plan):
     """A reply that is no stream, as the one chunk (or message) that it is. Raises UpstreamError for a page or broken JSON."""
     if start == b"<":
-        raise UpstreamError("%s answered with a web page (%s) instead of a completion; check TARGET_API_BASE (-b)."
-                            % (without_password(plan.base), readable_text(raw.decode("utf-8", "replace"))), kind="path")
+        raise UpstreamError(
+            "%s answered with a web page (%s) instead of a completion; check TARGET_API_BASE (-b)."
+            % (without_password(plan.base), readable_text(raw.decode("utf-8", "replace"))),
+            kind="path",
+        )
     body = json_or_none(raw)
     if isinstance(body, list) and body:
         body = body[0]
     if not isinstance(body, dict):
-        raise UpstreamError("The provider's reply was cut off or is no JSON.", kind="cut", retry=True)
+        raise UpstreamError(
+            "The provider's reply was cut off or is no JSON.", kind="cut", retry=True
+        )
     error = error_in_reply(body)
     if error:
         raise error
     if not body.get("choices") and body.get("type") != "message":
-        raise UpstreamError("%s answered with JSON that is no completion: %s" % (without_password(plan.base), compact_json(body)[:300]), kind="path")
+        raise UpstreamError(
+            "%s answered with JSON that is no completion: %s"
+            % (without_password(plan.base), compact_json(body)[:300]),
+            kind="path",
+        )
     return body
 
 
@@ -5926,21 +8140,31 @@ def refusal(reply, raw, plan):
     """The UpstreamError of a reply with an error status; a redirect says where the address has moved."""
     if reply.status < 400:
         place = (without_password(plan.base), reply.headers.get("location"))
-        return UpstreamError("%s has moved to %s; mend TARGET_API_BASE (-b)." % place, 404, kind="path")
+        return UpstreamError(
+            "%s has moved to %s; mend TARGET_API_BASE (-b)." % place, 404, kind="path"
+        )
     return upstream_error(reply.status, reply.headers, raw)
 
 
 # ---- web search: a server tool that no other provider has --------------------------------------------
 
+
 def is_search(body):
     """Whether this is Claude Code's side request for a web search: the server tool and no other."""
     tools = as_list(body.get("tools"))
-    return bool(tools) and all(str(as_dict(tool).get("type")).startswith("web_search_") for tool in tools)
+    return bool(tools) and all(
+        str(as_dict(tool).get("type")).startswith("web_search_") for tool in tools
+    )
 
 
 def search_message(exchange):
     """The answer to a web search as a message: real results from SEARCH_URL, or a clear error block; never a model's invention."""
-    texts = [block_text(block) for _, blocks in split_turns(exchange.body["messages"])[-1:] for block in blocks if block.get("type") == "text"]
+    texts = [
+        block_text(block)
+        for _, blocks in split_turns(exchange.body["messages"])[-1:]
+        for block in blocks
+        if block.get("type") == "text"
+    ]
     query = re.sub(r"(?is)^.*?web search for the query:\s*", "", "\n".join(texts)).strip()[:400]
     call_id, code, hits = "srvtoolu_" + exchange.proxy.new_id(), "unavailable", []
     text = "Web search is not configured: set SEARCH_URL in ccfix to a SearXNG address. No search was made."
@@ -5949,23 +8173,50 @@ def search_message(exchange):
             hits, text = search_web(exchange, query), ""
         except (ProxyError, ValueError) as e:
             text = "The web search failed: %s" % e
-    found = [{"type": "web_search_result", "title": hit["title"], "url": hit["url"], "encrypted_content": "", "page_age": None} for hit in hits]
+    found = [
+        {
+            "type": "web_search_result",
+            "title": hit["title"],
+            "url": hit["url"],
+            "encrypted_content": "",
+            "page_age": None,
+        }
+        for hit in hits
+    ]
     if not text:
-        text = "\n\n".join("%s\n%s\n%s" % (hit["title"], hit["url"], hit["content"]) for hit in hits) or "The search found nothing."
+        text = (
+            "\n\n".join("%s\n%s\n%s" % (hit["title"], hit["url"], hit["content"]) for hit in hits)
+            or "The search found nothing."
+        )
         content = found
     else:
         content = {"type": "web_search_tool_result_error", "error_code": code}
-    blocks = [{"type": "server_tool_use", "id": call_id, "name": "web_search", "input": {"query": query}},
-              {"type": "web_search_tool_result", "tool_use_id": call_id, "content": content}, {"type": "text", "text": text}]
-    return {"type": "message", "role": "assistant", "content": blocks, "stop_reason": "end_turn", "stop_sequence": None}
+    blocks = [
+        {"type": "server_tool_use", "id": call_id, "name": "web_search", "input": {"query": query}},
+        {"type": "web_search_tool_result", "tool_use_id": call_id, "content": content},
+        {"type": "text", "text": text},
+    ]
+    return {
+        "type": "message",
+        "role": "assistant",
+        "content": blocks,
+        "stop_reason": "end_turn",
+        "stop_sequence": None,
+    }
 
 
 def search_web(exchange, query):
     """[{title, url, content}] of SEARCH_URL's JSON answer (SearXNG's form). Raises ProxyError, ValueError."""
     url = exchange.settings.search_url
     url += ("&" if "?" in url else "?") + urllib.parse.urlencode({"q": query, "format": "json"})
-    reply = exchange.proxy.upstream(exchange.settings).open("GET", url, {"Accept": "application/json", "User-Agent": "ccfix/" + __version__},
-                                                            None, exchange.wait, timeout=30)
+    reply = exchange.proxy.upstream(exchange.settings).open(
+        "GET",
+        url,
+        {"Accept": "application/json", "User-Agent": "ccfix/" + __version__},
+        None,
+        exchange.wait,
+        timeout=30,
+    )
     try:
         raw = reply.read(4 << 20)
     finally:
@@ -5973,8 +8224,15 @@ def search_web(exchange, query):
     rows = as_dict(json_or_none(raw)).get("results")
     if reply.status != 200 or not isinstance(rows, list):
         raise ValueError("SEARCH_URL answered HTTP %d without a list of results" % reply.status)
-    return [{"title": str(row.get("title") or row["url"]), "url": str(row["url"]), "content": str(row.get("content") or "")}
-            for row in rows[:10] if isinstance(row, dict) and row.get("url")]
+    return [
+        {
+            "title": str(row.get("title") or row["url"]),
+            "url": str(row["url"]),
+            "content": str(row.get("content") or ""),
+        }
+        for row in rows[:10]
+        if isinstance(row, dict) and row.get("url")
+    ]
 
 
 # ======================================================================================================
@@ -5982,15 +8240,17 @@ def search_web(exchange, query):
 # ======================================================================================================
 
 MAX_BODY_BYTES = 64 << 20
-HEAD_SECONDS = 30           # for a request's head, and between two reads of its body
-BODY_SECONDS = 300          # for the whole body
-IDLE_SECONDS = 300          # a kept-alive connection without a request
-SEND_SECONDS = 120          # for a client that does not read
-LINGER_SECONDS = 2          # at the end of a connection, for what the client still sends
-LOOK_SECONDS = 1            # between two looks at whether a silence needs a ping
-SETTLED = 4                 # pieces of a streamed answer after which the Pump takes it
-QUIET_SECONDS = 1           # a silence, after which the Pump gives it back
-MOST_STREAMS = 200 if selectors.DefaultSelector is selectors.SelectSelector else 10000      # select() takes 512 descriptors
+HEAD_SECONDS = 30  # for a request's head, and between two reads of its body
+BODY_SECONDS = 300  # for the whole body
+IDLE_SECONDS = 300  # a kept-alive connection without a request
+SEND_SECONDS = 120  # for a client that does not read
+LINGER_SECONDS = 2  # at the end of a connection, for what the client still sends
+LOOK_SECONDS = 1  # between two looks at whether a silence needs a ping
+SETTLED = 4  # pieces of a streamed answer after which the Pump takes it
+QUIET_SECONDS = 1  # a silence, after which the Pump gives it back
+MOST_STREAMS = (
+    200 if selectors.DefaultSelector is selectors.SelectSelector else 10000
+)  # select() takes 512 descriptors
 REQUEST_LINE = re.compile(rb"([!-~]+) ([!-~\x80-\xff]+) HTTP/(\d)\.(\d)\r?\n")
 REASONS = http.server.BaseHTTPRequestHandler.responses
 
@@ -6042,7 +8302,7 @@ class Watch(object):
         while True:
             ready = self.ready(max(min(seconds, LOOK_SECONDS), 0))
             now = time.monotonic()
-            if ready == self.answered and now < self.look:      # the hot path: nothing but the provider
+            if ready == self.answered and now < self.look:  # the hot path: nothing but the provider
                 return True
             if self.client_open and self.client_fd in ready:
                 self.look_at_client()
@@ -6059,8 +8319,12 @@ class Watch(object):
         """Look at another socket (or none) beside the client's."""
         self.watched, self.watched_fd = sock, sock and sock.fileno()
         self.answered = [self.watched_fd]
-        self.places = [place for place in (self.client if self.client_open else None, sock) if place is not None]
-        self.poller = select.poll() if hasattr(select, "poll") else None        # none on Windows
+        self.places = [
+            place
+            for place in (self.client if self.client_open else None, sock)
+            if place is not None
+        ]
+        self.poller = select.poll() if hasattr(select, "poll") else None  # none on Windows
         if self.poller:
             for place in self.places:
                 self.poller.register(place, select.POLLIN)
@@ -6071,7 +8335,10 @@ class Watch(object):
             return [fd for fd, _ in self.poller.poll(seconds * 1000)]
         if not self.places:
             time.sleep(seconds)
-        return [place.fileno() for place in (select.select(self.places, [], [], seconds)[0] if self.places else ())]
+        return [
+            place.fileno()
+            for place in (select.select(self.places, [], [], seconds)[0] if self.places else ())
+        ]
 
     def look_at_client(self):
         """The client's socket can be read: it hung up, or it sent its next request early."""
@@ -6083,7 +8350,7 @@ class Watch(object):
             gone = True
         if gone:
             raise ClientGone()
-        self.client_open = False            # it is there; do not wake up for its data again
+        self.client_open = False  # it is there; do not wake up for its data again
         self.watch(self.watched)
 
     def break_silence(self):
@@ -6098,11 +8365,29 @@ class Watch(object):
 class Stream(object):
     """A streamed answer on its way through the Pump. rest: bytes that the client did not take at once; error: what was raised;
     back: set once the stream's own thread has to go on."""
-    __slots__ = ("handler", "batches", "exchange", "reply", "descriptors", "moved", "rest", "error", "back")
+
+    __slots__ = (
+        "handler",
+        "batches",
+        "exchange",
+        "reply",
+        "descriptors",
+        "moved",
+        "rest",
+        "error",
+        "back",
+    )
 
     def __init__(self, handler, batches, exchange):
-        self.handler, self.batches, self.exchange, self.reply = handler, batches, exchange, exchange.flowing()
-        self.descriptors = [self.reply.wire.sock.fileno()] + [handler.watch.client_fd] * handler.watch.client_open
+        self.handler, self.batches, self.exchange, self.reply = (
+            handler,
+            batches,
+            exchange,
+            exchange.flowing(),
+        )
+        self.descriptors = [self.reply.wire.sock.fileno()] + [
+            handler.watch.client_fd
+        ] * handler.watch.client_open
         self.moved, self.rest, self.error, self.back = 0, b"", None, threading.Event()
 
     def step(self, now):
@@ -6112,7 +8397,7 @@ class Stream(object):
             if text:
                 self.moved = now
                 data = self.handler.framed(text)
-                self.rest = data[self.handler.connection.send(data):]
+                self.rest = data[self.handler.connection.send(data) :]
             return not self.rest and self.exchange.reply is not None
         except BlockingIOError:
             self.rest = data
@@ -6130,7 +8415,12 @@ class Pump(object):
     """
 
     def __init__(self, log):
-        self.log, self.lock, self.coming, self.streams = log, threading.Lock(), collections.deque(), set()
+        self.log, self.lock, self.coming, self.streams = (
+            log,
+            threading.Lock(),
+            collections.deque(),
+            set(),
+        )
         self.selector, self.bell, self.look = None, None, 0
 
     def move(self, stream):
@@ -6143,7 +8433,7 @@ class Pump(object):
             try:
                 raise error
             finally:
-                error = None            # else it and this frame would know each other
+                error = None  # else it and this frame would know each other
         stream.handler.write(stream.rest)
 
     def close(self):
@@ -6155,8 +8445,11 @@ class Pump(object):
         with self.lock:
             if stream and self.bell is None:
                 try:
-                    self.selector, (self.bell, ear) = selectors.DefaultSelector(), socket.socketpair()
-                except OSError:         # out of descriptors
+                    self.selector, (self.bell, ear) = (
+                        selectors.DefaultSelector(),
+                        socket.socketpair(),
+                    )
+                except OSError:  # out of descriptors
                     return False
                 self.bell.setblocking(False)
                 self.selector.register(ear, selectors.EVENT_READ)
@@ -6164,7 +8457,7 @@ class Pump(object):
             if self.bell is None or stream and len(self.streams) >= MOST_STREAMS:
                 return False
             self.coming.append(stream)
-            with contextlib.suppress(BlockingIOError):      # it has not heard the last hundreds
+            with contextlib.suppress(BlockingIOError):  # it has not heard the last hundreds
                 self.bell.send(b".")
             return True
 
@@ -6172,8 +8465,12 @@ class Pump(object):
         """The thread."""
         try:
             while self.take():
-                self.work(self.selector.select(QUIET_SECONDS if self.streams else None), ear, time.monotonic())
-        except Exception:       # our bug: the streams go on in their threads
+                self.work(
+                    self.selector.select(QUIET_SECONDS if self.streams else None),
+                    ear,
+                    time.monotonic(),
+                )
+        except Exception:  # our bug: the streams go on in their threads
             self.log("error", "the pump failed inside ccfix:\n" + traceback.format_exc())
         finally:
             with self.lock:
@@ -6190,7 +8487,7 @@ class Pump(object):
         for key, _ in events:
             if key.data is None:
                 ear.recv(4096)
-            elif key.data in self.streams:          # an event before this one may have ended it
+            elif key.data in self.streams:  # an event before this one may have ended it
                 self.turn(key.data, key.fd, now)
         if now >= self.look:
             self.look = now + QUIET_SECONDS / 2
@@ -6219,14 +8516,16 @@ class Pump(object):
         if stream in self.streams:
             self.streams.remove(stream)
             for number in stream.descriptors:
-                with contextlib.suppress(KeyError):     # it was not yet taken wholly
+                with contextlib.suppress(KeyError):  # it was not yet taken wholly
                     self.selector.unregister(number)
         stream.reply.patient = True
         stream.back.set()
 
 
 MAY_BE_HALF = re.compile(rb"\\u[dD]")
-SURROGATE = re.compile(rb"(\\\\|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2})|\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
+SURROGATE = re.compile(
+    rb"(\\\\|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2})|\\u[dD][89a-fA-F][0-9a-fA-F]{2}"
+)
 
 
 def without_halves(raw):
@@ -6240,7 +8539,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     """One client connection. Every error of a request ends in `fail`, every reply in `send`."""
 
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True          # else every kept-alive reply waits 40 ms for an ACK
+    disable_nagle_algorithm = True  # else every kept-alive reply waits 40 ms for an ACK
 
     ROUTES = (
         # method, pattern of the path, name of the method that answers
@@ -6283,7 +8582,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         end = time.monotonic() + LINGER_SECONDS
         try:
             self.connection.shutdown(socket.SHUT_WR)
-            while poll_socket(self.connection, max(end - time.monotonic(), 0)) and self.connection.recv(65536):
+            while poll_socket(
+                self.connection, max(end - time.monotonic(), 0)
+            ) and self.connection.recv(65536):
                 pass
         except OSError:
             return
@@ -6296,13 +8597,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """
         line, left, lines = self.rfile.readline(MAX_HEAD), MAX_HEAD, []
         if not line.strip():
-            self.close_connection = not line            # RFC 9112, 2.2: an empty line before a request is no fault
+            self.close_connection = (
+                not line
+            )  # RFC 9112, 2.2: an empty line before a request is no fault
             return False
         self.unread = True
         found = REQUEST_LINE.fullmatch(line)
         if not found:
             is_long = len(line) == MAX_HEAD
-            raise ProxyError("the request line is " + ("too long" if is_long else "no HTTP"), 414 if is_long else 400)
+            raise ProxyError(
+                "the request line is " + ("too long" if is_long else "no HTTP"),
+                414 if is_long else 400,
+            )
         self.command, self.path = found.group(1).decode("ascii"), found.group(2).decode("latin-1")
         if found.group(3) != b"1":
             raise ProxyError("only HTTP/1.1 and 1.0 are served", 505)
@@ -6320,8 +8626,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise ProxyError("malformed HTTP: %s" % e, 400)
         options = self.headers.tokens("connection")
         self.request_version = "HTTP/1.0" if found.group(4) == b"0" else "HTTP/1.1"
-        self.close_connection = "close" in options or self.request_version == "HTTP/1.0" and "keep-alive" not in options
-        self.unread = any(length != "0" for length in self.headers.all("content-length")) or bool(self.headers.all("transfer-encoding"))
+        self.close_connection = (
+            "close" in options or self.request_version == "HTTP/1.0" and "keep-alive" not in options
+        )
+        self.unread = any(length != "0" for length in self.headers.all("content-length")) or bool(
+            self.headers.all("transfer-encoding")
+        )
         return True
 
     def route(self):
@@ -6339,7 +8649,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     return getattr(self, name)(*match.groups())
             if found:
                 allow = "GET, HEAD" if found[0][0] == "GET" else found[0][0]
-                raise ProxyError("%s is not allowed here; use %s" % (self.command[:20], allow), 405, headers={"allow": allow})
+                raise ProxyError(
+                    "%s is not allowed here; use %s" % (self.command[:20], allow),
+                    405,
+                    headers={"allow": allow},
+                )
             raise ProxyError("no such address: %s" % path[:200], 404)
         except ProxyError as error:
             self.fail(error)
@@ -6348,8 +8662,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.close_connection = True
         except RecursionError:
             self.fail(BadRequest("the request is nested too deeply"))
-        except Exception:           # our bug: the one bare catch-all of a request
-            self.proxy.log("error", "%s failed inside ccfix:\n%s" % (self.request_id, traceback.format_exc()))
+        except Exception:  # our bug: the one bare catch-all of a request
+            self.proxy.log(
+                "error", "%s failed inside ccfix:\n%s" % (self.request_id, traceback.format_exc())
+            )
             self.fail(ProxyError("ccfix itself failed; its log has the details", 500))
 
     # -- who may ask
@@ -6364,22 +8680,39 @@ class Handler(http.server.BaseHTTPRequestHandler):
         origin = self.headers.get("origin")
         key = settings.anthropic_api_key
         allowed = key and self.knows(key)
-        if origin is not None and origin not in ("http://" + host, "https://" + host) and not (allowed and "/v1/" in path):
-            raise ProxyError("requests from the origin %s are not served" % ascii(origin)[:100], 403)
-        if re.match(r"/health/?\Z", path) or (key and path == "/" and "text/html" in self.headers.get("accept", "")):
-            return                  # the page itself holds nothing; it asks for the key
+        if (
+            origin is not None
+            and origin not in ("http://" + host, "https://" + host)
+            and not (allowed and "/v1/" in path)
+        ):
+            raise ProxyError(
+                "requests from the origin %s are not served" % ascii(origin)[:100], 403
+            )
+        if re.match(r"/health/?\Z", path) or (
+            key and path == "/" and "text/html" in self.headers.get("accept", "")
+        ):
+            return  # the page itself holds nothing; it asks for the key
         if key and not allowed:
-            raise ProxyError("the proxy key is missing or wrong: set ANTHROPIC_AUTH_TOKEN (or ANTHROPIC_API_KEY) of Claude Code to the"
-                             " ANTHROPIC_API_KEY of ccfix", 401, headers=dict(NEVER))
+            raise ProxyError(
+                "the proxy key is missing or wrong: set ANTHROPIC_AUTH_TOKEN (or ANTHROPIC_API_KEY) of Claude Code to the"
+                " ANTHROPIC_API_KEY of ccfix",
+                401,
+                headers=dict(NEVER),
+            )
         if not key and not self.server.answers_to(host, settings.allowed_hosts):
-            raise ProxyError("ccfix does not answer to the host name %s; add it to ALLOWED_HOSTS, or set a proxy key (ANTHROPIC_API_KEY)"
-                             % ascii(host)[:100], 403)
+            raise ProxyError(
+                "ccfix does not answer to the host name %s; add it to ALLOWED_HOSTS, or set a proxy key (ANTHROPIC_API_KEY)"
+                % ascii(host)[:100],
+                403,
+            )
 
     def knows(self, key):
         """Whether the request carries the proxy key."""
         bearer = re.sub(r"(?i)\Abearer[ \t]+", "", self.headers.get("authorization", ""))
         shown = [value.encode("latin-1") for value in (self.headers.get("x-api-key", ""), bearer)]
-        wanted = [key.encode(encoding, "backslashreplace") for encoding in ("utf-8", "latin-1")]    # clients send either
+        wanted = [
+            key.encode(encoding, "backslashreplace") for encoding in ("utf-8", "latin-1")
+        ]  # clients send either
         return any([hmac.compare_digest(one, other) for one in shown for other in wanted])
 
     # -- bodies
@@ -6388,15 +8721,25 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """The request's body. Raises ProxyError; the connection then closes, since nobody knows where the next request begins."""
         lengths = self.headers.all("content-length")
         if self.headers.all("transfer-encoding") or not lengths:
-            raise self.closing(ProxyError("a Content-Length is required; chunked bodies are not taken", 411))
+            raise self.closing(
+                ProxyError("a Content-Length is required; chunked bodies are not taken", 411)
+            )
         if len(lengths) > 1 or not re.match(r"[0-9]{1,15}\Z", lengths[0]):
             raise self.closing(ProxyError("Content-Length must be one number", 400))
         if self.headers.get("content-encoding", "identity").lower() != "identity":
             raise self.closing(ProxyError("compressed request bodies are not taken", 415))
         length = int(lengths[0])
         if length > MAX_BODY_BYTES:
-            raise self.closing(ProxyError("the request has %d bytes; the limit is %d MB" % (length, MAX_BODY_BYTES >> 20), 413))
-        if self.headers.get("expect", "").lower() == "100-continue" and self.request_version == "HTTP/1.1":
+            raise self.closing(
+                ProxyError(
+                    "the request has %d bytes; the limit is %d MB" % (length, MAX_BODY_BYTES >> 20),
+                    413,
+                )
+            )
+        if (
+            self.headers.get("expect", "").lower() == "100-continue"
+            and self.request_version == "HTTP/1.1"
+        ):
             self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         self.inbox.deadline = time.monotonic() + BODY_SECONDS
         try:
@@ -6444,8 +8787,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def head(self, status, headers):
         """A reply's head as bytes."""
-        lines = ["HTTP/1.1 %d %s" % (status, REASONS.get(status, ("Error",))[0]), "request-id: " + self.request_id]
-        lines += ["%s: %s" % (name, re.sub(r"[^\t\x20-\x7e]", " ", str(value))) for name, value in headers.items()]
+        lines = [
+            "HTTP/1.1 %d %s" % (status, REASONS.get(status, ("Error",))[0]),
+            "request-id: " + self.request_id,
+        ]
+        lines += [
+            "%s: %s" % (name, re.sub(r"[^\t\x20-\x7e]", " ", str(value)))
+            for name, value in headers.items()
+        ]
         self.close_connection = self.close_connection or self.server.stopping
         if self.close_connection:
             lines.append("Connection: close")
@@ -6468,9 +8817,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return
         error.message = without_secrets(error.message, self.proxy.settings().secrets())
         # Claude Code shows its own words for a 404, and asks twice; 424 it asks once, and shows ours.
-        hidden = error.status == 404 and error.kind and self.headers and "claude-cli/" in (self.headers.get("User-Agent") or "")
+        hidden = (
+            error.status == 404
+            and error.kind
+            and self.headers
+            and "claude-cli/" in (self.headers.get("User-Agent") or "")
+        )
         try:
-            self.send_json(error.body(self.request_id), 424 if hidden else error.status, error.headers)
+            self.send_json(
+                error.body(self.request_id), 424 if hidden else error.status, error.headers
+            )
         except OSError:
             self.close_connection = True
 
@@ -6484,8 +8840,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         data, chunked = self.framed(text), self.request_version != "HTTP/1.0"
         if not self.began_reply:
             self.began_reply = True
-            headers = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache",
-                       "x-ccfix-cache": self.watch.exchange.cache_state}
+            headers = {
+                "Content-Type": "text/event-stream; charset=utf-8",
+                "Cache-Control": "no-cache",
+                "x-ccfix-cache": self.watch.exchange.cache_state,
+            }
             if chunked:
                 headers["Transfer-Encoding"] = "chunked"
             else:
@@ -6499,7 +8858,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         body, size = self.read_json()
         check_request(body)
         self.watch = Watch(self.connection, self.write_events)
-        exchange = Exchange(self.proxy, body, self.headers, self.watch, settings=self.settings, id=self.request_id[4:])
+        exchange = Exchange(
+            self.proxy,
+            body,
+            self.headers,
+            self.watch,
+            settings=self.settings,
+            id=self.request_id[4:],
+        )
         self.watch.exchange, exchange.bytes_in = exchange, size
         status, error = 499, "the client hung up"
         with self.proxy.counted():
@@ -6507,7 +8873,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.answer(exchange)
                 status, error = 200, exchange.broken_by()
             except Dropped as dropped:
-                status, error = 200, dropped.args[0].message + " (in a tool call; the client asks again)"
+                status, error = (
+                    200,
+                    dropped.args[0].message + " (in a tool call; the client asks again)",
+                )
                 self.close_connection = True
             except ProxyError as e:
                 status, error = e.status, e.message
@@ -6519,7 +8888,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 raise
             finally:
                 exchange.close(status, error)
-                self.watch.exchange = self.watch = None         # they know each other: only the collector would find them
+                self.watch.exchange = self.watch = (
+                    None  # they know each other: only the collector would find them
+                )
 
     def answer(self, exchange):
         """Write the exchange's answer, streamed or whole."""
@@ -6553,7 +8924,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Any name is served, so any name exists."""
         name = urllib.parse.unquote(name)[:200]
         known = {row["id"]: row for row in self.proxy.models(self.proxy.settings())["data"]}
-        self.send_json(known.get(name) or {"type": "model", "id": name, "display_name": name, "created_at": "2025-01-01T00:00:00Z"})
+        self.send_json(
+            known.get(name)
+            or {
+                "type": "model",
+                "id": name,
+                "display_name": name,
+                "created_at": "2025-01-01T00:00:00Z",
+            }
+        )
 
     def get_health(self):
         self.send_json({"status": "ok", "name": "ccfix", "version": __version__})
@@ -6562,19 +8941,36 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """The status page for browsers, JSON for everything else."""
         if "text/html" in self.headers.get("Accept", ""):
             nonce = base64.b64encode(os.urandom(12)).decode()
-            self.send(200, status_page(nonce), "text/html; charset=utf-8",
-                      {"Content-Security-Policy": page_policy(nonce), "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
-                       "Cache-Control": "no-store"})
+            self.send(
+                200,
+                status_page(nonce),
+                "text/html; charset=utf-8",
+                {
+                    "Content-Security-Policy": page_policy(nonce),
+                    "X-Content-Type-Options": "nosniff",
+                    "Referrer-Policy": "no-referrer",
+                    "Cache-Control": "no-store",
+                },
+            )
         else:
             self.get_stats()
 
     def get_stats(self):
-        self.send_json(self.proxy.status(self.server.address()), headers={"Cache-Control": "no-store"})
+        self.send_json(
+            self.proxy.status(self.server.address()), headers={"Cache-Control": "no-store"}
+        )
 
     def get_cache_stats(self):
         settings, store = self.proxy.settings(), self.proxy.store
         shown = store.stats() if store else {}
-        self.send_json(dict(shown, enabled=settings.cache_enabled, mode=settings.cache_key_mode, ttl=settings.cache_ttl))
+        self.send_json(
+            dict(
+                shown,
+                enabled=settings.cache_enabled,
+                mode=settings.cache_key_mode,
+                ttl=settings.cache_ttl,
+            )
+        )
 
     def post_cache_clear(self):
         self.send_json({"removed": self.proxy.store.clear() if self.proxy.store else 0})
@@ -6590,10 +8986,12 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
     """The listening server: a thread a connection. address: (host, port)."""
 
     daemon_threads = True
-    request_queue_size = 1024           # with 5, the default, most of 200 connections at once wait for seconds
-    allow_reuse_address = os.name != "nt"       # on Windows it would let two servers share the port
+    request_queue_size = (
+        1024  # with 5, the default, most of 200 connections at once wait for seconds
+    )
+    allow_reuse_address = os.name != "nt"  # on Windows it would let two servers share the port
 
-    stopping = False                    # once true, each connection ends with its next reply
+    stopping = False  # once true, each connection ends with its next reply
 
     def __init__(self, address, proxy, handler=Handler):
         self.proxy, self.pump = proxy, Pump(getattr(proxy, "log", None))
@@ -6612,7 +9010,10 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
     def address(self):
         """The URL that clients on this machine use."""
         host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self.server_name, self.server_name)
-        return "http://%s:%d" % ("[%s]" % host if ":" in host and host[0] != "[" else host, self.server_port)
+        return "http://%s:%d" % (
+            "[%s]" % host if ":" in host and host[0] != "[" else host,
+            self.server_port,
+        )
 
     def answers_to(self, host, more):
         """Whether a Host header names this server: an address (no web page has one that resolves elsewhere), localhost,
@@ -6623,7 +9024,10 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         is_address = bool(re.match(r"\d{1,3}(\.\d{1,3}){3}\Z|\[[0-9a-f:.]+\]\Z", name))
         if self.server_name in ("0.0.0.0", "::"):
             return is_address
-        return bool(re.match(r"127\.\d+\.\d+\.\d+\Z|\[::1\]\Z", name)) or name.strip("[]") == self.server_name
+        return (
+            bool(re.match(r"127\.\d+\.\d+\.\d+\Z|\[::1\]\Z", name))
+            or name.strip("[]") == self.server_name
+        )
 
     def service_actions(self):
         """What the accepting thread does twice a second."""
@@ -6634,7 +9038,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         try:
             return http.server.HTTPServer.get_request(self)
         except OSError:
-            time.sleep(0.05)            # out of descriptors: do not spin until one is free
+            time.sleep(0.05)  # out of descriptors: do not spin until one is free
             raise
 
     def handle_error(self, request, client_address):
@@ -7155,38 +9559,62 @@ def status_page(nonce):
 
 def page_policy(nonce):
     """Content-Security-Policy of the page: its own style and script, calls to this server, and nothing else."""
-    return ("default-src 'none'; script-src 'nonce-{0}'; style-src 'nonce-{0}'; connect-src 'self'; img-src data:; "
-            "base-uri 'none'; form-action 'none'; frame-ancestors 'none'").format(nonce)
+    return (
+        "default-src 'none'; script-src 'nonce-{0}'; style-src 'nonce-{0}'; connect-src 'self'; img-src data:; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ).format(nonce)
 
 
 # ======================================================================================================
 # 14  Demo: an embedded model, reached like any other provider
 # ======================================================================================================
 
-DEMO_HELP = ("I am the demo model inside ccfix: no key, no network, no intelligence. Your words: %s\n\n"
-             "Say 'read FILE', 'run COMMAND' or 'think' to see tools and thinking travel through the proxy.")
+DEMO_HELP = (
+    "I am the demo model inside ccfix: no key, no network, no intelligence. Your words: %s\n\n"
+    "Say 'read FILE', 'run COMMAND' or 'think' to see tools and thinking travel through the proxy."
+)
 
 
 def demo_reply(body):
     """(reasoning, text, [(tool, arguments)]) of the demo model for an OpenAI request."""
     messages = [as_dict(message) for message in as_list(body.get("messages"))]
-    offered = {as_dict(as_dict(tool).get("function")).get("name") for tool in as_list(body.get("tools"))}
+    offered = {
+        as_dict(as_dict(tool).get("function")).get("name") for tool in as_list(body.get("tools"))
+    }
     last = messages[-1] if messages else {}
     if last.get("role") == "tool":
         return "", "The tool answered:\n" + str(last.get("content"))[:2000], []
-    said = re.sub(r"(?s)<system-reminder>.*?</system-reminder>", "", said_text(last.get("content"))).strip()
-    wants = [("Read", "file_path", r"\bread\s+(\S+)"), ("Bash", "command", r"\brun\s+(.+)"), ("get_weather", "place", r"weather in (\w+)")]
+    said = re.sub(
+        r"(?s)<system-reminder>.*?</system-reminder>", "", said_text(last.get("content"))
+    ).strip()
+    wants = [
+        ("Read", "file_path", r"\bread\s+(\S+)"),
+        ("Bash", "command", r"\brun\s+(.+)"),
+        ("get_weather", "place", r"weather in (\w+)"),
+    ]
     for name, field, pattern in wants:
         found = re.search(pattern, said, re.I)
         if found and name in offered:
             arguments = {field: found.group(1).strip("`'\" ")}
-            return "The user wants %s." % name, "Let me see.", [(name, dict(arguments, description="demo") if name == "Bash" else arguments)]
-    return "The user said something; I say it back." if "think" in said.lower() else "", DEMO_HELP % said[:500], []
+            return (
+                "The user wants %s." % name,
+                "Let me see.",
+                [(name, dict(arguments, description="demo") if name == "Bash" else arguments)],
+            )
+    return (
+        "The user said something; I say it back." if "think" in said.lower() else "",
+        DEMO_HELP % said[:500],
+        [],
+    )
 
 
 def said_text(content):
     """A message's text."""
-    return content if isinstance(content, str) else "\n".join(str(as_dict(part).get("text") or "") for part in as_list(content))
+    return (
+        content
+        if isinstance(content, str)
+        else "\n".join(str(as_dict(part).get("text") or "") for part in as_list(content))
+    )
 
 
 def demo_chunks(body):
@@ -7197,8 +9625,16 @@ def demo_chunks(body):
     for word in re.findall(r"\S+\s*|\s+", text):
         yield {"content": word}, None
     for index, (name, arguments) in enumerate(calls):
-        yield {"tool_calls": [{"index": index, "id": "call_" + os.urandom(8).hex(), "type": "function",
-                               "function": {"name": name, "arguments": ""}}]}, None
+        yield {
+            "tool_calls": [
+                {
+                    "index": index,
+                    "id": "call_" + os.urandom(8).hex(),
+                    "type": "function",
+                    "function": {"name": name, "arguments": ""},
+                }
+            ]
+        }, None
         for piece in re.findall(r"(?s).{1,12}", json.dumps(arguments)):
             yield {"tool_calls": [{"index": index, "function": {"arguments": piece}}]}, None
     yield {}, "tool_calls" if calls else "stop"
@@ -7206,6 +9642,7 @@ def demo_chunks(body):
 
 class DemoModel(http.server.BaseHTTPRequestHandler):
     """A chat-completions server on loopback that needs no model."""
+
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
 
@@ -7213,27 +9650,63 @@ class DemoModel(http.server.BaseHTTPRequestHandler):
         """Silent: the proxy's own log tells enough."""
 
     def do_GET(self):
-        self.reply(compact_json({"object": "list", "data": [{"id": "demo", "object": "model", "owned_by": "ccfix"}]}))
+        self.reply(
+            compact_json(
+                {"object": "list", "data": [{"id": "demo", "object": "model", "owned_by": "ccfix"}]}
+            )
+        )
 
     def do_POST(self):
         body = as_dict(json_or_none(self.rfile.read(int(self.headers.get("Content-Length") or 0))))
-        usage = {"prompt_tokens": max(1, len(compact_json(body)) // 4), "completion_tokens": 0, "total_tokens": 0}
+        usage = {
+            "prompt_tokens": max(1, len(compact_json(body)) // 4),
+            "completion_tokens": 0,
+            "total_tokens": 0,
+        }
         deltas = list(demo_chunks(body))
         usage["completion_tokens"] = len(deltas)
         usage["total_tokens"] = usage["prompt_tokens"] + len(deltas)
         if body.get("stream"):
-            chunks = [{"choices": [{"index": 0, "delta": delta, "finish_reason": finish}]} for delta, finish in deltas]
+            chunks = [
+                {"choices": [{"index": 0, "delta": delta, "finish_reason": finish}]}
+                for delta, finish in deltas
+            ]
             chunks.append({"choices": [], "usage": usage})
-            text = "".join("data: %s\n\n" % compact_json(dict(chunk, id="demo", object="chat.completion.chunk", model="demo")) for chunk in chunks)
+            text = "".join(
+                "data: %s\n\n"
+                % compact_json(dict(chunk, id="demo", object="chat.completion.chunk", model="demo"))
+                for chunk in chunks
+            )
             self.reply(text + "data: [DONE]\n\n", "text/event-stream")
         else:
             reasoning, text, calls = demo_reply(body)
             message = {"role": "assistant", "content": text, "reasoning_content": reasoning}
             if calls:
-                message["tool_calls"] = [{"id": "call_" + os.urandom(8).hex(), "type": "function",
-                                          "function": {"name": name, "arguments": json.dumps(arguments)}} for name, arguments in calls]
-            self.reply(compact_json({"id": "demo", "object": "chat.completion", "model": "demo", "usage": usage,
-                                     "choices": [{"index": 0, "message": message, "finish_reason": "tool_calls" if calls else "stop"}]}))
+                message["tool_calls"] = [
+                    {
+                        "id": "call_" + os.urandom(8).hex(),
+                        "type": "function",
+                        "function": {"name": name, "arguments": json.dumps(arguments)},
+                    }
+                    for name, arguments in calls
+                ]
+            self.reply(
+                compact_json(
+                    {
+                        "id": "demo",
+                        "object": "chat.completion",
+                        "model": "demo",
+                        "usage": usage,
+                        "choices": [
+                            {
+                                "index": 0,
+                                "message": message,
+                                "finish_reason": "tool_calls" if calls else "stop",
+                            }
+                        ],
+                    }
+                )
+            )
 
     def reply(self, text, content_type="application/json"):
         data = text.encode()
@@ -7255,6 +9728,7 @@ def start_demo():
 # 15  Commands: serve, run, check, init, install, uninstall, open
 # ======================================================================================================
 
+
 class Usage(Exception):
     """The command cannot go on as it was given; the message says what to do. Exit code 2."""
 
@@ -7270,7 +9744,7 @@ class Log(object):
         self.lock, self.out, self.file, self.path = threading.Lock(), out or sys.stderr, None, ""
         self.configure(settings)
         if self.path:
-            self.write_file("")         # OSError: better now than never
+            self.write_file("")  # OSError: better now than never
 
     def configure(self, settings):
         """Take level, file and secrets from (changed) settings."""
@@ -7282,22 +9756,40 @@ class Log(object):
         if self.LEVELS.index(level) < self.least:
             return
         text = without_secrets(text, self.secrets)
-        safe = re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda m: "\n    " if m.group() == "\n" and level == "error" and "Traceback" in text else
-                      m.group().encode("unicode_escape").decode(), text)
-        line = "%s %-7s %s\n" % (time.strftime("%Y-%m-%d %H:%M:%S"), level, safe.encode("ascii", "backslashreplace").decode())
+        safe = re.sub(
+            r"[\x00-\x1f\x7f-\x9f]",
+            lambda m: (
+                "\n    "
+                if m.group() == "\n" and level == "error" and "Traceback" in text
+                else m.group().encode("unicode_escape").decode()
+            ),
+            text,
+        )
+        line = "%s %-7s %s\n" % (
+            time.strftime("%Y-%m-%d %H:%M:%S"),
+            level,
+            safe.encode("ascii", "backslashreplace").decode(),
+        )
         with self.lock:
             try:
                 self.out.write(line)
                 self.out.flush()
                 if self.path:
                     self.write_file(line)
-            except (OSError, ValueError):       # a closed terminal or a full disk must not stop a request
+            except (
+                OSError,
+                ValueError,
+            ):  # a closed terminal or a full disk must not stop a request
                 return
 
     def write_file(self, line):
         """Append to the log file; at 10 MB it becomes NAME.1."""
         if self.file is None:
-            self.file = open(os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "a", encoding="utf-8")
+            self.file = open(
+                os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600),
+                "a",
+                encoding="utf-8",
+            )
         self.file.write(line)
         self.file.flush()
         if self.file.tell() > self.MAX_FILE:
@@ -7315,7 +9807,14 @@ class Config(object):
     """
 
     def __init__(self, given, environ, path, home, alone=False):
-        self.given, self.environ, self.path, self.home, self.alone, self.found = given, environ, path, home, alone, {}
+        self.given, self.environ, self.path, self.home, self.alone, self.found = (
+            given,
+            environ,
+            path,
+            home,
+            alone,
+            {},
+        )
         self.lock, self.log, self.mark = threading.Lock(), None, self.file_mark()
         self.settings = Settings(self.layers())
 
@@ -7330,11 +9829,24 @@ class Config(object):
     def layers(self):
         """The layers of settings, most important first. Raises SettingError for a file that cannot be read."""
         claude = os.path.join(self.home, ".claude", "settings.json")
-        layers = [("the environment", self.environ), (os.path.basename(self.path) or ".env", dotenv(file_text(self.path))),
-                  ("~/.claude/settings.json", claude_layer(file_text(claude))), ("found on this machine", self.found)]
+        layers = [
+            ("the environment", self.environ),
+            (os.path.basename(self.path) or ".env", dotenv(file_text(self.path))),
+            ("~/.claude/settings.json", claude_layer(file_text(claude))),
+            ("found on this machine", self.found),
+        ]
         if self.alone:
-            layers = [(name, {key: value for key, value in values.items() if not re.match("TARGET_|EXTRA_|PROFILE|MAX_", key)})
-                      for name, values in layers]
+            layers = [
+                (
+                    name,
+                    {
+                        key: value
+                        for key, value in values.items()
+                        if not re.match("TARGET_|EXTRA_|PROFILE|MAX_", key)
+                    },
+                )
+                for name, values in layers
+            ]
         return [("the command line", self.given)] + layers
 
     def aim(self, found, **given):
@@ -7356,11 +9868,17 @@ class Config(object):
         try:
             new = Settings(self.layers())
         except SettingError as e:
-            self.log("warning", "%s was changed but cannot be used, the old settings stay: %s" % (self.path, e))
+            self.log(
+                "warning",
+                "%s was changed but cannot be used, the old settings stay: %s" % (self.path, e),
+            )
             return
         old, self.settings = self.settings, new
-        changed = ["%s" % row.env if row.secret else "%s = %s" % (row.env, getattr(new, row.name)) for row in SETTINGS
-                   if getattr(old, row.name) != getattr(new, row.name)]
+        changed = [
+            "%s" % row.env if row.secret else "%s = %s" % (row.env, getattr(new, row.name))
+            for row in SETTINGS
+            if getattr(old, row.name) != getattr(new, row.name)
+        ]
         self.log.configure(new)
         self.log("info", "%s was changed: %s" % (self.path, "; ".join(changed) or "no setting"))
 
@@ -7396,6 +9914,7 @@ def complain(message):
 
 # ---- serve -------------------------------------------------------------------------------------------
 
+
 class Running(object):
     """A proxy that serves: server, proxy, log and config belong together. out: where log lines go, instead of stderr."""
 
@@ -7415,7 +9934,10 @@ class Running(object):
         try:
             self.server = Server(place, self.proxy)
         except OSError as e:
-            raise Usage("cannot listen on %s port %d (%s); choose another port with -p, or end the program that has it" % (place + (e.strerror or e,)))
+            raise Usage(
+                "cannot listen on %s port %d (%s); choose another port with -p, or end the program that has it"
+                % (place + (e.strerror or e,))
+            )
         self.thread = threading.Thread(target=self.server.serve_forever, daemon=True)
 
     def start(self, wait=0):
@@ -7457,6 +9979,7 @@ def give_memory_back():
     """Have glibc give the system what was needed at the start only (see main_as_hook); elsewhere free() does that itself."""
     try:
         import ctypes
+
         ctypes.CDLL(None).malloc_trim(0)
     except (ImportError, AttributeError, OSError, TypeError, MemoryError):
         """Another C library, or no ctypes."""
@@ -7468,21 +9991,33 @@ def check_target(settings):
         for path in filter(None, getattr(settings, name).split(",")):
             if not os.path.exists(path):
                 raise Usage("%s names %s, which is not there" % (name.upper(), path))
-    if not settings.target_api_key and not is_loopback(settings.target_api_base) and not settings.extra_headers:
-        raise Usage("no key for %s: give it as TARGET_API_KEY in the environment or .env, or with -k KEY; or try --demo"
-                    % without_password(settings.target_api_base))
+    if (
+        not settings.target_api_key
+        and not is_loopback(settings.target_api_base)
+        and not settings.extra_headers
+    ):
+        raise Usage(
+            "no key for %s: give it as TARGET_API_KEY in the environment or .env, or with -k KEY; or try --demo"
+            % without_password(settings.target_api_base)
+        )
 
 
-INSECURE_WORDS = "WARNING: TLS certificates are not verified (INSECURE): anyone on the way can read the key"
+INSECURE_WORDS = (
+    "WARNING: TLS certificates are not verified (INSECURE): anyone on the way can read the key"
+)
 
 
 def banner(settings, address):
     """What is printed at the start: under 12 lines."""
     key = settings.anthropic_api_key
-    lines = ["ccfix %s on %s" % (__version__, address),
-             "  target    %s at %s" % (settings.target_model, without_password(settings.target_api_base)),
-             "  disguise  %s" % (settings.disguise_model or "the model name that Claude Code asks for"),
-             "  proxy key %s" % ("on, from %s" % settings.origins["anthropic_api_key"] if key else "off")]
+    lines = [
+        "ccfix %s on %s" % (__version__, address),
+        "  target    %s at %s"
+        % (settings.target_model, without_password(settings.target_api_base)),
+        "  disguise  %s" % (settings.disguise_model or "the model name that Claude Code asks for"),
+        "  proxy key %s"
+        % ("on, from %s" % settings.origins["anthropic_api_key"] if key else "off"),
+    ]
     for shell, commands in connect_lines(address, bool(key)):
         lines.append("  %-9s %s" % (shell, "; ".join(commands)))
     if settings.proxy_host not in ("127.0.0.1", "localhost", "::1") and not key:
@@ -7494,14 +10029,19 @@ def serve(config, options):
     """Serve until Ctrl-C or SIGTERM -> exit code."""
     find_target(config)
     base, port = config().target_api_base, config().proxy_port
-    if is_loopback(base) and url_origin(base)[2] == port:      # passed through to itself, one request would become thousands
-        raise Usage("the target %s is ccfix's own port; give ccfix another one, say -p %d" % (without_password(base), port + 1))
+    if (
+        is_loopback(base) and url_origin(base)[2] == port
+    ):  # passed through to itself, one request would become thousands
+        raise Usage(
+            "the target %s is ccfix's own port; give ccfix another one, say -p %d"
+            % (without_password(base), port + 1)
+        )
     stopped = threading.Event()
-    for name in ("SIGINT", "SIGTERM"):      # before the first request can come
+    for name in ("SIGINT", "SIGTERM"):  # before the first request can come
         signal.signal(getattr(signal, name), lambda *_: stopped.set())
     running = Running(config).start()
     say(*banner(config(), running.server.address()))
-    while not stopped.wait(0.5):            # a wait without a limit would not notice signals on Windows
+    while not stopped.wait(0.5):  # a wait without a limit would not notice signals on Windows
         pass
     running.stop()
     return 0
@@ -7509,7 +10049,13 @@ def serve(config, options):
 
 # ---- the target where none is configured: a server on this machine, a recording --------------------------
 
-LOCAL_SERVERS = (("Ollama", 11434), ("vLLM", 8000), ("llama.cpp", 8080), ("LM Studio", 1234), ("SGLang", 30000))
+LOCAL_SERVERS = (
+    ("Ollama", 11434),
+    ("vLLM", 8000),
+    ("llama.cpp", 8080),
+    ("LM Studio", 1234),
+    ("SGLang", 30000),
+)
 GLANCE_SECONDS = 0.3
 NO_TARGET = """nothing is configured, and no model server was found on this machine.
 Three ways to go on:
@@ -7529,7 +10075,9 @@ def local_servers():
             answer = get_json(upstream, base + "/models", GLANCE_SECONDS)
         except ProxyError:
             continue
-        if answer.get("object") == "list":          # our own proxy's list, in Anthropic's form, has no such field
+        if (
+            answer.get("object") == "list"
+        ):  # our own proxy's list, in Anthropic's form, has no such field
             found.append((title, base, model_names(answer)))
     upstream.close()
     return [row for row in found if row[2]]
@@ -7546,7 +10094,11 @@ def get_json(upstream, url, seconds, headers=()):
 
 def model_names(answer):
     """Model names of a /models answer; those that only embed texts come last."""
-    found = [str(row["id"]) for row in as_list(answer.get("data")) if isinstance(row, dict) and row.get("id")]
+    found = [
+        str(row["id"])
+        for row in as_list(answer.get("data"))
+        if isinstance(row, dict) and row.get("id")
+    ]
     return sorted(found, key=lambda name: "embed" in name.lower())
 
 
@@ -7559,8 +10111,11 @@ def patience(limit):
         if left > 0 and poll_socket(sock, min(seconds, left)):
             return True
         if seconds >= left:
-            raise UpstreamError("no complete answer within %g s" % limit, 504, "timeout_error", kind="timeout")
+            raise UpstreamError(
+                "no complete answer within %g s" % limit, 504, "timeout_error", kind="timeout"
+            )
         return False
+
     return wait
 
 
@@ -7574,10 +10129,15 @@ def find_target(config):
     """Where nothing is configured, aim at a model server on this machine, and say so. Raises Usage when there is none,
     or when what is configured cannot work."""
     settings = config()
-    if any(settings.origins[name] != "default" for name in ("target_api_base", "target_api_key", "extra_headers")):
+    if any(
+        settings.origins[name] != "default"
+        for name in ("target_api_base", "target_api_key", "extra_headers")
+    ):
         check_target(settings)
         return find_model(config)
-    servers, wanted = local_servers(), settings.target_model if settings.origins["target_model"] != "default" else ""
+    servers, wanted = local_servers(), (
+        settings.target_model if settings.origins["target_model"] != "default" else ""
+    )
     if not servers:
         raise Usage(NO_TARGET.format(program_name()))
     title, base, models = next((row for row in servers if wanted in row[2]), servers[0])
@@ -7587,8 +10147,11 @@ def find_target(config):
         found["PROXY_PORT"] = "8081"
     config.aim(found)
     others = [name for name in models if name != model]
-    say("ccfix: nothing is configured; found %s at %s, using its model %s" % (title, base, model)
-        + (" (-m takes another: %s)" % shorten(", ".join(others), 200) if others else ""), out=sys.stderr)
+    say(
+        "ccfix: nothing is configured; found %s at %s, using its model %s" % (title, base, model)
+        + (" (-m takes another: %s)" % shorten(", ".join(others), 200) if others else ""),
+        out=sys.stderr,
+    )
 
 
 def find_model(config):
@@ -7598,24 +10161,41 @@ def find_model(config):
         return
     upstream = Upstream(GLANCE_SECONDS, GLANCE_SECONDS)
     try:
-        models = model_names(get_json(upstream, settings.target_api_base.partition("?")[0] + "/models", GLANCE_SECONDS,
-                                      {"Authorization": "Bearer " + settings.target_api_key}))
+        models = model_names(
+            get_json(
+                upstream,
+                settings.target_api_base.partition("?")[0] + "/models",
+                GLANCE_SECONDS,
+                {"Authorization": "Bearer " + settings.target_api_key},
+            )
+        )
     except ProxyError:
         return
     finally:
         upstream.close()
     if models and settings.target_model not in models:
         config.aim({"TARGET_MODEL": models[0]})
-        say("ccfix: no model is configured; using %s of %s" % (models[0], without_password(settings.target_api_base)), out=sys.stderr)
+        say(
+            "ccfix: no model is configured; using %s of %s"
+            % (models[0], without_password(settings.target_api_base)),
+            out=sys.stderr,
+        )
 
 
 class ReplayModel(DemoModel):
     """Answers each POST with the next recorded reply; server.proxy is a deque of them."""
-    NOT_REPEATED = re.compile(r"(?i)content-length|content-encoding|transfer-encoding|connection|keep-alive|date|server|set-cookie\Z")
+
+    NOT_REPEATED = re.compile(
+        r"(?i)content-length|content-encoding|transfer-encoding|connection|keep-alive|date|server|set-cookie\Z"
+    )
 
     def do_POST(self):
         self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        over = {"status": 400, "headers": {}, "body": '{"error":{"message":"the recording has no further reply"}}'}
+        over = {
+            "status": 400,
+            "headers": {},
+            "body": '{"error":{"message":"the recording has no further reply"}}',
+        }
         reply = self.server.proxy.popleft() if self.server.proxy else over
         data = reply["body"].encode("utf-8", "replace")
         self.send_response(reply["status"])
@@ -7638,27 +10218,39 @@ def start_replay(folder):
     server = Server(("127.0.0.1", 0), collections.deque(replies), ReplayModel)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     native = any(re.search(r'"type": ?"message(_start)?"', reply["body"]) for reply in replies)
-    return {"TARGET_API_BASE": server.address() + "/v1", "TARGET_FORMAT": "anthropic" if native else "openai", "TARGET_RETRIES": "0"}
+    return {
+        "TARGET_API_BASE": server.address() + "/v1",
+        "TARGET_FORMAT": "anthropic" if native else "openai",
+        "TARGET_RETRIES": "0",
+    }
 
 
 # ---- run: a proxy and Claude Code, for one session ------------------------------------------------------
 
 CLAUDE_DEFAULTS = {
     # What a session through a proxy wants unless the user says otherwise. Measured with Claude Code 2.1.330.
-    "CLAUDE_CODE_ATTRIBUTION_HEADER": "0",              # a line in the prompt that spoils the provider's prefix cache
-    "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",    # this session is not Anthropic's: no telemetry, no other host
-    "CLAUDE_CODE_DISABLE_1M_CONTEXT": "1",              # a window that nobody knows counts as 200k, not 1M
-    "CLAUDE_STREAM_IDLE_TIMEOUT_MS": "1500000",         # a local model may think for minutes before its first word
+    "CLAUDE_CODE_ATTRIBUTION_HEADER": "0",  # a line in the prompt that spoils the provider's prefix cache
+    "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",  # this session is not Anthropic's: no telemetry, no other host
+    "CLAUDE_CODE_DISABLE_1M_CONTEXT": "1",  # a window that nobody knows counts as 200k, not 1M
+    "CLAUDE_STREAM_IDLE_TIMEOUT_MS": "1500000",  # a local model may think for minutes before its first word
     "CLAUDE_BYTE_STREAM_IDLE_TIMEOUT_MS": "1500000",
 }
 FOREIGN = re.compile(
     # Variables that would lead Claude Code to another server, key or model.
     r"(?:ANTHROPIC_(?:API_KEY|AUTH_TOKEN|BASE_URL|UNIX_SOCKET|CUSTOM_HEADERS|MODEL|SMALL_FAST_MODEL|CUSTOM_MODEL_OPTION\w*|DEFAULT_\w+)"
-    r"|CLAUDE_CODE_(?:OAUTH_TOKEN|USE_(?:BEDROCK|VERTEX|FOUNDRY|MANTLE|GATEWAY|ANTHROPIC_AWS|ANTHROPIC_GOOGLE_CLOUD)))\Z")
-ASKS_FOR_MODE = ("--permission-mode", "--dangerously-skip-permissions", "--allow-dangerously-skip-permissions", "--enable-auto-mode")
+    r"|CLAUDE_CODE_(?:OAUTH_TOKEN|USE_(?:BEDROCK|VERTEX|FOUNDRY|MANTLE|GATEWAY|ANTHROPIC_AWS|ANTHROPIC_GOOGLE_CLOUD)))\Z"
+)
+ASKS_FOR_MODE = (
+    "--permission-mode",
+    "--dangerously-skip-permissions",
+    "--allow-dangerously-skip-permissions",
+    "--enable-auto-mode",
+)
 MAIN_NAME = "ccfix-main"
-WHY_NO_AUTO = ("ccfix: auto permission mode is off: its safety check runs on Anthropic's servers, which no proxy can stand in for"
-               " (run -- --permission-mode auto asks for it all the same)")
+WHY_NO_AUTO = (
+    "ccfix: auto permission mode is off: its safety check runs on Anthropic's servers, which no proxy can stand in for"
+    " (run -- --permission-mode auto asks for it all the same)"
+)
 
 
 def session_variables(address, key, settings, plan):
@@ -7668,13 +10260,19 @@ def session_variables(address, key, settings, plan):
     not know, and the proxy routes by family words; a target named like a Claude model goes by another name.
     """
     known = any(word in plan.model.lower() for word in FAMILIES + ("claude",))
-    found = {"ANTHROPIC_BASE_URL": address, "ANTHROPIC_AUTH_TOKEN": key, "ANTHROPIC_MODEL": MAIN_NAME if known else plan.model,
-             "ANTHROPIC_DEFAULT_FABLE_MODEL": MAIN_NAME if known else plan.model}
+    found = {
+        "ANTHROPIC_BASE_URL": address,
+        "ANTHROPIC_AUTH_TOKEN": key,
+        "ANTHROPIC_MODEL": MAIN_NAME if known else plan.model,
+        "ANTHROPIC_DEFAULT_FABLE_MODEL": MAIN_NAME if known else plan.model,
+    }
     for family in FAMILIES:
         own = getattr(settings, "target_model_" + family) or plan.model
         name = "ANTHROPIC_DEFAULT_%s_MODEL" % family.upper()
         routed = own != plan.model or getattr(settings, "target_api_base_" + family)
-        found.update({name: "ccfix-" + family if routed else found["ANTHROPIC_MODEL"], name + "_NAME": own})
+        found.update(
+            {name: "ccfix-" + family if routed else found["ANTHROPIC_MODEL"], name + "_NAME": own}
+        )
     limit = plan.profile.max_output
     if plan.profile.context:
         found["CLAUDE_CODE_MAX_CONTEXT_TOKENS"] = str(plan.profile.context)
@@ -7690,9 +10288,16 @@ def claude_environment(environ, address, key, settings, plan):
     holds no secret of ccfix, since the model's commands can read it."""
     secret = {row.env for row in SETTINGS if row.secret}
     found = dict(CLAUDE_DEFAULTS)
-    found.update((name, value) for name, value in environ.items() if not FOREIGN.match(name) and name not in secret)
+    found.update(
+        (name, value)
+        for name, value in environ.items()
+        if not FOREIGN.match(name) and name not in secret
+    )
     found.update(session_variables(address, key, settings, plan))
-    if any(name.lower() in ("http_proxy", "https_proxy", "all_proxy") and value for name, value in environ.items()):
+    if any(
+        name.lower() in ("http_proxy", "https_proxy", "all_proxy") and value
+        for name, value in environ.items()
+    ):
         for name in [name for name in found if name.lower() == "no_proxy"] or ["NO_PROXY"]:
             found[name] = ",".join(filter(None, [found.get(name), "127.0.0.1", "localhost"]))
     return found
@@ -7704,7 +10309,10 @@ def settings_overrides(texts, environment):
     found = {}
     for source in texts:
         for name in as_dict(as_dict(json_or_none(source)).get("env")):
-            if FOREIGN.match(name) or name in ("CLAUDE_CODE_MAX_CONTEXT_TOKENS", "CLAUDE_CODE_MAX_OUTPUT_TOKENS"):
+            if FOREIGN.match(name) or name in (
+                "CLAUDE_CODE_MAX_CONTEXT_TOKENS",
+                "CLAUDE_CODE_MAX_OUTPUT_TOKENS",
+            ):
                 found[name] = environment.get(name, "")
     return found
 
@@ -7715,10 +10323,12 @@ def claude_settings(arguments, overrides):
     rest, given = list(arguments), ""
     for at, word in enumerate(arguments):
         if word == "--settings" and at + 1 < len(arguments):
-            rest, given = arguments[:at] + arguments[at + 2:], arguments[at + 1]
+            rest, given = arguments[:at] + arguments[at + 2 :], arguments[at + 1]
         elif word.startswith("--settings="):
-            rest, given = arguments[:at] + arguments[at + 1:], word.partition("=")[2]
-    found = as_dict(json_or_none(given if given.lstrip().startswith("{") else file_text(given) if given else ""))
+            rest, given = arguments[:at] + arguments[at + 1 :], word.partition("=")[2]
+    found = as_dict(
+        json_or_none(given if given.lstrip().startswith("{") else file_text(given) if given else "")
+    )
     if overrides:
         found["env"] = dict(as_dict(found.get("env")), **overrides)
     printing = any(re.match(r"--print\Z|-[a-z]*p[a-z]*\Z", word) for word in rest)
@@ -7746,7 +10356,8 @@ def settings_argument(settings):
     if not settings.get("env"):
         yield ["--settings", compact_json(settings)] if settings else []
         return
-    import tempfile     # here, not above: serving does not need it
+    import tempfile  # here, not above: serving does not need it
+
     number, path = tempfile.mkstemp(prefix="ccfix-", suffix=".json")
     try:
         with open(number, "w", encoding="utf-8") as file:
@@ -7759,18 +10370,25 @@ def settings_argument(settings):
 def exit_code(child):
     """Wait for a child that shares our terminal -> its exit code, 128 + N for signal N. Ctrl-C is the child's; SIGTERM and
     SIGHUP are passed on; when it stops (Ctrl-Z), so do we, so that the shell takes over. Claude Code stops its whole
-    process group: then we were stopped and continued ourselves before we are told of the child's stop."""
-    def pass_on(number, _):                             # not by Popen.send_signal: it would take the exit code first
+    process group: then we were stopped and continued ourselves before we are told of the child's stop.
+    """
+
+    def pass_on(number, _):  # not by Popen.send_signal: it would take the exit code first
         if child.returncode is None:
             os.kill(child.pid, number)
 
     before, continued = {}, []
-    for name, handler in (("SIGINT", lambda *_: None), ("SIGTERM", pass_on), ("SIGHUP", pass_on), ("SIGCONT", lambda *_: continued.append(True))):
+    for name, handler in (
+        ("SIGINT", lambda *_: None),
+        ("SIGTERM", pass_on),
+        ("SIGHUP", pass_on),
+        ("SIGCONT", lambda *_: continued.append(True)),
+    ):
         number = getattr(signal, name, None)
         if number is not None and signal.getsignal(number) != signal.SIG_IGN:
             before[number] = signal.signal(number, handler)
     try:
-        if not hasattr(os, "WUNTRACED"):                # Windows
+        if not hasattr(os, "WUNTRACED"):  # Windows
             return child.wait()
         while True:
             _, status = os.waitpid(child.pid, os.WUNTRACED | os.WCONTINUED)
@@ -7781,7 +10399,9 @@ def exit_code(child):
                     os.kill(os.getpid(), signal.SIGSTOP)
                 os.kill(child.pid, signal.SIGCONT)
             else:
-                child.returncode = 128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+                child.returncode = (
+                    128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+                )
                 return child.returncode
     finally:
         for number, handler in before.items():
@@ -7791,22 +10411,38 @@ def exit_code(child):
 def run(config, options):
     """A proxy on a free loopback port, and Claude Code on it -> Claude Code's exit code."""
     find_target(config)
-    import subprocess   # here, not above: serving does not need it
+    import subprocess  # here, not above: serving does not need it
+
     path = shutil.which("claude")
     if not path:
-        raise Usage("claude is not on the PATH; install Claude Code (npm install -g @anthropic-ai/claude-code) and try again")
+        raise Usage(
+            "claude is not on the PATH; install Claude Code (npm install -g @anthropic-ai/claude-code) and try again"
+        )
     key = os.urandom(24).hex()
     config.aim({}, ANTHROPIC_API_KEY=key)
     port = config().proxy_port if "PROXY_PORT" in config.given else 0
-    with open(os.devnull, "w") as nowhere:              # a log line would garble Claude Code's screen; LOG_FILE has them
-        running = Running(config, "127.0.0.1", port, nowhere).start(wait=0 if config().max_context else 6)
+    with open(
+        os.devnull, "w"
+    ) as nowhere:  # a log line would garble Claude Code's screen; LOG_FILE has them
+        running = Running(config, "127.0.0.1", port, nowhere).start(
+            wait=0 if config().max_context else 6
+        )
         try:
-            environment = claude_environment(os.environ, running.server.address(), key, config(), running.plan())
-            settings, rest = claude_settings(options.arguments, settings_overrides(claude_files(config.home), environment))
-            say(*[WHY_NO_AUTO] * ("disableAutoMode" in as_dict(settings.get("permissions"))) + ["ccfix: " + INSECURE_WORDS] * config().insecure,
-                out=sys.stderr)
+            environment = claude_environment(
+                os.environ, running.server.address(), key, config(), running.plan()
+            )
+            settings, rest = claude_settings(
+                options.arguments, settings_overrides(claude_files(config.home), environment)
+            )
+            say(
+                *[WHY_NO_AUTO] * ("disableAutoMode" in as_dict(settings.get("permissions")))
+                + ["ccfix: " + INSECURE_WORDS] * config().insecure,
+                out=sys.stderr,
+            )
             with settings_argument(settings) as more:
-                return exit_code(subprocess.Popen(claude_command(path) + more + rest, env=environment))
+                return exit_code(
+                    subprocess.Popen(claude_command(path) + more + rest, env=environment)
+                )
         except OSError as e:
             raise Usage("claude cannot be started (%s): %s" % (path, e.strerror or e))
         finally:
@@ -7816,20 +10452,33 @@ def run(config, options):
 def claude_files(home):
     """The texts of the settings files that Claude Code will read."""
     folder = os.environ.get("CLAUDE_CONFIG_DIR") or os.path.join(home, ".claude")
-    places = [os.path.join(folder, "settings.json")] + [os.path.join(".claude", name) for name in ("settings.json", "settings.local.json")]
+    places = [os.path.join(folder, "settings.json")] + [
+        os.path.join(".claude", name) for name in ("settings.json", "settings.local.json")
+    ]
     return [file_text(place) for place in places]
 
 
 # ---- check: what the target can do, through the code that serves ---------------------------------------
 
-ROW_SECONDS, LONG_SECONDS = 60, 180     # for one question; for a long prompt, which a small machine reads slowly
-ANSWER_TOKENS = 400                     # enough for a model that thinks before it calls a tool
-FIRST_REQUEST = 13000                   # tokens of Claude Code's first request
+ROW_SECONDS, LONG_SECONDS = (
+    60,
+    180,
+)  # for one question; for a long prompt, which a small machine reads slowly
+ANSWER_TOKENS = 400  # enough for a model that thinks before it calls a tool
+FIRST_REQUEST = 13000  # tokens of Claude Code's first request
 LEAST_CONTEXT, GOOD_CONTEXT = 20000, 64000
 CODE_WORD = "ZEBRA-42"
 
-WEATHER = {"name": "get_weather", "description": "The weather of today at a place.", "input_schema": {
-    "type": "object", "properties": {"place": {"type": "string", "description": "a city"}}, "required": ["place"], "additionalProperties": False}}
+WEATHER = {
+    "name": "get_weather",
+    "description": "The weather of today at a place.",
+    "input_schema": {
+        "type": "object",
+        "properties": {"place": {"type": "string", "description": "a city"}},
+        "required": ["place"],
+        "additionalProperties": False,
+    },
+}
 
 Verdict = collections.namedtuple("Verdict", "status seen fix")
 Verdict.__doc__ = """What a row of `check` found. status: ok, fail or skip; seen: in a few words; fix: what to do, or ""."""
@@ -7887,7 +10536,9 @@ class Answer(object):
     def __init__(self, exchange, events, seconds):
         self.message, self.plan, self.usage = fold(events), exchange.plan, exchange.translator.usage
         marks = [at for at, event in zip(seconds, events) if event["type"] == "content_block_delta"]
-        self.first, self.last, self.pieces = (marks[0], marks[-1], len(marks)) if marks else (0, 0, 0)
+        self.first, self.last, self.pieces = (
+            (marks[0], marks[-1], len(marks)) if marks else (0, 0, 0)
+        )
         self.tokens = exchange.translator.usage_now()
 
     def blocks(self, kind):
@@ -7898,7 +10549,10 @@ class Answer(object):
 
     def read(self):
         """Prompt tokens, however they were paid for."""
-        return sum(self.tokens[name] for name in ("input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens"))
+        return sum(
+            self.tokens[name]
+            for name in ("input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens")
+        )
 
 
 class Tester(object):
@@ -7910,9 +10564,17 @@ class Tester(object):
 
     def __init__(self, settings, asked="ccfix-check"):
         self.settings, self.asked, self.models, self.known = settings, asked, [], {}
-        settings.target_retries, settings.target_model_fallback, settings.cache_enabled, settings.record_dir = 0, "", False, ""
+        (
+            settings.target_retries,
+            settings.target_model_fallback,
+            settings.cache_enabled,
+            settings.record_dir,
+        ) = (0, "", False, "")
         self.nowhere = open(os.devnull, "w")
-        self.proxy = Proxy(lambda: settings, Log(settings, sys.stderr if settings.log_level == "debug" else self.nowhere))
+        self.proxy = Proxy(
+            lambda: settings,
+            Log(settings, sys.stderr if settings.log_level == "debug" else self.nowhere),
+        )
 
     def plan(self):
         return plan_request(self.settings, self.asked, False, self.proxy.profile_of(self.settings))
@@ -7920,7 +10582,14 @@ class Tester(object):
     def open(self, method, url, body=None, limit=ROW_SECONDS):
         """(status, bytes) of a plain request to the provider. Raises ProxyError."""
         data = None if body is None else compact_json(body).encode()
-        reply = self.proxy.upstream(self.settings).open(method, url, upstream_headers(self.plan(), self.settings, {}), data, patience(limit), limit)
+        reply = self.proxy.upstream(self.settings).open(
+            method,
+            url,
+            upstream_headers(self.plan(), self.settings, {}),
+            data,
+            patience(limit),
+            limit,
+        )
         try:
             return reply.status, reply.read(4 << 20)
         finally:
@@ -7928,8 +10597,20 @@ class Tester(object):
 
     def ask(self, content, limit=ROW_SECONDS, **fields):
         """The Answer to a user's content, or to a list of messages, as an Anthropic request. Raises ProxyError."""
-        messages = content if isinstance(content, list) and "role" in content[0] else [{"role": "user", "content": content}]
-        body = dict({"model": self.asked, "max_tokens": ANSWER_TOKENS, "stream": True, "messages": messages}, **fields)
+        messages = (
+            content
+            if isinstance(content, list) and "role" in content[0]
+            else [{"role": "user", "content": content}]
+        )
+        body = dict(
+            {
+                "model": self.asked,
+                "max_tokens": ANSWER_TOKENS,
+                "stream": True,
+                "messages": messages,
+            },
+            **fields,
+        )
         exchange = Exchange(self.proxy, body, {}, patience(limit))
         exchange.bytes_in = len(compact_json(body))
         events, marks, began = [], [], time.monotonic()
@@ -7959,10 +10640,17 @@ class Tester(object):
         return self.once("plain", lambda: self.ask("Reply with the one word: pong", stream=False))
 
     def counting(self):
-        return self.once("stream", lambda: self.ask("Count from 1 to 30 in digits, separated by blanks. Write nothing else."))
+        return self.once(
+            "stream",
+            lambda: self.ask(
+                "Count from 1 to 30 in digits, separated by blanks. Write nothing else."
+            ),
+        )
 
     def calling(self):
-        return self.once("tool", lambda: self.ask("What is the weather in Paris? Use the tool.", tools=[WEATHER]))
+        return self.once(
+            "tool", lambda: self.ask("What is the weather in Paris? Use the tool.", tools=[WEATHER])
+        )
 
     def close(self):
         if self.proxy.wires:
@@ -7975,11 +10663,18 @@ class Tester(object):
 def models_url(plan):
     """Where a provider lists its models."""
     parts = urllib.parse.urlsplit(plan.base)
-    path = (re.sub(r"/v1$", "", parts.path) + "/v1" if plan.profile.format == "anthropic" else parts.path) + "/models"
+    path = (
+        re.sub(r"/v1$", "", parts.path) + "/v1"
+        if plan.profile.format == "anthropic"
+        else parts.path
+    ) + "/models"
     return urllib.parse.urlunsplit((parts.scheme, parts.netloc, path, parts.query, ""))
 
 
-TLS_WORDS = {False: ", TLS verified", True: ", TLS NOT verified (INSECURE): anyone on the way can read the key"}
+TLS_WORDS = {
+    False: ", TLS verified",
+    True: ", TLS NOT verified (INSECURE): anyone on the way can read the key",
+}
 
 
 def is_reachable(tester):
@@ -7989,8 +10684,14 @@ def is_reachable(tester):
     tester.models = model_names(as_dict(json_or_none(raw))) if status == 200 else []
     way = tester.proxy.upstream(tester.settings).route(plan.base)
     tester.proxy.probe(plan, patience(10))
-    return ok(host_port(way.host, way.port) + " answers" + (TLS_WORDS[tester.settings.insecure] if way.scheme == "https" else "")
-              + (", through the proxy " + host_port(*way.proxy) if way.proxy else "") + "; profile " + tester.plan().profile.name)
+    return ok(
+        host_port(way.host, way.port)
+        + " answers"
+        + (TLS_WORDS[tester.settings.insecure] if way.scheme == "https" else "")
+        + (", through the proxy " + host_port(*way.proxy) if way.proxy else "")
+        + "; profile "
+        + tester.plan().profile.name
+    )
 
 
 def takes_key(tester):
@@ -8011,16 +10712,33 @@ def has_model(tester):
     except ProxyError as error:
         kind = error.kind
     if not kind:
-        return ok(plan.model + ("" if plan.model in tester.models or not tester.models else " answers, though the provider does not list it"))
+        return ok(
+            plan.model
+            + (
+                ""
+                if plan.model in tester.models or not tester.models
+                else " answers, though the provider does not list it"
+            )
+        )
     if kind not in ("model", "path") or plan.model in tester.models:
-        return Verdict("skip", plan.model + (" is listed" if plan.model in tester.models else ": not to be told"), "")
+        return Verdict(
+            "skip",
+            plan.model + (" is listed" if plan.model in tester.models else ": not to be told"),
+            "",
+        )
     import difflib
+
     near = difflib.get_close_matches(plan.model, tester.models, 4, 0.4)
-    near += [name for name in tester.models if plan.model.lower() in name.lower() and name not in near]
+    near += [
+        name for name in tester.models if plan.model.lower() in name.lower() and name not in near
+    ]
     shown = near or tester.models
     fix = "-m with one of: " + shorten(", ".join(shown[:12]), 300) if shown else ADVICE["model"]
     if kind == "path":
-        return fail("the provider has no such address, or no model %s" % plan.model, ADVICE["path"] + "; or " + fix)
+        return fail(
+            "the provider has no such address, or no model %s" % plan.model,
+            ADVICE["path"] + "; or " + fix,
+        )
     return fail("the provider has no model %s" % plan.model, fix)
 
 
@@ -8030,7 +10748,10 @@ def answers_plainly(tester):
         return ok("%s, %d tokens" % (brief(answer.text()), answer.tokens["output_tokens"]))
     if answer.blocks("thinking"):
         return ok("thinking only, within %d tokens" % ANSWER_TOKENS)
-    return fail("an empty answer", "choose another model, or look at the server's log: its chat template may not fit")
+    return fail(
+        "an empty answer",
+        "choose another model, or look at the server's log: its chat template may not fit",
+    )
 
 
 def streams(tester):
@@ -8038,47 +10759,80 @@ def streams(tester):
     if not answer.pieces:
         return fail("an empty stream", ADVICE["server"])
     if answer.pieces == 1 and answer.tokens["output_tokens"] > 8:
-        return ok("all in one piece: nothing is seen before the end (the server, or a proxy between, holds it back)")
+        return ok(
+            "all in one piece: nothing is seen before the end (the server, or a proxy between, holds it back)"
+        )
     return ok("%d pieces in %.1f s" % (answer.pieces, answer.last))
 
 
 def tells_usage(tester):
     usage = tester.counting().usage
-    prompt, output = positive_int(usage, "prompt_tokens", "input_tokens"), positive_int(usage, "completion_tokens", "output_tokens")
+    prompt, output = positive_int(usage, "prompt_tokens", "input_tokens"), positive_int(
+        usage, "completion_tokens", "output_tokens"
+    )
     if prompt and output:
         return ok("%d in, %d out" % (prompt, output))
-    return fail("none: token counts are estimates, so the context shown and when it is compacted are too", "turn on usage in the server's streams")
+    return fail(
+        "none: token counts are estimates, so the context shown and when it is compacted are too",
+        "turn on usage in the server's streams",
+    )
 
 
 def calls_of(answer):
     """The answer's tool calls that fit the tool."""
-    return [block for block in answer.blocks("tool_use") if block["name"] == "get_weather" and isinstance(block["input"].get("place"), str)]
+    return [
+        block
+        for block in answer.blocks("tool_use")
+        if block["name"] == "get_weather" and isinstance(block["input"].get("place"), str)
+    ]
 
 
 def no_call(tester, answer):
     """The Verdict where a tool call was expected."""
-    said = "a call that does not fit the tool: " + compact_json(answer.blocks("tool_use")[0]["input"]) if answer.blocks("tool_use") \
+    said = (
+        "a call that does not fit the tool: " + compact_json(answer.blocks("tool_use")[0]["input"])
+        if answer.blocks("tool_use")
         else "text instead of a call: " + brief(answer.text())
-    return fail(said, NO_TOOLS.get(tester.plan().profile.name, "choose a model that was trained for tools"))
+    )
+    return fail(
+        said, NO_TOOLS.get(tester.plan().profile.name, "choose a model that was trained for tools")
+    )
 
 
 def calls_tool(tester):
     answer = tester.calling()
     found = calls_of(answer)
-    return ok("%s(%s)" % (found[0]["name"], compact_json(found[0]["input"]))) if found else no_call(tester, answer)
+    return (
+        ok("%s(%s)" % (found[0]["name"], compact_json(found[0]["input"])))
+        if found
+        else no_call(tester, answer)
+    )
 
 
 def calls_forced_tool(tester):
-    answer = tester.ask("Good morning! I am in Rome.", tools=[WEATHER], tool_choice={"type": "tool", "name": "get_weather"})
+    answer = tester.ask(
+        "Good morning! I am in Rome.",
+        tools=[WEATHER],
+        tool_choice={"type": "tool", "name": "get_weather"},
+    )
     if calls_of(answer):
         return ok("called when told to")
-    return no_call(tester, answer)._replace(fix="Claude Code does without it, but for --json-schema and a few side requests")
+    return no_call(tester, answer)._replace(
+        fix="Claude Code does without it, but for --json-schema and a few side requests"
+    )
 
 
 def calls_in_parallel(tester):
-    answer = tester.ask("What is the weather in Paris, and what is it in Rome? Call the tool for both cities at once.", tools=[WEATHER])
+    answer = tester.ask(
+        "What is the weather in Paris, and what is it in Rome? Call the tool for both cities at once.",
+        tools=[WEATHER],
+    )
     found = calls_of(answer)
-    return ok("%d calls in one answer" % len(found)) if len(found) > 1 else fail("%d call in one answer: work takes more turns" % len(found))
+    return (
+        ok("%d calls in one answer" % len(found))
+        if len(found) > 1
+        else fail("%d call in one answer: work takes more turns" % len(found))
+    )
 
 
 def takes_result(tester):
@@ -8088,31 +10842,68 @@ def takes_result(tester):
         content = tester.calling().message["content"] if calls_of(tester.calling()) else None
     except ProxyError:
         content = None
-    content = content or [{"type": "tool_use", "id": "toolu_0123456789abcdef", "name": "get_weather", "input": {"place": "Paris"}}]
-    results = [{"type": "tool_result", "tool_use_id": block["id"], "content": "11 degrees, heavy rain"} for block in content
-               if block["type"] == "tool_use"]
-    answer = tester.ask([question, {"role": "assistant", "content": content}, {"role": "user", "content": results}], tools=[WEATHER])
+    content = content or [
+        {
+            "type": "tool_use",
+            "id": "toolu_0123456789abcdef",
+            "name": "get_weather",
+            "input": {"place": "Paris"},
+        }
+    ]
+    results = [
+        {"type": "tool_result", "tool_use_id": block["id"], "content": "11 degrees, heavy rain"}
+        for block in content
+        if block["type"] == "tool_use"
+    ]
+    answer = tester.ask(
+        [question, {"role": "assistant", "content": content}, {"role": "user", "content": results}],
+        tools=[WEATHER],
+    )
     if answer.text():
         return ok(brief(answer.text()))
     if answer.blocks("tool_use"):
-        return fail("the model calls again instead of answering", "choose a model that was trained for tools")
-    return ok("thinking only, within %d tokens" % ANSWER_TOKENS) if answer.blocks("thinking") else fail("an empty answer", ADVICE["server"])
+        return fail(
+            "the model calls again instead of answering",
+            "choose a model that was trained for tools",
+        )
+    return (
+        ok("thinking only, within %d tokens" % ANSWER_TOKENS)
+        if answer.blocks("thinking")
+        else fail("an empty answer", ADVICE["server"])
+    )
 
 
 def thinks(tester):
-    answer = tester.ask("How many times is the letter r in strawberry? Think first.", max_tokens=1200,
-                        thinking={"type": "enabled", "budget_tokens": 1024}, output_config={"effort": "low"})
+    answer = tester.ask(
+        "How many times is the letter r in strawberry? Think first.",
+        max_tokens=1200,
+        thinking={"type": "enabled", "budget_tokens": 1024},
+        output_config={"effort": "low"},
+    )
     thought = "".join(block["thinking"] for block in answer.blocks("thinking"))
-    return ok("%d characters" % len(thought)) if thought else Verdict("skip", "none shown; the model or the provider does without", "")
+    return (
+        ok("%d characters" % len(thought))
+        if thought
+        else Verdict("skip", "none shown; the model or the provider does without", "")
+    )
 
 
 def red_square(size=64):
     """A PNG in base64."""
+
     def part(kind, data):
-        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+        return (
+            len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+        )
+
     rows = (b"\0" + b"\xff\0\0" * size) * size
     head = size.to_bytes(4, "big") * 2 + b"\x08\x02\0\0\0"
-    png = b"\x89PNG\r\n\x1a\n" + part(b"IHDR", head) + part(b"IDAT", zlib.compress(rows)) + part(b"IEND", b"")
+    png = (
+        b"\x89PNG\r\n\x1a\n"
+        + part(b"IHDR", head)
+        + part(b"IDAT", zlib.compress(rows))
+        + part(b"IEND", b"")
+    )
     return base64.b64encode(png).decode()
 
 
@@ -8120,55 +10911,120 @@ def sees(tester):
     mend = "for pictures name a model that sees: TARGET_MODEL_IMAGE"
     if not tester.plan().profile.images:
         return fail("the provider is known to take no images", mend)
-    picture = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": red_square()}}
-    answer = tester.ask([picture, {"type": "text", "text": "Which colour is this picture? Answer with the name of the colour."}])
+    picture = {
+        "type": "image",
+        "source": {"type": "base64", "media_type": "image/png", "data": red_square()},
+    }
+    answer = tester.ask(
+        [
+            picture,
+            {
+                "type": "text",
+                "text": "Which colour is this picture? Answer with the name of the colour.",
+            },
+        ]
+    )
     if not answer.plan.profile.images:
         return fail("the provider refused the image", mend)
-    return ok("it saw the colour") if "red" in answer.text().lower() else fail("it did not see a red square: " + brief(answer.text()), mend)
+    return (
+        ok("it saw the colour")
+        if "red" in answer.text().lower()
+        else fail("it did not see a red square: " + brief(answer.text()), mend)
+    )
 
 
 def holds_context(tester):
     """The context window: as the provider tells it, else by one prompt of the size of Claude Code's first request."""
-    if tester.plan().profile.name == "ollama":      # it tells the window of loaded models only: now the model is
+    if (
+        tester.plan().profile.name == "ollama"
+    ):  # it tells the window of loaded models only: now the model is
         tester.proxy.probe(tester.plan(), patience(10))
     window = tester.plan().profile.context
     if window:
         seen = "%d tokens" % window
         if window < LEAST_CONTEXT:
-            return fail(seen + "; Claude Code's first request alone has %d" % FIRST_REQUEST, ADVICE["overflow"] if tester.plan().profile.name != "ollama"
-                        else "raise it: OLLAMA_CONTEXT_LENGTH=65536 ollama serve")
-        return ok(seen + (": small, so conversations are compacted often" if window < GOOD_CONTEXT else ""))
-    lines = "\n".join("%d. The cat sat on the mat and looked at the rain for a while." % number for number in range(900))
-    answer = tester.ask("The code word is %s.\n%s\nWhat is the code word at the top?" % (CODE_WORD, lines), LONG_SECONDS)
+            return fail(
+                seen + "; Claude Code's first request alone has %d" % FIRST_REQUEST,
+                (
+                    ADVICE["overflow"]
+                    if tester.plan().profile.name != "ollama"
+                    else "raise it: OLLAMA_CONTEXT_LENGTH=65536 ollama serve"
+                ),
+            )
+        return ok(
+            seen
+            + (": small, so conversations are compacted often" if window < GOOD_CONTEXT else "")
+        )
+    lines = "\n".join(
+        "%d. The cat sat on the mat and looked at the rain for a while." % number
+        for number in range(900)
+    )
+    answer = tester.ask(
+        "The code word is %s.\n%s\nWhat is the code word at the top?" % (CODE_WORD, lines),
+        LONG_SECONDS,
+    )
     if answer.usage and answer.read() < FIRST_REQUEST // 2:
-        return fail("the server cut the prompt to %d tokens without a word" % answer.read(), ADVICE["overflow"])
-    seen = "took a prompt of %d tokens" % answer.read() + ("" if CODE_WORD in answer.text() else ", but forgot its beginning")
-    return ok(seen + "; the limit is not told: set MAX_CONTEXT so that Claude Code compacts in time")
+        return fail(
+            "the server cut the prompt to %d tokens without a word" % answer.read(),
+            ADVICE["overflow"],
+        )
+    seen = "took a prompt of %d tokens" % answer.read() + (
+        "" if CODE_WORD in answer.text() else ", but forgot its beginning"
+    )
+    return ok(
+        seen + "; the limit is not told: set MAX_CONTEXT so that Claude Code compacts in time"
+    )
 
 
 def caches_prefix(tester):
-    system = "You are a terse clerk. " + " ".join("Rule %d: keep the file of case %d in drawer %d." % (n, n * 7, n % 13) for n in range(170))
-    answers = [tester.ask(text, LONG_SECONDS, system=system, max_tokens=16) for text in ("Say yes.", "Say no.")]
+    system = "You are a terse clerk. " + " ".join(
+        "Rule %d: keep the file of case %d in drawer %d." % (n, n * 7, n % 13) for n in range(170)
+    )
+    answers = [
+        tester.ask(text, LONG_SECONDS, system=system, max_tokens=16)
+        for text in ("Say yes.", "Say no.")
+    ]
     read = answers[1].tokens["cache_read_input_tokens"]
-    return ok("%d of %d tokens" % (read, answers[1].read())) if read else fail("none told: each turn may be read, and paid, anew")
+    return (
+        ok("%d of %d tokens" % (read, answers[1].read()))
+        if read
+        else fail("none told: each turn may be read, and paid, anew")
+    )
 
 
 def is_fast(tester):
     answer = tester.counting()
-    rate = (answer.tokens["output_tokens"] - 1) / (answer.last - answer.first) if answer.last > answer.first else 0
-    return ok("first content after %.2f s" % answer.first + (", then %.0f tokens/s" % rate if rate else ""))
+    rate = (
+        (answer.tokens["output_tokens"] - 1) / (answer.last - answer.first)
+        if answer.last > answer.first
+        else 0
+    )
+    return ok(
+        "first content after %.2f s" % answer.first
+        + (", then %.0f tokens/s" % rate if rate else "")
+    )
 
 
 # Rows of a server that speaks Anthropic: what it writes, byte for byte, and how it refuses.
 
+
 def orders_events(tester):
     plan = tester.plan()
-    body = {"model": plan.model, "max_tokens": ANSWER_TOKENS, "stream": True, "messages": [{"role": "user", "content": "Say hello."}]}
+    body = {
+        "model": plan.model,
+        "max_tokens": ANSWER_TOKENS,
+        "stream": True,
+        "messages": [{"role": "user", "content": "Say hello."}],
+    }
     status, raw = tester.open("POST", endpoint(plan.base, "anthropic"), body)
     if status != 200:
         return failure(upstream_error(status, {}, raw))
     wrong = grammar_fault(raw.decode("utf-8", "replace"))
-    return fail(wrong, "Claude Code needs Anthropic's event order; report it to the server's makers") if wrong else ok("as Anthropic's")
+    return (
+        fail(wrong, "Claude Code needs Anthropic's event order; report it to the server's makers")
+        if wrong
+        else ok("as Anthropic's")
+    )
 
 
 def grammar_fault(text):
@@ -8190,16 +11046,27 @@ def grammar_fault(text):
             return "%s with index %s where %d was due" % (kind, ascii(event.get("index")), index)
         shape.append(kind)
     order = r"message_start (content_block_start (content_block_delta )*content_block_stop )*message_delta message_stop $"
-    return "" if re.match(order, " ".join(shape) + " ") else "events out of order: " + shorten(" ".join(shape) or "none", 200)
+    return (
+        ""
+        if re.match(order, " ".join(shape) + " ")
+        else "events out of order: " + shorten(" ".join(shape) or "none", 200)
+    )
 
 
 def refuses_well(tester):
     plan = tester.plan()
-    status, raw = tester.open("POST", endpoint(plan.base, "anthropic"), {"model": plan.model, "max_tokens": 16, "messages": []})
+    status, raw = tester.open(
+        "POST",
+        endpoint(plan.base, "anthropic"),
+        {"model": plan.model, "max_tokens": 16, "messages": []},
+    )
     error = as_dict(as_dict(json_or_none(raw)).get("error"))
     if 400 <= status < 500 and error.get("type") and error.get("message"):
         return ok("HTTP %d, %s" % (status, error["type"]))
-    return fail("a request without messages got HTTP %d and %s" % (status, ascii(raw[:60])[1:]), "errors must be {type: error, error: {type, message}}")
+    return fail(
+        "a request without messages got HTTP %d and %s" % (status, ascii(raw[:60])[1:]),
+        "errors must be {type: error, error: {type, message}}",
+    )
 
 
 CHECKS = (
@@ -8222,7 +11089,7 @@ CHECKS = (
     ("cached tokens", False, caches_prefix, ""),
     ("speed", False, is_fast, ""),
 )
-GATES = 4           # rows without which the rest would only say the same again
+GATES = 4  # rows without which the rest would only say the same again
 MARKS = {"ok": "ok", "skip": "--", "fail": "no"}
 
 
@@ -8244,7 +11111,9 @@ def run_checks(tester, announce=lambda name: None):
         if verdict.status == "fail" and number < GATES:
             blocked = blocked or name
         secrets = tester.settings.secrets()
-        yield name, required, Verdict(*[redact(part, secrets) for part in verdict]), round((time.monotonic() - began) * 1000)
+        yield name, required, Verdict(*[redact(part, secrets) for part in verdict]), round(
+            (time.monotonic() - began) * 1000
+        )
 
 
 def announce(name):
@@ -8263,25 +11132,54 @@ def check(config, options):
     plan, rows, failed_rows = tester.plan(), [], []
     show = (lambda *lines: None) if options.json else say
     show("%s at %s" % (plan.model, without_password(plan.base)))
-    for name, required, verdict, ms in run_checks(tester, (lambda name: None) if options.json else announce):
+    for name, required, verdict, ms in run_checks(
+        tester, (lambda name: None) if options.json else announce
+    ):
         rows.append(dict(verdict._asdict(), name=name, required=required, ms=ms))
         if required and verdict.status == "fail":
             failed_rows.append(name)
-        show("%-4s %-18s  %s" % ("FAIL" if required and verdict.status == "fail" else MARKS[verdict.status], name, verdict.seen))
+        show(
+            "%-4s %-18s  %s"
+            % (
+                "FAIL" if required and verdict.status == "fail" else MARKS[verdict.status],
+                name,
+                verdict.seen,
+            )
+        )
         if verdict.fix:
             show("     %-18s  fix: %s" % ("", verdict.fix))
-    lessons = [lesson_text(field, value) for changes in tester.proxy.lessons.values() for field, value in changes.items()]
+    lessons = [
+        lesson_text(field, value)
+        for changes in tester.proxy.lessons.values()
+        for field, value in changes.items()
+    ]
     tester.close()
     for lesson in lessons:
         show("     learned on the way: " + lesson)
     if options.json:
-        say(json.dumps({"ok": not failed_rows, "model": plan.model, "api_base": without_password(plan.base), "profile": plan.profile.name,
-                        "checks": rows, "lessons": lessons}, indent=1))
-    show("Claude Code cannot work with it: " + ", ".join(failed_rows) if failed_rows else "Claude Code can work with it.")
+        say(
+            json.dumps(
+                {
+                    "ok": not failed_rows,
+                    "model": plan.model,
+                    "api_base": without_password(plan.base),
+                    "profile": plan.profile.name,
+                    "checks": rows,
+                    "lessons": lessons,
+                },
+                indent=1,
+            )
+        )
+    show(
+        "Claude Code cannot work with it: " + ", ".join(failed_rows)
+        if failed_rows
+        else "Claude Code can work with it."
+    )
     return 1 if failed_rows else 0
 
 
 # ---- init: a .env, and the lines for Claude Code ---------------------------------------------------------
+
 
 def ask_user(question, default=""):
     """What the user types, on stderr so that stdout stays data; default for nothing. Raises Usage at the end of input."""
@@ -8290,7 +11188,9 @@ def ask_user(question, default=""):
     sys.stderr.flush()
     line = sys.stdin.readline()
     if not line:
-        raise Usage("init was not finished; give -b URL, -k KEY and -m MODEL where nobody can answer")
+        raise Usage(
+            "init was not finished; give -b URL, -k KEY and -m MODEL where nobody can answer"
+        )
     return line.strip() or default
 
 
@@ -8298,7 +11198,9 @@ def choose(title, rows, default=""):
     """One of rows (texts) by number, or any other text that the user types."""
     say(title, *["  %d  %s" % (number, row) for number, row in enumerate(rows, 1)], out=sys.stderr)
     said = ask_user("number, or another" if rows else "answer", default or ("1" if rows else ""))
-    return rows[int(said) - 1] if re.match(r"\d{1,3}\Z", said) and 0 < int(said) <= len(rows) else said
+    return (
+        rows[int(said) - 1] if re.match(r"\d{1,3}\Z", said) and 0 < int(said) <= len(rows) else said
+    )
 
 
 def ask_target(given):
@@ -8306,12 +11208,19 @@ def ask_target(given):
     values = dict(given)
     if "TARGET_API_BASE" not in values:
         servers = local_servers()
-        rows = ["%s (%s on this machine: %s)" % (base, title, shorten(", ".join(models), 60)) for title, base, models in servers]
-        values["TARGET_API_BASE"] = choose("Where is the model? A base URL%s:" % (", or one that was found" if rows else ""), rows,
-                                           "" if rows else BY_ENV["TARGET_API_BASE"].default).partition(" ")[0]
+        rows = [
+            "%s (%s on this machine: %s)" % (base, title, shorten(", ".join(models), 60))
+            for title, base, models in servers
+        ]
+        values["TARGET_API_BASE"] = choose(
+            "Where is the model? A base URL%s:" % (", or one that was found" if rows else ""),
+            rows,
+            "" if rows else BY_ENV["TARGET_API_BASE"].default,
+        ).partition(" ")[0]
     base = parse_base_url(values["TARGET_API_BASE"])
     if "TARGET_API_KEY" not in values and not is_loopback(base):
         import getpass
+
         values["TARGET_API_KEY"] = getpass.getpass("Key (not shown): ", sys.stderr).strip()
     if "TARGET_MODEL" not in values:
         values["TARGET_MODEL"] = choose("Which model?", list_models(values)[:30])
@@ -8324,7 +11233,9 @@ def list_models(values):
     plan = plan_for(settings, "", lambda base, model: profile_for(base, model, settings.profile))
     upstream = Upstream(10, 10, settings.ca_bundle, settings.client_cert, settings.insecure)
     try:
-        return model_names(get_json(upstream, models_url(plan), 10, upstream_headers(plan, settings, {})))
+        return model_names(
+            get_json(upstream, models_url(plan), 10, upstream_headers(plan, settings, {}))
+        )
     except ProxyError as e:
         say("ccfix: its models cannot be listed: %s" % e, out=sys.stderr)
         return []
@@ -8338,7 +11249,9 @@ def detect_target(given):
     if "TARGET_API_BASE" not in values and "TARGET_API_KEY" not in values:
         servers = local_servers()
         if not servers:
-            raise Usage("nobody can be asked and no model server was found on this machine: give -b URL, -k KEY and -m MODEL")
+            raise Usage(
+                "nobody can be asked and no model server was found on this machine: give -b URL, -k KEY and -m MODEL"
+            )
         values["TARGET_API_BASE"] = servers[0][1]
         say("ccfix: found %s at %s" % servers[0][:2], out=sys.stderr)
     if "TARGET_MODEL" not in values:
@@ -8353,21 +11266,44 @@ def init(config, options):
     """Write a commented .env, and print the lines for Claude Code's settings.json."""
     path = options.env_file
     if os.path.lexists(path) and not options.force:
-        raise Usage("%s is there already; --force replaces it, --env-file FILE writes another" % path)
+        raise Usage(
+            "%s is there already; --force replaces it, --env-file FILE writes another" % path
+        )
     given = {name: value for name, value in config.given.items() if name in BY_ENV}
-    values = ask_target(given) if sys.stdin is not None and sys.stdin.isatty() else detect_target(given)
+    values = (
+        ask_target(given) if sys.stdin is not None and sys.stdin.isatty() else detect_target(given)
+    )
     settings = Settings([("init", values)])
     try:
         write_private(path, env_template(values))
     except OSError as e:
         raise Usage("%s cannot be written: %s" % (path, e.strerror or e))
-    say("ccfix: wrote %s (only you can read it). Next:" % path, "  %s check" % program_name(), "  %s run" % program_name(),
-        "or  %s  with this in ~/.claude/settings.json:" % program_name(), out=sys.stderr)
+    say(
+        "ccfix: wrote %s (only you can read it). Next:" % path,
+        "  %s check" % program_name(),
+        "  %s run" % program_name(),
+        "or  %s  with this in ~/.claude/settings.json:" % program_name(),
+        out=sys.stderr,
+    )
     key = settings.anthropic_api_key or "ccfix"
-    lines = {"ANTHROPIC_BASE_URL": "http://127.0.0.1:%d" % settings.proxy_port, "ANTHROPIC_AUTH_TOKEN": key}
-    plan = plan_for(settings, "", lambda base, model: profile_for(base, model, settings.profile)._replace(context=settings.max_context))
+    lines = {
+        "ANTHROPIC_BASE_URL": "http://127.0.0.1:%d" % settings.proxy_port,
+        "ANTHROPIC_AUTH_TOKEN": key,
+    }
+    plan = plan_for(
+        settings,
+        "",
+        lambda base, model: profile_for(base, model, settings.profile)._replace(
+            context=settings.max_context
+        ),
+    )
     wanted = session_variables(lines["ANTHROPIC_BASE_URL"], key, settings, plan)
-    say(json.dumps({"env": dict(wanted, **CLAUDE_DEFAULTS), "permissions": {"disableAutoMode": "disable"}}, indent=2))
+    say(
+        json.dumps(
+            {"env": dict(wanted, **CLAUDE_DEFAULTS), "permissions": {"disableAutoMode": "disable"}},
+            indent=2,
+        )
+    )
     return 0
 
 
@@ -8376,8 +11312,13 @@ def write_private(path, text):
     part = "%s.%d.part" % (path, os.getpid())
     try:
         # surrogateescape: under LC_ALL=C, Python 3.6 reads other letters of the command line as such
-        with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8", errors="surrogateescape",
-                  newline="\n") as file:
+        with open(
+            os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600),
+            "w",
+            encoding="utf-8",
+            errors="surrogateescape",
+            newline="\n",
+        ) as file:
             file.write(text)
         os.replace(part, path)
     except OSError:
@@ -8388,7 +11329,7 @@ def write_private(path, text):
 
 # ---- install, uninstall, open ----------------------------------------------------------------------------
 
-OURS = "ccfix: let Claude Code use any model"       # in every file that install writes
+OURS = "ccfix: let Claude Code use any model"  # in every file that install writes
 CMD = '@rem %s\r\n@"%s" "%%~dp0ccfix.py" %s\r\n'
 
 
@@ -8398,16 +11339,27 @@ def install_folder(windows, environ, home):
         return os.path.join(home, ".local", "bin")
     local = environ.get("LOCALAPPDATA") or os.path.join(home, "AppData", "Local")
     apps = os.path.join(local, "Microsoft", "WindowsApps")
-    return apps if apps.lower() in environ.get("PATH", "").lower().split(";") else os.path.join(local, "Programs", "ccfix")
+    return (
+        apps
+        if apps.lower() in environ.get("PATH", "").lower().split(";")
+        else os.path.join(local, "Programs", "ccfix")
+    )
 
 
 def installed_files(windows, source_text, python):
     """{file name: text} of an installation. `ccf` alone opens the status page."""
     if not windows:
-        return {"ccfix": source_text, "ccf": '#!/bin/sh\n# %s\n[ $# -gt 0 ] || set -- open\nexec "$(dirname "$0")/ccfix" "$@"\n' % OURS}
+        return {
+            "ccfix": source_text,
+            "ccf": '#!/bin/sh\n# %s\n[ $# -gt 0 ] || set -- open\nexec "$(dirname "$0")/ccfix" "$@"\n'
+            % OURS,
+        }
     opening = '%%*\r\n@goto :eof\r\n:open\r\n@"%s" "%%~dp0ccfix.py" open' % python
-    return {"ccfix.py": source_text, "ccfix.cmd": CMD % (OURS, python, "%*"),
-            "ccf.cmd": '@if "%~1"=="" goto open\r\n' + CMD % (OURS, python, opening)}
+    return {
+        "ccfix.py": source_text,
+        "ccfix.cmd": CMD % (OURS, python, "%*"),
+        "ccf.cmd": '@if "%~1"=="" goto open\r\n' + CMD % (OURS, python, opening),
+    }
 
 
 def is_ours(path):
@@ -8423,17 +11375,33 @@ def install(config, options):
         files = installed_files(windows, file.read(), sys.executable)
     foreign = [name for name in files if not is_ours(os.path.join(folder, name))]
     if foreign and not options.force:
-        raise Usage("%s is another program's; --force replaces it, --dir DIR takes another folder" % os.path.join(folder, foreign[0]))
+        raise Usage(
+            "%s is another program's; --force replaces it, --dir DIR takes another folder"
+            % os.path.join(folder, foreign[0])
+        )
     try:
         os.makedirs(folder, exist_ok=True)
         for name, text in files.items():
             place_program(os.path.join(folder, name), text)
     except OSError as e:
-        raise Usage("cannot install in %s: %s; --dir DIR takes another folder" % (folder, e.strerror or e))
-    say("installed ccfix %s as %s" % (__version__, ", ".join(os.path.join(folder, name) for name in files)))
+        raise Usage(
+            "cannot install in %s: %s; --dir DIR takes another folder" % (folder, e.strerror or e)
+        )
+    say(
+        "installed ccfix %s as %s"
+        % (__version__, ", ".join(os.path.join(folder, name) for name in files))
+    )
     if folder not in os.environ.get("PATH", "").split(os.pathsep):
-        say("ccfix: %s is not on your PATH; add it:" % folder,
-            '  setx PATH "%%PATH%%;%s"' % folder if windows else "  export PATH=\"%s:$PATH\"    (in ~/.profile or your shell's own file)" % folder, out=sys.stderr)
+        say(
+            "ccfix: %s is not on your PATH; add it:" % folder,
+            (
+                '  setx PATH "%%PATH%%;%s"' % folder
+                if windows
+                else "  export PATH=\"%s:$PATH\"    (in ~/.profile or your shell's own file)"
+                % folder
+            ),
+            out=sys.stderr,
+        )
     return 0
 
 
@@ -8479,10 +11447,15 @@ def open_page(config, options):
     finally:
         upstream.close()
     if not running:
-        say("ccfix: no ccfix is running at %s; start it (%s), or name its port with -p" % (url, program_name()), out=sys.stderr)
+        say(
+            "ccfix: no ccfix is running at %s; start it (%s), or name its port with -p"
+            % (url, program_name()),
+            out=sys.stderr,
+        )
         return 1
     say(url)
     import webbrowser
+
     if not webbrowser.open(url):
         say("ccfix: no browser was found; open the address yourself", out=sys.stderr)
     return 0
@@ -8490,20 +11463,42 @@ def open_page(config, options):
 
 # ---- the command line --------------------------------------------------------------------------------
 
+
 def settings_options(parser):
     """Add the flags of all settings; a flag that is not given leaves no trace."""
     for row in SETTINGS:
         if row.const:
-            parser.add_argument(*row.flags, dest=row.env, action="store_const", const=row.const, default=argparse.SUPPRESS, help=row.help)
+            parser.add_argument(
+                *row.flags,
+                dest=row.env,
+                action="store_const",
+                const=row.const,
+                default=argparse.SUPPRESS,
+                help=row.help,
+            )
         elif row.flags:
-            parser.add_argument(*row.flags, dest=row.env, metavar=row.env.rsplit("_", 1)[-1], default=argparse.SUPPRESS, help=row.help)
-    parser.add_argument("--env-file", metavar="FILE", help="read settings from FILE instead of .env")
+            parser.add_argument(
+                *row.flags,
+                dest=row.env,
+                metavar=row.env.rsplit("_", 1)[-1],
+                default=argparse.SUPPRESS,
+                help=row.help,
+            )
+    parser.add_argument(
+        "--env-file", metavar="FILE", help="read settings from FILE instead of .env"
+    )
 
 
 def target_options(parser):
     """What stands in for a provider."""
-    parser.add_argument("--demo", action="store_true", help="use the embedded demo model: no key, no network")
-    parser.add_argument("--replay", metavar="DIR", help="answer with the replies that --record DIR wrote, in order, instead of a provider's")
+    parser.add_argument(
+        "--demo", action="store_true", help="use the embedded demo model: no key, no network"
+    )
+    parser.add_argument(
+        "--replay",
+        metavar="DIR",
+        help="answer with the replies that --record DIR wrote, in order, instead of a provider's",
+    )
 
 
 def run_options(parser):
@@ -8513,10 +11508,18 @@ def run_options(parser):
 
 def check_options(parser):
     target_options(parser)
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the checklist")
-    parser.add_argument("--family", choices=FAMILIES, help="check the target of this family of Claude models")
-    parser.add_argument("--base-url", metavar="URL", help="check a server that speaks Anthropic, ccfix itself too, with the key from -k,"
-                        " ANTHROPIC_AUTH_TOKEN or ANTHROPIC_API_KEY")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object instead of the checklist"
+    )
+    parser.add_argument(
+        "--family", choices=FAMILIES, help="check the target of this family of Claude models"
+    )
+    parser.add_argument(
+        "--base-url",
+        metavar="URL",
+        help="check a server that speaks Anthropic, ccfix itself too, with the key from -k,"
+        " ANTHROPIC_AUTH_TOKEN or ANTHROPIC_API_KEY",
+    )
 
 
 def init_options(parser):
@@ -8524,13 +11527,20 @@ def init_options(parser):
 
 
 def install_options(parser):
-    parser.add_argument("--dir", metavar="DIR", help="the folder (default: ~/.local/bin; on Windows one of %%LOCALAPPDATA%%)")
-    parser.add_argument("--force", action="store_true", help="replace another program's file of that name")
+    parser.add_argument(
+        "--dir",
+        metavar="DIR",
+        help="the folder (default: ~/.local/bin; on Windows one of %%LOCALAPPDATA%%)",
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="replace another program's file of that name"
+    )
 
 
 class Command(NamedTuple):
     """A command: act(config, options) -> exit code; what it does in a line; more: options of its own; settings: whether
     it takes the settings' flags; example: shown under its --help."""
+
     act: object
     help: str
     more: object = None
@@ -8539,16 +11549,42 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "serve": Command(serve, "serve; what is done without a command", target_options, example="ccfix -k KEY -b https://api.example.com/v1 -m MODEL"),
-    "run": Command(run, "start a proxy and Claude Code on it, for one session", run_options,
-                   example="ccfix run\nccfix run -m MODEL -- -p \"hello\""),
-    "check": Command(check, "try the model, and print what works and how to mend the rest", check_options,
-                     example="ccfix check\nccfix check --base-url http://127.0.0.1:8080\nexit code: 0 if Claude Code can work with it, 1 if not"),
-    "init": Command(init, "ask for provider, key and model, and write .env", init_options,
-                    example="ccfix init\nccfix init -b https://api.example.com/v1 -k KEY -m MODEL"),
-    "install": Command(install, "put ccfix and ccf on the PATH (ccf alone opens the status page)", install_options, settings=False),
+    "serve": Command(
+        serve,
+        "serve; what is done without a command",
+        target_options,
+        example="ccfix -k KEY -b https://api.example.com/v1 -m MODEL",
+    ),
+    "run": Command(
+        run,
+        "start a proxy and Claude Code on it, for one session",
+        run_options,
+        example="ccfix run\nccfix run -m MODEL -- -p \"hello\"",
+    ),
+    "check": Command(
+        check,
+        "try the model, and print what works and how to mend the rest",
+        check_options,
+        example="ccfix check\nccfix check --base-url http://127.0.0.1:8080\nexit code: 0 if Claude Code can work with it, 1 if not",
+    ),
+    "init": Command(
+        init,
+        "ask for provider, key and model, and write .env",
+        init_options,
+        example="ccfix init\nccfix init -b https://api.example.com/v1 -k KEY -m MODEL",
+    ),
+    "install": Command(
+        install,
+        "put ccfix and ccf on the PATH (ccf alone opens the status page)",
+        install_options,
+        settings=False,
+    ),
     "uninstall": Command(uninstall, "remove what install wrote", install_options, settings=False),
-    "open": Command(open_page, "open the status page of the running proxy in the browser", example="ccfix open\nccfix open -p 9000"),
+    "open": Command(
+        open_page,
+        "open the status page of the running proxy in the browser",
+        example="ccfix open\nccfix open -p 9000",
+    ),
 }
 
 
@@ -8558,13 +11594,26 @@ USAGES = {"": "ccfix [COMMAND] [options]", "run": "ccfix run [options] [-- claud
 def settings_help():
     """The settings that have no flag, for --help: two columns within 78."""
     import textwrap
-    lines = ["settings without a flag, in the environment or .env (the command line wins, then",
-             "the environment, .env, Claude Code's settings.json; keys are best kept in .env,",
-             "since everyone on a machine can read command lines):"]
+
+    lines = [
+        "settings without a flag, in the environment or .env (the command line wins, then",
+        "the environment, .env, Claude Code's settings.json; keys are best kept in .env,",
+        "since everyone on a machine can read command lines):",
+    ]
     for row in SETTINGS:
         if not row.flags:
-            lines += textwrap.wrap("%-24s %s%s" % (row.env, row.help, " (%s)" % row.default if row.default and row.default not in row.help else ""),
-                                   76, initial_indent="  ", subsequent_indent=" " * 27, break_on_hyphens=False)
+            lines += textwrap.wrap(
+                "%-24s %s%s"
+                % (
+                    row.env,
+                    row.help,
+                    " (%s)" % row.default if row.default and row.default not in row.help else "",
+                ),
+                76,
+                initial_indent="  ",
+                subsequent_indent=" " * 27,
+                break_on_hyphens=False,
+            )
     return "\n".join(lines)
 
 
@@ -8573,18 +11622,30 @@ def parser_of(name):
     command = COMMANDS[name or "serve"]
     epilog = []
     if not name:
-        epilog.append("commands (ccfix COMMAND --help tells more):\n" + "\n".join("  %-10s %s" % (word, row.help) for word, row in COMMANDS.items()))
+        epilog.append(
+            "commands (ccfix COMMAND --help tells more):\n"
+            + "\n".join("  %-10s %s" % (word, row.help) for word, row in COMMANDS.items())
+        )
     if command.example:
         epilog.append("examples:\n" + re.sub(r"(?m)^", "  ", command.example))
     if command.act in (serve, check):
         epilog.append(settings_help())
     elif command.settings:
-        epilog.append("Settings without a flag stand in the environment or .env; ccfix --help has\nthe list.")
+        epilog.append(
+            "Settings without a flag stand in the environment or .env; ccfix --help has\nthe list."
+        )
     parser = argparse.ArgumentParser(
-        prog=("ccfix " + name).strip(), usage=USAGES.get(name), epilog="\n\n".join(epilog),
-        description=command.help[0].upper() + command.help[1:] + "." if name else "Let Claude Code use any model behind an OpenAI-compatible API.",
-        formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.color = False            # 3.14 colours its help
+        prog=("ccfix " + name).strip(),
+        usage=USAGES.get(name),
+        epilog="\n\n".join(epilog),
+        description=(
+            command.help[0].upper() + command.help[1:] + "."
+            if name
+            else "Let Claude Code use any model behind an OpenAI-compatible API."
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.color = False  # 3.14 colours its help
     parser.add_argument("--version", action="version", version="ccfix " + __version__)
     if command.settings:
         settings_options(parser)
@@ -8597,11 +11658,13 @@ def command_line(argv):
     """(Command, its options). Raises Usage for a command that is none."""
     name = argv[0] if argv and not argv[0].startswith("-") else ""
     if name and name not in COMMANDS:
-        raise Usage("there is no command %s; the commands are %s" % (ascii(name), ", ".join(COMMANDS)))
-    words, behind = argv[1 if name else 0:], []
+        raise Usage(
+            "there is no command %s; the commands are %s" % (ascii(name), ", ".join(COMMANDS))
+        )
+    words, behind = argv[1 if name else 0 :], []
     if name == "run" and "--" in words:
         at = words.index("--")
-        words, behind = words[:at], words[at + 1:]
+        words, behind = words[:at], words[at + 1 :]
     options = parser_of(name).parse_args(words)
     if name == "run":
         if options.arguments:
@@ -8617,21 +11680,35 @@ def config_of(command, options):
     if env_file and command.act is not init and not os.path.isfile(env_file):
         raise Usage("--env-file %s is not there" % env_file)
     if getattr(options, "demo", False):
-        given.update(TARGET_API_BASE=start_demo(), TARGET_MODEL=given.get("TARGET_MODEL", "demo"), PROFILE="demo", TARGET_FORMAT="openai")
+        given.update(
+            TARGET_API_BASE=start_demo(),
+            TARGET_MODEL=given.get("TARGET_MODEL", "demo"),
+            PROFILE="demo",
+            TARGET_FORMAT="openai",
+        )
         alone = True
     elif getattr(options, "replay", None):
         given.update(dict({"TARGET_MODEL": "replay"}, **given), **start_replay(options.replay))
         alone = True
     elif getattr(options, "base_url", None):
-        key = given.get("TARGET_API_KEY") or os.environ.get("ANTHROPIC_AUTH_TOKEN") or os.environ.get("ANTHROPIC_API_KEY") or ""
-        given.update(TARGET_API_BASE=options.base_url, TARGET_FORMAT="anthropic", TARGET_API_KEY=key)
+        key = (
+            given.get("TARGET_API_KEY")
+            or os.environ.get("ANTHROPIC_AUTH_TOKEN")
+            or os.environ.get("ANTHROPIC_API_KEY")
+            or ""
+        )
+        given.update(
+            TARGET_API_BASE=options.base_url, TARGET_FORMAT="anthropic", TARGET_API_KEY=key
+        )
         given.setdefault("TARGET_MODEL", "claude-opus-5-5")
         alone = True
     if hasattr(options, "env_file"):
         options.env_file = env_file or ".env"
     # init must also work where the .env that it replaces is broken.
     layers = {} if command.act is init else dict(os.environ)
-    return Config(given, layers, "" if command.act is init else env_file or ".env", home_folder(), alone)
+    return Config(
+        given, layers, "" if command.act is init else env_file or ".env", home_folder(), alone
+    )
 
 
 def main(argv=None):
@@ -8646,14 +11723,15 @@ def main(argv=None):
         return complain(str(e))
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:             # | head: nobody reads on; Python must not complain about it at its end
+    except BrokenPipeError:  # | head: nobody reads on; Python must not complain about it at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
 
 
 def main_as_hook(*_):
     """main(), as the exception hook of the script. CPython holds the syntax tree of the script it was given (18 MB of this one)
-    while the script runs; the hook is what it calls after that. The last line's error is for nothing else."""
+    while the script runs; the hook is what it calls after that. The last line's error is for nothing else.
+    """
     sys.excepthook = sys.__excepthook__
     try:
         code = main()
@@ -8664,7 +11742,7 @@ def main_as_hook(*_):
 
 
 if __name__ == "__main__":
-    if sys._getframe().f_back:          # -m, a debugger, or another program runs it: they hold no tree
+    if sys._getframe().f_back:  # -m, a debugger, or another program runs it: they hold no tree
         sys.exit(main())
     sys.excepthook = main_as_hook
     raise SyntaxWarning("the syntax tree is no longer needed")

@@ -3,6 +3,7 @@
 
 Further real-server and real-client checks are in .ci/. With ../shared/vectors beside the project, its transcripts are replayed too.
 """
+
 import ast
 import base64
 import contextlib
@@ -48,12 +49,13 @@ VECTORS = os.path.join(HERE, "..", "shared", "vectors")
 # Tools of the tests
 # ======================================================================================================
 
+
 def pieces_of(raw, how):
     """Bytes whole, byte by byte, or cut in two at a position."""
     if how == "whole":
         return [raw]
     if how == "bytes":
-        return [raw[i:i + 1] for i in range(len(raw))]
+        return [raw[i : i + 1] for i in range(len(raw))]
     return [raw[:how], raw[how:]]
 
 
@@ -79,8 +81,12 @@ def grammar(test, events):
                 index, kind = event["index"], event["content_block"]["type"]
             elif what == "content_block_delta":
                 test.assertEqual(event["index"], index)
-                wanted = {"text": ("text_delta",), "thinking": ("thinking_delta", "signature_delta"), "tool_use": ("input_json_delta",),
-                          "server_tool_use": ("input_json_delta",)}[kind]
+                wanted = {
+                    "text": ("text_delta",),
+                    "thinking": ("thinking_delta", "signature_delta"),
+                    "tool_use": ("input_json_delta",),
+                    "server_tool_use": ("input_json_delta",),
+                }[kind]
                 test.assertIn(event["delta"]["type"], wanted)
             elif what == "content_block_stop":
                 test.assertEqual(event["index"], index)
@@ -165,19 +171,28 @@ def delta(finish=None, **fields):
     return {"choices": [{"index": 0, "delta": fields, "finish_reason": finish}]}
 
 
-HELLO_STREAM = sse(delta(content="Hello"), delta("stop"), {"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 1}})
+HELLO_STREAM = sse(
+    delta(content="Hello"),
+    delta("stop"),
+    {"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 1}},
+)
 
 
 def settings_of(**values):
     """Settings with the given values (ENV names), aimed at a loopback provider that nobody knows."""
-    values = dict({"TARGET_API_BASE": "http://127.0.0.1:9/v1", "TARGET_MODEL": "m", "TARGET_RETRIES": "0"}, **values)
+    values = dict(
+        {"TARGET_API_BASE": "http://127.0.0.1:9/v1", "TARGET_MODEL": "m", "TARGET_RETRIES": "0"},
+        **values,
+    )
     return ccfix.Settings([("the test", values)])
 
 
 def proxy_with(answer, **values):
     """A Proxy on a FakeWires."""
     settings, numbers = settings_of(**values), itertools.count(1)
-    proxy = ccfix.Proxy(lambda: settings, lambda level, text: None, new_id=lambda: "%024d" % next(numbers))
+    proxy = ccfix.Proxy(
+        lambda: settings, lambda level, text: None, new_id=lambda: "%024d" % next(numbers)
+    )
     wires = FakeWires(answer)
     proxy.wires = ((settings.ca_bundle, settings.client_cert, settings.insecure), wires)
     return proxy, wires
@@ -206,22 +221,39 @@ def ask(proxy, body, headers=None):
 
 def request(*messages, **fields):
     """An Anthropic body; a str is a user message."""
-    body = {"model": "claude-x", "max_tokens": 32000, "stream": True,
-            "messages": [{"role": "user", "content": m} if isinstance(m, str) else m for m in messages or ("hi",)]}
+    body = {
+        "model": "claude-x",
+        "max_tokens": 32000,
+        "stream": True,
+        "messages": [
+            {"role": "user", "content": m} if isinstance(m, str) else m for m in messages or ("hi",)
+        ],
+    }
     body.update(fields)
     return body
 
 
 def tool(name, required=(), **properties):
     """An Anthropic tool; properties: name="string" or a schema."""
-    return {"name": name, "description": name, "input_schema": {
-        "type": "object", "properties": {key: {"type": value} if isinstance(value, str) else value for key, value in properties.items()},
-        "required": list(required)}}
+    return {
+        "name": name,
+        "description": name,
+        "input_schema": {
+            "type": "object",
+            "properties": {
+                key: {"type": value} if isinstance(value, str) else value
+                for key, value in properties.items()
+            },
+            "required": list(required),
+        },
+    }
 
 
 def answered(answer, *messages, **fields):
     """The finished message for a reply's bytes."""
-    proxy, _ = proxy_with(lambda sent: FakeReply(200, {"content-type": "text/event-stream"}, [answer]))
+    proxy, _ = proxy_with(
+        lambda sent: FakeReply(200, {"content-type": "text/event-stream"}, [answer])
+    )
     events, error = ask(proxy, request(*messages, **fields))
     if error:
         raise error
@@ -232,66 +264,203 @@ def answered(answer, *messages, **fields):
 # 2  Errors
 # ======================================================================================================
 
+
 def provider_error(status, body, headers=None):
     """What an upstream's error becomes; body: a dict, list, text or bytes."""
-    raw = body if isinstance(body, bytes) else (body if isinstance(body, str) else json.dumps(body)).encode("utf-8")
+    raw = (
+        body
+        if isinstance(body, bytes)
+        else (body if isinstance(body, str) else json.dumps(body)).encode("utf-8")
+    )
     return ccfix.upstream_error(status, headers or {}, raw)
 
 
 OVERFLOWS = (
     # (who, the text, prompt, maximum). 0: the text does not tell it.
-    ("OpenAI", "This model's maximum context length is 8192 tokens. However, your messages resulted in 10050 tokens. Please reduce the length of the messages.", 10050, 8192),
-    ("OpenAI with tools", "This model's maximum context length is 128000 tokens. However, your messages resulted in 130050 tokens (120000 in the messages, 10050 in the functions)."
-     " Please reduce the length of the messages or functions.", 130050, 128000),
-    ("gpt-5", "Input tokens exceed the configured limit of 272000 tokens. Your messages resulted in 280123 tokens. Please reduce the length of the messages.", 280123, 272000),
-    ("OpenAI, no numbers", "Your input exceeds the context window of this model. Please adjust your input and try again.", 0, 0),
-    ("SGLang", "The input (41000 tokens) is longer than the model's context length (32768 tokens).", 41000, 32768),
-    ("Together", "Input validation error: The input (41000 tokens) is longer than the model's context length (32768 tokens).", 41000, 32768),
-    ("llama.cpp, text", "request (70123 tokens) exceeds the available context size (65536 tokens), try increasing it", 70123, 65536),
-    ("LM Studio", "Trying to keep the first 9001 tokens when context the overflows. However, the model is loaded with context length of only 4096 tokens, which is not enough.", 9001, 4096),
-    ("LM Studio, newer", "The number of tokens to keep from the initial prompt is greater than the context length", 0, 0),
-    ("Ollama", "the prompt is longer than the context length currently available to the model", 0, 0),
+    (
+        "OpenAI",
+        "This model's maximum context length is 8192 tokens. However, your messages resulted in 10050 tokens. Please reduce the length of the messages.",
+        10050,
+        8192,
+    ),
+    (
+        "OpenAI with tools",
+        "This model's maximum context length is 128000 tokens. However, your messages resulted in 130050 tokens (120000 in the messages, 10050 in the functions)."
+        " Please reduce the length of the messages or functions.",
+        130050,
+        128000,
+    ),
+    (
+        "gpt-5",
+        "Input tokens exceed the configured limit of 272000 tokens. Your messages resulted in 280123 tokens. Please reduce the length of the messages.",
+        280123,
+        272000,
+    ),
+    (
+        "OpenAI, no numbers",
+        "Your input exceeds the context window of this model. Please adjust your input and try again.",
+        0,
+        0,
+    ),
+    (
+        "SGLang",
+        "The input (41000 tokens) is longer than the model's context length (32768 tokens).",
+        41000,
+        32768,
+    ),
+    (
+        "Together",
+        "Input validation error: The input (41000 tokens) is longer than the model's context length (32768 tokens).",
+        41000,
+        32768,
+    ),
+    (
+        "llama.cpp, text",
+        "request (70123 tokens) exceeds the available context size (65536 tokens), try increasing it",
+        70123,
+        65536,
+    ),
+    (
+        "LM Studio",
+        "Trying to keep the first 9001 tokens when context the overflows. However, the model is loaded with context length of only 4096 tokens, which is not enough.",
+        9001,
+        4096,
+    ),
+    (
+        "LM Studio, newer",
+        "The number of tokens to keep from the initial prompt is greater than the context length",
+        0,
+        0,
+    ),
+    (
+        "Ollama",
+        "the prompt is longer than the context length currently available to the model",
+        0,
+        0,
+    ),
     ("Ollama, cloud", "prompt too long; exceeded max context length by 500 tokens", 0, 0),
     ("Ollama, old", "input length exceeds the context length", 0, 0),
-    ("Gemini", "The input token count (1200000) exceeds the maximum number of tokens allowed (1048576).", 1200000, 1048576),
-    ("Gemini, older", "The input token count (1200000) exceeds the maximum number of tokens allowed 1048576.", 1200000, 1048576),
-    ("xAI", "This model's maximum prompt length is 131072 but the request contains 140000 tokens.", 140000, 131072),
+    (
+        "Gemini",
+        "The input token count (1200000) exceeds the maximum number of tokens allowed (1048576).",
+        1200000,
+        1048576,
+    ),
+    (
+        "Gemini, older",
+        "The input token count (1200000) exceeds the maximum number of tokens allowed 1048576.",
+        1200000,
+        1048576,
+    ),
+    (
+        "xAI",
+        "This model's maximum prompt length is 131072 but the request contains 140000 tokens.",
+        140000,
+        131072,
+    ),
     ("Groq", "Please reduce the length of the messages or completion.", 0, 0),
-    ("Mistral", "Prompt contains 40000 tokens and 0 draft tokens, too large for model with 32768 maximum context length", 40000, 32768),
-    ("Moonshot", "Invalid request: Your request exceeded model token limit: 131072 (requested: 140001)", 140001, 131072),
+    (
+        "Mistral",
+        "Prompt contains 40000 tokens and 0 draft tokens, too large for model with 32768 maximum context length",
+        40000,
+        32768,
+    ),
+    (
+        "Moonshot",
+        "Invalid request: Your request exceeded model token limit: 131072 (requested: 140001)",
+        140001,
+        131072,
+    ),
     ("MiniMax", "invalid params, context window exceeds limit (2013)", 0, 0),
     ("Z.ai", "Prompt exceeds max length", 0, 0),
-    ("DashScope", "<400> InternalError.Algo.InvalidParameter: Range of input length should be [1, 129024]", 0, 129024),
+    (
+        "DashScope",
+        "<400> InternalError.Algo.InvalidParameter: Range of input length should be [1, 129024]",
+        0,
+        129024,
+    ),
     ("Copilot", "prompt token count of 70000 exceeds the limit of 64000", 70000, 64000),
     ("Bedrock", "Input is too long for requested model", 0, 0),
     ("Anthropic", "prompt is too long: 208310 tokens > 200000 maximum", 208310, 200000),
     ("GitHub Models", "Request body too large for gpt-4.1 model. Max size: 8000 tokens.", 0, 8000),
-    ("LiteLLM", "litellm.ContextWindowExceededError: litellm.BadRequestError: ContextWindowExceededError: OpenAIException - This model's maximum context length is 8192 tokens."
-     " However, your messages resulted in 10050 tokens.", 10050, 8192),
+    (
+        "LiteLLM",
+        "litellm.ContextWindowExceededError: litellm.BadRequestError: ContextWindowExceededError: OpenAIException - This model's maximum context length is 8192 tokens."
+        " However, your messages resulted in 10050 tokens.",
+        10050,
+        8192,
+    ),
 )
 BOTH = (
     # (who, the text, (prompt, output, maximum)): prompt and output together do not fit; a smaller output does
-    ("OpenAI-likes", "This model's maximum context length is 32768 tokens. However, you requested 42000 tokens (10000 in the messages, 32000 in the completion).", (10000, 32000, 32768)),
-    ("vLLM 2026", "This model's maximum context length is 32768 tokens. However, you requested 32000 output tokens and your prompt contains at least 10000 input tokens, for a total"
-     " of at least 42000 tokens. Please reduce the length of the input prompt or the number of requested output tokens.", (10000, 32000, 32768)),
-    ("SGLang", "Requested token count exceeds the model's maximum context length of 32768 tokens. You requested a total of 42000 tokens: 10000 tokens from the input messages"
-     " and 32000 tokens for the completion.", (10000, 32000, 32768)),
-    ("OpenRouter", "This endpoint's maximum context length is 32768 tokens. However, you requested about 42000 tokens (10000 of text input, 0 of tool input, 32000 in the output).",
-     (10000, 32000, 32768)),
-    ("Anthropic-style", "input length and `max_tokens` exceed context limit: 10000 + 32000 > 32768, decrease input length or `max_tokens` and try again", (10000, 32000, 32768)),
+    (
+        "OpenAI-likes",
+        "This model's maximum context length is 32768 tokens. However, you requested 42000 tokens (10000 in the messages, 32000 in the completion).",
+        (10000, 32000, 32768),
+    ),
+    (
+        "vLLM 2026",
+        "This model's maximum context length is 32768 tokens. However, you requested 32000 output tokens and your prompt contains at least 10000 input tokens, for a total"
+        " of at least 42000 tokens. Please reduce the length of the input prompt or the number of requested output tokens.",
+        (10000, 32000, 32768),
+    ),
+    (
+        "SGLang",
+        "Requested token count exceeds the model's maximum context length of 32768 tokens. You requested a total of 42000 tokens: 10000 tokens from the input messages"
+        " and 32000 tokens for the completion.",
+        (10000, 32000, 32768),
+    ),
+    (
+        "OpenRouter",
+        "This endpoint's maximum context length is 32768 tokens. However, you requested about 42000 tokens (10000 of text input, 0 of tool input, 32000 in the output).",
+        (10000, 32000, 32768),
+    ),
+    (
+        "Anthropic-style",
+        "input length and `max_tokens` exceed context limit: 10000 + 32000 > 32768, decrease input length or `max_tokens` and try again",
+        (10000, 32000, 32768),
+    ),
 )
 NOT_OVERFLOW = (
     # (status, text, the type that it is instead)
-    (400, "Invalid 'messages[11].tool_calls[0].id': string too long. Expected a string with maximum length 40, but got a string with length 50 instead.", "invalid_request_error"),
-    (400, "litellm.ContextWindowExceededError: Invalid 'messages[1].tool_calls[0].id': string too long.", "invalid_request_error"),
+    (
+        400,
+        "Invalid 'messages[11].tool_calls[0].id': string too long. Expected a string with maximum length 40, but got a string with length 50 instead.",
+        "invalid_request_error",
+    ),
+    (
+        400,
+        "litellm.ContextWindowExceededError: Invalid 'messages[1].tool_calls[0].id': string too long.",
+        "invalid_request_error",
+    ),
     (429, "Rate limit reached: too many tokens per minute", "rate_limit_error"),
     (429, "Request too many: the context size limit is per minute", "rate_limit_error"),
-    (400, "max_tokens is too large: 64000. This model supports at most 4096 completion tokens, whereas you provided 64000.", "invalid_request_error"),
-    (400, "Invalid max_tokens value, the valid range of max_tokens is [1, 8192]", "invalid_request_error"),
-    (400, "`max_completion_tokens` must be less than or equal to `40960`, the maximum value for `max_completion_tokens` is less than the `context_window` for this model", "invalid_request_error"),
+    (
+        400,
+        "max_tokens is too large: 64000. This model supports at most 4096 completion tokens, whereas you provided 64000.",
+        "invalid_request_error",
+    ),
+    (
+        400,
+        "Invalid max_tokens value, the valid range of max_tokens is [1, 8192]",
+        "invalid_request_error",
+    ),
+    (
+        400,
+        "`max_completion_tokens` must be less than or equal to `40960`, the maximum value for `max_completion_tokens` is less than the `context_window` for this model",
+        "invalid_request_error",
+    ),
     (401, "the prompt is too long", "authentication_error"),
-    (400, "messages.0.content.1.image.source.base64: image exceeds 5 MB maximum: 7340032 bytes > 5242880 bytes", "invalid_request_error"),
-    (400, "Invalid 'tools': array too long. Expected an array with maximum length 128, but got an array with length 141 instead.", "invalid_request_error"),
+    (
+        400,
+        "messages.0.content.1.image.source.base64: image exceeds 5 MB maximum: 7340032 bytes > 5242880 bytes",
+        "invalid_request_error",
+    ),
+    (
+        400,
+        "Invalid 'tools': array too long. Expected an array with maximum length 128, but got an array with length 141 instead.",
+        "invalid_request_error",
+    ),
     (500, "the pool exceeded the maximum number of connections", "api_error"),
     (413, "the body exceeds the maximum of 10 MB", "request_too_large"),
 )
@@ -303,12 +472,29 @@ class TestOverflow(unittest.TestCase):
     def test_all_texts_in_the_usual_envelopes(self):
         for who, text, prompt, limit in OVERFLOWS:
             for status in (400, 413, 422, 500):
-                for body in ({"error": {"message": text, "type": "x"}}, {"error": text}, {"object": "error", "message": text}, {"detail": text}, text, [{"error": {"message": text}}],
-                             {"error": {"message": "Provider returned error", "metadata": {"raw": json.dumps({"error": {"message": text}})}}}):
+                for body in (
+                    {"error": {"message": text, "type": "x"}},
+                    {"error": text},
+                    {"object": "error", "message": text},
+                    {"detail": text},
+                    text,
+                    [{"error": {"message": text}}],
+                    {
+                        "error": {
+                            "message": "Provider returned error",
+                            "metadata": {"raw": json.dumps({"error": {"message": text}})},
+                        }
+                    },
+                ):
                     with self.subTest(who, status=status, body=body):
                         error = provider_error(status, body)
-                        self.assertEqual((error.status, error.type, error.kind), (400, "invalid_request_error", "overflow"))
-                        found = re.match(r"prompt is too long: (\d+) tokens > (\d+) maximum\Z", error.message)
+                        self.assertEqual(
+                            (error.status, error.type, error.kind),
+                            (400, "invalid_request_error", "overflow"),
+                        )
+                        found = re.match(
+                            r"prompt is too long: (\d+) tokens > (\d+) maximum\Z", error.message
+                        )
                         self.assertTrue(found, error.message)
                         shown = tuple(map(int, found.groups()))
                         if prompt and limit:
@@ -318,9 +504,21 @@ class TestOverflow(unittest.TestCase):
     def test_numbers_that_the_text_lacks_come_from_the_request_and_the_settings(self):
         for who, text, prompt, limit in OVERFLOWS:
             with self.subTest(who):
-                proxy, wires = proxy_with(lambda sent: FakeReply(400, {}, [json.dumps({"error": {"message": text}}).encode()]), MAX_CONTEXT="30000")
+                proxy, wires = proxy_with(
+                    lambda sent: FakeReply(
+                        400, {}, [json.dumps({"error": {"message": text}}).encode()]
+                    ),
+                    MAX_CONTEXT="30000",
+                )
                 events, error = ask(proxy, request("x" * 200000))
-                shown = tuple(map(int, re.match(r"prompt is too long: (\d+) tokens > (\d+) maximum\Z", error.message).groups()))
+                shown = tuple(
+                    map(
+                        int,
+                        re.match(
+                            r"prompt is too long: (\d+) tokens > (\d+) maximum\Z", error.message
+                        ).groups(),
+                    )
+                )
                 self.assertEqual((error.status, len(wires.sent), events), (400, 1, []))
                 if prompt and limit:
                     self.assertEqual(shown, (prompt, limit))
@@ -329,18 +527,40 @@ class TestOverflow(unittest.TestCase):
                     self.assertGreater(shown[0], max(shown[1], 45000 if not prompt else 0))
 
     def test_llamacpp_tells_numbers_in_fields(self):
-        body = {"error": {"code": 400, "message": "the request exceeds the available context size, try increasing it", "type": "exceed_context_size_error", "n_prompt_tokens": 71234, "n_ctx": 65536}}
-        self.assertEqual(provider_error(400, body).message, "prompt is too long: 71234 tokens > 65536 maximum")
+        body = {
+            "error": {
+                "code": 400,
+                "message": "the request exceeds the available context size, try increasing it",
+                "type": "exceed_context_size_error",
+                "n_prompt_tokens": 71234,
+                "n_ctx": 65536,
+            }
+        }
+        self.assertEqual(
+            provider_error(400, body).message, "prompt is too long: 71234 tokens > 65536 maximum"
+        )
 
     def test_a_telling_code_is_enough(self):
         for code in ("context_length_exceeded", "model_max_prompt_tokens_exceeded"):
-            self.assertEqual(provider_error(400, {"error": {"message": "No.", "code": code}}).kind, "overflow")
+            self.assertEqual(
+                provider_error(400, {"error": {"message": "No.", "code": code}}).kind, "overflow"
+            )
 
     def test_one_request_above_the_tokens_per_minute_is_overflow_too(self):
         groq = "Request too large for model `m` in organization `o` service tier `on_demand` on tokens per minute (TPM): Limit 6000, Requested 9123, please reduce your message size"
         openai = "Request too large for gpt-4o in organization org-x on tokens per min (TPM): Limit 30000, Requested 44870. The input or output tokens must be reduced in order to run successfully."
-        self.assertEqual(provider_error(413, {"error": {"message": groq, "code": "rate_limit_exceeded"}}).message, "prompt is too long: 9123 tokens > 6000 maximum")
-        self.assertEqual(provider_error(429, {"error": {"message": openai, "code": "rate_limit_exceeded"}}).message, "prompt is too long: 44870 tokens > 30000 maximum")
+        self.assertEqual(
+            provider_error(
+                413, {"error": {"message": groq, "code": "rate_limit_exceeded"}}
+            ).message,
+            "prompt is too long: 9123 tokens > 6000 maximum",
+        )
+        self.assertEqual(
+            provider_error(
+                429, {"error": {"message": openai, "code": "rate_limit_exceeded"}}
+            ).message,
+            "prompt is too long: 44870 tokens > 30000 maximum",
+        )
 
     def test_what_only_looks_similar(self):
         for status, text, kind in NOT_OVERFLOW:
@@ -364,61 +584,460 @@ class TestOverflow(unittest.TestCase):
 KEYS = "The provider refused the key; mend TARGET_API_KEY (-k): "
 ERRORS = (
     # (name, status, body, headers, (status, type, message part), x-should-retry, retry-after)
-    ("OpenAI's shape", 400, {"error": {"message": "Bad thing", "type": "invalid_request_error", "param": None, "code": None}}, {}, (424, "invalid_request_error", "Bad thing"), None, None),
-    ("Gemini's list", 400, [{"error": {"code": 400, "message": "Bad thing", "status": "INVALID_ARGUMENT"}}], {}, (424, "invalid_request_error", "Bad thing"), None, None),
-    ("a string error", 400, {"error": "Bad thing", "code": "x"}, {}, (424, "invalid_request_error", "Bad thing"), None, None),
-    ("Cerebras, flat", 400, {"message": "Bad thing", "type": "invalid_request_error", "code": "wrong_api_format"}, {}, (424, "invalid_request_error", "Bad thing"), None, None),
-    ("Mistral, an object as message", 422, {"object": "error", "message": {"detail": [{"msg": "Bad thing"}]}}, {}, (424, "invalid_request_error", "Bad thing"), None, None),
-    ("FastAPI, text", 422, {"detail": "Bad thing"}, {}, (424, "invalid_request_error", "Bad thing"), None, None),
-    ("FastAPI, list", 422, {"detail": [{"loc": ["body", "x"], "msg": "Bad thing"}]}, {}, (424, "invalid_request_error", "Bad thing"), None, None),
-    ("RFC 7807", 400, {"title": "Bad Request", "status": 400, "detail": "Bad thing"}, {}, (424, "invalid_request_error", "Bad thing"), None, None),
-    ("Anthropic's shape", 400, {"type": "error", "error": {"type": "invalid_request_error", "message": "Bad thing"}}, {}, (424, "invalid_request_error", "Bad thing"), None, None),
+    (
+        "OpenAI's shape",
+        400,
+        {
+            "error": {
+                "message": "Bad thing",
+                "type": "invalid_request_error",
+                "param": None,
+                "code": None,
+            }
+        },
+        {},
+        (424, "invalid_request_error", "Bad thing"),
+        None,
+        None,
+    ),
+    (
+        "Gemini's list",
+        400,
+        [{"error": {"code": 400, "message": "Bad thing", "status": "INVALID_ARGUMENT"}}],
+        {},
+        (424, "invalid_request_error", "Bad thing"),
+        None,
+        None,
+    ),
+    (
+        "a string error",
+        400,
+        {"error": "Bad thing", "code": "x"},
+        {},
+        (424, "invalid_request_error", "Bad thing"),
+        None,
+        None,
+    ),
+    (
+        "Cerebras, flat",
+        400,
+        {"message": "Bad thing", "type": "invalid_request_error", "code": "wrong_api_format"},
+        {},
+        (424, "invalid_request_error", "Bad thing"),
+        None,
+        None,
+    ),
+    (
+        "Mistral, an object as message",
+        422,
+        {"object": "error", "message": {"detail": [{"msg": "Bad thing"}]}},
+        {},
+        (424, "invalid_request_error", "Bad thing"),
+        None,
+        None,
+    ),
+    (
+        "FastAPI, text",
+        422,
+        {"detail": "Bad thing"},
+        {},
+        (424, "invalid_request_error", "Bad thing"),
+        None,
+        None,
+    ),
+    (
+        "FastAPI, list",
+        422,
+        {"detail": [{"loc": ["body", "x"], "msg": "Bad thing"}]},
+        {},
+        (424, "invalid_request_error", "Bad thing"),
+        None,
+        None,
+    ),
+    (
+        "RFC 7807",
+        400,
+        {"title": "Bad Request", "status": 400, "detail": "Bad thing"},
+        {},
+        (424, "invalid_request_error", "Bad thing"),
+        None,
+        None,
+    ),
+    (
+        "Anthropic's shape",
+        400,
+        {"type": "error", "error": {"type": "invalid_request_error", "message": "Bad thing"}},
+        {},
+        (424, "invalid_request_error", "Bad thing"),
+        None,
+        None,
+    ),
     ("plain text", 400, "Bad thing", {}, (424, "invalid_request_error", "Bad thing"), None, None),
     ("empty", 400, "", {}, (424, "invalid_request_error", "HTTP 400"), None, None),
     ("no UTF-8", 400, b"\xff\xfe{", {}, (424, "invalid_request_error", ""), None, None),
     ("a nesting bomb", 400, "[" * 100000, {}, (424, "invalid_request_error", ""), None, None),
     ("JSON that is no object", 400, "[]", {}, (424, "invalid_request_error", ""), None, None),
-    ("the cause inside OpenRouter's metadata", 400, {"error": {"message": "Provider returned error", "code": 400, "metadata": {"raw": "{\"error\":{\"message\":\"Bad thing\"}}", "provider_name": "X"}}}, {},
-     (424, "invalid_request_error", "Provider returned error: Bad thing"), None, None),
-
-    ("a bad key", 401, {"error": {"message": "no such key"}}, {}, (401, "authentication_error", KEYS + "no such key"), "false", None),
-    ("forbidden", 403, {"error": {"message": "moderated"}}, {}, (403, "permission_error", "moderated"), "false", None),
-    ("402", 402, {"error": {"message": "Insufficient Balance"}}, {}, (402, "billing_error", "no credit"), "false", None),
-    ("OpenAI's quota comes as 429", 429, {"error": {"message": "You exceeded your current quota, please check your plan and billing details.", "code": "insufficient_quota"}}, {"retry-after": "5"},
-     (402, "billing_error", "no credit"), "false", None),
-    ("MiniMax's balance as a 500", 500, {"type": "error", "error": {"type": "api_error", "message": "insufficient balance (1008)"}}, {}, (402, "billing_error", "no credit"), "false", None),
-    ("DashScope's arrears", 400, {"error": {"code": "Arrearage", "message": "Access denied, please make sure your account is in good standing."}}, {}, (402, "billing_error", "no credit"), "false", None),
-    ("OpenRouter: more than can be paid", 402, {"error": {"message": "You requested up to 32000 tokens, but can only afford 4200"}}, {}, (402, "billing_error", "can only afford"), "false", None),
-
-    ("a rate limit", 429, {"error": {"message": "slow down"}}, {"retry-after": "7"}, (429, "rate_limit_error", "slow down"), None, "7"),
-    ("a fraction is rounded up", 429, {"error": {"message": "slow down"}}, {"retry-after": "1.2"}, (429, "rate_limit_error", "slow down"), None, "2"),
-    ("a date is not understood", 429, {"error": {"message": "slow down"}}, {"retry-after": "Wed, 21 Oct 2026 07:28:00 GMT"}, (429, "rate_limit_error", "slow down"), None, None),
-    ("Gemini's RetryInfo", 429, [{"error": {"code": 429, "message": "quota per minute", "details": [{"@type": "RetryInfo", "retryDelay": "37s"}]}}], {}, (429, "rate_limit_error", "quota"), None, "37"),
-    ("Gemini words its rate limit as others word their quota", 429, [{"error": {"code": 429, "status": "RESOURCE_EXHAUSTED", "message": "You exceeded your current quota, please check your plan and"
-      " billing details.\n* Quota exceeded for metric: generate_content_free_tier_requests, limit: 10\nPlease retry in 36.2s."}}], {}, (429, "rate_limit_error", "quota"), None, "37"),
-    ("Azure's words", 429, {"error": {"code": "429", "message": "Please retry after 26 seconds."}}, {}, (429, "rate_limit_error", "26"), None, "26"),
-    ("Groq's words", 429, {"error": {"message": "Rate limit reached. Please try again in 7.66s."}}, {}, (429, "rate_limit_error", ""), None, "8"),
-    ("Moonshot's overload as 429", 429, {"error": {"type": "engine_overloaded_error", "message": "The engine is currently overloaded, please try again later"}}, {}, (529, "overloaded_error", "overloaded"), None, None),
-    ("503", 503, {"error": {"message": "x"}}, {"retry-after": "3"}, (529, "overloaded_error", "overloaded"), None, "3"),
-    ("llama.cpp is loading", 503, {"error": {"code": 503, "message": "Loading model", "type": "unavailable_error"}}, {}, (529, "overloaded_error", "Loading"), None, None),
-    ("529", 529, {"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}}, {}, (529, "overloaded_error", "Overloaded"), None, None),
-    ("500", 500, {"error": {"message": "oops"}}, {}, (502, "api_error", "The provider failed: oops"), None, None),
-    ("a page of 502", 502, "<html><head><title>502 Bad Gateway</title></head><body><h1>502 Bad Gateway</h1><p>secret stuff</p></body></html>", {}, (502, "api_error", "502 Bad Gateway"), None, None),
-    ("a page of 524", 524, "<!DOCTYPE html><title>A timeout occurred</title>", {}, (504, "timeout_error", "A timeout occurred"), None, None),
+    (
+        "the cause inside OpenRouter's metadata",
+        400,
+        {
+            "error": {
+                "message": "Provider returned error",
+                "code": 400,
+                "metadata": {
+                    "raw": "{\"error\":{\"message\":\"Bad thing\"}}",
+                    "provider_name": "X",
+                },
+            }
+        },
+        {},
+        (424, "invalid_request_error", "Provider returned error: Bad thing"),
+        None,
+        None,
+    ),
+    (
+        "a bad key",
+        401,
+        {"error": {"message": "no such key"}},
+        {},
+        (401, "authentication_error", KEYS + "no such key"),
+        "false",
+        None,
+    ),
+    (
+        "forbidden",
+        403,
+        {"error": {"message": "moderated"}},
+        {},
+        (403, "permission_error", "moderated"),
+        "false",
+        None,
+    ),
+    (
+        "402",
+        402,
+        {"error": {"message": "Insufficient Balance"}},
+        {},
+        (402, "billing_error", "no credit"),
+        "false",
+        None,
+    ),
+    (
+        "OpenAI's quota comes as 429",
+        429,
+        {
+            "error": {
+                "message": "You exceeded your current quota, please check your plan and billing details.",
+                "code": "insufficient_quota",
+            }
+        },
+        {"retry-after": "5"},
+        (402, "billing_error", "no credit"),
+        "false",
+        None,
+    ),
+    (
+        "MiniMax's balance as a 500",
+        500,
+        {"type": "error", "error": {"type": "api_error", "message": "insufficient balance (1008)"}},
+        {},
+        (402, "billing_error", "no credit"),
+        "false",
+        None,
+    ),
+    (
+        "DashScope's arrears",
+        400,
+        {
+            "error": {
+                "code": "Arrearage",
+                "message": "Access denied, please make sure your account is in good standing.",
+            }
+        },
+        {},
+        (402, "billing_error", "no credit"),
+        "false",
+        None,
+    ),
+    (
+        "OpenRouter: more than can be paid",
+        402,
+        {"error": {"message": "You requested up to 32000 tokens, but can only afford 4200"}},
+        {},
+        (402, "billing_error", "can only afford"),
+        "false",
+        None,
+    ),
+    (
+        "a rate limit",
+        429,
+        {"error": {"message": "slow down"}},
+        {"retry-after": "7"},
+        (429, "rate_limit_error", "slow down"),
+        None,
+        "7",
+    ),
+    (
+        "a fraction is rounded up",
+        429,
+        {"error": {"message": "slow down"}},
+        {"retry-after": "1.2"},
+        (429, "rate_limit_error", "slow down"),
+        None,
+        "2",
+    ),
+    (
+        "a date is not understood",
+        429,
+        {"error": {"message": "slow down"}},
+        {"retry-after": "Wed, 21 Oct 2026 07:28:00 GMT"},
+        (429, "rate_limit_error", "slow down"),
+        None,
+        None,
+    ),
+    (
+        "Gemini's RetryInfo",
+        429,
+        [
+            {
+                "error": {
+                    "code": 429,
+                    "message": "quota per minute",
+                    "details": [{"@type": "RetryInfo", "retryDelay": "37s"}],
+                }
+            }
+        ],
+        {},
+        (429, "rate_limit_error", "quota"),
+        None,
+        "37",
+    ),
+    (
+        "Gemini words its rate limit as others word their quota",
+        429,
+        [
+            {
+                "error": {
+                    "code": 429,
+                    "status": "RESOURCE_EXHAUSTED",
+                    "message": "You exceeded your current quota, please check your plan and"
+                    " billing details.\n* Quota exceeded for metric: generate_content_free_tier_requests, limit: 10\nPlease retry in 36.2s.",
+                }
+            }
+        ],
+        {},
+        (429, "rate_limit_error", "quota"),
+        None,
+        "37",
+    ),
+    (
+        "Azure's words",
+        429,
+        {"error": {"code": "429", "message": "Please retry after 26 seconds."}},
+        {},
+        (429, "rate_limit_error", "26"),
+        None,
+        "26",
+    ),
+    (
+        "Groq's words",
+        429,
+        {"error": {"message": "Rate limit reached. Please try again in 7.66s."}},
+        {},
+        (429, "rate_limit_error", ""),
+        None,
+        "8",
+    ),
+    (
+        "Moonshot's overload as 429",
+        429,
+        {
+            "error": {
+                "type": "engine_overloaded_error",
+                "message": "The engine is currently overloaded, please try again later",
+            }
+        },
+        {},
+        (529, "overloaded_error", "overloaded"),
+        None,
+        None,
+    ),
+    (
+        "503",
+        503,
+        {"error": {"message": "x"}},
+        {"retry-after": "3"},
+        (529, "overloaded_error", "overloaded"),
+        None,
+        "3",
+    ),
+    (
+        "llama.cpp is loading",
+        503,
+        {"error": {"code": 503, "message": "Loading model", "type": "unavailable_error"}},
+        {},
+        (529, "overloaded_error", "Loading"),
+        None,
+        None,
+    ),
+    (
+        "529",
+        529,
+        {"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}},
+        {},
+        (529, "overloaded_error", "Overloaded"),
+        None,
+        None,
+    ),
+    (
+        "500",
+        500,
+        {"error": {"message": "oops"}},
+        {},
+        (502, "api_error", "The provider failed: oops"),
+        None,
+        None,
+    ),
+    (
+        "a page of 502",
+        502,
+        "<html><head><title>502 Bad Gateway</title></head><body><h1>502 Bad Gateway</h1><p>secret stuff</p></body></html>",
+        {},
+        (502, "api_error", "502 Bad Gateway"),
+        None,
+        None,
+    ),
+    (
+        "a page of 524",
+        524,
+        "<!DOCTYPE html><title>A timeout occurred</title>",
+        {},
+        (504, "timeout_error", "A timeout occurred"),
+        None,
+        None,
+    ),
     ("408", 408, "", {}, (504, "timeout_error", "too long"), None, None),
-    ("a page of 413", 413, "<html><head><title>413 Request Entity Too Large</title></head></html>", {}, (413, "request_too_large", "413"), None, None),
-    ("a page of 403", 403, "<html><title>Attention Required! | Cloudflare</title></html>", {}, (403, "permission_error", "Cloudflare"), "false", None),
-
-    ("no such model, OpenAI", 404, {"error": {"message": "The model `x` does not exist or you do not have access to it.", "code": "model_not_found"}}, {}, (404, "not_found_error", "TARGET_MODEL"), "false", None),
-    ("no such model, Ollama", 404, {"error": {"message": "model 'x' not found"}}, {}, (404, "not_found_error", "TARGET_MODEL"), "false", None),
-    ("no such model, Z.ai's 400", 400, {"error": {"code": "1214", "message": "modelCode: does not exist"}}, {}, (404, "not_found_error", "TARGET_MODEL"), "false", None),
-    ("no such address", 404, "404 page not found", {}, (404, "not_found_error", "TARGET_API_BASE"), "false", None),
+    (
+        "a page of 413",
+        413,
+        "<html><head><title>413 Request Entity Too Large</title></head></html>",
+        {},
+        (413, "request_too_large", "413"),
+        None,
+        None,
+    ),
+    (
+        "a page of 403",
+        403,
+        "<html><title>Attention Required! | Cloudflare</title></html>",
+        {},
+        (403, "permission_error", "Cloudflare"),
+        "false",
+        None,
+    ),
+    (
+        "no such model, OpenAI",
+        404,
+        {
+            "error": {
+                "message": "The model `x` does not exist or you do not have access to it.",
+                "code": "model_not_found",
+            }
+        },
+        {},
+        (404, "not_found_error", "TARGET_MODEL"),
+        "false",
+        None,
+    ),
+    (
+        "no such model, Ollama",
+        404,
+        {"error": {"message": "model 'x' not found"}},
+        {},
+        (404, "not_found_error", "TARGET_MODEL"),
+        "false",
+        None,
+    ),
+    (
+        "no such model, Z.ai's 400",
+        400,
+        {"error": {"code": "1214", "message": "modelCode: does not exist"}},
+        {},
+        (404, "not_found_error", "TARGET_MODEL"),
+        "false",
+        None,
+    ),
+    (
+        "no such address",
+        404,
+        "404 page not found",
+        {},
+        (404, "not_found_error", "TARGET_API_BASE"),
+        "false",
+        None,
+    ),
     ("wrong method", 405, "", {}, (404, "not_found_error", "TARGET_API_BASE"), "false", None),
-    ("NIM: gone", 410, {"title": "Gone", "detail": "The model has reached its end of life"}, {}, (404, "not_found_error", "TARGET_MODEL"), "false", None),
-    ("only the responses API", 404, {"error": {"message": "This model is only supported in v1/responses and not in v1/chat/completions."}}, {}, (404, "not_found_error", "v1/responses"), "false", None),
-    ("Groq's malformed call", 400, {"error": {"message": "Failed to call a function.", "code": "tool_use_failed", "failed_generation": "<x>"}}, {}, (500, "api_error", "malformed tool call"), None, None),
-    ("a template that fails is permanent", 500, {"error": {"code": 500, "message": "Jinja Exception: roles must alternate", "type": "server_error"}}, {}, (424, "invalid_request_error", "Jinja"), None, None),
-    ("Azure's content filter", 400, {"error": {"code": "content_filter", "message": "The response was filtered"}}, {}, (424, "invalid_request_error", "filtered"), None, None),
+    (
+        "NIM: gone",
+        410,
+        {"title": "Gone", "detail": "The model has reached its end of life"},
+        {},
+        (404, "not_found_error", "TARGET_MODEL"),
+        "false",
+        None,
+    ),
+    (
+        "only the responses API",
+        404,
+        {
+            "error": {
+                "message": "This model is only supported in v1/responses and not in v1/chat/completions."
+            }
+        },
+        {},
+        (404, "not_found_error", "v1/responses"),
+        "false",
+        None,
+    ),
+    (
+        "Groq's malformed call",
+        400,
+        {
+            "error": {
+                "message": "Failed to call a function.",
+                "code": "tool_use_failed",
+                "failed_generation": "<x>",
+            }
+        },
+        {},
+        (500, "api_error", "malformed tool call"),
+        None,
+        None,
+    ),
+    (
+        "a template that fails is permanent",
+        500,
+        {
+            "error": {
+                "code": 500,
+                "message": "Jinja Exception: roles must alternate",
+                "type": "server_error",
+            }
+        },
+        {},
+        (424, "invalid_request_error", "Jinja"),
+        None,
+        None,
+    ),
+    (
+        "Azure's content filter",
+        400,
+        {"error": {"code": "content_filter", "message": "The response was filtered"}},
+        {},
+        (424, "invalid_request_error", "filtered"),
+        None,
+        None,
+    ),
     ("418", 418, "", {}, (424, "invalid_request_error", "418"), None, None),
 )
 
@@ -431,8 +1050,18 @@ class TestUpstreamErrors(unittest.TestCase):
                 error = provider_error(status, body, headers)
                 self.assertEqual((error.status, error.type), wanted[:2], error.message)
                 self.assertIn(wanted[2], error.message)
-                self.assertEqual((error.headers.get("x-should-retry"), error.headers.get("retry-after")), (retry, after))
-                self.assertEqual(error.body("req_1"), {"type": "error", "error": {"type": error.type, "message": error.message}, "request_id": "req_1"})
+                self.assertEqual(
+                    (error.headers.get("x-should-retry"), error.headers.get("retry-after")),
+                    (retry, after),
+                )
+                self.assertEqual(
+                    error.body("req_1"),
+                    {
+                        "type": "error",
+                        "error": {"type": error.type, "message": error.message},
+                        "request_id": "req_1",
+                    },
+                )
                 self.assertTrue(error.message)
                 self.assertNotIn("<", error.message.replace("<x>", ""))
 
@@ -446,12 +1075,50 @@ class TestUpstreamErrors(unittest.TestCase):
 
     def test_soup(self):
         random_ = random.Random(2)
-        parts = (None, 5, "", "x", [], {}, [None], {"message": None}, {"message": {"a": 1}}, {"code": []}, {"error": {"error": {}}}, {"metadata": {"raw": 5}}, {"raw": "{"}, "overloaded", True)
+        parts = (
+            None,
+            5,
+            "",
+            "x",
+            [],
+            {},
+            [None],
+            {"message": None},
+            {"message": {"a": 1}},
+            {"code": []},
+            {"error": {"error": {}}},
+            {"metadata": {"raw": 5}},
+            {"raw": "{"},
+            "overloaded",
+            True,
+        )
         for _ in range(800):
-            body = {key: random_.choice(parts) for key in random_.sample(("error", "message", "detail", "base_resp", "code", "type", "status", "title", "msg", "x_groq"), 4)}
+            body = {
+                key: random_.choice(parts)
+                for key in random_.sample(
+                    (
+                        "error",
+                        "message",
+                        "detail",
+                        "base_resp",
+                        "code",
+                        "type",
+                        "status",
+                        "title",
+                        "msg",
+                        "x_groq",
+                    ),
+                    4,
+                )
+            }
             if random_.random() < 0.4:
-                body["error"] = {key: random_.choice(parts) for key in ("message", "code", "type", "metadata")}
-            error = provider_error(random_.choice((200, 400, 422, 429, 500, 503)), body if random_.random() < 0.9 else [body])
+                body["error"] = {
+                    key: random_.choice(parts) for key in ("message", "code", "type", "metadata")
+                }
+            error = provider_error(
+                random_.choice((200, 400, 422, 429, 500, 503)),
+                body if random_.random() < 0.9 else [body],
+            )
             self.assertIsInstance(error.message, str)
             json.dumps(error.body())
             found = ccfix.error_in_reply(body)
@@ -459,14 +1126,39 @@ class TestUpstreamErrors(unittest.TestCase):
 
     def test_errors_inside_a_200(self):
         rows = (
-            ({"choices": []}, None), ({"error": None, "choices": []}, None), ({"base_resp": {"status_code": 0, "status_msg": "success"}}, None), ({"x_groq": {"id": "r"}}, None),
-            ({"error": {"message": "boom"}}, (502, "api_error")), ({"error": {"message": "boom", "code": 429}}, (429, "rate_limit_error")),
-            ({"error": {"message": "boom", "code": "503"}}, (529, "overloaded_error")), ({"error": {"message": "slow", "type": "rate_limit_error"}}, (429, "rate_limit_error")),
-            ({"error": {"message": "m", "type": "invalid_request_error"}}, (424, "invalid_request_error")), ({"error": "boom"}, (502, "api_error")),
-            ({"code": "The service is currently unavailable", "error": "try later"}, (529, "overloaded_error")), ({"x_groq": {"error": "over capacity"}}, (529, "overloaded_error")),
-            ({"base_resp": {"status_code": 1008, "status_msg": "insufficient balance"}, "choices": None}, (402, "billing_error")),
-            ({"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}}, (529, "overloaded_error")),
-            ({"error": {"message": "prompt is too long: 9 tokens > 8 maximum"}}, (400, "invalid_request_error")),
+            ({"choices": []}, None),
+            ({"error": None, "choices": []}, None),
+            ({"base_resp": {"status_code": 0, "status_msg": "success"}}, None),
+            ({"x_groq": {"id": "r"}}, None),
+            ({"error": {"message": "boom"}}, (502, "api_error")),
+            ({"error": {"message": "boom", "code": 429}}, (429, "rate_limit_error")),
+            ({"error": {"message": "boom", "code": "503"}}, (529, "overloaded_error")),
+            ({"error": {"message": "slow", "type": "rate_limit_error"}}, (429, "rate_limit_error")),
+            (
+                {"error": {"message": "m", "type": "invalid_request_error"}},
+                (424, "invalid_request_error"),
+            ),
+            ({"error": "boom"}, (502, "api_error")),
+            (
+                {"code": "The service is currently unavailable", "error": "try later"},
+                (529, "overloaded_error"),
+            ),
+            ({"x_groq": {"error": "over capacity"}}, (529, "overloaded_error")),
+            (
+                {
+                    "base_resp": {"status_code": 1008, "status_msg": "insufficient balance"},
+                    "choices": None,
+                },
+                (402, "billing_error"),
+            ),
+            (
+                {"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}},
+                (529, "overloaded_error"),
+            ),
+            (
+                {"error": {"message": "prompt is too long: 9 tokens > 8 maximum"}},
+                (400, "invalid_request_error"),
+            ),
         )
         for body, wanted in rows:
             with self.subTest(body):
@@ -474,7 +1166,22 @@ class TestUpstreamErrors(unittest.TestCase):
                 self.assertEqual(error and (error.status, error.type), wanted)
 
     def test_what_is_worth_another_try(self):
-        for status, wanted in ((408, True), (429, True), (500, True), (502, True), (503, True), (504, True), (529, True), (400, False), (401, False), (402, False), (403, False), (404, False), (413, False), (422, False)):
+        for status, wanted in (
+            (408, True),
+            (429, True),
+            (500, True),
+            (502, True),
+            (503, True),
+            (504, True),
+            (529, True),
+            (400, False),
+            (401, False),
+            (402, False),
+            (403, False),
+            (404, False),
+            (413, False),
+            (422, False),
+        ):
             self.assertEqual(provider_error(status, "x").retry, wanted, status)
         self.assertFalse(provider_error(429, "insufficient_quota").retry)
 
@@ -485,10 +1192,34 @@ class TestUpstreamErrors(unittest.TestCase):
 
 DOTENV = (
     # (line, name, value)
-    ("A=b", "b"), ("export A=b", "b"), ("set A=b", "b"), ("  A = b  ", "b"), ("A=b # note", "b"), ("A=b#c", "b#c"), ("A=#note", ""), ("A= # note", ""), ("A=", ""),
-    ('A="b c"', "b c"), ('A="b # c" # note', "b # c"), ("A='b # c'", "b # c"), ("A='b\\nc'", "b\\nc"), ('A="b\\nc"', "b\nc"), ('A="say \\"hi\\""', 'say "hi"'), ('A="C:\\\\x"', "C:\\x"),
-    ('A="C:\\dir"', "C:\\dir"), ('A=""', ""), ("A=''", ""), ("\ufeffA=b", "b"), ("A=b\r", "b"), ("A=x=y==", "x=y=="), ('A={"a": "b"}', '{"a": "b"}'), ("A=it's", "it's"), ("A=\t b\t", "b"),
-    ("export\tA=b", "b"), ('A="\u4f60"', "\u4f60"), ("A=\"open", '"open'),
+    ("A=b", "b"),
+    ("export A=b", "b"),
+    ("set A=b", "b"),
+    ("  A = b  ", "b"),
+    ("A=b # note", "b"),
+    ("A=b#c", "b#c"),
+    ("A=#note", ""),
+    ("A= # note", ""),
+    ("A=", ""),
+    ('A="b c"', "b c"),
+    ('A="b # c" # note', "b # c"),
+    ("A='b # c'", "b # c"),
+    ("A='b\\nc'", "b\\nc"),
+    ('A="b\\nc"', "b\nc"),
+    ('A="say \\"hi\\""', 'say "hi"'),
+    ('A="C:\\\\x"', "C:\\x"),
+    ('A="C:\\dir"', "C:\\dir"),
+    ('A=""', ""),
+    ("A=''", ""),
+    ("\ufeffA=b", "b"),
+    ("A=b\r", "b"),
+    ("A=x=y==", "x=y=="),
+    ('A={"a": "b"}', '{"a": "b"}'),
+    ("A=it's", "it's"),
+    ("A=\t b\t", "b"),
+    ("export\tA=b", "b"),
+    ('A="\u4f60"', "\u4f60"),
+    ("A=\"open", '"open'),
 )
 
 
@@ -510,7 +1241,22 @@ class TestDotenv(unittest.TestCase):
         self.assertEqual(ccfix.dotenv("A=1\nA=2\n"), {"A": "2"})
 
     def test_values_are_written_as_they_are_read(self):
-        for value in ("x", "a b", 'say "hi"', "back\\slash", "\\n", "line\nline", "# note", "a #b", "it's", "", "$HOME", "\u4f60", '{"a": "b\\n"}', " edge "):
+        for value in (
+            "x",
+            "a b",
+            'say "hi"',
+            "back\\slash",
+            "\\n",
+            "line\nline",
+            "# note",
+            "a #b",
+            "it's",
+            "",
+            "$HOME",
+            "\u4f60",
+            '{"a": "b\\n"}',
+            " edge ",
+        ):
             with self.subTest(value):
                 self.assertEqual(ccfix.dotenv("A=" + ccfix.quote_value(value))["A"], value)
 
@@ -521,42 +1267,120 @@ class TestDotenv(unittest.TestCase):
         for setting in ccfix.SETTINGS:
             self.assertIn(setting.env + "=", template)
         uncommented = re.sub(r"(?m)^#(?=[A-Z_]+=)", "", template)
-        self.assertEqual(vars(ccfix.Settings([("t", ccfix.dotenv(uncommented))])).keys(), vars(ccfix.Settings()).keys())
+        self.assertEqual(
+            vars(ccfix.Settings([("t", ccfix.dotenv(uncommented))])).keys(),
+            vars(ccfix.Settings()).keys(),
+        )
 
 
 class TestLayers(unittest.TestCase):
 
     def test_the_first_layer_that_has_a_value_wins(self):
-        layers = [("the command line", {"TARGET_MODEL": "1"}), ("the environment", {"TARGET_MODEL": "2", "PROXY_PORT": "2"}),
-                  (".env", {"TARGET_MODEL": "3", "PROXY_PORT": "3", "DISGUISE_MODEL": "3"}), ("~/.claude/settings.json", {"DISGUISE_MODEL": "4", "DISGUISE_API_BASE": "https://four"})]
+        layers = [
+            ("the command line", {"TARGET_MODEL": "1"}),
+            ("the environment", {"TARGET_MODEL": "2", "PROXY_PORT": "2"}),
+            (".env", {"TARGET_MODEL": "3", "PROXY_PORT": "3", "DISGUISE_MODEL": "3"}),
+            (
+                "~/.claude/settings.json",
+                {"DISGUISE_MODEL": "4", "DISGUISE_API_BASE": "https://four"},
+            ),
+        ]
         settings = ccfix.Settings(layers)
-        got = {name: (getattr(settings, name), settings.origins[name]) for name in ("target_model", "proxy_port", "disguise_model", "disguise_api_base", "proxy_host")}
-        self.assertEqual(got, {"target_model": ("1", "the command line"), "proxy_port": (2, "the environment"), "disguise_model": ("3", ".env"),
-                               "disguise_api_base": ("https://four", "~/.claude/settings.json"), "proxy_host": ("127.0.0.1", "default")})
+        got = {
+            name: (getattr(settings, name), settings.origins[name])
+            for name in (
+                "target_model",
+                "proxy_port",
+                "disguise_model",
+                "disguise_api_base",
+                "proxy_host",
+            )
+        }
+        self.assertEqual(
+            got,
+            {
+                "target_model": ("1", "the command line"),
+                "proxy_port": (2, "the environment"),
+                "disguise_model": ("3", ".env"),
+                "disguise_api_base": ("https://four", "~/.claude/settings.json"),
+                "proxy_host": ("127.0.0.1", "default"),
+            },
+        )
 
     def test_empty_means_not_set(self):
-        settings = ccfix.Settings([("the environment", {"TARGET_MODEL": ""}), (".env", {"TARGET_MODEL": "m"})])
+        settings = ccfix.Settings(
+            [("the environment", {"TARGET_MODEL": ""}), (".env", {"TARGET_MODEL": "m"})]
+        )
         self.assertEqual((settings.target_model, settings.origins["target_model"]), ("m", ".env"))
 
     def test_claude_settings_give_the_disguise(self):
-        layer = ccfix.claude_layer('{"env": {"ANTHROPIC_MODEL": "Opus 4.8[1m]", "ANTHROPIC_BASE_URL": "https://x", "ANTHROPIC_API_KEY": "no", "OTHER": "no"}, "model": "no"}')
-        self.assertEqual(layer, {"DISGUISE_MODEL": "Opus 4.8[1m]", "DISGUISE_API_BASE": "https://x"})
-        for odd in ("", "{", "[]", "5", '{"env": 5}', '{"env": {"ANTHROPIC_MODEL": 5}}', '{"env": null}'):
+        layer = ccfix.claude_layer(
+            '{"env": {"ANTHROPIC_MODEL": "Opus 4.8[1m]", "ANTHROPIC_BASE_URL": "https://x", "ANTHROPIC_API_KEY": "no", "OTHER": "no"}, "model": "no"}'
+        )
+        self.assertEqual(
+            layer, {"DISGUISE_MODEL": "Opus 4.8[1m]", "DISGUISE_API_BASE": "https://x"}
+        )
+        for odd in (
+            "",
+            "{",
+            "[]",
+            "5",
+            '{"env": 5}',
+            '{"env": {"ANTHROPIC_MODEL": 5}}',
+            '{"env": null}',
+        ):
             self.assertEqual(ccfix.claude_layer(odd), {})
 
     def test_the_defaults_of_the_original(self):
         settings = ccfix.Settings()
-        got = {name: getattr(settings, name) for name in ("target_api_base", "target_model", "target_timeout", "proxy_host", "proxy_port", "anthropic_api_key", "attach_fields")}
-        self.assertEqual(got, {"target_api_base": "https://api.openai.com/v1", "target_model": "gpt-4o", "target_timeout": 300, "proxy_host": "127.0.0.1", "proxy_port": 8080,
-                               "anthropic_api_key": "", "attach_fields": "auto"})
+        got = {
+            name: getattr(settings, name)
+            for name in (
+                "target_api_base",
+                "target_model",
+                "target_timeout",
+                "proxy_host",
+                "proxy_port",
+                "anthropic_api_key",
+                "attach_fields",
+            )
+        }
+        self.assertEqual(
+            got,
+            {
+                "target_api_base": "https://api.openai.com/v1",
+                "target_model": "gpt-4o",
+                "target_timeout": 300,
+                "proxy_host": "127.0.0.1",
+                "proxy_port": 8080,
+                "anthropic_api_key": "",
+                "attach_fields": "auto",
+            },
+        )
 
     def test_wrong_values_name_setting_origin_and_what_is_allowed(self):
         rows = (
-            ("PROXY_PORT", "80a", "port number"), ("PROXY_PORT", "65536", "port number"), ("PROXY_PORT", "-1", "port number"), ("TARGET_TIMEOUT", "soon", "seconds"), ("TARGET_TIMEOUT", "0", "seconds"),
-            ("TARGET_TIMEOUT", "nan", "seconds"), ("TARGET_RETRIES", "-1", "whole number"), ("TARGET_RETRIES", "1.5", "whole number"), ("TARGET_FORMAT", "claude", "auto, openai, anthropic"),
-            ("ATTACH_FIELDS", "sometimes", "auto, always, never"), ("CACHE_ENABLED", "maybe", "true or false"), ("EXTRA_BODY", "{", "JSON object"), ("EXTRA_BODY", "[]", "JSON object"),
-            ("TARGET_API_BASE", "ftp://x", "https://"), ("TARGET_API_BASE", "http://", "https://"), ("TARGET_API_BASE", "http://x:y", "https://"), ("TARGET_API_BASE", "http://a b", "https://"),
-            ("TARGET_API_BASE", "http://x:99999", "https://"), ("TARGET_API_BASE", "http://[::1", "https://"), ("TARGET_MODEL", "a\nb", "one line"), ("LOG_LEVEL", "loud", "debug, info, warning, error"),
+            ("PROXY_PORT", "80a", "port number"),
+            ("PROXY_PORT", "65536", "port number"),
+            ("PROXY_PORT", "-1", "port number"),
+            ("TARGET_TIMEOUT", "soon", "seconds"),
+            ("TARGET_TIMEOUT", "0", "seconds"),
+            ("TARGET_TIMEOUT", "nan", "seconds"),
+            ("TARGET_RETRIES", "-1", "whole number"),
+            ("TARGET_RETRIES", "1.5", "whole number"),
+            ("TARGET_FORMAT", "claude", "auto, openai, anthropic"),
+            ("ATTACH_FIELDS", "sometimes", "auto, always, never"),
+            ("CACHE_ENABLED", "maybe", "true or false"),
+            ("EXTRA_BODY", "{", "JSON object"),
+            ("EXTRA_BODY", "[]", "JSON object"),
+            ("TARGET_API_BASE", "ftp://x", "https://"),
+            ("TARGET_API_BASE", "http://", "https://"),
+            ("TARGET_API_BASE", "http://x:y", "https://"),
+            ("TARGET_API_BASE", "http://a b", "https://"),
+            ("TARGET_API_BASE", "http://x:99999", "https://"),
+            ("TARGET_API_BASE", "http://[::1", "https://"),
+            ("TARGET_MODEL", "a\nb", "one line"),
+            ("LOG_LEVEL", "loud", "debug, info, warning, error"),
             ("CACHE_KEY_MODE", "x", "prefix, full, none"),
         )
         for name, value, allowed in rows:
@@ -577,20 +1401,44 @@ class TestLayers(unittest.TestCase):
 
     def test_base_urls_as_people_paste_them(self):
         rows = (
-            ("https://api.x.com/v1", "https://api.x.com/v1"), ("https://api.x.com/v1/", "https://api.x.com/v1"), ("https://api.x.com", "https://api.x.com/v1"), ("https://api.x.com/", "https://api.x.com/v1"),
-            ("https://api.x.com/v1/chat/completions", "https://api.x.com/v1"), ("https://api.x.com/v1/chat/completions/", "https://api.x.com/v1"), ("api.x.com/v1", "https://api.x.com/v1"),
-            ("localhost:11434", "http://localhost:11434/v1"), ("127.0.0.1:8000/v1", "http://127.0.0.1:8000/v1"), ("http://[::1]:8000", "http://[::1]:8000/v1"), ("  https://api.x.com/v1 ", "https://api.x.com/v1"),
-            ("https://open.bigmodel.cn/api/paas/v4", "https://open.bigmodel.cn/api/paas/v4"), ("https://api.deepseek.com/anthropic", "https://api.deepseek.com/anthropic"),
-            ("https://x.openai.azure.com/openai/deployments/d/chat/completions?api-version=2024-06-01", "https://x.openai.azure.com/openai/deployments/d?api-version=2024-06-01"),
+            ("https://api.x.com/v1", "https://api.x.com/v1"),
+            ("https://api.x.com/v1/", "https://api.x.com/v1"),
+            ("https://api.x.com", "https://api.x.com/v1"),
+            ("https://api.x.com/", "https://api.x.com/v1"),
+            ("https://api.x.com/v1/chat/completions", "https://api.x.com/v1"),
+            ("https://api.x.com/v1/chat/completions/", "https://api.x.com/v1"),
+            ("api.x.com/v1", "https://api.x.com/v1"),
+            ("localhost:11434", "http://localhost:11434/v1"),
+            ("127.0.0.1:8000/v1", "http://127.0.0.1:8000/v1"),
+            ("http://[::1]:8000", "http://[::1]:8000/v1"),
+            ("  https://api.x.com/v1 ", "https://api.x.com/v1"),
+            ("https://open.bigmodel.cn/api/paas/v4", "https://open.bigmodel.cn/api/paas/v4"),
+            ("https://api.deepseek.com/anthropic", "https://api.deepseek.com/anthropic"),
+            (
+                "https://x.openai.azure.com/openai/deployments/d/chat/completions?api-version=2024-06-01",
+                "https://x.openai.azure.com/openai/deployments/d?api-version=2024-06-01",
+            ),
             ("https://api.z.ai/api/anthropic/v1/messages", "https://api.z.ai/api/anthropic/v1"),
         )
         for pasted, wanted in rows:
             with self.subTest(pasted):
-                self.assertEqual(ccfix.Settings([("x", {"TARGET_API_BASE": pasted})]).target_api_base, wanted)
+                self.assertEqual(
+                    ccfix.Settings([("x", {"TARGET_API_BASE": pasted})]).target_api_base, wanted
+                )
 
     def test_secrets_are_never_shown(self):
-        values = {setting.env: '{"x-key": "sk-secret"}' if setting.parse is ccfix.parse_json_object else "sk-secret" for setting in ccfix.SETTINGS if setting.secret}
-        settings = ccfix.Settings([("x", dict(values, TARGET_API_BASE="https://user:pass-word@x/v1"))])
+        values = {
+            setting.env: (
+                '{"x-key": "sk-secret"}'
+                if setting.parse is ccfix.parse_json_object
+                else "sk-secret"
+            )
+            for setting in ccfix.SETTINGS
+            if setting.secret
+        }
+        settings = ccfix.Settings(
+            [("x", dict(values, TARGET_API_BASE="https://user:pass-word@x/v1"))]
+        )
         shown = json.dumps(settings.shown())
         self.assertNotIn("sk-secret", shown)
         self.assertNotIn("pass-word", shown)
@@ -611,23 +1459,56 @@ class TestLayers(unittest.TestCase):
 
 FOUND = (
     # (base URL, model, profile)
-    ("https://api.openai.com/v1", "gpt-4o", "openai"), ("https://api.openai.com/v1", "gpt-5", "openai-reasoning"), ("https://api.openai.com/v1", "o4-mini", "openai-reasoning"),
-    ("https://api.openai.com/v1", "gpt-5.1", "openai-gpt5.1"), ("https://api.openai.com/v1", "gpt-5.5", "openai-gpt5-tools"), ("https://api.openai.com/v1", "gpt-5.10", "openai-gpt5-tools"),
-    ("https://api.openai.com/v1", "ft:gpt-4o:x", "openai"), ("https://me.openai.azure.com/openai/v1", "gpt-4o", "azure"), ("https://me.openai.azure.com/openai/v1", "gpt-5", "azure-reasoning"),
-    ("https://api.deepseek.com/v1", "deepseek-chat", "deepseek"), ("https://api.deepseek.com", "deepseek-v4-pro", "deepseek"), ("https://api.deepseek.com/anthropic", "deepseek-v4-pro", "anthropic"),
-    ("https://dashscope.aliyuncs.com/compatible-mode/v1", "qwen-plus", "dashscope"), ("https://dashscope-intl.aliyuncs.com/compatible-mode/v1", "qwen3-max", "dashscope"),
-    ("https://dashscope.aliyuncs.com/apps/anthropic", "qwen3-max", "anthropic"), ("https://api.moonshot.ai/v1", "kimi-k2.5", "kimi"), ("https://api.moonshot.cn/v1", "kimi-k3", "kimi-k3"),
-    ("https://api.kimi.com/coding/v1", "kimi-for-coding", "anthropic"), ("https://api.moonshot.ai/anthropic", "kimi-k3", "anthropic"),
-    ("https://api.z.ai/api/paas/v4", "glm-5.3", "glm-5.3"), ("https://api.z.ai/api/paas/v4", "glm-4.6", "zai"), ("https://open.bigmodel.cn/api/anthropic", "glm-4.6", "anthropic"),
-    ("https://api.minimax.io/v1", "MiniMax-M2", "minimax"), ("https://api.mistral.ai/v1", "mistral-large", "mistral"), ("https://api.groq.com/openai/v1", "openai/gpt-oss-120b", "groq-gpt-oss"),
-    ("https://api.groq.com/openai/v1", "llama-3.3-70b", "groq"), ("https://api.x.ai/v1", "grok-4", "xai"), ("https://generativelanguage.googleapis.com/v1beta/openai", "gemini-3-pro", "gemini"),
-    ("https://openrouter.ai/api/v1", "openai/gpt-5", "openrouter"), ("https://openrouter.ai/api/v1", "z-ai/glm-5.3", "openrouter"), ("https://api.cerebras.ai/v1", "gpt-oss-120b", "cerebras"),
-    ("https://integrate.api.nvidia.com/v1", "deepseek-ai/deepseek-v4", "nim"), ("https://api.fireworks.ai/inference/v1", "x", "fireworks"), ("https://api.together.xyz/v1", "x", "together"),
-    ("https://api.siliconflow.cn/v1", "x", "siliconflow"), ("https://ark.cn-beijing.volces.com/api/v3", "x", "ark"), ("https://ark.cn-beijing.volces.com/api/coding", "x", "anthropic"),
-    ("https://api.githubcopilot.com", "gpt-4.1", "copilot"), ("http://localhost:11434/v1", "llama3", "ollama"), ("http://127.0.0.1:8000/v1", "x", "vllm"), ("http://localhost:1234/v1", "x", "lmstudio"),
-    ("http://localhost:30000/v1", "x", "sglang"), ("http://localhost:4000/v1", "x", "litellm"), ("http://[::1]:11434/v1", "x", "ollama"), ("http://elsewhere.example:11434/v1", "x", "default"),
-    ("https://proxy.example/v1", "gpt-5", "default"), ("https://notapi.openai.com.evil.example/v1", "gpt-4o", "default"), ("https://evilopenrouter.ai/v1", "x", "default"),
-    ("https://API.OPENAI.COM/v1", "gpt-4o", "openai"), ("http://10.0.0.5/v1", "x", "default"),
+    ("https://api.openai.com/v1", "gpt-4o", "openai"),
+    ("https://api.openai.com/v1", "gpt-5", "openai-reasoning"),
+    ("https://api.openai.com/v1", "o4-mini", "openai-reasoning"),
+    ("https://api.openai.com/v1", "gpt-5.1", "openai-gpt5.1"),
+    ("https://api.openai.com/v1", "gpt-5.5", "openai-gpt5-tools"),
+    ("https://api.openai.com/v1", "gpt-5.10", "openai-gpt5-tools"),
+    ("https://api.openai.com/v1", "ft:gpt-4o:x", "openai"),
+    ("https://me.openai.azure.com/openai/v1", "gpt-4o", "azure"),
+    ("https://me.openai.azure.com/openai/v1", "gpt-5", "azure-reasoning"),
+    ("https://api.deepseek.com/v1", "deepseek-chat", "deepseek"),
+    ("https://api.deepseek.com", "deepseek-v4-pro", "deepseek"),
+    ("https://api.deepseek.com/anthropic", "deepseek-v4-pro", "anthropic"),
+    ("https://dashscope.aliyuncs.com/compatible-mode/v1", "qwen-plus", "dashscope"),
+    ("https://dashscope-intl.aliyuncs.com/compatible-mode/v1", "qwen3-max", "dashscope"),
+    ("https://dashscope.aliyuncs.com/apps/anthropic", "qwen3-max", "anthropic"),
+    ("https://api.moonshot.ai/v1", "kimi-k2.5", "kimi"),
+    ("https://api.moonshot.cn/v1", "kimi-k3", "kimi-k3"),
+    ("https://api.kimi.com/coding/v1", "kimi-for-coding", "anthropic"),
+    ("https://api.moonshot.ai/anthropic", "kimi-k3", "anthropic"),
+    ("https://api.z.ai/api/paas/v4", "glm-5.3", "glm-5.3"),
+    ("https://api.z.ai/api/paas/v4", "glm-4.6", "zai"),
+    ("https://open.bigmodel.cn/api/anthropic", "glm-4.6", "anthropic"),
+    ("https://api.minimax.io/v1", "MiniMax-M2", "minimax"),
+    ("https://api.mistral.ai/v1", "mistral-large", "mistral"),
+    ("https://api.groq.com/openai/v1", "openai/gpt-oss-120b", "groq-gpt-oss"),
+    ("https://api.groq.com/openai/v1", "llama-3.3-70b", "groq"),
+    ("https://api.x.ai/v1", "grok-4", "xai"),
+    ("https://generativelanguage.googleapis.com/v1beta/openai", "gemini-3-pro", "gemini"),
+    ("https://openrouter.ai/api/v1", "openai/gpt-5", "openrouter"),
+    ("https://openrouter.ai/api/v1", "z-ai/glm-5.3", "openrouter"),
+    ("https://api.cerebras.ai/v1", "gpt-oss-120b", "cerebras"),
+    ("https://integrate.api.nvidia.com/v1", "deepseek-ai/deepseek-v4", "nim"),
+    ("https://api.fireworks.ai/inference/v1", "x", "fireworks"),
+    ("https://api.together.xyz/v1", "x", "together"),
+    ("https://api.siliconflow.cn/v1", "x", "siliconflow"),
+    ("https://ark.cn-beijing.volces.com/api/v3", "x", "ark"),
+    ("https://ark.cn-beijing.volces.com/api/coding", "x", "anthropic"),
+    ("https://api.githubcopilot.com", "gpt-4.1", "copilot"),
+    ("http://localhost:11434/v1", "llama3", "ollama"),
+    ("http://127.0.0.1:8000/v1", "x", "vllm"),
+    ("http://localhost:1234/v1", "x", "lmstudio"),
+    ("http://localhost:30000/v1", "x", "sglang"),
+    ("http://localhost:4000/v1", "x", "litellm"),
+    ("http://[::1]:11434/v1", "x", "ollama"),
+    ("http://elsewhere.example:11434/v1", "x", "default"),
+    ("https://proxy.example/v1", "gpt-5", "default"),
+    ("https://notapi.openai.com.evil.example/v1", "gpt-4o", "default"),
+    ("https://evilopenrouter.ai/v1", "x", "default"),
+    ("https://API.OPENAI.COM/v1", "gpt-4o", "openai"),
+    ("http://10.0.0.5/v1", "x", "default"),
 )
 
 
@@ -639,22 +1520,43 @@ class TestProfiles(unittest.TestCase):
                 self.assertEqual(ccfix.profile_for(base, model).name, wanted)
 
     def test_what_the_server_says_of_itself_counts_where_the_address_does_not(self):
-        self.assertEqual(ccfix.profile_for("http://10.0.0.5:9000/v1", "x", owner="vllm").name, "vllm")
-        self.assertEqual(ccfix.profile_for("http://10.0.0.5:9000/v1", "x", owner="nobody").name, "default")
+        self.assertEqual(
+            ccfix.profile_for("http://10.0.0.5:9000/v1", "x", owner="vllm").name, "vllm"
+        )
+        self.assertEqual(
+            ccfix.profile_for("http://10.0.0.5:9000/v1", "x", owner="nobody").name, "default"
+        )
 
     def test_forced(self):
-        self.assertEqual(ccfix.profile_for("https://proxy.example/v1", "x", forced="kimi").name, "kimi")
-        self.assertEqual(ccfix.profile_for("https://proxy.example/v1", "my-alias", forced="openai-reasoning").name, "openai-reasoning")
-        self.assertEqual(ccfix.profile_for("https://api.openai.com/v1", "gpt-5", forced="default").name, "default")
-        self.assertEqual(ccfix.profile_for("https://api.openai.com/v1", "x", format="anthropic").name, "anthropic")
-        self.assertEqual(ccfix.profile_for("https://api.z.ai/api/anthropic", "x", format="openai").name, "zai")
+        self.assertEqual(
+            ccfix.profile_for("https://proxy.example/v1", "x", forced="kimi").name, "kimi"
+        )
+        self.assertEqual(
+            ccfix.profile_for(
+                "https://proxy.example/v1", "my-alias", forced="openai-reasoning"
+            ).name,
+            "openai-reasoning",
+        )
+        self.assertEqual(
+            ccfix.profile_for("https://api.openai.com/v1", "gpt-5", forced="default").name,
+            "default",
+        )
+        self.assertEqual(
+            ccfix.profile_for("https://api.openai.com/v1", "x", format="anthropic").name,
+            "anthropic",
+        )
+        self.assertEqual(
+            ccfix.profile_for("https://api.z.ai/api/anthropic", "x", format="openai").name, "zai"
+        )
         with self.assertRaises(ccfix.SettingError) as caught:
             ccfix.profile_for("https://x/v1", "x", forced="kimmi")
         for word in ("PROFILE", "kimmi", "kimi-k3"):
             self.assertIn(word, str(caught.exception))
 
     def test_state_belongs_to_the_host(self):
-        self.assertEqual(ccfix.profile_for("https://api.deepseek.com/v1", "x").scope, "api.deepseek.com")
+        self.assertEqual(
+            ccfix.profile_for("https://api.deepseek.com/v1", "x").scope, "api.deepseek.com"
+        )
 
     def test_the_rows_are_sound(self):
         names = [p.name for p in ccfix.PROFILES]
@@ -664,13 +1566,24 @@ class TestProfiles(unittest.TestCase):
                 self.assertTrue(profile.title and profile.source)
                 self.assertIn(profile.reasoning, ("",) + tuple(ccfix.REASONING))
                 self.assertTrue(set(profile.efforts) <= set(ccfix.LEVELS))
-                self.assertEqual(list(profile.efforts), sorted(profile.efforts, key=ccfix.LEVELS.index))
+                self.assertEqual(
+                    list(profile.efforts), sorted(profile.efforts, key=ccfix.LEVELS.index)
+                )
                 self.assertTrue(set(profile.tool_choice) <= {"none", "required", "named"})
                 self.assertIn(profile.json_format, ("", "json_object", "json_schema"))
-                self.assertIn(profile.reasoning_field, ("", "reasoning_content", "reasoning", "reasoning_details", "google"))
-                self.assertTrue(not profile.reasoning or profile.efforts or profile.reasoning in ("thinking", "adaptive", "enable_thinking", "kwargs"))
+                self.assertIn(
+                    profile.reasoning_field,
+                    ("", "reasoning_content", "reasoning", "reasoning_details", "google"),
+                )
+                self.assertTrue(
+                    not profile.reasoning
+                    or profile.efforts
+                    or profile.reasoning in ("thinking", "adaptive", "enable_thinking", "kwargs")
+                )
                 re.compile(profile.models)
-                self.assertEqual(ccfix.apply_lesson(profile, json.loads(json.dumps(profile._asdict()))), profile)
+                self.assertEqual(
+                    ccfix.apply_lesson(profile, json.loads(json.dumps(profile._asdict()))), profile
+                )
 
     def test_the_table_shows_every_row_truthfully(self):
         lines = ccfix.profiles_table().splitlines()
@@ -681,8 +1594,15 @@ class TestProfiles(unittest.TestCase):
             self.assertTrue(line.endswith("| %s |" % ("yes" if profile.tried else "no")))
 
     def test_loopback(self):
-        for base, wanted in (("http://localhost:1/v1", True), ("http://127.5.5.5/v1", True), ("http://[::1]:80/v1", True), ("http://host.docker.internal:1/v1", True), ("https://localhost.evil.com/v1", False),
-                             ("http://10.0.0.1/v1", False), ("https://api.openai.com/v1", False)):
+        for base, wanted in (
+            ("http://localhost:1/v1", True),
+            ("http://127.5.5.5/v1", True),
+            ("http://[::1]:80/v1", True),
+            ("http://host.docker.internal:1/v1", True),
+            ("https://localhost.evil.com/v1", False),
+            ("http://10.0.0.1/v1", False),
+            ("https://api.openai.com/v1", False),
+        ):
             self.assertEqual(ccfix.is_loopback(base), wanted, base)
 
 
@@ -690,12 +1610,19 @@ class TestProfiles(unittest.TestCase):
 # 5  Request
 # ======================================================================================================
 
+
 def user(*blocks):
-    return {"role": "user", "content": [{"type": "text", "text": b} if isinstance(b, str) else b for b in blocks]}
+    return {
+        "role": "user",
+        "content": [{"type": "text", "text": b} if isinstance(b, str) else b for b in blocks],
+    }
 
 
 def said(*blocks):
-    return {"role": "assistant", "content": [{"type": "text", "text": b} if isinstance(b, str) else b for b in blocks]}
+    return {
+        "role": "assistant",
+        "content": [{"type": "text", "text": b} if isinstance(b, str) else b for b in blocks],
+    }
 
 
 def use(call_id, name="Read", **given):
@@ -716,7 +1643,11 @@ def png(data="AAAA"):
     return {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": data}}
 
 
-PDF = {"type": "document", "title": "a.pdf", "source": {"type": "base64", "media_type": "application/pdf", "data": "JVBE"}}
+PDF = {
+    "type": "document",
+    "title": "a.pdf",
+    "source": {"type": "base64", "media_type": "application/pdf", "data": "JVBE"},
+}
 PNG_PART = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
 
 
@@ -733,7 +1664,10 @@ def A(content="", *calls, **more):
     """calls: (id, name, arguments text)"""
     message = dict({"role": "assistant", "content": content}, **more)
     if calls:
-        message["tool_calls"] = [{"id": i, "type": "function", "function": {"name": n, "arguments": a}} for i, n, a in calls]
+        message["tool_calls"] = [
+            {"id": i, "type": "function", "function": {"name": n, "arguments": a}}
+            for i, n, a in calls
+        ]
     return message
 
 
@@ -754,130 +1688,515 @@ READ_CALL = said(use("toolu_1", path="a"))
 PLAIN = ccfix.DEFAULT._replace(scope="host")
 TEXT_ONLY = PLAIN._replace(images=False, name="text only")
 WITH_FILES = PLAIN._replace(files=True, name="with files")
-NO_PDF = ("[a PDF document (a.pdf) was here; this model cannot read PDF files. Convert it to text (for example with pdftotext), or read single "
-          "pages as images.]")
+NO_PDF = (
+    "[a PDF document (a.pdf) was here; this model cannot read PDF files. Convert it to text (for example with pdftotext), or read single "
+    "pages as images.]"
+)
 
 MESSAGES = (
     # (name, anthropic body, profile, openai messages)
     ("a string is a plain string", request("hi"), PLAIN, [U("hi")]),
     ("text blocks become one plain string", request(user("a", "b")), PLAIN, [U("a\n\nb")]),
     ("system string", request("hi", system="Be brief."), PLAIN, [S("Be brief."), U("hi")]),
-    ("system blocks without the billing line",
-     request("hi", system=[txt("x-anthropic-billing-header: cc_version=2.1.168; cch=5a673;"), txt("A", cache_control={"type": "ephemeral"}), txt("B")]),
-     PLAIN, [S("A\n\nB"), U("hi")]),
-    ("billing line at the head of a system string", request("hi", system="x-anthropic-billing-header: cch=1;\nA"), PLAIN, [S("A"), U("hi")]),
+    (
+        "system blocks without the billing line",
+        request(
+            "hi",
+            system=[
+                txt("x-anthropic-billing-header: cc_version=2.1.168; cch=5a673;"),
+                txt("A", cache_control={"type": "ephemeral"}),
+                txt("B"),
+            ],
+        ),
+        PLAIN,
+        [S("A\n\nB"), U("hi")],
+    ),
+    (
+        "billing line at the head of a system string",
+        request("hi", system="x-anthropic-billing-header: cch=1;\nA"),
+        PLAIN,
+        [S("A"), U("hi")],
+    ),
     ("an empty system says nothing", request("hi", system=[txt(" ")]), PLAIN, [U("hi")]),
-    ("no system role: its text leads the first user message", request("hi", system="A"), PLAIN._replace(system_role=False), [U("A\n\nhi")]),
-    ("no system role, and the assistant begins", request(said("yes"), "hi", system="A"), PLAIN._replace(system_role=False),
-     [U("A"), A("yes"), U("hi")]),
-
-    ("role system, string: stays where it is, as a reminder", request("hi", {"role": "system", "content": "date"}), PLAIN,
-     [U("hi\n\n" + reminder("date"))]),
-    ("role system, blocks", request("hi", {"role": "system", "content": [txt("a"), txt("b", cache_control={"type": "ephemeral"})]}), PLAIN,
-     [U("hi\n\n" + reminder("a\n\nb"))]),
-    ("role system, empty list with output_config", request("hi", {"role": "system", "content": [], "output_config": {"effort": "low"}}), PLAIN, [U("hi")]),
-    ("role system after tool results", request("hi", READ_CALL, user(result("toolu_1", "ok")), {"role": "system", "content": "news"}), PLAIN,
-     [U("hi"), A("", ("toolu_1", "Read", '{"path":"a"}')), T("toolu_1", "ok"), U(reminder("news"))]),
-    ("role system between call and result waits for the result",
-     request("hi", READ_CALL, {"role": "system", "content": "news"}, user(result("toolu_1", "ok"))), PLAIN,
-     [U("hi"), A("", ("toolu_1", "Read", '{"path":"a"}')), T("toolu_1", "ok"), U(reminder("news"))]),
-    ("a message that is wholly a token marker goes", request("hi", said("yes"), {"role": "system", "content": "<total_tokens>1234 left</total_tokens>\n"}, "go"),
-     PLAIN, [U("hi"), A("yes"), U("go")]),
-    ("a token marker in a user block goes, its neighbours stay", request(user("<total_tokens>12</total_tokens>", "go")), PLAIN, [U("go")]),
-    ("a marker inside other text stays", request("see <total_tokens>12</total_tokens> there"), PLAIN, [U("see <total_tokens>12</total_tokens> there")]),
-    ("the assistant may speak of markers", request("hi", said("<total_tokens>1</total_tokens>"), "go"), PLAIN,
-     [U("hi"), A("<total_tokens>1</total_tokens>"), U("go")]),
-
-    ("neighbours of one role are joined", request("a", user("b"), said("c"), said("d"), "e"), PLAIN, [U("a\n\nb"), A("c\n\nd"), U("e")]),
+    (
+        "no system role: its text leads the first user message",
+        request("hi", system="A"),
+        PLAIN._replace(system_role=False),
+        [U("A\n\nhi")],
+    ),
+    (
+        "no system role, and the assistant begins",
+        request(said("yes"), "hi", system="A"),
+        PLAIN._replace(system_role=False),
+        [U("A"), A("yes"), U("hi")],
+    ),
+    (
+        "role system, string: stays where it is, as a reminder",
+        request("hi", {"role": "system", "content": "date"}),
+        PLAIN,
+        [U("hi\n\n" + reminder("date"))],
+    ),
+    (
+        "role system, blocks",
+        request(
+            "hi",
+            {
+                "role": "system",
+                "content": [txt("a"), txt("b", cache_control={"type": "ephemeral"})],
+            },
+        ),
+        PLAIN,
+        [U("hi\n\n" + reminder("a\n\nb"))],
+    ),
+    (
+        "role system, empty list with output_config",
+        request("hi", {"role": "system", "content": [], "output_config": {"effort": "low"}}),
+        PLAIN,
+        [U("hi")],
+    ),
+    (
+        "role system after tool results",
+        request(
+            "hi", READ_CALL, user(result("toolu_1", "ok")), {"role": "system", "content": "news"}
+        ),
+        PLAIN,
+        [
+            U("hi"),
+            A("", ("toolu_1", "Read", '{"path":"a"}')),
+            T("toolu_1", "ok"),
+            U(reminder("news")),
+        ],
+    ),
+    (
+        "role system between call and result waits for the result",
+        request(
+            "hi", READ_CALL, {"role": "system", "content": "news"}, user(result("toolu_1", "ok"))
+        ),
+        PLAIN,
+        [
+            U("hi"),
+            A("", ("toolu_1", "Read", '{"path":"a"}')),
+            T("toolu_1", "ok"),
+            U(reminder("news")),
+        ],
+    ),
+    (
+        "a message that is wholly a token marker goes",
+        request(
+            "hi",
+            said("yes"),
+            {"role": "system", "content": "<total_tokens>1234 left</total_tokens>\n"},
+            "go",
+        ),
+        PLAIN,
+        [U("hi"), A("yes"), U("go")],
+    ),
+    (
+        "a token marker in a user block goes, its neighbours stay",
+        request(user("<total_tokens>12</total_tokens>", "go")),
+        PLAIN,
+        [U("go")],
+    ),
+    (
+        "a marker inside other text stays",
+        request("see <total_tokens>12</total_tokens> there"),
+        PLAIN,
+        [U("see <total_tokens>12</total_tokens> there")],
+    ),
+    (
+        "the assistant may speak of markers",
+        request("hi", said("<total_tokens>1</total_tokens>"), "go"),
+        PLAIN,
+        [U("hi"), A("<total_tokens>1</total_tokens>"), U("go")],
+    ),
+    (
+        "neighbours of one role are joined",
+        request("a", user("b"), said("c"), said("d"), "e"),
+        PLAIN,
+        [U("a\n\nb"), A("c\n\nd"), U("e")],
+    ),
     ("empty messages are gone", request("a", user(), said(txt("")), "b"), PLAIN, [U("a\n\nb")]),
-    ("a turn of thinking alone is gone", request("a", said({"type": "thinking", "thinking": "h", "signature": "x"}), "b"), PLAIN, [U("a\n\nb")]),
-    ("prefill is asked for in words", request("a", said("{")), PLAIN, [U("a"), A("{"), U("Continue.")]),
+    (
+        "a turn of thinking alone is gone",
+        request("a", said({"type": "thinking", "thinking": "h", "signature": "x"}), "b"),
+        PLAIN,
+        [U("a\n\nb")],
+    ),
+    (
+        "prefill is asked for in words",
+        request("a", said("{")),
+        PLAIN,
+        [U("a"), A("{"), U("Continue.")],
+    ),
     ("nothing said at all", request(user()), PLAIN, [U("Continue.")]),
     ("only a system", request(user(), system="A"), PLAIN, [S("A"), U("Continue.")]),
-
-    ("a call and its result", request("hi", READ_CALL, user(result("toolu_1", "ok"))), PLAIN,
-     [U("hi"), A("", ("toolu_1", "Read", '{"path":"a"}')), T("toolu_1", "ok")]),
-    ("results in the order of the calls, then the rest",
-     request("hi", said("Two.", use("a1"), use("b2", "Bash", cmd="ls")), user("first", result("b2", "B"), result("a1", "A"), "Tool loaded.")), PLAIN,
-     [U("hi"), A("Two.", ("a1", "Read", "{}"), ("b2", "Bash", '{"cmd":"ls"}')), T("a1", "A"), T("b2", "B"), U("first\n\nTool loaded.")]),
-    ("an unanswered call gets a note", request("hi", said(use("a1"), use("b2")), user(result("b2", "B"))), PLAIN,
-     [U("hi"), A("", ("a1", "Read", "{}"), ("b2", "Read", "{}")), T("a1", "(no result: the call was interrupted)"), T("b2", "B")]),
-    ("calls at the very end are answered too", request("hi", READ_CALL), PLAIN,
-     [U("hi"), A("", ("toolu_1", "Read", '{"path":"a"}')), T("toolu_1", "(no result: the call was interrupted)")]),
-    ("an orphan result is told in words", request("hi", user(result("gone", "old"))), PLAIN, [U("hi\n\n[result of an earlier tool call]\n\nold")]),
-    ("a second result for one call is told in words", request("hi", READ_CALL, user(result("toolu_1", "1"), result("toolu_1", "2"))), PLAIN,
-     [U("hi"), A("", ("toolu_1", "Read", '{"path":"a"}')), T("toolu_1", "1"), U("[result of an earlier tool call]\n\n2")]),
-    ("an error result says so", request("hi", READ_CALL, user(result("toolu_1", "ENOENT", is_error=True))), PLAIN,
-     [U("hi"), A("", ("toolu_1", "Read", '{"path":"a"}')), T("toolu_1", "Error:\nENOENT")]),
-    ("is_error false is no error", request("hi", READ_CALL, user(result("toolu_1", "ok", is_error=False))), PLAIN,
-     [U("hi"), A("", ("toolu_1", "Read", '{"path":"a"}')), T("toolu_1", "ok")]),
-    ("an empty result", request("hi", READ_CALL, user(result("toolu_1", ""))), PLAIN,
-     [U("hi"), A("", ("toolu_1", "Read", '{"path":"a"}')), T("toolu_1", "(no output)")]),
-    ("a result without content", request("hi", READ_CALL, user({"type": "tool_result", "tool_use_id": "toolu_1"})), PLAIN,
-     [U("hi"), A("", ("toolu_1", "Read", '{"path":"a"}')), T("toolu_1", "(no output)")]),
-    ("an empty error", request("hi", READ_CALL, user(result("toolu_1", txt(" "), is_error=True))), PLAIN,
-     [U("hi"), A("", ("toolu_1", "Read", '{"path":"a"}')), T("toolu_1", "Error:\n(no output)")]),
-    ("a result's text blocks", request("hi", READ_CALL, user(result("toolu_1", txt("a"), txt("b")))), PLAIN,
-     [U("hi"), A("", ("toolu_1", "Read", '{"path":"a"}')), T("toolu_1", "a\nb")]),
-    ("a result's image follows in a user message", request("hi", READ_CALL, user(result("toolu_1", txt("a"), png()), "size note")), PLAIN,
-     [U("hi"), A("", ("toolu_1", "Read", '{"path":"a"}')), T("toolu_1", "a"),
-      U([txt("[from the result of Read:]"), PNG_PART, txt("size note")])]),
-    ("a result that is an image", request("hi", READ_CALL, user(result("toolu_1", png()))), PLAIN,
-     [U("hi"), A("", ("toolu_1", "Read", '{"path":"a"}')), T("toolu_1", "(see the next message)"), U([txt("[from the result of Read:]"), PNG_PART])]),
-    ("an image where the model takes none", request("hi", READ_CALL, user(result("toolu_1", png()))), TEXT_ONLY,
-     [U("hi"), A("", ("toolu_1", "Read", '{"path":"a"}')), T("toolu_1", "[an image was here; this model takes no images]")]),
-    ("a result's PDF as a file", request("hi", READ_CALL, user(result("toolu_1", txt("PDF file read"), PDF))), WITH_FILES,
-     [U("hi"), A("", ("toolu_1", "Read", '{"path":"a"}')), T("toolu_1", "PDF file read"),
-      U([txt("[from the result of Read:]"), {"type": "file", "file": {"filename": "a.pdf", "file_data": "data:application/pdf;base64,JVBE"}}])]),
-    ("a result's PDF where no file is taken", request("hi", READ_CALL, user(result("toolu_1", PDF))), PLAIN,
-     [U("hi"), A("", ("toolu_1", "Read", '{"path":"a"}')), T("toolu_1", NO_PDF)]),
-    ("tool_reference blocks name the tools", request("hi", said(use("s1", "ToolSearch", q="x")), user(
-        result("s1", {"type": "tool_reference", "tool_name": "alpha"}, {"type": "tool_reference", "tool_name": "beta"}), "Tool loaded.")), PLAIN,
-     [U("hi"), A("", ("s1", "ToolSearch", '{"q":"x"}')), T("s1", "These tools are loaded and can be called now: alpha, beta"), U("Tool loaded.")]),
-    ("what the client could not parse is the raw text again",
-     request("hi", said(use("c1", __unparsedToolInput={"raw": '{"path":"a"}', "len": 12})), user(result("c1", "bad", is_error=True))), PLAIN,
-     [U("hi"), A("", ("c1", "Read", '{"path":"a"}')), T("c1", "Error:\nbad")]),
-    ("raw text that is no JSON is wrapped, as servers parse it",
-     request("hi", said(use("c1", __unparsedToolInput={"raw": '{"pa', "len": 4})), user(result("c1", "bad"))), PLAIN,
-     [U("hi"), A("", ("c1", "Read", '{"unparsed":"{\\"pa"}')), T("c1", "bad")]),
-    ("text that the client moved before the calls", request("hi", said("a", "b", use("c1")), user(result("c1", "ok"))), PLAIN,
-     [U("hi"), A("a\n\nb", ("c1", "Read", "{}")), T("c1", "ok")]),
-    ("Mistral: an assistant stands between tool and user", request("hi", said(use("abcdefgh1")), user(result("abcdefgh1", "ok"), "more")), row("mistral"),
-     [U("hi"), A("", ("abcdefgh1", "Read", "{}")), T("abcdefgh1", "ok"), A("I have the results of the tools."), U("more")]),
-
-    ("an image in a user message", request(user("look", png())), PLAIN, [U([txt("look"), PNG_PART])]),
-    ("text around images is joined", request(user(png(), "a", "b")), PLAIN, [U([PNG_PART, txt("a\n\nb")])]),
-    ("an image URL", request(user({"type": "image", "source": {"type": "url", "url": "https://x/y.png"}})), PLAIN,
-     [U([{"type": "image_url", "image_url": {"url": "https://x/y.png"}}])]),
-    ("an image URL where none is fetched", request(user({"type": "image", "source": {"type": "url", "url": "https://x/y.png"}})), row("ollama"),
-     [U("[an image was here that could not be passed on: https://x/y.png]")]),
-    ("an image of an unknown source", request(user({"type": "image", "source": {"type": "file", "file_id": "f"}})), PLAIN,
-     [U("[an image was here that could not be passed on]")]),
-    ("an image URL that is none", request(user({"type": "image", "source": {"type": "url"}}, {"type": "image", "source": {"type": "url", "url": 5}})), PLAIN,
-     [U("[an image was here that could not be passed on]\n\n[an image was here that could not be passed on]")]),
-    ("a text document", request(user({"type": "document", "title": "T", "source": {"type": "text", "media_type": "text/plain", "data": "body"}})), PLAIN,
-     [U("[document: T]\nbody")]),
-    ("a document of blocks", request(user({"type": "document", "source": {"type": "content", "content": [txt("x"), txt("y")]}})), PLAIN,
-     [U("[document: document]\n\nx\n\ny")]),
+    (
+        "a call and its result",
+        request("hi", READ_CALL, user(result("toolu_1", "ok"))),
+        PLAIN,
+        [U("hi"), A("", ("toolu_1", "Read", '{"path":"a"}')), T("toolu_1", "ok")],
+    ),
+    (
+        "results in the order of the calls, then the rest",
+        request(
+            "hi",
+            said("Two.", use("a1"), use("b2", "Bash", cmd="ls")),
+            user("first", result("b2", "B"), result("a1", "A"), "Tool loaded."),
+        ),
+        PLAIN,
+        [
+            U("hi"),
+            A("Two.", ("a1", "Read", "{}"), ("b2", "Bash", '{"cmd":"ls"}')),
+            T("a1", "A"),
+            T("b2", "B"),
+            U("first\n\nTool loaded."),
+        ],
+    ),
+    (
+        "an unanswered call gets a note",
+        request("hi", said(use("a1"), use("b2")), user(result("b2", "B"))),
+        PLAIN,
+        [
+            U("hi"),
+            A("", ("a1", "Read", "{}"), ("b2", "Read", "{}")),
+            T("a1", "(no result: the call was interrupted)"),
+            T("b2", "B"),
+        ],
+    ),
+    (
+        "calls at the very end are answered too",
+        request("hi", READ_CALL),
+        PLAIN,
+        [
+            U("hi"),
+            A("", ("toolu_1", "Read", '{"path":"a"}')),
+            T("toolu_1", "(no result: the call was interrupted)"),
+        ],
+    ),
+    (
+        "an orphan result is told in words",
+        request("hi", user(result("gone", "old"))),
+        PLAIN,
+        [U("hi\n\n[result of an earlier tool call]\n\nold")],
+    ),
+    (
+        "a second result for one call is told in words",
+        request("hi", READ_CALL, user(result("toolu_1", "1"), result("toolu_1", "2"))),
+        PLAIN,
+        [
+            U("hi"),
+            A("", ("toolu_1", "Read", '{"path":"a"}')),
+            T("toolu_1", "1"),
+            U("[result of an earlier tool call]\n\n2"),
+        ],
+    ),
+    (
+        "an error result says so",
+        request("hi", READ_CALL, user(result("toolu_1", "ENOENT", is_error=True))),
+        PLAIN,
+        [U("hi"), A("", ("toolu_1", "Read", '{"path":"a"}')), T("toolu_1", "Error:\nENOENT")],
+    ),
+    (
+        "is_error false is no error",
+        request("hi", READ_CALL, user(result("toolu_1", "ok", is_error=False))),
+        PLAIN,
+        [U("hi"), A("", ("toolu_1", "Read", '{"path":"a"}')), T("toolu_1", "ok")],
+    ),
+    (
+        "an empty result",
+        request("hi", READ_CALL, user(result("toolu_1", ""))),
+        PLAIN,
+        [U("hi"), A("", ("toolu_1", "Read", '{"path":"a"}')), T("toolu_1", "(no output)")],
+    ),
+    (
+        "a result without content",
+        request("hi", READ_CALL, user({"type": "tool_result", "tool_use_id": "toolu_1"})),
+        PLAIN,
+        [U("hi"), A("", ("toolu_1", "Read", '{"path":"a"}')), T("toolu_1", "(no output)")],
+    ),
+    (
+        "an empty error",
+        request("hi", READ_CALL, user(result("toolu_1", txt(" "), is_error=True))),
+        PLAIN,
+        [U("hi"), A("", ("toolu_1", "Read", '{"path":"a"}')), T("toolu_1", "Error:\n(no output)")],
+    ),
+    (
+        "a result's text blocks",
+        request("hi", READ_CALL, user(result("toolu_1", txt("a"), txt("b")))),
+        PLAIN,
+        [U("hi"), A("", ("toolu_1", "Read", '{"path":"a"}')), T("toolu_1", "a\nb")],
+    ),
+    (
+        "a result's image follows in a user message",
+        request("hi", READ_CALL, user(result("toolu_1", txt("a"), png()), "size note")),
+        PLAIN,
+        [
+            U("hi"),
+            A("", ("toolu_1", "Read", '{"path":"a"}')),
+            T("toolu_1", "a"),
+            U([txt("[from the result of Read:]"), PNG_PART, txt("size note")]),
+        ],
+    ),
+    (
+        "a result that is an image",
+        request("hi", READ_CALL, user(result("toolu_1", png()))),
+        PLAIN,
+        [
+            U("hi"),
+            A("", ("toolu_1", "Read", '{"path":"a"}')),
+            T("toolu_1", "(see the next message)"),
+            U([txt("[from the result of Read:]"), PNG_PART]),
+        ],
+    ),
+    (
+        "an image where the model takes none",
+        request("hi", READ_CALL, user(result("toolu_1", png()))),
+        TEXT_ONLY,
+        [
+            U("hi"),
+            A("", ("toolu_1", "Read", '{"path":"a"}')),
+            T("toolu_1", "[an image was here; this model takes no images]"),
+        ],
+    ),
+    (
+        "a result's PDF as a file",
+        request("hi", READ_CALL, user(result("toolu_1", txt("PDF file read"), PDF))),
+        WITH_FILES,
+        [
+            U("hi"),
+            A("", ("toolu_1", "Read", '{"path":"a"}')),
+            T("toolu_1", "PDF file read"),
+            U(
+                [
+                    txt("[from the result of Read:]"),
+                    {
+                        "type": "file",
+                        "file": {
+                            "filename": "a.pdf",
+                            "file_data": "data:application/pdf;base64,JVBE",
+                        },
+                    },
+                ]
+            ),
+        ],
+    ),
+    (
+        "a result's PDF where no file is taken",
+        request("hi", READ_CALL, user(result("toolu_1", PDF))),
+        PLAIN,
+        [U("hi"), A("", ("toolu_1", "Read", '{"path":"a"}')), T("toolu_1", NO_PDF)],
+    ),
+    (
+        "tool_reference blocks name the tools",
+        request(
+            "hi",
+            said(use("s1", "ToolSearch", q="x")),
+            user(
+                result(
+                    "s1",
+                    {"type": "tool_reference", "tool_name": "alpha"},
+                    {"type": "tool_reference", "tool_name": "beta"},
+                ),
+                "Tool loaded.",
+            ),
+        ),
+        PLAIN,
+        [
+            U("hi"),
+            A("", ("s1", "ToolSearch", '{"q":"x"}')),
+            T("s1", "These tools are loaded and can be called now: alpha, beta"),
+            U("Tool loaded."),
+        ],
+    ),
+    (
+        "what the client could not parse is the raw text again",
+        request(
+            "hi",
+            said(use("c1", __unparsedToolInput={"raw": '{"path":"a"}', "len": 12})),
+            user(result("c1", "bad", is_error=True)),
+        ),
+        PLAIN,
+        [U("hi"), A("", ("c1", "Read", '{"path":"a"}')), T("c1", "Error:\nbad")],
+    ),
+    (
+        "raw text that is no JSON is wrapped, as servers parse it",
+        request(
+            "hi",
+            said(use("c1", __unparsedToolInput={"raw": '{"pa', "len": 4})),
+            user(result("c1", "bad")),
+        ),
+        PLAIN,
+        [U("hi"), A("", ("c1", "Read", '{"unparsed":"{\\"pa"}')), T("c1", "bad")],
+    ),
+    (
+        "text that the client moved before the calls",
+        request("hi", said("a", "b", use("c1")), user(result("c1", "ok"))),
+        PLAIN,
+        [U("hi"), A("a\n\nb", ("c1", "Read", "{}")), T("c1", "ok")],
+    ),
+    (
+        "Mistral: an assistant stands between tool and user",
+        request("hi", said(use("abcdefgh1")), user(result("abcdefgh1", "ok"), "more")),
+        row("mistral"),
+        [
+            U("hi"),
+            A("", ("abcdefgh1", "Read", "{}")),
+            T("abcdefgh1", "ok"),
+            A("I have the results of the tools."),
+            U("more"),
+        ],
+    ),
+    (
+        "an image in a user message",
+        request(user("look", png())),
+        PLAIN,
+        [U([txt("look"), PNG_PART])],
+    ),
+    (
+        "text around images is joined",
+        request(user(png(), "a", "b")),
+        PLAIN,
+        [U([PNG_PART, txt("a\n\nb")])],
+    ),
+    (
+        "an image URL",
+        request(user({"type": "image", "source": {"type": "url", "url": "https://x/y.png"}})),
+        PLAIN,
+        [U([{"type": "image_url", "image_url": {"url": "https://x/y.png"}}])],
+    ),
+    (
+        "an image URL where none is fetched",
+        request(user({"type": "image", "source": {"type": "url", "url": "https://x/y.png"}})),
+        row("ollama"),
+        [U("[an image was here that could not be passed on: https://x/y.png]")],
+    ),
+    (
+        "an image of an unknown source",
+        request(user({"type": "image", "source": {"type": "file", "file_id": "f"}})),
+        PLAIN,
+        [U("[an image was here that could not be passed on]")],
+    ),
+    (
+        "an image URL that is none",
+        request(
+            user(
+                {"type": "image", "source": {"type": "url"}},
+                {"type": "image", "source": {"type": "url", "url": 5}},
+            )
+        ),
+        PLAIN,
+        [
+            U(
+                "[an image was here that could not be passed on]\n\n[an image was here that could not be passed on]"
+            )
+        ],
+    ),
+    (
+        "a text document",
+        request(
+            user(
+                {
+                    "type": "document",
+                    "title": "T",
+                    "source": {"type": "text", "media_type": "text/plain", "data": "body"},
+                }
+            )
+        ),
+        PLAIN,
+        [U("[document: T]\nbody")],
+    ),
+    (
+        "a document of blocks",
+        request(
+            user(
+                {"type": "document", "source": {"type": "content", "content": [txt("x"), txt("y")]}}
+            )
+        ),
+        PLAIN,
+        [U("[document: document]\n\nx\n\ny")],
+    ),
     ("a PDF", request(user(PDF)), PLAIN, [U(NO_PDF)]),
-    ("a search result", request(user({"type": "search_result", "title": "T", "source": "https://x", "content": [txt("hit")]})), PLAIN,
-     [U("[search result: T - https://x]\nhit")]),
-    ("a finished web search in the history", request("q", said(
-        {"type": "server_tool_use", "id": "s", "name": "web_search", "input": {"query": "q"}},
-        {"type": "web_search_tool_result", "tool_use_id": "s", "content": [{"type": "web_search_result", "title": "T", "url": "https://x"}]}, "so"), "and"), PLAIN,
-     [U("q"), A('[web_search: {"query":"q"}]\n\n[web_search_tool_result]\nT - https://x\n\nso'), U("and")]),
-    ("an unknown block is told, not dropped", request(user({"type": "hologram", "data": 1})), PLAIN,
-     [U("[a block of kind hologram, which this model cannot be shown]")]),
-    ("redacted thinking is left out", request("a", said({"type": "redacted_thinking", "data": "zz"}, "b"), "c"), row("deepseek"), [U("a"), A("b"), U("c")]),
-    ("a foreign signature is left out", request("a", said({"type": "thinking", "thinking": "h", "signature": "EqQB"}, "b"), "c"), row("kimi"),
-     [U("a"), A("b"), U("c")]),
-    ("Kimi's ids count through the conversation", request("a", said(use("toolu_x"), use("toolu_y", "Bash")), user(result("toolu_y", "2"), result("toolu_x", "1"))),
-     row("kimi"), [U("a"), A("", ("functions.Read:0", "Read", "{}"), ("functions.Bash:1", "Bash", "{}")), T("functions.Read:0", "1"), T("functions.Bash:1", "2")]),
+    (
+        "a search result",
+        request(
+            user(
+                {
+                    "type": "search_result",
+                    "title": "T",
+                    "source": "https://x",
+                    "content": [txt("hit")],
+                }
+            )
+        ),
+        PLAIN,
+        [U("[search result: T - https://x]\nhit")],
+    ),
+    (
+        "a finished web search in the history",
+        request(
+            "q",
+            said(
+                {
+                    "type": "server_tool_use",
+                    "id": "s",
+                    "name": "web_search",
+                    "input": {"query": "q"},
+                },
+                {
+                    "type": "web_search_tool_result",
+                    "tool_use_id": "s",
+                    "content": [{"type": "web_search_result", "title": "T", "url": "https://x"}],
+                },
+                "so",
+            ),
+            "and",
+        ),
+        PLAIN,
+        [
+            U("q"),
+            A('[web_search: {"query":"q"}]\n\n[web_search_tool_result]\nT - https://x\n\nso'),
+            U("and"),
+        ],
+    ),
+    (
+        "an unknown block is told, not dropped",
+        request(user({"type": "hologram", "data": 1})),
+        PLAIN,
+        [U("[a block of kind hologram, which this model cannot be shown]")],
+    ),
+    (
+        "redacted thinking is left out",
+        request("a", said({"type": "redacted_thinking", "data": "zz"}, "b"), "c"),
+        row("deepseek"),
+        [U("a"), A("b"), U("c")],
+    ),
+    (
+        "a foreign signature is left out",
+        request("a", said({"type": "thinking", "thinking": "h", "signature": "EqQB"}, "b"), "c"),
+        row("kimi"),
+        [U("a"), A("b"), U("c")],
+    ),
+    (
+        "Kimi's ids count through the conversation",
+        request(
+            "a",
+            said(use("toolu_x"), use("toolu_y", "Bash")),
+            user(result("toolu_y", "2"), result("toolu_x", "1")),
+        ),
+        row("kimi"),
+        [
+            U("a"),
+            A("", ("functions.Read:0", "Read", "{}"), ("functions.Bash:1", "Bash", "{}")),
+            T("functions.Read:0", "1"),
+            T("functions.Bash:1", "2"),
+        ],
+    ),
 )
 
 
 class TestMessages(unittest.TestCase):
     """Golden rows: (name, anthropic body, profile, openai messages), compared whole."""
+
     maxDiff = None
 
     def test_rows(self):
@@ -915,31 +2234,74 @@ class TestMessages(unittest.TestCase):
 
 class TestFields(unittest.TestCase):
     """The other fields of the request."""
+
     maxDiff = None
 
     def sent(self, profile=PLAIN, **fields):
         return ccfix.to_openai(request("hi", **fields), "m", profile)
 
     def test_the_smallest_request_whole(self):
-        self.assertEqual(self.sent(), {"model": "m", "messages": [U("hi")], "max_tokens": 32000, "stream": True, "stream_options": {"include_usage": True}})
+        self.assertEqual(
+            self.sent(),
+            {
+                "model": "m",
+                "messages": [U("hi")],
+                "max_tokens": 32000,
+                "stream": True,
+                "stream_options": {"include_usage": True},
+            },
+        )
 
     def test_unstreamed_has_no_stream_options(self):
         for fields in ({"stream": False}, {"stream": None}, {"stream": "yes"}):
             with self.subTest(fields):
-                self.assertEqual(self.sent(**fields), {"model": "m", "messages": [U("hi")], "max_tokens": 32000})
+                self.assertEqual(
+                    self.sent(**fields), {"model": "m", "messages": [U("hi")], "max_tokens": 32000}
+                )
 
     def test_nothing_about_the_users_machine_is_sent(self):
         secret = "SECRET-DEVICE"
-        body = request(user(txt("hi", cache_control={"type": secret}), dict(png(), cache_control={"type": secret})),
-                       said(dict(use("t1"), cache_control={"type": secret})), user(result("t1", "ok", cache_control={"type": secret})),
-                       system=[txt("x-anthropic-billing-header: %s" % secret), txt("A", cache_control={"ttl": secret})],
-                       tools=[dict(tool("Read"), cache_control={"type": secret}, eager_input_streaming=secret, defer_loading=False)],
-                       metadata={"user_id": secret}, safeguards=[{"home": secret}], context_management={"edits": [secret]}, service_tier=secret,
-                       betas=[secret], mcp_servers=[{"url": secret}], container=secret, unknown_field=secret, top_k=3, speed=secret)
+        body = request(
+            user(
+                txt("hi", cache_control={"type": secret}),
+                dict(png(), cache_control={"type": secret}),
+            ),
+            said(dict(use("t1"), cache_control={"type": secret})),
+            user(result("t1", "ok", cache_control={"type": secret})),
+            system=[
+                txt("x-anthropic-billing-header: %s" % secret),
+                txt("A", cache_control={"ttl": secret}),
+            ],
+            tools=[
+                dict(
+                    tool("Read"),
+                    cache_control={"type": secret},
+                    eager_input_streaming=secret,
+                    defer_loading=False,
+                )
+            ],
+            metadata={"user_id": secret},
+            safeguards=[{"home": secret}],
+            context_management={"edits": [secret]},
+            service_tier=secret,
+            betas=[secret],
+            mcp_servers=[{"url": secret}],
+            container=secret,
+            unknown_field=secret,
+            top_k=3,
+            speed=secret,
+        )
         for profile in ccfix.PROFILES:
             with self.subTest(profile.name):
                 text = json.dumps(ccfix.to_openai(body, "m", profile))
-                for word in (secret, "cache_control", "metadata", "safeguards", "context_management", "top_k"):
+                for word in (
+                    secret,
+                    "cache_control",
+                    "metadata",
+                    "safeguards",
+                    "context_management",
+                    "top_k",
+                ):
                     self.assertNotIn(word, text)
 
     def test_sampling_rows(self):
@@ -956,12 +2318,27 @@ class TestFields(unittest.TestCase):
             ({"max_tokens": float("inf")}, PLAIN, 0, {}),
             ({"max_tokens": 0}, PLAIN, 0, {"max_tokens": 1}),
             ({"max_tokens": -5}, row("cerebras"), 0, {"max_tokens": 1}),
-            ({"temperature": 0.5, "top_p": 0.9}, PLAIN, 0, {"max_tokens": 32000, "temperature": 0.5, "top_p": 0.9}),
+            (
+                {"temperature": 0.5, "top_p": 0.9},
+                PLAIN,
+                0,
+                {"max_tokens": 32000, "temperature": 0.5, "top_p": 0.9},
+            ),
             ({"temperature": 1}, row("kimi"), 0, {"max_tokens": 32000}),
-            ({"temperature": 1, "top_p": 1, "stop_sequences": ["x"]}, row("openai-reasoning"), 0, {"max_completion_tokens": 32000}),
+            (
+                {"temperature": 1, "top_p": 1, "stop_sequences": ["x"]},
+                row("openai-reasoning"),
+                0,
+                {"max_completion_tokens": 32000},
+            ),
             ({"temperature": "hot", "top_p": None}, PLAIN, 0, {"max_tokens": 32000}),
             ({"temperature": float("inf")}, PLAIN, 0, {"max_tokens": 32000}),
-            ({"stop_sequences": list("abcdef")}, PLAIN, 0, {"max_tokens": 32000, "stop": list("abcd")}),
+            (
+                {"stop_sequences": list("abcdef")},
+                PLAIN,
+                0,
+                {"max_tokens": 32000, "stop": list("abcd")},
+            ),
             ({"stop_sequences": ["", 5, "x"]}, PLAIN, 0, {"max_tokens": 32000, "stop": ["x"]}),
             ({"stop_sequences": []}, PLAIN, 0, {"max_tokens": 32000}),
             ({"stop_sequences": ["</block>"]}, row("xai"), 0, {"max_tokens": 32000}),
@@ -969,7 +2346,12 @@ class TestFields(unittest.TestCase):
         for fields, profile, room, wanted in rows:
             with self.subTest(fields, profile=profile.name):
                 sent = ccfix.to_openai(request("hi", **fields), "m", profile, room=room)
-                shown = {key: value for key, value in sent.items() if key in ("max_tokens", "max_completion_tokens", "temperature", "top_p", "stop")}
+                shown = {
+                    key: value
+                    for key, value in sent.items()
+                    if key
+                    in ("max_tokens", "max_completion_tokens", "temperature", "top_p", "stop")
+                }
                 self.assertEqual(shown, wanted)
 
     def test_tool_choice_in_all_forms_and_profiles(self):
@@ -986,15 +2368,36 @@ class TestFields(unittest.TestCase):
             for form, choice, wanted in rows:
                 for alone in (False, True):
                     with self.subTest(profile.name, form=form, alone=alone):
-                        sent = self.sent(profile, tools=[tool("Read")], tool_choice=dict(choice, disable_parallel_tool_use=True) if alone else choice)
-                        self.assertEqual(sent.get("tool_choice"), wanted.get("tool_choice") if form in profile.tool_choice else None)
-                        self.assertEqual(sent.get("parallel_tool_calls", "absent"), False if alone and profile.parallel else "absent")
+                        sent = self.sent(
+                            profile,
+                            tools=[tool("Read")],
+                            tool_choice=(
+                                dict(choice, disable_parallel_tool_use=True) if alone else choice
+                            ),
+                        )
+                        self.assertEqual(
+                            sent.get("tool_choice"),
+                            wanted.get("tool_choice") if form in profile.tool_choice else None,
+                        )
+                        self.assertEqual(
+                            sent.get("parallel_tool_calls", "absent"),
+                            False if alone and profile.parallel else "absent",
+                        )
 
     def test_no_tools_means_no_tool_fields(self):
-        for tools in ([], None, "x", [{"type": "web_search_20250305", "name": "web_search"}], [{"name": ""}], [None, 5, {}],
-                      [dict(tool("DeferredToolPlaceholder"), defer_loading=True)]):
+        for tools in (
+            [],
+            None,
+            "x",
+            [{"type": "web_search_20250305", "name": "web_search"}],
+            [{"name": ""}],
+            [None, 5, {}],
+            [dict(tool("DeferredToolPlaceholder"), defer_loading=True)],
+        ):
             with self.subTest(tools=tools):
-                sent = self.sent(tools=tools, tool_choice={"type": "any", "disable_parallel_tool_use": True})
+                sent = self.sent(
+                    tools=tools, tool_choice={"type": "any", "disable_parallel_tool_use": True}
+                )
                 self.assertEqual({"tools", "tool_choice", "parallel_tool_calls"} & set(sent), set())
 
     def test_the_disguise_is_attached_as_given(self):
@@ -1004,19 +2407,54 @@ class TestFields(unittest.TestCase):
     def test_output_format_rows(self):
         schema = {"$schema": "s", "type": "object", "properties": {"title": {"type": "string"}}}
         clean = {"type": "object", "properties": {"title": {"type": "string"}}}
-        wish = "hi\n\nReply with one JSON object that fits this JSON schema, and nothing else:\n" + ccfix.compact_json(clean)
-        whole = {"response_format": {"type": "json_schema", "json_schema": {"name": "reply", "schema": clean}}}
-        for form, field, content in (("json_schema", whole, "hi"), ("json_object", {"response_format": {"type": "json_object"}}, wish), ("", {}, wish)):
+        wish = (
+            "hi\n\nReply with one JSON object that fits this JSON schema, and nothing else:\n"
+            + ccfix.compact_json(clean)
+        )
+        whole = {
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {"name": "reply", "schema": clean},
+            }
+        }
+        for form, field, content in (
+            ("json_schema", whole, "hi"),
+            ("json_object", {"response_format": {"type": "json_object"}}, wish),
+            ("", {}, wish),
+        ):
             with self.subTest(form):
-                sent = self.sent(PLAIN._replace(json_format=form), output_config={"effort": "low", "format": {"type": "json_schema", "schema": schema}})
+                sent = self.sent(
+                    PLAIN._replace(json_format=form),
+                    output_config={
+                        "effort": "low",
+                        "format": {"type": "json_schema", "schema": schema},
+                    },
+                )
                 self.assertEqual({k: v for k, v in sent.items() if k == "response_format"}, field)
                 self.assertEqual(sent["messages"], [U(content)])
-        for wrong in ({"type": "json_schema"}, {"type": "grammar", "schema": {}}, [], "x", {"type": "json_schema", "schema": []}):
-            self.assertNotIn("response_format", self.sent(PLAIN._replace(json_format="json_schema"), output_config={"format": wrong}))
+        for wrong in (
+            {"type": "json_schema"},
+            {"type": "grammar", "schema": {}},
+            [],
+            "x",
+            {"type": "json_schema", "schema": []},
+        ):
+            self.assertNotIn(
+                "response_format",
+                self.sent(
+                    PLAIN._replace(json_format="json_schema"), output_config={"format": wrong}
+                ),
+            )
 
     def test_the_wish_goes_beside_an_image_too(self):
-        sent = ccfix.to_openai(request(user(png()), output_config={"format": {"type": "json_schema", "schema": {}}}), "m", PLAIN)
-        self.assertEqual([part["type"] for part in sent["messages"][0]["content"]], ["image_url", "text"])
+        sent = ccfix.to_openai(
+            request(user(png()), output_config={"format": {"type": "json_schema", "schema": {}}}),
+            "m",
+            PLAIN,
+        )
+        self.assertEqual(
+            [part["type"] for part in sent["messages"][0]["content"]], ["image_url", "text"]
+        )
 
 
 EFFORTS = (
@@ -1053,7 +2491,14 @@ EFFORTS = (
     ("mistral", "high", {}),
     ("cerebras", "high", {}),
 )
-REASONING_FIELDS = ("reasoning_effort", "thinking", "enable_thinking", "reasoning", "chat_template_kwargs", "thinking_budget")
+REASONING_FIELDS = (
+    "reasoning_effort",
+    "thinking",
+    "enable_thinking",
+    "reasoning",
+    "chat_template_kwargs",
+    "thinking_budget",
+)
 
 
 class TestThinking(unittest.TestCase):
@@ -1064,7 +2509,11 @@ class TestThinking(unittest.TestCase):
             return {"thinking": {"type": "disabled"}, "output_config": {"effort": "high"}}
         if isinstance(level, int):
             return {"thinking": {"type": "enabled", "budget_tokens": level}}
-        return {"thinking": {"type": "adaptive"}, "output_config": {"effort": level}} if level else {"thinking": {"type": "adaptive"}}
+        return (
+            {"thinking": {"type": "adaptive"}, "output_config": {"effort": level}}
+            if level
+            else {"thinking": {"type": "adaptive"}}
+        )
 
     def shown(self, sent):
         return {key: value for key, value in sent.items() if key in REASONING_FIELDS}
@@ -1073,14 +2522,21 @@ class TestThinking(unittest.TestCase):
         for name, level, wanted in EFFORTS:
             with self.subTest(name, level=level):
                 profile = ccfix.DEFAULT if name == "default" else row(name)
-                self.assertEqual(self.shown(ccfix.to_openai(request("hi", **self.asked(level)), "m", profile)), wanted)
+                self.assertEqual(
+                    self.shown(ccfix.to_openai(request("hi", **self.asked(level)), "m", profile)),
+                    wanted,
+                )
 
     def test_no_profile_ever_sends_contradictory_fields(self):
         for profile in ccfix.PROFILES:
             for level in ("off", None, "low", "medium", "high", "xhigh", "max", 1000, 8000, 31999):
                 for tools in ([], [tool("Read")]):
                     with self.subTest(profile.name, level=level):
-                        sent = self.shown(ccfix.to_openai(request("hi", tools=tools, **self.asked(level)), "m", profile))
+                        sent = self.shown(
+                            ccfix.to_openai(
+                                request("hi", tools=tools, **self.asked(level)), "m", profile
+                            )
+                        )
                         self.assertFalse("reasoning" in sent and "reasoning_effort" in sent)
                         if sent.get("thinking", {}).get("type") == "disabled":
                             self.assertNotIn("reasoning_effort", sent)
@@ -1088,23 +2544,49 @@ class TestThinking(unittest.TestCase):
                             self.assertIn(sent["reasoning_effort"], profile.efforts)
 
     def test_beside_tools_the_only_effort_that_goes(self):
-        sent = ccfix.to_openai(request("hi", tools=[tool("Read")], output_config={"effort": "high"}), "m", row("openai-gpt5-tools"))
+        sent = ccfix.to_openai(
+            request("hi", tools=[tool("Read")], output_config={"effort": "high"}),
+            "m",
+            row("openai-gpt5-tools"),
+        )
         self.assertEqual(self.shown(sent), {"reasoning_effort": "none"})
 
     def test_budgets_become_levels(self):
-        for budget, level in ((1024, "low"), (3999, "low"), (4000, "medium"), (15999, "medium"), (16000, "high"), (31999, "high"), (None, ""), ("x", "")):
-            self.assertEqual(ccfix.thinking_level({"thinking": {"type": "enabled", "budget_tokens": budget}}), level)
+        for budget, level in (
+            (1024, "low"),
+            (3999, "low"),
+            (4000, "medium"),
+            (15999, "medium"),
+            (16000, "high"),
+            (31999, "high"),
+            (None, ""),
+            ("x", ""),
+        ):
+            self.assertEqual(
+                ccfix.thinking_level({"thinking": {"type": "enabled", "budget_tokens": budget}}),
+                level,
+            )
 
     def test_a_turns_own_effort_counts_before_the_bodys(self):
-        body = request("a", {"role": "system", "content": [], "output_config": {"effort": "low"}}, output_config={"effort": "high"})
+        body = request(
+            "a",
+            {"role": "system", "content": [], "output_config": {"effort": "low"}},
+            output_config={"effort": "high"},
+        )
         self.assertEqual(ccfix.thinking_level(body), "low")
         for odd in (5, [], "loud", {"effort": {}}):
-            body = request("a", {"role": "system", "content": [], "output_config": odd}, output_config={"effort": odd})
+            body = request(
+                "a",
+                {"role": "system", "content": [], "output_config": odd},
+                output_config={"effort": odd},
+            )
             self.assertEqual(ccfix.thinking_level(body), "")
 
 
 def schema_sent(schema, profile=PLAIN):
-    return ccfix.to_openai(request("hi", tools=[{"name": "t", "input_schema": schema}]), "m", profile)["tools"][0]["function"]["parameters"]
+    return ccfix.to_openai(
+        request("hi", tools=[{"name": "t", "input_schema": schema}]), "m", profile
+    )["tools"][0]["function"]["parameters"]
 
 
 def props(**properties):
@@ -1117,27 +2599,114 @@ SCHEMAS = (
     ("no properties", {"type": "object"}, PLAIN, props()),
     ("empty", {}, PLAIN, props()),
     ("wrong types", {"type": 5, "properties": []}, PLAIN, props()),
-    ("$schema, $id, $comment and format uri go, other formats stay",
-     dict(props(a={"type": "string", "format": "uri"}, b={"type": "string", "format": "date", "$comment": "c"}), **{"$schema": "x", "$id": "y"}),
-     PLAIN, props(a=STRING, b={"type": "string", "format": "date"})),
-    ("$ref is replaced by what it names", dict(props(a={"$ref": "#/$defs/A", "description": "d"}), **{"$defs": {"A": {"type": "string", "description": "old"}}}),
-     PLAIN, props(a={"type": "string", "description": "d"})),
-    ("a $ref to nowhere", props(a={"$ref": "#/$defs/Gone"}, b={"$ref": "#/$defs/Gone", "description": "d"}), PLAIN,
-     props(a=OBJECT, b={"type": "object", "description": "d"})),
-    ("a root $ref", {"$ref": "#/definitions/R", "definitions": {"R": props(a=STRING)}}, PLAIN, props(a=STRING)),
-    ("$defs and definitions of one name", dict(props(a={"$ref": "#/$defs/A"}), **{"$defs": {"A": STRING}, "definitions": {"A": STRING}}), PLAIN, props(a=STRING)),
-    ("type lists", props(a={"type": ["string", "null"]}, b={"type": ["string", "integer", "null"]}, c={"type": ["null"]}), PLAIN,
-     props(a=STRING, b={"anyOf": [STRING, {"type": "integer"}]}, c={})),
-    ("properties named as keywords stay", props(**{"$schema": STRING, "format": {"type": "string", "enum": ["uri"]}, "$ref": STRING, "definitions": STRING}), PLAIN,
-     props(**{"$schema": STRING, "format": {"type": "string", "enum": ["uri"]}, "$ref": STRING, "definitions": STRING})),
-    ("values are not schemas", props(a={"enum": [{"$ref": "x"}], "default": {"$schema": "y"}}), PLAIN, props(a={"enum": [{"$ref": "x"}], "default": {"$schema": "y"}})),
-    ("Gemini: what it does not know goes, const becomes enum", dict(props(a={"const": "x"}, b={"type": "string", "pattern": "^a", "minLength": 1}), additionalProperties=False),
-     row("gemini"), props(a={"enum": ["x"]}, b={"type": "string", "minLength": 1})),
-    ("Kimi: every property has a type", props(a={"description": "d"}, b={"properties": {"c": {}}}, e={"anyOf": [STRING, {}]}), row("kimi"),
-     props(a={"description": "d", "type": "string"}, b={"properties": {"c": {"type": "string"}}, "type": "object"},
-           e={"anyOf": [STRING, {"type": "string"}]})),
-    ("nested everywhere", props(a={"type": "array", "items": {"$schema": 1, "type": "string"}}, b={"allOf": [{"$schema": 1}]}, c={"additionalProperties": {"$id": 1}}), PLAIN,
-     props(a={"type": "array", "items": STRING}, b={"allOf": [{}]}, c={"additionalProperties": {}})),
+    (
+        "$schema, $id, $comment and format uri go, other formats stay",
+        dict(
+            props(
+                a={"type": "string", "format": "uri"},
+                b={"type": "string", "format": "date", "$comment": "c"},
+            ),
+            **{"$schema": "x", "$id": "y"},
+        ),
+        PLAIN,
+        props(a=STRING, b={"type": "string", "format": "date"}),
+    ),
+    (
+        "$ref is replaced by what it names",
+        dict(
+            props(a={"$ref": "#/$defs/A", "description": "d"}),
+            **{"$defs": {"A": {"type": "string", "description": "old"}}},
+        ),
+        PLAIN,
+        props(a={"type": "string", "description": "d"}),
+    ),
+    (
+        "a $ref to nowhere",
+        props(a={"$ref": "#/$defs/Gone"}, b={"$ref": "#/$defs/Gone", "description": "d"}),
+        PLAIN,
+        props(a=OBJECT, b={"type": "object", "description": "d"}),
+    ),
+    (
+        "a root $ref",
+        {"$ref": "#/definitions/R", "definitions": {"R": props(a=STRING)}},
+        PLAIN,
+        props(a=STRING),
+    ),
+    (
+        "$defs and definitions of one name",
+        dict(
+            props(a={"$ref": "#/$defs/A"}), **{"$defs": {"A": STRING}, "definitions": {"A": STRING}}
+        ),
+        PLAIN,
+        props(a=STRING),
+    ),
+    (
+        "type lists",
+        props(
+            a={"type": ["string", "null"]},
+            b={"type": ["string", "integer", "null"]},
+            c={"type": ["null"]},
+        ),
+        PLAIN,
+        props(a=STRING, b={"anyOf": [STRING, {"type": "integer"}]}, c={}),
+    ),
+    (
+        "properties named as keywords stay",
+        props(
+            **{
+                "$schema": STRING,
+                "format": {"type": "string", "enum": ["uri"]},
+                "$ref": STRING,
+                "definitions": STRING,
+            }
+        ),
+        PLAIN,
+        props(
+            **{
+                "$schema": STRING,
+                "format": {"type": "string", "enum": ["uri"]},
+                "$ref": STRING,
+                "definitions": STRING,
+            }
+        ),
+    ),
+    (
+        "values are not schemas",
+        props(a={"enum": [{"$ref": "x"}], "default": {"$schema": "y"}}),
+        PLAIN,
+        props(a={"enum": [{"$ref": "x"}], "default": {"$schema": "y"}}),
+    ),
+    (
+        "Gemini: what it does not know goes, const becomes enum",
+        dict(
+            props(a={"const": "x"}, b={"type": "string", "pattern": "^a", "minLength": 1}),
+            additionalProperties=False,
+        ),
+        row("gemini"),
+        props(a={"enum": ["x"]}, b={"type": "string", "minLength": 1}),
+    ),
+    (
+        "Kimi: every property has a type",
+        props(a={"description": "d"}, b={"properties": {"c": {}}}, e={"anyOf": [STRING, {}]}),
+        row("kimi"),
+        props(
+            a={"description": "d", "type": "string"},
+            b={"properties": {"c": {"type": "string"}}, "type": "object"},
+            e={"anyOf": [STRING, {"type": "string"}]},
+        ),
+    ),
+    (
+        "nested everywhere",
+        props(
+            a={"type": "array", "items": {"$schema": 1, "type": "string"}},
+            b={"allOf": [{"$schema": 1}]},
+            c={"additionalProperties": {"$id": 1}},
+        ),
+        PLAIN,
+        props(
+            a={"type": "array", "items": STRING}, b={"allOf": [{}]}, c={"additionalProperties": {}}
+        ),
+    ),
 )
 
 
@@ -1153,13 +2722,45 @@ class TestTools(unittest.TestCase):
 
     def test_recursive_schemas_end_and_stay_small(self):
         ref = {"$ref": "#/$defs/N"}
-        wide = dict(props(root=ref), **{"$defs": {"N": props(**{"c%d" % n: ref for n in range(12)})}})
-        mutual = dict(props(root=ref), **{"$defs": {"N": props(a={"$ref": "#/$defs/M"}, b=ref), "M": props(a=ref, b={"$ref": "#/$defs/M"})}})
+        wide = dict(
+            props(root=ref), **{"$defs": {"N": props(**{"c%d" % n: ref for n in range(12)})}}
+        )
+        mutual = dict(
+            props(root=ref),
+            **{
+                "$defs": {
+                    "N": props(a={"$ref": "#/$defs/M"}, b=ref),
+                    "M": props(a=ref, b={"$ref": "#/$defs/M"}),
+                }
+            },
+        )
         itself = dict(props(root=ref), **{"$defs": {"N": ref}})
-        listed = dict(props(root=ref), **{"$defs": {"N": {"anyOf": [STRING, {"type": "array", "items": ref}]}}})
-        laughs = dict(props(root={"$ref": "#/$defs/L0"}), **{"$defs": dict(
-            {"L%d" % n: props(**{"p%d" % k: {"$ref": "#/$defs/L%d" % (n + 1)} for k in range(10)}) for n in range(9)}, L9=STRING)})
-        for name, schema in (("wide", wide), ("mutual", mutual), ("itself", itself), ("listed", listed), ("laughs", laughs)):
+        listed = dict(
+            props(root=ref),
+            **{"$defs": {"N": {"anyOf": [STRING, {"type": "array", "items": ref}]}}},
+        )
+        laughs = dict(
+            props(root={"$ref": "#/$defs/L0"}),
+            **{
+                "$defs": dict(
+                    {
+                        "L%d"
+                        % n: props(
+                            **{"p%d" % k: {"$ref": "#/$defs/L%d" % (n + 1)} for k in range(10)}
+                        )
+                        for n in range(9)
+                    },
+                    L9=STRING,
+                )
+            },
+        )
+        for name, schema in (
+            ("wide", wide),
+            ("mutual", mutual),
+            ("itself", itself),
+            ("listed", listed),
+            ("laughs", laughs),
+        ):
             with self.subTest(name):
                 sent = schema_sent(schema, row("kimi"))
                 self.assertLess(len(json.dumps(sent)), 200000)
@@ -1173,17 +2774,54 @@ class TestTools(unittest.TestCase):
         self.assertEqual(schema_sent(schema)["type"], "object")
 
     def test_a_whole_tool(self):
-        sent = ccfix.to_openai(request("hi", tools=[dict(tool("Read", ["path"], path="string"), type="custom", strict=True)]), "m", PLAIN)["tools"]
-        self.assertEqual(sent, [{"type": "function", "function": {"name": "Read", "description": "Read", "parameters": {
-            "type": "object", "properties": {"path": STRING}, "required": ["path"]}}}])
+        sent = ccfix.to_openai(
+            request(
+                "hi",
+                tools=[dict(tool("Read", ["path"], path="string"), type="custom", strict=True)],
+            ),
+            "m",
+            PLAIN,
+        )["tools"]
+        self.assertEqual(
+            sent,
+            [
+                {
+                    "type": "function",
+                    "function": {
+                        "name": "Read",
+                        "description": "Read",
+                        "parameters": {
+                            "type": "object",
+                            "properties": {"path": STRING},
+                            "required": ["path"],
+                        },
+                    },
+                }
+            ],
+        )
 
     def test_the_order_of_tools_is_fixed_and_only_grows(self):
         deferred = lambda name: dict(tool(name), defer_loading=True)
-        found = user(result("s1", {"type": "tool_reference", "tool_name": "zeta"}, {"type": "tool_reference", "tool_name": "alpha"}))
+        found = user(
+            result(
+                "s1",
+                {"type": "tool_reference", "tool_name": "zeta"},
+                {"type": "tool_reference", "tool_name": "alpha"},
+            )
+        )
         call = said(use("s1", "ToolSearch"))
         before = [tool("Write"), deferred("DeferredToolPlaceholder"), tool("Bash")]
-        after = [deferred("alpha"), tool("Bash"), deferred("zeta"), deferred("DeferredToolPlaceholder"), tool("Write")]
-        names = lambda tools, *messages: [t["function"]["name"] for t in ccfix.to_openai(request("hi", *messages, tools=tools), "m", PLAIN)["tools"]]
+        after = [
+            deferred("alpha"),
+            tool("Bash"),
+            deferred("zeta"),
+            deferred("DeferredToolPlaceholder"),
+            tool("Write"),
+        ]
+        names = lambda tools, *messages: [
+            t["function"]["name"]
+            for t in ccfix.to_openai(request("hi", *messages, tools=tools), "m", PLAIN)["tools"]
+        ]
         self.assertEqual(names(before), ["Bash", "Write"])
         self.assertEqual(names(after, call, found), ["Bash", "Write", "zeta", "alpha"])
         for turned in itertools.permutations(after):
@@ -1193,30 +2831,68 @@ class TestTools(unittest.TestCase):
     def test_long_names_fit_and_come_back(self):
         long_, odd = "mcp__" + "server_" * 12 + "__" + "tool" * 5, "mcp.dots and spaces"
         tools = [tool(long_), tool(long_ + "2"), tool(odd), tool("Read")]
-        sent = ccfix.to_openai(request("hi", tools=tools, tool_choice={"type": "tool", "name": long_}), "m", PLAIN)
+        sent = ccfix.to_openai(
+            request("hi", tools=tools, tool_choice={"type": "tool", "name": long_}), "m", PLAIN
+        )
         names = [t["function"]["name"] for t in sent["tools"]]
         self.assertEqual(len(set(names)), 4)
         for name in names:
             self.assertRegex(name, r"\A[A-Za-z0-9_-]{1,64}\Z")
         self.assertEqual(sent["tool_choice"]["function"]["name"], ccfix.short_name(long_))
         for name in (long_, odd):
-            stream = sse(delta(tool_calls=[{"index": 0, "id": "c", "function": {"name": ccfix.short_name(name), "arguments": "{}"}}]), delta("tool_calls"))
+            stream = sse(
+                delta(
+                    tool_calls=[
+                        {
+                            "index": 0,
+                            "id": "c",
+                            "function": {"name": ccfix.short_name(name), "arguments": "{}"},
+                        }
+                    ]
+                ),
+                delta("tool_calls"),
+            )
             message = answered(stream, "hi", tools=tools)
             self.assertEqual(message["content"][0]["name"], name)
-            again = ccfix.to_openai(request("hi", {"role": "assistant", "content": message["content"]}, tools=tools), "m", PLAIN)
-            self.assertEqual(again["messages"][1]["tool_calls"][0]["function"]["name"], ccfix.short_name(name))
+            again = ccfix.to_openai(
+                request("hi", {"role": "assistant", "content": message["content"]}, tools=tools),
+                "m",
+                PLAIN,
+            )
+            self.assertEqual(
+                again["messages"][1]["tool_calls"][0]["function"]["name"], ccfix.short_name(name)
+            )
 
     def test_no_more_tools_than_the_provider_takes(self):
         tools = [tool("t%03d" % n) for n in range(200)]
-        self.assertEqual(len(ccfix.to_openai(request("hi", tools=tools), "m", row("openai"))["tools"]), 128)
+        self.assertEqual(
+            len(ccfix.to_openai(request("hi", tools=tools), "m", row("openai"))["tools"]), 128
+        )
 
     def test_tool_ids_fit_every_profile(self):
-        forms = {"short": r"\A[A-Za-z0-9_.:-]{1,40}\Z", "nine": r"\A[A-Za-z0-9]{9}\Z", "kimi": r"\Afunctions\.Read:\d+\Z"}
-        for given in ("toolu_01A09q90qw90lq917835lq9", "call_abc-123.XYZ:9", "x" * 300, "", None, 5, "f\u00fcnf", "a b"):
+        forms = {
+            "short": r"\A[A-Za-z0-9_.:-]{1,40}\Z",
+            "nine": r"\A[A-Za-z0-9]{9}\Z",
+            "kimi": r"\Afunctions\.Read:\d+\Z",
+        }
+        for given in (
+            "toolu_01A09q90qw90lq917835lq9",
+            "call_abc-123.XYZ:9",
+            "x" * 300,
+            "",
+            None,
+            5,
+            "f\u00fcnf",
+            "a b",
+        ):
             for profile in ccfix.PROFILES:
                 with self.subTest(given, profile=profile.name):
-                    messages = ccfix.to_openai(request("hi", said(use(given)), user(result(given, "ok"))), "m", profile)["messages"]
-                    call_id = next(m for m in messages if m.get("tool_calls"))["tool_calls"][0]["id"]
+                    messages = ccfix.to_openai(
+                        request("hi", said(use(given)), user(result(given, "ok"))), "m", profile
+                    )["messages"]
+                    call_id = next(m for m in messages if m.get("tool_calls"))["tool_calls"][0][
+                        "id"
+                    ]
                     self.assertRegex(call_id, forms[profile.tool_ids])
                     tool_message = next(m for m in messages if m["role"] == "tool")
                     self.assertEqual(tool_message["tool_call_id"], call_id)
@@ -1224,35 +2900,67 @@ class TestTools(unittest.TestCase):
     def test_the_models_own_arguments_go_back(self):
         original = '{ "new_string" : "b", "old_string":"a" }'
         call = said(use("c1", "Edit", old_string="a", new_string="b", replace_all=False))
-        arguments = lambda note, given=call: ccfix.to_openai(request("hi", given), "m", PLAIN, recall=lambda i: note)["messages"][1]["tool_calls"][0]["function"]["arguments"]
+        arguments = lambda note, given=call: ccfix.to_openai(
+            request("hi", given), "m", PLAIN, recall=lambda i: note
+        )["messages"][1]["tool_calls"][0]["function"]["arguments"]
         self.assertEqual(arguments({"arguments": original}), original)
-        self.assertEqual(json.loads(arguments({})), {"old_string": "a", "new_string": "b", "replace_all": False})
+        self.assertEqual(
+            json.loads(arguments({})), {"old_string": "a", "new_string": "b", "replace_all": False}
+        )
         for other in ('{"old_string":"x"}', "{", "[]", "null", 5, None, '{"gone":1}'):
-            self.assertEqual(json.loads(arguments({"arguments": other})), {"old_string": "a", "new_string": "b", "replace_all": False})
-        self.assertEqual(arguments({"arguments": '{"offset":"1","pages":null}'}, said(use("c1", offset=1))), '{"offset":"1","pages":null}')
+            self.assertEqual(
+                json.loads(arguments({"arguments": other})),
+                {"old_string": "a", "new_string": "b", "replace_all": False},
+            )
+        self.assertEqual(
+            arguments({"arguments": '{"offset":"1","pages":null}'}, said(use("c1", offset=1))),
+            '{"offset":"1","pages":null}',
+        )
 
 
 # ---- prefix stability --------------------------------------------------------------------------------
+
 
 def grown(turn):
     """Turn 0, 1, 2.. of one small conversation in the shapes in which Claude Code sends it."""
     deferred = lambda name: dict(tool(name), defer_loading=True)
     history = [
-        user("<system-reminder>CLAUDE.md</system-reminder>", "Fix it."), {"role": "system", "content": "date: today"},
+        user("<system-reminder>CLAUDE.md</system-reminder>", "Fix it."),
+        {"role": "system", "content": "date: today"},
         said("I look.", use("toolu_a"), use("toolu_b", "Bash", command="ls")),
-        user(result("toolu_b", "x.py"), result("toolu_a", [txt("line 1")])), {"role": "system", "content": [txt("new skill")]},
+        user(result("toolu_b", "x.py"), result("toolu_a", [txt("line 1")])),
+        {"role": "system", "content": [txt("new skill")]},
         said(use("toolu_s", "ToolSearch", query="alpha")),
         user(result("toolu_s", {"type": "tool_reference", "tool_name": "alpha"}), "Tool loaded."),
-        said(use("toolu_c", "alpha")), user(result("toolu_c", "", is_error=True)),
-        said("Done."), user("And now the tests.")]
+        said(use("toolu_c", "alpha")),
+        user(result("toolu_c", "", is_error=True)),
+        said("Done."),
+        user("And now the tests."),
+    ]
     ends = (2, 5, 7, 9, 11)
-    messages = copy.deepcopy(history[:ends[turn]])
-    tools = [tool("Write"), deferred("DeferredToolPlaceholder"), tool("Bash"), tool("Read"), tool("ToolSearch")]
+    messages = copy.deepcopy(history[: ends[turn]])
+    tools = [
+        tool("Write"),
+        deferred("DeferredToolPlaceholder"),
+        tool("Bash"),
+        tool("Read"),
+        tool("ToolSearch"),
+    ]
     if turn > 1:
         tools = [deferred("alpha")] + tools[::-1]
     last = messages[-1]
-    last["content"] = [dict(block, cache_control={"type": "ephemeral"}) for block in ccfix.as_blocks(last["content"])]
-    return request(*messages, tools=tools, system=[txt("x-anthropic-billing-header: cch=%05d;" % turn), txt("You are.", cache_control={"type": "ephemeral"})])
+    last["content"] = [
+        dict(block, cache_control={"type": "ephemeral"})
+        for block in ccfix.as_blocks(last["content"])
+    ]
+    return request(
+        *messages,
+        tools=tools,
+        system=[
+            txt("x-anthropic-billing-header: cch=%05d;" % turn),
+            txt("You are.", cache_control={"type": "ephemeral"}),
+        ],
+    )
 
 
 def as_strings(body):
@@ -1272,14 +2980,16 @@ class TestPrefix(unittest.TestCase):
     def extends(self, before, after):
         """The later request starts with all of the earlier one; it may go on within the last user message."""
         first, second = before["messages"], after["messages"]
-        self.assertEqual(first[:-1], second[:len(first) - 1])
+        self.assertEqual(first[:-1], second[: len(first) - 1])
         last, now = first[-1], second[len(first) - 1]
         self.assertEqual(last["role"], now["role"])
         if last != now:
             self.assertEqual(last["role"], "user")
-            self.assertTrue(json.dumps(now["content"])[:-1].startswith(json.dumps(last["content"])[:-1]))
+            self.assertTrue(
+                json.dumps(now["content"])[:-1].startswith(json.dumps(last["content"])[:-1])
+            )
         tools = before.get("tools", [])
-        self.assertEqual(after.get("tools", [])[:len(tools)], tools)
+        self.assertEqual(after.get("tools", [])[: len(tools)], tools)
 
     def test_each_turn_extends_the_last(self):
         for profile in ccfix.PROFILES:
@@ -1294,14 +3004,23 @@ class TestPrefix(unittest.TestCase):
             turned = dict(body, tools=body["tools"][::-1])
             bare = json.loads(json.dumps(body).replace('"cache_control"', '"ignored"'))
             for other in (as_strings(body), turned, bare):
-                self.assertEqual(ccfix.compact_json(ccfix.to_openai(other, "m", PLAIN)), ccfix.compact_json(ccfix.to_openai(body, "m", PLAIN)))
+                self.assertEqual(
+                    ccfix.compact_json(ccfix.to_openai(other, "m", PLAIN)),
+                    ccfix.compact_json(ccfix.to_openai(body, "m", PLAIN)),
+                )
 
-    @unittest.skipUnless(os.path.isdir(os.path.join(VECTORS, "claude_requests")), "no ../shared/vectors here")
+    @unittest.skipUnless(
+        os.path.isdir(os.path.join(VECTORS, "claude_requests")), "no ../shared/vectors here"
+    )
     def test_recorded_conversations_extend(self):
         compared = 0
         for path in sorted(glob.glob(os.path.join(VECTORS, "claude_requests", "*.json"))):
             with open(path, encoding="utf-8") as file:
-                requests = [r for r in json.load(file)["requests"] if r["path"].split("?")[0].endswith("/messages")]
+                requests = [
+                    r
+                    for r in json.load(file)["requests"]
+                    if r["path"].split("?")[0].endswith("/messages")
+                ]
             threads = {}
             for recorded in requests:
                 body, headers = recorded["body"], recorded["headers"]
@@ -1309,8 +3028,13 @@ class TestPrefix(unittest.TestCase):
                     sent = ccfix.to_openai(body, "m", PLAIN)
                     last = threads.get(headers.get("x-claude-code-agent-id"))
                     threads[headers.get("x-claude-code-agent-id")] = (body, sent)
-                    if last and len(last[0]["messages"]) < len(body["messages"]) and last[0]["messages"][0]["role"] == body["messages"][0]["role"] \
-                            and ccfix.as_blocks(last[0]["messages"][0]["content"])[0].get("text") == ccfix.as_blocks(body["messages"][0]["content"])[0].get("text"):
+                    if (
+                        last
+                        and len(last[0]["messages"]) < len(body["messages"])
+                        and last[0]["messages"][0]["role"] == body["messages"][0]["role"]
+                        and ccfix.as_blocks(last[0]["messages"][0]["content"])[0].get("text")
+                        == ccfix.as_blocks(body["messages"][0]["content"])[0].get("text")
+                    ):
                         self.extends(last[1], sent)
                         compared += 1
         self.assertGreater(compared, 20)
@@ -1318,22 +3042,56 @@ class TestPrefix(unittest.TestCase):
     def test_a_request_encodes_the_same_whatever_the_memo_holds(self):
         memo = {}
         for turn in range(5):
-            self.assertEqual(ccfix.to_openai(grown(turn), "m", PLAIN, memo=memo), ccfix.to_openai(grown(turn), "m", PLAIN))
+            self.assertEqual(
+                ccfix.to_openai(grown(turn), "m", PLAIN, memo=memo),
+                ccfix.to_openai(grown(turn), "m", PLAIN),
+            )
             ccfix.to_openai(grown(turn), "m", row("gemini"), memo=memo)
 
 
 # ---- wrong input ------------------------------------------------------------------------------------
 
-ODD = (None, True, False, 0, -1, 1.5, 1e400, 10 ** 400, "", "x", "\ud83d", [], [[]], [None], ["x"], [5], {}, {"type": None}, {"type": []}, {"type": "text"},
-       {"type": "text", "text": {}}, {"type": "tool_use"}, {"type": "tool_result", "tool_use_id": []}, {"type": "image", "source": "x"},
-       {"type": "tool_use", "id": {}, "name": [], "input": "x"}, {"type": "thinking", "thinking": 5, "signature": 5}, {"$ref": {}}, {"type": "document"},
-       {"type": "server_tool_use", "name": {}}, {"type": "web_search_tool_result", "content": [5]}, {"role": [], "content": {}})
+ODD = (
+    None,
+    True,
+    False,
+    0,
+    -1,
+    1.5,
+    1e400,
+    10**400,
+    "",
+    "x",
+    "\ud83d",
+    [],
+    [[]],
+    [None],
+    ["x"],
+    [5],
+    {},
+    {"type": None},
+    {"type": []},
+    {"type": "text"},
+    {"type": "text", "text": {}},
+    {"type": "tool_use"},
+    {"type": "tool_result", "tool_use_id": []},
+    {"type": "image", "source": "x"},
+    {"type": "tool_use", "id": {}, "name": [], "input": "x"},
+    {"type": "thinking", "thinking": 5, "signature": 5},
+    {"$ref": {}},
+    {"type": "document"},
+    {"type": "server_tool_use", "name": {}},
+    {"type": "web_search_tool_result", "content": [5]},
+    {"role": [], "content": {}},
+)
 
 
 def places(value, path=()):
     """Paths of all values inside a JSON value."""
     yield path
-    for key in (value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()):
+    for key in (
+        value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
+    ):
         for inner in places(value[key], path + (key,)):
             yield inner
 
@@ -1348,13 +3106,39 @@ def with_value(value, path, new):
 
 
 EVERYTHING = request(
-    user("a", png(), PDF, {"type": "search_result", "title": "t", "source": "s", "content": [txt("x")]}), {"role": "system", "content": [txt("s")], "output_config": {"effort": "low"}},
-    said({"type": "thinking", "thinking": "h", "signature": ccfix.write_state("host", {"details": [{"type": "x"}], "google": {"c1": "g"}})}, "t", use("c1", a=1)),
+    user(
+        "a",
+        png(),
+        PDF,
+        {"type": "search_result", "title": "t", "source": "s", "content": [txt("x")]},
+    ),
+    {"role": "system", "content": [txt("s")], "output_config": {"effort": "low"}},
+    said(
+        {
+            "type": "thinking",
+            "thinking": "h",
+            "signature": ccfix.write_state(
+                "host", {"details": [{"type": "x"}], "google": {"c1": "g"}}
+            ),
+        },
+        "t",
+        use("c1", a=1),
+    ),
     user(result("c1", txt("r"), png(), {"type": "tool_reference", "tool_name": "zed"})),
-    system=[txt("sys")], tools=[tool("Read", ["a"], a={"type": ["string", "null"], "$ref": "#/$defs/A"}), dict(tool("zed"), defer_loading=True)],
-    tool_choice={"type": "tool", "name": "Read", "disable_parallel_tool_use": True}, thinking={"type": "enabled", "budget_tokens": 9000},
-    output_config={"effort": "high", "format": {"type": "json_schema", "schema": props(a=STRING)}}, temperature=1, top_p=1, stop_sequences=["x"],
-    metadata={"user_id": "u"}, context_management={"edits": []})
+    system=[txt("sys")],
+    tools=[
+        tool("Read", ["a"], a={"type": ["string", "null"], "$ref": "#/$defs/A"}),
+        dict(tool("zed"), defer_loading=True),
+    ],
+    tool_choice={"type": "tool", "name": "Read", "disable_parallel_tool_use": True},
+    thinking={"type": "enabled", "budget_tokens": 9000},
+    output_config={"effort": "high", "format": {"type": "json_schema", "schema": props(a=STRING)}},
+    temperature=1,
+    top_p=1,
+    stop_sequences=["x"],
+    metadata={"user_id": "u"},
+    context_management={"edits": []},
+)
 
 
 class TestWrongInput(unittest.TestCase):
@@ -1362,13 +3146,24 @@ class TestWrongInput(unittest.TestCase):
 
     def test_any_value_in_any_place(self):
         random_ = random.Random(5)
-        settings = ({}, {"PROFILE": "gemini"}, {"PROFILE": "kimi"}, {"TARGET_FORMAT": "anthropic"}, {"PROFILE": "openrouter", "TARGET_MODEL_IMAGE": "v"},
-                    {"PROFILE": "mistral"}, {"PROFILE": "deepseek"}, {"CACHE_KEY_MODE": "full"})
-        proxies = [proxy_with(lambda sent: FakeReply(200, {}, [HELLO_STREAM]), **more)[0] for more in settings]
+        settings = (
+            {},
+            {"PROFILE": "gemini"},
+            {"PROFILE": "kimi"},
+            {"TARGET_FORMAT": "anthropic"},
+            {"PROFILE": "openrouter", "TARGET_MODEL_IMAGE": "v"},
+            {"PROFILE": "mistral"},
+            {"PROFILE": "deepseek"},
+            {"CACHE_KEY_MODE": "full"},
+        )
+        proxies = [
+            proxy_with(lambda sent: FakeReply(200, {}, [HELLO_STREAM]), **more)[0]
+            for more in settings
+        ]
         for path in places(EVERYTHING):
             for odd in random_.sample(ODD, 5):
                 if not path and not isinstance(odd, dict):
-                    continue        # the HTTP side sees to it that a body is an object
+                    continue  # the HTTP side sees to it that a body is an object
                 body = with_value(EVERYTHING, path, odd)
                 proxy = random_.choice(proxies)
                 with self.subTest(path=path, odd=odd):
@@ -1400,20 +3195,29 @@ class TestWrongInput(unittest.TestCase):
             ccfix.to_openai(body, "m", PLAIN)
 
     def test_token_estimates_are_sane(self):
-        self.assertEqual(ccfix.estimate_tokens({"messages": [{"role": "user", "content": "x" * 4000}]}) // 100, 10)
+        self.assertEqual(
+            ccfix.estimate_tokens({"messages": [{"role": "user", "content": "x" * 4000}]}) // 100,
+            10,
+        )
         self.assertGreater(ccfix.estimate_tokens(request("\u4f60" * 100)), 60)
-        self.assertLess(ccfix.estimate_tokens(request(user(png("A" * 10 ** 6)))), 2000)
+        self.assertLess(ccfix.estimate_tokens(request(user(png("A" * 10**6)))), 2000)
         for odd in ODD:
-            self.assertGreaterEqual(ccfix.estimate_tokens({"messages": odd, "system": odd, "tools": odd}), 0)
+            self.assertGreaterEqual(
+                ccfix.estimate_tokens({"messages": odd, "system": odd, "tools": odd}), 0
+            )
 
 
 class TestModelNames(unittest.TestCase):
     """[1m] is a mark of Claude Code's own, and no part of a model's name."""
 
     def test_it_is_stripped(self):
-        proxy, wires = proxy_with(lambda sent: FakeReply(200, {}, [HELLO_STREAM]), TARGET_MODEL="glm-5.3[1m]")
+        proxy, wires = proxy_with(
+            lambda sent: FakeReply(200, {}, [HELLO_STREAM]), TARGET_MODEL="glm-5.3[1m]"
+        )
         events, _ = ask(proxy, request("hi", model="claude-opus-5-5[1m]"))
-        self.assertEqual((wires.sent[0]["model"], events[0]["message"]["model"]), ("glm-5.3", "claude-opus-5-5"))
+        self.assertEqual(
+            (wires.sent[0]["model"], events[0]["message"]["model"]), ("glm-5.3", "claude-opus-5-5")
+        )
         self.assertNotIn("[1m]", json.dumps(wires.sent))
 
 
@@ -1421,36 +3225,79 @@ class TestModelNames(unittest.TestCase):
 # 6  Tool text: arguments
 # ======================================================================================================
 
-READ = {"type": "object", "required": ["file_path"], "additionalProperties": False, "properties": {
-    "file_path": {"type": "string"}, "offset": {"type": "integer"}, "limit": {"type": "number"},
-    "pages": {"type": "string"}}}
-BASH = {"type": "object", "required": ["command"], "properties": {
-    "command": {"type": "string"}, "timeout": {"type": "number"}, "run_in_background": {"type": "boolean"}}}
-EDIT = {"type": "object", "required": ["file_path", "old_string", "new_string"], "properties": {
-    "file_path": {"type": "string"}, "old_string": {"type": "string"}, "new_string": {"type": "string"},
-    "replace_all": {"type": "boolean"}}}
-MIXED = {"type": "object", "required": ["must"], "properties": {
-    "must": {"type": "string"}, "i": {"type": "integer"}, "n": {"type": "number"}, "b": {"type": "boolean"},
-    "s": {"type": "string"}, "list": {"type": "array", "items": {"type": "integer"}}, "o": {"type": "object"},
-    "maybe": {"type": ["string", "null"]}, "either": {"anyOf": [{"type": "integer"}, {"type": "null"}]},
-    "free": {}, "ref": {"$ref": "#/$defs/x"}, "odd": 5, "both": {"type": ["integer", "string"]},
-    "choice": {"enum": ["a", None]}}}
+READ = {
+    "type": "object",
+    "required": ["file_path"],
+    "additionalProperties": False,
+    "properties": {
+        "file_path": {"type": "string"},
+        "offset": {"type": "integer"},
+        "limit": {"type": "number"},
+        "pages": {"type": "string"},
+    },
+}
+BASH = {
+    "type": "object",
+    "required": ["command"],
+    "properties": {
+        "command": {"type": "string"},
+        "timeout": {"type": "number"},
+        "run_in_background": {"type": "boolean"},
+    },
+}
+EDIT = {
+    "type": "object",
+    "required": ["file_path", "old_string", "new_string"],
+    "properties": {
+        "file_path": {"type": "string"},
+        "old_string": {"type": "string"},
+        "new_string": {"type": "string"},
+        "replace_all": {"type": "boolean"},
+    },
+}
+MIXED = {
+    "type": "object",
+    "required": ["must"],
+    "properties": {
+        "must": {"type": "string"},
+        "i": {"type": "integer"},
+        "n": {"type": "number"},
+        "b": {"type": "boolean"},
+        "s": {"type": "string"},
+        "list": {"type": "array", "items": {"type": "integer"}},
+        "o": {"type": "object"},
+        "maybe": {"type": ["string", "null"]},
+        "either": {"anyOf": [{"type": "integer"}, {"type": "null"}]},
+        "free": {},
+        "ref": {"$ref": "#/$defs/x"},
+        "odd": 5,
+        "both": {"type": ["integer", "string"]},
+        "choice": {"enum": ["a", None]},
+    },
+}
 ARGUMENT_SCHEMAS = {"Read": READ, "Bash": BASH, "Edit": EDIT, "Mixed": MIXED, "None": None}
 
 # text, tool -> dict, or None where nothing is certain
 REPAIRS = [
-    ("", "Bash", {}), (" \n", "Bash", {}), ("null", "Bash", {}), ('""', "Bash", {}),
+    ("", "Bash", {}),
+    (" \n", "Bash", {}),
+    ("null", "Bash", {}),
+    ('""', "Bash", {}),
     ('{"command": "ls"}', "Bash", {"command": "ls"}),
     (r'"{\"command\": \"ls\"}"', "Bash", {"command": "ls"}),
     (json.dumps(json.dumps(json.dumps({"command": 'a "b" \n'}))), "Bash", {"command": 'a "b" \n'}),
     ('{"command":"ls"}{"command":"ls"}', "Bash", {"command": "ls"}),
     ('{"command":"ls"}\n{"command":"l', "Bash", {"command": "ls"}),
     ('{}{"command":"ls"}', "Bash", {"command": "ls"}),
-    ('{"command":"ls"}{}', "Bash", {"command": "ls"}), ('{"command":"ls"}{"command":"rm"}', "Bash", None),
+    ('{"command":"ls"}{}', "Bash", {"command": "ls"}),
+    ('{"command":"ls"}{"command":"rm"}', "Bash", None),
     ('{"command":"ls",}', "Bash", {"command": "ls"}),
     ('{"list":[1,2,], "o":{"a":1,},\n}', "Mixed", {"list": [1, 2], "o": {"a": 1}}),
-    ("{'command': 'say \"hi\"', 'run_in_background': True, 'timeout': None}", "Bash",
-     {"command": 'say "hi"', "run_in_background": True, "timeout": None}),
+    (
+        "{'command': 'say \"hi\"', 'run_in_background': True, 'timeout': None}",
+        "Bash",
+        {"command": 'say "hi"', "run_in_background": True, "timeout": None},
+    ),
     (r"""{'command': 'it\'s', "timeout": 5}""", "Bash", {"command": "it's", "timeout": 5}),
     (r"""{"command": "echo \'x\'"}""", "Bash", {"command": "echo 'x'"}),
     ("{'command': 'it's'}", "Bash", None),
@@ -1460,71 +3307,155 @@ REPAIRS = [
     ('{"command": "ls"}' + " \n" * 900, "Bash", {"command": "ls"}),
     ('{"command": "ls"}}', "Bash", {"command": "ls"}),
     ('{"command": "ls"}</tool_call> it\'s', "Bash", {"command": "ls"}),
-    ("ls -la", "Bash", {"command": "ls -la"}), ('"ls -la"', "Bash", {"command": "ls -la"}),
-    (r'"\"quoted\" words"', "Bash", {"command": '"quoted" words'}), ("/etc/hosts", "Read", {"file_path": "/etc/hosts"}),
-    ("ls", "Edit", None), ('"ls"', "Edit", None), ("ls", "None", None),
-    ('command": "ls"}', "Bash", None), ("command: ls", "Bash", None), ('mand": "ls", "timeout": 5', "Bash", None), ("<b>ls</b>", "Bash", None),
-    ("true", "Bash", None), ("[1]", "Bash", None),
-    ("{", "Bash", None), ('{"command', "Bash", None), ('{"command": "ls', "Bash", None), ('{"command": "ls"', "Bash", None),
-    ("{'command': 'ls", "Bash", None), ('{"command": "ls",', "Bash", None), ('"{\\"command\\": \\"l', "Bash", None),
-    (r'{"command": "\d+"}', "Bash", None), (r"{'command': '\x41'}", "Bash", None),
-    ('{"command": "say "hi" now"}', "Bash", None), ('{"n": NaN}', "Mixed", None), ('{"n": 1e999}', "Mixed", None),
-    ('{"i": %s}' % ("9" * 5000), "Mixed", None), ('{"free":' * 20000, "Mixed", None), ("[" * 20000, "Mixed", None),
-    ('{"free":' + "[" * 20000 + "]" * 20000 + "}", "Mixed", None), ("'" * 1001, "Bash", None),
-    (r'"{\"command\": \"ls\"', "Bash", None), ("{'a':1}" * 50, "Mixed", None),
+    ("ls -la", "Bash", {"command": "ls -la"}),
+    ('"ls -la"', "Bash", {"command": "ls -la"}),
+    (r'"\"quoted\" words"', "Bash", {"command": '"quoted" words'}),
+    ("/etc/hosts", "Read", {"file_path": "/etc/hosts"}),
+    ("ls", "Edit", None),
+    ('"ls"', "Edit", None),
+    ("ls", "None", None),
+    ('command": "ls"}', "Bash", None),
+    ("command: ls", "Bash", None),
+    ('mand": "ls", "timeout": 5', "Bash", None),
+    ("<b>ls</b>", "Bash", None),
+    ("true", "Bash", None),
+    ("[1]", "Bash", None),
+    ("{", "Bash", None),
+    ('{"command', "Bash", None),
+    ('{"command": "ls', "Bash", None),
+    ('{"command": "ls"', "Bash", None),
+    ("{'command': 'ls", "Bash", None),
+    ('{"command": "ls",', "Bash", None),
+    ('"{\\"command\\": \\"l', "Bash", None),
+    (r'{"command": "\d+"}', "Bash", None),
+    (r"{'command': '\x41'}", "Bash", None),
+    ('{"command": "say "hi" now"}', "Bash", None),
+    ('{"n": NaN}', "Mixed", None),
+    ('{"n": 1e999}', "Mixed", None),
+    ('{"i": %s}' % ("9" * 5000), "Mixed", None),
+    ('{"free":' * 20000, "Mixed", None),
+    ("[" * 20000, "Mixed", None),
+    ('{"free":' + "[" * 20000 + "]" * 20000 + "}", "Mixed", None),
+    ("'" * 1001, "Bash", None),
+    (r'"{\"command\": \"ls\"', "Bash", None),
+    ("{'a':1}" * 50, "Mixed", None),
 ]
 
 # tool, arguments, coerced
 COERCIONS = [
     ("Read", {"file_path": "a", "offset": None, "limit": None, "pages": ""}, {"file_path": "a"}),
-    ("Read", {"file_path": "", "offset": "5", "limit": "2.5"}, {"file_path": "", "offset": 5, "limit": 2.5}),
-    ("Read", {"file_path": 5, "offset": 3.0, "pages": "1-2"}, {"file_path": "5", "offset": 3, "pages": "1-2"}),
+    (
+        "Read",
+        {"file_path": "", "offset": "5", "limit": "2.5"},
+        {"file_path": "", "offset": 5, "limit": 2.5},
+    ),
+    (
+        "Read",
+        {"file_path": 5, "offset": 3.0, "pages": "1-2"},
+        {"file_path": "5", "offset": 3, "pages": "1-2"},
+    ),
     ("Read", {"file_path": None, "unknown": None, "other": 1}, {"file_path": None, "other": 1}),
-    ("Edit", {"file_path": "a", "old_string": "x", "new_string": "", "replace_all": "true"},
-     {"file_path": "a", "old_string": "x", "new_string": "", "replace_all": True}),
-    ("EnterWorktree", {"name": "", "path": "", "content": ""}, {"content": ""}), ("Write", {"content": ""}, {"content": ""}),
-    ("Mixed", {"i": "5.5", "n": "abc", "b": "yes", "s": 1.1, "o": "[1]"},
-     {"i": "5.5", "n": "abc", "b": "yes", "s": 1.1, "o": "[1]"}),
-    ("Mixed", {"i": "12345678901234567890", "n": "007", "s": True}, {"i": "12345678901234567890", "n": "007", "s": "true"}),
+    (
+        "Edit",
+        {"file_path": "a", "old_string": "x", "new_string": "", "replace_all": "true"},
+        {"file_path": "a", "old_string": "x", "new_string": "", "replace_all": True},
+    ),
+    ("EnterWorktree", {"name": "", "path": "", "content": ""}, {"content": ""}),
+    ("Write", {"content": ""}, {"content": ""}),
+    (
+        "Mixed",
+        {"i": "5.5", "n": "abc", "b": "yes", "s": 1.1, "o": "[1]"},
+        {"i": "5.5", "n": "abc", "b": "yes", "s": 1.1, "o": "[1]"},
+    ),
+    (
+        "Mixed",
+        {"i": "12345678901234567890", "n": "007", "s": True},
+        {"i": "12345678901234567890", "n": "007", "s": "true"},
+    ),
     ("Mixed", {"i": 2.5, "n": 3.0, "b": 1}, {"i": 2.5, "n": 3.0, "b": 1}),
     ("Mixed", {"list": '["1", 2]', "o": '{"a": null}'}, {"list": [1, 2], "o": {"a": None}}),
-    ("Mixed", {"list": "a, b"}, {"list": "a, b"}), ("Mixed", {"list": "[" * 20000}, {"list": "[" * 20000}),
-    ("Mixed", {"maybe": None, "either": None, "choice": None, "odd": None, "new": None},
-     {"maybe": None, "either": None, "choice": None, "odd": None, "new": None}),
+    ("Mixed", {"list": "a, b"}, {"list": "a, b"}),
+    ("Mixed", {"list": "[" * 20000}, {"list": "[" * 20000}),
+    (
+        "Mixed",
+        {"maybe": None, "either": None, "choice": None, "odd": None, "new": None},
+        {"maybe": None, "either": None, "choice": None, "odd": None, "new": None},
+    ),
     ("Mixed", {"free": None, "ref": None, "both": None, "s": None}, {}),
-    ("Mixed", {"either": "5", "both": "5", "free": "5", "ref": "5", "odd": "5"},
-     {"either": 5, "both": "5", "free": "5", "ref": "5", "odd": "5"}),
+    (
+        "Mixed",
+        {"either": "5", "both": "5", "free": "5", "ref": "5", "odd": "5"},
+        {"either": 5, "both": "5", "free": "5", "ref": "5", "odd": "5"},
+    ),
     ("None", {"a": None, "b": "5"}, {"a": None, "b": "5"}),
 ]
-BAD_SCHEMAS = [None, [], 5, {}, {"properties": 5}, {"required": 5}, {"properties": {"a": 5}, "required": {}},
-               {"properties": {"a": {"type": 5, "anyOf": 5}}, "required": [5, {}]}, {"properties": {"a": {"enum": 5}}},
-               {"properties": {"a": {"type": [5, []]}}}, {"properties": {"a": {"type": "array", "items": 5}}}]
+BAD_SCHEMAS = [
+    None,
+    [],
+    5,
+    {},
+    {"properties": 5},
+    {"required": 5},
+    {"properties": {"a": 5}, "required": {}},
+    {"properties": {"a": {"type": 5, "anyOf": 5}}, "required": [5, {}]},
+    {"properties": {"a": {"enum": 5}}},
+    {"properties": {"a": {"type": [5, []]}}},
+    {"properties": {"a": {"type": "array", "items": 5}}},
+]
 
 # tool, text, the joined output: byte by byte, also for each split
 ARGUMENT_STREAMS = [
-    ("Bash", "", ""), ("Bash", "  ", "{}"), ("Bash", "null", "{}"), ("Bash", "{}", "{}"), ("Bash", " { } ", " { }"),
-    ("Bash", '{"command":"ls -la\\n\\u00e9","timeout":5}', '{"command":"ls -la\\n\\u00e9","timeout":5}'),
-    ("Mixed", '{ "o" : {"a]": ["\\"", {}], "b": 1.50} ,\n "s": "x" }', '{ "o" : {"a]": ["\\"", {}], "b": 1.50} ,\n "s": "x" }'),
+    ("Bash", "", ""),
+    ("Bash", "  ", "{}"),
+    ("Bash", "null", "{}"),
+    ("Bash", "{}", "{}"),
+    ("Bash", " { } ", " { }"),
+    (
+        "Bash",
+        '{"command":"ls -la\\n\\u00e9","timeout":5}',
+        '{"command":"ls -la\\n\\u00e9","timeout":5}',
+    ),
+    (
+        "Mixed",
+        '{ "o" : {"a]": ["\\"", {}], "b": 1.50} ,\n "s": "x" }',
+        '{ "o" : {"a]": ["\\"", {}], "b": 1.50} ,\n "s": "x" }',
+    ),
     ("Read", '{"file_path":"a","pages":"","offset":null}', '{"file_path":"a"}'),
     ("Read", '{"pages":"", "offset": null, "file_path": "a"}', '{ "file_path": "a"}'),
     ("Read", '{"pages":"","offset":null}', "{}"),
-    ("Edit", '{"new_string":"","old_string":"\\ud83d\\ude00","replace_all":"false"}',
-     '{"new_string":"","old_string":"\\ud83d\\ude00","replace_all":false}'),
+    (
+        "Edit",
+        '{"new_string":"","old_string":"\\ud83d\\ude00","replace_all":"false"}',
+        '{"new_string":"","old_string":"\\ud83d\\ude00","replace_all":false}',
+    ),
     ("Bash", '{"command":"a\n\tb\x00"}', '{"command":"a\\n\\tb\\u0000"}'),
     ("Bash", r"""{"command":"it\'s"}""", '{"command":"it\'s"}'),
-    ("Bash", '{"command":"ls",}', '{"command":"ls"}'), ("Bash", '{"command":"ls"}{"command":"ls"}', '{"command":"ls"}'),
-    ("Bash", '{"command":"ls"}}', '{"command":"ls"}'), ("Bash", '{"command":"ls"}' + "\n " * 20, '{"command":"ls"}'),
+    ("Bash", '{"command":"ls",}', '{"command":"ls"}'),
+    ("Bash", '{"command":"ls"}{"command":"ls"}', '{"command":"ls"}'),
+    ("Bash", '{"command":"ls"}}', '{"command":"ls"}'),
+    ("Bash", '{"command":"ls"}' + "\n " * 20, '{"command":"ls"}'),
     ("Bash", '{}{"command":"ls"}', '{"command": "ls"}'),
     ("Bash", '{"command":"ls"} {"command":"rm"}', '{"command":"ls"} {"command":"rm"}'),
     ("Bash", '{"command":"ls","timeout":\'5\'}', '{"command":"ls", "timeout": 5}'),
-    ("Bash", "{'command': 'ls'}", '{"command": "ls"}'), ("Bash", '"{\\"command\\": \\"ls\\"}"', '{"command": "ls"}'),
-    ("Bash", '{"command":"ls","run_in_background":True}', '{"command":"ls", "run_in_background": true}'),
-    ("Mixed", '{"i":"1","i":"2"}', '{"i":1, "i": 2}'), ("Mixed", '{"list":["1"],"o":"{}"}', '{"list":[1],"o":{}}'),
+    ("Bash", "{'command': 'ls'}", '{"command": "ls"}'),
+    ("Bash", '"{\\"command\\": \\"ls\\"}"', '{"command": "ls"}'),
+    (
+        "Bash",
+        '{"command":"ls","run_in_background":True}',
+        '{"command":"ls", "run_in_background": true}',
+    ),
+    ("Mixed", '{"i":"1","i":"2"}', '{"i":1, "i": 2}'),
+    ("Mixed", '{"list":["1"],"o":"{}"}', '{"list":[1],"o":{}}'),
     ("Mixed", '{"o":{"a":"x\ny"}}', '{"o":{"a": "x\\ny"}}'),
-    ("Bash", '{"command":"ls', '{"command":"ls'), ("Bash", '{"command":"ls"', '{"command":"ls"'),
-    ("Bash", '{"command":"\\d"}', '{"command":"\\d"}'), ("Bash", '{"command":"a "b" c"}', '{"command":"a "b" c"}'),
-    ("Bash", '{"timeout":"5","command":"l', '{"timeout":5,"command":"l'), ("Bash", "ls", '{"command": "ls"}'),
-    ("Bash", "{,}", "{}"), ("Bash", '{"timeout":NaN}', '{"timeout":NaN}'), ("Mixed", '{"o":{]}}', '{"o":{]}}'),
+    ("Bash", '{"command":"ls', '{"command":"ls'),
+    ("Bash", '{"command":"ls"', '{"command":"ls"'),
+    ("Bash", '{"command":"\\d"}', '{"command":"\\d"}'),
+    ("Bash", '{"command":"a "b" c"}', '{"command":"a "b" c"}'),
+    ("Bash", '{"timeout":"5","command":"l', '{"timeout":5,"command":"l'),
+    ("Bash", "ls", '{"command": "ls"}'),
+    ("Bash", "{,}", "{}"),
+    ("Bash", '{"timeout":NaN}', '{"timeout":NaN}'),
+    ("Mixed", '{"o":{]}}', '{"o":{]}}'),
 ]
 
 
@@ -1549,8 +3480,10 @@ class TestArgumentRepair(unittest.TestCase):
                 self.assertEqual(ccfix.fix_arguments(text, ARGUMENT_SCHEMAS[tool]), wanted)
 
     def test_what_is_no_text_is_no_error(self):
-        self.assertEqual([ccfix.fix_arguments(value, None) for value in (None, {"a": 1}, 5, [], b"{}")],
-                         [{}, {"a": 1}, None, None, None])
+        self.assertEqual(
+            [ccfix.fix_arguments(value, None) for value in (None, {"a": 1}, 5, [], b"{}")],
+            [{}, {"a": 1}, None, None, None],
+        )
 
     def test_broken_schemas_change_nothing(self):
         for schema in BAD_SCHEMAS:
@@ -1558,7 +3491,10 @@ class TestArgumentRepair(unittest.TestCase):
                 value = ccfix.fix_arguments(text, schema)
                 self.assertIn(value, ({"a": "5"}, {"a": None, "b": None}, {"a": ["5"]}, None))
                 kept = {key: item for key, item in (value or {}).items() if item is not None}
-                self.assertIn(ccfix.coerce_arguments("T", value or {}, schema), (value or {}, kept, {"b": None}))
+                self.assertIn(
+                    ccfix.coerce_arguments("T", value or {}, schema),
+                    (value or {}, kept, {"b": None}),
+                )
 
 
 class TestArgumentCoercion(unittest.TestCase):
@@ -1566,7 +3502,10 @@ class TestArgumentCoercion(unittest.TestCase):
         for tool, arguments, wanted in COERCIONS:
             with self.subTest(tool=tool, arguments=str(arguments)[:80]):
                 before = json.dumps(arguments)
-                self.assertEqual(json.dumps(ccfix.coerce_arguments(tool, arguments, ARGUMENT_SCHEMAS.get(tool))), json.dumps(wanted))
+                self.assertEqual(
+                    json.dumps(ccfix.coerce_arguments(tool, arguments, ARGUMENT_SCHEMAS.get(tool))),
+                    json.dumps(wanted),
+                )
                 self.assertEqual(json.dumps(arguments), before)
 
 
@@ -1581,31 +3520,56 @@ class TestArgumentStream(unittest.TestCase):
     def test_each_repair_is_the_same_when_streamed(self):
         for text, tool, wanted in REPAIRS:
             with self.subTest(text=text[:60]):
-                for fragments in splits(text) if len(text) < 100 else ([text], [text[:50], text[50:]]):
+                for fragments in (
+                    splits(text) if len(text) < 100 else ([text], [text[:50], text[50:]])
+                ):
                     joined, stream = argument_streamed(tool, fragments)
                     if wanted is None:
                         self.assertEqual(joined, text)
                     else:
-                        self.assertEqual(json.loads(joined or "{}"), ccfix.coerce_arguments(tool, wanted, ARGUMENT_SCHEMAS[tool]))
+                        self.assertEqual(
+                            json.loads(joined or "{}"),
+                            ccfix.coerce_arguments(tool, wanted, ARGUMENT_SCHEMAS[tool]),
+                        )
 
     def test_cut_text_stays_as_it_is_unless_the_object_was_whole(self):
-        for tool, text, wanted in [("Bash", "ls", "ls"), ("Bash", "{'command': 'ls'}", "{'command': 'ls'}"),
-                                   ("Bash", '{"command": "ls"}  ', '{"command": "ls"}'), ("Bash", "", ""),
-                                   ("Bash", '{"command": "ls"}{"comm', '{"command": "ls"}')]:
+        for tool, text, wanted in [
+            ("Bash", "ls", "ls"),
+            ("Bash", "{'command': 'ls'}", "{'command': 'ls'}"),
+            ("Bash", '{"command": "ls"}  ', '{"command": "ls"}'),
+            ("Bash", "", ""),
+            ("Bash", '{"command": "ls"}{"comm', '{"command": "ls"}'),
+        ]:
             for fragments in splits(text):
                 self.assertEqual(argument_streamed(tool, fragments, cut=True)[0], wanted)
 
     def test_strings_go_out_at_once_and_the_rest_when_whole(self):
         stream = ccfix.ArgumentStream("Bash", BASH)
-        rows = [('{"timeout": "5', ""), ('0", "com', '{"timeout": 50'), ('mand": "', ""), ("l", ', "command": "l'), ("s\\", "s"),
-                ("n\\u00", "\\n"), ("e9", "\\u00e9"), ('"', '"'), ("}", "}"), ("\n\n", ""), ("}", "")]
+        rows = [
+            ('{"timeout": "5', ""),
+            ('0", "com', '{"timeout": 50'),
+            ('mand": "', ""),
+            ("l", ', "command": "l'),
+            ("s\\", "s"),
+            ("n\\u00", "\\n"),
+            ("e9", "\\u00e9"),
+            ('"', '"'),
+            ("}", "}"),
+            ("\n\n", ""),
+            ("}", ""),
+        ]
         self.assertEqual([stream.feed(fragment) for fragment, _ in rows], [out for _, out in rows])
         self.assertEqual((stream.complete, stream.finish(), stream.finish()), (True, "", ""))
         self.assertRaises(RuntimeError, stream.feed, "x")
 
     def test_complete_tells_whether_an_object_came(self):
-        for text, during, after in [("{}", True, True), ('{"command":"l', False, False), ("{'a':1}", False, True),
-                                    ("", False, False), ("null", False, True)]:
+        for text, during, after in [
+            ("{}", True, True),
+            ('{"command":"l', False, False),
+            ("{'a':1}", False, True),
+            ("", False, False),
+            ("null", False, True),
+        ]:
             stream = ccfix.ArgumentStream("Bash", BASH)
             stream.feed(text)
             seen = stream.complete
@@ -1613,18 +3577,84 @@ class TestArgumentStream(unittest.TestCase):
             self.assertEqual((seen, stream.complete), (during, after), text)
 
     def test_small_fragments_of_large_values_take_linear_time(self):
-        for text in ('{"o":{"a":"%s"}}' % ("x" * 30000), '{"list":[%s1]}' % ("1," * 30000), '{"s":"%s"}' % ("\n" * 30000),
-                     '{"i":%s5}' % (" " * 30000), '{"i":%s' % ("5" * 30000), '{"%s' % ("k" * 30000), "x" * 30000,
-                     '{"s":"x"}' + " " * 30000):
-            joined, stream = argument_streamed("Mixed", [text[at:at + 3] for at in range(0, len(text), 3)])
+        for text in (
+            '{"o":{"a":"%s"}}' % ("x" * 30000),
+            '{"list":[%s1]}' % ("1," * 30000),
+            '{"s":"%s"}' % ("\n" * 30000),
+            '{"i":%s5}' % (" " * 30000),
+            '{"i":%s' % ("5" * 30000),
+            '{"%s' % ("k" * 30000),
+            "x" * 30000,
+            '{"s":"x"}' + " " * 30000,
+        ):
+            joined, stream = argument_streamed(
+                "Mixed", [text[at : at + 3] for at in range(0, len(text), 3)]
+            )
             self.assertEqual(stream.raw, text)
 
 
-LETTERS = ["a", "Z", " ", "\n", "\t", "\\", '"', "'", "/", "{", "}", "[", ",", ":", "\x00", "\x7f", "\u00e9", "\u2028", "\ud83d",
-           "\ude00", "\U0001f600", "5", "true", "null"]
-NAMES = ["must", "i", "n", "b", "s", "list", "o", "maybe", "either", "free", "ref", "odd", "both", "choice", "pages",
-         "file_path", "command", "a,b", 'q"', "\u00e9", ""]
-KINDS = ["string", "integer", "number", "boolean", "array", "object", "null", ["string", "null"], ["integer", "string"], 5, []]
+LETTERS = [
+    "a",
+    "Z",
+    " ",
+    "\n",
+    "\t",
+    "\\",
+    '"',
+    "'",
+    "/",
+    "{",
+    "}",
+    "[",
+    ",",
+    ":",
+    "\x00",
+    "\x7f",
+    "\u00e9",
+    "\u2028",
+    "\ud83d",
+    "\ude00",
+    "\U0001f600",
+    "5",
+    "true",
+    "null",
+]
+NAMES = [
+    "must",
+    "i",
+    "n",
+    "b",
+    "s",
+    "list",
+    "o",
+    "maybe",
+    "either",
+    "free",
+    "ref",
+    "odd",
+    "both",
+    "choice",
+    "pages",
+    "file_path",
+    "command",
+    "a,b",
+    'q"',
+    "\u00e9",
+    "",
+]
+KINDS = [
+    "string",
+    "integer",
+    "number",
+    "boolean",
+    "array",
+    "object",
+    "null",
+    ["string", "null"],
+    ["integer", "string"],
+    5,
+    [],
+]
 
 
 def random_text(dice):
@@ -1637,18 +3667,39 @@ def random_value(dice, depth=0):
         return {random_text(dice): random_value(dice, depth + 1) for _ in range(dice.randrange(4))}
     if kind == 8:
         return [random_value(dice, depth + 1) for _ in range(dice.randrange(4))]
-    return [random_text(dice), random_text(dice), str(dice.randrange(-99, 99)), dice.randrange(-10 ** 6, 10 ** 6), None,
-            dice.choice([True, False, "true", "false", 3.0, "[1]", '{"a": 1}']), dice.random(), ""][kind]
+    return [
+        random_text(dice),
+        random_text(dice),
+        str(dice.randrange(-99, 99)),
+        dice.randrange(-(10**6), 10**6),
+        None,
+        dice.choice([True, False, "true", "false", 3.0, "[1]", '{"a": 1}']),
+        dice.random(),
+        "",
+    ][kind]
 
 
 def random_schema(dice):
     if dice.random() < 0.3:
         return dice.choice([MIXED, READ, BASH, None])
-    properties = {name: dice.choice([{}, 5, {"type": dice.choice(KINDS)}, {"type": dice.choice(KINDS)},
-                                     {"anyOf": [{"type": "integer"}, dice.choice([{"type": "null"}, {}])]},
-                                     {"type": "array", "items": {"type": dice.choice(KINDS)}}])
-                  for name in dice.sample(NAMES, 12)}
-    return {"properties": properties, "required": dice.sample(NAMES, 3), "additionalProperties": dice.random() < 0.5}
+    properties = {
+        name: dice.choice(
+            [
+                {},
+                5,
+                {"type": dice.choice(KINDS)},
+                {"type": dice.choice(KINDS)},
+                {"anyOf": [{"type": "integer"}, dice.choice([{"type": "null"}, {}])]},
+                {"type": "array", "items": {"type": dice.choice(KINDS)}},
+            ]
+        )
+        for name in dice.sample(NAMES, 12)
+    }
+    return {
+        "properties": properties,
+        "required": dice.sample(NAMES, 3),
+        "additionalProperties": dice.random() < 0.5,
+    }
 
 
 def random_fragments(dice, text):
@@ -1663,8 +3714,16 @@ def random_fragments(dice, text):
 def corrupted(dice, text):
     for _ in range(dice.randint(1, 3)):
         at = dice.randrange(len(text) + 1)
-        text = dice.choice([text[:at], text[:at] + dice.choice(LETTERS) + text[at:], text[:at] + text[at + 1:],
-                            text[:at] + text[at:].replace('"', "'"), text + text[:at], text[at:]])
+        text = dice.choice(
+            [
+                text[:at],
+                text[:at] + dice.choice(LETTERS) + text[at:],
+                text[:at] + text[at + 1 :],
+                text[:at] + text[at:].replace('"', "'"),
+                text + text[:at],
+                text[at:],
+            ]
+        )
     return text
 
 
@@ -1675,8 +3734,12 @@ class TestArgumentFuzz(unittest.TestCase):
         dice = random.Random(seed)
         for _ in range(count):
             value = {dice.choice(NAMES): random_value(dice) for _ in range(dice.randrange(7))}
-            text = json.dumps(value, ensure_ascii=dice.random() < 0.5, indent=dice.choice([None, None, 1]),
-                              separators=dice.choice([None, (",", ":"), (" , ", " : ")]))
+            text = json.dumps(
+                value,
+                ensure_ascii=dice.random() < 0.5,
+                indent=dice.choice([None, None, 1]),
+                separators=dice.choice([None, (",", ":"), (" , ", " : ")]),
+            )
             yield dice, dice.choice(self.TOOLS), random_schema(dice), value, text
 
     def run_stream(self, dice, tool, schema, text):
@@ -1688,7 +3751,9 @@ class TestArgumentFuzz(unittest.TestCase):
         for dice, tool, schema, value, text in self.cases(1, 1000):
             joined, stream = self.run_stream(dice, tool, schema, text)
             wanted = ccfix.coerce_arguments(tool, value, schema)
-            self.assertEqual(json.dumps(json.loads(joined)), json.dumps(wanted), (tool, schema, text))
+            self.assertEqual(
+                json.dumps(json.loads(joined)), json.dumps(wanted), (tool, schema, text)
+            )
             self.assertTrue(stream.complete)
             if json.dumps(wanted) == json.dumps(value):
                 self.assertEqual(joined, text)
@@ -1703,8 +3768,12 @@ class TestArgumentFuzz(unittest.TestCase):
                 self.assert_still_bad(joined, text)
             elif text:
                 wanted = ccfix.coerce_arguments(tool, found, schema)
-                self.assertTrue(joined == text or json.dumps(json.loads(joined), sort_keys=True)
-                                == json.dumps(wanted, sort_keys=True), (tool, schema, text, joined))
+                self.assertTrue(
+                    joined == text
+                    or json.dumps(json.loads(joined), sort_keys=True)
+                    == json.dumps(wanted, sort_keys=True),
+                    (tool, schema, text, joined),
+                )
 
     def assert_still_bad(self, joined, text):
         if joined != text:
@@ -1715,9 +3784,21 @@ class TestArgumentFuzz(unittest.TestCase):
 # 6  Tool text: calls written as text
 # ======================================================================================================
 
-WEATHER = {"type": "object", "required": ["city"], "properties": {
-    "city": {"type": "string"}, "days": {"type": "integer"}, "tags": {"type": "array"}, "deep": {"type": ["boolean", "null"]}}}
-OFFERED = {"get_weather": WEATHER, "Bash": {"type": "object", "properties": {"command": {"type": "string"}}}, "now": None}
+WEATHER = {
+    "type": "object",
+    "required": ["city"],
+    "properties": {
+        "city": {"type": "string"},
+        "days": {"type": "integer"},
+        "tags": {"type": "array"},
+        "deep": {"type": ["boolean", "null"]},
+    },
+}
+OFFERED = {
+    "get_weather": WEATHER,
+    "Bash": {"type": "object", "properties": {"command": {"type": "string"}}},
+    "now": None,
+}
 
 PARIS = ("get_weather", {"city": "Paris"})
 PARIS_3 = ("get_weather", {"city": "Paris", "days": 3})
@@ -1741,67 +3822,135 @@ def wide(text):
 HERMES = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>'
 HERMES_OSLO = HERMES.replace("Paris", "Oslo")
 QWEN = "<function=get_weather>\n<parameter=city>\nParis\n</parameter>\n<parameter=days>\n3\n</parameter>\n</function>"
-GLM = ("<tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value>Paris</arg_value>\n"
-       "<arg_key>days</arg_key>\n<arg_value>3</arg_value>\n</tool_call>")
+GLM = (
+    "<tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value>Paris</arg_value>\n"
+    "<arg_key>days</arg_key>\n<arg_value>3</arg_value>\n</tool_call>"
+)
 KIMI_ONE = '<|tool_call_begin|>functions.get_weather:0<|tool_call_argument_begin|>{"city": "Paris"}<|tool_call_end|>'
 KIMI = "<|tool_calls_section_begin|>" + KIMI_ONE + "<|tool_calls_section_end|>"
-DSML_ONE = ('<|DSML|invoke name="get_weather">\n<|DSML|parameter name="city" string="true">Paris</|DSML|parameter>\n'
-            '<|DSML|parameter name="days" string="false">3</|DSML|parameter>\n</|DSML|invoke>').replace("|", "\uff5c")
+DSML_ONE = (
+    '<|DSML|invoke name="get_weather">\n<|DSML|parameter name="city" string="true">Paris</|DSML|parameter>\n'
+    '<|DSML|parameter name="days" string="false">3</|DSML|parameter>\n</|DSML|invoke>'
+).replace("|", "\uff5c")
 DSML = "<\uff5cDSML\uff5cfunction_calls>\n" + DSML_ONE + "\n</\uff5cDSML\uff5cfunction_calls>"
 DSML_JSON = '<\uff5cDSML\uff5cinvoke name="get_weather">{"city": "Paris"}</\uff5cDSML\uff5cinvoke>'
-R1_ONE = (wide("<|tool_call_begin|>") + "function" + wide("<|tool_sep|>") + 'get_weather\n```json\n{"city": "Paris"}\n```'
-          + wide("<|tool_call_end|>"))
-R1 = wide("<|tool_calls_begin|>") + R1_ONE + "\n" + R1_ONE.replace("Paris", "Oslo") + wide("<|tool_calls_end|>")
-V31_ONE = wide("<|tool_call_begin|>") + "get_weather" + wide("<|tool_sep|>") + '{"city": "Paris"}' + wide("<|tool_call_end|>")
+R1_ONE = (
+    wide("<|tool_call_begin|>")
+    + "function"
+    + wide("<|tool_sep|>")
+    + 'get_weather\n```json\n{"city": "Paris"}\n```'
+    + wide("<|tool_call_end|>")
+)
+R1 = (
+    wide("<|tool_calls_begin|>")
+    + R1_ONE
+    + "\n"
+    + R1_ONE.replace("Paris", "Oslo")
+    + wide("<|tool_calls_end|>")
+)
+V31_ONE = (
+    wide("<|tool_call_begin|>")
+    + "get_weather"
+    + wide("<|tool_sep|>")
+    + '{"city": "Paris"}'
+    + wide("<|tool_call_end|>")
+)
 V31 = wide("<|tool_calls_begin|>") + V31_ONE + wide("<|tool_calls_end|>")
-MINIMAX = ('<minimax:tool_call>\n<invoke name="get_weather">\n<parameter name="city">Paris</parameter>\n</invoke>\n'
-           '<invoke name="now">\n</invoke>\n</minimax:tool_call>')
+MINIMAX = (
+    '<minimax:tool_call>\n<invoke name="get_weather">\n<parameter name="city">Paris</parameter>\n</invoke>\n'
+    '<invoke name="now">\n</invoke>\n</minimax:tool_call>'
+)
 HARMONY = '<|channel|>commentary to=functions.get_weather <|constrain|>json<|message|>{"city":"Paris"}<|call|>'
 JSON_CALL = '{"name": "get_weather", "%s": {"city": "Paris"}}'
 FILE = 'print("</tool_call>")\n\nx = "<tool_call>"\n</parameter>\n`'
 
-CALLS = [       # name, text, pieces
+CALLS = [  # name, text, pieces
     ("hermes", HERMES, call(PARIS)),
     ("hermes after prose", "Sure.\n\n" + HERMES, plain_piece("Sure.") + call(PARIS)),
     ("two in a row", HERMES + "\n" + HERMES_OSLO, call(PARIS, OSLO)),
     ("two, no space", HERMES + HERMES_OSLO, call(PARIS, OSLO)),
     ("prose after", HERMES + "\n\nDone.", call(PARIS) + plain_piece("Done.")),
     ("indented", "List:\n  - a\n    " + HERMES, plain_piece("List:\n  - a") + call(PARIS)),
-    ("arguments first", '<tool_call>{"arguments": {"city": "Paris"}, "name": "get_weather"}</tool_call>', call(PARIS)),
-    ("arguments as text", '<tool_call>{"name": "get_weather", "arguments": "{\\"city\\": \\"Paris\\"}"}</tool_call>',
-     call(PARIS)),
+    (
+        "arguments first",
+        '<tool_call>{"arguments": {"city": "Paris"}, "name": "get_weather"}</tool_call>',
+        call(PARIS),
+    ),
+    (
+        "arguments as text",
+        '<tool_call>{"name": "get_weather", "arguments": "{\\"city\\": \\"Paris\\"}"}</tool_call>',
+        call(PARIS),
+    ),
     ("no arguments", '<tool_call>{"name": "now"}</tool_call>', call(NOW)),
     ("a brace forgotten", HERMES.replace("}}", "}"), call(PARIS)),
     ("a trailing comma", HERMES.replace("}}", ",}}"), call(PARIS)),
     ("python quotes", HERMES.replace('"', "'"), call(PARIS)),
-    ("a list", '<tool_call>[{"name": "get_weather", "arguments": {"city": "Paris"}}, {"name": "now"}]</tool_call>',
-     call(PARIS, NOW)),
+    (
+        "a list",
+        '<tool_call>[{"name": "get_weather", "arguments": {"city": "Paris"}}, {"name": "now"}]</tool_call>',
+        call(PARIS, NOW),
+    ),
     ("stuttered opening", "<tool_call>\n" + HERMES, plain_piece("<tool_call>") + call(PARIS)),
-    ("closing tag in a string", '<tool_call>{"name": "Bash", "arguments": {"command": %s}}</tool_call>' % json.dumps(FILE),
-     call(("Bash", {"command": FILE}))),
+    (
+        "closing tag in a string",
+        '<tool_call>{"name": "Bash", "arguments": {"command": %s}}</tool_call>' % json.dumps(FILE),
+        call(("Bash", {"command": FILE})),
+    ),
     ("closing tag left out", HERMES.replace("</tool_call>", ""), call(PARIS)),
-    ("after closed fence", "```\ncode\n```\n" + HERMES, plain_piece("```\ncode\n```") + call(PARIS)),
-    ("after nested fences", "```markdown\n```python\nx\n```\n```\n" + HERMES,
-     plain_piece("```markdown\n```python\nx\n```\n```") + call(PARIS)),
+    (
+        "after closed fence",
+        "```\ncode\n```\n" + HERMES,
+        plain_piece("```\ncode\n```") + call(PARIS),
+    ),
+    (
+        "after nested fences",
+        "```markdown\n```python\nx\n```\n```\n" + HERMES,
+        plain_piece("```markdown\n```python\nx\n```\n```") + call(PARIS),
+    ),
     ("after one-line fence", "```x = 1```\n" + HERMES, plain_piece("```x = 1```") + call(PARIS)),
     ("after open inline code", "a ` b\n" + HERMES, plain_piece("a ` b") + call(PARIS)),
-    ("after prose about it", "<tool_call> is the tag.\n" + HERMES, plain_piece("<tool_call> is the tag.") + call(PARIS)),
-    ("after a refused call", HERMES.replace("get_", "got_") + "\n" + HERMES, plain_piece(HERMES.replace("get_", "got_")) + call(PARIS)),
+    (
+        "after prose about it",
+        "<tool_call> is the tag.\n" + HERMES,
+        plain_piece("<tool_call> is the tag.") + call(PARIS),
+    ),
+    (
+        "after a refused call",
+        HERMES.replace("get_", "got_") + "\n" + HERMES,
+        plain_piece(HERMES.replace("get_", "got_")) + call(PARIS),
+    ),
     ("qwen coder", QWEN, call(PARIS_3)),
-    ("qwen coder, wrapped", "Ok\n<tool_call>\n" + QWEN + "\n</tool_call>", plain_piece("Ok") + call(PARIS_3)),
+    (
+        "qwen coder, wrapped",
+        "Ok\n<tool_call>\n" + QWEN + "\n</tool_call>",
+        plain_piece("Ok") + call(PARIS_3),
+    ),
     ("qwen coder, wrapper unopened", QWEN + "\n" + QWEN, call(PARIS_3, PARIS_3)),
-    ("qwen coder, file in a value", "<tool_call><function=Bash><parameter=command>\n" + FILE
-     + "\n</parameter></function></tool_call>",
-     call(("Bash", {"command": FILE}))),
+    (
+        "qwen coder, file in a value",
+        "<tool_call><function=Bash><parameter=command>\n"
+        + FILE
+        + "\n</parameter></function></tool_call>",
+        call(("Bash", {"command": FILE})),
+    ),
     ("qwen coder, last wrapper left out", "<tool_call>\n" + QWEN, call(PARIS_3)),
     ("llama function", '<function=get_weather>{"city": "Paris"}</function>', call(PARIS)),
     ("glm", GLM, call(PARIS_3)),
     ("glm, no arguments", "<tool_call>now\n</tool_call>", call(NOW)),
-    ("glm, file in a value", "<tool_call>Bash\n<arg_key>command</arg_key>\n<arg_value>" + FILE + "</arg_value>\n</tool_call>",
-     call(("Bash", {"command": FILE}))),
+    (
+        "glm, file in a value",
+        "<tool_call>Bash\n<arg_key>command</arg_key>\n<arg_value>"
+        + FILE
+        + "</arg_value>\n</tool_call>",
+        call(("Bash", {"command": FILE})),
+    ),
     ("kimi", "Looking. " + KIMI, plain_piece("Looking.") + call(PARIS)),
     ("kimi, no section", KIMI_ONE, call(PARIS)),
-    ("kimi, two", KIMI.replace(KIMI_ONE, KIMI_ONE + KIMI_ONE.replace(":0", ":1").replace("Paris", "Oslo")), call(PARIS, OSLO)),
+    (
+        "kimi, two",
+        KIMI.replace(KIMI_ONE, KIMI_ONE + KIMI_ONE.replace(":0", ":1").replace("Paris", "Oslo")),
+        call(PARIS, OSLO),
+    ),
     ("dsml", "Sure." + DSML, plain_piece("Sure.") + call(PARIS_3)),
     ("dsml v4", DSML.replace("function_calls", "tool_calls"), call(PARIS_3)),
     ("dsml, no wrapper", "Sure.\n" + DSML_ONE, plain_piece("Sure.") + call(PARIS_3)),
@@ -1810,46 +3959,94 @@ CALLS = [       # name, text, pieces
     ("deepseek v3.1", V31, call(PARIS)),
     ("deepseek v3.1, no section", V31_ONE, call(PARIS)),
     ("minimax", "Ok." + MINIMAX, plain_piece("Ok.") + call(PARIS, NOW)),
-    ("mistral list", "Ok[TOOL_CALLS][" + JSON_CALL % "arguments" + ', {"name": "now", "arguments": {}}]',
-     plain_piece("Ok") + call(PARIS, NOW)),
-    ("mistral args", '[TOOL_CALLS]get_weather[ARGS]{"city": "Paris"}[TOOL_CALLS]now[CALL_ID]123456789[ARGS]{}', call(PARIS, NOW)),
-    ("mistral, text behind", "[TOOL_CALLS][" + JSON_CALL % "arguments" + "]\nDone.", call(PARIS) + plain_piece("Done.")),
+    (
+        "mistral list",
+        "Ok[TOOL_CALLS][" + JSON_CALL % "arguments" + ', {"name": "now", "arguments": {}}]',
+        plain_piece("Ok") + call(PARIS, NOW),
+    ),
+    (
+        "mistral args",
+        '[TOOL_CALLS]get_weather[ARGS]{"city": "Paris"}[TOOL_CALLS]now[CALL_ID]123456789[ARGS]{}',
+        call(PARIS, NOW),
+    ),
+    (
+        "mistral, text behind",
+        "[TOOL_CALLS][" + JSON_CALL % "arguments" + "]\nDone.",
+        call(PARIS) + plain_piece("Done."),
+    ),
     ("llama tag", "<|python_tag|>" + JSON_CALL % "parameters", call(PARIS)),
     ("llama bare", JSON_CALL % "parameters", call(PARIS)),
-    ("llama bare, two", "\n" + JSON_CALL % "parameters" + "; " + JSON_CALL % "arguments" + "\n", call(PARIS, PARIS)),
-    ("openai bare", '{"type": "function", "function": ' + JSON_CALL % "arguments" + "}", call(PARIS)),
-    ("harmony", "<|channel|>analysis<|message|>Need `weather.<|end|><|start|>assistant" + HARMONY,
-     [("thinking", "Need `weather.")] + call(PARIS)),
+    (
+        "llama bare, two",
+        "\n" + JSON_CALL % "parameters" + "; " + JSON_CALL % "arguments" + "\n",
+        call(PARIS, PARIS),
+    ),
+    (
+        "openai bare",
+        '{"type": "function", "function": ' + JSON_CALL % "arguments" + "}",
+        call(PARIS),
+    ),
+    (
+        "harmony",
+        "<|channel|>analysis<|message|>Need `weather.<|end|><|start|>assistant" + HARMONY,
+        [("thinking", "Need `weather.")] + call(PARIS),
+    ),
     ("harmony, stop token eaten", HARMONY.replace("<|call|>", ""), call(PARIS)),
-    ("harmony, recipient first", "<|start|>assistant to=functions.now<|channel|>commentary <|constrain|>json<|message|>{}<|call|>",
-     call(NOW)),
-    ("harmony final", "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>Hello <|x|>.<|return|>",
-     [("thinking", "Hm."), ("text", "Hello <|x|>.")]),
-    ("harmony preamble", "<|channel|>commentary<|message|>I look.<|end|>" + HARMONY, plain_piece("I look.") + call(PARIS)),
+    (
+        "harmony, recipient first",
+        "<|start|>assistant to=functions.now<|channel|>commentary <|constrain|>json<|message|>{}<|call|>",
+        call(NOW),
+    ),
+    (
+        "harmony final",
+        "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>Hello <|x|>.<|return|>",
+        [("thinking", "Hm."), ("text", "Hello <|x|>.")],
+    ),
+    (
+        "harmony preamble",
+        "<|channel|>commentary<|message|>I look.<|end|>" + HARMONY,
+        plain_piece("I look.") + call(PARIS),
+    ),
     ("lm studio", "[TOOL_REQUEST]" + JSON_CALL % "arguments" + "[END_TOOL_REQUEST]", call(PARIS)),
     ("lfm2", "<|tool_call_start|>[" + JSON_CALL % "arguments" + "]<|tool_call_end|>", call(PARIS)),
-    ("cohere", '<|START_ACTION|>[{"tool_call_id": "0", "tool_name": "now", "parameters": {}}]<|END_ACTION|>', call(NOW)),
+    (
+        "cohere",
+        '<|START_ACTION|>[{"tool_call_id": "0", "tool_name": "now", "parameters": {}}]<|END_ACTION|>',
+        call(NOW),
+    ),
 ]
 
-PROSE = [       # name, text that must come out as it came
+PROSE = [  # name, text that must come out as it came
     ("middle of a line", "Qwen emits " + HERMES + " blocks."),
     ("fence", "So:\n```\n" + HERMES + "\n```\nand so on\n"),
     ("fence with a language", "```xml\n" + QWEN + "\n```"),
     ("fence in a line", "So: ```xml\n" + QWEN + "\n" + KIMI + "\n```"),
     ("fence in a fence", "```markdown\n```xml\n" + HERMES + "\n```\n" + HERMES + "\n```"),
     ("longer fence", "````\n```\n" + HERMES + "\n```\n````"),
-    ("inline code", "Kimi writes `" + KIMI + "` and DeepSeek ``" + DSML_ONE.replace("\n", "") + "``."),
+    (
+        "inline code",
+        "Kimi writes `" + KIMI + "` and DeepSeek ``" + DSML_ONE.replace("\n", "") + "``.",
+    ),
     ("unknown name", HERMES.replace("get_weather", "foo_bar")),
     ("unknown name, qwen", QWEN.replace("get_weather", "foo_bar")),
     ("unknown name, kimi", KIMI.replace("get_weather", "foo_bar")),
-    ("one of two unknown", KIMI.replace(KIMI_ONE, KIMI_ONE + KIMI_ONE.replace("get_weather", "foo_bar"))),
+    (
+        "one of two unknown",
+        KIMI.replace(KIMI_ONE, KIMI_ONE + KIMI_ONE.replace("get_weather", "foo_bar")),
+    ),
     ("arguments a list", '<tool_call>{"name": "get_weather", "arguments": [1]}</tool_call>'),
     ("no json", "<tool_call>{get_weather Paris}</tool_call>"),
     ("cut off", HERMES[:-18]),
     ("cut off in a string", HERMES[:50]),
-    ("cut off, a required parameter missing", "<function=get_weather>\n<parameter=days>\n3\n</parameter>\n"),
+    (
+        "cut off, a required parameter missing",
+        "<function=get_weather>\n<parameter=days>\n3\n</parameter>\n",
+    ),
     ("cut off behind the opening", "Now.\n<tool_call>\n"),
-    ("prose after the opening", "<tool_call> is a tag, </tool_call> ends it.\n<function=get_weather> too\n"),
+    (
+        "prose after the opening",
+        "<tool_call> is a tag, </tool_call> ends it.\n<function=get_weather> too\n",
+    ),
     ("harmony prose", "The mark <|channel|>, <|end|> and <|start|>assistant."),
     ("mistral prose", "[TOOL_CALLS] is Mistral's token; [TODO] is not, [T"),
     ("json answer", '{"name": "Bob", "age": 3}\n'),
@@ -1862,11 +4059,47 @@ PROSE = [       # name, text that must come out as it came
     ("odd back-ticks", "`` ` ``` a\n`\n``"),
 ]
 
-SOUP = (["<tool_call>", "</tool_call>", "<function=now>", "<function=", "</function>", "<parameter=city>", "</parameter>", "[TOOL_CALLS]",
-         "[TOOL_REQUEST]", "[END_TOOL_REQUEST]", "[ARGS]", "<|python_tag|>", "now", "get_weather", '{"name": "now"', '"arguments": {}', "{", "}",
-         "[", "]", '"', "`", "```", "```json\n", "\n", "\n\n", " ", "a", "Some words ", "\\", "<arg_key>", "</arg_key>", "<minimax:tool_call>",
-         '<invoke name="now">', "</invoke>", "<|tool_call_begin|>", "<|tool_call_argument_begin|>", "<|tool_call_end|>", "\u00e9\ud83d"]
-        + [wide("<|tool_calls_begin|>"), wide("<|tool_sep|>"), DSML_ONE[:20], DSML_ONE[-20:]])
+SOUP = [
+    "<tool_call>",
+    "</tool_call>",
+    "<function=now>",
+    "<function=",
+    "</function>",
+    "<parameter=city>",
+    "</parameter>",
+    "[TOOL_CALLS]",
+    "[TOOL_REQUEST]",
+    "[END_TOOL_REQUEST]",
+    "[ARGS]",
+    "<|python_tag|>",
+    "now",
+    "get_weather",
+    '{"name": "now"',
+    '"arguments": {}',
+    "{",
+    "}",
+    "[",
+    "]",
+    '"',
+    "`",
+    "```",
+    "```json\n",
+    "\n",
+    "\n\n",
+    " ",
+    "a",
+    "Some words ",
+    "\\",
+    "<arg_key>",
+    "</arg_key>",
+    "<minimax:tool_call>",
+    '<invoke name="now">',
+    "</invoke>",
+    "<|tool_call_begin|>",
+    "<|tool_call_argument_begin|>",
+    "<|tool_call_end|>",
+    "\u00e9\ud83d",
+] + [wide("<|tool_calls_begin|>"), wide("<|tool_sep|>"), DSML_ONE[:20], DSML_ONE[-20:]]
 
 
 def joined(pieces):
@@ -1917,31 +4150,63 @@ class TestTextCalls(unittest.TestCase):
 
     def test_values_take_the_type_of_their_schema(self):
         for key, written, value in [
-            ("city", "\n01\n", "01"), ("city", "\n\n a \n\n", "\n a \n"), ("city", "true", "true"), ("city", "a\n", "a\n"),
-             ("city", "\n", ""),
-            ("days", "\n3\n", 3), ("days", "three", "three"), ("tags", '["a"]', ["a"]), ("deep", "true", True),
-             ("deep", "null", None),
-            ("other", "3", 3), ("other", "true", True), ("other", '{"a": 1}', {"a": 1}), ("other", "null", "null"), ("other",
-             '"a"', '"a"'),
-            ("other", "a <b>", "a <b>"), ("other", "NaN", "NaN"), ("city", "a</parameter>b", "a</parameter>b"),
+            ("city", "\n01\n", "01"),
+            ("city", "\n\n a \n\n", "\n a \n"),
+            ("city", "true", "true"),
+            ("city", "a\n", "a\n"),
+            ("city", "\n", ""),
+            ("days", "\n3\n", 3),
+            ("days", "three", "three"),
+            ("tags", '["a"]', ["a"]),
+            ("deep", "true", True),
+            ("deep", "null", None),
+            ("other", "3", 3),
+            ("other", "true", True),
+            ("other", '{"a": 1}', {"a": 1}),
+            ("other", "null", "null"),
+            ("other", '"a"', '"a"'),
+            ("other", "a <b>", "a <b>"),
+            ("other", "NaN", "NaN"),
+            ("city", "a</parameter>b", "a</parameter>b"),
         ]:
             with self.subTest(key, written=written):
-                text = "<function=get_weather><parameter=%s>%s</parameter></function>" % (key, written)
+                text = "<function=get_weather><parameter=%s>%s</parameter></function>" % (
+                    key,
+                    written,
+                )
                 self.assertEqual(scanned([text]), call(("get_weather", {key: value})))
 
     def test_dsml_says_itself_what_is_a_string(self):
-        parameter = '<\uff5cDSML\uff5cparameter name="days" string="%s">%s</\uff5cDSML\uff5cparameter>'
+        parameter = (
+            '<\uff5cDSML\uff5cparameter name="days" string="%s">%s</\uff5cDSML\uff5cparameter>'
+        )
         for verbatim, written, value in [
-            ("true", "\n3\n", "\n3\n"), ("false", "3", 3), ("false", '"a"', "a"), ("false", "a b", "a b"), ("false", "null", None),
+            ("true", "\n3\n", "\n3\n"),
+            ("false", "3", 3),
+            ("false", '"a"', "a"),
+            ("false", "a b", "a b"),
+            ("false", "null", None),
         ]:
-            text = '<\uff5cDSML\uff5cinvoke name="get_weather">' + parameter % (verbatim, written) + "</\uff5cDSML\uff5cinvoke>"
+            text = (
+                '<\uff5cDSML\uff5cinvoke name="get_weather">'
+                + parameter % (verbatim, written)
+                + "</\uff5cDSML\uff5cinvoke>"
+            )
             self.assertEqual(scanned([text]), call(("get_weather", {"days": value})))
 
     def test_prose_is_not_held_longer_than_needed(self):
         calls = ccfix.TextCalls(OFFERED)
-        for delta, out in [("Hi", plain_piece("Hi")), (" the", plain_piece(" the")), (" a < b", plain_piece(" a < b")), ("\n", []), ("b", plain_piece("\nb")),
-                           ("\n<tool", []), (" x", plain_piece("\n<tool x")), ("\n<tool_call>no ", []), ("<b",
-                            plain_piece("\n<tool_call>no <b"))]:
+        for delta, out in [
+            ("Hi", plain_piece("Hi")),
+            (" the", plain_piece(" the")),
+            (" a < b", plain_piece(" a < b")),
+            ("\n", []),
+            ("b", plain_piece("\nb")),
+            ("\n<tool", []),
+            (" x", plain_piece("\n<tool x")),
+            ("\n<tool_call>no ", []),
+            ("<b", plain_piece("\n<tool_call>no <b")),
+        ]:
             self.assertEqual(joined(calls.feed(delta)), out, delta)
         self.assertFalse(calls.held)
 
@@ -1955,7 +4220,7 @@ class TestTextCalls(unittest.TestCase):
         self.assertEqual(out, [])
         for _ in range(70):
             out += calls.feed("x" * 4096)
-        self.assertEqual(joined(out)[0], ("text", text + "x" * len(joined(out)[0][1][len(text):])))
+        self.assertEqual(joined(out)[0], ("text", text + "x" * len(joined(out)[0][1][len(text) :])))
         self.assertGreater(len(joined(out)[0][1]), 1 << 18)
         self.assertFalse(calls.held)
 
@@ -1975,16 +4240,32 @@ class TestTextCalls(unittest.TestCase):
             made = [value for kind, value in pieces if kind == "call"]
             for end in range(len(text)):
                 found = [value for kind, value in scanned([text[:end]]) if kind == "call"]
-                for (tool, arguments), (wanted, whole) in zip(found, made):     # GLM writes no end of the parameters
-                    self.assertEqual((tool, dict(whole, **arguments)), (wanted, whole), (name, text[:end]))
+                for (tool, arguments), (wanted, whole) in zip(
+                    found, made
+                ):  # GLM writes no end of the parameters
+                    self.assertEqual(
+                        (tool, dict(whole, **arguments)), (wanted, whole), (name, text[:end])
+                    )
 
     def test_time_grows_with_the_length_only(self):
         opening = '<tool_call>{"name": "now", "arguments": {"a": "'
-        for piece in ("<tool_call>\n", "\n", " ", "`", "<", "[T", "\n<function=now>{", "</tool_call>", "<tool_call>x</tool_call>\n", opening, "{"):
+        for piece in (
+            "<tool_call>\n",
+            "\n",
+            " ",
+            "`",
+            "<",
+            "[T",
+            "\n<function=now>{",
+            "</tool_call>",
+            "<tool_call>x</tool_call>\n",
+            opening,
+            "{",
+        ):
             for head in ("", opening):
                 text = head + piece * (12000 // len(piece))
                 start = time.process_time()
-                scanned([text[at:at + 5] for at in range(0, len(text), 5)])
+                scanned([text[at : at + 5] for at in range(0, len(text), 5)])
                 scanned([text])
                 self.assertLess(time.process_time() - start, 2, (head, piece))
 
@@ -1993,8 +4274,24 @@ class TestTextCalls(unittest.TestCase):
 # 7  Stream
 # ======================================================================================================
 
-TOOLS = {"Read": ("Read", {"type": "object", "properties": {"path": {"type": "string"}, "pages": {"type": "string"}, "n": {"type": "integer"}}, "required": ["path"]}),
-         "Bash": ("Bash", {"type": "object", "properties": {"cmd": {"type": "string"}}, "required": ["cmd"]})}
+TOOLS = {
+    "Read": (
+        "Read",
+        {
+            "type": "object",
+            "properties": {
+                "path": {"type": "string"},
+                "pages": {"type": "string"},
+                "n": {"type": "integer"},
+            },
+            "required": ["path"],
+        },
+    ),
+    "Bash": (
+        "Bash",
+        {"type": "object", "properties": {"cmd": {"type": "string"}}, "required": ["cmd"]},
+    ),
+}
 
 
 def chunk(step):
@@ -2013,7 +4310,10 @@ def chunk(step):
         return delta(rest)
     if kind == "usage":
         prompt, output = rest.split()
-        return {"choices": [], "usage": {"prompt_tokens": int(prompt), "completion_tokens": int(output)}}
+        return {
+            "choices": [],
+            "usage": {"prompt_tokens": int(prompt), "completion_tokens": int(output)},
+        }
     assert kind == "call", step
     index, call_id, name, arguments = rest.split(" ", 3)
     arguments = "" if arguments == "-" else arguments
@@ -2032,15 +4332,26 @@ def in_short(message):
     lines = []
     for block in message["content"]:
         if block["type"] == "tool_use":
-            lines.append("%s %s %s" % (block["id"], block["name"], json.dumps(block["input"], sort_keys=True)))
+            lines.append(
+                "%s %s %s"
+                % (block["id"], block["name"], json.dumps(block["input"], sort_keys=True))
+            )
         else:
-            lines.append("%s: %s" % (block["type"].replace("thinking", "think"), block.get("text", block.get("thinking"))))
+            lines.append(
+                "%s: %s"
+                % (
+                    block["type"].replace("thinking", "think"),
+                    block.get("text", block.get("thinking")),
+                )
+            )
     return lines + ["= " + str(message["stop_reason"])]
 
 
 def translator(tools=TOOLS, taken=(), profile=PLAIN, **more):
     numbers = itertools.count(1)
-    return ccfix.StreamTranslator("msg_1", "claude-x", profile, 10, tools, taken, lambda: "new%d" % next(numbers), **more)
+    return ccfix.StreamTranslator(
+        "msg_1", "claude-x", profile, 10, tools, taken, lambda: "new%d" % next(numbers), **more
+    )
 
 
 def fed(raw, how, made):
@@ -2069,7 +4380,9 @@ def call_chunk(*calls, **more):
 
 
 def fn(name=None, arguments=None, **more):
-    function = {key: value for key, value in (("name", name), ("arguments", arguments)) if value is not None}
+    function = {
+        key: value for key, value in (("name", name), ("arguments", arguments)) if value is not None
+    }
     return dict(more, function=function)
 
 
@@ -2078,95 +4391,410 @@ STREAMS = (
     # (name, steps, what the client is told)
     ("text", ["text Hel", "text lo", "end stop", "usage 7 2"], ["text: Hello", "= end_turn"]),
     ("no finish reason but [DONE]", ["text Hi"], ["text: Hi", "= end_turn"]),
-    ("OpenAI's first chunk and padding", [{"choices": [{"index": 0, "delta": {"role": "assistant", "content": "", "refusal": None}}], "obfuscation": "xx"}, "text Hi", "end stop"],
-     ["text: Hi", "= end_turn"]),
-    ("Azure: choices [] and a choice without delta", [{"choices": [], "prompt_filter_results": [], "id": "", "model": ""}, "text Hi",
-                                                      {"choices": [{"index": 0, "finish_reason": None, "content_filter_offsets": {}}]}, "end stop"], ["text: Hi", "= end_turn"]),
-    ("SGLang: all keys present as null", [{"choices": [{"index": 0, "delta": {"role": "assistant", "content": "Hi", "reasoning_content": None, "tool_calls": None},
-                                                        "finish_reason": None, "matched_stop": None}]}, "end stop"], ["text: Hi", "= end_turn"]),
-    ("DeepSeek: empty reasoning opens no block", [delta(content=None, reasoning_content=""), "text Hi", "end stop"], ["text: Hi", "= end_turn"]),
-    ("xAI: no finish_reason key until the end", [{"choices": [{"delta": {"content": "Hi"}}]}, "end stop"], ["text: Hi", "= end_turn"]),
-    ("white space first is no block of its own", ["text \n", "text \n", "text Hi", "end stop"], ["text: \n\nHi", "= end_turn"]),
-    ("white space alone after a call is nothing", ["call 0 c1 Read {\"path\":\"a\"}", "text \n\n", "end tool_calls"], ['c1 Read {"path": "a"}', "= tool_use"]),
-    ("white space alone before a call is nothing", ["text \n\n", "call 0 c1 Read {\"path\":\"a\"}", "end tool_calls"], ['c1 Read {"path": "a"}', "= tool_use"]),
-
-    ("reasoning, then text", ["think a", "think b", "text Hi", "end stop"], ["think: ab", "text: Hi", "= end_turn"]),
-    ("reasoning in `reasoning`", [delta(reasoning="a"), "text Hi", "end stop"], ["think: a", "text: Hi", "= end_turn"]),
-    ("reasoning in `reasoning_text`", [delta(reasoning_text="a"), "text Hi", "end stop"], ["think: a", "text: Hi", "= end_turn"]),
-    ("the same reasoning in two fields is told once", [delta(reasoning_content="a", reasoning="a"), "text Hi", "end stop"], ["think: a", "text: Hi", "= end_turn"]),
-    ("the last reasoning and first text in one chunk", [delta(reasoning_content="a", content="Hi"), "end stop"], ["think: a", "text: Hi", "= end_turn"]),
-    ("text, then reasoning, then text", ["text a", "think b", "text c", "end stop"], ["text: a", "think: b", "text: c", "= end_turn"]),
+    (
+        "OpenAI's first chunk and padding",
+        [
+            {
+                "choices": [
+                    {"index": 0, "delta": {"role": "assistant", "content": "", "refusal": None}}
+                ],
+                "obfuscation": "xx",
+            },
+            "text Hi",
+            "end stop",
+        ],
+        ["text: Hi", "= end_turn"],
+    ),
+    (
+        "Azure: choices [] and a choice without delta",
+        [
+            {"choices": [], "prompt_filter_results": [], "id": "", "model": ""},
+            "text Hi",
+            {"choices": [{"index": 0, "finish_reason": None, "content_filter_offsets": {}}]},
+            "end stop",
+        ],
+        ["text: Hi", "= end_turn"],
+    ),
+    (
+        "SGLang: all keys present as null",
+        [
+            {
+                "choices": [
+                    {
+                        "index": 0,
+                        "delta": {
+                            "role": "assistant",
+                            "content": "Hi",
+                            "reasoning_content": None,
+                            "tool_calls": None,
+                        },
+                        "finish_reason": None,
+                        "matched_stop": None,
+                    }
+                ]
+            },
+            "end stop",
+        ],
+        ["text: Hi", "= end_turn"],
+    ),
+    (
+        "DeepSeek: empty reasoning opens no block",
+        [delta(content=None, reasoning_content=""), "text Hi", "end stop"],
+        ["text: Hi", "= end_turn"],
+    ),
+    (
+        "xAI: no finish_reason key until the end",
+        [{"choices": [{"delta": {"content": "Hi"}}]}, "end stop"],
+        ["text: Hi", "= end_turn"],
+    ),
+    (
+        "white space first is no block of its own",
+        ["text \n", "text \n", "text Hi", "end stop"],
+        ["text: \n\nHi", "= end_turn"],
+    ),
+    (
+        "white space alone after a call is nothing",
+        ["call 0 c1 Read {\"path\":\"a\"}", "text \n\n", "end tool_calls"],
+        ['c1 Read {"path": "a"}', "= tool_use"],
+    ),
+    (
+        "white space alone before a call is nothing",
+        ["text \n\n", "call 0 c1 Read {\"path\":\"a\"}", "end tool_calls"],
+        ['c1 Read {"path": "a"}', "= tool_use"],
+    ),
+    (
+        "reasoning, then text",
+        ["think a", "think b", "text Hi", "end stop"],
+        ["think: ab", "text: Hi", "= end_turn"],
+    ),
+    (
+        "reasoning in `reasoning`",
+        [delta(reasoning="a"), "text Hi", "end stop"],
+        ["think: a", "text: Hi", "= end_turn"],
+    ),
+    (
+        "reasoning in `reasoning_text`",
+        [delta(reasoning_text="a"), "text Hi", "end stop"],
+        ["think: a", "text: Hi", "= end_turn"],
+    ),
+    (
+        "the same reasoning in two fields is told once",
+        [delta(reasoning_content="a", reasoning="a"), "text Hi", "end stop"],
+        ["think: a", "text: Hi", "= end_turn"],
+    ),
+    (
+        "the last reasoning and first text in one chunk",
+        [delta(reasoning_content="a", content="Hi"), "end stop"],
+        ["think: a", "text: Hi", "= end_turn"],
+    ),
+    (
+        "text, then reasoning, then text",
+        ["text a", "think b", "text c", "end stop"],
+        ["text: a", "think: b", "text: c", "= end_turn"],
+    ),
     ("reasoning alone", ["think a", "end stop"], ["think: a", "= end_turn"]),
-    ("Magistral's list of parts", [delta(content=[{"type": "thinking", "thinking": [{"type": "text", "text": "a"}]}, {"type": "text", "text": "Hi"}]), "text !", "end stop"],
-     ["think: a", "text: Hi!", "= end_turn"]),
-    ("reasoning_details with text and no plain field", [delta(reasoning_details=[{"type": "reasoning.text", "text": "a", "index": 0}]), "text Hi", "end stop"],
-     ["think: a", "text: Hi", "= end_turn"]),
-    ("reasoning_details beside the plain field are not told twice", [delta(reasoning="a", reasoning_details=[{"type": "reasoning.text", "text": "a", "index": 0}]), "text Hi", "end stop"],
-     ["think: a", "text: Hi", "= end_turn"]),
-    ("an encrypted detail alone is carried in an empty thinking block", [delta(reasoning_details=[SIGNED]), "text Hi", "end stop"], ["think: ", "text: Hi", "= end_turn"]),
-    ("<think> tags", ["text <think>a</think>Hi", "end stop"], ["think: a", "text: Hi", "= end_turn"]),
-    ("<think> tags later in the text stay", ["text See <think>a</think>", "end stop"], ["text: See <think>a</think>", "= end_turn"]),
-    ("an opening tag that the template ate", ["text a</think>Hi", "end stop"], ["think: a", "text: Hi", "= end_turn"]),
+    (
+        "Magistral's list of parts",
+        [
+            delta(
+                content=[
+                    {"type": "thinking", "thinking": [{"type": "text", "text": "a"}]},
+                    {"type": "text", "text": "Hi"},
+                ]
+            ),
+            "text !",
+            "end stop",
+        ],
+        ["think: a", "text: Hi!", "= end_turn"],
+    ),
+    (
+        "reasoning_details with text and no plain field",
+        [
+            delta(reasoning_details=[{"type": "reasoning.text", "text": "a", "index": 0}]),
+            "text Hi",
+            "end stop",
+        ],
+        ["think: a", "text: Hi", "= end_turn"],
+    ),
+    (
+        "reasoning_details beside the plain field are not told twice",
+        [
+            delta(
+                reasoning="a",
+                reasoning_details=[{"type": "reasoning.text", "text": "a", "index": 0}],
+            ),
+            "text Hi",
+            "end stop",
+        ],
+        ["think: a", "text: Hi", "= end_turn"],
+    ),
+    (
+        "an encrypted detail alone is carried in an empty thinking block",
+        [delta(reasoning_details=[SIGNED]), "text Hi", "end stop"],
+        ["think: ", "text: Hi", "= end_turn"],
+    ),
+    (
+        "<think> tags",
+        ["text <think>a</think>Hi", "end stop"],
+        ["think: a", "text: Hi", "= end_turn"],
+    ),
+    (
+        "<think> tags later in the text stay",
+        ["text See <think>a</think>", "end stop"],
+        ["text: See <think>a</think>", "= end_turn"],
+    ),
+    (
+        "an opening tag that the template ate",
+        ["text a</think>Hi", "end stop"],
+        ["think: a", "text: Hi", "= end_turn"],
+    ),
     ("<think> that never ends", ["text <think>a", "end stop"], ["think: a", "= end_turn"]),
-    ("something that only begins like a tag", ["text <thi", "end stop"], ["text: <thi", "= end_turn"]),
-    ("an empty <think>", ["text <think>\n\n</think>\n\nHi", "end stop"], ["text: Hi", "= end_turn"]),
-
-    ("one call", ["call 0 c1 Read -", "call 0 - - {\"path\":", "call 0 - - \"a\"}", "end tool_calls"], ['c1 Read {"path": "a"}', "= tool_use"]),
-    ("text, then a call", ["text I read.", "call 0 c1 Read {\"path\":\"a\"}", "end tool_calls"], ["text: I read.", 'c1 Read {"path": "a"}', "= tool_use"]),
-    ("reasoning, then a call", ["think hm", "call 0 c1 Read {\"path\":\"a\"}", "end tool_calls"], ["think: hm", 'c1 Read {"path": "a"}', "= tool_use"]),
-    ("calls make it tool_use, whatever is said", ["call 0 c1 Read {\"path\":\"a\"}", "end stop"], ['c1 Read {"path": "a"}', "= tool_use"]),
+    (
+        "something that only begins like a tag",
+        ["text <thi", "end stop"],
+        ["text: <thi", "= end_turn"],
+    ),
+    (
+        "an empty <think>",
+        ["text <think>\n\n</think>\n\nHi", "end stop"],
+        ["text: Hi", "= end_turn"],
+    ),
+    (
+        "one call",
+        ["call 0 c1 Read -", "call 0 - - {\"path\":", "call 0 - - \"a\"}", "end tool_calls"],
+        ['c1 Read {"path": "a"}', "= tool_use"],
+    ),
+    (
+        "text, then a call",
+        ["text I read.", "call 0 c1 Read {\"path\":\"a\"}", "end tool_calls"],
+        ["text: I read.", 'c1 Read {"path": "a"}', "= tool_use"],
+    ),
+    (
+        "reasoning, then a call",
+        ["think hm", "call 0 c1 Read {\"path\":\"a\"}", "end tool_calls"],
+        ["think: hm", 'c1 Read {"path": "a"}', "= tool_use"],
+    ),
+    (
+        "calls make it tool_use, whatever is said",
+        ["call 0 c1 Read {\"path\":\"a\"}", "end stop"],
+        ['c1 Read {"path": "a"}', "= tool_use"],
+    ),
     ("tool_calls without a call", ["text Hi", "end tool_calls"], ["text: Hi", "= end_turn"]),
     ("no arguments at all", ["call 0 c1 Bash -", "end tool_calls"], ["c1 Bash {}", "= tool_use"]),
-    ("DashScope: id \"\" on continuations", ["call 0 c1 Read {\"path\":", call_chunk(fn(None, '"a"}', index=0, id="")), "end tool_calls"], ['c1 Read {"path": "a"}', "= tool_use"]),
-    ("name \"\" on continuations", ["call 0 c1 Read {\"path\":", call_chunk(fn("", '"a"}', index=0)), "end tool_calls"], ['c1 Read {"path": "a"}', "= tool_use"]),
-    ("the name comes after arguments", ["call 0 c1 - {\"path\":", "call 0 - Read \"a\"}", "end tool_calls"], ['c1 Read {"path": "a"}', "= tool_use"]),
-    ("index starts at 1", ["text x", "call 1 c1 Read {\"path\":\"a\"}", "end tool_calls"], ["text: x", 'c1 Read {"path": "a"}', "= tool_use"]),
-    ("no index, one call in pieces", ["call - c1 Read {\"path\":", "call - - - \"a\"}", "end tool_calls"], ['c1 Read {"path": "a"}', "= tool_use"]),
-    ("no index, id repeated on continuations", ["call - c1 Read {\"path\":", "call - c1 - \"a\"}", "end tool_calls"], ['c1 Read {"path": "a"}', "= tool_use"]),
-    ("Mistral: no index, two whole calls", [call_chunk(fn("Read", '{"path":"a"}', id="c1"), fn("Bash", '{"cmd":"b"}', id="c2")), "end tool_calls"],
-     ['c1 Read {"path": "a"}', 'c2 Bash {"cmd": "b"}', "= tool_use"]),
-    ("no index and no ids, two whole calls", [call_chunk(fn("Read", '{"path":"a"}'), fn("Bash", '{"cmd":"b"}')), "end tool_calls"],
-     ['toolu_new1 Read {"path": "a"}', 'toolu_new2 Bash {"cmd": "b"}', "= tool_use"]),
-    ("Gemini: every call has index 0", ["call 0 c1 Read {\"path\":\"a\"}", "call 0 c2 Bash {\"cmd\":\"b\"}", "end stop"],
-     ['c1 Read {"path": "a"}', 'c2 Bash {"cmd": "b"}', "= tool_use"]),
-    ("index 0 for all and no ids: another name is another call", ["call 0 - Read {\"path\":\"a\"}", "call 0 - Bash {\"cmd\":\"b\"}", "end stop"],
-     ['toolu_new1 Read {"path": "a"}', 'toolu_new2 Bash {"cmd": "b"}', "= tool_use"]),
-    ("index 0 for all and no ids: whole arguments twice are two calls", ["call 0 - Read {\"path\":\"a\"}", "call 0 - Read {\"path\":\"b\"}", "end stop"],
-     ['toolu_new1 Read {"path": "a"}', 'toolu_new2 Read {"path": "b"}', "= tool_use"]),
-    ("the name on every delta is one call", ["call 0 c1 Read {\"path\":", "call 0 - Read \"a\"}", "call 0 - Read -", "end tool_calls"], ['c1 Read {"path": "a"}', "= tool_use"]),
-    ("the name on every delta, no index", ["call - - Read {\"path\":", "call - - Read \"a\"}", "call - - Read -", "end tool_calls"], ['toolu_new1 Read {"path": "a"}', "= tool_use"]),
-    ("no ids, no arguments, two names", [call_chunk(fn("Gone", ""), fn("Bash", "")), "end tool_calls"], ["toolu_new1 Gone {}", "toolu_new2 Bash {}", "= tool_use"]),
-    ("interleaved calls lose no byte", ["call 0 c1 Read {\"path\":", "call 1 c2 Bash {\"cmd\":", "call 0 - - \"a\"}", "call 1 - - \"b\"}", "end tool_calls"],
-     ['c1 Read {"path": "a"}', 'c2 Bash {"cmd": "b"}', "= tool_use"]),
-    ("interleaved, the second is whole first", ["call 0 c1 Read {\"pa", "call 1 c2 Bash {\"cmd\":\"b\"}", "call 0 - - th\":\"a\"}", "end tool_calls"],
-     ['c1 Read {"path": "a"}', 'c2 Bash {"cmd": "b"}', "= tool_use"]),
-    ("one id twice in an answer", ["call 0 c1 Read {\"path\":\"a\"}", "call 1 c1 Bash {\"cmd\":\"b\"}", "end tool_calls"],
-     ['c1 Read {"path": "a"}', 'toolu_new1 Bash {"cmd": "b"}', "= tool_use"]),
-    ("ids that Claude Code could not use", ["call 0 functions.Read:0 Read {\"path\":\"a\"}", "end tool_calls"], ['toolu_new1 Read {"path": "a"}', "= tool_use"]),
-    ("null as id", [call_chunk(fn("Read", '{"path":"a"}', index=0, id=None)), "end tool_calls"], ['toolu_new1 Read {"path": "a"}', "= tool_use"]),
-    ("text that could have begun a call comes before a real one", ["text See <tool", "call 0 c1 Read {\"path\":\"a\"}", "end tool_calls"],
-     ["text: See <tool", 'c1 Read {"path": "a"}', "= tool_use"]),
-    ("reasoning that could have begun a call comes before the text", ["think a <tool", "text Hi", "end stop"], ["think: a <tool", "text: Hi", "= end_turn"]),
-    ("white space after a whole call", ["call 0 c1 Read {\"path\":\"a\"}", call_chunk(fn(None, "\n ", index=0)), "end tool_calls"], ['c1 Read {"path": "a"}', "= tool_use"]),
-    ("arguments as an object", [call_chunk(fn("Read", {"path": "a"}, index=0, id="c1")), "end tool_calls"], ['c1 Read {"path": "a"}', "= tool_use"]),
-    ("the old function_call", [delta(function_call={"name": "Read", "arguments": ""}), delta(function_call={"arguments": '{"path":"a"}'}), "end function_call"],
-     ['toolu_new1 Read {"path": "a"}', "= tool_use"]),
-    ("text after a call", ["call 0 c1 Read {\"path\":\"a\"}", "text Done.", "end tool_calls"], ['c1 Read {"path": "a"}', "text: Done.", "= tool_use"]),
-    ("text while a call is unfinished waits", ["call 0 c1 Read {\"path\":", "text Hm.", "call 0 - - \"a\"}", "end tool_calls"], ['c1 Read {"path": "a"}', "text: Hm.", "= tool_use"]),
-    ("pieces of text while a call is unfinished keep their white space", ["call 0 c1 Read {\"path\":", "text Hm,", "text  ", "text you", "call 0 - - \"a\"}", "end tool_calls"],
-     ['c1 Read {"path": "a"}', "text: Hm, you", "= tool_use"]),
-    ("reasoning while a call is unfinished waits", ["call 0 c1 Read {\"path\":", "think Hm.", "call 0 - - \"a\"}", "end tool_calls"],
-     ['c1 Read {"path": "a"}', "think: Hm.", "= tool_use"]),
-    ("text between two calls", ["call 0 c1 Read {\"path\":\"a\"}", "text And.", "call 1 c2 Bash {\"cmd\":\"b\"}", "end tool_calls"],
-     ['c1 Read {"path": "a"}', "text: And.", 'c2 Bash {"cmd": "b"}', "= tool_use"]),
-    ("null for an optional argument is dropped", ["call 0 c1 Read {\"path\":\"a\",\"n\":null}", "end tool_calls"], ['c1 Read {"path": "a"}', "= tool_use"]),
-    ("a number in quotes is a number", ["call 0 c1 Read {\"path\":\"a\",\"n\":\"5\"}", "end tool_calls"], ['c1 Read {"n": 5, "path": "a"}', "= tool_use"]),
-    ("an empty `pages` is absent", ["call 0 c1 Read {\"path\":\"a\",\"pages\":\"\"}", "end tool_calls"], ['c1 Read {"path": "a"}', "= tool_use"]),
-    ("a name in the wrong case", ["call 0 c1 read {\"path\":\"a\"}", "end tool_calls"], ['c1 Read {"path": "a"}', "= tool_use"]),
-    ("a tool that is not offered is told", ["call 0 c1 Gone {\"x\":1}", "end tool_calls"], ['c1 Gone {"x": 1}', "= tool_use"]),
-    ("a call without a name, beside text", ["text Hi", "call 0 c1 - {}", "end tool_calls"], ["text: Hi", "= end_turn"]),
-    ("a call cut by the token limit", ["call 0 c1 Read {\"path\":\"a\"}", "end length"], ['c1 Read {"path": "a"}', "= max_tokens"]),
-
+    (
+        "DashScope: id \"\" on continuations",
+        [
+            "call 0 c1 Read {\"path\":",
+            call_chunk(fn(None, '"a"}', index=0, id="")),
+            "end tool_calls",
+        ],
+        ['c1 Read {"path": "a"}', "= tool_use"],
+    ),
+    (
+        "name \"\" on continuations",
+        ["call 0 c1 Read {\"path\":", call_chunk(fn("", '"a"}', index=0)), "end tool_calls"],
+        ['c1 Read {"path": "a"}', "= tool_use"],
+    ),
+    (
+        "the name comes after arguments",
+        ["call 0 c1 - {\"path\":", "call 0 - Read \"a\"}", "end tool_calls"],
+        ['c1 Read {"path": "a"}', "= tool_use"],
+    ),
+    (
+        "index starts at 1",
+        ["text x", "call 1 c1 Read {\"path\":\"a\"}", "end tool_calls"],
+        ["text: x", 'c1 Read {"path": "a"}', "= tool_use"],
+    ),
+    (
+        "no index, one call in pieces",
+        ["call - c1 Read {\"path\":", "call - - - \"a\"}", "end tool_calls"],
+        ['c1 Read {"path": "a"}', "= tool_use"],
+    ),
+    (
+        "no index, id repeated on continuations",
+        ["call - c1 Read {\"path\":", "call - c1 - \"a\"}", "end tool_calls"],
+        ['c1 Read {"path": "a"}', "= tool_use"],
+    ),
+    (
+        "Mistral: no index, two whole calls",
+        [
+            call_chunk(fn("Read", '{"path":"a"}', id="c1"), fn("Bash", '{"cmd":"b"}', id="c2")),
+            "end tool_calls",
+        ],
+        ['c1 Read {"path": "a"}', 'c2 Bash {"cmd": "b"}', "= tool_use"],
+    ),
+    (
+        "no index and no ids, two whole calls",
+        [call_chunk(fn("Read", '{"path":"a"}'), fn("Bash", '{"cmd":"b"}')), "end tool_calls"],
+        ['toolu_new1 Read {"path": "a"}', 'toolu_new2 Bash {"cmd": "b"}', "= tool_use"],
+    ),
+    (
+        "Gemini: every call has index 0",
+        ["call 0 c1 Read {\"path\":\"a\"}", "call 0 c2 Bash {\"cmd\":\"b\"}", "end stop"],
+        ['c1 Read {"path": "a"}', 'c2 Bash {"cmd": "b"}', "= tool_use"],
+    ),
+    (
+        "index 0 for all and no ids: another name is another call",
+        ["call 0 - Read {\"path\":\"a\"}", "call 0 - Bash {\"cmd\":\"b\"}", "end stop"],
+        ['toolu_new1 Read {"path": "a"}', 'toolu_new2 Bash {"cmd": "b"}', "= tool_use"],
+    ),
+    (
+        "index 0 for all and no ids: whole arguments twice are two calls",
+        ["call 0 - Read {\"path\":\"a\"}", "call 0 - Read {\"path\":\"b\"}", "end stop"],
+        ['toolu_new1 Read {"path": "a"}', 'toolu_new2 Read {"path": "b"}', "= tool_use"],
+    ),
+    (
+        "the name on every delta is one call",
+        ["call 0 c1 Read {\"path\":", "call 0 - Read \"a\"}", "call 0 - Read -", "end tool_calls"],
+        ['c1 Read {"path": "a"}', "= tool_use"],
+    ),
+    (
+        "the name on every delta, no index",
+        ["call - - Read {\"path\":", "call - - Read \"a\"}", "call - - Read -", "end tool_calls"],
+        ['toolu_new1 Read {"path": "a"}', "= tool_use"],
+    ),
+    (
+        "no ids, no arguments, two names",
+        [call_chunk(fn("Gone", ""), fn("Bash", "")), "end tool_calls"],
+        ["toolu_new1 Gone {}", "toolu_new2 Bash {}", "= tool_use"],
+    ),
+    (
+        "interleaved calls lose no byte",
+        [
+            "call 0 c1 Read {\"path\":",
+            "call 1 c2 Bash {\"cmd\":",
+            "call 0 - - \"a\"}",
+            "call 1 - - \"b\"}",
+            "end tool_calls",
+        ],
+        ['c1 Read {"path": "a"}', 'c2 Bash {"cmd": "b"}', "= tool_use"],
+    ),
+    (
+        "interleaved, the second is whole first",
+        [
+            "call 0 c1 Read {\"pa",
+            "call 1 c2 Bash {\"cmd\":\"b\"}",
+            "call 0 - - th\":\"a\"}",
+            "end tool_calls",
+        ],
+        ['c1 Read {"path": "a"}', 'c2 Bash {"cmd": "b"}', "= tool_use"],
+    ),
+    (
+        "one id twice in an answer",
+        ["call 0 c1 Read {\"path\":\"a\"}", "call 1 c1 Bash {\"cmd\":\"b\"}", "end tool_calls"],
+        ['c1 Read {"path": "a"}', 'toolu_new1 Bash {"cmd": "b"}', "= tool_use"],
+    ),
+    (
+        "ids that Claude Code could not use",
+        ["call 0 functions.Read:0 Read {\"path\":\"a\"}", "end tool_calls"],
+        ['toolu_new1 Read {"path": "a"}', "= tool_use"],
+    ),
+    (
+        "null as id",
+        [call_chunk(fn("Read", '{"path":"a"}', index=0, id=None)), "end tool_calls"],
+        ['toolu_new1 Read {"path": "a"}', "= tool_use"],
+    ),
+    (
+        "text that could have begun a call comes before a real one",
+        ["text See <tool", "call 0 c1 Read {\"path\":\"a\"}", "end tool_calls"],
+        ["text: See <tool", 'c1 Read {"path": "a"}', "= tool_use"],
+    ),
+    (
+        "reasoning that could have begun a call comes before the text",
+        ["think a <tool", "text Hi", "end stop"],
+        ["think: a <tool", "text: Hi", "= end_turn"],
+    ),
+    (
+        "white space after a whole call",
+        ["call 0 c1 Read {\"path\":\"a\"}", call_chunk(fn(None, "\n ", index=0)), "end tool_calls"],
+        ['c1 Read {"path": "a"}', "= tool_use"],
+    ),
+    (
+        "arguments as an object",
+        [call_chunk(fn("Read", {"path": "a"}, index=0, id="c1")), "end tool_calls"],
+        ['c1 Read {"path": "a"}', "= tool_use"],
+    ),
+    (
+        "the old function_call",
+        [
+            delta(function_call={"name": "Read", "arguments": ""}),
+            delta(function_call={"arguments": '{"path":"a"}'}),
+            "end function_call",
+        ],
+        ['toolu_new1 Read {"path": "a"}', "= tool_use"],
+    ),
+    (
+        "text after a call",
+        ["call 0 c1 Read {\"path\":\"a\"}", "text Done.", "end tool_calls"],
+        ['c1 Read {"path": "a"}', "text: Done.", "= tool_use"],
+    ),
+    (
+        "text while a call is unfinished waits",
+        ["call 0 c1 Read {\"path\":", "text Hm.", "call 0 - - \"a\"}", "end tool_calls"],
+        ['c1 Read {"path": "a"}', "text: Hm.", "= tool_use"],
+    ),
+    (
+        "pieces of text while a call is unfinished keep their white space",
+        [
+            "call 0 c1 Read {\"path\":",
+            "text Hm,",
+            "text  ",
+            "text you",
+            "call 0 - - \"a\"}",
+            "end tool_calls",
+        ],
+        ['c1 Read {"path": "a"}', "text: Hm, you", "= tool_use"],
+    ),
+    (
+        "reasoning while a call is unfinished waits",
+        ["call 0 c1 Read {\"path\":", "think Hm.", "call 0 - - \"a\"}", "end tool_calls"],
+        ['c1 Read {"path": "a"}', "think: Hm.", "= tool_use"],
+    ),
+    (
+        "text between two calls",
+        [
+            "call 0 c1 Read {\"path\":\"a\"}",
+            "text And.",
+            "call 1 c2 Bash {\"cmd\":\"b\"}",
+            "end tool_calls",
+        ],
+        ['c1 Read {"path": "a"}', "text: And.", 'c2 Bash {"cmd": "b"}', "= tool_use"],
+    ),
+    (
+        "null for an optional argument is dropped",
+        ["call 0 c1 Read {\"path\":\"a\",\"n\":null}", "end tool_calls"],
+        ['c1 Read {"path": "a"}', "= tool_use"],
+    ),
+    (
+        "a number in quotes is a number",
+        ["call 0 c1 Read {\"path\":\"a\",\"n\":\"5\"}", "end tool_calls"],
+        ['c1 Read {"n": 5, "path": "a"}', "= tool_use"],
+    ),
+    (
+        "an empty `pages` is absent",
+        ["call 0 c1 Read {\"path\":\"a\",\"pages\":\"\"}", "end tool_calls"],
+        ['c1 Read {"path": "a"}', "= tool_use"],
+    ),
+    (
+        "a name in the wrong case",
+        ["call 0 c1 read {\"path\":\"a\"}", "end tool_calls"],
+        ['c1 Read {"path": "a"}', "= tool_use"],
+    ),
+    (
+        "a tool that is not offered is told",
+        ["call 0 c1 Gone {\"x\":1}", "end tool_calls"],
+        ['c1 Gone {"x": 1}', "= tool_use"],
+    ),
+    (
+        "a call without a name, beside text",
+        ["text Hi", "call 0 c1 - {}", "end tool_calls"],
+        ["text: Hi", "= end_turn"],
+    ),
+    (
+        "a call cut by the token limit",
+        ["call 0 c1 Read {\"path\":\"a\"}", "end length"],
+        ['c1 Read {"path": "a"}', "= max_tokens"],
+    ),
     ("finished without a word", ["end stop"], ["= end_turn"]),
     ("finish length", ["text Hi", "end length"], ["text: Hi", "= max_tokens"]),
     ("finish model_length", ["text Hi", "end model_length"], ["text: Hi", "= max_tokens"]),
@@ -2174,20 +4802,90 @@ STREAMS = (
     ("finish unheard-of", ["text Hi", "end whatever"], ["text: Hi", "= end_turn"]),
     ("finish content_filter", ["text Hi", "end content_filter"], ["text: Hi", "= refusal"]),
     ("finish sensitive", ["text Hi", "end sensitive"], ["text: Hi", "= refusal"]),
-    ("a refusal is text and a refusal", [delta(refusal="No."), "end stop"], ["text: No.", "= refusal"]),
-    ("overflow in the middle is never model_context_window_exceeded", ["text Hi", "end model_context_window_exceeded"], ["text: Hi", "= max_tokens"]),
-    ("vLLM names the stop text", ["text Hi", {"choices": [{"delta": {}, "finish_reason": "stop", "stop_reason": "</b>"}]}], ["text: Hi", "= stop_sequence"]),
-    ("a stop token id is no stop text", ["text Hi", {"choices": [{"delta": {}, "finish_reason": "stop", "stop_reason": 128009}]}], ["text: Hi", "= end_turn"]),
-    ("OpenRouter finishes twice", ["text Hi", "end stop", delta("stop", content="")], ["text: Hi", "= end_turn"]),
-    ("MiniMax ends with the whole message again", ["text Hi", {"object": "chat.completion", "choices": [{"finish_reason": "stop", "message": {"content": "Hi"}}]}],
-     ["text: Hi", "= end_turn"]),
-    ("a whole completion as the only chunk", [{"choices": [{"finish_reason": "stop", "message": {"content": "Hi", "reasoning_content": "a"}}]}], ["think: a", "text: Hi", "= end_turn"]),
-    ("Copilot: text and call in two choices", [{"choices": [{"message": {"content": "Hi"}, "finish_reason": "tool_calls"},
-                                                            {"message": {"tool_calls": [fn("Read", '{"path":"a"}', id="c1")]}, "finish_reason": "tool_calls"}]}],
-     ["text: Hi", 'c1 Read {"path": "a"}', "= tool_use"]),
-    ("half an emoji in each delta", ["text \ud83d", "text \ude00", "end stop"], ["text: \ud83d\ude00", "= end_turn"]),
-    ("chunks of wrong types say nothing", [{"choices": {"a": 1}}, {"choices": ["x", None, 5]}, {"choices": [{"delta": "x"}]}, {"choices": [{"delta": ["x"]}]}, {"choices": 5}, {"choices": "abc"},
-                                           "text Hi", "end stop"], ["text: Hi", "= end_turn"]),
+    (
+        "a refusal is text and a refusal",
+        [delta(refusal="No."), "end stop"],
+        ["text: No.", "= refusal"],
+    ),
+    (
+        "overflow in the middle is never model_context_window_exceeded",
+        ["text Hi", "end model_context_window_exceeded"],
+        ["text: Hi", "= max_tokens"],
+    ),
+    (
+        "vLLM names the stop text",
+        ["text Hi", {"choices": [{"delta": {}, "finish_reason": "stop", "stop_reason": "</b>"}]}],
+        ["text: Hi", "= stop_sequence"],
+    ),
+    (
+        "a stop token id is no stop text",
+        ["text Hi", {"choices": [{"delta": {}, "finish_reason": "stop", "stop_reason": 128009}]}],
+        ["text: Hi", "= end_turn"],
+    ),
+    (
+        "OpenRouter finishes twice",
+        ["text Hi", "end stop", delta("stop", content="")],
+        ["text: Hi", "= end_turn"],
+    ),
+    (
+        "MiniMax ends with the whole message again",
+        [
+            "text Hi",
+            {
+                "object": "chat.completion",
+                "choices": [{"finish_reason": "stop", "message": {"content": "Hi"}}],
+            },
+        ],
+        ["text: Hi", "= end_turn"],
+    ),
+    (
+        "a whole completion as the only chunk",
+        [
+            {
+                "choices": [
+                    {
+                        "finish_reason": "stop",
+                        "message": {"content": "Hi", "reasoning_content": "a"},
+                    }
+                ]
+            }
+        ],
+        ["think: a", "text: Hi", "= end_turn"],
+    ),
+    (
+        "Copilot: text and call in two choices",
+        [
+            {
+                "choices": [
+                    {"message": {"content": "Hi"}, "finish_reason": "tool_calls"},
+                    {
+                        "message": {"tool_calls": [fn("Read", '{"path":"a"}', id="c1")]},
+                        "finish_reason": "tool_calls",
+                    },
+                ]
+            }
+        ],
+        ["text: Hi", 'c1 Read {"path": "a"}', "= tool_use"],
+    ),
+    (
+        "half an emoji in each delta",
+        ["text \ud83d", "text \ude00", "end stop"],
+        ["text: \ud83d\ude00", "= end_turn"],
+    ),
+    (
+        "chunks of wrong types say nothing",
+        [
+            {"choices": {"a": 1}},
+            {"choices": ["x", None, 5]},
+            {"choices": [{"delta": "x"}]},
+            {"choices": [{"delta": ["x"]}]},
+            {"choices": 5},
+            {"choices": "abc"},
+            "text Hi",
+            "end stop",
+        ],
+        ["text: Hi", "= end_turn"],
+    ),
 )
 
 BROKEN = (
@@ -2198,24 +4896,112 @@ BROKEN = (
     ("cut after text", ["text Hi"], False, "error", 502, "Hi"),
     ("cut in reasoning", ["think Hi"], False, "error", 502, ""),
     ("cut in a call", ["text Hi", "call 0 c1 Read {\"pa"], False, "dropped", 502, "Hi"),
-    ("Ollama's empty chunk, then the end", ["text Hi", {"model": "", "choices": [{"delta": {"content": ""}, "finish_reason": None}]}], False, "error", 502, "Hi"),
-    ("an error first", [{"error": {"message": "overloaded", "code": 503}}], True, "raised", 529, ""),
-    ("an error after text", ["text Hi", {"error": {"message": "boom", "code": 500}}], True, "error", 502, "Hi"),
-    ("an error in a call", ["call 0 c1 Read {\"pa", {"error": {"message": "boom"}}], True, "dropped", 502, ""),
-    ("OpenRouter's error chunk", ["text Hi", {"error": {"code": 502, "message": "gone"}, "choices": [{"delta": {"content": ""}, "finish_reason": "error"}]}], True, "error", 502, "Hi"),
-    ("x_groq.error", ["text Hi", {"x_groq": {"error": "over capacity"}, "choices": []}], True, "error", 529, "Hi"),
-    ("base_resp", [{"base_resp": {"status_code": 1008, "status_msg": "insufficient balance"}, "choices": None}], True, "raised", 402, ""),
-    ("insufficient_system_resource", ["text Hi", "end insufficient_system_resource"], True, "error", 529, "Hi"),
+    (
+        "Ollama's empty chunk, then the end",
+        ["text Hi", {"model": "", "choices": [{"delta": {"content": ""}, "finish_reason": None}]}],
+        False,
+        "error",
+        502,
+        "Hi",
+    ),
+    (
+        "an error first",
+        [{"error": {"message": "overloaded", "code": 503}}],
+        True,
+        "raised",
+        529,
+        "",
+    ),
+    (
+        "an error after text",
+        ["text Hi", {"error": {"message": "boom", "code": 500}}],
+        True,
+        "error",
+        502,
+        "Hi",
+    ),
+    (
+        "an error in a call",
+        ["call 0 c1 Read {\"pa", {"error": {"message": "boom"}}],
+        True,
+        "dropped",
+        502,
+        "",
+    ),
+    (
+        "OpenRouter's error chunk",
+        [
+            "text Hi",
+            {
+                "error": {"code": 502, "message": "gone"},
+                "choices": [{"delta": {"content": ""}, "finish_reason": "error"}],
+            },
+        ],
+        True,
+        "error",
+        502,
+        "Hi",
+    ),
+    (
+        "x_groq.error",
+        ["text Hi", {"x_groq": {"error": "over capacity"}, "choices": []}],
+        True,
+        "error",
+        529,
+        "Hi",
+    ),
+    (
+        "base_resp",
+        [
+            {
+                "base_resp": {"status_code": 1008, "status_msg": "insufficient balance"},
+                "choices": None,
+            }
+        ],
+        True,
+        "raised",
+        402,
+        "",
+    ),
+    (
+        "insufficient_system_resource",
+        ["text Hi", "end insufficient_system_resource"],
+        True,
+        "error",
+        529,
+        "Hi",
+    ),
     ("network_error", ["end network_error"], True, "raised", 502, ""),
     ("abort", ["text Hi", "end abort"], True, "error", 502, "Hi"),
-    ("overflow as finish reason, before content", ["end model_context_window_exceeded", "usage 900 0"], True, "raised", 400, ""),
-    ("overflow as an error chunk", [{"error": {"message": "maximum context length is 8 tokens. However, your messages resulted in 9 tokens"}}], True, "raised", 400, ""),
+    (
+        "overflow as finish reason, before content",
+        ["end model_context_window_exceeded", "usage 900 0"],
+        True,
+        "raised",
+        400,
+        "",
+    ),
+    (
+        "overflow as an error chunk",
+        [
+            {
+                "error": {
+                    "message": "maximum context length is 8 tokens. However, your messages resulted in 9 tokens"
+                }
+            }
+        ],
+        True,
+        "raised",
+        400,
+        "",
+    ),
     ("one call, never named", ["call 0 c1 - {}", "end tool_calls"], True, "raised", 502, ""),
 )
 
 
 class TestStreams(unittest.TestCase):
     """Each stream fed whole, cut in two at every byte, and byte by byte; every event through the grammar oracle."""
+
     maxDiff = None
 
     def test_rows(self):
@@ -2227,7 +5013,11 @@ class TestStreams(unittest.TestCase):
                 self.assertEqual(in_short(ccfix.fold(events)), wanted)
                 payloads = [payload for payload in ccfix.sse_payloads([raw]) if payload is not None]
                 for how in ["bytes"] + list(range(1, len(raw))):
-                    if [payload for payload in ccfix.sse_payloads(pieces_of(raw, how)) if payload is not None] != payloads:
+                    if [
+                        payload
+                        for payload in ccfix.sse_payloads(pieces_of(raw, how))
+                        if payload is not None
+                    ] != payloads:
                         self.fail("other payloads when cut at %s" % how)
                 for how in ["bytes"] + list(range(1, len(raw), 29)):
                     if fed(raw, how, translator())[0] != events:
@@ -2245,7 +5035,13 @@ class TestStreams(unittest.TestCase):
                 self.assertEqual(grammar(self, again), "done")
                 self.assertEqual(ccfix.fold(again), message)
                 fresh = ccfix.fold(ccfix.unfold(message, lambda: "fresh"))
-                self.assertTrue(all(block["id"] == "toolu_fresh" for block in fresh["content"] if block["type"] == "tool_use"))
+                self.assertTrue(
+                    all(
+                        block["id"] == "toolu_fresh"
+                        for block in fresh["content"]
+                        if block["type"] == "tool_use"
+                    )
+                )
 
     def test_broken_streams(self):
         for name, steps, done, wanted, status, text in BROKEN:
@@ -2254,38 +5050,71 @@ class TestStreams(unittest.TestCase):
                 with self.subTest(name, how=how):
                     events, end = fed(raw, how, translator())
                     state = grammar(self, events)
-                    shown = "".join(e["delta"].get("text", "") for e in events if e["type"] == "content_block_delta")
+                    shown = "".join(
+                        e["delta"].get("text", "")
+                        for e in events
+                        if e["type"] == "content_block_delta"
+                    )
                     self.assertEqual((end[0] if end else state, shown), (wanted, text))
                     if end:
                         self.assertEqual(end[1].status, status)
                     else:
-                        self.assertEqual(events[-1]["error"]["type"], ccfix.ERROR_TYPES.get(status, "api_error"))
+                        self.assertEqual(
+                            events[-1]["error"]["type"], ccfix.ERROR_TYPES.get(status, "api_error")
+                        )
 
     def test_the_first_chunk_with_content_starts_the_message(self):
         made = translator()
         self.assertEqual(list(made.feed(delta(role="assistant", content=""))), [])
         self.assertEqual(list(made.feed({"choices": [], "usage": {"prompt_tokens": 4}})), [])
         first = list(made.feed(delta(content="Hi")))
-        self.assertEqual([event["type"] for event in first], ["message_start", "content_block_start", "content_block_delta"])
-        self.assertEqual(first[0]["message"], {"id": "msg_1", "type": "message", "role": "assistant", "model": "claude-x", "content": [], "stop_reason": None, "stop_sequence": None,
-                                               "usage": {"input_tokens": 10, "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0, "output_tokens": 0}})
+        self.assertEqual(
+            [event["type"] for event in first],
+            ["message_start", "content_block_start", "content_block_delta"],
+        )
+        self.assertEqual(
+            first[0]["message"],
+            {
+                "id": "msg_1",
+                "type": "message",
+                "role": "assistant",
+                "model": "claude-x",
+                "content": [],
+                "stop_reason": None,
+                "stop_sequence": None,
+                "usage": {
+                    "input_tokens": 10,
+                    "cache_creation_input_tokens": 0,
+                    "cache_read_input_tokens": 0,
+                    "output_tokens": 0,
+                },
+            },
+        )
 
     def test_ids_that_the_conversation_has_used_are_made_new(self):
         for taken, wanted in (((), "call_0"), (("call_0",), "toolu_new1")):
-            events, _ = fed(sse(*map(chunk, ["call 0 call_0 Bash {\"cmd\":\"x\"}", "end tool_calls"])), "whole", translator(taken=taken))
+            events, _ = fed(
+                sse(*map(chunk, ["call 0 call_0 Bash {\"cmd\":\"x\"}", "end tool_calls"])),
+                "whole",
+                translator(taken=taken),
+            )
             self.assertEqual(ccfix.fold(events)["content"][0]["id"], wanted)
 
     def test_text_streams_as_it_comes(self):
         made = translator()
         for part in ("Hel", "lo", " you", ". {", " x"):
-            events = [e for e in made.feed(chunk("text " + part)) if e["type"] == "content_block_delta"]
+            events = [
+                e for e in made.feed(chunk("text " + part)) if e["type"] == "content_block_delta"
+            ]
             self.assertEqual([e["delta"]["text"] for e in events], [part])
 
     def test_arguments_stream_as_they_come(self):
         made, seen = translator(), ""
         list(made.feed(chunk("call 0 c1 Bash {\"cmd\": \"aaaaaaaaaaaaaaaa")))
         for part in ("bbbbbbbbbbbbbbbb", "cccccccccccccccc", "\"}"):
-            seen += "".join(e["delta"]["partial_json"] for e in made.feed(chunk("call 0 - - " + part)))
+            seen += "".join(
+                e["delta"]["partial_json"] for e in made.feed(chunk("call 0 - - " + part))
+            )
         self.assertIn("bbbbbbbbbbbbbbbb", seen)
 
 
@@ -2294,8 +5123,14 @@ class TestThinkTags(unittest.TestCase):
 
     ROWS = (
         ("<think>a b</think>Hi", ["think: a b", "text: Hi", "= end_turn"]),
-        ("<think>\na\n\nb\n</think>\n\nHi\n\nyou", ["think: a\n\nb", "text: Hi\n\nyou", "= end_turn"]),
-        ("\n<think>\n\na</think>\nHi </think> x", ["think: a", "text: Hi </think> x", "= end_turn"]),
+        (
+            "<think>\na\n\nb\n</think>\n\nHi\n\nyou",
+            ["think: a\n\nb", "text: Hi\n\nyou", "= end_turn"],
+        ),
+        (
+            "\n<think>\n\na</think>\nHi </think> x",
+            ["think: a", "text: Hi </think> x", "= end_turn"],
+        ),
         ("<think>a < b </thin </think>Hi", ["think: a < b </thin ", "text: Hi", "= end_turn"]),
         ("<think></think>Hi", ["text: Hi", "= end_turn"]),
         ("<thinking about it>", ["text: <thinking about it>", "= end_turn"]),
@@ -2305,10 +5140,18 @@ class TestThinkTags(unittest.TestCase):
 
     def test_cut_everywhere(self):
         for text, wanted in self.ROWS:
-            cuts = [[text[:n], text[n:]] for n in range(len(text) + 1)] + [list(text)] + [[text[:n], text[n:n + 1], text[n + 1:]] for n in range(len(text))]
+            cuts = (
+                [[text[:n], text[n:]] for n in range(len(text) + 1)]
+                + [list(text)]
+                + [[text[:n], text[n : n + 1], text[n + 1 :]] for n in range(len(text))]
+            )
             for parts in cuts:
                 with self.subTest(parts):
-                    events, _ = fed(sse(*[delta(content=part) for part in parts] + [delta("stop")]), "whole", translator())
+                    events, _ = fed(
+                        sse(*[delta(content=part) for part in parts] + [delta("stop")]),
+                        "whole",
+                        translator(),
+                    )
                     self.assertEqual(grammar(self, events), "done")
                     self.assertEqual(in_short(ccfix.fold(events)), wanted)
 
@@ -2317,21 +5160,69 @@ class TestOneMapping(unittest.TestCase):
     """The unstreamed answer is the folded stream: both forms of one answer assemble equal."""
 
     def test_both_forms(self):
-        calls = [fn("Read", '{"path":"a"}', id="c1", type="function"), fn("Bash", '{"cmd":"b"}', id="c2", type="function")]
+        calls = [
+            fn("Read", '{"path":"a"}', id="c1", type="function"),
+            fn("Bash", '{"cmd":"b"}', id="c2", type="function"),
+        ]
         usage = {"prompt_tokens": 9, "completion_tokens": 4}
-        for text, thought, made, finish in itertools.product(("", "Hello you"), ("", "hm hm"), ([], calls[:1], calls), ("stop", "length", "tool_calls")):
+        for text, thought, made, finish in itertools.product(
+            ("", "Hello you"),
+            ("", "hm hm"),
+            ([], calls[:1], calls),
+            ("stop", "length", "tool_calls"),
+        ):
             if not (text or thought or made):
                 continue
-            whole = {"choices": [{"message": {"content": text or None, "reasoning_content": thought or None, "tool_calls": made or None}, "finish_reason": finish}], "usage": usage}
-            steps = [delta(reasoning_content=letter) for letter in thought] + [delta(content=letter) for letter in text]
+            whole = {
+                "choices": [
+                    {
+                        "message": {
+                            "content": text or None,
+                            "reasoning_content": thought or None,
+                            "tool_calls": made or None,
+                        },
+                        "finish_reason": finish,
+                    }
+                ],
+                "usage": usage,
+            }
+            steps = [delta(reasoning_content=letter) for letter in thought] + [
+                delta(content=letter) for letter in text
+            ]
             for position, call in enumerate(made):
-                steps.append(call_chunk(dict(fn(call["function"]["name"], "", id=call["id"]), index=position)))
-                steps += [call_chunk(fn(None, letter, index=position)) for letter in call["function"]["arguments"]]
-            streamed = ccfix.fold(fed(sse(*steps + [delta(finish), {"choices": [], "usage": usage}]), "whole", translator())[0])
+                steps.append(
+                    call_chunk(
+                        dict(fn(call["function"]["name"], "", id=call["id"]), index=position)
+                    )
+                )
+                steps += [
+                    call_chunk(fn(None, letter, index=position))
+                    for letter in call["function"]["arguments"]
+                ]
+            streamed = ccfix.fold(
+                fed(
+                    sse(*steps + [delta(finish), {"choices": [], "usage": usage}]),
+                    "whole",
+                    translator(),
+                )[0]
+            )
             answers = []
             for stream in (True, False):
-                for raw in (sse(*steps + [delta(finish), {"choices": [], "usage": usage}]), json.dumps(whole).encode()):
-                    answers.append(answered(raw, "hi", stream=stream, tools=[tool("Read", ["path"], path="string"), tool("Bash", ["cmd"], cmd="string")]))
+                for raw in (
+                    sse(*steps + [delta(finish), {"choices": [], "usage": usage}]),
+                    json.dumps(whole).encode(),
+                ):
+                    answers.append(
+                        answered(
+                            raw,
+                            "hi",
+                            stream=stream,
+                            tools=[
+                                tool("Read", ["path"], path="string"),
+                                tool("Bash", ["cmd"], cmd="string"),
+                            ],
+                        )
+                    )
             self.assertEqual(in_short(streamed), in_short(answers[0]))
             for answer in answers[1:]:
                 self.assertEqual(dict(answer, id=""), dict(answers[0], id=""))
@@ -2340,17 +5231,65 @@ class TestOneMapping(unittest.TestCase):
 USAGES = (
     # (the provider's usage, (input, cache read, cache write, output))
     ({"prompt_tokens": 100, "completion_tokens": 5}, (100, 0, 0, 5)),
-    ({"prompt_tokens": 100, "completion_tokens": 5, "prompt_tokens_details": {"cached_tokens": 60}}, (40, 60, 0, 5)),
-    ({"prompt_tokens": 100, "completion_tokens": 5, "prompt_cache_hit_tokens": 60, "prompt_cache_miss_tokens": 40}, (40, 60, 0, 5)),
+    (
+        {
+            "prompt_tokens": 100,
+            "completion_tokens": 5,
+            "prompt_tokens_details": {"cached_tokens": 60},
+        },
+        (40, 60, 0, 5),
+    ),
+    (
+        {
+            "prompt_tokens": 100,
+            "completion_tokens": 5,
+            "prompt_cache_hit_tokens": 60,
+            "prompt_cache_miss_tokens": 40,
+        },
+        (40, 60, 0, 5),
+    ),
     ({"prompt_tokens": 100, "completion_tokens": 5, "cached_tokens": 60}, (40, 60, 0, 5)),
-    ({"prompt_tokens": 100, "completion_tokens": 5, "prompt_tokens_details": {"cached_tokens": 60, "cache_write_tokens": 30}}, (10, 60, 30, 5)),
-    ({"prompt_tokens": 100, "completion_tokens": 5, "prompt_tokens_details": {"cached_tokens": 160}}, (100, 160, 0, 5)),
-    ({"prompt_tokens": 291, "completion_tokens": 26, "total_tokens": 513, "completion_tokens_details": {"reasoning_tokens": 196}}, (291, 0, 0, 222)),
-    ({"prompt_tokens": 291, "completion_tokens": 222, "total_tokens": 513, "completion_tokens_details": {"reasoning_tokens": 196}}, (291, 0, 0, 222)),
+    (
+        {
+            "prompt_tokens": 100,
+            "completion_tokens": 5,
+            "prompt_tokens_details": {"cached_tokens": 60, "cache_write_tokens": 30},
+        },
+        (10, 60, 30, 5),
+    ),
+    (
+        {
+            "prompt_tokens": 100,
+            "completion_tokens": 5,
+            "prompt_tokens_details": {"cached_tokens": 160},
+        },
+        (100, 160, 0, 5),
+    ),
+    (
+        {
+            "prompt_tokens": 291,
+            "completion_tokens": 26,
+            "total_tokens": 513,
+            "completion_tokens_details": {"reasoning_tokens": 196},
+        },
+        (291, 0, 0, 222),
+    ),
+    (
+        {
+            "prompt_tokens": 291,
+            "completion_tokens": 222,
+            "total_tokens": 513,
+            "completion_tokens_details": {"reasoning_tokens": 196},
+        },
+        (291, 0, 0, 222),
+    ),
     ({"input_tokens": 7, "output_tokens": 3}, (7, 0, 0, 3)),
     ({"prompt_tokens": 100, "completion_tokens": 0}, (100, 0, 0, 0)),
-    ({"prompt_tokens": None, "completion_tokens": "5", "prompt_tokens_details": None}, (10, 0, 0, 0)),
-    ({}, (10, 0, 0, 3)),            # nothing told: estimates, of 10 input tokens and 12 letters
+    (
+        {"prompt_tokens": None, "completion_tokens": "5", "prompt_tokens_details": None},
+        (10, 0, 0, 0),
+    ),
+    ({}, (10, 0, 0, 3)),  # nothing told: estimates, of 10 input tokens and 12 letters
     ([5], (10, 0, 0, 3)),
 )
 
@@ -2363,18 +5302,41 @@ class TestUsage(unittest.TestCase):
             places_ = (
                 [delta(content="Hello, world"), delta("stop"), {"choices": [], "usage": usage}],
                 [delta(content="Hello, world"), dict(delta("stop"), usage=usage)],
-                [delta(content="Hello, world"), {"choices": [{"delta": {}, "finish_reason": "stop", "usage": usage}]}],
+                [
+                    delta(content="Hello, world"),
+                    {"choices": [{"delta": {}, "finish_reason": "stop", "usage": usage}]},
+                ],
                 [delta(content="Hello, world"), dict(delta("stop"), x_groq={"usage": usage})],
-                [dict(delta(content="Hello, world"), usage={"prompt_tokens": 1, "completion_tokens": 1} if usage else None), dict(delta("stop"), usage=usage)],
+                [
+                    dict(
+                        delta(content="Hello, world"),
+                        usage={"prompt_tokens": 1, "completion_tokens": 1} if usage else None,
+                    ),
+                    dict(delta("stop"), usage=usage),
+                ],
             )
             for steps in places_ if usage and usage != [5] else places_[:2]:
                 with self.subTest(usage, steps=steps):
                     told_ = ccfix.fold(fed(sse(*steps), "whole", translator())[0])["usage"]
-                    self.assertEqual((told_["input_tokens"], told_["cache_read_input_tokens"], told_["cache_creation_input_tokens"], told_["output_tokens"]), wanted)
+                    self.assertEqual(
+                        (
+                            told_["input_tokens"],
+                            told_["cache_read_input_tokens"],
+                            told_["cache_creation_input_tokens"],
+                            told_["output_tokens"],
+                        ),
+                        wanted,
+                    )
 
     def test_a_late_null_does_not_erase_it(self):
-        steps = [delta(content="Hi"), dict(delta("stop"), usage={"prompt_tokens": 5, "completion_tokens": 1}), dict(delta("stop"), usage=None)]
-        self.assertEqual(ccfix.fold(fed(sse(*steps), "whole", translator())[0])["usage"]["input_tokens"], 5)
+        steps = [
+            delta(content="Hi"),
+            dict(delta("stop"), usage={"prompt_tokens": 5, "completion_tokens": 1}),
+            dict(delta("stop"), usage=None),
+        ]
+        self.assertEqual(
+            ccfix.fold(fed(sse(*steps), "whole", translator())[0])["usage"]["input_tokens"], 5
+        )
 
 
 FRAMES = (
@@ -2383,15 +5345,39 @@ FRAMES = (
     ("CRLF", b"data: a\r\n\r\ndata: b\r\n\r\n", ["a", "b"]),
     ("no space after the colon", b"data:a\n\n", ["a"]),
     ("two spaces keep one", b"data:  a\n\n", [" a"]),
-    ("comments and other fields", b": keep-alive\n\nid: 5\nretry: 9\nevent: x\ndata: a\n\n: OPENROUTER PROCESSING\n\n", ["a"]),
+    (
+        "comments and other fields",
+        b": keep-alive\n\nid: 5\nretry: 9\nevent: x\ndata: a\n\n: OPENROUTER PROCESSING\n\n",
+        ["a"],
+    ),
     ("several data lines are one event", b"data: {\"a\":\ndata: 1}\n\n", ["{\"a\":\n1}"]),
-    ("a data line that only looks whole", b"data: {\"a\":{}\ndata: ,\"b\":{}}\n\n", ["{\"a\":{}\n,\"b\":{}}"]),
-    ("no blank line between events", b"data: {\"a\":1}\ndata: {\"b\":2}\ndata: [DONE]\n", ["{\"a\":1}", "{\"b\":2}", "[DONE]"]),
+    (
+        "a data line that only looks whole",
+        b"data: {\"a\":{}\ndata: ,\"b\":{}}\n\n",
+        ["{\"a\":{}\n,\"b\":{}}"],
+    ),
+    (
+        "no blank line between events",
+        b"data: {\"a\":1}\ndata: {\"b\":2}\ndata: [DONE]\n",
+        ["{\"a\":1}", "{\"b\":2}", "[DONE]"],
+    ),
     ("a BOM", b"\xef\xbb\xbfdata: a\n\n", ["a"]),
-    ("event: error", b"event: error\ndata: {\"message\":\"x\"}\n\ndata: b\n\n", ["{\"error\":{\"message\":\"x\"}}", "b"]),
-    ("event: error with an error object", b"event: error\ndata: {\"error\":{\"message\":\"x\"}}\n\n", ["{\"error\":{\"message\":\"x\"}}"]),
+    (
+        "event: error",
+        b"event: error\ndata: {\"message\":\"x\"}\n\ndata: b\n\n",
+        ["{\"error\":{\"message\":\"x\"}}", "b"],
+    ),
+    (
+        "event: error with an error object",
+        b"event: error\ndata: {\"error\":{\"message\":\"x\"}}\n\n",
+        ["{\"error\":{\"message\":\"x\"}}"],
+    ),
     ("event: error with words", b"event: error\ndata: x\n\n", ["{\"error\":{\"message\":\"x\"}}"]),
-    ("llama.cpp's error line", b"error: {\"message\":\"x\"}\n\n", ["{\"error\":{\"message\":\"x\"}}"]),
+    (
+        "llama.cpp's error line",
+        b"error: {\"message\":\"x\"}\n\n",
+        ["{\"error\":{\"message\":\"x\"}}"],
+    ),
     ("an end without a blank line", b"data: [DONE]", ["[DONE]"]),
     ("an end without a blank line, JSON", b"data: {\"a\":1}\n", ["{\"a\":1}"]),
     ("an event that the end cuts off", b"data: a1\n\ndata: {\"b\":", ["a1"]),
@@ -2409,10 +5395,15 @@ class TestFraming(unittest.TestCase):
         for name, raw, wanted in FRAMES:
             for how in ["whole", "bytes"] + list(range(1, len(raw))):
                 with self.subTest(name, how=how):
-                    self.assertEqual([p for p in ccfix.sse_payloads(pieces_of(raw, how)) if p is not None], wanted)
+                    self.assertEqual(
+                        [p for p in ccfix.sse_payloads(pieces_of(raw, how)) if p is not None],
+                        wanted,
+                    )
 
     def test_none_after_each_block_says_no_more_for_now(self):
-        self.assertEqual(list(ccfix.sse_payloads([b"data: a\n\nda", b"ta: b\n\n"])), ["a", None, "b", None])
+        self.assertEqual(
+            list(ccfix.sse_payloads([b"data: a\n\nda", b"ta: b\n\n"])), ["a", None, "b", None]
+        )
 
     def test_a_line_without_end_is_refused(self):
         with mock.patch.object(ccfix, "MAX_LINE", 1000):
@@ -2421,22 +5412,66 @@ class TestFraming(unittest.TestCase):
                     """Nothing comes of it."""
 
 
-SOUP_VALUES = (None, True, 0, -1, 2.5, "", "x", " ", "<think>", "</think>", "{", "}", '{"path":"a"}', "stop", "error", [], {}, [{}], "Read", "call_1", {"x": 1}, [None], "\ud800",
-               "<tool_call>", "</tool_call>", [{"type": "text", "text": "t"}], [{"type": "reasoning.text", "text": "t", "index": 0}])
-SOUP_KEYS = ("content", "reasoning_content", "reasoning", "reasoning_details", "tool_calls", "refusal", "function_call", "role")
+SOUP_VALUES = (
+    None,
+    True,
+    0,
+    -1,
+    2.5,
+    "",
+    "x",
+    " ",
+    "<think>",
+    "</think>",
+    "{",
+    "}",
+    '{"path":"a"}',
+    "stop",
+    "error",
+    [],
+    {},
+    [{}],
+    "Read",
+    "call_1",
+    {"x": 1},
+    [None],
+    "\ud800",
+    "<tool_call>",
+    "</tool_call>",
+    [{"type": "text", "text": "t"}],
+    [{"type": "reasoning.text", "text": "t", "index": 0}],
+)
+SOUP_KEYS = (
+    "content",
+    "reasoning_content",
+    "reasoning",
+    "reasoning_details",
+    "tool_calls",
+    "refusal",
+    "function_call",
+    "role",
+)
 
 
 def soup(random_):
     """A chunk that may hold anything."""
     pick = lambda: random_.choice(SOUP_VALUES)
-    call = {key: pick() for key in random_.sample(("index", "id", "function", "extra_content", "type"), 3)}
+    call = {
+        key: pick()
+        for key in random_.sample(("index", "id", "function", "extra_content", "type"), 3)
+    }
     if random_.random() < 0.7:
-        call["function"] = {key: pick() for key in random_.sample(("name", "arguments"), random_.randint(0, 2))}
+        call["function"] = {
+            key: pick() for key in random_.sample(("name", "arguments"), random_.randint(0, 2))
+        }
         call["index"] = random_.choice((0, 0, 1, None))
     delta_ = {key: pick() for key in random_.sample(SOUP_KEYS, 2)}
     if random_.random() < 0.5:
         delta_["tool_calls"] = [call]
-    choice = {"delta": delta_ if random_.random() < 0.95 else pick(), "finish_reason": random_.choice((None,) * 20 + ("stop", "length", "x", {}))}
+    choice = {
+        "delta": delta_ if random_.random() < 0.95 else pick(),
+        "finish_reason": random_.choice((None,) * 20 + ("stop", "length", "x", {})),
+    }
     made = {"choices": [choice] if random_.random() < 0.95 else pick()}
     if random_.random() < 0.05:
         made[random_.choice(("usage", "x_groq", "base_resp", "error", "model"))] = pick()
@@ -2450,14 +5485,26 @@ class TestSoup(unittest.TestCase):
         random_ = random.Random(7)
         ends = set()
         for number in range(800):
-            raw = sse(*[soup(random_) for _ in range(random_.randint(1, 8))], done=random_.random() < 0.8)
+            raw = sse(
+                *[soup(random_) for _ in range(random_.randint(1, 8))], done=random_.random() < 0.8
+            )
             with self.subTest(number):
-                events, end = fed(raw, random_.choice(("whole", "bytes")), translator(profile=random_.choice((PLAIN, row("gemini"), row("openrouter")))))
+                events, end = fed(
+                    raw,
+                    random_.choice(("whole", "bytes")),
+                    translator(profile=random_.choice((PLAIN, row("gemini"), row("openrouter")))),
+                )
                 state = grammar(self, events)
                 ends.add(end[0] if end else state)
                 if not end and state == "done":
                     message = ccfix.fold(events)
-                    self.assertTrue(all(isinstance(block["input"], dict) for block in message["content"] if block["type"] == "tool_use"))
+                    self.assertTrue(
+                        all(
+                            isinstance(block["input"], dict)
+                            for block in message["content"]
+                            if block["type"] == "tool_use"
+                        )
+                    )
                     self.assertEqual(ccfix.fold(ccfix.unfold(message)), message)
                     "".join(map(ccfix.encode_event, events)).encode("ascii")
                 elif not end:
@@ -2466,14 +5513,43 @@ class TestSoup(unittest.TestCase):
 
     def test_soup_for_the_relay(self):
         random_ = random.Random(8)
-        kinds = ("message_start", "content_block_start", "content_block_delta", "content_block_stop", "message_delta", "message_stop", "ping", "error", "message", "x", None, 5)
+        kinds = (
+            "message_start",
+            "content_block_start",
+            "content_block_delta",
+            "content_block_stop",
+            "message_delta",
+            "message_stop",
+            "ping",
+            "error",
+            "message",
+            "x",
+            None,
+            5,
+        )
         for number in range(800):
             made, events = ccfix.RelayTranslator("msg_1", "claude-x", PLAIN, 10), []
             with self.subTest(number):
                 try:
                     for _ in range(random_.randint(1, 8)):
-                        event = {key: random_.choice(SOUP_VALUES + (0, {"type": "text_delta", "text": "t"}, {"type": "text"})) for key in
-                                 random_.sample(("index", "delta", "content_block", "message", "usage", "content", "error"), 4)}
+                        event = {
+                            key: random_.choice(
+                                SOUP_VALUES
+                                + (0, {"type": "text_delta", "text": "t"}, {"type": "text"})
+                            )
+                            for key in random_.sample(
+                                (
+                                    "index",
+                                    "delta",
+                                    "content_block",
+                                    "message",
+                                    "usage",
+                                    "content",
+                                    "error",
+                                ),
+                                4,
+                            )
+                        }
                         event["type"] = random_.choice(kinds)
                         events += made.feed(event)
                     events += made.finish()
@@ -2493,8 +5569,12 @@ class TestEnds(unittest.TestCase):
     def test_fail_by_state(self):
         rows = (
             # (steps before, what happens)
-            ([], "raised"), (["text Hi"], "error"), (["think Hi"], "error"), (["call 0 c1 Read {"], "dropped"),
-            (["call 0 c1 Read {\"path\":\"a\"}", "call 1 c2 Bash {"], "dropped"), (["call 0 c1 Read {\"path\":\"a\"}", "text Hi"], "error"),
+            ([], "raised"),
+            (["text Hi"], "error"),
+            (["think Hi"], "error"),
+            (["call 0 c1 Read {"], "dropped"),
+            (["call 0 c1 Read {\"path\":\"a\"}", "call 1 c2 Bash {"], "dropped"),
+            (["call 0 c1 Read {\"path\":\"a\"}", "text Hi"], "error"),
         )
         for steps, wanted in rows:
             with self.subTest(steps):
@@ -2525,14 +5605,23 @@ class TestEnds(unittest.TestCase):
     def test_after_done_nothing(self):
         made = translator()
         list(made.feed(delta("stop", content="x"))), list(made.finish())
-        self.assertEqual((made.state, list(made.finish()), list(made.fail(self.ERROR))), (ccfix.DONE, [], []))
+        self.assertEqual(
+            (made.state, list(made.finish()), list(made.fail(self.ERROR))), (ccfix.DONE, [], [])
+        )
         with self.assertRaises(RuntimeError):
             list(made.feed(delta(content="x")))
 
     def test_the_error_event_names_the_request(self):
         made = translator()
         list(made.feed(delta(content="x")))
-        self.assertEqual(list(made.fail(self.ERROR))[-1], {"type": "error", "error": {"type": "api_error", "message": "boom"}, "request_id": "msg_1"})
+        self.assertEqual(
+            list(made.fail(self.ERROR))[-1],
+            {
+                "type": "error",
+                "error": {"type": "api_error", "message": "boom"},
+                "request_id": "msg_1",
+            },
+        )
 
 
 class TestSilence(unittest.TestCase):
@@ -2562,20 +5651,37 @@ class TestSilence(unittest.TestCase):
         made = self.exchange()
         self.assertEqual(self.pass_time(made, 14), [])
         events = self.pass_time(made, 31 - 14)
-        self.assertEqual([(event["type"], event["at"]) for event in events],
-                         [("message_start", 15), ("ping", 15), ("ping", 20), ("ping", 25), ("ping", 30)])
+        self.assertEqual(
+            [(event["type"], event["at"]) for event in events],
+            [("message_start", 15), ("ping", 15), ("ping", 20), ("ping", 25), ("ping", 30)],
+        )
 
     def test_signs_of_life_after_minutes(self):
-        for steps, delta_type in (([], "thinking_delta"), (["text Hi"], "thinking_delta"), (["think a"], "thinking_delta"), (["call 0 c1 Read {\"pa"], "input_json_delta")):
+        for steps, delta_type in (
+            ([], "thinking_delta"),
+            (["text Hi"], "thinking_delta"),
+            (["think a"], "thinking_delta"),
+            (["call 0 c1 Read {\"pa"], "input_json_delta"),
+        ):
             with self.subTest(steps):
                 made = self.exchange()
                 events = self.write(made, steps)
                 events += self.pass_time(made, 700)
-                signs = [event for event in events if event["type"] == "content_block_delta" and "at" in event]
+                signs = [
+                    event
+                    for event in events
+                    if event["type"] == "content_block_delta" and "at" in event
+                ]
                 self.assertTrue(signs)
                 self.assertLessEqual(signs[0]["at"], 250)
-                self.assertEqual({tuple(event["delta"].values()) for event in signs}, {(delta_type, "")})
-                times = [event["at"] for event in events if event["type"] in ("ping", "content_block_delta") and "at" in event]
+                self.assertEqual(
+                    {tuple(event["delta"].values()) for event in signs}, {(delta_type, "")}
+                )
+                times = [
+                    event["at"]
+                    for event in events
+                    if event["type"] in ("ping", "content_block_delta") and "at" in event
+                ]
                 self.assertLessEqual(max(b - a for a, b in zip(times, times[1:])), 5)
                 signed = [event["at"] for event in signs]
                 self.assertLessEqual(max(b - a for a, b in zip(signed, signed[1:])), 300)
@@ -2622,6 +5728,7 @@ class TestSilence(unittest.TestCase):
 # 8  Learning
 # ======================================================================================================
 
+
 def err(message, **more):
     return {"error": dict({"message": message, "type": "invalid_request_error"}, **more)}
 
@@ -2635,7 +5742,12 @@ def in_history(field):
 
 
 def part_of_kind(kind):
-    return lambda sent: any(part.get("type") == kind for m in sent["messages"] if isinstance(m["content"], list) for part in m["content"])
+    return lambda sent: any(
+        part.get("type") == kind
+        for m in sent["messages"]
+        if isinstance(m["content"], list)
+        for part in m["content"]
+    )
 
 
 def schema_has(word):
@@ -2648,9 +5760,15 @@ def output_above(limit, field="max_tokens"):
 
 def above_together(window):
     """Prompt and output above the context window, the prompt counted as a third of a token a byte -> (output, prompt, both)."""
+
     def offends(sent):
         prompt = len(json.dumps(sent["messages"])) // 3
-        return sent["max_tokens"] + prompt > window and (sent["max_tokens"], prompt, sent["max_tokens"] + prompt)
+        return sent["max_tokens"] + prompt > window and (
+            sent["max_tokens"],
+            prompt,
+            sent["max_tokens"] + prompt,
+        )
+
     return offends
 
 
@@ -2668,7 +5786,11 @@ def user_after_tool(sent):
 
 
 def bad_ids(sent):
-    return any(not re.match(r"[A-Za-z0-9]{9}\Z", call["id"]) for m in sent["messages"] for call in m.get("tool_calls", ()))
+    return any(
+        not re.match(r"[A-Za-z0-9]{9}\Z", call["id"])
+        for m in sent["messages"]
+        for call in m.get("tool_calls", ())
+    )
 
 
 DISGUISE = ("ANTHROPIC_BASE_URL", "ANTHROPIC_MODEL")
@@ -2677,97 +5799,712 @@ LOUD = {"thinking": {"type": "enabled", "budget_tokens": 9000}, "output_config":
 EXTRA = {"temperature": 0.5, "top_p": 0.9, "stop_sequences": ["</x>"]}
 STRICT = (
     # (who, settings, fields of the requests, what offends, status, body or body(offence), the most lessons that this may cost)
-    ("OpenAI: unknown fields", {}, {}, has(*DISGUISE), 400, err("Unrecognized request arguments supplied: ANTHROPIC_BASE_URL, ANTHROPIC_MODEL"), 1),
-    ("OpenAI: one unknown field", {}, {}, has(*DISGUISE), 400, lambda found: err("Unrecognized request argument supplied: " + found[0]), 1),
-    ("Mistral: extra_forbidden in message.detail", {}, {}, has(*DISGUISE), 422, lambda found: {"object": "error", "type": "invalid_request_error", "message": {
-        "detail": [{"type": "extra_forbidden", "loc": ["body", found[0]], "msg": "Extra inputs are not permitted", "input": "x"}]}}, 1),
-    ("Mistral: extra_forbidden in detail", {}, EXTRA, has("top_p"), 422, {"detail": [{"type": "extra_forbidden", "loc": ["body", "top_p"], "msg": "Extra inputs are not permitted"}]}, 1),
-    ("Groq: property", {}, {}, has(*DISGUISE), 400, lambda found: err("property '%s' is unsupported" % found[0]), 1),
-    ("Groq: did you mean", {}, EXTRA, has("top_p"), 400, err("property 'top_p' is unsupported, did you mean 'top_k'?"), 1),
-    ("Groq: in the history", {"PROFILE": "kimi"}, {}, in_history("reasoning_content"), 400, err(
-        "'messages.2' : for 'role:assistant' the following must be satisfied[('messages.2' : property 'reasoning_content' is unsupported)]"), 1),
-    ("Gemini: a list, a line a field", {}, {}, has(*DISGUISE), 400, lambda found: [{"error": {"code": 400, "status": "INVALID_ARGUMENT", "message": "\n".join(
-        "Invalid JSON payload received. Unknown name \"%s\": Cannot find field." % name for name in found)}}], 1),
-    ("Gemini: schema keywords", {}, {}, schema_has("const"), 400, [{"error": {"code": 400, "message":
-        "Invalid JSON payload received. Unknown name \"const\" at 'tools[0].function_declarations[5].parameters.properties[0].value': Cannot find field."}}], 1),
-    ("Cerebras, flat", {}, {}, has(*DISGUISE), 400, lambda found: {"message": "body.%s: property 'body.%s' is unsupported" % (found[0], found[0]), "type": "invalid_request_error",
-                                                                  "param": "validation_error", "code": "wrong_api_format"}, 1),
-    ("NIM: unsupported parameters", {}, {}, has(*DISGUISE), 400, lambda found: {"message": "Validation: Unsupported parameter(s): %s" % ", ".join(found), "type": "Bad Request"}, 1),
-    ("NIM: a Python list as text", {}, {}, has(*DISGUISE), 400, lambda found: {"error": "[{'type': 'extra_forbidden', 'loc': ('body', '%s'), 'msg': 'Extra inputs are not permitted'}]" % found[0]}, 1),
-    ("NIM: chat_template_kwargs", {"PROFILE": "nim"}, LOUD, has("chat_template_kwargs"), 400, err("Unsupported parameter(s): `chat_template_kwargs`"), 1),
-    ("Fireworks: extra inputs", {}, {}, has(*DISGUISE), 400, lambda found: err("Extra inputs are not permitted, field: '%s', value: 'x'" % found[0]), 1),
-    ("Fireworks: stream_options", {}, {}, has("stream_options"), 400, err("Extra inputs are not permitted, field: 'stream_options', value: {'include_usage': True}"), 1),
-    ("xAI: an argument, in camel case", {}, EXTRA, has("top_p"), 400, {"code": "Client specified an invalid argument", "error": "Argument not supported on this model: topP"}, 1),
-    ("xAI: a parameter", {}, EXTRA, has("stop"), 400, {"code": "x", "error": "Model grok-4 does not support parameter stop."}, 1),
-    ("OpenAI: max_tokens is called otherwise", {}, {}, has("max_tokens"), 400, err(
-        "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead.", param="max_tokens", code="unsupported_parameter"), 1),
-    ("Mistral: max_completion_tokens is called otherwise", {"PROFILE": "openai-reasoning"}, {}, has("max_completion_tokens"), 422, {
-        "detail": [{"type": "extra_forbidden", "loc": ["body", "max_completion_tokens"], "msg": "Extra inputs are not permitted"}]}, 1),
-    ("OpenAI: temperature", {}, EXTRA, has("temperature"), 400, err("Unsupported value: 'temperature' does not support 0.5 with this model. Only the default (1) value is supported.",
-                                                                   param="temperature", code="unsupported_value"), 1),
-    ("Kimi: temperature", {}, EXTRA, has("temperature"), 400, err("invalid temperature: only 1 is allowed for this model"), 1),
-    ("everything of EXTRA, one by one", {}, EXTRA, has("temperature", "top_p", "stop"), 400, lambda found: err("Unsupported parameter: '%s' is not supported with this model." % found[0]), 3),
-
-    ("OpenAI: output limit", {}, {}, output_above(4096), 400, err("max_tokens is too large: 64000. This model supports at most 4096 completion tokens, whereas you provided 64000."), 1),
-    ("DeepSeek: output limit", {}, {}, output_above(8192), 400, err("Invalid max_tokens value, the valid range of max_tokens is [1, 8192]"), 1),
-    ("Groq: output limit", {}, {}, output_above(40960), 400, err("`max_tokens` must be less than or equal to `40960`, the maximum value for `max_tokens` is less than the `context_window` for this model"), 1),
-    ("Groq: output limit, other name", {"PROFILE": "openai-reasoning"}, {}, output_above(40960, "max_completion_tokens"), 400, err("max_completion_tokens must be less than or equal to 40960, the maximum value for m"), 1),
-    ("Ark: output limit", {}, {}, output_above(12288), 400, err(
-        "The parameter `max_tokens` specified in the request is not valid: integer above maximum value, expected a value <= 12288, but got 64000 instead"), 1),
-    ("DashScope: output limit", {}, {}, output_above(16384), 400, err("<400> InternalError.Algo.InvalidParameter: Range of max_tokens should be [1, 16384]"), 1),
-    ("Anthropic relay: output limit", {}, {}, output_above(4096), 400, err("max_tokens: 64000 > 4096, which is the maximum allowed number of output tokens for claude-3-opus"), 1),
-
-    ("DeepSeek: forced choice", {}, PIN, forced, 400, err("deepseek-reasoner does not support this tool_choice"), 1),
-    ("Moonshot: required", {}, PIN, forced, 400, err("tool_choice 'required' is incompatible with thinking enabled"), 1),
-    ("Qwen: forced choice", {}, PIN, forced, 400, err("<400> InternalError.Algo.InvalidParameter: The tool_choice parameter does not support being set to required or object in thinking mode"), 1),
-    ("parallel_tool_calls", {}, {"tool_choice": {"type": "auto", "disable_parallel_tool_use": True}}, has("parallel_tool_calls"), 400, err("Unsupported parameter: 'parallel_tool_calls' is not supported with this model."), 1),
-    ("Groq: number of tools", {}, {"tools": [tool("Read", ["path"], path="string")] + [tool("t%d" % n) for n in range(140)]}, lambda sent: len(sent.get("tools", ())) > 128, 400,
-     err("'tools' : maximum number of items is 128"), 1),
-    ("OpenAI: number of tools", {}, {"tools": [tool("Read", ["path"], path="string")] + [tool("t%d" % n) for n in range(140)]}, lambda sent: len(sent.get("tools", ())) > 128, 400,
-     err("Invalid 'tools': array too long. Expected an array with maximum length 128, but got an array with length 141 instead.", param="tools", code="array_above_max_length"), 1),
-    ("Mistral: no user after tool", {}, {}, user_after_tool, 400, {"object": "error", "message": "Unexpected role 'user' after role 'tool'", "type": "invalid_request_message_order", "code": "3230"}, 1),
-    ("Mistral: tool ids", {}, {}, bad_ids, 400, {"object": "error", "message": "Tool call id was call_abc but must be a-z, A-Z, 0-9, with a length of 9.", "code": "3280"}, 1),
-    ("MiniMax: no system role", {}, {}, lambda sent: sent["messages"][0]["role"] == "system", 400, err("invalid params, chat content has invalid message role: system (2013)"), 1),
-    ("Gemma: no system role", {}, {}, lambda sent: sent["messages"][0]["role"] == "system", 400, err("System role not supported"), 1),
-
-    ("Ark: text only", {}, {}, part_of_kind("image_url"), 400, err("Model only support text input"), 1),
-    ("OpenRouter: no image endpoint", {}, {}, part_of_kind("image_url"), 404, err("No endpoints found that support image input"), 1),
-    ("DeepSeek: image_url is unknown", {}, {}, part_of_kind("image_url"), 400, err("Failed to deserialize the JSON body into the target type: messages[0]: unknown variant `image_url`, expected `text`"), 1),
-    ("llama.cpp: no image support", {}, {}, part_of_kind("image_url"), 500, err("image input is not supported - hint: if this is unexpected, you may need to provide the mmproj"), 1),
-    ("vLLM: not multimodal", {}, {}, part_of_kind("image_url"), 400, err("m is not a multimodal model"), 1),
-    ("a file part", {"PROFILE": "openai"}, {}, part_of_kind("file"), 400, err("Invalid value: 'file'. Supported values are: 'text' and 'image_url'."), 1),
-
-    ("DeepSeek: reasoning must come back", {}, {}, no_reasoning_after_tools, 400, err("The reasoning_content in the thinking mode must be passed back to the API."), 1),
-    ("DeepSeek, earlier text", {}, {}, no_reasoning_after_tools, 400, err("Missing reasoning_content field in the assistant message at message index 2."), 1),
-    ("Kimi: reasoning must come back", {}, {}, no_reasoning_after_tools, 400, err("thinking is enabled but reasoning_content is missing in assistant tool call message at index 2"), 1),
-    ("Gemini: signatures must come back", {}, {}, lambda sent: any("extra_content" not in m["tool_calls"][0] for m in sent["messages"] if m.get("tool_calls")), 400,
-     [{"error": {"code": 400, "message": "Function call is missing a thought_signature in functionCall parts. This is required for tools to work correctly."}}], 1),
-    ("Cerebras: reasoning_content in the history", {"PROFILE": "kimi"}, {}, in_history("reasoning_content"), 400,
-     {"message": "messages.2.assistant.reasoning_content: property 'messages.2.assistant.reasoning_content' is unsupported", "type": "invalid_request_error", "code": "wrong_api_format"}, 1),
-
-    ("gpt-5.6: no effort beside tools", {"PROFILE": "openai-gpt5.1"}, LOUD, lambda sent: sent.get("reasoning_effort", "none") != "none", 400, err(
-        "Function tools with reasoning_effort are not supported for gpt-5.6-terra in /v1/chat/completions. To use function tools, use /v1/responses or set reasoning_effort to 'none'."), 1),
-    ("effort is not known", {"PROFILE": "openai-gpt5.1"}, LOUD, has("reasoning_effort"), 400, err("Unrecognized request argument supplied: reasoning_effort"), 1),
-    ("xAI: no effort for this model", {"PROFILE": "fireworks"}, LOUD, has("reasoning_effort"), 400, {"code": "x", "error": "Model grok-4 does not support parameter reasoningEffort."}, 1),
-    ("NIM: no thinking", {"PROFILE": "kimi"}, LOUD, has("thinking"), 400, err("Validation: Unsupported parameter(s): `thinking`"), 1),
-    ("Cerebras: no enable_thinking", {"PROFILE": "dashscope"}, LOUD, has("enable_thinking"), 400, {"message": "body.enable_thinking: property 'body.enable_thinking' is unsupported"}, 1),
-    ("DashScope: thinking only streams", {"PROFILE": "siliconflow"}, dict(LOUD, stream=False), lambda sent: sent.get("enable_thinking") and not sent.get("stream"), 400,
-     err("parameter.enable_thinking must be set to false for non-streaming calls"), 1),
-    ("DashScope, even when streamed", {}, LOUD, lambda sent: sent.get("enable_thinking") is not False, 400, err("parameter.enable_thinking must be set to false for non-streaming calls"), 1),
-
-    ("response_format is not there", {"PROFILE": "mistral"}, {"output_config": {"format": {"type": "json_schema", "schema": props()}}}, has("response_format"), 400,
-     err("'response_format' : value is not one of the allowed values"), 2),
-    ("json_schema is not there", {"PROFILE": "mistral"}, {"output_config": {"format": {"type": "json_schema", "schema": props()}}}, lambda sent: sent.get("response_format", {}).get("type") == "json_schema", 400,
-     err("This response_format type is unavailable now"), 1),
-    ("a pattern that no grammar takes", {}, {}, schema_has("pattern"), 400, err("Invalid regex in tool schema: look-around is not supported"), 1),
-    ("a format keyword", {}, {}, schema_has("format"), 400, err("Invalid schema for function 'Read': In context=('properties', 'at'), 'format' is not permitted"), 1),
-
-    ("vLLM: prompt and output together", {}, {}, above_together(32768), 400, lambda found: err(
-        "This model's maximum context length is 32768 tokens. However, you requested %d output tokens and your prompt contains at least %d input tokens, for a total of at least %d tokens." % found), 1),
-    ("Groq: a malformed call, once", {"TARGET_RETRIES": "1"}, {}, lambda sent, seen=[]: not seen and not seen.append(1), 400, err("Failed to call a function", code="tool_use_failed"), 1),
+    (
+        "OpenAI: unknown fields",
+        {},
+        {},
+        has(*DISGUISE),
+        400,
+        err("Unrecognized request arguments supplied: ANTHROPIC_BASE_URL, ANTHROPIC_MODEL"),
+        1,
+    ),
+    (
+        "OpenAI: one unknown field",
+        {},
+        {},
+        has(*DISGUISE),
+        400,
+        lambda found: err("Unrecognized request argument supplied: " + found[0]),
+        1,
+    ),
+    (
+        "Mistral: extra_forbidden in message.detail",
+        {},
+        {},
+        has(*DISGUISE),
+        422,
+        lambda found: {
+            "object": "error",
+            "type": "invalid_request_error",
+            "message": {
+                "detail": [
+                    {
+                        "type": "extra_forbidden",
+                        "loc": ["body", found[0]],
+                        "msg": "Extra inputs are not permitted",
+                        "input": "x",
+                    }
+                ]
+            },
+        },
+        1,
+    ),
+    (
+        "Mistral: extra_forbidden in detail",
+        {},
+        EXTRA,
+        has("top_p"),
+        422,
+        {
+            "detail": [
+                {
+                    "type": "extra_forbidden",
+                    "loc": ["body", "top_p"],
+                    "msg": "Extra inputs are not permitted",
+                }
+            ]
+        },
+        1,
+    ),
+    (
+        "Groq: property",
+        {},
+        {},
+        has(*DISGUISE),
+        400,
+        lambda found: err("property '%s' is unsupported" % found[0]),
+        1,
+    ),
+    (
+        "Groq: did you mean",
+        {},
+        EXTRA,
+        has("top_p"),
+        400,
+        err("property 'top_p' is unsupported, did you mean 'top_k'?"),
+        1,
+    ),
+    (
+        "Groq: in the history",
+        {"PROFILE": "kimi"},
+        {},
+        in_history("reasoning_content"),
+        400,
+        err(
+            "'messages.2' : for 'role:assistant' the following must be satisfied[('messages.2' : property 'reasoning_content' is unsupported)]"
+        ),
+        1,
+    ),
+    (
+        "Gemini: a list, a line a field",
+        {},
+        {},
+        has(*DISGUISE),
+        400,
+        lambda found: [
+            {
+                "error": {
+                    "code": 400,
+                    "status": "INVALID_ARGUMENT",
+                    "message": "\n".join(
+                        "Invalid JSON payload received. Unknown name \"%s\": Cannot find field."
+                        % name
+                        for name in found
+                    ),
+                }
+            }
+        ],
+        1,
+    ),
+    (
+        "Gemini: schema keywords",
+        {},
+        {},
+        schema_has("const"),
+        400,
+        [
+            {
+                "error": {
+                    "code": 400,
+                    "message": "Invalid JSON payload received. Unknown name \"const\" at 'tools[0].function_declarations[5].parameters.properties[0].value': Cannot find field.",
+                }
+            }
+        ],
+        1,
+    ),
+    (
+        "Cerebras, flat",
+        {},
+        {},
+        has(*DISGUISE),
+        400,
+        lambda found: {
+            "message": "body.%s: property 'body.%s' is unsupported" % (found[0], found[0]),
+            "type": "invalid_request_error",
+            "param": "validation_error",
+            "code": "wrong_api_format",
+        },
+        1,
+    ),
+    (
+        "NIM: unsupported parameters",
+        {},
+        {},
+        has(*DISGUISE),
+        400,
+        lambda found: {
+            "message": "Validation: Unsupported parameter(s): %s" % ", ".join(found),
+            "type": "Bad Request",
+        },
+        1,
+    ),
+    (
+        "NIM: a Python list as text",
+        {},
+        {},
+        has(*DISGUISE),
+        400,
+        lambda found: {
+            "error": "[{'type': 'extra_forbidden', 'loc': ('body', '%s'), 'msg': 'Extra inputs are not permitted'}]"
+            % found[0]
+        },
+        1,
+    ),
+    (
+        "NIM: chat_template_kwargs",
+        {"PROFILE": "nim"},
+        LOUD,
+        has("chat_template_kwargs"),
+        400,
+        err("Unsupported parameter(s): `chat_template_kwargs`"),
+        1,
+    ),
+    (
+        "Fireworks: extra inputs",
+        {},
+        {},
+        has(*DISGUISE),
+        400,
+        lambda found: err("Extra inputs are not permitted, field: '%s', value: 'x'" % found[0]),
+        1,
+    ),
+    (
+        "Fireworks: stream_options",
+        {},
+        {},
+        has("stream_options"),
+        400,
+        err(
+            "Extra inputs are not permitted, field: 'stream_options', value: {'include_usage': True}"
+        ),
+        1,
+    ),
+    (
+        "xAI: an argument, in camel case",
+        {},
+        EXTRA,
+        has("top_p"),
+        400,
+        {
+            "code": "Client specified an invalid argument",
+            "error": "Argument not supported on this model: topP",
+        },
+        1,
+    ),
+    (
+        "xAI: a parameter",
+        {},
+        EXTRA,
+        has("stop"),
+        400,
+        {"code": "x", "error": "Model grok-4 does not support parameter stop."},
+        1,
+    ),
+    (
+        "OpenAI: max_tokens is called otherwise",
+        {},
+        {},
+        has("max_tokens"),
+        400,
+        err(
+            "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead.",
+            param="max_tokens",
+            code="unsupported_parameter",
+        ),
+        1,
+    ),
+    (
+        "Mistral: max_completion_tokens is called otherwise",
+        {"PROFILE": "openai-reasoning"},
+        {},
+        has("max_completion_tokens"),
+        422,
+        {
+            "detail": [
+                {
+                    "type": "extra_forbidden",
+                    "loc": ["body", "max_completion_tokens"],
+                    "msg": "Extra inputs are not permitted",
+                }
+            ]
+        },
+        1,
+    ),
+    (
+        "OpenAI: temperature",
+        {},
+        EXTRA,
+        has("temperature"),
+        400,
+        err(
+            "Unsupported value: 'temperature' does not support 0.5 with this model. Only the default (1) value is supported.",
+            param="temperature",
+            code="unsupported_value",
+        ),
+        1,
+    ),
+    (
+        "Kimi: temperature",
+        {},
+        EXTRA,
+        has("temperature"),
+        400,
+        err("invalid temperature: only 1 is allowed for this model"),
+        1,
+    ),
+    (
+        "everything of EXTRA, one by one",
+        {},
+        EXTRA,
+        has("temperature", "top_p", "stop"),
+        400,
+        lambda found: err(
+            "Unsupported parameter: '%s' is not supported with this model." % found[0]
+        ),
+        3,
+    ),
+    (
+        "OpenAI: output limit",
+        {},
+        {},
+        output_above(4096),
+        400,
+        err(
+            "max_tokens is too large: 64000. This model supports at most 4096 completion tokens, whereas you provided 64000."
+        ),
+        1,
+    ),
+    (
+        "DeepSeek: output limit",
+        {},
+        {},
+        output_above(8192),
+        400,
+        err("Invalid max_tokens value, the valid range of max_tokens is [1, 8192]"),
+        1,
+    ),
+    (
+        "Groq: output limit",
+        {},
+        {},
+        output_above(40960),
+        400,
+        err(
+            "`max_tokens` must be less than or equal to `40960`, the maximum value for `max_tokens` is less than the `context_window` for this model"
+        ),
+        1,
+    ),
+    (
+        "Groq: output limit, other name",
+        {"PROFILE": "openai-reasoning"},
+        {},
+        output_above(40960, "max_completion_tokens"),
+        400,
+        err("max_completion_tokens must be less than or equal to 40960, the maximum value for m"),
+        1,
+    ),
+    (
+        "Ark: output limit",
+        {},
+        {},
+        output_above(12288),
+        400,
+        err(
+            "The parameter `max_tokens` specified in the request is not valid: integer above maximum value, expected a value <= 12288, but got 64000 instead"
+        ),
+        1,
+    ),
+    (
+        "DashScope: output limit",
+        {},
+        {},
+        output_above(16384),
+        400,
+        err("<400> InternalError.Algo.InvalidParameter: Range of max_tokens should be [1, 16384]"),
+        1,
+    ),
+    (
+        "Anthropic relay: output limit",
+        {},
+        {},
+        output_above(4096),
+        400,
+        err(
+            "max_tokens: 64000 > 4096, which is the maximum allowed number of output tokens for claude-3-opus"
+        ),
+        1,
+    ),
+    (
+        "DeepSeek: forced choice",
+        {},
+        PIN,
+        forced,
+        400,
+        err("deepseek-reasoner does not support this tool_choice"),
+        1,
+    ),
+    (
+        "Moonshot: required",
+        {},
+        PIN,
+        forced,
+        400,
+        err("tool_choice 'required' is incompatible with thinking enabled"),
+        1,
+    ),
+    (
+        "Qwen: forced choice",
+        {},
+        PIN,
+        forced,
+        400,
+        err(
+            "<400> InternalError.Algo.InvalidParameter: The tool_choice parameter does not support being set to required or object in thinking mode"
+        ),
+        1,
+    ),
+    (
+        "parallel_tool_calls",
+        {},
+        {"tool_choice": {"type": "auto", "disable_parallel_tool_use": True}},
+        has("parallel_tool_calls"),
+        400,
+        err("Unsupported parameter: 'parallel_tool_calls' is not supported with this model."),
+        1,
+    ),
+    (
+        "Groq: number of tools",
+        {},
+        {"tools": [tool("Read", ["path"], path="string")] + [tool("t%d" % n) for n in range(140)]},
+        lambda sent: len(sent.get("tools", ())) > 128,
+        400,
+        err("'tools' : maximum number of items is 128"),
+        1,
+    ),
+    (
+        "OpenAI: number of tools",
+        {},
+        {"tools": [tool("Read", ["path"], path="string")] + [tool("t%d" % n) for n in range(140)]},
+        lambda sent: len(sent.get("tools", ())) > 128,
+        400,
+        err(
+            "Invalid 'tools': array too long. Expected an array with maximum length 128, but got an array with length 141 instead.",
+            param="tools",
+            code="array_above_max_length",
+        ),
+        1,
+    ),
+    (
+        "Mistral: no user after tool",
+        {},
+        {},
+        user_after_tool,
+        400,
+        {
+            "object": "error",
+            "message": "Unexpected role 'user' after role 'tool'",
+            "type": "invalid_request_message_order",
+            "code": "3230",
+        },
+        1,
+    ),
+    (
+        "Mistral: tool ids",
+        {},
+        {},
+        bad_ids,
+        400,
+        {
+            "object": "error",
+            "message": "Tool call id was call_abc but must be a-z, A-Z, 0-9, with a length of 9.",
+            "code": "3280",
+        },
+        1,
+    ),
+    (
+        "MiniMax: no system role",
+        {},
+        {},
+        lambda sent: sent["messages"][0]["role"] == "system",
+        400,
+        err("invalid params, chat content has invalid message role: system (2013)"),
+        1,
+    ),
+    (
+        "Gemma: no system role",
+        {},
+        {},
+        lambda sent: sent["messages"][0]["role"] == "system",
+        400,
+        err("System role not supported"),
+        1,
+    ),
+    (
+        "Ark: text only",
+        {},
+        {},
+        part_of_kind("image_url"),
+        400,
+        err("Model only support text input"),
+        1,
+    ),
+    (
+        "OpenRouter: no image endpoint",
+        {},
+        {},
+        part_of_kind("image_url"),
+        404,
+        err("No endpoints found that support image input"),
+        1,
+    ),
+    (
+        "DeepSeek: image_url is unknown",
+        {},
+        {},
+        part_of_kind("image_url"),
+        400,
+        err(
+            "Failed to deserialize the JSON body into the target type: messages[0]: unknown variant `image_url`, expected `text`"
+        ),
+        1,
+    ),
+    (
+        "llama.cpp: no image support",
+        {},
+        {},
+        part_of_kind("image_url"),
+        500,
+        err(
+            "image input is not supported - hint: if this is unexpected, you may need to provide the mmproj"
+        ),
+        1,
+    ),
+    (
+        "vLLM: not multimodal",
+        {},
+        {},
+        part_of_kind("image_url"),
+        400,
+        err("m is not a multimodal model"),
+        1,
+    ),
+    (
+        "a file part",
+        {"PROFILE": "openai"},
+        {},
+        part_of_kind("file"),
+        400,
+        err("Invalid value: 'file'. Supported values are: 'text' and 'image_url'."),
+        1,
+    ),
+    (
+        "DeepSeek: reasoning must come back",
+        {},
+        {},
+        no_reasoning_after_tools,
+        400,
+        err("The reasoning_content in the thinking mode must be passed back to the API."),
+        1,
+    ),
+    (
+        "DeepSeek, earlier text",
+        {},
+        {},
+        no_reasoning_after_tools,
+        400,
+        err("Missing reasoning_content field in the assistant message at message index 2."),
+        1,
+    ),
+    (
+        "Kimi: reasoning must come back",
+        {},
+        {},
+        no_reasoning_after_tools,
+        400,
+        err(
+            "thinking is enabled but reasoning_content is missing in assistant tool call message at index 2"
+        ),
+        1,
+    ),
+    (
+        "Gemini: signatures must come back",
+        {},
+        {},
+        lambda sent: any(
+            "extra_content" not in m["tool_calls"][0]
+            for m in sent["messages"]
+            if m.get("tool_calls")
+        ),
+        400,
+        [
+            {
+                "error": {
+                    "code": 400,
+                    "message": "Function call is missing a thought_signature in functionCall parts. This is required for tools to work correctly.",
+                }
+            }
+        ],
+        1,
+    ),
+    (
+        "Cerebras: reasoning_content in the history",
+        {"PROFILE": "kimi"},
+        {},
+        in_history("reasoning_content"),
+        400,
+        {
+            "message": "messages.2.assistant.reasoning_content: property 'messages.2.assistant.reasoning_content' is unsupported",
+            "type": "invalid_request_error",
+            "code": "wrong_api_format",
+        },
+        1,
+    ),
+    (
+        "gpt-5.6: no effort beside tools",
+        {"PROFILE": "openai-gpt5.1"},
+        LOUD,
+        lambda sent: sent.get("reasoning_effort", "none") != "none",
+        400,
+        err(
+            "Function tools with reasoning_effort are not supported for gpt-5.6-terra in /v1/chat/completions. To use function tools, use /v1/responses or set reasoning_effort to 'none'."
+        ),
+        1,
+    ),
+    (
+        "effort is not known",
+        {"PROFILE": "openai-gpt5.1"},
+        LOUD,
+        has("reasoning_effort"),
+        400,
+        err("Unrecognized request argument supplied: reasoning_effort"),
+        1,
+    ),
+    (
+        "xAI: no effort for this model",
+        {"PROFILE": "fireworks"},
+        LOUD,
+        has("reasoning_effort"),
+        400,
+        {"code": "x", "error": "Model grok-4 does not support parameter reasoningEffort."},
+        1,
+    ),
+    (
+        "NIM: no thinking",
+        {"PROFILE": "kimi"},
+        LOUD,
+        has("thinking"),
+        400,
+        err("Validation: Unsupported parameter(s): `thinking`"),
+        1,
+    ),
+    (
+        "Cerebras: no enable_thinking",
+        {"PROFILE": "dashscope"},
+        LOUD,
+        has("enable_thinking"),
+        400,
+        {"message": "body.enable_thinking: property 'body.enable_thinking' is unsupported"},
+        1,
+    ),
+    (
+        "DashScope: thinking only streams",
+        {"PROFILE": "siliconflow"},
+        dict(LOUD, stream=False),
+        lambda sent: sent.get("enable_thinking") and not sent.get("stream"),
+        400,
+        err("parameter.enable_thinking must be set to false for non-streaming calls"),
+        1,
+    ),
+    (
+        "DashScope, even when streamed",
+        {},
+        LOUD,
+        lambda sent: sent.get("enable_thinking") is not False,
+        400,
+        err("parameter.enable_thinking must be set to false for non-streaming calls"),
+        1,
+    ),
+    (
+        "response_format is not there",
+        {"PROFILE": "mistral"},
+        {"output_config": {"format": {"type": "json_schema", "schema": props()}}},
+        has("response_format"),
+        400,
+        err("'response_format' : value is not one of the allowed values"),
+        2,
+    ),
+    (
+        "json_schema is not there",
+        {"PROFILE": "mistral"},
+        {"output_config": {"format": {"type": "json_schema", "schema": props()}}},
+        lambda sent: sent.get("response_format", {}).get("type") == "json_schema",
+        400,
+        err("This response_format type is unavailable now"),
+        1,
+    ),
+    (
+        "a pattern that no grammar takes",
+        {},
+        {},
+        schema_has("pattern"),
+        400,
+        err("Invalid regex in tool schema: look-around is not supported"),
+        1,
+    ),
+    (
+        "a format keyword",
+        {},
+        {},
+        schema_has("format"),
+        400,
+        err(
+            "Invalid schema for function 'Read': In context=('properties', 'at'), 'format' is not permitted"
+        ),
+        1,
+    ),
+    (
+        "vLLM: prompt and output together",
+        {},
+        {},
+        above_together(32768),
+        400,
+        lambda found: err(
+            "This model's maximum context length is 32768 tokens. However, you requested %d output tokens and your prompt contains at least %d input tokens, for a total of at least %d tokens."
+            % found
+        ),
+        1,
+    ),
+    (
+        "Groq: a malformed call, once",
+        {"TARGET_RETRIES": "1"},
+        {},
+        lambda sent, seen=[]: not seen and not seen.append(1),
+        400,
+        err("Failed to call a function", code="tool_use_failed"),
+        1,
+    ),
 )
 
-SESSION_TOOLS = [tool("Read", ["path"], path={"type": "string", "pattern": "^(?!/)"}, at={"type": "string", "format": "date"}, kind={"const": "x"}), tool("Bash", ["cmd"], cmd="string")]
+SESSION_TOOLS = [
+    tool(
+        "Read",
+        ["path"],
+        path={"type": "string", "pattern": "^(?!/)"},
+        at={"type": "string", "format": "date"},
+        kind={"const": "x"},
+    ),
+    tool("Bash", ["cmd"], cmd="string"),
+]
 
 
 def session(proxy, count, **fields):
@@ -2782,7 +6519,9 @@ def session(proxy, count, **fields):
             continue
         message = ccfix.fold(events)
         messages.append({"role": "assistant", "content": message["content"]})
-        results = [result(block["id"], "ok") for block in message["content"] if block["type"] == "tool_use"]
+        results = [
+            result(block["id"], "ok") for block in message["content"] if block["type"] == "tool_use"
+        ]
         messages.append(user(*(results + (["Go on."] if turn % 3 == 2 or not results else []))))
     return errors
 
@@ -2800,7 +6539,19 @@ class StrictProvider(object):
             body = self.body(found) if callable(self.body) else self.body
             return FakeReply(self.status, {}, [json.dumps(body).encode()])
         self.turn += 1
-        return FakeReply(200, {}, [sse(delta(reasoning_content="step %d" % self.turn), call_chunk(fn("Read", '{"path":"a%d"}' % self.turn, index=0, id="call_%d" % self.turn)), delta("tool_calls"))])
+        return FakeReply(
+            200,
+            {},
+            [
+                sse(
+                    delta(reasoning_content="step %d" % self.turn),
+                    call_chunk(
+                        fn("Read", '{"path":"a%d"}' % self.turn, index=0, id="call_%d" % self.turn)
+                    ),
+                    delta("tool_calls"),
+                )
+            ],
+        )
 
 
 class TestStrictProviders(unittest.TestCase):
@@ -2810,8 +6561,14 @@ class TestStrictProviders(unittest.TestCase):
         for number, (who, settings, fields, offends, status, body, most) in enumerate(STRICT):
             with self.subTest(who):
                 folder = tempfile.mkdtemp()
-                try:        # every fourth goes all the way: a refusal comes within the first turns, and the rest is time
-                    self.check(dict(settings, CACHE_DIR=folder), fields, StrictProvider(offends, status, body), most, 6 if number % 4 else 20)
+                try:  # every fourth goes all the way: a refusal comes within the first turns, and the rest is time
+                    self.check(
+                        dict(settings, CACHE_DIR=folder),
+                        fields,
+                        StrictProvider(offends, status, body),
+                        most,
+                        6 if number % 4 else 20,
+                    )
                 finally:
                     shutil.rmtree(folder, ignore_errors=True)
 
@@ -2821,29 +6578,59 @@ class TestStrictProviders(unittest.TestCase):
         self.assertGreaterEqual(provider.refused, 1, "nothing was ever refused")
         self.assertLessEqual(provider.refused, most)
         self.assertEqual(len(wires.sent), turns + provider.refused)
-        for text in (ccfix.lesson_text(field, value) for changes in proxy.lessons.values() for field, value in changes.items()):
+        for text in (
+            ccfix.lesson_text(field, value)
+            for changes in proxy.lessons.values()
+            for field, value in changes.items()
+        ):
             self.assertTrue(text and "%" not in text, text)
         json.dumps(proxy.status())
         proxy.store.close()
         before = provider.refused
         again, wires = proxy_with(provider, **settings)
         self.assertEqual(session(again, 3, **fields), [])
-        self.assertEqual((provider.refused, len(wires.sent)), (before, 3), "the lesson did not survive the restart")
+        self.assertEqual(
+            (provider.refused, len(wires.sent)),
+            (before, 3),
+            "the lesson did not survive the restart",
+        )
         again.store.close()
 
     def test_all_in_one(self):
         """A provider that refuses several things, one at a time, needs one request for each."""
-        rules = [(has(*DISGUISE), err("Unrecognized request argument supplied: ANTHROPIC_MODEL")), (has("temperature"), err("invalid temperature: only 1 is allowed for this model")),
-                 (output_above(4096), err("supports at most 4096 completion tokens; max_tokens is too large"))]
-        provider = StrictProvider(lambda sent: [body for offends, body in rules if offends(sent)], 400, lambda found: found[0])
+        rules = [
+            (has(*DISGUISE), err("Unrecognized request argument supplied: ANTHROPIC_MODEL")),
+            (has("temperature"), err("invalid temperature: only 1 is allowed for this model")),
+            (
+                output_above(4096),
+                err("supports at most 4096 completion tokens; max_tokens is too large"),
+            ),
+        ]
+        provider = StrictProvider(
+            lambda sent: [body for offends, body in rules if offends(sent)],
+            400,
+            lambda found: found[0],
+        )
         proxy, wires = proxy_with(provider)
         self.assertEqual(session(proxy, 20, **EXTRA), [])
         self.assertEqual(len(wires.sent), 20 + 3)
 
 
-NATIVE_HELLO = "".join(ccfix.encode_event(event) for event in ccfix.unfold(
-    {"id": "msg_up", "type": "message", "role": "assistant", "model": "up", "content": [{"type": "text", "text": "Hello"}], "stop_reason": "end_turn", "stop_sequence": None,
-     "usage": {"input_tokens": 7, "output_tokens": 1}})).encode()
+NATIVE_HELLO = "".join(
+    ccfix.encode_event(event)
+    for event in ccfix.unfold(
+        {
+            "id": "msg_up",
+            "type": "message",
+            "role": "assistant",
+            "model": "up",
+            "content": [{"type": "text", "text": "Hello"}],
+            "stop_reason": "end_turn",
+            "stop_sequence": None,
+            "usage": {"input_tokens": 7, "output_tokens": 1},
+        }
+    )
+).encode()
 
 
 class TestNativeLessons(unittest.TestCase):
@@ -2851,16 +6638,40 @@ class TestNativeLessons(unittest.TestCase):
 
     ROWS = (
         # (what offends(body, headers), the refusal)
-        (lambda sent, headers: "mid-x" in headers.get("anthropic-beta", ""), "Unexpected value(s) `mid-x` for the `anthropic-beta` header. Please consult our documentation."),
-        (lambda sent, headers: any(m["role"] == "system" for m in sent["messages"]), "messages.1.role: Input should be 'user' or 'assistant'"),
-        (lambda sent, headers: "cache_control" in json.dumps(sent), "cache_control.ephemeral.scope: Extra inputs are not permitted"),
-        (lambda sent, headers: "context_management" in sent, "context_management: Extra inputs are not permitted"),
-        (lambda sent, headers: sent.get("max_tokens", 0) > 8192, "max_tokens: 32000 > 8192, which is the maximum allowed number of output tokens for x"),
-        (lambda sent, headers: "output_config" in sent, "output_config: Extra inputs are not permitted"),
+        (
+            lambda sent, headers: "mid-x" in headers.get("anthropic-beta", ""),
+            "Unexpected value(s) `mid-x` for the `anthropic-beta` header. Please consult our documentation.",
+        ),
+        (
+            lambda sent, headers: any(m["role"] == "system" for m in sent["messages"]),
+            "messages.1.role: Input should be 'user' or 'assistant'",
+        ),
+        (
+            lambda sent, headers: "cache_control" in json.dumps(sent),
+            "cache_control.ephemeral.scope: Extra inputs are not permitted",
+        ),
+        (
+            lambda sent, headers: "context_management" in sent,
+            "context_management: Extra inputs are not permitted",
+        ),
+        (
+            lambda sent, headers: sent.get("max_tokens", 0) > 8192,
+            "max_tokens: 32000 > 8192, which is the maximum allowed number of output tokens for x",
+        ),
+        (
+            lambda sent, headers: "output_config" in sent,
+            "output_config: Extra inputs are not permitted",
+        ),
     )
 
     def test_rows(self):
-        body = request(user(txt("a", cache_control={"type": "ephemeral", "scope": "x"})), {"role": "system", "content": "s"}, "b", context_management={"edits": []}, output_config={"effort": "low"})
+        body = request(
+            user(txt("a", cache_control={"type": "ephemeral", "scope": "x"})),
+            {"role": "system", "content": "s"},
+            "b",
+            context_management={"edits": []},
+            output_config={"effort": "low"},
+        )
         for offends, text in self.ROWS:
             with self.subTest(text):
                 refused = []
@@ -2868,8 +6679,20 @@ class TestNativeLessons(unittest.TestCase):
                 def answer(sent):
                     if offends(sent, wires.headers[-1]):
                         refused.append(sent)
-                        return FakeReply(400, {}, [json.dumps({"type": "error", "error": {"type": "invalid_request_error", "message": text}}).encode()])
+                        return FakeReply(
+                            400,
+                            {},
+                            [
+                                json.dumps(
+                                    {
+                                        "type": "error",
+                                        "error": {"type": "invalid_request_error", "message": text},
+                                    }
+                                ).encode()
+                            ],
+                        )
                     return FakeReply(200, {}, [NATIVE_HELLO])
+
                 proxy, wires = proxy_with(answer, TARGET_FORMAT="anthropic")
                 for _ in range(3):
                     events, error = ask(proxy, body, {"anthropic-beta": "good-1,mid-x"})
@@ -2882,30 +6705,62 @@ class TestNativeLessons(unittest.TestCase):
 class TestWhatIsNotLearned(unittest.TestCase):
 
     def test_an_error_that_no_rule_fits_goes_out_once_with_the_providers_words(self):
-        for words in ("The moon is in the wrong phase.", "Your request was blocked by policy 17", "messages: too many tool calls in flight", "model is not allowed for this project"):
+        for words in (
+            "The moon is in the wrong phase.",
+            "Your request was blocked by policy 17",
+            "messages: too many tool calls in flight",
+            "model is not allowed for this project",
+        ):
             with self.subTest(words):
-                proxy, wires = proxy_with(lambda sent: FakeReply(400, {}, [json.dumps(err(words)).encode()]))
+                proxy, wires = proxy_with(
+                    lambda sent: FakeReply(400, {}, [json.dumps(err(words)).encode()])
+                )
                 events, error = ask(proxy, request("hi", tools=[tool("Read")]))
-                self.assertEqual((error.status, error.type, len(wires.sent), events), (424, "invalid_request_error", 1, []))
+                self.assertEqual(
+                    (error.status, error.type, len(wires.sent), events),
+                    (424, "invalid_request_error", 1, []),
+                )
                 self.assertIn(words, error.message)
                 self.assertEqual(proxy.lessons, {})
 
     def test_never_more_than_three_mends(self):
         fields = iter(["temperature", "top_p", "stop", "stream_options", "max_tokens"] * 9)
-        proxy, wires = proxy_with(lambda sent: FakeReply(400, {}, [json.dumps(err("property '%s' is unsupported" % next(f for f in fields if f in sent))).encode()]))
+        proxy, wires = proxy_with(
+            lambda sent: FakeReply(
+                400,
+                {},
+                [
+                    json.dumps(
+                        err("property '%s' is unsupported" % next(f for f in fields if f in sent))
+                    ).encode()
+                ],
+            )
+        )
         events, error = ask(proxy, request("hi", **EXTRA))
         self.assertEqual((error.status, len(wires.sent)), (424, 4))
 
     def test_never_twice_for_the_same_lesson(self):
-        proxy, wires = proxy_with(lambda sent: FakeReply(400, {}, [json.dumps(err("property 'temperature' is unsupported")).encode()]))
+        proxy, wires = proxy_with(
+            lambda sent: FakeReply(
+                400, {}, [json.dumps(err("property 'temperature' is unsupported")).encode()]
+            )
+        )
         events, error = ask(proxy, request("hi", temperature=1))
         self.assertEqual((error.status, len(wires.sent)), (424, 2))
 
     def test_essentials_are_never_dropped(self):
         for name in ("model", "messages", "tools", "stream", "max_tokens"):
-            for text in ("Unrecognized request argument supplied: %s", "property '%s' is unsupported", "Invalid value for '%s'", "'%s' is not permitted", "Unsupported parameter: '%s'"):
+            for text in (
+                "Unrecognized request argument supplied: %s",
+                "property '%s' is unsupported",
+                "Invalid value for '%s'",
+                "'%s' is not permitted",
+                "Unsupported parameter: '%s'",
+            ):
                 with self.subTest(text % name):
-                    proxy, wires = proxy_with(lambda sent: FakeReply(400, {}, [json.dumps(err(text % name)).encode()]))
+                    proxy, wires = proxy_with(
+                        lambda sent: FakeReply(400, {}, [json.dumps(err(text % name)).encode()])
+                    )
                     ask(proxy, request("hi", tools=[tool("Read")]))
                     for sent in wires.sent:
                         self.assertTrue({"model", "messages", "tools", "stream"} <= set(sent))
@@ -2913,27 +6768,46 @@ class TestWhatIsNotLearned(unittest.TestCase):
 
     def test_other_errors_teach_nothing(self):
         for status in (401, 402, 404, 429, 500, 503):
-            proxy, wires = proxy_with(lambda sent: FakeReply(status, {}, [json.dumps(err("property 'temperature' is unsupported")).encode()]))
+            proxy, wires = proxy_with(
+                lambda sent: FakeReply(
+                    status, {}, [json.dumps(err("property 'temperature' is unsupported")).encode()]
+                )
+            )
             ask(proxy, request("hi", temperature=1))
             self.assertEqual((proxy.lessons, len(wires.sent)), ({}, 1), status)
 
     def test_lessons_belong_to_one_provider_and_model(self):
         def answer(sent):
-            return FakeReply(400, {}, [json.dumps(err("property 'temperature' is unsupported")).encode()]) if sent["model"] == "m" and "temperature" in sent else FakeReply(200, {}, [HELLO_STREAM])
+            return (
+                FakeReply(
+                    400, {}, [json.dumps(err("property 'temperature' is unsupported")).encode()]
+                )
+                if sent["model"] == "m" and "temperature" in sent
+                else FakeReply(200, {}, [HELLO_STREAM])
+            )
+
         proxy, wires = proxy_with(answer, TARGET_MODEL_HAIKU="small")
         ask(proxy, request("hi", temperature=1))
         ask(proxy, request("hi", temperature=1, model="claude-haiku-4-5"))
         ask(proxy, request("hi", temperature=1))
-        self.assertEqual([("temperature" in sent, sent["model"]) for sent in wires.sent], [(True, "m"), (False, "m"), (True, "small"), (False, "m")])
+        self.assertEqual(
+            [("temperature" in sent, sent["model"]) for sent in wires.sent],
+            [(True, "m"), (False, "m"), (True, "small"), (False, "m")],
+        )
 
     def test_lessons_are_forgotten(self):
         folder = tempfile.mkdtemp()
         try:
-            provider = StrictProvider(has(*DISGUISE), 400, err("Unrecognized request argument supplied: ANTHROPIC_MODEL"))
+            provider = StrictProvider(
+                has(*DISGUISE), 400, err("Unrecognized request argument supplied: ANTHROPIC_MODEL")
+            )
             proxy, wires = proxy_with(provider, CACHE_DIR=folder)
             ask(proxy, request("hi"))
             self.assertEqual([row["field"] for row in proxy.status()["lessons"]], ["strict"])
-            self.assertEqual((proxy.forget(), proxy.lessons, proxy.status()["lessons"], proxy.forget()), (1, {}, [], 0))
+            self.assertEqual(
+                (proxy.forget(), proxy.lessons, proxy.status()["lessons"], proxy.forget()),
+                (1, {}, [], 0),
+            )
             proxy.store.close()
             again, wires = proxy_with(provider, CACHE_DIR=folder)
             self.assertEqual(again.lessons, {})
@@ -2948,9 +6822,42 @@ class TestWhatIsNotLearned(unittest.TestCase):
 
     def test_learning_survives_any_text(self):
         random_ = random.Random(3)
-        words = ("max_tokens", "tool_choice", "image", "not support", "reasoning_content", "'temperature'", "[1, 5]", "unknown", "tools", "maximum length 5", "schema", "pattern", "(", "extra_forbidden", "missing",
-                 "must be", "at most 99999", "response_format", "thinking", "system role", "not supported", "file", "Unsupported parameter(s):", "beta", "cache_control", "ANTHROPIC_X", "{", "\\", "`")
-        sent = ccfix.to_openai(request(user("a", png()), tools=SESSION_TOOLS, **dict(EXTRA, **LOUD)), "m", ccfix.DEFAULT)
+        words = (
+            "max_tokens",
+            "tool_choice",
+            "image",
+            "not support",
+            "reasoning_content",
+            "'temperature'",
+            "[1, 5]",
+            "unknown",
+            "tools",
+            "maximum length 5",
+            "schema",
+            "pattern",
+            "(",
+            "extra_forbidden",
+            "missing",
+            "must be",
+            "at most 99999",
+            "response_format",
+            "thinking",
+            "system role",
+            "not supported",
+            "file",
+            "Unsupported parameter(s):",
+            "beta",
+            "cache_control",
+            "ANTHROPIC_X",
+            "{",
+            "\\",
+            "`",
+        )
+        sent = ccfix.to_openai(
+            request(user("a", png()), tools=SESSION_TOOLS, **dict(EXTRA, **LOUD)),
+            "m",
+            ccfix.DEFAULT,
+        )
         for _ in range(700):
             text = " ".join(random_.choice(words) for _ in range(random_.randint(1, 9)))
             error = provider_like(text)
@@ -2966,22 +6873,78 @@ def provider_like(text):
 
 class TestReasoningSurvives(unittest.TestCase):
     """What a provider needs back on the next turn comes back byte for byte, through signatures or by tool-call id."""
+
     maxDiff = None
 
-    DETAILS = [{"type": "reasoning.text", "text": "I think \u00fc", "signature": "sig==", "index": 0, "format": "anthropic-claude-v1"}, {"type": "reasoning.encrypted", "data": "gAAA\u2028", "id": "rs_1", "index": 1}]
+    DETAILS = [
+        {
+            "type": "reasoning.text",
+            "text": "I think \u00fc",
+            "signature": "sig==",
+            "index": 0,
+            "format": "anthropic-claude-v1",
+        },
+        {"type": "reasoning.encrypted", "data": "gAAA\u2028", "id": "rs_1", "index": 1},
+    ]
     ROWS = (
         # (profile, deltas of the answer, field of the assistant message (or None: in the call), what must come back)
-        ("deepseek", [delta(reasoning_content="a\n"), delta(reasoning_content=" b\u4f60")], "reasoning_content", "a\n b\u4f60"),
+        (
+            "deepseek",
+            [delta(reasoning_content="a\n"), delta(reasoning_content=" b\u4f60")],
+            "reasoning_content",
+            "a\n b\u4f60",
+        ),
         ("kimi", [delta(reasoning_content="think  twice ")], "reasoning_content", "think  twice "),
         ("mimo", [delta(reasoning_content="m")], "reasoning_content", "m"),
         ("ollama", [delta(reasoning="o")], "reasoning", "o"),
         ("cerebras", [delta(reasoning="c")], "reasoning", "c"),
-        ("openrouter", [delta(reasoning="I think \u00fc", reasoning_details=[dict(DETAILS[0], text="I think", signature=None)]),
-                        delta(reasoning_details=[{"type": "reasoning.text", "text": " \u00fc", "index": 0, "signature": "sig=="}]), delta(reasoning_details=[DETAILS[1]])], "reasoning_details", DETAILS),
+        (
+            "openrouter",
+            [
+                delta(
+                    reasoning="I think \u00fc",
+                    reasoning_details=[dict(DETAILS[0], text="I think", signature=None)],
+                ),
+                delta(
+                    reasoning_details=[
+                        {
+                            "type": "reasoning.text",
+                            "text": " \u00fc",
+                            "index": 0,
+                            "signature": "sig==",
+                        }
+                    ]
+                ),
+                delta(reasoning_details=[DETAILS[1]]),
+            ],
+            "reasoning_details",
+            DETAILS,
+        ),
         ("openrouter", [delta(reasoning_details=[DETAILS[1]])], "reasoning_details", [DETAILS[1]]),
-        ("openrouter", [delta(reasoning="I think \u00fc", reasoning_details=[dict(DETAILS[0], signature=None)]), delta(content="So."),
-                        delta(reasoning_details=[dict(DETAILS[0], text="")])], "reasoning_details", DETAILS[:1]),
-        ("minimax", [delta(reasoning_details=[{"type": "reasoning.text", "text": "mm", "id": "r", "index": 0}])], "reasoning_details", [{"type": "reasoning.text", "text": "mm", "id": "r", "index": 0}]),
+        (
+            "openrouter",
+            [
+                delta(
+                    reasoning="I think \u00fc", reasoning_details=[dict(DETAILS[0], signature=None)]
+                ),
+                delta(content="So."),
+                delta(reasoning_details=[dict(DETAILS[0], text="")]),
+            ],
+            "reasoning_details",
+            DETAILS[:1],
+        ),
+        (
+            "minimax",
+            [
+                delta(
+                    reasoning_details=[
+                        {"type": "reasoning.text", "text": "mm", "id": "r", "index": 0}
+                    ]
+                )
+            ],
+            "reasoning_details",
+            [{"type": "reasoning.text", "text": "mm", "id": "r", "index": 0}],
+        ),
         ("gemini", [], None, "c2lnbmF0dXJl+/="),
     )
 
@@ -2990,7 +6953,12 @@ class TestReasoningSurvives(unittest.TestCase):
         call = fn("Read", '{ "path":"a" }', index=0, id="call_1")
         if google:
             call["extra_content"] = {"google": {"thought_signature": google}}
-        proxy, wires = proxy_with(lambda sent: FakeReply(200, {}, [sse(*deltas + [call_chunk(call), delta("tool_calls")])]), PROFILE=name)
+        proxy, wires = proxy_with(
+            lambda sent: FakeReply(
+                200, {}, [sse(*deltas + [call_chunk(call), delta("tool_calls")])]
+            ),
+            PROFILE=name,
+        )
         events, error = ask(proxy, request("hi", tools=[tool("Read", ["path"], path="string")]))
         self.assertIsNone(error)
         self.assertEqual(grammar(self, events), "done")
@@ -2998,86 +6966,194 @@ class TestReasoningSurvives(unittest.TestCase):
 
     def next_turn(self, proxy, wires, content):
         call = next(block for block in content if block["type"] == "tool_use")
-        ask(proxy, request("hi", {"role": "assistant", "content": content}, user(result(call["id"], "ok")), tools=[tool("Read", ["path"], path="string")]))
+        ask(
+            proxy,
+            request(
+                "hi",
+                {"role": "assistant", "content": content},
+                user(result(call["id"], "ok")),
+                tools=[tool("Read", ["path"], path="string")],
+            ),
+        )
         return next(m for m in wires.sent[-1]["messages"] if m["role"] == "assistant")
 
     def check(self, message, field, wanted):
         if field:
             self.assertEqual(ccfix.compact_json(message.get(field)), ccfix.compact_json(wanted))
         else:
-            self.assertEqual(message["tool_calls"][0]["extra_content"], {"google": {"thought_signature": wanted}})
+            self.assertEqual(
+                message["tool_calls"][0]["extra_content"], {"google": {"thought_signature": wanted}}
+            )
         self.assertEqual(message["tool_calls"][0]["function"]["arguments"], '{ "path":"a" }')
 
     def test_through_the_signature(self):
         for name, deltas, field, wanted in self.ROWS:
             with self.subTest(name):
                 proxy, wires, message = self.turn(name, deltas, None if field else wanted)
-                proxy.memory = ccfix.Memory()       # as after a restart: only the signature knows
+                proxy.memory = ccfix.Memory()  # as after a restart: only the signature knows
                 fresh = self.next_turn(proxy, wires, message["content"])
                 if field:
-                    self.assertEqual(ccfix.compact_json(fresh.get(field)), ccfix.compact_json(wanted))
+                    self.assertEqual(
+                        ccfix.compact_json(fresh.get(field)), ccfix.compact_json(wanted)
+                    )
                 else:
-                    self.assertEqual(fresh["tool_calls"][0]["extra_content"], {"google": {"thought_signature": wanted}})
+                    self.assertEqual(
+                        fresh["tool_calls"][0]["extra_content"],
+                        {"google": {"thought_signature": wanted}},
+                    )
 
     def test_by_tool_call_id_where_the_client_dropped_the_block(self):
         for name, deltas, field, wanted in self.ROWS:
             with self.subTest(name):
                 proxy, wires, message = self.turn(name, deltas, None if field else wanted)
-                self.check(self.next_turn(proxy, wires, [block for block in message["content"] if block["type"] != "thinking"]), field, wanted)
+                self.check(
+                    self.next_turn(
+                        proxy,
+                        wires,
+                        [block for block in message["content"] if block["type"] != "thinking"],
+                    ),
+                    field,
+                    wanted,
+                )
 
     def test_by_tool_call_id_after_a_restart(self):
         folder = tempfile.mkdtemp()
         try:
-            proxy, wires = proxy_with(lambda sent: FakeReply(200, {}, [sse(delta(reasoning_content="kept"), call_chunk(fn("Read", "{}", index=0, id="call_1")), delta("tool_calls"))]), PROFILE="deepseek", CACHE_DIR=folder)
+            proxy, wires = proxy_with(
+                lambda sent: FakeReply(
+                    200,
+                    {},
+                    [
+                        sse(
+                            delta(reasoning_content="kept"),
+                            call_chunk(fn("Read", "{}", index=0, id="call_1")),
+                            delta("tool_calls"),
+                        )
+                    ],
+                ),
+                PROFILE="deepseek",
+                CACHE_DIR=folder,
+            )
             message = ccfix.fold(ask(proxy, request("hi"))[0])
             proxy.store.close()
             again, wires = proxy_with(wires.answer, PROFILE="deepseek", CACHE_DIR=folder)
-            sent = self.next_turn(again, wires, [block for block in message["content"] if block["type"] != "thinking"])
+            sent = self.next_turn(
+                again, wires, [block for block in message["content"] if block["type"] != "thinking"]
+            )
             again.store.close()
             self.assertEqual(sent["reasoning_content"], "kept")
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
     def test_what_is_not_kept_gets_the_providers_placeholder_or_nothing(self):
-        rows = (("deepseek", "reasoning_content", ccfix.NOT_KEPT), ("kimi", "reasoning_content", None), ("openrouter", "reasoning_details", None), ("groq", "reasoning_content", None))
-        content = [{"type": "thinking", "thinking": "claude's own", "signature": "EqQBCkYIBxgC"}, use("toolu_9", path="a")]
+        rows = (
+            ("deepseek", "reasoning_content", ccfix.NOT_KEPT),
+            ("kimi", "reasoning_content", None),
+            ("openrouter", "reasoning_details", None),
+            ("groq", "reasoning_content", None),
+        )
+        content = [
+            {"type": "thinking", "thinking": "claude's own", "signature": "EqQBCkYIBxgC"},
+            use("toolu_9", path="a"),
+        ]
         for name, field, wanted in rows:
             with self.subTest(name):
-                proxy, wires = proxy_with(lambda sent: FakeReply(200, {}, [HELLO_STREAM]), PROFILE=name)
+                proxy, wires = proxy_with(
+                    lambda sent: FakeReply(200, {}, [HELLO_STREAM]), PROFILE=name
+                )
                 message = self.next_turn(proxy, wires, content)
                 self.assertEqual(message.get(field), wanted)
                 self.assertNotIn("EqQB", json.dumps(wires.sent))
                 self.assertNotIn("claude's own", json.dumps(wires.sent))
         proxy, wires = proxy_with(lambda sent: FakeReply(200, {}, [HELLO_STREAM]), PROFILE="gemini")
-        self.assertEqual(self.next_turn(proxy, wires, content)["tool_calls"][0]["extra_content"], {"google": {"thought_signature": ccfix.GEMINI_SKIP}})
+        self.assertEqual(
+            self.next_turn(proxy, wires, content)["tool_calls"][0]["extra_content"],
+            {"google": {"thought_signature": ccfix.GEMINI_SKIP}},
+        )
 
     def test_another_providers_state_is_left_out(self):
-        block = {"type": "thinking", "thinking": "h", "signature": ccfix.write_state("api.other.com", {"details": [SIGNED]})}
-        for mark in (block["signature"], "", None, 5, "ccfix1.", "ccfix1.!!!.", ccfix.write_state("host", {})[:-1], ccfix.write_state("host", {}) + "!!!", ccfix.write_state("host", {}) + "AAAA"):
+        block = {
+            "type": "thinking",
+            "thinking": "h",
+            "signature": ccfix.write_state("api.other.com", {"details": [SIGNED]}),
+        }
+        for mark in (
+            block["signature"],
+            "",
+            None,
+            5,
+            "ccfix1.",
+            "ccfix1.!!!.",
+            ccfix.write_state("host", {})[:-1],
+            ccfix.write_state("host", {}) + "!!!",
+            ccfix.write_state("host", {}) + "AAAA",
+        ):
             for name in ("openrouter", "kimi", "gemini", "deepseek"):
-                sent = ccfix.to_openai(request("a", said(dict(block, signature=mark), "b"), "c"), "m", row(name))["messages"][1]
+                sent = ccfix.to_openai(
+                    request("a", said(dict(block, signature=mark), "b"), "c"), "m", row(name)
+                )["messages"][1]
                 self.assertEqual(sent, A("b"), (name, mark))
 
     def test_a_signature_after_the_text_of_a_turn_without_calls(self):
-        steps = [delta(reasoning="a", reasoning_details=[{"type": "reasoning.text", "text": "a", "index": 0}]), delta(content="So."), delta(reasoning_details=[{"type": "reasoning.text", "signature": "S", "index": 0}])]
-        proxy, wires = proxy_with(lambda sent: FakeReply(200, {}, [sse(*steps + [delta("stop")])]), PROFILE="openrouter")
+        steps = [
+            delta(
+                reasoning="a",
+                reasoning_details=[{"type": "reasoning.text", "text": "a", "index": 0}],
+            ),
+            delta(content="So."),
+            delta(reasoning_details=[{"type": "reasoning.text", "signature": "S", "index": 0}]),
+        ]
+        proxy, wires = proxy_with(
+            lambda sent: FakeReply(200, {}, [sse(*steps + [delta("stop")])]), PROFILE="openrouter"
+        )
         events, error = ask(proxy, request("hi"))
         self.assertEqual((error, grammar(self, events)), (None, "done"))
-        ask(proxy, request("hi", {"role": "assistant", "content": ccfix.fold(events)["content"]}, "more"))
-        self.assertEqual(wires.sent[-1]["messages"][1]["reasoning_details"], [{"type": "reasoning.text", "text": "a", "index": 0, "signature": "S"}])
+        ask(
+            proxy,
+            request("hi", {"role": "assistant", "content": ccfix.fold(events)["content"]}, "more"),
+        )
+        self.assertEqual(
+            wires.sent[-1]["messages"][1]["reasoning_details"],
+            [{"type": "reasoning.text", "text": "a", "index": 0, "signature": "S"}],
+        )
 
     def test_state_is_packed_whole(self):
-        for state in ({}, {"details": [SIGNED] * 50}, {"google": {"id": "s" * 1000}}, {"details": [{"text": "\ud83d"}]}):
+        for state in (
+            {},
+            {"details": [SIGNED] * 50},
+            {"google": {"id": "s" * 1000}},
+            {"details": [{"text": "\ud83d"}]},
+        ):
             mark = ccfix.write_state("host", state)
-            self.assertEqual(ccfix.read_state({"type": "thinking", "thinking": "t", "signature": mark}, "host"), dict(state, text="t"))
-            self.assertIsNone(ccfix.read_state({"type": "thinking", "thinking": "t", "signature": mark}, "other"))
+            self.assertEqual(
+                ccfix.read_state({"type": "thinking", "thinking": "t", "signature": mark}, "host"),
+                dict(state, text="t"),
+            )
+            self.assertIsNone(
+                ccfix.read_state({"type": "thinking", "thinking": "t", "signature": mark}, "other")
+            )
             self.assertRegex(mark, r"\A[\x21-\x7e]+\Z")
 
     def test_providers_that_refuse_reasoning_never_get_it(self):
-        block = {"type": "thinking", "thinking": "h", "signature": ccfix.write_state("host", {"details": [SIGNED]})}
-        for name in ("groq", "mistral", "openai", "openai-reasoning", "xai", "default", "vllm", "llamacpp"):
+        block = {
+            "type": "thinking",
+            "thinking": "h",
+            "signature": ccfix.write_state("host", {"details": [SIGNED]}),
+        }
+        for name in (
+            "groq",
+            "mistral",
+            "openai",
+            "openai-reasoning",
+            "xai",
+            "default",
+            "vllm",
+            "llamacpp",
+        ):
             profile = PLAIN if name == "default" else row(name)
-            sent = ccfix.to_openai(request("a", said(block, use("c1")), user(result("c1", "r"))), "m", profile)["messages"][1]
+            sent = ccfix.to_openai(
+                request("a", said(block, use("c1")), user(result("c1", "r"))), "m", profile
+            )["messages"][1]
             self.assertEqual(set(sent), {"role", "content", "tool_calls"}, name)
 
 
@@ -3085,7 +7161,11 @@ class TestReasoningSurvives(unittest.TestCase):
 # 9  Upstream
 # ======================================================================================================
 
-CUT, RST, EARLY = "CUT", "RST", "EARLY"     # end the connection; the same with a reset; answer before the body is read
+CUT, RST, EARLY = (
+    "CUT",
+    "RST",
+    "EARLY",
+)  # end the connection; the same with a reset; answer before the body is read
 Request = namedtuple("Request", "method path headers body connection")
 
 
@@ -3105,7 +7185,9 @@ class FakeUpstream:
         self.gone, self.stopped, self.lock = threading.Event(), threading.Event(), threading.Lock()
         self.context = None
         if tls:
-            self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if hasattr(ssl, "PROTOCOL_TLS_SERVER") else ssl.PROTOCOL_TLS)
+            self.context = ssl.SSLContext(
+                ssl.PROTOCOL_TLS_SERVER if hasattr(ssl, "PROTOCOL_TLS_SERVER") else ssl.PROTOCOL_TLS
+            )
             self.context.load_cert_chain(*tls)
         self.listener = socket.socket()
         self.listener.bind(("127.0.0.1", 0))
@@ -3192,14 +7274,22 @@ class FakeUpstream:
         """Waits for the event, at most `seconds`; False when the client hangs up meanwhile."""
         end = time.monotonic() + seconds
         while not event.is_set() and not self.stopped.is_set() and time.monotonic() < end:
-            if select.select([sock], [], [], 0.002)[0] and not self.context and not sock.recv(1, socket.MSG_PEEK):
+            if (
+                select.select([sock], [], [], 0.002)[0]
+                and not self.context
+                and not sock.recv(1, socket.MSG_PEEK)
+            ):
                 self.gone.set()
                 return False
         return not self.stopped.is_set()
 
 
 def counted(body, status="200 OK", extra=""):
-    head = "HTTP/1.1 %s\r\nContent-Type: application/json\r\nContent-Length: %d\r\n%s\r\n" % (status, len(body), extra)
+    head = "HTTP/1.1 %s\r\nContent-Type: application/json\r\nContent-Length: %d\r\n%s\r\n" % (
+        status,
+        len(body),
+        extra,
+    )
     return head.encode() + body
 
 
@@ -3252,34 +7342,70 @@ class TestHttpFraming(UpstreamCase):
         ("chunked with trailers", [chunked(b"hello", end=b"0\r\nX-Sum: 1\r\n\r\n")], b"hello"),
         ("chunk extension", [chunked(end=b"5;a=b\r\nhello\r\n0\r\n\r\n")], b"hello"),
         ("chunk size with zeros", [chunked(end=b"0005  \r\nhello\r\n0000\r\n\r\n")], b"hello"),
-        ("line feeds only", [b"HTTP/1.1 200 OK\nTransfer-Encoding: chunked\n\n5\nhello\n0\n\n"], b"hello"),
+        (
+            "line feeds only",
+            [b"HTTP/1.1 200 OK\nTransfer-Encoding: chunked\n\n5\nhello\n0\n\n"],
+            b"hello",
+        ),
         ("until close", [b"HTTP/1.1 200 OK\r\n\r\nhel", 0.01, b"lo", CUT], b"hello"),
         ("old server", [b"HTTP/1.0 200 OK\r\n\r\nhello", CUT], b"hello"),
         ("continue first", [b"HTTP/1.1 100 Continue\r\n\r\n" + counted(b"hello")], b"hello"),
-        ("hints first", [b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n", 0.01, counted(b"hello")], b"hello"),
+        (
+            "hints first",
+            [b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n", 0.01, counted(b"hello")],
+            b"hello",
+        ),
         ("gzip", [counted(gzip.compress(b"hello"), extra="Content-Encoding: gzip\r\n")], b"hello"),
-        ("deflate", [counted(zlib.compress(b"hello"), extra="Content-Encoding: deflate\r\n")], b"hello"),
-        ("raw deflate", [counted(zlib.compress(b"hello")[2:-4], extra="Content-Encoding: deflate\r\n")], b"hello"),
+        (
+            "deflate",
+            [counted(zlib.compress(b"hello"), extra="Content-Encoding: deflate\r\n")],
+            b"hello",
+        ),
+        (
+            "raw deflate",
+            [counted(zlib.compress(b"hello")[2:-4], extra="Content-Encoding: deflate\r\n")],
+            b"hello",
+        ),
         ("gzip, empty", [counted(b"", extra="Content-Encoding: gzip\r\n")], b""),
     ]
     BROKEN = [
         ("cut between chunks", [chunked(b"hello", end=b""), CUT], "cut", "in the middle"),
         ("reset between chunks", [chunked(b"hello", end=b""), RST], "cut", "in the middle"),
         ("cut inside a chunk", [chunked(b"hello", end=b"9\r\nwor"), CUT], "cut", "in the middle"),
-        ("cut before the last line break", [chunked(b"hello", end=b"0\r\n"), CUT], "cut", "in the middle"),
+        (
+            "cut before the last line break",
+            [chunked(b"hello", end=b"0\r\n"), CUT],
+            "cut",
+            "in the middle",
+        ),
         ("short content-length", [counted(b"hello")[:-1], CUT], "cut", "in the middle"),
         ("cut head", [b"HTTP/1.1 200 OK\r\nServ", CUT], "cut", "in the middle"),
         ("no answer", [CUT], "cut", "before it answered"),
         ("reset", [RST], "cut", "before it answered"),
         ("bad chunk size", [chunked(b"hello", end=b"-5\r\n")], "cut", "valid size"),
-        ("chunk longer than its size", [chunked(end=b"5\r\nhello!!\r\n0\r\n\r\n")], "cut", "valid size"),
+        (
+            "chunk longer than its size",
+            [chunked(end=b"5\r\nhello!!\r\n0\r\n\r\n")],
+            "cut",
+            "valid size",
+        ),
         ("endless chunk extension", [chunked(end=b"5;" + b"a" * 40000)], "cut", "valid size"),
         ("garbage", [b"SSH-2.0-OpenSSH_9.6\r\n"], "cut", "SSH-2.0"),
         ("TLS alert", [b"\x15\x03\x01\x00\x02\x02\x0a", CUT], "cut", "https://"),
         ("bad status", [b"HTTP/1.1 abc OK\r\n\r\n"], "cut", "proper HTTP"),
         ("endless header", [b"HTTP/1.1 200 OK\r\nX: " + b"a" * 200000], "cut", "proper HTTP"),
-        ("header flood", [b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 500 + b"\r\n"], "cut", "proper HTTP"),
-        ("cut gzip", [counted(gzip.compress(b"hello")[:-9], extra="Content-Encoding: gzip\r\n")], "cut", "cut off"),
+        (
+            "header flood",
+            [b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 500 + b"\r\n"],
+            "cut",
+            "proper HTTP",
+        ),
+        (
+            "cut gzip",
+            [counted(gzip.compress(b"hello")[:-9], extra="Content-Encoding: gzip\r\n")],
+            "cut",
+            "cut off",
+        ),
         ("false gzip", [counted(b"hello", extra="Content-Encoding: gzip\r\n")], "cut", "damaged"),
         ("brotli", [counted(b"hello", extra="Content-Encoding: br\r\n")], "body", "'br'"),
     ]
@@ -3300,12 +7426,16 @@ class TestHttpFraming(UpstreamCase):
     def test_chunks_in_any_split_are_the_same(self):
         raw = b"5\r\nhello\r\n10;x=y\r\n0123456789\r\n\r\nab\r\n2\r\n\r\n\r\n0\r\nA: b\r\n\r\nnext"
         body, rest = b"hello0123456789\r\n\r\nab\r\n", b"next"
-        splits = [[raw[:i], raw[i:]] for i in range(len(raw))] + [[raw[i:i + n] for i in range(0, len(raw), n)] for n in (1, 2, 3, 7)]
+        splits = [[raw[:i], raw[i:]] for i in range(len(raw))] + [
+            [raw[i : i + n] for i in range(0, len(raw), n)] for n in (1, 2, 3, 7)
+        ]
         for pieces in splits:
             dechunker, got, left = ccfix.Dechunker(), b"", list(pieces)
             while left and not dechunker.done:
                 got += dechunker.feed(left.pop(0))
-            self.assertEqual((got, dechunker.done, dechunker.rest + b"".join(left)), (body, True, rest), pieces)
+            self.assertEqual(
+                (got, dechunker.done, dechunker.rest + b"".join(left)), (body, True, rest), pieces
+            )
 
     def test_chunks_that_come_together_are_one_block(self):
         with self.fake(chunked(*[b"data: x\n\n"] * 50)) as server:
@@ -3315,7 +7445,9 @@ class TestHttpFraming(UpstreamCase):
 
     def test_blocks_come_as_they_arrive(self):
         go = threading.Event()
-        with self.fake([chunked(b"one", end=b""), go, chunked(b"two")[len(chunked(end=b"")):]]) as server:
+        with self.fake(
+            [chunked(b"one", end=b""), go, chunked(b"two")[len(chunked(end=b"")) :]]
+        ) as server:
             reply = self.client().open("POST", server.url, {}, b"{}")
             blocks = reply.blocks()
             self.assertEqual(next(blocks), b"one")
@@ -3340,25 +7472,39 @@ class TestPool(UpstreamCase):
         return [request.connection for request in server.requests]
 
     def test_connections_are_reused_whatever_the_framing(self):
-        replies = [counted(b"a"), chunked(b"b"), chunked(b"c", end=b""), counted(gzip.compress(b"d"), extra="Content-Encoding: gzip\r\n")]
+        replies = [
+            counted(b"a"),
+            chunked(b"b"),
+            chunked(b"c", end=b""),
+            counted(gzip.compress(b"d"), extra="Content-Encoding: gzip\r\n"),
+        ]
         replies[2] = [replies[2], 0.005, b"0\r\n\r\n"]
         server, upstream = self.fake(*replies), self.client()
-        self.assertEqual([self.ask(upstream, server.url)[1] for _ in range(5)], [b"a", b"b", b"c", b"d", b"d"])
+        self.assertEqual(
+            [self.ask(upstream, server.url)[1] for _ in range(5)], [b"a", b"b", b"c", b"d", b"d"]
+        )
         self.assertEqual(self.connections(server), [1] * 5)
 
     def test_not_reused(self):
-        rows = [("asked to close", [counted(b"a", extra="Connection: close\r\n")]),
-                ("old server", [b"HTTP/1.0 200 OK\r\nContent-Length: 1\r\n\r\na"]),
-                ("more than announced", [counted(b"a") + b"HTTP/1.1 200 OK\r\n"]),
-                ("more after the chunks", [chunked(b"a") + b"x"])]
+        rows = [
+            ("asked to close", [counted(b"a", extra="Connection: close\r\n")]),
+            ("old server", [b"HTTP/1.0 200 OK\r\nContent-Length: 1\r\n\r\na"]),
+            ("more than announced", [counted(b"a") + b"HTTP/1.1 200 OK\r\n"]),
+            ("more after the chunks", [chunked(b"a") + b"x"]),
+        ]
         for name, reply in rows:
             with self.subTest(name), self.fake(reply, counted(b"b")) as server:
                 upstream = self.client()
-                self.assertEqual([self.ask(upstream, server.url)[1] for _ in range(2)], [b"a", b"b"])
+                self.assertEqual(
+                    [self.ask(upstream, server.url)[1] for _ in range(2)], [b"a", b"b"]
+                )
                 self.assertEqual(self.connections(server), [1, 2])
 
     def test_a_half_read_stream_is_ended_at_once(self):
-        server, upstream = self.fake([chunked(b"one", end=b""), threading.Event()], counted(b"b")), self.client()
+        server, upstream = (
+            self.fake([chunked(b"one", end=b""), threading.Event()], counted(b"b")),
+            self.client(),
+        )
         reply = upstream.open("POST", server.url, {}, b"{}")
         next(reply.blocks())
         reply.close()
@@ -3405,7 +7551,12 @@ class TestPool(UpstreamCase):
 
     def test_many_threads_share_the_pool(self):
         server, upstream, got = self.fake(chunked(b"a")), self.client(), []
-        threads = [threading.Thread(target=lambda: [got.append(self.ask(upstream, server.url)) for _ in range(20)]) for _ in range(8)]
+        threads = [
+            threading.Thread(
+                target=lambda: [got.append(self.ask(upstream, server.url)) for _ in range(20)]
+            )
+            for _ in range(8)
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -3429,19 +7580,33 @@ class TestPool(UpstreamCase):
 class TestExchange(UpstreamCase):
     def test_the_request_arrives_as_given(self):
         server = self.fake(counted(b"a"))
-        reply = self.client().open("POST", server.url.replace("//", "//me:p%40ss@") + "/v1/chat?api-version=1&x=%2F", {"X-A": "b"}, b"{1}")
+        reply = self.client().open(
+            "POST",
+            server.url.replace("//", "//me:p%40ss@") + "/v1/chat?api-version=1&x=%2F",
+            {"X-A": "b"},
+            b"{1}",
+        )
         reply.close()
         request = server.requests[0]
-        self.assertEqual(request[:2] + (request.body,), ("POST", "/v1/chat?api-version=1&x=%2F", b"{1}"))
-        wanted = {"x-a": "b", "host": "127.0.0.1:%d" % server.port, "content-length": "3", "accept-encoding": "identity",
-                  "authorization": "Basic " + base64.b64encode(b"me:p@ss").decode()}
+        self.assertEqual(
+            request[:2] + (request.body,), ("POST", "/v1/chat?api-version=1&x=%2F", b"{1}")
+        )
+        wanted = {
+            "x-a": "b",
+            "host": "127.0.0.1:%d" % server.port,
+            "content-length": "3",
+            "accept-encoding": "identity",
+            "authorization": "Basic " + base64.b64encode(b"me:p@ss").decode(),
+        }
         self.assertEqual(request.headers, wanted)
 
     def test_an_early_refusal_is_read_while_5_mb_are_being_sent(self):
         refusal = counted(b"too large", "413 Payload Too Large", "Connection: close\r\n")
         for reply in ([EARLY, refusal, CUT], [EARLY, refusal, threading.Event()]):
             with self.fake(reply) as server:
-                self.assertEqual(self.ask(self.client(), server.url, body=bytes(5000000)), (413, b"too large"))
+                self.assertEqual(
+                    self.ask(self.client(), server.url, body=bytes(5000000)), (413, b"too large")
+                )
 
     def test_an_upstream_that_takes_no_bytes_times_out(self):
         server = self.fake([EARLY, threading.Event()])
@@ -3452,7 +7617,10 @@ class TestExchange(UpstreamCase):
         for start in ([], [b"HTTP/1.1 200 OK\r\n"], [chunked(b"one", end=b"")]):
             server = self.fake(start + [threading.Event()])
             error = self.failure(self.client(timeout=0.05), server.url)
-            self.assertEqual((error.kind, error.status, error.type, error.retry), ("timeout", 504, "timeout_error", False))
+            self.assertEqual(
+                (error.kind, error.status, error.type, error.retry),
+                ("timeout", 504, "timeout_error", False),
+            )
             self.assertTrue(server.gone.wait(5))
 
     def test_a_client_that_leaves_ends_the_upstream_call_at_once(self):
@@ -3471,27 +7639,46 @@ class TestExchange(UpstreamCase):
 
     def test_redirects_stay_on_the_host(self):
         elsewhere = self.fake(counted(b"stolen"))
+
         def to(location, status="307 Temporary Redirect"):
             return counted(b"moved", status, "Location: %s\r\n" % location)
-        rows = [("same host", "POST", [to("/v2"), counted(b"ok")], (200, b"ok"), ["/", "/v2"]),
-                ("other port", "POST", [to(elsewhere.url)], (307, b"moved"), ["/"]),
-                ("other host", "POST", [to("http://localhost/")], (307, b"moved"), ["/"]),
-                ("nonsense", "POST", [to("http://127.0.0.1:x/")], (307, b"moved"), ["/"]),
-                ("302 of a POST", "POST", [to("/v2", "302 Found")], (302, b"moved"), ["/"]),
-                ("302 of a GET", "GET", [to("/v2", "302 Found"), counted(b"ok")], (200, b"ok"), ["/", "/v2"]),
-                ("circle", "POST", [to("/")], (307, b"moved"), ["/"] * 4)]
+
+        rows = [
+            ("same host", "POST", [to("/v2"), counted(b"ok")], (200, b"ok"), ["/", "/v2"]),
+            ("other port", "POST", [to(elsewhere.url)], (307, b"moved"), ["/"]),
+            ("other host", "POST", [to("http://localhost/")], (307, b"moved"), ["/"]),
+            ("nonsense", "POST", [to("http://127.0.0.1:x/")], (307, b"moved"), ["/"]),
+            ("302 of a POST", "POST", [to("/v2", "302 Found")], (302, b"moved"), ["/"]),
+            (
+                "302 of a GET",
+                "GET",
+                [to("/v2", "302 Found"), counted(b"ok")],
+                (200, b"ok"),
+                ["/", "/v2"],
+            ),
+            ("circle", "POST", [to("/")], (307, b"moved"), ["/"] * 4),
+        ]
         for name, method, script, answer, paths in rows:
             with self.subTest(name), self.fake(*script) as server:
-                self.assertEqual(self.ask(self.client(), server.url + "/", method=method, body=b"{}"), answer)
+                self.assertEqual(
+                    self.ask(self.client(), server.url + "/", method=method, body=b"{}"), answer
+                )
                 self.assertEqual([request.path for request in server.requests], paths)
                 self.assertEqual({request.body for request in server.requests}, {b"{}"})
                 self.assertEqual(server.connections, 1)
         self.assertEqual(elsewhere.requests, [])
 
     def test_what_http_forbids_is_refused_without_showing_it(self):
-        rows = [("http://127.0.0.1:1/", {"Authorization": "Bearer sec\r\nret"}), ("http://127.0.0.1:1/", {"X-Key": "sec\u2019ret"}),
-                ("http://127.0.0.1:1/a b", {}), ("ftp://me:secret@x/", {}), ("http://:secret@/", {}), ("http://h:secret/", {}),
-                ("no url, secret", {}), ("http://127.0.0.1:1/", {"bad name\n": "x"})]
+        rows = [
+            ("http://127.0.0.1:1/", {"Authorization": "Bearer sec\r\nret"}),
+            ("http://127.0.0.1:1/", {"X-Key": "sec\u2019ret"}),
+            ("http://127.0.0.1:1/a b", {}),
+            ("ftp://me:secret@x/", {}),
+            ("http://:secret@/", {}),
+            ("http://h:secret/", {}),
+            ("no url, secret", {}),
+            ("http://127.0.0.1:1/", {"bad name\n": "x"}),
+        ]
         for url, headers in rows:
             with self.subTest(url), self.assertRaises(ccfix.UpstreamError) as caught:
                 self.client().open("POST", url, headers, b"")
@@ -3506,8 +7693,13 @@ class TestExchange(UpstreamCase):
         self.assertEqual((error.kind, error.retry, error.status), ("connect", True, 502))
         self.assertIn("127.0.0.1:%d cannot be reached" % port, error.message)
         self.assertNotIn("secret", error.message)
-        with mock.patch("socket.getaddrinfo", side_effect=socket.gaierror(-2, "Name or service not known")):
-            self.assertIn("cannot be resolved (Name or service not known)", self.failure(self.client(), "http://nowhere.test/").message)
+        with mock.patch(
+            "socket.getaddrinfo", side_effect=socket.gaierror(-2, "Name or service not known")
+        ):
+            self.assertIn(
+                "cannot be resolved (Name or service not known)",
+                self.failure(self.client(), "http://nowhere.test/").message,
+            )
 
 
 @unittest.skipUnless(shutil.which("openssl"), "needs the openssl command")
@@ -3518,10 +7710,29 @@ class TestTls(UpstreamCase):
         cls.pair = [os.path.join(cls.folder, name) for name in ("cert.pem", "key.pem")]
         config = os.path.join(cls.folder, "openssl.cnf")
         with open(config, "w", encoding="ascii") as file:
-            file.write("[req]\ndistinguished_name=dn\nx509_extensions=ext\nprompt=no\n[dn]\nCN=127.0.0.1\n"
-                       "[ext]\nsubjectAltName=IP:127.0.0.1,DNS:localhost\n")
-        subprocess.check_call(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "30", "-config", config,
-                               "-out", cls.pair[0], "-keyout", cls.pair[1]], stderr=subprocess.DEVNULL)
+            file.write(
+                "[req]\ndistinguished_name=dn\nx509_extensions=ext\nprompt=no\n[dn]\nCN=127.0.0.1\n"
+                "[ext]\nsubjectAltName=IP:127.0.0.1,DNS:localhost\n"
+            )
+        subprocess.check_call(
+            [
+                "openssl",
+                "req",
+                "-x509",
+                "-newkey",
+                "rsa:2048",
+                "-nodes",
+                "-days",
+                "30",
+                "-config",
+                config,
+                "-out",
+                cls.pair[0],
+                "-keyout",
+                cls.pair[1],
+            ],
+            stderr=subprocess.DEVNULL,
+        )
 
     @classmethod
     def tearDownClass(cls):
@@ -3529,7 +7740,9 @@ class TestTls(UpstreamCase):
 
     def test_connections_are_reused(self):
         large = chunked(*[bytes(range(256)) * 20] * 40)
-        server, upstream = self.fake([large], [chunked(b"a", end=b""), 0.01, b"0\r\n\r\n"], tls=self.pair), self.client(ca_bundle=self.pair[0])
+        server, upstream = self.fake(
+            [large], [chunked(b"a", end=b""), 0.01, b"0\r\n\r\n"], tls=self.pair
+        ), self.client(ca_bundle=self.pair[0])
         self.assertEqual(self.ask(upstream, server.url), (200, bytes(range(256)) * 800))
         self.assertEqual(self.ask(upstream, server.url, body=bytes(3000000)), (200, b"a"))
         self.assertEqual(self.ask(upstream, server.url), (200, b"a"))
@@ -3558,12 +7771,19 @@ class TestTls(UpstreamCase):
         server.context.load_verify_locations(self.pair[0])
         upstream = self.client(ca_bundle=self.pair[0], client_cert=",".join(self.pair))
         self.assertEqual(self.ask(upstream, server.url), (200, b"a"))
-        self.assertEqual(self.failure(self.client(client_cert="/nowhere"), server.url).kind, "request")
+        self.assertEqual(
+            self.failure(self.client(client_cert="/nowhere"), server.url).kind, "request"
+        )
 
     def test_the_wrong_scheme_is_named(self):
-        plain, secret = TunnelProxy(answer=b"HTTP/1.1 400 Bad Request\r\n\r\n", end=b""), self.fake(counted(b"a"), tls=self.pair)
+        plain, secret = TunnelProxy(answer=b"HTTP/1.1 400 Bad Request\r\n\r\n", end=b""), self.fake(
+            counted(b"a"), tls=self.pair
+        )
         self.addCleanup(plain.close)
-        self.assertIn("write http://", self.failure(self.client(), "https://127.0.0.1:%d/" % plain.port).message)
+        self.assertIn(
+            "write http://",
+            self.failure(self.client(), "https://127.0.0.1:%d/" % plain.port).message,
+        )
         self.failure(self.client(), secret.url.replace("https", "http"))
 
     def test_https_goes_through_a_tunnel(self):
@@ -3575,20 +7795,32 @@ class TestTls(UpstreamCase):
         for _ in range(2):
             self.assertEqual(self.ask(upstream, "https://provider.test:4430/v1"), (200, b"a"))
         self.assertEqual((len(proxy.heads), server.connections), (1, 1))
-        self.assertIn(b"CONNECT provider.test:4430 HTTP/1.1\r\nHost: provider.test:4430\r\n", proxy.heads[0])
-        self.assertIn(b"\r\nProxy-Authorization: Basic %s\r\n" % base64.b64encode(b"me:p@ss"), proxy.heads[0])
+        self.assertIn(
+            b"CONNECT provider.test:4430 HTTP/1.1\r\nHost: provider.test:4430\r\n", proxy.heads[0]
+        )
+        self.assertIn(
+            b"\r\nProxy-Authorization: Basic %s\r\n" % base64.b64encode(b"me:p@ss"), proxy.heads[0]
+        )
         self.assertEqual(server.requests[0].path, "/v1")
         self.assertNotIn("proxy-authorization", server.requests[0].headers)
         os.environ["NO_PROXY"] = "provider.test"
         with mock.patch("socket.getaddrinfo", side_effect=socket.gaierror(-2, "unknown")):
-            self.assertIn("cannot be resolved", self.failure(self.client(), "https://provider.test/").message)
+            self.assertIn(
+                "cannot be resolved", self.failure(self.client(), "https://provider.test/").message
+            )
 
 
 class TunnelProxy:
     """Answers CONNECT (or whatever comes up to `end`) with `answer`, or by joining the client to a port of this machine."""
 
     def __init__(self, port=0, answer=b"", end=b"\r\n\r\n"):
-        self.end, self.target, self.answer, self.heads, self.sockets = end, port, answer, [], [socket.socket()]
+        self.end, self.target, self.answer, self.heads, self.sockets = (
+            end,
+            port,
+            answer,
+            [],
+            [socket.socket()],
+        )
         self.sockets[0].bind(("127.0.0.1", 0))
         self.sockets[0].listen(8)
         self.port = self.sockets[0].getsockname()[1]
@@ -3634,20 +7866,34 @@ class TestProxies(UpstreamCase):
             for _ in range(2):
                 self.assertEqual(self.ask(upstream, "http://provider.test:81/v1?x=y"), (200, b"a"))
             request = proxy.requests[1]
-            self.assertEqual((request.path, request.connection), ("http://provider.test:81/v1?x=y", 1))
+            self.assertEqual(
+                (request.path, request.connection), ("http://provider.test:81/v1?x=y", 1)
+            )
             self.assertEqual(request.headers["host"], "provider.test:81")
-            self.assertEqual(request.headers["proxy-authorization"], "Basic " + base64.b64encode(b"me:secret").decode())
+            self.assertEqual(
+                request.headers["proxy-authorization"],
+                "Basic " + base64.b64encode(b"me:secret").decode(),
+            )
 
     def test_loopback_is_asked_directly(self):
         os.environ.update(http_proxy="http://127.0.0.1:1", all_proxy="socks5://127.0.0.1:1")
         server = self.fake(counted(b"a"))
         for host in ("127.0.0.1", "localhost"):
-            self.assertEqual(self.ask(self.client(), "http://%s:%d/" % (host, server.port)), (200, b"a"))
+            self.assertEqual(
+                self.ask(self.client(), "http://%s:%d/" % (host, server.port)), (200, b"a")
+            )
 
     def test_refusals_say_what_to_do(self):
-        rows = [(b"HTTP/1.1 407 Proxy Authentication Required\r\n\r\n", "HTTPS_PROXY needs user:password@", False),
-                (b"HTTP/1.1 403 Forbidden\r\n\r\n", "(403 Forbidden)", False), (b"HTTP/1.1 503 Busy\r\n\r\n", "(503 Busy)", True),
-                (b"hello\r\n\r\n", "proper HTTP", True)]
+        rows = [
+            (
+                b"HTTP/1.1 407 Proxy Authentication Required\r\n\r\n",
+                "HTTPS_PROXY needs user:password@",
+                False,
+            ),
+            (b"HTTP/1.1 403 Forbidden\r\n\r\n", "(403 Forbidden)", False),
+            (b"HTTP/1.1 503 Busy\r\n\r\n", "(503 Busy)", True),
+            (b"hello\r\n\r\n", "proper HTTP", True),
+        ]
         for answer, words, retry in rows:
             proxy = TunnelProxy(answer=answer)
             self.addCleanup(proxy.close)
@@ -3657,15 +7903,23 @@ class TestProxies(UpstreamCase):
             self.assertIn(words, error.message)
             self.assertNotIn("secret", error.message)
         os.environ["http_proxy"] = self.fake(counted(b"", "407 No")).url
-        self.assertIn("HTTP_PROXY needs user:password@", self.failure(self.client(), "http://provider.test/").message)
+        self.assertIn(
+            "HTTP_PROXY needs user:password@",
+            self.failure(self.client(), "http://provider.test/").message,
+        )
 
     def test_a_dead_or_strange_proxy_is_named(self):
         with socket.socket() as sock:
             sock.bind(("127.0.0.1", 0))
             port = sock.getsockname()[1]
-        for value, words in (("http://me:secret@127.0.0.1:%d" % port, "the proxy 127.0.0.1:%d cannot be reached" % port),
-                             ("socks5://me:secret@127.0.0.1:1", "socks5:// proxies are not supported"),
-                             ("http://me:secret@host:port", "no valid host and port")):
+        for value, words in (
+            (
+                "http://me:secret@127.0.0.1:%d" % port,
+                "the proxy 127.0.0.1:%d cannot be reached" % port,
+            ),
+            ("socks5://me:secret@127.0.0.1:1", "socks5:// proxies are not supported"),
+            ("http://me:secret@host:port", "no valid host and port"),
+        ):
             os.environ["https_proxy"] = value
             error = self.failure(self.client(), "https://provider.test/")
             self.assertEqual(error.kind, "connect")
@@ -3678,15 +7932,31 @@ class TestProxies(UpstreamCase):
 # ======================================================================================================
 
 DATED = "<system-reminder>\n# currentDate\nToday's date is 2026-11-22.\n</system-reminder>\n"
-TOOL = {"name": "Read", "description": "Reads", "input_schema": {"type": "object", "properties": {"path": {}}}}
+TOOL = {
+    "name": "Read",
+    "description": "Reads",
+    "input_schema": {"type": "object", "properties": {"path": {}}},
+}
 TOOL_2 = {"name": "Bash", "description": "Runs", "input_schema": {"type": "object"}}
-CALLED = [{"role": "assistant", "content": [{"type": "tool_use", "id": "toolu_1", "name": "Read", "input": {"a": 1}},
-                                            {"type": "tool_use", "id": "toolu_2", "name": "Read", "input": {"a": 2}}]}]
+CALLED = [
+    {
+        "role": "assistant",
+        "content": [
+            {"type": "tool_use", "id": "toolu_1", "name": "Read", "input": {"a": 1}},
+            {"type": "tool_use", "id": "toolu_2", "name": "Read", "input": {"a": 2}},
+        ],
+    }
+]
 
 
 def results(first, second, **more):
-    return {"role": "user", "content": [
-        dict({"type": "tool_result", "tool_use_id": call_id, "content": text}, **more) for call_id, text in (first, second)]}
+    return {
+        "role": "user",
+        "content": [
+            dict({"type": "tool_result", "tool_use_id": call_id, "content": text}, **more)
+            for call_id, text in (first, second)
+        ],
+    }
 
 
 def image(data):
@@ -3695,19 +7965,35 @@ def image(data):
 
 def question(*messages, **fields):
     """A client's request like the recorded ones; a str is a user message."""
-    body = {"model": "claude-x", "max_tokens": 32000, "stream": True,
-            "system": [{"type": "text", "text": "x-anthropic-billing-header: cc_version=2.1.330.581; cc_entrypoint=cli;"},
-                       {"type": "text", "text": "You are a tool. /home/me"}],
-            "tools": [TOOL, TOOL_2], "metadata": {"user_id": '{"session_id":"one"}'},
-            "messages": [{"role": "user", "content": m} if isinstance(m, str) else m for m in messages]}
+    body = {
+        "model": "claude-x",
+        "max_tokens": 32000,
+        "stream": True,
+        "system": [
+            {
+                "type": "text",
+                "text": "x-anthropic-billing-header: cc_version=2.1.330.581; cc_entrypoint=cli;",
+            },
+            {"type": "text", "text": "You are a tool. /home/me"},
+        ],
+        "tools": [TOOL, TOOL_2],
+        "metadata": {"user_id": '{"session_id":"one"}'},
+        "messages": [{"role": "user", "content": m} if isinstance(m, str) else m for m in messages],
+    }
     body.update(fields)
     return copy.deepcopy(body)
 
 
 def converted(body):
     """A rough stand-in for to_openai: what of the request is sent besides the messages."""
-    sent = {"model": "target", "stream": True, "max_tokens": body.get("max_tokens"), "temperature": 1,
-            "messages": [{"role": "user", "content": json.dumps(body.get("messages"))}], "tools": body.get("tools")}
+    sent = {
+        "model": "target",
+        "stream": True,
+        "max_tokens": body.get("max_tokens"),
+        "temperature": 1,
+        "messages": [{"role": "user", "content": json.dumps(body.get("messages"))}],
+        "tools": body.get("tools"),
+    }
     sent.update(body.get("sent", {}))
     return sent
 
@@ -3721,7 +8007,10 @@ def assistant(text, *more):
 
 
 def marked(text):
-    return {"role": "user", "content": [{"type": "text", "text": text, "cache_control": {"type": "ephemeral"}}]}
+    return {
+        "role": "user",
+        "content": [{"type": "text", "text": text, "cache_control": {"type": "ephemeral"}}],
+    }
 
 
 def system_turn(content, **more):
@@ -3731,110 +8020,346 @@ def system_turn(content, **more):
 HELLO = question(DATED + "Edit hello.txt please")
 SHARED = (  # name, one request, another that may be answered alike
     ("same", HELLO, HELLO),
-    ("billing line", HELLO, question(DATED + "Edit hello.txt please", system=[
-        {"type": "text", "text": "x-anthropic-billing-header: cc_version=2.1.168; cch=5a673;"},
-        {"type": "text", "text": "You are a tool. /home/me"}])),
-    ("no billing line, system a string", HELLO,
-     question(DATED + "Edit hello.txt please", system="You are a tool. /home/me")),
-    ("billing line in a string", HELLO, question(
-        DATED + "Edit hello.txt please", system="x-anthropic-billing-header: a=b;\nYou are a tool. /home/me")),
-    ("session id", HELLO, question(DATED + "Edit hello.txt please", metadata={"user_id": '{"session_id":"two"}'})),
+    (
+        "billing line",
+        HELLO,
+        question(
+            DATED + "Edit hello.txt please",
+            system=[
+                {
+                    "type": "text",
+                    "text": "x-anthropic-billing-header: cc_version=2.1.168; cch=5a673;",
+                },
+                {"type": "text", "text": "You are a tool. /home/me"},
+            ],
+        ),
+    ),
+    (
+        "no billing line, system a string",
+        HELLO,
+        question(DATED + "Edit hello.txt please", system="You are a tool. /home/me"),
+    ),
+    (
+        "billing line in a string",
+        HELLO,
+        question(
+            DATED + "Edit hello.txt please",
+            system="x-anthropic-billing-header: a=b;\nYou are a tool. /home/me",
+        ),
+    ),
+    (
+        "session id",
+        HELLO,
+        question(DATED + "Edit hello.txt please", metadata={"user_id": '{"session_id":"two"}'}),
+    ),
     ("date", HELLO, question(DATED.replace("11-22", "11-23") + "Edit hello.txt please")),
-    ("date in words", question("<system-reminder>Today's date: Sunday, November 22, 2026</system-reminder> Edit"),
-     question("<system-reminder>Today's date: 1 Dec 2026</system-reminder> Edit")),
-    ("date in a system turn", question("Edit", system_turn("Env\nToday's date is 2026-11-22.")),
-     question("Edit", system_turn("Env\nToday's date is 2027-01-01."))),
-    ("string or block list, moving cache_control", question("first", assistant("A"), "second"),
-     question("first", assistant("A"), marked("second"))),
-    ("cache_control on tools", HELLO, question(DATED + "Edit hello.txt please", tools=[
-        dict(TOOL, cache_control={"type": "ephemeral"}), TOOL_2])),
+    (
+        "date in words",
+        question("<system-reminder>Today's date: Sunday, November 22, 2026</system-reminder> Edit"),
+        question("<system-reminder>Today's date: 1 Dec 2026</system-reminder> Edit"),
+    ),
+    (
+        "date in a system turn",
+        question("Edit", system_turn("Env\nToday's date is 2026-11-22.")),
+        question("Edit", system_turn("Env\nToday's date is 2027-01-01.")),
+    ),
+    (
+        "string or block list, moving cache_control",
+        question("first", assistant("A"), "second"),
+        question("first", assistant("A"), marked("second")),
+    ),
+    (
+        "cache_control on tools",
+        HELLO,
+        question(
+            DATED + "Edit hello.txt please",
+            tools=[dict(TOOL, cache_control={"type": "ephemeral"}), TOOL_2],
+        ),
+    ),
     ("order of tools", HELLO, question(DATED + "Edit hello.txt please", tools=[TOOL_2, TOOL])),
     ("empty system turn", HELLO, question(DATED + "Edit hello.txt please", system_turn([]))),
-    ("token counter", HELLO, question(
-        {"role": "user", "content": [{"type": "text", "text": DATED + "Edit hello.txt please"},
-                                     {"type": "text", "text": "<total_tokens>123 tokens left</total_tokens>"}]})),
-    ("limits, stream, sampling", HELLO, question(DATED + "Edit hello.txt please", stream=False, max_tokens=64000,
-                                                 temperature=0, sent={"stream": False, "seed": 4, "top_p": 0.5})),
-    ("call ids in the history", question("a", *CALLED + [results(("toolu_1", "x"), ("toolu_2", "y")), assistant("B"), "go on"]),
-     json.loads(json.dumps(question("a", *CALLED + [results(("toolu_1", "x"), ("toolu_2", "y")), assistant("B"), "go on"])
-                           ).replace("toolu_1", "toolu_r").replace("toolu_2", "toolu_s"))),
-    ("order of parallel results, is_error false",
-     question("a", *CALLED + [results(("toolu_1", "x"), ("toolu_2", "y")), assistant("B"), "go on"]),
-     question("a", *CALLED + [results(("toolu_2", "y"), ("toolu_1", "x"), is_error=False), assistant("B"), "go on"])),
-    ("signature", question("a", assistant("B", {"type": "thinking", "thinking": "t", "signature": "1"}), "go on"),
-     question("a", assistant("B", {"type": "thinking", "thinking": "t", "signature": "2"}), "go on")),
-    ("same image", question({"role": "user", "content": [image("AAAA"), {"type": "text", "text": "What is it?"}]}),
-     question({"role": "user", "content": [dict(image("AAAA"), cache_control={"type": "ephemeral"}),
-                                           {"type": "text", "text": "What is it?"}]})),
+    (
+        "token counter",
+        HELLO,
+        question(
+            {
+                "role": "user",
+                "content": [
+                    {"type": "text", "text": DATED + "Edit hello.txt please"},
+                    {"type": "text", "text": "<total_tokens>123 tokens left</total_tokens>"},
+                ],
+            }
+        ),
+    ),
+    (
+        "limits, stream, sampling",
+        HELLO,
+        question(
+            DATED + "Edit hello.txt please",
+            stream=False,
+            max_tokens=64000,
+            temperature=0,
+            sent={"stream": False, "seed": 4, "top_p": 0.5},
+        ),
+    ),
+    (
+        "call ids in the history",
+        question(
+            "a", *CALLED + [results(("toolu_1", "x"), ("toolu_2", "y")), assistant("B"), "go on"]
+        ),
+        json.loads(
+            json.dumps(
+                question(
+                    "a",
+                    *CALLED
+                    + [results(("toolu_1", "x"), ("toolu_2", "y")), assistant("B"), "go on"],
+                )
+            )
+            .replace("toolu_1", "toolu_r")
+            .replace("toolu_2", "toolu_s")
+        ),
+    ),
+    (
+        "order of parallel results, is_error false",
+        question(
+            "a", *CALLED + [results(("toolu_1", "x"), ("toolu_2", "y")), assistant("B"), "go on"]
+        ),
+        question(
+            "a",
+            *CALLED
+            + [
+                results(("toolu_2", "y"), ("toolu_1", "x"), is_error=False),
+                assistant("B"),
+                "go on",
+            ],
+        ),
+    ),
+    (
+        "signature",
+        question(
+            "a", assistant("B", {"type": "thinking", "thinking": "t", "signature": "1"}), "go on"
+        ),
+        question(
+            "a", assistant("B", {"type": "thinking", "thinking": "t", "signature": "2"}), "go on"
+        ),
+    ),
+    (
+        "same image",
+        question(
+            {"role": "user", "content": [image("AAAA"), {"type": "text", "text": "What is it?"}]}
+        ),
+        question(
+            {
+                "role": "user",
+                "content": [
+                    dict(image("AAAA"), cache_control={"type": "ephemeral"}),
+                    {"type": "text", "text": "What is it?"},
+                ],
+            }
+        ),
+    ),
 )
 
-SEPARATE = tuple(("bare %r in another history" % word, question("Delete it?", assistant("Shall I delete a.txt?"), word),
-                  question("Delete it?", assistant("Shall I delete b.txt?"), word))
-                 for word in ("continue", "yes", "go on", "ok", "1", "")) + (
-    ("bare yes after another first question", question("Delete a?", assistant("Sure?"), "yes"),
-     question("Delete b?", assistant("Sure?"), "yes")),
+SEPARATE = tuple(
+    (
+        "bare %r in another history" % word,
+        question("Delete it?", assistant("Shall I delete a.txt?"), word),
+        question("Delete it?", assistant("Shall I delete b.txt?"), word),
+    )
+    for word in ("continue", "yes", "go on", "ok", "1", "")
+) + (
+    (
+        "bare yes after another first question",
+        question("Delete a?", assistant("Sure?"), "yes"),
+        question("Delete b?", assistant("Sure?"), "yes"),
+    ),
     ("bare yes, first turn or later", question("yes"), question("a", assistant("b"), "yes")),
-    ("same question asked twice", question("run it"), question("run it", assistant("done"), "run it")),
-    ("other tool result in the history",
-     question("a", *CALLED + [results(("toolu_1", "x"), ("toolu_2", "y")), assistant("B"), "continue"]),
-     question("a", *CALLED + [results(("toolu_1", "x"), ("toolu_2", "Z")), assistant("B"), "continue"])),
-    ("results of the calls swapped",
-     question("a", *CALLED + [results(("toolu_1", "x"), ("toolu_2", "y")), assistant("B"), "continue"]),
-     question("a", *CALLED + [results(("toolu_2", "x"), ("toolu_1", "y")), assistant("B"), "continue"])),
-    ("result was an error",
-     question("a", *CALLED + [results(("toolu_1", "x"), ("toolu_2", "y")), assistant("B"), "continue"]),
-     question("a", *CALLED + [results(("toolu_1", "x"), ("toolu_2", "y"), is_error=True), assistant("B"), "continue"])),
-    ("another thought of number", question("a", assistant("B", {"type": "thinking", "thinking": "7"}), "Tell it"),
-     question("a", assistant("B", {"type": "thinking", "thinking": "8"}), "Tell it")),
-    ("redacted thought", question("a", assistant("B", {"type": "redacted_thinking", "data": "7"}), "Tell it"),
-     question("a", assistant("B", {"type": "redacted_thinking", "data": "8"}), "Tell it")),
-    ("asks for the date", question(DATED + "What day is it?"),
-     question(DATED.replace("11-22", "11-23") + "What day is it?")),
-    ("spoke of the date before", question(DATED + "What is the date?", assistant("Well"), "go on"),
-     question(DATED.replace("11-22", "11-23") + "What is the date?", assistant("Well"), "go on")),
-    ("asks for the date in Chinese", question(DATED + u"\u4eca\u5929\u51e0\u53f7"),
-     question(DATED.replace("11-22", "11-23") + u"\u4eca\u5929\u51e0\u53f7")),
-    ("date in the user's own text", question("Why 2026-11-22? Today's date is 2026-11-22"),
-     question("Why 2026-11-22? Today's date is 2026-11-23")),
-    ("counter in the user's own text", question("What is <total_tokens>5</total_tokens>"),
-     question("What is <total_tokens>6</total_tokens>")),
-    ("counter beside a reminder", question(DATED + "What is <total_tokens>5</total_tokens>"),
-     question(DATED + "What is <total_tokens>6</total_tokens>")),
-    ("thought kept only in the signature",
-     question("a", assistant("B", {"type": "thinking", "thinking": "", "signature": "7"}), "Tell it"),
-     question("a", assistant("B", {"type": "thinking", "thinking": "", "signature": "8"}), "Tell it")),
-    ("other date in a reminder", question("<system-reminder>Release of 2026-11-22</system-reminder>Edit"),
-     question("<system-reminder>Release of 2026-11-23</system-reminder>Edit")),
-    ("unclosed reminder", question("<system-reminder>Today's date is 2026-11-22 Edit"),
-     question("<system-reminder>Today's date is 2026-11-23 Edit")),
-    ("image", question({"role": "user", "content": [image("AAAA"), {"type": "text", "text": "What?"}]}),
-     question({"role": "user", "content": [image("BBBB"), {"type": "text", "text": "What?"}]})),
-    ("reminder text", question("<system-reminder>git: clean</system-reminder>Edit"),
-     question("<system-reminder>git: dirty</system-reminder>Edit")),
-    ("system text", HELLO, question(DATED + "Edit hello.txt please", system="You are a tool. /home/you")),
-    ("system turn", question("Edit", system_turn("cwd /a")), question("Edit", system_turn("cwd /b"))),
-    ("effort of a turn", question("Edit", system_turn([], output_config={"effort": "low"})),
-     question("Edit", system_turn([], output_config={"effort": "high"}))),
-    ("role", question("a", assistant("b"), "c"), question("a", {"role": "system", "content": "b"}, "c")),
+    (
+        "same question asked twice",
+        question("run it"),
+        question("run it", assistant("done"), "run it"),
+    ),
+    (
+        "other tool result in the history",
+        question(
+            "a", *CALLED + [results(("toolu_1", "x"), ("toolu_2", "y")), assistant("B"), "continue"]
+        ),
+        question(
+            "a", *CALLED + [results(("toolu_1", "x"), ("toolu_2", "Z")), assistant("B"), "continue"]
+        ),
+    ),
+    (
+        "results of the calls swapped",
+        question(
+            "a", *CALLED + [results(("toolu_1", "x"), ("toolu_2", "y")), assistant("B"), "continue"]
+        ),
+        question(
+            "a", *CALLED + [results(("toolu_2", "x"), ("toolu_1", "y")), assistant("B"), "continue"]
+        ),
+    ),
+    (
+        "result was an error",
+        question(
+            "a", *CALLED + [results(("toolu_1", "x"), ("toolu_2", "y")), assistant("B"), "continue"]
+        ),
+        question(
+            "a",
+            *CALLED
+            + [
+                results(("toolu_1", "x"), ("toolu_2", "y"), is_error=True),
+                assistant("B"),
+                "continue",
+            ],
+        ),
+    ),
+    (
+        "another thought of number",
+        question("a", assistant("B", {"type": "thinking", "thinking": "7"}), "Tell it"),
+        question("a", assistant("B", {"type": "thinking", "thinking": "8"}), "Tell it"),
+    ),
+    (
+        "redacted thought",
+        question("a", assistant("B", {"type": "redacted_thinking", "data": "7"}), "Tell it"),
+        question("a", assistant("B", {"type": "redacted_thinking", "data": "8"}), "Tell it"),
+    ),
+    (
+        "asks for the date",
+        question(DATED + "What day is it?"),
+        question(DATED.replace("11-22", "11-23") + "What day is it?"),
+    ),
+    (
+        "spoke of the date before",
+        question(DATED + "What is the date?", assistant("Well"), "go on"),
+        question(DATED.replace("11-22", "11-23") + "What is the date?", assistant("Well"), "go on"),
+    ),
+    (
+        "asks for the date in Chinese",
+        question(DATED + u"\u4eca\u5929\u51e0\u53f7"),
+        question(DATED.replace("11-22", "11-23") + u"\u4eca\u5929\u51e0\u53f7"),
+    ),
+    (
+        "date in the user's own text",
+        question("Why 2026-11-22? Today's date is 2026-11-22"),
+        question("Why 2026-11-22? Today's date is 2026-11-23"),
+    ),
+    (
+        "counter in the user's own text",
+        question("What is <total_tokens>5</total_tokens>"),
+        question("What is <total_tokens>6</total_tokens>"),
+    ),
+    (
+        "counter beside a reminder",
+        question(DATED + "What is <total_tokens>5</total_tokens>"),
+        question(DATED + "What is <total_tokens>6</total_tokens>"),
+    ),
+    (
+        "thought kept only in the signature",
+        question(
+            "a", assistant("B", {"type": "thinking", "thinking": "", "signature": "7"}), "Tell it"
+        ),
+        question(
+            "a", assistant("B", {"type": "thinking", "thinking": "", "signature": "8"}), "Tell it"
+        ),
+    ),
+    (
+        "other date in a reminder",
+        question("<system-reminder>Release of 2026-11-22</system-reminder>Edit"),
+        question("<system-reminder>Release of 2026-11-23</system-reminder>Edit"),
+    ),
+    (
+        "unclosed reminder",
+        question("<system-reminder>Today's date is 2026-11-22 Edit"),
+        question("<system-reminder>Today's date is 2026-11-23 Edit"),
+    ),
+    (
+        "image",
+        question({"role": "user", "content": [image("AAAA"), {"type": "text", "text": "What?"}]}),
+        question({"role": "user", "content": [image("BBBB"), {"type": "text", "text": "What?"}]}),
+    ),
+    (
+        "reminder text",
+        question("<system-reminder>git: clean</system-reminder>Edit"),
+        question("<system-reminder>git: dirty</system-reminder>Edit"),
+    ),
+    (
+        "system text",
+        HELLO,
+        question(DATED + "Edit hello.txt please", system="You are a tool. /home/you"),
+    ),
+    (
+        "system turn",
+        question("Edit", system_turn("cwd /a")),
+        question("Edit", system_turn("cwd /b")),
+    ),
+    (
+        "effort of a turn",
+        question("Edit", system_turn([], output_config={"effort": "low"})),
+        question("Edit", system_turn([], output_config={"effort": "high"})),
+    ),
+    (
+        "role",
+        question("a", assistant("b"), "c"),
+        question("a", {"role": "system", "content": "b"}, "c"),
+    ),
     ("tool added", HELLO, question(DATED + "Edit hello.txt please", tools=[TOOL])),
-    ("tool edited", HELLO, question(DATED + "Edit hello.txt please", tools=[dict(TOOL, description="New"), TOOL_2])),
+    (
+        "tool edited",
+        HELLO,
+        question(DATED + "Edit hello.txt please", tools=[dict(TOOL, description="New"), TOOL_2]),
+    ),
     ("no tools", HELLO, question(DATED + "Edit hello.txt please", tools=[])),
     ("effort", HELLO, question(DATED + "Edit hello.txt please", output_config={"effort": "low"})),
-    ("format", HELLO, question(DATED + "Edit hello.txt please", output_config={"format": {"type": "json_schema"}})),
+    (
+        "format",
+        HELLO,
+        question(
+            DATED + "Edit hello.txt please", output_config={"format": {"type": "json_schema"}}
+        ),
+    ),
     ("thinking", HELLO, question(DATED + "Edit hello.txt please", thinking={"type": "disabled"})),
     ("tool choice", HELLO, question(DATED + "Edit hello.txt please", tool_choice={"type": "any"})),
     ("stop", HELLO, question(DATED + "Edit hello.txt please", stop_sequences=["</severity>"])),
-    ("a field sent", HELLO, question(DATED + "Edit hello.txt please", sent={"reasoning_effort": "low"})),
-    ("block borders", question({"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}),
-     question("ab")),
+    (
+        "a field sent",
+        HELLO,
+        question(DATED + "Edit hello.txt please", sent={"reasoning_effort": "low"}),
+    ),
+    (
+        "block borders",
+        question(
+            {
+                "role": "user",
+                "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}],
+            }
+        ),
+        question("ab"),
+    ),
 )
 
 NOT_KEPT = (
     ("result", question("a", *CALLED + [results(("toolu_1", "x"), ("toolu_2", "y"))])),
-    ("result and text", question("a", *CALLED + [dict(role="user", content=results(
-        ("toolu_1", "x"), ("toolu_2", "y"))["content"] + [{"type": "text", "text": "Tool loaded."}])])),
-    ("result, then a text", question("a", *CALLED + [results(("toolu_1", "x"), ("toolu_2", "y")), "continue"])),
-    ("result, then a system turn", question("a", *CALLED + [results(("toolu_1", "x"), ("toolu_2", "y")), system_turn("s")])),
+    (
+        "result and text",
+        question(
+            "a",
+            *CALLED
+            + [
+                dict(
+                    role="user",
+                    content=results(("toolu_1", "x"), ("toolu_2", "y"))["content"]
+                    + [{"type": "text", "text": "Tool loaded."}],
+                )
+            ],
+        ),
+    ),
+    (
+        "result, then a text",
+        question("a", *CALLED + [results(("toolu_1", "x"), ("toolu_2", "y")), "continue"]),
+    ),
+    (
+        "result, then a system turn",
+        question("a", *CALLED + [results(("toolu_1", "x"), ("toolu_2", "y")), system_turn("s")]),
+    ),
     ("answer begun", question("a", assistant("The answer is"))),
     ("nothing asked", question()),
     ("only a system turn", question("a", assistant("b"), system_turn("s"))),
@@ -3867,17 +8392,39 @@ class TestCacheKey(unittest.TestCase):
 
     def test_full_key_is_what_is_sent_but_for_ids_sampling_and_stream(self):
         def key(call="call_1", other="call_2", answer="call_1", text="x", **fields):
-            sent = {"model": "m", "messages": [
-                {"role": "assistant", "tool_calls": [{"id": call, "function": {"name": "f", "arguments": "{}"}},
-                                                     {"id": other, "function": {"name": "f", "arguments": "{}"}}]},
-                {"role": "tool", "tool_call_id": answer, "content": text}]}
+            sent = {
+                "model": "m",
+                "messages": [
+                    {
+                        "role": "assistant",
+                        "tool_calls": [
+                            {"id": call, "function": {"name": "f", "arguments": "{}"}},
+                            {"id": other, "function": {"name": "f", "arguments": "{}"}},
+                        ],
+                    },
+                    {"role": "tool", "tool_call_id": answer, "content": text},
+                ],
+            }
             sent.update(fields)
             return ccfix.cache_key({}, sent, "full", "m")
+
         base = key()
-        for fields in ({"call": "z", "answer": "z"}, {"stream": True, "stream_options": {}}, {"temperature": 1, "seed": 2},
-                       {"max_completion_tokens": 5}, {"user": "me"}, {"ANTHROPIC_BASE_URL": "u"}):
+        for fields in (
+            {"call": "z", "answer": "z"},
+            {"stream": True, "stream_options": {}},
+            {"temperature": 1, "seed": 2},
+            {"max_completion_tokens": 5},
+            {"user": "me"},
+            {"ANTHROPIC_BASE_URL": "u"},
+        ):
             self.assertEqual(key(**fields), base, fields)
-        for fields in ({"answer": "call_2"}, {"text": "y"}, {"stop": ["a"]}, {"tools": []}, {"reasoning_effort": "low"}):
+        for fields in (
+            {"answer": "call_2"},
+            {"text": "y"},
+            {"stop": ["a"]},
+            {"tools": []},
+            {"reasoning_effort": "low"},
+        ):
             self.assertNotEqual(key(**fields), base, fields)
 
     def test_key_leaves_its_arguments_alone(self):
@@ -3891,24 +8438,61 @@ class TestCacheKey(unittest.TestCase):
         deep = []
         for _ in range(3000):
             deep = [deep]
-        odd = (None, 1, True, "text", u"\ud800", [], [None], [[1]], {}, {"type": []}, {"type": {}, "text": None}, deep,
-               [{"type": "text"}], [{"type": "text", "text": {}}], [{"type": "tool_result", "content": {"a": 1}}],
-               [{"type": "tool_use", "id": [], "input": deep}], [{"role": [], "content": 3}], [{"role": {}}, 7],
-               [{"role": "user", "content": [1, None, "x", {"type": "image"}]}], float("nan"))
+        odd = (
+            None,
+            1,
+            True,
+            "text",
+            u"\ud800",
+            [],
+            [None],
+            [[1]],
+            {},
+            {"type": []},
+            {"type": {}, "text": None},
+            deep,
+            [{"type": "text"}],
+            [{"type": "text", "text": {}}],
+            [{"type": "tool_result", "content": {"a": 1}}],
+            [{"type": "tool_use", "id": [], "input": deep}],
+            [{"role": [], "content": 3}],
+            [{"role": {}}, 7],
+            [{"role": "user", "content": [1, None, "x", {"type": "image"}]}],
+            float("nan"),
+        )
         for value in odd:
-            for body in (value, {"messages": value}, {"system": value, "messages": [{"role": "user", "content": "a"}]},
-                         {"messages": [{"role": "user", "content": value}]}, {"tools": value, "messages": HELLO["messages"]},
-                         {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": value},
-                                       {"role": "user", "content": "a"}]}):
-                for sent in (value, {}, {"messages": value, "tools": value},
-                             {"messages": [{"tool_calls": value, "tool_call_id": value}]}):
+            for body in (
+                value,
+                {"messages": value},
+                {"system": value, "messages": [{"role": "user", "content": "a"}]},
+                {"messages": [{"role": "user", "content": value}]},
+                {"tools": value, "messages": HELLO["messages"]},
+                {
+                    "messages": [
+                        {"role": "user", "content": "a"},
+                        {"role": "assistant", "content": value},
+                        {"role": "user", "content": "a"},
+                    ]
+                },
+            ):
+                for sent in (
+                    value,
+                    {},
+                    {"messages": value, "tools": value},
+                    {"messages": [{"tool_calls": value, "tool_call_id": value}]},
+                ):
                     for mode in "prefix", "full":
                         key = ccfix.cache_key(body, sent, mode, "m")
                         self.assertTrue(key is None or len(key) == 64)
 
     def test_hostile_text_takes_linear_time(self):
-        texts = ("<system-reminder>" * 20000, "today's date " * 20000, "<total_tokens>" * 20000, "\n" * 200000,
-                 "<system-reminder>" + "today is 1 Jan " * 20000 + "</system-reminder>")
+        texts = (
+            "<system-reminder>" * 20000,
+            "today's date " * 20000,
+            "<total_tokens>" * 20000,
+            "\n" * 200000,
+            "<system-reminder>" + "today is 1 Jan " * 20000 + "</system-reminder>",
+        )
         start = time.perf_counter()
         for text in texts:
             key_of(question(text, {"role": "system", "content": text}))
@@ -3935,8 +8519,14 @@ class CacheCase(unittest.TestCase):
             cache.close()
         shutil.rmtree(os.path.dirname(self.folder))
 
-    def open(self, ttl=3600, max_bytes=10 ** 6, folder=None):
-        cache = ccfix.Cache(self.folder if folder is None else folder, ttl, max_bytes, now=self.clock, log=self.told.append)
+    def open(self, ttl=3600, max_bytes=10**6, folder=None):
+        cache = ccfix.Cache(
+            self.folder if folder is None else folder,
+            ttl,
+            max_bytes,
+            now=self.clock,
+            log=self.told.append,
+        )
         self.opened.append(cache)
         return cache
 
@@ -3963,9 +8553,23 @@ class TestCache(CacheCase):
         self.assertFalse(os.path.exists(self.folder))
 
     def test_stats_count_what_happened(self):
-        self.assertEqual(self.cache.stats(), {
-            "hits": 0, "misses": 0, "inserts": 0, "evictions": 0, "saved_ms": 0, "entries": 0, "bytes": 0,
-            "hit_rate": 0.0, "ttl": 3600, "max_bytes": 10 ** 6, "path": self.file, "error": None})
+        self.assertEqual(
+            self.cache.stats(),
+            {
+                "hits": 0,
+                "misses": 0,
+                "inserts": 0,
+                "evictions": 0,
+                "saved_ms": 0,
+                "entries": 0,
+                "bytes": 0,
+                "hit_rate": 0.0,
+                "ttl": 3600,
+                "max_bytes": 10**6,
+                "path": self.file,
+                "error": None,
+            },
+        )
         self.cache.put("k", {"a": 1}, 100)
         self.cache.put("k", {"a": 2}, 250)
         for key in "k", "k", "k", "other":
@@ -3973,8 +8577,13 @@ class TestCache(CacheCase):
         self.cache.get(None)
         self.cache.put(None, {}, 0)
         stats = self.cache.stats()
-        self.assertEqual([stats[name] for name in ("hits", "misses", "inserts", "entries", "hit_rate", "saved_ms")],
-                         [3, 1, 2, 1, 0.75, 750])
+        self.assertEqual(
+            [
+                stats[name]
+                for name in ("hits", "misses", "inserts", "entries", "hit_rate", "saved_ms")
+            ],
+            [3, 1, 2, 1, 0.75, 750],
+        )
         self.assertTrue(200 < stats["bytes"] < 300)
 
     def test_entries_expire(self):
@@ -3986,7 +8595,7 @@ class TestCache(CacheCase):
         self.assertIsNone(self.cache.get("k"))
         self.assertIsNotNone(self.cache.get("later"))
         self.assertEqual((self.cache.clear_expired(), self.cache.stats()["entries"]), (1, 1))
-        self.clock.time -= 10 ** 6
+        self.clock.time -= 10**6
         self.assertIsNone(self.cache.get("later"), "born in a far future: the clock was wrong")
         self.assertIsNone(self.open(ttl=0).get("later"))
 
@@ -4004,7 +8613,9 @@ class TestCache(CacheCase):
         self.assertEqual(stats["evictions"] + stats["entries"], 5)
         self.assertIsNotNone(cache.get("big"))
         cache.put("huge", noise(50000), 1)
-        self.assertEqual(cache.stats()["entries"], stats["entries"], "too big for the whole cache: left out")
+        self.assertEqual(
+            cache.stats()["entries"], stats["entries"], "too big for the whole cache: left out"
+        )
 
     def test_file_stays_near_its_limit(self):
         cache = self.open(max_bytes=300000)
@@ -4028,7 +8639,9 @@ class TestCache(CacheCase):
     def test_memory_is_bounded(self):
         for number in range(12):
             self.cache._append("memory", str(number), number, 10)
-        self.assertEqual([self.cache.recall(str(number)) for number in (0, 1, 2, 11)], [None, None, 2, 11])
+        self.assertEqual(
+            [self.cache.recall(str(number)) for number in (0, 1, 2, 11)], [None, None, 2, 11]
+        )
 
     def test_lessons_are_kept_and_forgotten(self):
         self.cache.save_lesson("host", "m", {"drop": ["x"]})
@@ -4053,6 +8666,7 @@ class TestCache(CacheCase):
             for number in range(30):
                 self.cache.put("%s%d" % (name, number), {"n": number}, 1)
                 self.cache.get("%s%d" % (name, number))
+
         threads = [threading.Thread(target=work, args=(name,)) for name in "abcdefgh"]
         for thread in threads:
             thread.start()
@@ -4066,7 +8680,9 @@ class TestCache(CacheCase):
         self.cache.put("k", {}, 1)
         self.assertEqual(stat.S_IMODE(os.stat(self.folder).st_mode), 0o700)
         for name in os.listdir(self.folder):
-            self.assertEqual(stat.S_IMODE(os.stat(os.path.join(self.folder, name)).st_mode), 0o600, name)
+            self.assertEqual(
+                stat.S_IMODE(os.stat(os.path.join(self.folder, name)).st_mode), 0o600, name
+            )
 
     @unittest.skipIf(os.name == "nt", "no modes")
     def test_a_folder_of_others_keeps_its_mode(self):
@@ -4099,13 +8715,17 @@ class TestCacheFaults(CacheCase):
         start = time.perf_counter()
         for _ in range(50):
             self.cache.put("j", {"a": 1}, 1)
-        self.assertLess(time.perf_counter() - start, 2, "fifty requests must not wait one after the other")
+        self.assertLess(
+            time.perf_counter() - start, 2, "fifty requests must not wait one after the other"
+        )
         self.assertEqual((len(self.told), "locked" in self.told[0]), (1, True))
         self.assertIn("locked", self.cache.stats()["error"])
         other.execute("ROLLBACK")
         other.close()
         self.assertTrue(self.healthy(self.cache))
-        self.assertEqual((self.cache.get("k"), self.cache.stats()["error"]), (({"a": 1}, 1.0), None))
+        self.assertEqual(
+            (self.cache.get("k"), self.cache.stats()["error"]), (({"a": 1}, 1.0), None)
+        )
 
     def test_database_that_another_process_keeps_to_itself(self):
         os.makedirs(self.folder)
@@ -4182,7 +8802,9 @@ class TestCacheFaults(CacheCase):
         os.makedirs(self.file)
         self.assert_goes_without(self.cache, "responses.db")
 
-    @unittest.skipIf(os.name == "nt" or getattr(os, "geteuid", lambda: 0)() == 0, "root may write everywhere")
+    @unittest.skipIf(
+        os.name == "nt" or getattr(os, "geteuid", lambda: 0)() == 0, "root may write everywhere"
+    )
     def test_read_only_folder(self):
         os.makedirs(self.folder)
         os.chmod(self.folder, 0o500)
@@ -4192,7 +8814,9 @@ class TestCacheFaults(CacheCase):
     def test_database_that_turns_read_only(self):
         self.cache.put("k", {"a": 1}, 1)
         self.cache._db.execute("PRAGMA query_only = 1")
-        self.assertEqual(self.cache.get("k"), ({"a": 1}, 1.0), "a hit that cannot be marked as used is a hit")
+        self.assertEqual(
+            self.cache.get("k"), ({"a": 1}, 1.0), "a hit that cannot be marked as used is a hit"
+        )
         self.assertIn("readonly", self.told[0])
         self.assertTrue(self.healthy(self.cache))
 
@@ -4256,36 +8880,58 @@ print(sum(bool(cache.get(sys.argv[3] + str(number))) for number in range(100)))
 
 class TestCacheProcesses(CacheCase):
     def command(self, code, *arguments):
-        return [sys.executable, "-c", code, os.path.dirname(os.path.abspath(ccfix.__file__)), self.folder] + list(arguments)
+        return [
+            sys.executable,
+            "-c",
+            code,
+            os.path.dirname(os.path.abspath(ccfix.__file__)),
+            self.folder,
+        ] + list(arguments)
 
     @unittest.skipUnless(hasattr(os, "fork"), "needs SIGKILL")
     def test_killed_writers_leave_a_sound_database(self):
-        lines = subprocess.check_output(self.command(KILLED_WRITERS), timeout=60).decode().split("\n")
+        lines = (
+            subprocess.check_output(self.command(KILLED_WRITERS), timeout=60).decode().split("\n")
+        )
         self.assertEqual(lines, ["ok 0"] * 20 + [""])
         self.assertTrue(self.healthy(self.cache))
         self.assertFalse(glob.glob(self.file + ".broken*"))
 
     def test_two_processes_share_one_folder(self):
         self.cache.put("mine", {}, 1)
-        writers = [subprocess.Popen(self.command(WRITER, name), stdout=subprocess.PIPE) for name in "ab"]
-        self.assertEqual([writer.communicate(timeout=60)[0].split() for writer in writers], [[b"100"], [b"100"]])
+        writers = [
+            subprocess.Popen(self.command(WRITER, name), stdout=subprocess.PIPE) for name in "ab"
+        ]
+        self.assertEqual(
+            [writer.communicate(timeout=60)[0].split() for writer in writers], [[b"100"], [b"100"]]
+        )
         self.assertEqual(self.cache.stats()["entries"], 201)
 
 
-PRICES = {"gpt-*": {"input": 9, "output": 9}, "gpt-5*": {"input": 1, "output": 2, "cache_read": 0.1},
-          "gpt-5-pro": {"input": 10, "output": 20}}
+PRICES = {
+    "gpt-*": {"input": 9, "output": 9},
+    "gpt-5*": {"input": 1, "output": 2, "cache_read": 0.1},
+    "gpt-5-pro": {"input": 10, "output": 20},
+}
 
 
 class TestLedger(unittest.TestCase):
     def setUp(self):
         self.clock = Clock()
         self.clock.time = 600030.0  # half past a minute
-        self.ledger = ccfix.Ledger(size=3, prices=ccfix.prices_from(json.dumps(PRICES)), now=self.clock)
+        self.ledger = ccfix.Ledger(
+            size=3, prices=ccfix.prices_from(json.dumps(PRICES)), now=self.clock
+        )
 
     def test_cost_by_exact_name_then_longest_pattern(self):
         row = {"input": 1000000, "output": 500000, "cache_read": 2000000, "cache_write": 1000000}
-        for model, cost in (("gpt-5-pro", 10 + 10 + 20 + 10), ("gpt-5-mini", 1 + 1 + 0.2 + 1), ("gpt-4", 9 * 4.5),
-                            ("other", None), (None, None)):
+        for model, cost in (
+            ("gpt-5-pro", 10 + 10 + 20 + 10),
+            ("gpt-5-mini", 1 + 1 + 0.2 + 1),
+            ("gpt-4", 9 * 4.5),
+            ("other", None),
+            (None, None),
+        ):
             self.assertEqual(self.ledger.add(dict(row, model=model))["cost"], cost, model)
 
     def test_newest_rows_come_first_and_old_ones_go(self):
@@ -4296,12 +8942,31 @@ class TestLedger(unittest.TestCase):
         self.assertEqual(self.ledger.totals()["requests"], 5)
 
     def test_totals_count_all_requests(self):
-        self.ledger.add({"model": "gpt-4", "status": 200, "input": 10, "output": 2, "cache_read": 4, "cache_write": 1})
+        self.ledger.add(
+            {
+                "model": "gpt-4",
+                "status": 200,
+                "input": 10,
+                "output": 2,
+                "cache_read": 4,
+                "cache_write": 1,
+            }
+        )
         self.ledger.add({"model": "x", "status": 502, "input": None, "error": "gone"})
         self.ledger.add({"model": "x", "status": 200, "error": "cut"})
-        self.assertEqual(self.ledger.totals(), {
-            "requests": 3, "errors": 2, "input": 10, "output": 2, "cache_read": 4, "cache_write": 1,
-            "cost": round(17 * 9 / 1e6, 6), "unpriced": 2})
+        self.assertEqual(
+            self.ledger.totals(),
+            {
+                "requests": 3,
+                "errors": 2,
+                "input": 10,
+                "output": 2,
+                "cache_read": 4,
+                "cache_write": 1,
+                "cost": round(17 * 9 / 1e6, 6),
+                "unpriced": 2,
+            },
+        )
 
     def test_cost_is_unknown_without_prices(self):
         for ledger in ccfix.Ledger(now=self.clock), self.ledger:
@@ -4310,14 +8975,34 @@ class TestLedger(unittest.TestCase):
 
     def test_series_has_a_bucket_for_every_minute(self):
         for seconds, first_ms in ((-200, 5), (-60, 1), (-60, 9), (-60, 4), (0, None)):
-            self.ledger.add({"time": self.clock.time + seconds, "first_ms": first_ms, "input": 3, "model": "gpt-4"})
+            self.ledger.add(
+                {
+                    "time": self.clock.time + seconds,
+                    "first_ms": first_ms,
+                    "input": 3,
+                    "model": "gpt-4",
+                }
+            )
         series = self.ledger.series(3)
         self.assertEqual([bucket["t"] for bucket in series], [599880, 599940, 600000])
         self.assertEqual([bucket["requests"] for bucket in series], [0, 3, 1])
         self.assertEqual([bucket["first_ms"] for bucket in series], [None, 4, None])
         self.assertEqual([bucket["cost"] for bucket in series], [0.0, 81e-6, 27e-6])
-        self.assertEqual(sorted(series[0]), ["cache_read", "cache_write", "cost", "errors", "first_ms", "input", "output",
-                                             "requests", "t", "unpriced"])
+        self.assertEqual(
+            sorted(series[0]),
+            [
+                "cache_read",
+                "cache_write",
+                "cost",
+                "errors",
+                "first_ms",
+                "input",
+                "output",
+                "requests",
+                "t",
+                "unpriced",
+            ],
+        )
         self.assertEqual(len(self.ledger.series()), 60)
 
     def test_minutes_and_names_are_bounded(self):
@@ -4327,7 +9012,15 @@ class TestLedger(unittest.TestCase):
         self.assertEqual(self.ledger.add({"model": "gpt-late", "input": 1})["cost"], 9e-6)
 
     def test_adding_is_cheap(self):
-        row = {"time": 600000, "model": "gpt-5-mini", "status": 200, "input": 9, "output": 5, "first_ms": 7, "error": ""}
+        row = {
+            "time": 600000,
+            "model": "gpt-5-mini",
+            "status": 200,
+            "input": 9,
+            "output": 5,
+            "first_ms": 7,
+            "error": "",
+        }
         best = 1
         for _ in range(20):
             start = time.perf_counter()
@@ -4347,13 +9040,18 @@ class TestLedger(unittest.TestCase):
         self.assertEqual(ccfix.prices_from('{"m": {"input": 1, "output": 2}}'), whole)
 
     def test_wrong_prices_are_refused_with_a_reason(self):
-        for text, words in (("/no/such/file", "/no/such/file"), ("{", "not JSON"), ('{"m": 1}', "'m' needs input and output"),
-                            ('{"m": {"input": 1}}', "needs input and output"), ('{"a*b": {}}', "only stand at the end"),
-                            ('{"m": {"input": 1, "output": 2, "x": 3}}', "may have cache_read"),
-                            ('{"m": {"input": -1, "output": 2}}', "input must be a price"),
-                            ('{"m": {"input": true, "output": 2}}', "input must be a price"),
-                            ('{"m": {"input": 1, "output": NaN}}', "output must be a price"),
-                            ('{"m": {"input": "1", "output": 2}}', "not '1'")):
+        for text, words in (
+            ("/no/such/file", "/no/such/file"),
+            ("{", "not JSON"),
+            ('{"m": 1}', "'m' needs input and output"),
+            ('{"m": {"input": 1}}', "needs input and output"),
+            ('{"a*b": {}}', "only stand at the end"),
+            ('{"m": {"input": 1, "output": 2, "x": 3}}', "may have cache_read"),
+            ('{"m": {"input": -1, "output": 2}}', "input must be a price"),
+            ('{"m": {"input": true, "output": 2}}', "input must be a price"),
+            ('{"m": {"input": 1, "output": NaN}}', "output must be a price"),
+            ('{"m": {"input": "1", "output": 2}}', "not '1'"),
+        ):
             with self.subTest(text):
                 with self.assertRaises(ValueError) as caught:
                     ccfix.prices_from(text)
@@ -4363,48 +9061,76 @@ class TestLedger(unittest.TestCase):
 def request_parts(system="s", tools="ab", messages="1234"):
     """Sections of a request in short: one letter a tool, one a message; roles alternate."""
     return ccfix.sections(
-        [("system", system.encode())] + [("tool %s" % name.lower(), name.encode()) for name in tools]
-        + [("message %d (%s)" % (place + 1, ("user", "assistant")[place % 2]), text.encode())
-           for place, text in enumerate(messages)])
+        [("system", system.encode())]
+        + [("tool %s" % name.lower(), name.encode()) for name in tools]
+        + [
+            ("message %d (%s)" % (place + 1, ("user", "assistant")[place % 2]), text.encode())
+            for place, text in enumerate(messages)
+        ]
+    )
 
 
 class TestWhyBroken(unittest.TestCase):
     def test_reasons(self):
         for new, reason in (
-                (request_parts(), ""), (request_parts(messages="123456"), ""), (request_parts(messages="12"), ""),
-                (request_parts(system="S"), "system text changed"),
-                (request_parts(tools="ba"), "tools reordered"),
-                (request_parts(tools="abc"), "tools changed (added c)"),
-                (request_parts(tools="a"), "tools changed (removed b)"),
-                (request_parts(tools="aB"), "tools changed (edited b)"),
-                (request_parts(tools="aBcdefg"), "tools changed (added c, d, e and 2 more; edited b)"),
-                (request_parts(messages="12x4"), "message 3 (user) changed"),
-                (request_parts(messages="1x3456"), "message 2 (assistant) changed"),
-                (request_parts(messages="12x"), "history was cut after message 2 (compaction)"),
-                (request_parts(messages="xyz"), "history was replaced (compaction)"),
-                (request_parts(system="S", tools="ba", messages="x2345"),
-                 "system text changed; tools reordered; message 1 (user) changed")):
+            (request_parts(), ""),
+            (request_parts(messages="123456"), ""),
+            (request_parts(messages="12"), ""),
+            (request_parts(system="S"), "system text changed"),
+            (request_parts(tools="ba"), "tools reordered"),
+            (request_parts(tools="abc"), "tools changed (added c)"),
+            (request_parts(tools="a"), "tools changed (removed b)"),
+            (request_parts(tools="aB"), "tools changed (edited b)"),
+            (request_parts(tools="aBcdefg"), "tools changed (added c, d, e and 2 more; edited b)"),
+            (request_parts(messages="12x4"), "message 3 (user) changed"),
+            (request_parts(messages="1x3456"), "message 2 (assistant) changed"),
+            (request_parts(messages="12x"), "history was cut after message 2 (compaction)"),
+            (request_parts(messages="xyz"), "history was replaced (compaction)"),
+            (
+                request_parts(system="S", tools="ba", messages="x2345"),
+                "system text changed; tools reordered; message 1 (user) changed",
+            ),
+        ):
             self.assertEqual(ccfix.why_broken(request_parts(), new), reason)
-        self.assertEqual(ccfix.why_broken(ccfix.sections([]), request_parts()), "system text changed; tools changed (added a, b)")
+        self.assertEqual(
+            ccfix.why_broken(ccfix.sections([]), request_parts()),
+            "system text changed; tools changed (added a, b)",
+        )
 
     def test_sessions_are_compared_with_themselves(self):
         sessions = ccfix.Sessions(size=2)
         self.assertEqual(sessions.compare("a", request_parts(messages="1")), "")
         self.assertEqual(sessions.compare("b", request_parts(messages="9")), "")
         self.assertEqual(sessions.compare("a", request_parts(messages="123")), "")
-        self.assertEqual(sessions.compare("a", request_parts(messages="x2345")), "message 1 (user) changed")
+        self.assertEqual(
+            sessions.compare("a", request_parts(messages="x2345")), "message 1 (user) changed"
+        )
         self.assertEqual(sessions.compare("a", request_parts(messages="x234567")), "")
         sessions.compare("c", request_parts())
-        self.assertEqual(sessions.compare("b", request_parts(messages="x234")), "", "forgotten: least recently used")
+        self.assertEqual(
+            sessions.compare("b", request_parts(messages="x234")),
+            "",
+            "forgotten: least recently used",
+        )
 
     def test_side_requests_do_not_look_like_a_loss(self):
         sessions = ccfix.Sessions()
         title, fetch = request_parts("title", "", "t"), request_parts("fetch", "", "f")
         for turn, page in ("1", "p"), ("123", "q"), ("12345", "r"):
-            for listed in request_parts(messages=turn), title, fetch, request_parts("fetch", "", page):
+            for listed in (
+                request_parts(messages=turn),
+                title,
+                fetch,
+                request_parts("fetch", "", page),
+            ):
                 self.assertEqual(sessions.compare("a", listed), "")
-        self.assertEqual(sessions.compare("a", request_parts(tools="ba", messages="1234567")), "tools reordered")
-        self.assertEqual(sessions.compare("a", request_parts(tools="ba", messages="s12")), "history was replaced (compaction)")
+        self.assertEqual(
+            sessions.compare("a", request_parts(tools="ba", messages="1234567")), "tools reordered"
+        )
+        self.assertEqual(
+            sessions.compare("a", request_parts(tools="ba", messages="s12")),
+            "history was replaced (compaction)",
+        )
 
 
 class TestRecorder(unittest.TestCase):
@@ -4416,16 +9142,32 @@ class TestRecorder(unittest.TestCase):
         shutil.rmtree(self.top)
 
     def test_secrets_are_hidden_everywhere(self):
-        value = {"headers": {"Authorization": "Bearer sk-12345", "X-Api-Key": ["k"], "accept": "a"},
-                 "pairs": [["Cookie", "c=1"], ("Accept", "b"), ["Proxy-Authorization", None]],
-                 "body": b"raw sk-12345-long sk-12345 \xff", "sk-12345": 1, "number": 5, "none": None,
-                 "schema": {"authorization": {"type": "string"}}}
+        value = {
+            "headers": {"Authorization": "Bearer sk-12345", "X-Api-Key": ["k"], "accept": "a"},
+            "pairs": [["Cookie", "c=1"], ("Accept", "b"), ["Proxy-Authorization", None]],
+            "body": b"raw sk-12345-long sk-12345 \xff",
+            "sk-12345": 1,
+            "number": 5,
+            "none": None,
+            "schema": {"authorization": {"type": "string"}},
+        }
         before = repr(value)
-        self.assertEqual(ccfix.redact(value, ("sk-12345", "sk-12345-long", "", None, "a")), {
-            "headers": {"Authorization": "<hidden>", "X-Api-Key": "<hidden>", "accept": "a"},
-            "pairs": [["Cookie", "<hidden>"], ["Accept", "b"], ["Proxy-Authorization", "<hidden>"]],
-            "body": u"raw <hidden> <hidden> \ufffd", "<hidden>": 1, "number": 5, "none": None,
-            "schema": {"authorization": {"type": "string"}}})
+        self.assertEqual(
+            ccfix.redact(value, ("sk-12345", "sk-12345-long", "", None, "a")),
+            {
+                "headers": {"Authorization": "<hidden>", "X-Api-Key": "<hidden>", "accept": "a"},
+                "pairs": [
+                    ["Cookie", "<hidden>"],
+                    ["Accept", "b"],
+                    ["Proxy-Authorization", "<hidden>"],
+                ],
+                "body": u"raw <hidden> <hidden> \ufffd",
+                "<hidden>": 1,
+                "number": 5,
+                "none": None,
+                "schema": {"authorization": {"type": "string"}},
+            },
+        )
         self.assertEqual(repr(value), before)
 
     def test_endless_depth_is_hidden(self):
@@ -4440,15 +9182,33 @@ class TestRecorder(unittest.TestCase):
 
     def test_replies_come_back_in_order_of_time(self):
         recorder = ccfix.Recorder(self.folder, ["sk-12345"])
-        for when, replies in ((2.5, [{"status": 200, "headers": {"a": "b"}, "body": "three sk-12345"}]),
-                              (2.25, [{"status": 400, "body": "one"}, {"status": 200, "headers": None, "body": u"two \u00e9"}])):
+        for when, replies in (
+            (2.5, [{"status": 200, "headers": {"a": "b"}, "body": "three sk-12345"}]),
+            (
+                2.25,
+                [
+                    {"status": 400, "body": "one"},
+                    {"status": 200, "headers": None, "body": u"two \u00e9"},
+                ],
+            ),
+        ):
             self.assertTrue(recorder.write({"time": when, "id": "../evil id", "replies": replies}))
-        self.assertEqual(ccfix.read_recording(self.folder), [
-            {"status": 400, "headers": {}, "body": "one"}, {"status": 200, "headers": {}, "body": u"two \u00e9"},
-            {"status": 200, "headers": {"a": "b"}, "body": "three <hidden>"}])
-        self.assertEqual(sorted(os.listdir(self.folder))[0], "19700101-000002-250000-___evil_id.json")
+        self.assertEqual(
+            ccfix.read_recording(self.folder),
+            [
+                {"status": 400, "headers": {}, "body": "one"},
+                {"status": 200, "headers": {}, "body": u"two \u00e9"},
+                {"status": 200, "headers": {"a": "b"}, "body": "three <hidden>"},
+            ],
+        )
+        self.assertEqual(
+            sorted(os.listdir(self.folder))[0], "19700101-000002-250000-___evil_id.json"
+        )
         if os.name != "nt":
-            modes = [stat.S_IMODE(os.stat(path).st_mode) for path in [self.folder] + glob.glob(self.folder + "/*")]
+            modes = [
+                stat.S_IMODE(os.stat(path).st_mode)
+                for path in [self.folder] + glob.glob(self.folder + "/*")
+            ]
             self.assertEqual(modes, [0o700, 0o600, 0o600])
 
     def test_writing_never_raises(self):
@@ -4462,7 +9222,14 @@ class TestRecorder(unittest.TestCase):
 
     def test_foreign_files_are_named(self):
         os.makedirs(self.folder)
-        for text in "no json", "[]", "{}", '{"replies": [1]}', '{"replies": [{"status": "x"}]}', '{"replies": 5}':
+        for text in (
+            "no json",
+            "[]",
+            "{}",
+            '{"replies": [1]}',
+            '{"replies": [{"status": "x"}]}',
+            '{"replies": 5}',
+        ):
             with open(os.path.join(self.folder, "bad.json"), "w") as file:
                 file.write(text)
             with self.assertRaises(ValueError) as caught:
@@ -4475,8 +9242,15 @@ class TestRecorder(unittest.TestCase):
 # ======================================================================================================
 
 # A session in the shape of the real client's: (what the user says, how many calls the model makes before it answers)
-SESSION = (("Make the colour in notes.txt blue.", 4), ("continue", 1), ("Ask the book.", 3), ("yes", 0), ("Write a poem.", 2),
-           ("go on", 0), ("Which date is it today?", 0))
+SESSION = (
+    ("Make the colour in notes.txt blue.", 4),
+    ("continue", 1),
+    ("Ask the book.", 3),
+    ("yes", 0),
+    ("Write a poem.", 2),
+    ("go on", 0),
+    ("Which date is it today?", 0),
+)
 NOTE = "<system-reminder>\n%s\n</system-reminder>"
 
 
@@ -4487,8 +9261,15 @@ def session_reply(sent):
     if plan[place] == "text":
         chunks = [delta(content="answer %d" % place), delta("stop")]
     else:
-        calls = [{"index": index, "id": "call_%s_%d" % (random.random(), index), "type": "function",
-                  "function": {"name": "Read", "arguments": json.dumps({"path": "file %d" % index})}} for index in (0, 1)]
+        calls = [
+            {
+                "index": index,
+                "id": "call_%s_%d" % (random.random(), index),
+                "type": "function",
+                "function": {"name": "Read", "arguments": json.dumps({"path": "file %d" % index})},
+            }
+            for index in (0, 1)
+        ]
         chunks = [delta(tool_calls=calls), delta("tool_calls")]
     return FakeReply(200, {"content-type": "text/event-stream"}, [sse(*chunks)])
 
@@ -4497,7 +9278,11 @@ def marked_last(messages):
     """A copy in which the last block has cache_control, and messages of one text are strings, as the client sends them."""
     messages = copy.deepcopy(messages)
     for message in messages[:-1]:
-        if isinstance(message["content"], list) and [block["type"] for block in message["content"]] == ["text"] and message["role"] != "assistant":
+        if (
+            isinstance(message["content"], list)
+            and [block["type"] for block in message["content"]] == ["text"]
+            and message["role"] != "assistant"
+        ):
             message["content"] = message["content"][0]["text"]
     if isinstance(messages[-1]["content"], str):
         messages[-1]["content"] = [{"type": "text", "text": messages[-1]["content"]}]
@@ -4508,26 +9293,59 @@ def marked_last(messages):
 def answer_told(proxy, body, name=""):
     """(message, cache state) of one exchange, streamed or not as the body asks."""
     exchange = ccfix.Exchange(proxy, body, {"x-claude-code-session-id": name}, no_wait)
-    message = ccfix.fold(sse_events("".join(exchange.batches()))) if body["stream"] else exchange.message()
+    message = (
+        ccfix.fold(sse_events("".join(exchange.batches())))
+        if body["stream"]
+        else exchange.message()
+    )
     return message, exchange.cache_state
 
 
 def client_session(proxy, date, name, questions=SESSION):
     """Play the session as one client -> ([cache state of each request], [text of each answer])."""
     messages, answers, states = [], [], []
-    tools = [tool("Bash", command="string"), tool("Read", path="string"), tool("Write", path="string")]
-    system = [{"type": "text", "text": "x-anthropic-billing-header: cc_version=2.1.330.%s; cch=%s;" % (len(name), name)},
-              {"type": "text", "text": "You are a tool. Memory: /home/me"}]
+    tools = [
+        tool("Bash", command="string"),
+        tool("Read", path="string"),
+        tool("Write", path="string"),
+    ]
+    system = [
+        {
+            "type": "text",
+            "text": "x-anthropic-billing-header: cc_version=2.1.330.%s; cch=%s;"
+            % (len(name), name),
+        },
+        {"type": "text", "text": "You are a tool. Memory: /home/me"},
+    ]
     for prompt, _ in questions:
         messages.append({"role": "user", "content": prompt})
         if len(messages) == 1:
-            messages = [{"role": "user", "content": [{"type": "text", "text": text} for text in (
-                NOTE % "Contents of /w/CLAUDE.md (project instructions):\n\nUse tabs.", NOTE % u"Attribution \U0001f916", prompt)]},
-                {"role": "system", "content": "# Environment\n - cwd: /w\n\nToday's date is %s." % date}]
+            messages = [
+                {
+                    "role": "user",
+                    "content": [
+                        {"type": "text", "text": text}
+                        for text in (
+                            NOTE % "Contents of /w/CLAUDE.md (project instructions):\n\nUse tabs.",
+                            NOTE % u"Attribution \U0001f916",
+                            prompt,
+                        )
+                    ],
+                },
+                {
+                    "role": "system",
+                    "content": "# Environment\n - cwd: /w\n\nToday's date is %s." % date,
+                },
+            ]
         while True:
             turn = len(states)
-            body = request(*marked_last(messages), system=system, tools=tools if turn % 2 else tools[::-1],
-                           metadata={"user_id": json.dumps({"session_id": name})}, stream=turn % 3 > 0)
+            body = request(
+                *marked_last(messages),
+                system=system,
+                tools=tools if turn % 2 else tools[::-1],
+                metadata={"user_id": json.dumps({"session_id": name})},
+                stream=turn % 3 > 0,
+            )
             message, state = answer_told(proxy, body, name)
             content = message["content"]
             states.append(state)
@@ -4536,15 +9354,22 @@ def client_session(proxy, date, name, questions=SESSION):
             if not calls:
                 answers.append(content[0]["text"])
                 break
-            found = [{"type": "tool_result", "tool_use_id": call_id, "content": "result of %d" % place} for place, call_id in enumerate(calls)]
-            messages.append({"role": "user", "content": found[::(-1) ** len(name)]})     # in order of completion
+            found = [
+                {"type": "tool_result", "tool_use_id": call_id, "content": "result of %d" % place}
+                for place, call_id in enumerate(calls)
+            ]
+            messages.append(
+                {"role": "user", "content": found[:: (-1) ** len(name)]}
+            )  # in order of completion
     return states, answers
 
 
 class CachedCase(unittest.TestCase):
     def proxy(self, answer, mode, **values):
         folder = tempfile.mkdtemp()
-        proxy, wires = proxy_with(answer, CACHE_ENABLED="true", CACHE_DIR=folder, CACHE_KEY_MODE=mode, **values)
+        proxy, wires = proxy_with(
+            answer, CACHE_ENABLED="true", CACHE_DIR=folder, CACHE_KEY_MODE=mode, **values
+        )
         self.addCleanup(shutil.rmtree, folder)
         self.addCleanup(proxy.store.close)
         return proxy
@@ -4554,7 +9379,10 @@ class TestCacheSession(CachedCase):
     def sessions(self, mode):
         """The first session, the same on the same day, and on another: states of each; answers are checked."""
         proxy = self.proxy(session_reply, mode)
-        found = [client_session(proxy, date, name) for date, name in (("2026-11-22", "a"), ("2026-11-22", "bb"), ("2026-11-23", "ccc"))]
+        found = [
+            client_session(proxy, date, name)
+            for date, name in (("2026-11-22", "a"), ("2026-11-22", "bb"), ("2026-11-23", "ccc"))
+        ]
         self.assertEqual([answers for _, answers in found], [found[0][1]] * 3)
         self.assertEqual(len(found[0][0]), sum(calls + 1 for _, calls in SESSION))
         return [states for states, _ in found]
@@ -4564,20 +9392,28 @@ class TestCacheSession(CachedCase):
         asked = [state for _, calls in SESSION for state in ["hit"] + ["off"] * calls]
         self.assertEqual(first, ["miss" if state == "hit" else state for state in asked])
         self.assertEqual(again, asked)
-        self.assertEqual(another_day, asked[:-1] + ["miss"])        # the last question asks for the date
+        self.assertEqual(another_day, asked[:-1] + ["miss"])  # the last question asks for the date
 
     def test_full_mode_hits_every_request_again_on_the_same_day(self):
         first, again, another_day = self.sessions("full")
         self.assertEqual([set(first), set(again), set(another_day)], [{"miss"}, {"hit"}, {"miss"}])
 
     def test_a_new_session_hits_with_the_same_first_question(self):
-        for mode, date, state in (("prefix", "2026-11-22", "hit"), ("prefix", "2026-11-23", "hit"), ("full", "2026-11-22", "hit"), ("full", "2026-11-23", "miss")):
+        for mode, date, state in (
+            ("prefix", "2026-11-22", "hit"),
+            ("prefix", "2026-11-23", "hit"),
+            ("full", "2026-11-22", "hit"),
+            ("full", "2026-11-23", "miss"),
+        ):
             proxy = self.proxy(session_reply, mode)
             client_session(proxy, "2026-11-22", "a", SESSION[:1])
-            self.assertEqual(client_session(proxy, date, "bb", SESSION[:1])[0][0], state, (mode, date))
+            self.assertEqual(
+                client_session(proxy, date, "bb", SESSION[:1])[0][0], state, (mode, date)
+            )
 
 
 # Requests that tempt a cache to answer with another conversation's reply: (what the right answer depends on, request)
+
 
 def provoking_requests():
     """[(label, body)]: a body's right answer names its label; bodies of one label may be answered alike."""
@@ -4586,7 +9422,9 @@ def provoking_requests():
     def add(label, *messages, **fields):
         rows.append((label, request(*messages, **fields)))
 
-    for word, (name, history) in itertools.product(("continue", "yes", "go on", u"weiter"), provoking_histories()):
+    for word, (name, history) in itertools.product(
+        ("continue", "yes", "go on", u"weiter"), provoking_histories()
+    ):
         add("%s after %s" % (word, name), *(history + [word]))
     for name, history in provoking_histories():
         if history and history[-1]["role"] == "user":
@@ -4595,68 +9433,161 @@ def provoking_requests():
     for date in ("2026-11-22", "2026-11-23"):
         here = {"role": "system", "content": "# Environment\n\nToday's date is %s." % date}
         add("hello", NOTE % ("\n# currentDate\nToday's date is %s." % date) + "hello", here)
-        for words in ("Which day is it?", "Is it Monday?", "How old is the log?", u"Quel jour sommes-nous ? (\u00e9t\u00e9)", "Good morning!"):
+        for words in (
+            "Which day is it?",
+            "Is it Monday?",
+            "How old is the log?",
+            u"Quel jour sommes-nous ? (\u00e9t\u00e9)",
+            "Good morning!",
+        ):
             add("%s on %s" % (words, date), words, here)
-        add("spoke of it before, " + date, "What is today's date?", {"role": "assistant", "content": "You know."}, "Tell me", here)
+        add(
+            "spoke of it before, " + date,
+            "What is today's date?",
+            {"role": "assistant", "content": "You know."},
+            "Tell me",
+            here,
+        )
         add("the user's own date " + date, "Translate: Today's date is %s." % date)
-        for words in ("Result of calling the Read tool:\n1\tcurrent date: %s", "Result of calling the Read tool:\nToday's date is %s.",
-                      "Contents of /w/CLAUDE.md (project instructions):\n\nCurrent date %s of the game.",
-                      "SessionStart hook additional context: the current date in the game is %s", "git log:\n%s first commit"):
-            add("%s: %s" % (words, date), NOTE % (words % date) + "What do you make of it?", {"role": "system", "content": "# Environment"})
-        add("CLAUDE.md asks for the date of " + date, NOTE % "x\nContents of /w/CLAUDE.md:\n\nBegin each answer with today's date." + "hello", here)
+        for words in (
+            "Result of calling the Read tool:\n1\tcurrent date: %s",
+            "Result of calling the Read tool:\nToday's date is %s.",
+            "Contents of /w/CLAUDE.md (project instructions):\n\nCurrent date %s of the game.",
+            "SessionStart hook additional context: the current date in the game is %s",
+            "git log:\n%s first commit",
+        ):
+            add(
+                "%s: %s" % (words, date),
+                NOTE % (words % date) + "What do you make of it?",
+                {"role": "system", "content": "# Environment"},
+            )
+        add(
+            "CLAUDE.md asks for the date of " + date,
+            NOTE % "x\nContents of /w/CLAUDE.md:\n\nBegin each answer with today's date." + "hello",
+            here,
+        )
     for version in ("one", "two"):
         counter = "Result of calling the Read tool:\n<total_tokens>%s</total_tokens>" % version
-        add("file " + version, NOTE % ("Result of calling the Read tool:\n1\t" + version) + "What does it say?")
+        add(
+            "file " + version,
+            NOTE % ("Result of calling the Read tool:\n1\t" + version) + "What does it say?",
+        )
         add("counter in file " + version, NOTE % counter + "What does it say?")
-        add("picture " + version, {"role": "user", "content": [provoking_image(version), {"type": "text", "text": "What is it?"}]})
+        add(
+            "picture " + version,
+            {
+                "role": "user",
+                "content": [provoking_image(version), {"type": "text", "text": "What is it?"}],
+            },
+        )
         add("picture read " + version, *(read_history([provoking_image(version)]) + ["And?"]))
-        add("document " + version, {"role": "user", "content": [{"type": "document", "source": {
-            "type": "text", "media_type": "text/plain", "data": version}}, {"type": "text", "text": "What is it?"}]})
+        add(
+            "document " + version,
+            {
+                "role": "user",
+                "content": [
+                    {
+                        "type": "document",
+                        "source": {"type": "text", "media_type": "text/plain", "data": version},
+                    },
+                    {"type": "text", "text": "What is it?"},
+                ],
+            },
+        )
         add("system " + version, "hello", system="You are %s." % version)
-        add("later system turn " + version, "hello", {"role": "assistant", "content": "hi"}, "next", {"role": "system", "content": version})
+        add(
+            "later system turn " + version,
+            "hello",
+            {"role": "assistant", "content": "hi"},
+            "next",
+            {"role": "system", "content": version},
+        )
         add("tools " + version, "hello", tools=[tool("Read_" + version, path="string")])
-        add("tool text " + version, "hello", tools=[dict(tool("Read", path="string"), description=version)])
+        add(
+            "tool text " + version,
+            "hello",
+            tools=[dict(tool("Read", path="string"), description=version)],
+        )
         add("stop " + version, "hello", stop_sequences=[version])
     for model in ("claude-opus-5-5", "claude-haiku-5-5"):
-        add("hello by " + model, "hello", {"role": "system", "content": "of two models"}, model=model)
+        add(
+            "hello by " + model,
+            "hello",
+            {"role": "system", "content": "of two models"},
+            model=model,
+        )
     for effort in ("low", "high"):
-        add("effort " + effort, "hello", {"role": "system", "content": "effort"}, output_config={"effort": effort})
+        add(
+            "effort " + effort,
+            "hello",
+            {"role": "system", "content": "effort"},
+            output_config={"effort": effort},
+        )
     for size in (100, 32000):
         add("of any size", "hello", {"role": "system", "content": "size"}, max_tokens=size)
     return rows
 
 
 def provoking_image(name):
-    return {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "AAAA" + name + "="}}
+    return {
+        "type": "image",
+        "source": {"type": "base64", "media_type": "image/png", "data": "AAAA" + name + "="},
+    }
 
 
 def read_history(*results):
     """A conversation in which files were read, answered, but for the last word."""
-    calls = [{"type": "tool_use", "id": "toolu_%d" % place, "name": "Read", "input": {"path": place}} for place in range(len(results))]
-    return [{"role": "user", "content": "Read them."}, {"role": "assistant", "content": calls},
-            {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "toolu_%d" % place, "content": text}
-                                         for place, text in enumerate(results)]}, {"role": "assistant", "content": "I have read them."}]
+    calls = [
+        {"type": "tool_use", "id": "toolu_%d" % place, "name": "Read", "input": {"path": place}}
+        for place in range(len(results))
+    ]
+    return [
+        {"role": "user", "content": "Read them."},
+        {"role": "assistant", "content": calls},
+        {
+            "role": "user",
+            "content": [
+                {"type": "tool_result", "tool_use_id": "toolu_%d" % place, "content": text}
+                for place, text in enumerate(results)
+            ],
+        },
+        {"role": "assistant", "content": "I have read them."},
+    ]
 
 
 def provoking_histories():
     """[(name, messages)] that differ in one respect each."""
+
     def said(*texts):
-        return [{"role": ("user", "assistant")[place % 2], "content": text} for place, text in enumerate(texts)]
+        return [
+            {"role": ("user", "assistant")[place % 2], "content": text}
+            for place, text in enumerate(texts)
+        ]
 
     broken = read_history("x", "y")
     broken[2] = copy.deepcopy(broken[2])
     broken[2]["content"][0]["is_error"] = True
-    return [("nothing", []), ("offer a", said("Clean up.", "Shall I delete a.txt?")), ("offer b", said("Clean up.", "Shall I delete b.txt?")),
-            ("another question", said("Clean up now!", "Shall I delete a.txt?")), ("refused", said("Clean up.", "Shall I delete a.txt?", "no", "Fine.")),
-            ("said twice", said("Clean up.", "Shall I delete a.txt?", "yes", "Shall I delete a.txt?")),
-            ("read x y", read_history("x", "y")), ("read y x", read_history("y", "x")), ("read x", read_history("x")), ("error", broken),
-            ("results x y", read_history("x", "y")[:3]), ("results x z", read_history("x", "z")[:3])]
+    return [
+        ("nothing", []),
+        ("offer a", said("Clean up.", "Shall I delete a.txt?")),
+        ("offer b", said("Clean up.", "Shall I delete b.txt?")),
+        ("another question", said("Clean up now!", "Shall I delete a.txt?")),
+        ("refused", said("Clean up.", "Shall I delete a.txt?", "no", "Fine.")),
+        ("said twice", said("Clean up.", "Shall I delete a.txt?", "yes", "Shall I delete a.txt?")),
+        ("read x y", read_history("x", "y")),
+        ("read y x", read_history("y", "x")),
+        ("read x", read_history("x")),
+        ("error", broken),
+        ("results x y", read_history("x", "y")[:3]),
+        ("results x z", read_history("x", "z")[:3]),
+    ]
 
 
 def provoked(answer_of, rounds=2):
     """Ask all provoking requests several times in a seeded order -> [label asked for, answer got] of those answered wrong.
 
-    answer_of(label, body) -> the answer's text; the model behind it answers with the label that it is told now."""
+    answer_of(label, body) -> the answer's text; the model behind it answers with the label that it is told now.
+    """
     order = provoking_requests() * rounds
     random.Random(7).shuffle(order)
     wrong = []
@@ -4673,7 +9604,11 @@ class TestProvokedCache(CachedCase):
             labels = []
 
             def reply(sent):
-                return FakeReply(200, {"content-type": "text/event-stream"}, [sse(delta(content=labels[-1]), delta("stop"))])
+                return FakeReply(
+                    200,
+                    {"content-type": "text/event-stream"},
+                    [sse(delta(content=labels[-1]), delta("stop"))],
+                )
 
             proxy = self.proxy(reply, mode, TARGET_MODEL_HAIKU="small")
 
@@ -4682,92 +9617,182 @@ class TestProvokedCache(CachedCase):
                 return answer_told(proxy, body)[0]["content"][0]["text"]
 
             self.assertEqual(provoked(answer_of), [], mode)
-            self.assertGreater(proxy.store.stats()["hits"], 50, mode)      # it was no idle test
+            self.assertGreater(proxy.store.stats()["hits"], 50, mode)  # it was no idle test
 
 
 # ======================================================================================================
 # 11  Proxy
 # ======================================================================================================
 
+
 def hello(sent):
     return FakeReply(200, {}, [HELLO_STREAM])
 
 
 def refusal(status, text="no", **headers):
-    return FakeReply(status, {name.replace("_", "-"): value for name, value in headers.items()}, [json.dumps(err(text)).encode()])
+    return FakeReply(
+        status,
+        {name.replace("_", "-"): value for name, value in headers.items()},
+        [json.dumps(err(text)).encode()],
+    )
 
 
 class TestRouting(unittest.TestCase):
     """Which model a request goes to, with whose key."""
 
-    FAMILIES = {"TARGET_API_KEY": "K", "TARGET_MODEL_OPUS": "big", "TARGET_API_BASE_SONNET": "http://127.0.0.1:7/v1", "TARGET_MODEL_SONNET": "mid", "TARGET_API_KEY_SONNET": "KS",
-                "TARGET_MODEL_HAIKU": "small", "TARGET_API_BASE_HAIKU": "http://127.0.0.1:8/v1"}
+    FAMILIES = {
+        "TARGET_API_KEY": "K",
+        "TARGET_MODEL_OPUS": "big",
+        "TARGET_API_BASE_SONNET": "http://127.0.0.1:7/v1",
+        "TARGET_MODEL_SONNET": "mid",
+        "TARGET_API_KEY_SONNET": "KS",
+        "TARGET_MODEL_HAIKU": "small",
+        "TARGET_API_BASE_HAIKU": "http://127.0.0.1:8/v1",
+    }
 
     def test_families(self):
         rows = (
             # (the model asked for, (model, port of the base, key))
-            ("claude-opus-5-5", ("big", "9", "Bearer K")), ("claude-opus-4-1-20250805", ("big", "9", "Bearer K")), ("claude-sonnet-5", ("mid", "7", "Bearer KS")),
-            ("claude-haiku-4-5-20251001", ("small", "8", None)), ("claude-3-5-haiku-20241022", ("small", "8", None)), ("claude-fable-5-2", ("m", "9", "Bearer K")), ("deepseek-chat", ("m", "9", "Bearer K")),
-            ("Opus 4.8[1m]", ("big", "9", "Bearer K")), ("", ("m", "9", "Bearer K")), ("anthropic/claude-OPUS", ("big", "9", "Bearer K")),
+            ("claude-opus-5-5", ("big", "9", "Bearer K")),
+            ("claude-opus-4-1-20250805", ("big", "9", "Bearer K")),
+            ("claude-sonnet-5", ("mid", "7", "Bearer KS")),
+            ("claude-haiku-4-5-20251001", ("small", "8", None)),
+            ("claude-3-5-haiku-20241022", ("small", "8", None)),
+            ("claude-fable-5-2", ("m", "9", "Bearer K")),
+            ("deepseek-chat", ("m", "9", "Bearer K")),
+            ("Opus 4.8[1m]", ("big", "9", "Bearer K")),
+            ("", ("m", "9", "Bearer K")),
+            ("anthropic/claude-OPUS", ("big", "9", "Bearer K")),
         )
         for asked, wanted in rows:
             with self.subTest(asked):
                 proxy, wires = proxy_with(hello, **self.FAMILIES)
                 events, error = ask(proxy, request("hi", model=asked))
                 self.assertIsNone(error)
-                self.assertEqual((wires.sent[0]["model"], re.search(r":(\d+)/", wires.urls[0]).group(1), wires.headers[0].get("Authorization")), wanted)
+                self.assertEqual(
+                    (
+                        wires.sent[0]["model"],
+                        re.search(r":(\d+)/", wires.urls[0]).group(1),
+                        wires.headers[0].get("Authorization"),
+                    ),
+                    wanted,
+                )
 
     def test_a_base_of_its_own_never_gets_the_main_key(self):
         for family in ("OPUS", "SONNET", "HAIKU"):
-            proxy, wires = proxy_with(hello, TARGET_API_KEY="MAIN-KEY", **{"TARGET_API_BASE_" + family: "http://127.0.0.1:5/v1"})
+            proxy, wires = proxy_with(
+                hello,
+                TARGET_API_KEY="MAIN-KEY",
+                **{"TARGET_API_BASE_" + family: "http://127.0.0.1:5/v1"},
+            )
             ask(proxy, request("hi", model="claude-" + family.lower()))
             self.assertNotIn("MAIN-KEY", str(wires.headers))
 
     def test_the_model_that_is_shown(self):
-        for values, asked, wanted in (({}, "claude-x", "claude-x"), ({"DISGUISE_MODEL": "claude-opus-4-1"}, "claude-x", "claude-opus-4-1"), ({}, "", "m"), ({}, None, "m")):
+        for values, asked, wanted in (
+            ({}, "claude-x", "claude-x"),
+            ({"DISGUISE_MODEL": "claude-opus-4-1"}, "claude-x", "claude-opus-4-1"),
+            ({}, "", "m"),
+            ({}, None, "m"),
+        ):
             for stream in (True, False):
                 proxy, wires = proxy_with(hello, **values)
                 events, _ = ask(proxy, request("hi", model=asked, stream=stream))
                 self.assertEqual(events[0]["message"]["model"], wanted)
 
     def test_the_disguise_is_attached_where_unknown_fields_are_tolerated(self):
-        rows = (({}, True), ({"ATTACH_FIELDS": "never"}, False), ({"PROFILE": "openai"}, False), ({"PROFILE": "openai", "ATTACH_FIELDS": "always"}, True), ({"PROFILE": "deepseek"}, True))
+        rows = (
+            ({}, True),
+            ({"ATTACH_FIELDS": "never"}, False),
+            ({"PROFILE": "openai"}, False),
+            ({"PROFILE": "openai", "ATTACH_FIELDS": "always"}, True),
+            ({"PROFILE": "deepseek"}, True),
+        )
         for values, wanted in rows:
-            proxy, wires = proxy_with(hello, DISGUISE_API_BASE="https://shown", DISGUISE_MODEL="claude-shown", **values)
+            proxy, wires = proxy_with(
+                hello, DISGUISE_API_BASE="https://shown", DISGUISE_MODEL="claude-shown", **values
+            )
             ask(proxy, request("hi"))
-            got = {key: value for key, value in wires.sent[0].items() if key.startswith("ANTHROPIC")}
-            self.assertEqual(got, {"ANTHROPIC_BASE_URL": "https://shown", "ANTHROPIC_MODEL": "claude-shown"} if wanted else {})
+            got = {
+                key: value for key, value in wires.sent[0].items() if key.startswith("ANTHROPIC")
+            }
+            self.assertEqual(
+                got,
+                (
+                    {"ANTHROPIC_BASE_URL": "https://shown", "ANTHROPIC_MODEL": "claude-shown"}
+                    if wanted
+                    else {}
+                ),
+            )
 
     def test_extra_body_and_headers_add_and_remove(self):
-        proxy, wires = proxy_with(hello, TARGET_API_KEY="K", EXTRA_BODY='{"top_k": 5, "max_tokens": 7, "stream_options": null}', EXTRA_HEADERS='{"x-team": "a", "user-agent": null, "AUTHORIZATION": "Basic x"}')
+        proxy, wires = proxy_with(
+            hello,
+            TARGET_API_KEY="K",
+            EXTRA_BODY='{"top_k": 5, "max_tokens": 7, "stream_options": null}',
+            EXTRA_HEADERS='{"x-team": "a", "user-agent": null, "AUTHORIZATION": "Basic x"}',
+        )
         ask(proxy, request("hi"))
         sent, headers = wires.sent[0], wires.headers[0]
-        self.assertEqual((sent["top_k"], sent["max_tokens"], "stream_options" in sent), (5, 7, False))
-        self.assertEqual((headers["x-team"], "User-Agent" in headers, [v for k, v in headers.items() if k.lower() == "authorization"]), ("a", False, ["Basic x"]))
+        self.assertEqual(
+            (sent["top_k"], sent["max_tokens"], "stream_options" in sent), (5, 7, False)
+        )
+        self.assertEqual(
+            (
+                headers["x-team"],
+                "User-Agent" in headers,
+                [v for k, v in headers.items() if k.lower() == "authorization"],
+            ),
+            ("a", False, ["Basic x"]),
+        )
 
     def test_endpoints(self):
-        rows = (("http://h/v1", "openai", "http://h/v1/chat/completions"), ("https://x.openai.azure.com/openai/deployments/d?api-version=1", "openai", "https://x.openai.azure.com/openai/deployments/d/chat/completions?api-version=1"),
-                ("https://h/anthropic", "anthropic", "https://h/anthropic/v1/messages"), ("https://h/v1", "anthropic", "https://h/v1/messages"))
+        rows = (
+            ("http://h/v1", "openai", "http://h/v1/chat/completions"),
+            (
+                "https://x.openai.azure.com/openai/deployments/d?api-version=1",
+                "openai",
+                "https://x.openai.azure.com/openai/deployments/d/chat/completions?api-version=1",
+            ),
+            ("https://h/anthropic", "anthropic", "https://h/anthropic/v1/messages"),
+            ("https://h/v1", "anthropic", "https://h/v1/messages"),
+        )
         for base, form, wanted in rows:
             self.assertEqual(ccfix.endpoint(base, form), wanted)
 
     def test_azure_gets_its_key_in_its_own_header(self):
         proxy, wires = proxy_with(hello, TARGET_API_KEY="K", PROFILE="azure")
         ask(proxy, request("hi"))
-        self.assertEqual((wires.headers[0].get("api-key"), wires.headers[0].get("Authorization")), ("K", None))
+        self.assertEqual(
+            (wires.headers[0].get("api-key"), wires.headers[0].get("Authorization")), ("K", None)
+        )
 
     def test_images_go_to_the_image_model_where_the_main_one_takes_none(self):
         values = {"PROFILE": "deepseek", "TARGET_MODEL_IMAGE": "eyes"}
-        for body, wanted in ((request(user("a", png())), "eyes"), (request("a"), "m"), (request("a", said(use("c1")), user(result("c1", png()))), "eyes")):
+        for body, wanted in (
+            (request(user("a", png())), "eyes"),
+            (request("a"), "m"),
+            (request("a", said(use("c1")), user(result("c1", png()))), "eyes"),
+        ):
             proxy, wires = proxy_with(hello, **values)
             ask(proxy, body)
             self.assertEqual(wires.sent[0]["model"], wanted)
 
     def test_a_main_model_found_blind_hands_images_over(self):
-        proxy, wires = proxy_with(lambda sent: refusal(400, "Model only support text input") if sent["model"] == "m" and "image_url" in json.dumps(sent) else hello(sent), TARGET_MODEL_IMAGE="eyes")
+        proxy, wires = proxy_with(
+            lambda sent: (
+                refusal(400, "Model only support text input")
+                if sent["model"] == "m" and "image_url" in json.dumps(sent)
+                else hello(sent)
+            ),
+            TARGET_MODEL_IMAGE="eyes",
+        )
         for _ in range(2):
             self.assertIsNone(ask(proxy, request(user(png())))[1])
-        self.assertEqual([(sent["model"], "image_url" in json.dumps(sent)) for sent in wires.sent], [("m", True), ("eyes", True), ("eyes", True)])
+        self.assertEqual(
+            [(sent["model"], "image_url" in json.dumps(sent)) for sent in wires.sent],
+            [("m", True), ("eyes", True), ("eyes", True)],
+        )
 
 
 class TestRetries(unittest.TestCase):
@@ -4776,10 +9801,19 @@ class TestRetries(unittest.TestCase):
     def ask(self, answers, stream=True, **values):
         """(events, error, sent, waits) with the given answers in turn."""
         answers, waits = list(answers), []
-        proxy, wires = proxy_with(lambda sent: answers.pop(0) if len(answers) > 1 else answers[0], **dict({"TARGET_RETRIES": "2"}, **values))
-        exchange = ccfix.Exchange(proxy, request("hi", stream=stream), {}, lambda sock, seconds: waits.append(seconds))
+        proxy, wires = proxy_with(
+            lambda sent: answers.pop(0) if len(answers) > 1 else answers[0],
+            **dict({"TARGET_RETRIES": "2"}, **values),
+        )
+        exchange = ccfix.Exchange(
+            proxy, request("hi", stream=stream), {}, lambda sock, seconds: waits.append(seconds)
+        )
         try:
-            events, error = sse_events("".join(exchange.batches())) if stream else list(ccfix.unfold(exchange.message())), None
+            events, error = (
+                sse_events("".join(exchange.batches()))
+                if stream
+                else list(ccfix.unfold(exchange.message()))
+            ), None
         except (ccfix.ProxyError, ccfix.Dropped) as failed:
             events, error = [], failed
         return events, error, wires.sent, waits
@@ -4788,7 +9822,22 @@ class TestRetries(unittest.TestCase):
         return [refusal(status, **headers) for _ in range(9)]
 
     def test_statuses(self):
-        for status, tries in ((408, 3), (429, 3), (500, 3), (502, 3), (503, 3), (504, 3), (529, 3), (400, 1), (401, 1), (402, 1), (403, 1), (404, 1), (413, 1), (422, 1)):
+        for status, tries in (
+            (408, 3),
+            (429, 3),
+            (500, 3),
+            (502, 3),
+            (503, 3),
+            (504, 3),
+            (529, 3),
+            (400, 1),
+            (401, 1),
+            (402, 1),
+            (403, 1),
+            (404, 1),
+            (413, 1),
+            (422, 1),
+        ):
             for stream in (True, False):
                 with self.subTest(status, stream=stream):
                     events, error, sent, waits = self.ask(self.fresh(status), stream)
@@ -4796,18 +9845,28 @@ class TestRetries(unittest.TestCase):
                     self.assertIsInstance(error, ccfix.UpstreamError)
 
     def test_an_answer_after_a_failure(self):
-        for first in (refusal(503), ccfix.UpstreamError("refused", kind="connect", retry=True), FakeReply(200, {}, []), FakeReply(200, {}, [sse(done=False)]), FakeReply(200, {}, [sse({"error": {"message": "x", "code": 500}})])):
+        for first in (
+            refusal(503),
+            ccfix.UpstreamError("refused", kind="connect", retry=True),
+            FakeReply(200, {}, []),
+            FakeReply(200, {}, [sse(done=False)]),
+            FakeReply(200, {}, [sse({"error": {"message": "x", "code": 500}})]),
+        ):
             for stream in (True, False):
                 first.closed = False
                 events, error, sent, waits = self.ask([first, hello(None)], stream)
-                self.assertEqual((error, len(sent), ccfix.fold(events)["content"][0]["text"]), (None, 2, "Hello"))
+                self.assertEqual(
+                    (error, len(sent), ccfix.fold(events)["content"][0]["text"]), (None, 2, "Hello")
+                )
 
     def test_waits_grow_and_vary(self):
         seen = set()
         for _ in range(20):
             _, _, _, waits = self.ask(self.fresh(500), TARGET_RETRIES="3")
             for position, seconds in enumerate(waits):
-                self.assertTrue(0.4 * 2 ** position < seconds < 1.2 * 2 ** position, (position, seconds))
+                self.assertTrue(
+                    0.4 * 2**position < seconds < 1.2 * 2**position, (position, seconds)
+                )
             seen.add(waits[0])
         self.assertGreater(len(seen), 15)
 
@@ -4824,27 +9883,43 @@ class TestRetries(unittest.TestCase):
             self.assertTrue(all(seconds < 5 for seconds in waits))
 
     def test_billing_is_never_tried_again(self):
-        for status, text in ((429, "You exceeded your current quota, please check your plan and billing details."), (500, "insufficient balance (1008)"), (402, "x")):
+        for status, text in (
+            (429, "You exceeded your current quota, please check your plan and billing details."),
+            (500, "insufficient balance (1008)"),
+            (402, "x"),
+        ):
             events, error, sent, waits = self.ask([refusal(status, text) for _ in range(5)])
             self.assertEqual((error.status, len(sent), waits), (402, 1, []))
 
     def test_nothing_is_tried_again_once_content_went_out(self):
-        for steps, end in ((["text Hi"], "error"), (["think Hi"], "error"), (["call 0 c1 Read {\"a\":"], "dropped")):
-            events, error, sent, waits = self.ask([FakeReply(200, {}, [sse(*map(chunk, steps), done=False)])])
+        for steps, end in (
+            (["text Hi"], "error"),
+            (["think Hi"], "error"),
+            (["call 0 c1 Read {\"a\":"], "dropped"),
+        ):
+            events, error, sent, waits = self.ask(
+                [FakeReply(200, {}, [sse(*map(chunk, steps), done=False)])]
+            )
             self.assertEqual((len(sent), waits), (1, []))
             self.assertEqual(isinstance(error, ccfix.Dropped), end == "dropped")
             if end == "error":
                 self.assertEqual(grammar(self, events), "error")
 
     def test_unstreamed_a_broken_reply_is_an_error_never_half_an_answer(self):
-        events, error, sent, waits = self.ask([FakeReply(200, {}, [sse(chunk("text Hi"), done=False)])], stream=False)
+        events, error, sent, waits = self.ask(
+            [FakeReply(200, {}, [sse(chunk("text Hi"), done=False)])], stream=False
+        )
         self.assertIsInstance(error, ccfix.UpstreamError)
 
     def test_no_retries_when_none_are_wanted(self):
         self.assertEqual(len(self.ask(self.fresh(503), TARGET_RETRIES="0")[2]), 1)
 
     def test_every_reply_is_closed(self):
-        replies = [refusal(503), refusal(500), FakeReply(200, {}, [sse(chunk("text Hi"), done=False)])]
+        replies = [
+            refusal(503),
+            refusal(500),
+            FakeReply(200, {}, [sse(chunk("text Hi"), done=False)]),
+        ]
         self.ask(list(replies))
         self.assertTrue(all(reply.closed for reply in replies))
 
@@ -4862,33 +9937,77 @@ class TestFallback(unittest.TestCase):
     def test_by_kind_of_failure(self):
         rows = (
             # (the main model's answer, does the fallback take over)
-            (refusal(503), True), (refusal(500), True), (refusal(429), True), (refusal(529), True), (refusal(402), True), (refusal(429, "insufficient_quota"), True), (refusal(429, retry_after="600"), True),
-            (ccfix.UpstreamError("no way there", kind="connect", retry=True), True), (ccfix.UpstreamError("silent", 504, kind="timeout"), True), (FakeReply(200, {}, []), True),
-            (refusal(401), False), (refusal(400), False), (refusal(404), False), (refusal(403), False), (refusal(400, "prompt is too long: 9 tokens > 8 maximum"), False),
+            (refusal(503), True),
+            (refusal(500), True),
+            (refusal(429), True),
+            (refusal(529), True),
+            (refusal(402), True),
+            (refusal(429, "insufficient_quota"), True),
+            (refusal(429, retry_after="600"), True),
+            (ccfix.UpstreamError("no way there", kind="connect", retry=True), True),
+            (ccfix.UpstreamError("silent", 504, kind="timeout"), True),
+            (FakeReply(200, {}, []), True),
+            (refusal(401), False),
+            (refusal(400), False),
+            (refusal(404), False),
+            (refusal(403), False),
+            (refusal(400, "prompt is too long: 9 tokens > 8 maximum"), False),
         )
         for answer, wanted in rows:
-            with self.subTest(getattr(answer, "status", answer), text=getattr(answer, "pieces", "")):
-                proxy, wires = proxy_with(lambda sent: answer if sent["model"] == "m" else hello(sent), TARGET_API_KEY="MAIN", TARGET_MODEL_FALLBACK="spare", TARGET_API_BASE_FALLBACK="http://127.0.0.1:6/v1", TARGET_API_KEY_FALLBACK="KF")
+            with self.subTest(
+                getattr(answer, "status", answer), text=getattr(answer, "pieces", "")
+            ):
+                proxy, wires = proxy_with(
+                    lambda sent: answer if sent["model"] == "m" else hello(sent),
+                    TARGET_API_KEY="MAIN",
+                    TARGET_MODEL_FALLBACK="spare",
+                    TARGET_API_BASE_FALLBACK="http://127.0.0.1:6/v1",
+                    TARGET_API_KEY_FALLBACK="KF",
+                )
                 events, error = ask(proxy, request("hi"))
-                self.assertEqual([sent["model"] for sent in wires.sent], ["m", "spare"] if wanted else ["m"])
+                self.assertEqual(
+                    [sent["model"] for sent in wires.sent], ["m", "spare"] if wanted else ["m"]
+                )
                 self.assertEqual(error is None, wanted)
                 if wanted:
                     self.assertEqual(wires.headers[1]["Authorization"], "Bearer KF")
 
     def test_when_it_fails_too_its_error_is_told(self):
-        proxy, wires = proxy_with(lambda sent: refusal(503, sent["model"] + " is down"), TARGET_MODEL_FALLBACK="spare", TARGET_RETRIES="1")
+        proxy, wires = proxy_with(
+            lambda sent: refusal(503, sent["model"] + " is down"),
+            TARGET_MODEL_FALLBACK="spare",
+            TARGET_RETRIES="1",
+        )
         events, error = ask(proxy, request("hi"))
         self.assertEqual([sent["model"] for sent in wires.sent], ["m", "m", "spare", "spare"])
         self.assertIn("spare is down", error.message)
 
     def test_never_in_the_middle_of_an_answer(self):
-        proxy, wires = proxy_with(lambda sent: FakeReply(200, {}, [sse(chunk("text Hi"), done=False)]), TARGET_MODEL_FALLBACK="spare")
-        self.assertEqual((grammar(self, ask(proxy, request("hi"))[0]), len(wires.sent)), ("error", 1))
+        proxy, wires = proxy_with(
+            lambda sent: FakeReply(200, {}, [sse(chunk("text Hi"), done=False)]),
+            TARGET_MODEL_FALLBACK="spare",
+        )
+        self.assertEqual(
+            (grammar(self, ask(proxy, request("hi"))[0]), len(wires.sent)), ("error", 1)
+        )
 
 
 def native_events(*blocks, **more):
-    return [event for event in ccfix.unfold({"id": "msg_up", "type": "message", "role": "assistant", "model": "up-model", "content": list(blocks), "stop_reason": more.get("stop", "end_turn"),
-                                             "stop_sequence": None, "usage": {"input_tokens": 7, "cache_read_input_tokens": 5, "output_tokens": 2}})]
+    return [
+        event
+        for event in ccfix.unfold(
+            {
+                "id": "msg_up",
+                "type": "message",
+                "role": "assistant",
+                "model": "up-model",
+                "content": list(blocks),
+                "stop_reason": more.get("stop", "end_turn"),
+                "stop_sequence": None,
+                "usage": {"input_tokens": 7, "cache_read_input_tokens": 5, "output_tokens": 2},
+            }
+        )
+    ]
 
 
 def native_bytes(events):
@@ -4897,18 +10016,39 @@ def native_bytes(events):
 
 class TestNative(unittest.TestCase):
     """Providers that speak Anthropic: passed through, but for the model, the disguise and what describes the user's machine."""
+
     maxDiff = None
 
-    BLOCKS = ({"type": "thinking", "thinking": "hm", "signature": "sig"}, {"type": "text", "text": "Hi"}, {"type": "tool_use", "id": "toolu_1", "name": "Read", "input": {"path": "a"}})
+    BLOCKS = (
+        {"type": "thinking", "thinking": "hm", "signature": "sig"},
+        {"type": "text", "text": "Hi"},
+        {"type": "tool_use", "id": "toolu_1", "name": "Read", "input": {"path": "a"}},
+    )
 
     def proxy(self, answer, **values):
-        return proxy_with(answer, **dict({"TARGET_FORMAT": "anthropic", "TARGET_API_KEY": "K", "TARGET_MODEL": "up[1m]"}, **values))
+        return proxy_with(
+            answer,
+            **dict(
+                {"TARGET_FORMAT": "anthropic", "TARGET_API_KEY": "K", "TARGET_MODEL": "up[1m]"},
+                **values,
+            ),
+        )
 
     def test_events_are_relayed_as_they_come(self):
         events = native_events(*self.BLOCKS, stop="tool_use")
         raw = native_bytes(events)
-        wanted = [dict(events[0], message=dict(events[0]["message"], model="claude-x"))] + events[1:]
-        wanted[-2] = dict(wanted[-2], usage={"input_tokens": 7, "cache_creation_input_tokens": 0, "cache_read_input_tokens": 5, "output_tokens": 2})
+        wanted = [dict(events[0], message=dict(events[0]["message"], model="claude-x"))] + events[
+            1:
+        ]
+        wanted[-2] = dict(
+            wanted[-2],
+            usage={
+                "input_tokens": 7,
+                "cache_creation_input_tokens": 0,
+                "cache_read_input_tokens": 5,
+                "output_tokens": 2,
+            },
+        )
         for how in ["whole", "bytes"] + list(range(1, len(raw), 7)):
             proxy, wires = self.proxy(lambda sent: FakeReply(200, {}, pieces_of(raw, how)))
             got, error = ask(proxy, request("hi"))
@@ -4925,23 +10065,62 @@ class TestNative(unittest.TestCase):
             answers.append(ccfix.fold(ask(proxy, request("hi", stream=stream))[0]))
         for answer in answers:
             self.assertEqual(answer["content"], list(self.BLOCKS))
-            self.assertEqual((answer["model"], answer["usage"]["input_tokens"], answer["stop_reason"]), ("claude-x", 7, "end_turn"))
+            self.assertEqual(
+                (answer["model"], answer["usage"]["input_tokens"], answer["stop_reason"]),
+                ("claude-x", 7, "end_turn"),
+            )
 
     def test_what_is_sent(self):
-        ours = {"type": "thinking", "thinking": "h", "signature": ccfix.write_state("elsewhere", {})}
+        ours = {
+            "type": "thinking",
+            "thinking": "h",
+            "signature": ccfix.write_state("elsewhere", {}),
+        }
         theirs = {"type": "thinking", "thinking": "h", "signature": "EqQB"}
-        body = request("hi", said(ours, theirs, "a"), "b", system=[txt("x-anthropic-billing-header: cch=1;"), txt("S", cache_control={"type": "ephemeral"})], metadata={"user_id": "device"},
-                       safeguards=[{"home": "/x"}], thinking={"type": "adaptive"}, unknown_field=5, tools=[tool("Read")])
+        body = request(
+            "hi",
+            said(ours, theirs, "a"),
+            "b",
+            system=[
+                txt("x-anthropic-billing-header: cch=1;"),
+                txt("S", cache_control={"type": "ephemeral"}),
+            ],
+            metadata={"user_id": "device"},
+            safeguards=[{"home": "/x"}],
+            thinking={"type": "adaptive"},
+            unknown_field=5,
+            tools=[tool("Read")],
+        )
         before = copy.deepcopy(body)
         proxy, wires = self.proxy(lambda sent: FakeReply(200, {}, [NATIVE_HELLO]))
-        ask(proxy, body, {"anthropic-beta": "a-1, b-2", "anthropic-version": "2023-06-01", "x-api-key": "the client's"})
-        wanted = {key: value for key, value in copy.deepcopy(body).items() if key not in ("metadata", "safeguards")}
+        ask(
+            proxy,
+            body,
+            {
+                "anthropic-beta": "a-1, b-2",
+                "anthropic-version": "2023-06-01",
+                "x-api-key": "the client's",
+            },
+        )
+        wanted = {
+            key: value
+            for key, value in copy.deepcopy(body).items()
+            if key not in ("metadata", "safeguards")
+        }
         wanted.update(model="up", system=[txt("S", cache_control={"type": "ephemeral"})])
         wanted["messages"][1]["content"] = [theirs, txt("a")]
         self.assertEqual(wires.sent[0], wanted)
         self.assertEqual(body, before)
         headers = wires.headers[0]
-        self.assertEqual((headers["x-api-key"], headers["Authorization"], headers["anthropic-beta"], headers["anthropic-version"]), ("K", "Bearer K", "a-1,b-2", "2023-06-01"))
+        self.assertEqual(
+            (
+                headers["x-api-key"],
+                headers["Authorization"],
+                headers["anthropic-beta"],
+                headers["anthropic-version"],
+            ),
+            ("K", "Bearer K", "a-1,b-2", "2023-06-01"),
+        )
         self.assertEqual(wires.urls[0], "http://127.0.0.1:9/v1/messages")
         self.assertNotIn("the client's", str(headers))
 
@@ -4949,37 +10128,113 @@ class TestNative(unittest.TestCase):
         ours = {"type": "thinking", "thinking": "", "signature": ccfix.write_state("elsewhere", {})}
         empty = {"role": "system", "content": [], "output_config": {"effort": "low"}}
         body = request("a", empty, said(ours), "b", {"role": "system", "content": "c"})
-        for knows_system, wanted in ((True, [body["messages"][0], empty, body["messages"][3], body["messages"][4]]), (False, [body["messages"][0], body["messages"][3], U(reminder("c"))])):
-            plan = ccfix.Plan("", "up", "http://h", "", PLAIN._replace(format="anthropic", system_role=knows_system))
+        for knows_system, wanted in (
+            (True, [body["messages"][0], empty, body["messages"][3], body["messages"][4]]),
+            (False, [body["messages"][0], body["messages"][3], U(reminder("c"))]),
+        ):
+            plan = ccfix.Plan(
+                "",
+                "up",
+                "http://h",
+                "",
+                PLAIN._replace(format="anthropic", system_role=knows_system),
+            )
             self.assertEqual(ccfix.native_body(body, plan)["messages"], wanted)
 
     def test_broken_answers(self):
-        events = native_events({"type": "text", "text": "Hi"}, {"type": "tool_use", "id": "t", "name": "Read", "input": {}})
-        overloaded = {"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}}
+        events = native_events(
+            {"type": "text", "text": "Hi"},
+            {"type": "tool_use", "id": "t", "name": "Read", "input": {}},
+        )
+        overloaded = {
+            "type": "error",
+            "error": {"type": "overloaded_error", "message": "Overloaded"},
+        }
         rows = (
             # (events, what happens)
-            ([], 502), (events[:1], 502), (events[:3], "error"), (events[:6], "dropped"), ([overloaded], 529), (events[:1] + [overloaded], 529), (events[:3] + [overloaded], "error"), (events[:4], "error"),
-            ([{"type": "error", "error": {"type": "invalid_request_error", "message": "prompt is too long: 9 tokens > 8 maximum"}}], 400),
+            ([], 502),
+            (events[:1], 502),
+            (events[:3], "error"),
+            (events[:6], "dropped"),
+            ([overloaded], 529),
+            (events[:1] + [overloaded], 529),
+            (events[:3] + [overloaded], "error"),
+            (events[:4], "error"),
+            (
+                [
+                    {
+                        "type": "error",
+                        "error": {
+                            "type": "invalid_request_error",
+                            "message": "prompt is too long: 9 tokens > 8 maximum",
+                        },
+                    }
+                ],
+                400,
+            ),
         )
         for sent_events, wanted in rows:
             with self.subTest(len(sent_events), wanted=wanted):
-                proxy, wires = self.proxy(lambda sent: FakeReply(200, {}, [native_bytes(sent_events)]))
+                proxy, wires = self.proxy(
+                    lambda sent: FakeReply(200, {}, [native_bytes(sent_events)])
+                )
                 got, error = ask(proxy, request("hi"))
                 state = grammar(self, got)
-                self.assertEqual("dropped" if isinstance(error, ccfix.Dropped) else error.status if error else state, wanted)
+                self.assertEqual(
+                    (
+                        "dropped"
+                        if isinstance(error, ccfix.Dropped)
+                        else error.status if error else state
+                    ),
+                    wanted,
+                )
 
     def test_odd_events_never_break_the_grammar(self):
-        text = {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}}
-        hi = {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": "Hi"}}
-        stop, end, last = {"type": "content_block_stop", "index": 0}, {"type": "message_delta", "delta": {"stop_reason": "end_turn"}, "usage": {"output_tokens": 1}}, {"type": "message_stop"}
+        text = {
+            "type": "content_block_start",
+            "index": 0,
+            "content_block": {"type": "text", "text": ""},
+        }
+        hi = {
+            "type": "content_block_delta",
+            "index": 0,
+            "delta": {"type": "text_delta", "text": "Hi"},
+        }
+        stop, end, last = (
+            {"type": "content_block_stop", "index": 0},
+            {
+                "type": "message_delta",
+                "delta": {"stop_reason": "end_turn"},
+                "usage": {"output_tokens": 1},
+            },
+            {"type": "message_stop"},
+        )
         start = native_events()[0]
-        for sent_events in ([start, hi, text, hi, stop, end, last], [start, text, hi, dict(text, index=1), dict(hi, index=1), end, last], [text, hi, stop, end, end, last], [start, text, hi, stop, last],
-                            [start, text, hi, stop, stop, end, last, last], [start, dict(text, index=7), dict(hi, index=7), dict(stop, index=7), end, last], [start, start, text, hi, stop, end, last]):
+        for sent_events in (
+            [start, hi, text, hi, stop, end, last],
+            [start, text, hi, dict(text, index=1), dict(hi, index=1), end, last],
+            [text, hi, stop, end, end, last],
+            [start, text, hi, stop, last],
+            [start, text, hi, stop, stop, end, last, last],
+            [start, dict(text, index=7), dict(hi, index=7), dict(stop, index=7), end, last],
+            [start, start, text, hi, stop, end, last],
+        ):
             proxy, wires = self.proxy(lambda sent: FakeReply(200, {}, [native_bytes(sent_events)]))
             got, error = ask(proxy, request("hi"))
-            shown = [event for event in got if event["type"] != "message_stop"] if not any(e["type"] == "message_delta" for e in got) else got
+            shown = (
+                [event for event in got if event["type"] != "message_stop"]
+                if not any(e["type"] == "message_delta" for e in got)
+                else got
+            )
             self.assertIn(grammar(self, shown), ("done", "open"))
-            self.assertIn("Hi", "".join(event["delta"].get("text", "") for event in got if event["type"] == "content_block_delta"))
+            self.assertIn(
+                "Hi",
+                "".join(
+                    event["delta"].get("text", "")
+                    for event in got
+                    if event["type"] == "content_block_delta"
+                ),
+            )
 
     def test_signs_of_life(self):
         made = ccfix.RelayTranslator("msg_1", "claude-x", PLAIN, 10)
@@ -4994,7 +10249,12 @@ class TestNative(unittest.TestCase):
         self.assertEqual(again["content"], [txt("Hi")])
 
     def test_counting_tokens(self):
-        for answer, wanted in ((FakeReply(200, {}, [b'{"input_tokens": 1234}']), 1234), (refusal(404), None), (FakeReply(200, {}, [b"<html>"]), None), (ccfix.UpstreamError("x", kind="connect"), None)):
+        for answer, wanted in (
+            (FakeReply(200, {}, [b'{"input_tokens": 1234}']), 1234),
+            (refusal(404), None),
+            (FakeReply(200, {}, [b"<html>"]), None),
+            (ccfix.UpstreamError("x", kind="connect"), None),
+        ):
             proxy, wires = self.proxy(lambda sent: answer)
             body = request("hi", max_tokens=5)
             got = proxy.count_tokens(body, {})["input_tokens"]
@@ -5009,7 +10269,13 @@ class TestNative(unittest.TestCase):
     def test_retries_routing_and_cache_work_here_too(self):
         with Folder() as folder:
             answers = [refusal(503), FakeReply(200, {}, [NATIVE_HELLO])]
-            proxy, wires = self.proxy(lambda sent: answers.pop(0), TARGET_RETRIES="1", CACHE_ENABLED="true", CACHE_DIR=folder, TARGET_MODEL_HAIKU="small")
+            proxy, wires = self.proxy(
+                lambda sent: answers.pop(0),
+                TARGET_RETRIES="1",
+                CACHE_ENABLED="true",
+                CACHE_DIR=folder,
+                TARGET_MODEL_HAIKU="small",
+            )
             for _ in range(2):
                 events, error = ask(proxy, request("hi", model="claude-haiku-4-5"))
                 self.assertEqual(ccfix.fold(events)["content"], [txt("Hello")])
@@ -5031,11 +10297,20 @@ class Folder(object):
 class TestStore(unittest.TestCase):
     """Repeated requests are answered from the store; identical ones in flight share one answer."""
 
-    CALLS = sse(delta(reasoning_content="hm"), call_chunk(fn("Read", '{"path":"a"}', index=0, id="call_1")), delta("tool_calls"), {"choices": [], "usage": {"prompt_tokens": 9, "completion_tokens": 4}})
+    CALLS = sse(
+        delta(reasoning_content="hm"),
+        call_chunk(fn("Read", '{"path":"a"}', index=0, id="call_1")),
+        delta("tool_calls"),
+        {"choices": [], "usage": {"prompt_tokens": 9, "completion_tokens": 4}},
+    )
 
     def test_a_hit_is_the_same_answer_under_todays_name_with_new_ids_and_no_cost(self):
         with Folder() as folder:
-            proxy, wires = proxy_with(lambda sent: FakeReply(200, {}, [self.CALLS]), CACHE_ENABLED="true", CACHE_DIR=folder)
+            proxy, wires = proxy_with(
+                lambda sent: FakeReply(200, {}, [self.CALLS]),
+                CACHE_ENABLED="true",
+                CACHE_DIR=folder,
+            )
             first = ccfix.fold(ask(proxy, request("hi"))[0])
             events, error = ask(proxy, request("hi", model="claude-y"))
             again = ccfix.fold(events)
@@ -5048,12 +10323,25 @@ class TestStore(unittest.TestCase):
         self.assertEqual(len(set(ids)), 3)
         for message in (again, unstreamed):
             self.assertNotEqual(message["id"], first["id"])
-            self.assertEqual([dict(block, id="") if "id" in block else block for block in message["content"]], [dict(block, id="") if "id" in block else block for block in first["content"]])
+            self.assertEqual(
+                [dict(block, id="") if "id" in block else block for block in message["content"]],
+                [dict(block, id="") if "id" in block else block for block in first["content"]],
+            )
 
     def test_what_is_not_whole_is_never_stored(self):
-        for steps, done in ((["text Hi"], False), (["text Hi", {"error": {"message": "x"}}], True), (["text Hi", "end length"], True), (["end stop"], True), (["text Hi", "end content_filter"], True)):
+        for steps, done in (
+            (["text Hi"], False),
+            (["text Hi", {"error": {"message": "x"}}], True),
+            (["text Hi", "end length"], True),
+            (["end stop"], True),
+            (["text Hi", "end content_filter"], True),
+        ):
             with self.subTest(steps), Folder() as folder:
-                proxy, wires = proxy_with(lambda sent: FakeReply(200, {}, [sse(*map(chunk, steps), done=done)]), CACHE_ENABLED="true", CACHE_DIR=folder)
+                proxy, wires = proxy_with(
+                    lambda sent: FakeReply(200, {}, [sse(*map(chunk, steps), done=done)]),
+                    CACHE_ENABLED="true",
+                    CACHE_DIR=folder,
+                )
                 ask(proxy, request("hi")), ask(proxy, request("hi"))
                 self.assertEqual((len(wires.sent), proxy.flights), (2, {}))
                 proxy.store.close()
@@ -5068,6 +10356,7 @@ class TestStore(unittest.TestCase):
                     arrived.set()
                     go.wait(5)
                 return answer(sent)
+
             proxy, wires = proxy_with(slow, CACHE_ENABLED="true", CACHE_DIR=folder)
             first, second = [], []
             leader = threading.Thread(target=lambda: first.extend(ask(proxy, request("hi"))))
@@ -5079,13 +10368,22 @@ class TestStore(unittest.TestCase):
                 said_.append(exchange.silence())
                 go.set()
                 leader.join(5)
+
             exchange = ccfix.Exchange(proxy, request("hi"), {}, wait, clock=clock)
             try:
                 second = sse_events("".join(said_) + "".join(exchange.batches()))
             except ccfix.ProxyError as error:
                 second = error
             proxy.store.close()
-            return first, ([] if isinstance(second, Exception) else sse_events("".join(said_))) + second if not isinstance(second, Exception) else second, wires
+            return (
+                first,
+                (
+                    ([] if isinstance(second, Exception) else sse_events("".join(said_))) + second
+                    if not isinstance(second, Exception)
+                    else second
+                ),
+                wires,
+            )
 
     def test_identical_requests_in_flight_ask_once(self):
         first, second, wires = self.in_flight(hello)
@@ -5116,10 +10414,16 @@ class TestStore(unittest.TestCase):
 
 class TestWebSearch(unittest.TestCase):
     """Claude Code's side request for a search is never answered by a plain model."""
+
     maxDiff = None
 
     def body(self, **more):
-        return request("Perform a web search for the query: best tea 2026", tools=[{"type": "web_search_20250305", "name": "web_search", "max_uses": 8}], tool_choice={"type": "auto"}, **more)
+        return request(
+            "Perform a web search for the query: best tea 2026",
+            tools=[{"type": "web_search_20250305", "name": "web_search", "max_uses": 8}],
+            tool_choice={"type": "auto"},
+            **more,
+        )
 
     def search(self, answer, stream=True, **values):
         proxy, wires = proxy_with(answer, **values)
@@ -5132,37 +10436,89 @@ class TestWebSearch(unittest.TestCase):
         for stream in (True, False):
             message, wires = self.search(None, stream)
             self.assertEqual(wires.sent, [])
-            self.assertEqual([block["type"] for block in message["content"]], ["server_tool_use", "web_search_tool_result", "text"])
+            self.assertEqual(
+                [block["type"] for block in message["content"]],
+                ["server_tool_use", "web_search_tool_result", "text"],
+            )
             self.assertEqual(message["content"][0]["input"], {"query": "best tea 2026"})
-            self.assertEqual(message["content"][1]["content"], {"type": "web_search_tool_result_error", "error_code": "unavailable"})
+            self.assertEqual(
+                message["content"][1]["content"],
+                {"type": "web_search_tool_result_error", "error_code": "unavailable"},
+            )
             self.assertEqual(message["content"][1]["tool_use_id"], message["content"][0]["id"])
             self.assertIn("SEARCH_URL", message["content"][2]["text"])
             self.assertEqual(message["stop_reason"], "end_turn")
 
     def test_with_one_the_results_are_real(self):
-        hits = {"results": [{"title": "T1", "url": "https://a", "content": "one"}, {"url": "https://b"}, {"title": "no url"}, "x"] + [{"title": str(n), "url": "https://%d" % n} for n in range(20)]}
-        message, wires = self.search(lambda sent: FakeReply(200, {}, [json.dumps(hits).encode()]), SEARCH_URL="http://127.0.0.1:8888/search")
+        hits = {
+            "results": [
+                {"title": "T1", "url": "https://a", "content": "one"},
+                {"url": "https://b"},
+                {"title": "no url"},
+                "x",
+            ]
+            + [{"title": str(n), "url": "https://%d" % n} for n in range(20)]
+        }
+        message, wires = self.search(
+            lambda sent: FakeReply(200, {}, [json.dumps(hits).encode()]),
+            SEARCH_URL="http://127.0.0.1:8888/search",
+        )
         self.assertEqual(wires.urls, ["http://127.0.0.1:8888/search?q=best+tea+2026&format=json"])
         found = message["content"][1]["content"]
-        self.assertEqual(found[:2], [{"type": "web_search_result", "title": "T1", "url": "https://a", "encrypted_content": "", "page_age": None},
-                                     {"type": "web_search_result", "title": "https://b", "url": "https://b", "encrypted_content": "", "page_age": None}])
+        self.assertEqual(
+            found[:2],
+            [
+                {
+                    "type": "web_search_result",
+                    "title": "T1",
+                    "url": "https://a",
+                    "encrypted_content": "",
+                    "page_age": None,
+                },
+                {
+                    "type": "web_search_result",
+                    "title": "https://b",
+                    "url": "https://b",
+                    "encrypted_content": "",
+                    "page_age": None,
+                },
+            ],
+        )
         self.assertLessEqual(len(found), 10)
         self.assertIn("one", message["content"][2]["text"])
         self.assertTrue(all(reply.closed for reply in wires.replies))
 
     def test_a_search_that_fails_says_so(self):
-        for answer in (refusal(500), FakeReply(200, {}, [b"<html>"]), FakeReply(200, {}, [b'{"results": 5}']), ccfix.UpstreamError("no way there", kind="connect")):
-            message, wires = self.search(lambda sent: answer, SEARCH_URL="http://127.0.0.1:8888/search?lang=en")
+        for answer in (
+            refusal(500),
+            FakeReply(200, {}, [b"<html>"]),
+            FakeReply(200, {}, [b'{"results": 5}']),
+            ccfix.UpstreamError("no way there", kind="connect"),
+        ):
+            message, wires = self.search(
+                lambda sent: answer, SEARCH_URL="http://127.0.0.1:8888/search?lang=en"
+            )
             self.assertIn("&q=best", wires.urls[0])
-            self.assertEqual(message["content"][1]["content"], {"type": "web_search_tool_result_error", "error_code": "unavailable"})
+            self.assertEqual(
+                message["content"][1]["content"],
+                {"type": "web_search_tool_result_error", "error_code": "unavailable"},
+            )
 
     def test_a_search_that_finds_nothing(self):
-        message, _ = self.search(lambda sent: FakeReply(200, {}, [b'{"results": []}']), SEARCH_URL="http://127.0.0.1:8888/search")
+        message, _ = self.search(
+            lambda sent: FakeReply(200, {}, [b'{"results": []}']),
+            SEARCH_URL="http://127.0.0.1:8888/search",
+        )
         self.assertEqual(message["content"][1]["content"], [])
 
     def test_beside_other_tools_it_is_only_left_out(self):
         proxy, wires = proxy_with(hello)
-        ask(proxy, request("hi", tools=[{"type": "web_search_20250305", "name": "web_search"}, tool("Read")]))
+        ask(
+            proxy,
+            request(
+                "hi", tools=[{"type": "web_search_20250305", "name": "web_search"}, tool("Read")]
+            ),
+        )
         self.assertEqual([t["function"]["name"] for t in wires.sent[0]["tools"]], ["Read"])
 
 
@@ -5170,15 +10526,31 @@ class TestSecrets(unittest.TestCase):
     """No key in an error, a log line, the status or an event."""
 
     def test_a_provider_that_quotes_the_key(self):
-        values = {"TARGET_API_KEY": "sk-very-secret-1", "TARGET_API_KEY_FALLBACK": "sk-very-secret-2", "EXTRA_HEADERS": '{"x-key": "Token sk-very-secret-3"}', "ANTHROPIC_API_KEY": "sk-very-secret-4"}
+        values = {
+            "TARGET_API_KEY": "sk-very-secret-1",
+            "TARGET_API_KEY_FALLBACK": "sk-very-secret-2",
+            "EXTRA_HEADERS": '{"x-key": "Token sk-very-secret-3"}',
+            "ANTHROPIC_API_KEY": "sk-very-secret-4",
+        }
         text = "Incorrect API key provided: sk-very-secret-1, sk-very-secret-2, sk-very-secret-3, sk-very-secret-4."
-        for answer in (refusal(401, text), refusal(400, text), refusal(500, text), FakeReply(500, {}, [("<html><title>%s</title>" % text).encode()]), FakeReply(200, {}, [sse(delta(content="Hi"), {"error": {"message": text}})]),
-                       FakeReply(200, {}, [sse({"error": {"message": text}})]), FakeReply(200, {}, [b'{"odd": "%s"}' % text.encode()]), ccfix.UpstreamError(text, kind="connect")):
+        for answer in (
+            refusal(401, text),
+            refusal(400, text),
+            refusal(500, text),
+            FakeReply(500, {}, [("<html><title>%s</title>" % text).encode()]),
+            FakeReply(200, {}, [sse(delta(content="Hi"), {"error": {"message": text}})]),
+            FakeReply(200, {}, [sse({"error": {"message": text}})]),
+            FakeReply(200, {}, [b'{"odd": "%s"}' % text.encode()]),
+            ccfix.UpstreamError(text, kind="connect"),
+        ):
             for stream in (True, False):
                 lines = []
                 settings = settings_of(**values)
                 proxy = ccfix.Proxy(lambda: settings, lambda level, line: lines.append(line))
-                proxy.wires = ((settings.ca_bundle, settings.client_cert, settings.insecure), FakeWires(lambda sent: answer))
+                proxy.wires = (
+                    (settings.ca_bundle, settings.client_cert, settings.insecure),
+                    FakeWires(lambda sent: answer),
+                )
                 exchange = ccfix.Exchange(proxy, request("hi", stream=stream), {}, no_wait)
                 seen = []
                 try:
@@ -5195,16 +10567,33 @@ class TestSmallEndpoints(unittest.TestCase):
     def test_models_are_names_that_claude_code_keeps(self):
         proxy, _ = proxy_with(None, TARGET_MODEL_HAIKU="small", TARGET_MODEL="deepseek-chat")
         listed = proxy.models(proxy.config())
-        self.assertTrue(all(row_["id"].startswith(("claude", "anthropic")) and row_["type"] == "model" for row_ in listed["data"]))
+        self.assertTrue(
+            all(
+                row_["id"].startswith(("claude", "anthropic")) and row_["type"] == "model"
+                for row_ in listed["data"]
+            )
+        )
         self.assertIn("small", json.dumps(listed))
-        self.assertEqual((listed["first_id"], listed["last_id"], listed["has_more"]), (listed["data"][0]["id"], listed["data"][-1]["id"], False))
+        self.assertEqual(
+            (listed["first_id"], listed["last_id"], listed["has_more"]),
+            (listed["data"][0]["id"], listed["data"][-1]["id"], False),
+        )
 
     def test_what_the_provider_tells_for_free(self):
         def answer(sent):
             url = wires.urls[-1]
             if url.endswith("/models"):
-                return FakeReply(200, {}, [json.dumps({"data": [{"id": "m", "owned_by": "vllm", "max_model_len": 32768}]}).encode()])
+                return FakeReply(
+                    200,
+                    {},
+                    [
+                        json.dumps(
+                            {"data": [{"id": "m", "owned_by": "vllm", "max_model_len": 32768}]}
+                        ).encode()
+                    ],
+                )
             return hello(sent)
+
         proxy, wires = proxy_with(answer)
         settings = proxy.config()
         proxy.probe(ccfix.plan_for(settings, "", proxy.profile_of(settings)))
@@ -5214,17 +10603,29 @@ class TestSmallEndpoints(unittest.TestCase):
         self.assertLess(wires.sent[-1]["max_tokens"], 32768)
 
     def test_a_provider_that_tells_nothing_is_no_harm(self):
-        for answer in (refusal(404), FakeReply(200, {}, [b"<html>"]), FakeReply(200, {}, [b'{"data": [5, {"id": [], "owned_by": {}, "max_model_len": "x"}]}']), ccfix.UpstreamError("x", kind="connect")):
+        for answer in (
+            refusal(404),
+            FakeReply(200, {}, [b"<html>"]),
+            FakeReply(
+                200, {}, [b'{"data": [5, {"id": [], "owned_by": {}, "max_model_len": "x"}]}']
+            ),
+            ccfix.UpstreamError("x", kind="connect"),
+        ):
             proxy, _ = proxy_with(lambda sent: answer)
             settings = proxy.config()
             proxy.probe(ccfix.plan_for(settings, "", proxy.profile_of(settings)))
-            self.assertEqual(ccfix.plan_for(settings, "", proxy.profile_of(settings)).profile.context, 0)
+            self.assertEqual(
+                ccfix.plan_for(settings, "", proxy.profile_of(settings)).profile.context, 0
+            )
 
     def test_memory_is_bounded(self):
         memory = ccfix.Memory()
         for number in range(ccfix.MEMORY_CALLS + 500):
             memory.keep({"id%d" % number: {"arguments": "{}"}})
-        self.assertEqual((memory.recall("id0"), memory.recall("id%d" % (ccfix.MEMORY_CALLS + 499))), ({}, {"arguments": "{}"}))
+        self.assertEqual(
+            (memory.recall("id0"), memory.recall("id%d" % (ccfix.MEMORY_CALLS + 499))),
+            ({}, {"arguments": "{}"}),
+        )
         for number in range(60):
             memory.keep({"big%d" % number: {"reasoning": "x" * (1 << 20)}})
         self.assertLessEqual(memory.size, ccfix.MEMORY_BYTES)
@@ -5238,7 +10639,9 @@ class TestSmallEndpoints(unittest.TestCase):
 # 12  HTTP
 # ======================================================================================================
 
-SSE_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+SSE_HEAD = (
+    b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+)
 KEY, PROXY_KEY, SEARCH_PASSWORD = "sk-secret-upstream-1", "sk-secret-proxy-2", "sk-secret-search-3"
 Answer = namedtuple("Answer", "status headers body")
 
@@ -5280,13 +10683,16 @@ def answers_in(raw):
             while rest:
                 size, _, rest = rest.partition(b"\r\n")
                 count, rest = int(size, 16), rest
-                body, rest = body + rest[:count], rest[count + 2:]
+                body, rest = body + rest[:count], rest[count + 2 :]
                 if not count:
                     break
             else:
                 body += b"CUT"
         elif "content-length" in headers:
-            body, rest = rest[:int(headers["content-length"])], rest[int(headers["content-length"]):]
+            body, rest = (
+                rest[: int(headers["content-length"])],
+                rest[int(headers["content-length"]) :],
+            )
         else:
             body, rest = rest, b""
         found.append(Answer(status, headers, body))
@@ -5317,9 +10723,13 @@ class HttpCase(unittest.TestCase):
         """Start both; script and tls as FakeUpstream takes them."""
         self.upstream = FakeUpstream(*script or (streamed(HELLO_STREAM),), tls=tls)
         self.addCleanup(self.upstream.close)
-        values = dict({"TARGET_API_BASE": self.upstream.url + "/v1", "TARGET_API_KEY": KEY}, **values)
+        values = dict(
+            {"TARGET_API_BASE": self.upstream.url + "/v1", "TARGET_API_KEY": KEY}, **values
+        )
         settings = settings_of(**values)
-        self.proxy = ccfix.Proxy(lambda: settings, lambda level, text: self.log.append((level, text)))
+        self.proxy = ccfix.Proxy(
+            lambda: settings, lambda level, text: self.log.append((level, text))
+        )
         self.server = ccfix.Server(("127.0.0.1", 0), self.proxy)
         self.port = self.server.server_port
         self.host = "127.0.0.1:%d" % self.port
@@ -5341,14 +10751,19 @@ class HttpCase(unittest.TestCase):
 
     def head(self, method, path, headers=(), length=None, host=True):
         lines = ["%s %s HTTP/1.1" % (method, path)] + (["Host: " + self.host] if host else [])
-        lines += ["%s: %s" % pair for pair in dict(headers).items()] + ([] if length is None else ["Content-Length: %d" % length])
+        lines += ["%s: %s" % pair for pair in dict(headers).items()] + (
+            [] if length is None else ["Content-Length: %d" % length]
+        )
         return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
 
     def call(self, method, path, body=None, headers=(), host=True):
         """The Answer to one request on a connection of its own."""
         data = body if isinstance(body, (bytes, type(None))) else json.dumps(body).encode()
         headers = dict(headers, Connection="close")
-        return self.talk(self.head(method, path, headers, None if data is None else len(data), host) + (data or b""))[-1]
+        return self.talk(
+            self.head(method, path, headers, None if data is None else len(data), host)
+            + (data or b"")
+        )[-1]
 
     def post(self, body, headers=(), path="/v1/messages"):
         return self.call("POST", path, body, headers)
@@ -5375,7 +10790,9 @@ class HttpCase(unittest.TestCase):
         self.assertTrue(answer.headers["request-id"].startswith("req_"))
         body = json.loads(answer.body.decode())
         self.assertEqual(set(body), {"type", "error", "request_id"})
-        self.assertEqual((body["type"], body["request_id"]), ("error", answer.headers["request-id"]))
+        self.assertEqual(
+            (body["type"], body["request_id"]), ("error", answer.headers["request-id"])
+        )
         self.assertEqual(set(body["error"]), {"type", "message"})
         self.assertIn(words, body["error"]["message"])
         if kind:
@@ -5384,7 +10801,10 @@ class HttpCase(unittest.TestCase):
     def is_fine(self):
         """Asserts that the server still answers, and that nothing failed inside it."""
         answer = self.post(request("hi"))
-        self.assertEqual((answer.status, ccfix.fold(sse_events(answer.body.decode()))["content"]), (200, [{"type": "text", "text": "Hello"}]))
+        self.assertEqual(
+            (answer.status, ccfix.fold(sse_events(answer.body.decode()))["content"]),
+            (200, [{"type": "text", "text": "Hello"}]),
+        )
         self.assertEqual([text for level, text in self.log if "Traceback" in text], [])
 
     def wait_until(self, condition, seconds=5):
@@ -5397,18 +10817,41 @@ class HttpCase(unittest.TestCase):
 class TestEndpoints(HttpCase):
     ROWS = [
         # method, path, status, part of the body or the allow header
-        ("GET", "/health", 200, b'"ok"'), ("HEAD", "/health", 200, b""), ("GET", "/", 200, b'"uptime_s"'), ("HEAD", "/", 200, b""),
-        ("GET", "/?x=1", 200, b'"uptime_s"'), ("GET", "/stats", 200, b'"totals"'), ("GET", "/cache/stats", 200, b'"enabled"'),
-        ("HEAD", "/api/hello", 200, b""), ("GET", "/v1/models", 200, b'"has_more"'), ("GET", "/any/prefix/v1/models?limit=1000", 200, b'"claude-opus"'),
-        ("GET", "/v1/models/some%2Fname", 200, b'"some/name"'), ("HEAD", "/v1/models", 200, b""),
-        ("POST", "/cache/clear", 200, b'"removed":0'), ("POST", "/cache/clear-expired", 200, b'"removed":0'),
+        ("GET", "/health", 200, b'"ok"'),
+        ("HEAD", "/health", 200, b""),
+        ("GET", "/", 200, b'"uptime_s"'),
+        ("HEAD", "/", 200, b""),
+        ("GET", "/?x=1", 200, b'"uptime_s"'),
+        ("GET", "/stats", 200, b'"totals"'),
+        ("GET", "/cache/stats", 200, b'"enabled"'),
+        ("HEAD", "/api/hello", 200, b""),
+        ("GET", "/v1/models", 200, b'"has_more"'),
+        ("GET", "/any/prefix/v1/models?limit=1000", 200, b'"claude-opus"'),
+        ("GET", "/v1/models/some%2Fname", 200, b'"some/name"'),
+        ("HEAD", "/v1/models", 200, b""),
+        ("POST", "/cache/clear", 200, b'"removed":0'),
+        ("POST", "/cache/clear-expired", 200, b'"removed":0'),
         ("POST", "/lessons/forget", 200, b'"removed":0'),
-        ("GET", "/v1/messages", 405, "POST"), ("HEAD", "/v1/messages", 405, "POST"), ("PUT", "/v1/messages", 405, "POST"),
-        ("POST", "/v1/models", 405, "GET, HEAD"), ("DELETE", "/", 405, "GET, HEAD"), ("OPTIONS", "/v1/messages", 405, "POST"),
-        ("BREW", "/v1/messages", 405, "POST"), ("GET", "/cache/clear", 405, "POST"), ("TRACE", "/", 405, "GET, HEAD"),
-        ("GET", "/nothing", 404, None), ("POST", "/v1/complete", 404, None), ("HEAD", "/nothing", 404, None), ("GET", "/v1/messages/x", 404, None),
-        ("OPTIONS", "*", 404, None), ("GET", "/../etc/passwd", 404, None), ("GET", "/%2e%2e/", 404, None), ("GET", "/\xe4\xff", 404, None),
-        ("GET", "//evil.test/", 404, None), ("GET", "http://[/", 400, None), ("CONNECT", "evil.test:443", 404, None),
+        ("GET", "/v1/messages", 405, "POST"),
+        ("HEAD", "/v1/messages", 405, "POST"),
+        ("PUT", "/v1/messages", 405, "POST"),
+        ("POST", "/v1/models", 405, "GET, HEAD"),
+        ("DELETE", "/", 405, "GET, HEAD"),
+        ("OPTIONS", "/v1/messages", 405, "POST"),
+        ("BREW", "/v1/messages", 405, "POST"),
+        ("GET", "/cache/clear", 405, "POST"),
+        ("TRACE", "/", 405, "GET, HEAD"),
+        ("GET", "/nothing", 404, None),
+        ("POST", "/v1/complete", 404, None),
+        ("HEAD", "/nothing", 404, None),
+        ("GET", "/v1/messages/x", 404, None),
+        ("OPTIONS", "*", 404, None),
+        ("GET", "/../etc/passwd", 404, None),
+        ("GET", "/%2e%2e/", 404, None),
+        ("GET", "/\xe4\xff", 404, None),
+        ("GET", "//evil.test/", 404, None),
+        ("GET", "http://[/", 400, None),
+        ("CONNECT", "evil.test:443", 404, None),
     ]
 
     def test_each_path_and_method(self):
@@ -5431,10 +10874,25 @@ class TestEndpoints(HttpCase):
 
     def test_messages_on_any_prefix_and_query(self):
         self.serve()
-        for path in ("/v1/messages", "/v1/messages/", "/v1/messages?beta=true", "/v1/v1/messages", "/anthropic/v1/messages", "//v1/messages"):
+        for path in (
+            "/v1/messages",
+            "/v1/messages/",
+            "/v1/messages?beta=true",
+            "/v1/v1/messages",
+            "/anthropic/v1/messages",
+            "//v1/messages",
+        ):
             self.assertEqual(self.post(request("hi"), path=path).status, 200, path)
-            self.assertEqual(self.post(request("hi"), path=path.replace("messages", "messages/count_tokens")).status, 200, path)
-        self.assertEqual(self.post(request("hi"), path="http://%s/v1/messages?a=b" % self.host).status, 200)
+            self.assertEqual(
+                self.post(
+                    request("hi"), path=path.replace("messages", "messages/count_tokens")
+                ).status,
+                200,
+                path,
+            )
+        self.assertEqual(
+            self.post(request("hi"), path="http://%s/v1/messages?a=b" % self.host).status, 200
+        )
 
     def test_stream_and_whole_answer_are_equal(self):
         self.serve()
@@ -5454,16 +10912,27 @@ class TestEndpoints(HttpCase):
         self.serve()
         data = json.dumps(request("hi")).encode()
         one = self.head("POST", "/v1/messages", (), len(data)) + data
-        get, last = self.head("GET", "/health"), self.head("GET", "/v1/models", {"Connection": "close"})
+        get, last = self.head("GET", "/health"), self.head(
+            "GET", "/v1/models", {"Connection": "close"}
+        )
         answers = self.talk(b"\r\n" + one + get + one + b"\r\n" + last)
-        self.assertEqual([(a.status, a.body[:8]) for a in answers], [(200, b"event: m"), (200, b'{"status'), (200, b"event: m"), (200, b'{"data":')])
+        self.assertEqual(
+            [(a.status, a.body[:8]) for a in answers],
+            [(200, b"event: m"), (200, b'{"status'), (200, b"event: m"), (200, b'{"data":')],
+        )
         self.assertEqual(len({a.headers["request-id"] for a in answers}), 4)
         self.assertEqual(self.upstream.connections, 1)
 
     def test_http_1_0_stream_ends_with_the_connection(self):
         self.serve()
         data = json.dumps(request("hi")).encode()
-        answer, = self.talk(("POST /v1/messages HTTP/1.0\r\nHost: %s\r\nContent-Length: %d\r\n\r\n" % (self.host, len(data))).encode() + data)
+        (answer,) = self.talk(
+            (
+                "POST /v1/messages HTTP/1.0\r\nHost: %s\r\nContent-Length: %d\r\n\r\n"
+                % (self.host, len(data))
+            ).encode()
+            + data
+        )
         self.assertNotIn("transfer-encoding", answer.headers)
         self.assertEqual(answer.headers["connection"], "close")
         self.assertEqual(sse_events(answer.body.decode())[-1]["type"], "message_stop")
@@ -5472,11 +10941,22 @@ class TestEndpoints(HttpCase):
         self.serve()
         data = json.dumps(request("hi", stream=False)).encode()
         with self.connect() as sock:
-            sock.sendall(self.head("POST", "/v1/messages", {"Expect": "100-continue", "Connection": "close"}, len(data)))
+            sock.sendall(
+                self.head(
+                    "POST",
+                    "/v1/messages",
+                    {"Expect": "100-continue", "Connection": "close"},
+                    len(data),
+                )
+            )
             self.assertEqual(sock.recv(100), b"HTTP/1.1 100 Continue\r\n\r\n")
             sock.sendall(data)
             self.assertEqual(answers_in(read_all(sock))[0].status, 200)
-        refused = self.talk(self.head("POST", "/v1/messages", {"Expect": "100-continue", "Connection": "close"}, 1 << 30))
+        refused = self.talk(
+            self.head(
+                "POST", "/v1/messages", {"Expect": "100-continue", "Connection": "close"}, 1 << 30
+            )
+        )
         self.assertEqual([a.status for a in refused], [413])
 
 
@@ -5493,30 +10973,129 @@ class TestBadHttp(HttpCase):
         ("long request line", b"GET /" + b"a" * 70000 + b" HTTP/1.1\r\n\r\n", 414, "too long"),
         ("endless request line", b"a" * 200000, 414, "too long"),
         ("long header", b"GET / HTTP/1.1\r\nX: " + b"a" * 70000 + b"\r\n\r\n", 431, "header"),
-        ("header flood", b"GET / HTTP/1.1\r\n" + b"".join(b"X-%d: y\r\n" % n for n in range(5000)) + b"\r\n", 431, "header"),
+        (
+            "header flood",
+            b"GET / HTTP/1.1\r\n" + b"".join(b"X-%d: y\r\n" % n for n in range(5000)) + b"\r\n",
+            431,
+            "header",
+        ),
         ("endless headers", b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 100000, 431, "header"),
-        ("folded header", b"GET / HTTP/1.1\r\n" + HOST + b"X: a\r\n b\r\n\r\n", 400, "no header field"),
-        ("blank before the colon", b"POST / HTTP/1.1\r\n" + HOST + b"Content-Length : 5\r\n\r\nhello", 400, "no header field"),
-        ("line without a colon", b"POST / HTTP/1.1\r\n" + HOST + b"hello\r\nContent-Length: 5\r\n\r\nhello", 400, "no header field"),
-        ("bare CR", b"POST / HTTP/1.1\r\n" + HOST + b"X: a\rContent-Length: 5\r\n\r\nhello", 400, "no header field"),
+        (
+            "folded header",
+            b"GET / HTTP/1.1\r\n" + HOST + b"X: a\r\n b\r\n\r\n",
+            400,
+            "no header field",
+        ),
+        (
+            "blank before the colon",
+            b"POST / HTTP/1.1\r\n" + HOST + b"Content-Length : 5\r\n\r\nhello",
+            400,
+            "no header field",
+        ),
+        (
+            "line without a colon",
+            b"POST / HTTP/1.1\r\n" + HOST + b"hello\r\nContent-Length: 5\r\n\r\nhello",
+            400,
+            "no header field",
+        ),
+        (
+            "bare CR",
+            b"POST / HTTP/1.1\r\n" + HOST + b"X: a\rContent-Length: 5\r\n\r\nhello",
+            400,
+            "no header field",
+        ),
         ("NUL", b"GET / HTTP/1.1\r\n" + HOST + b"X: a\x00b\r\n\r\n", 400, "no header field"),
         ("no host", b"GET / HTTP/1.1\r\n\r\n", 403, "ALLOWED_HOSTS"),
         ("two hosts", b"GET / HTTP/1.1\r\n" + HOST + HOST + b"\r\n", 400, "two hosts"),
-        ("another host in the target", b"GET http://evil.test/ HTTP/1.1\r\n" + HOST + b"\r\n", 400, "two hosts"),
+        (
+            "another host in the target",
+            b"GET http://evil.test/ HTTP/1.1\r\n" + HOST + b"\r\n",
+            400,
+            "two hosts",
+        ),
         ("no length", b"POST /v1/messages HTTP/1.1\r\n" + HOST + b"\r\n", 411, "Content-Length"),
-        ("chunked", b"POST /v1/messages HTTP/1.1\r\n" + HOST + b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n", 411, "chunked"),
-        ("length and chunked", b"POST /v1/messages HTTP/1.1\r\n" + HOST + b"Content-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n{}", 411, "chunked"),
-        ("two lengths", b"POST /v1/messages HTTP/1.1\r\n" + HOST + b"Content-Length: 2\r\nContent-Length: 2\r\n\r\n{}", 400, "one number"),
-        ("two lengths, the first 0", b"GET /health HTTP/1.1\r\n" + HOST + b"Content-Length: 0\r\nContent-Length: 36\r\n\r\nGET /nothing HTTP/1.1\r\nHost: a\r\n\r\n\r\n", 200, ""),
-        ("list of lengths", b"POST /v1/messages HTTP/1.1\r\n" + HOST + b"Content-Length: 2, 2\r\n\r\n{}", 400, "one number"),
-        ("negative length", b"POST /v1/messages HTTP/1.1\r\n" + HOST + b"Content-Length: -1\r\n\r\n{}", 400, "one number"),
-        ("signed length", b"POST /v1/messages HTTP/1.1\r\n" + HOST + b"Content-Length: +2\r\n\r\n{}", 400, "one number"),
-        ("huge length", b"POST /v1/messages HTTP/1.1\r\n" + HOST + b"Content-Length: " + b"9" * 4000 + b"\r\n\r\n{}", 400, "one number"),
-        ("over the limit", b"POST /v1/messages HTTP/1.1\r\n" + HOST + b"Content-Length: 67108865\r\n\r\n{}", 413, "64 MB"),
-        ("compressed", b"POST /v1/messages HTTP/1.1\r\n" + HOST + b"Content-Encoding: gzip\r\nContent-Length: 2\r\n\r\n{}", 415, "compressed"),
+        (
+            "chunked",
+            b"POST /v1/messages HTTP/1.1\r\n"
+            + HOST
+            + b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n",
+            411,
+            "chunked",
+        ),
+        (
+            "length and chunked",
+            b"POST /v1/messages HTTP/1.1\r\n"
+            + HOST
+            + b"Content-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n{}",
+            411,
+            "chunked",
+        ),
+        (
+            "two lengths",
+            b"POST /v1/messages HTTP/1.1\r\n"
+            + HOST
+            + b"Content-Length: 2\r\nContent-Length: 2\r\n\r\n{}",
+            400,
+            "one number",
+        ),
+        (
+            "two lengths, the first 0",
+            b"GET /health HTTP/1.1\r\n"
+            + HOST
+            + b"Content-Length: 0\r\nContent-Length: 36\r\n\r\nGET /nothing HTTP/1.1\r\nHost: a\r\n\r\n\r\n",
+            200,
+            "",
+        ),
+        (
+            "list of lengths",
+            b"POST /v1/messages HTTP/1.1\r\n" + HOST + b"Content-Length: 2, 2\r\n\r\n{}",
+            400,
+            "one number",
+        ),
+        (
+            "negative length",
+            b"POST /v1/messages HTTP/1.1\r\n" + HOST + b"Content-Length: -1\r\n\r\n{}",
+            400,
+            "one number",
+        ),
+        (
+            "signed length",
+            b"POST /v1/messages HTTP/1.1\r\n" + HOST + b"Content-Length: +2\r\n\r\n{}",
+            400,
+            "one number",
+        ),
+        (
+            "huge length",
+            b"POST /v1/messages HTTP/1.1\r\n"
+            + HOST
+            + b"Content-Length: "
+            + b"9" * 4000
+            + b"\r\n\r\n{}",
+            400,
+            "one number",
+        ),
+        (
+            "over the limit",
+            b"POST /v1/messages HTTP/1.1\r\n" + HOST + b"Content-Length: 67108865\r\n\r\n{}",
+            413,
+            "64 MB",
+        ),
+        (
+            "compressed",
+            b"POST /v1/messages HTTP/1.1\r\n"
+            + HOST
+            + b"Content-Encoding: gzip\r\nContent-Length: 2\r\n\r\n{}",
+            415,
+            "compressed",
+        ),
         ("cut head", b"GET / HTT", 400, "no HTTP"),
         ("cut headers", b"GET / HTTP/1.1\r\nHost: 1", 0, ""),
-        ("cut body", b"POST /v1/messages HTTP/1.1\r\n" + HOST + b"Content-Length: 20\r\n\r\n{}", 0, ""),
+        (
+            "cut body",
+            b"POST /v1/messages HTTP/1.1\r\n" + HOST + b"Content-Length: 20\r\n\r\n{}",
+            0,
+            "",
+        ),
         ("nothing", b"", 0, ""),
         ("blank lines only", b"\r\n\r\n", 0, ""),
     ]
@@ -5533,10 +11112,13 @@ class TestBadHttp(HttpCase):
                         pass
                     got = read_all(sock)
                     if status:
-                        answer, = answers_in(got[:-3] if got.endswith(b"RST") else got)
+                        (answer,) = answers_in(got[:-3] if got.endswith(b"RST") else got)
                         if status > 200:
                             self.is_error(answer, status, words=words)
-                        self.assertEqual(answer.headers.get("connection"), "close" if status not in (403,) and name != "no host" else None)
+                        self.assertEqual(
+                            answer.headers.get("connection"),
+                            "close" if status not in (403,) and name != "no host" else None,
+                        )
                     else:
                         self.assertIn(got, (b"", b"RST"))
         self.is_fine()
@@ -5544,15 +11126,23 @@ class TestBadHttp(HttpCase):
 
     def test_slow_senders_are_cut_off(self):
         self.serve()
-        slow = {"HEAD_SECONDS": 0.05, "BODY_SECONDS": 0.05, "IDLE_SECONDS": 0.08, "LINGER_SECONDS": 0.05}
+        slow = {
+            "HEAD_SECONDS": 0.05,
+            "BODY_SECONDS": 0.05,
+            "IDLE_SECONDS": 0.08,
+            "LINGER_SECONDS": 0.05,
+        }
         with mock.patch.multiple(ccfix, **slow):
-            for name, raw, statuses in (("idle", b"", []), ("slow head", b"GET / HTTP/1.1\r\nHos", []),
-                                        ("slow body", self.head("POST", "/v1/messages", (), 20) + b"{", [408])):
+            for name, raw, statuses in (
+                ("idle", b"", []),
+                ("slow head", b"GET / HTTP/1.1\r\nHos", []),
+                ("slow body", self.head("POST", "/v1/messages", (), 20) + b"{", [408]),
+            ):
                 with self.subTest(name):
                     began = time.monotonic()
                     self.assertEqual([a.status for a in self.talk(raw)], statuses)
                     self.assertLess(time.monotonic() - began, 2)
-            with self.connect() as sock:            # a byte now and then does not help
+            with self.connect() as sock:  # a byte now and then does not help
                 stop = time.monotonic() + 3
                 try:
                     while time.monotonic() < stop:
@@ -5564,15 +11154,27 @@ class TestBadHttp(HttpCase):
         self.is_fine()
 
     BODIES = [
-        ("empty", b"", "not JSON"), ("not JSON", b"{", "not JSON"), ("not UTF-8", b'{"a":"\xff"}', "UTF-8"), ("UTF-16", '{"a":1}'.encode("utf-16"), "UTF-8"),
-        ("list", b"[]", "object"), ("text", b'"x"', "object"), ("null", b"null", "object"), ("number", b"1", "object"), ("BOM", b"\xef\xbb\xbf{", "not JSON"),
-        ("NaN", b'{"messages":[],"temperature":NaN}', "NaN"), ("Infinity", b'{"messages":[-Infinity]}', "Infinity"),
-        ("huge number", b'{"max_tokens":' + b"9" * 3000000 + b"}", "digits"), ("huge float", b'{"temperature":1e999}', "too large"),
+        ("empty", b"", "not JSON"),
+        ("not JSON", b"{", "not JSON"),
+        ("not UTF-8", b'{"a":"\xff"}', "UTF-8"),
+        ("UTF-16", '{"a":1}'.encode("utf-16"), "UTF-8"),
+        ("list", b"[]", "object"),
+        ("text", b'"x"', "object"),
+        ("null", b"null", "object"),
+        ("number", b"1", "object"),
+        ("BOM", b"\xef\xbb\xbf{", "not JSON"),
+        ("NaN", b'{"messages":[],"temperature":NaN}', "NaN"),
+        ("Infinity", b'{"messages":[-Infinity]}', "Infinity"),
+        ("huge number", b'{"max_tokens":' + b"9" * 3000000 + b"}", "digits"),
+        ("huge float", b'{"temperature":1e999}', "too large"),
         ("nested lists", b'{"messages":' + b"[" * 200000 + b"]" * 200000 + b"}", "nested"),
         ("nested objects", b'{"a":' * 100000 + b"1" + b"}" * 100000, "nested"),
         ("open nesting", b"[" * 1000000, "nested"),
-        ("no messages", b"{}", "messages"), ("empty messages", b'{"messages":[]}', "messages"), ("messages is text", b'{"messages":"hi"}', "messages"),
-        ("messages is an object", b'{"messages":{}}', "messages"), ("messages is null", b'{"messages":null}', "messages"),
+        ("no messages", b"{}", "messages"),
+        ("empty messages", b'{"messages":[]}', "messages"),
+        ("messages is text", b'{"messages":"hi"}', "messages"),
+        ("messages is an object", b'{"messages":{}}', "messages"),
+        ("messages is null", b'{"messages":null}', "messages"),
     ]
 
     def test_bad_bodies(self):
@@ -5582,7 +11184,12 @@ class TestBadHttp(HttpCase):
                 began = time.monotonic()
                 self.is_error(self.post(body), 400, "invalid_request_error", words)
                 if "messages" not in name:
-                    self.is_error(self.post(body, path="/v1/messages/count_tokens"), 400, "invalid_request_error", words)
+                    self.is_error(
+                        self.post(body, path="/v1/messages/count_tokens"),
+                        400,
+                        "invalid_request_error",
+                        words,
+                    )
                 self.assertLess(time.monotonic() - began, 3)
         self.is_fine()
 
@@ -5590,39 +11197,120 @@ class TestBadHttp(HttpCase):
         self.serve()
         for depth in (50, 300, 600, 900, 990):
             deep = b"[" * depth + b"]" * depth
-            for body in (b'{"messages":[{"role":"user","content":[{"type":"tool_result","content":%s}]}],"stream":true}' % deep,
-                         b'{"messages":[{"role":"user","content":"x"}],"tools":[{"name":"t","input_schema":{"properties":%s}}]}'
-                         % (b'{"a":' * depth + b"1" + b"}" * depth),
-                         b'{"messages":[{"role":"assistant","content":[{"type":"tool_use","id":"a","name":"b","input":{"x":%s}}]}]}' % deep):
+            for body in (
+                b'{"messages":[{"role":"user","content":[{"type":"tool_result","content":%s}]}],"stream":true}'
+                % deep,
+                b'{"messages":[{"role":"user","content":"x"}],"tools":[{"name":"t","input_schema":{"properties":%s}}]}'
+                % (b'{"a":' * depth + b"1" + b"}" * depth),
+                b'{"messages":[{"role":"assistant","content":[{"type":"tool_use","id":"a","name":"b","input":{"x":%s}}]}]}'
+                % deep,
+            ):
                 status = self.post(body).status
                 self.assertIn(status, (200, 400), depth)
         self.is_fine()
 
-    ODD = [None, True, 0, -1, 1e300, "", "x", "\ud800", "\x00\n", [], {}, [None], [[]], {"a": None}, {"type": None}, [{"type": []}], "9" * 300]
+    ODD = [
+        None,
+        True,
+        0,
+        -1,
+        1e300,
+        "",
+        "x",
+        "\ud800",
+        "\x00\n",
+        [],
+        {},
+        [None],
+        [[]],
+        {"a": None},
+        {"type": None},
+        [{"type": []}],
+        "9" * 300,
+    ]
 
     def test_wrong_types_anywhere(self):
         self.serve()
-        whole = {"model": "m", "max_tokens": 5, "system": [{"type": "text", "text": "s", "cache_control": {}}], "temperature": 1, "top_p": 1, "stop_sequences": ["x"],
-                 "thinking": {"type": "enabled", "budget_tokens": 5}, "output_config": {"effort": "high", "format": {"type": "json_schema", "schema": {}}},
-                 "metadata": {"user_id": "u"}, "tool_choice": {"type": "tool", "name": "t", "disable_parallel_tool_use": True}, "service_tier": "auto",
-                 "tools": [{"name": "t", "description": "d", "input_schema": {"type": "object", "properties": {"a": {"type": ["string", "null"]}}, "required": ["a"]}},
-                           {"type": "web_search_20250305", "name": "web_search"}, {"name": "late", "defer_loading": True, "input_schema": {}}],
-                 "messages": [{"role": "user", "content": [{"type": "text", "text": "x"}, {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "aa"}},
-                                                           {"type": "document", "title": "d", "source": {"type": "text", "data": "t", "media_type": "text/plain"}}]},
-                              {"role": "assistant", "content": [{"type": "thinking", "thinking": "t", "signature": "s"}, {"type": "tool_use", "id": "i", "name": "t", "input": {"a": "b"}}]},
-                              {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "i", "is_error": True, "content": [{"type": "text", "text": "r"}]}]},
-                              {"role": "system", "content": "s"}]}
+        whole = {
+            "model": "m",
+            "max_tokens": 5,
+            "system": [{"type": "text", "text": "s", "cache_control": {}}],
+            "temperature": 1,
+            "top_p": 1,
+            "stop_sequences": ["x"],
+            "thinking": {"type": "enabled", "budget_tokens": 5},
+            "output_config": {"effort": "high", "format": {"type": "json_schema", "schema": {}}},
+            "metadata": {"user_id": "u"},
+            "tool_choice": {"type": "tool", "name": "t", "disable_parallel_tool_use": True},
+            "service_tier": "auto",
+            "tools": [
+                {
+                    "name": "t",
+                    "description": "d",
+                    "input_schema": {
+                        "type": "object",
+                        "properties": {"a": {"type": ["string", "null"]}},
+                        "required": ["a"],
+                    },
+                },
+                {"type": "web_search_20250305", "name": "web_search"},
+                {"name": "late", "defer_loading": True, "input_schema": {}},
+            ],
+            "messages": [
+                {
+                    "role": "user",
+                    "content": [
+                        {"type": "text", "text": "x"},
+                        {
+                            "type": "image",
+                            "source": {"type": "base64", "media_type": "image/png", "data": "aa"},
+                        },
+                        {
+                            "type": "document",
+                            "title": "d",
+                            "source": {"type": "text", "data": "t", "media_type": "text/plain"},
+                        },
+                    ],
+                },
+                {
+                    "role": "assistant",
+                    "content": [
+                        {"type": "thinking", "thinking": "t", "signature": "s"},
+                        {"type": "tool_use", "id": "i", "name": "t", "input": {"a": "b"}},
+                    ],
+                },
+                {
+                    "role": "user",
+                    "content": [
+                        {
+                            "type": "tool_result",
+                            "tool_use_id": "i",
+                            "is_error": True,
+                            "content": [{"type": "text", "text": "r"}],
+                        }
+                    ],
+                },
+                {"role": "system", "content": "s"},
+            ],
+        }
         places = list(self.places(whole))
         rng = random.Random(12)
         with self.connect() as sock:
             file = sock.makefile("rb")
             for path in places:
-                for odd in [self.ODD[0], self.ODD[rng.randrange(len(self.ODD))], self.ODD[rng.randrange(len(self.ODD))]]:
+                for odd in [
+                    self.ODD[0],
+                    self.ODD[rng.randrange(len(self.ODD))],
+                    self.ODD[rng.randrange(len(self.ODD))],
+                ]:
                     body = self.changed(whole, path, odd)
                     data = json.dumps(body).encode()
                     sock.sendall(self.head("POST", "/v1/messages", (), len(data)) + data)
                     status = int(file.readline().split()[1])
-                    headers = dict(line.decode().rstrip().split(": ", 1) for line in iter(file.readline, b"\r\n"))
+                    headers = dict(
+                        line.decode().rstrip().split(": ", 1)
+                        for line in iter(file.readline, b"\r\n")
+                    )
                     if "Content-Length" in headers:
                         body = file.read(int(headers["Content-Length"]))
                     else:
@@ -5635,7 +11323,11 @@ class TestBadHttp(HttpCase):
 
     def places(self, value, path=()):
         """Paths of all values in a JSON value."""
-        items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        items = (
+            value.items()
+            if isinstance(value, dict)
+            else enumerate(value) if isinstance(value, list) else ()
+        )
         for key, part in items:
             yield path + (key,)
             yield from self.places(part, path + (key,))
@@ -5653,50 +11345,142 @@ class TestBadHttp(HttpCase):
 class TestWhoMayAsk(HttpCase):
     def test_without_a_key_only_names_of_this_machine_are_served(self):
         self.serve(ALLOWED_HOSTS="box.internal, host.docker.internal")
-        rows = [("127.0.0.1", 200), ("127.0.0.1:8080", 200), ("localhost:1", 200), ("LOCALHOST", 200), ("[::1]:80", 200), ("127.9.9.9", 200),
-                ("box.internal:8080", 200), ("Host.Docker.Internal", 200), ("evil.test", 403), ("localhost.evil.test", 403), ("127.0.0.1.evil.test", 403),
-                ("192.168.1.5", 403), ("", 403), ("evil.test:127.0.0.1", 403), ("localhost@evil.test", 403), ("\xe4.test", 403)]
+        rows = [
+            ("127.0.0.1", 200),
+            ("127.0.0.1:8080", 200),
+            ("localhost:1", 200),
+            ("LOCALHOST", 200),
+            ("[::1]:80", 200),
+            ("127.9.9.9", 200),
+            ("box.internal:8080", 200),
+            ("Host.Docker.Internal", 200),
+            ("evil.test", 403),
+            ("localhost.evil.test", 403),
+            ("127.0.0.1.evil.test", 403),
+            ("192.168.1.5", 403),
+            ("", 403),
+            ("evil.test:127.0.0.1", 403),
+            ("localhost@evil.test", 403),
+            ("\xe4.test", 403),
+        ]
         for host, status in rows:
             for path in ("/stats", "/v1/models", "/", "/cache/stats"):
-                self.assertEqual(self.call("GET", path, headers={"Host": host}, host=False).status, status, (host, path))
-            self.assertEqual(self.call("POST", "/cache/clear", b"", {"Host": host}, host=False).status, status)
-            self.assertEqual(self.call("GET", "/health", headers={"Host": host}, host=False).status, 200)
-        self.is_error(self.call("GET", "/stats", headers={"Host": "evil.test"}, host=False), 403, "permission_error", "ALLOWED_HOSTS")
+                self.assertEqual(
+                    self.call("GET", path, headers={"Host": host}, host=False).status,
+                    status,
+                    (host, path),
+                )
+            self.assertEqual(
+                self.call("POST", "/cache/clear", b"", {"Host": host}, host=False).status, status
+            )
+            self.assertEqual(
+                self.call("GET", "/health", headers={"Host": host}, host=False).status, 200
+            )
+        self.is_error(
+            self.call("GET", "/stats", headers={"Host": "evil.test"}, host=False),
+            403,
+            "permission_error",
+            "ALLOWED_HOSTS",
+        )
 
     def test_names_of_an_open_server(self):
         bound = namedtuple("bound", "server_name")
-        rows = [("0.0.0.0", "192.168.1.5:8080", True), ("0.0.0.0", "[fe80::1]:80", True), ("0.0.0.0", "evil.test", False), ("::", "10.0.0.1", True),
-                ("192.168.1.5", "192.168.1.5", True), ("192.168.1.5", "192.168.1.6", False), ("box", "BOX:80", True), ("::1", "[::1]:8080", True)]
+        rows = [
+            ("0.0.0.0", "192.168.1.5:8080", True),
+            ("0.0.0.0", "[fe80::1]:80", True),
+            ("0.0.0.0", "evil.test", False),
+            ("::", "10.0.0.1", True),
+            ("192.168.1.5", "192.168.1.5", True),
+            ("192.168.1.5", "192.168.1.6", False),
+            ("box", "BOX:80", True),
+            ("::1", "[::1]:8080", True),
+        ]
         for name, host, known in rows:
             self.assertEqual(ccfix.Server.answers_to(bound(name), host, ()), known, (name, host))
 
     def test_foreign_origins_are_refused(self):
         self.serve()
         own = "http://" + self.host
-        for origin, status in ((own, 200), (own.replace("http:", "https:"), 200), ("http://evil.test", 403), ("null", 403), ("", 403),
-                               (own + ".evil.test", 403), ("http://127.0.0.1:1", 403), ("http://\xe4", 403)):
-            for method, path in (("GET", "/stats"), ("POST", "/cache/clear"), ("POST", "/lessons/forget"), ("GET", "/v1/models")):
-                answer = self.call(method, path, b"" if method == "POST" else None, {"Origin": origin})
+        for origin, status in (
+            (own, 200),
+            (own.replace("http:", "https:"), 200),
+            ("http://evil.test", 403),
+            ("null", 403),
+            ("", 403),
+            (own + ".evil.test", 403),
+            ("http://127.0.0.1:1", 403),
+            ("http://\xe4", 403),
+        ):
+            for method, path in (
+                ("GET", "/stats"),
+                ("POST", "/cache/clear"),
+                ("POST", "/lessons/forget"),
+                ("GET", "/v1/models"),
+            ):
+                answer = self.call(
+                    method, path, b"" if method == "POST" else None, {"Origin": origin}
+                )
                 self.assertEqual(answer.status, status, (origin, path))
                 self.assertNotIn("access-control-allow-origin", answer.headers)
         self.assertEqual(self.post(request("hi"), {"Origin": "http://evil.test"}).status, 403)
         self.assertEqual(len(self.upstream.requests), 0)
 
-    KEYS = ["sk-secret-proxy-2", "schl\xfcssel-\xe0", "\u043a\u043b\u044e\u0447-key", "a b", "x" * 3000]
+    KEYS = [
+        "sk-secret-proxy-2",
+        "schl\xfcssel-\xe0",
+        "\u043a\u043b\u044e\u0447-key",
+        "a b",
+        "x" * 3000,
+    ]
 
     def test_proxy_key(self):
         for key in self.KEYS:
             self.serve(ANTHROPIC_API_KEY=key)
-            wire = [key.encode("utf-8").decode("latin-1")] + ([key] if key.encode("latin-1", "ignore").decode("latin-1") == key else [])
+            wire = [key.encode("utf-8").decode("latin-1")] + (
+                [key] if key.encode("latin-1", "ignore").decode("latin-1") == key else []
+            )
             for shown in wire:
-                for headers in ({"x-api-key": shown}, {"Authorization": "Bearer " + shown}, {"authorization": "bearer  " + shown},
-                                {"x-api-key": "other", "Authorization": "Bearer " + shown}, {"X-API-KEY": shown, "Authorization": "Bearer other"}):
-                    self.assertEqual(self.call("GET", "/stats", headers=headers).status, 200, headers)
-            for headers in ({}, {"x-api-key": ""}, {"x-api-key": wire[0] + "x"}, {"x-api-key": wire[0][:-1]}, {"Authorization": wire[0] + "y"},
-                            {"Authorization": "Basic " + wire[0]}, {"x-api-key": "?" * len(key)}, {"x-api-key": "\xff"}):
-                for method, path in (("GET", "/"), ("GET", "/stats"), ("GET", "/v1/models"), ("GET", "/api/hello"), ("GET", "/cache/stats"), ("GET", "/nothing")):
-                    self.is_error(self.call(method, path, headers=headers), 401, "authentication_error", "ANTHROPIC_AUTH_TOKEN")
-                for path in ("/v1/messages", "/v1/messages/count_tokens", "/cache/clear", "/cache/clear-expired", "/lessons/forget"):
+                for headers in (
+                    {"x-api-key": shown},
+                    {"Authorization": "Bearer " + shown},
+                    {"authorization": "bearer  " + shown},
+                    {"x-api-key": "other", "Authorization": "Bearer " + shown},
+                    {"X-API-KEY": shown, "Authorization": "Bearer other"},
+                ):
+                    self.assertEqual(
+                        self.call("GET", "/stats", headers=headers).status, 200, headers
+                    )
+            for headers in (
+                {},
+                {"x-api-key": ""},
+                {"x-api-key": wire[0] + "x"},
+                {"x-api-key": wire[0][:-1]},
+                {"Authorization": wire[0] + "y"},
+                {"Authorization": "Basic " + wire[0]},
+                {"x-api-key": "?" * len(key)},
+                {"x-api-key": "\xff"},
+            ):
+                for method, path in (
+                    ("GET", "/"),
+                    ("GET", "/stats"),
+                    ("GET", "/v1/models"),
+                    ("GET", "/api/hello"),
+                    ("GET", "/cache/stats"),
+                    ("GET", "/nothing"),
+                ):
+                    self.is_error(
+                        self.call(method, path, headers=headers),
+                        401,
+                        "authentication_error",
+                        "ANTHROPIC_AUTH_TOKEN",
+                    )
+                for path in (
+                    "/v1/messages",
+                    "/v1/messages/count_tokens",
+                    "/cache/clear",
+                    "/cache/clear-expired",
+                    "/lessons/forget",
+                ):
                     answer = self.call("POST", path, b"{}", headers)
                     self.is_error(answer, 401, "authentication_error")
                     self.assertEqual(answer.headers["x-should-retry"], "false")
@@ -5705,7 +11489,9 @@ class TestWhoMayAsk(HttpCase):
 
     def test_key_comparison_takes_constant_time(self):
         self.serve(ANTHROPIC_API_KEY="right")
-        with mock.patch.object(ccfix.hmac, "compare_digest", wraps=ccfix.hmac.compare_digest) as compare:
+        with mock.patch.object(
+            ccfix.hmac, "compare_digest", wraps=ccfix.hmac.compare_digest
+        ) as compare:
             self.call("GET", "/stats", headers={"x-api-key": "right"})
             self.call("GET", "/stats", headers={"x-api-key": "wrong"})
         self.assertEqual(compare.call_count, 8)
@@ -5719,22 +11505,51 @@ class TestWhoMayAsk(HttpCase):
             self.assertNotIn(secret.encode(), page.body)
         self.assertEqual(self.call("GET", "/stats", headers={"Accept": "text/html"}).status, 401)
         self.assertEqual(self.call("GET", "/stats", headers={"x-api-key": PROXY_KEY}).status, 200)
-        self.assertEqual(self.call("GET", "/", headers={"Accept": "text/html", "Origin": "http://evil.test"}).status, 403)
+        self.assertEqual(
+            self.call(
+                "GET", "/", headers={"Accept": "text/html", "Origin": "http://evil.test"}
+            ).status,
+            403,
+        )
 
     def test_with_a_key_any_host_name_is_served(self):
         self.serve(ANTHROPIC_API_KEY=PROXY_KEY)
         headers = {"Host": "proxy.company.test", "x-api-key": PROXY_KEY}
         self.assertEqual(self.call("GET", "/stats", headers=headers, host=False).status, 200)
-        self.assertEqual(self.call("GET", "/stats", headers={"Host": "proxy.company.test"}, host=False).status, 401)
+        self.assertEqual(
+            self.call("GET", "/stats", headers={"Host": "proxy.company.test"}, host=False).status,
+            401,
+        )
 
     def test_no_secret_in_any_answer_or_log(self):
-        refusal = counted(('{"error":{"message":"Incorrect API key provided: %s"}}' % KEY).encode(), "401 Unauthorized")
-        self.serve(refusal, ANTHROPIC_API_KEY=PROXY_KEY, SEARCH_URL="http://user:%s@127.0.0.1:9/search" % SEARCH_PASSWORD, EXTRA_HEADERS='{"x-more": "sk-secret-extra-4"}')
+        refusal = counted(
+            ('{"error":{"message":"Incorrect API key provided: %s"}}' % KEY).encode(),
+            "401 Unauthorized",
+        )
+        self.serve(
+            refusal,
+            ANTHROPIC_API_KEY=PROXY_KEY,
+            SEARCH_URL="http://user:%s@127.0.0.1:9/search" % SEARCH_PASSWORD,
+            EXTRA_HEADERS='{"x-more": "sk-secret-extra-4"}',
+        )
         headers = {"x-api-key": PROXY_KEY}
         seen = b""
-        for method, path, body in (("GET", "/", None), ("GET", "/stats", None), ("GET", "/v1/models", None), ("POST", "/v1/messages", request("hi")),
-                                   ("POST", "/v1/messages", request("hi", stream=False)), ("GET", "/stats", None),
-                                   ("POST", "/v1/messages", request("Perform a web search for the query: x", tools=[{"type": "web_search_20250305", "name": "web_search"}]))):
+        for method, path, body in (
+            ("GET", "/", None),
+            ("GET", "/stats", None),
+            ("GET", "/v1/models", None),
+            ("POST", "/v1/messages", request("hi")),
+            ("POST", "/v1/messages", request("hi", stream=False)),
+            ("GET", "/stats", None),
+            (
+                "POST",
+                "/v1/messages",
+                request(
+                    "Perform a web search for the query: x",
+                    tools=[{"type": "web_search_20250305", "name": "web_search"}],
+                ),
+            ),
+        ):
             answer = self.call(method, path, body, headers)
             seen += answer.body + str(answer.headers).encode()
         self.assertIn(b"Incorrect API key", seen)
@@ -5745,9 +11560,25 @@ class TestWhoMayAsk(HttpCase):
 
 class TestInjection(HttpCase):
     def test_upstream_headers_cannot_split_the_answer(self):
-        for value in (b"5\r\nSet-Cookie: a=b", b"5\r\n\r\nHTTP/1.1 200 OK", b"5\rX: y", b"\xff\xfe5", b"5; \x00", b"1e400", b"9" * 5000, b"-1", b""):
+        for value in (
+            b"5\r\nSet-Cookie: a=b",
+            b"5\r\n\r\nHTTP/1.1 200 OK",
+            b"5\rX: y",
+            b"\xff\xfe5",
+            b"5; \x00",
+            b"1e400",
+            b"9" * 5000,
+            b"-1",
+            b"",
+        ):
             with self.subTest(value[:20]):
-                self.serve([b"HTTP/1.1 429 Too Many\r\nRetry-After: %s\r\nContent-Length: 2\r\n\r\n{}" % value, CUT])
+                self.serve(
+                    [
+                        b"HTTP/1.1 429 Too Many\r\nRetry-After: %s\r\nContent-Length: 2\r\n\r\n{}"
+                        % value,
+                        CUT,
+                    ]
+                )
                 answer = self.post(request("hi"))
                 self.assertIn(answer.status, (429, 502))
                 self.assertNotIn("set-cookie", answer.headers)
@@ -5759,7 +11590,10 @@ class TestInjection(HttpCase):
         settings = settings_of(LOG_LEVEL="debug")
         lines = io.StringIO()
         self.proxy.log = ccfix.Log(settings, lines)
-        answer = self.post(request("hi", model=nasty), {"x-claude-code-session-id": "a\x85b\xff", "anthropic-version": "x\x7f"})
+        answer = self.post(
+            request("hi", model=nasty),
+            {"x-claude-code-session-id": "a\x85b\xff", "anthropic-version": "x\x7f"},
+        )
         self.assertEqual(answer.status, 200)
         self.assertNotIn("set-cookie", answer.headers)
         self.call("GET", "/v1/models/" + "%0d%0aSet-Cookie:%20a=b%00%ff")
@@ -5771,10 +11605,27 @@ class TestInjection(HttpCase):
 
     def test_client_headers_reach_the_upstream_only_if_meant_to(self):
         self.serve()
-        headers = {"x-api-key": "client-key", "Authorization": "Bearer client", "Cookie": "a=b", "anthropic-beta": "x", "X-Forwarded-For": "1.2.3.4"}
+        headers = {
+            "x-api-key": "client-key",
+            "Authorization": "Bearer client",
+            "Cookie": "a=b",
+            "anthropic-beta": "x",
+            "X-Forwarded-For": "1.2.3.4",
+        }
         self.assertEqual(self.post(request("hi"), headers).status, 200)
         sent = self.upstream.requests[0].headers
-        self.assertEqual(set(sent), {"host", "accept-encoding", "content-length", "content-type", "accept", "user-agent", "authorization"})
+        self.assertEqual(
+            set(sent),
+            {
+                "host",
+                "accept-encoding",
+                "content-length",
+                "content-type",
+                "accept",
+                "user-agent",
+                "authorization",
+            },
+        )
         self.assertEqual(sent["authorization"], "Bearer " + KEY)
 
 
@@ -5840,8 +11691,10 @@ class TestHangUp(HttpCase):
 
     def test_while_it_reads_nothing(self):
         block = piece(deltas(*[delta(content="x" * 1000)] * 16))
+
         def endless(request_):
             return [SSE_HEAD] + [block] * 2000
+
         self.serve(endless)
         sock = self.begin(request("hi"))
         sock.recv(10)
@@ -5859,12 +11712,16 @@ class TestHangUp(HttpCase):
 
     def test_a_slow_reader_gets_everything(self):
         block = piece(deltas(*[delta(content="x" * 1000)] * 16))
-        self.serve(lambda request_: [SSE_HEAD] + [block] * 400 + [piece(HELLO_STREAM) + b"0\r\n\r\n"])
+        self.serve(
+            lambda request_: [SSE_HEAD] + [block] * 400 + [piece(HELLO_STREAM) + b"0\r\n\r\n"]
+        )
         with self.connect() as sock:
             data = json.dumps(request("hi")).encode()
-            sock.sendall(self.head("POST", "/v1/messages", {"Connection": "close"}, len(data)) + data)
+            sock.sendall(
+                self.head("POST", "/v1/messages", {"Connection": "close"}, len(data)) + data
+            )
             time.sleep(0.1)
-            answer, = answers_in(read_all(sock))
+            (answer,) = answers_in(read_all(sock))
         message = ccfix.fold(sse_events(answer.body.decode()))
         self.assertEqual(len(message["content"][0]["text"]), 6400005)
 
@@ -5877,16 +11734,25 @@ class TestHangUp(HttpCase):
 
 class PumpCase(HttpCase):
     """Streams go to the pump at their first piece, and back after a short silence."""
+
     BEGIN = SSE_HEAD + piece(deltas(delta(content="Hel")))
     END = piece(sse(delta(content="lo"), delta("stop"))) + b"0\r\n\r\n"
 
     def setUp(self):
         HttpCase.setUp(self)
-        self.taken, self.released = [], []      # one entry a time
+        self.taken, self.released = [], []  # one entry a time
         move, release = ccfix.Pump.move, ccfix.Pump.release
-        for patch in (mock.patch.multiple(ccfix, SETTLED=1, QUIET_SECONDS=0.05),
-                      mock.patch.object(ccfix.Pump, "move", lambda pump, stream: (self.taken.append(1), move(pump, stream))),
-                      mock.patch.object(ccfix.Pump, "release", lambda pump, stream: (self.released.append(1), release(pump, stream)))):
+        for patch in (
+            mock.patch.multiple(ccfix, SETTLED=1, QUIET_SECONDS=0.05),
+            mock.patch.object(
+                ccfix.Pump, "move", lambda pump, stream: (self.taken.append(1), move(pump, stream))
+            ),
+            mock.patch.object(
+                ccfix.Pump,
+                "release",
+                lambda pump, stream: (self.released.append(1), release(pump, stream)),
+            ),
+        ):
             patch.start()
             self.addCleanup(patch.stop)
 
@@ -5899,7 +11765,7 @@ class PumpCase(HttpCase):
         return sock
 
     def text_of(self, sock):
-        answer, = answers_in(read_all(sock))
+        (answer,) = answers_in(read_all(sock))
         events = sse_events(answer.body.decode())
         self.assertEqual(grammar(self, events), "done")
         return ccfix.fold(events)["content"][-1]["text"]
@@ -5915,14 +11781,19 @@ class TestPump(PumpCase):
         feed, finish = ccfix.StreamTranslator.feed, ccfix.StreamTranslator.finish
 
         def fed(self, chunk):
-            moved.add((threading.current_thread().name, chunk["choices"][0]["delta"].get("content")))
+            moved.add(
+                (threading.current_thread().name, chunk["choices"][0]["delta"].get("content"))
+            )
             return feed(self, chunk)
 
         def finished(self):
             ended.add(threading.current_thread().name)
             return finish(self)
+
         go = threading.Event()
-        with mock.patch.multiple(ccfix.StreamTranslator, feed=fed, finish=finished), mock.patch.object(ccfix, "QUIET_SECONDS", 5):
+        with mock.patch.multiple(
+            ccfix.StreamTranslator, feed=fed, finish=finished
+        ), mock.patch.object(ccfix, "QUIET_SECONDS", 5):
             self.serve([self.BEGIN, go, piece(deltas(delta(content="p"))), 0.05, self.END])
             socks = [self.begin(request("hi"), {"Connection": "close"}) for _ in range(8)]
             self.wait_until(lambda: len(self.server.pump.streams) == 8)
@@ -5937,7 +11808,7 @@ class TestPump(PumpCase):
             sock = self.begun([self.BEGIN, 0.5, piece(deltas(delta(content="p"))), 0.02, self.END])
             self.wait_until(lambda: self.released)
             self.wait_until(lambda: len(self.taken) > 1)
-            answer, = answers_in(read_all(sock))
+            (answer,) = answers_in(read_all(sock))
         events = sse_events(answer.body.decode())
         self.assertGreater([event["type"] for event in events].count("ping"), 1)
         self.assertEqual(ccfix.fold(events)["content"], [{"type": "text", "text": "Helplo"}])
@@ -5952,14 +11823,22 @@ class TestPump(PumpCase):
         for end in (CUT, RST, b"zz\r\n", b"0\r\n\r\n", piece(sse({"error": {"message": "boom"}}))):
             with self.subTest(end):
                 sock = self.begun([self.BEGIN, 0.02, end])
-                answer, = answers_in(read_all(sock))
+                (answer,) = answers_in(read_all(sock))
                 events = sse_events(answer.body.decode())
-                self.assertEqual((grammar(self, events), answer.body.endswith(b"CUT")), ("error", False))
+                self.assertEqual(
+                    (grammar(self, events), answer.body.endswith(b"CUT")), ("error", False)
+                )
                 self.assertEqual(len(self.proxy.wires[1].live), end == b"0\r\n\r\n")
 
     def test_a_tool_call_that_breaks_off_drops_the_connection(self):
-        call = delta(tool_calls=[{"index": 0, "id": "c1", "function": {"name": "Write", "arguments": '{"a": "b'}}])
-        answer, = answers_in(read_all(self.begun([self.BEGIN, 0.02, piece(deltas(call)), 0.02, CUT])))
+        call = delta(
+            tool_calls=[
+                {"index": 0, "id": "c1", "function": {"name": "Write", "arguments": '{"a": "b'}}
+            ]
+        )
+        (answer,) = answers_in(
+            read_all(self.begun([self.BEGIN, 0.02, piece(deltas(call)), 0.02, CUT]))
+        )
         self.assertTrue(answer.body.endswith(b"CUT"))
         self.assertNotIn(b"message_stop", answer.body)
 
@@ -5974,8 +11853,13 @@ class TestPump(PumpCase):
         deflater = zlib.compressobj()
         begin = deflater.compress(deltas(delta(content="Hel"))) + deflater.flush(zlib.Z_SYNC_FLUSH)
         body = deflater.compress(sse(delta(content="lo"), delta("stop"))) + deflater.flush()
-        for script in ([head + piece(begin)] + [part for at in range(len(body)) for part in (piece(body[at:at + 1]), 0.002)] + [b"0\r\n\r\n"],
-                       [self.BEGIN] + [part for at in range(len(self.END)) for part in (self.END[at:at + 1], 0.002)]):
+        for script in (
+            [head + piece(begin)]
+            + [part for at in range(len(body)) for part in (piece(body[at : at + 1]), 0.002)]
+            + [b"0\r\n\r\n"],
+            [self.BEGIN]
+            + [part for at in range(len(self.END)) for part in (self.END[at : at + 1], 0.002)],
+        ):
             self.assertEqual(self.text_of(self.begun(script)), "Hello")
 
     def test_the_rest_for_a_client_that_reads_slowly_is_written_by_its_thread(self):
@@ -5987,7 +11871,10 @@ class TestPump(PumpCase):
         self.assertEqual(len(self.text_of(sock)), 4800005)
 
     def test_without_a_place_in_it_streams_work_as_well(self):
-        for patch in (mock.patch.object(ccfix, "MOST_STREAMS", 0), mock.patch.object(ccfix.socket, "socketpair", side_effect=OSError("none left"))):
+        for patch in (
+            mock.patch.object(ccfix, "MOST_STREAMS", 0),
+            mock.patch.object(ccfix.socket, "socketpair", side_effect=OSError("none left")),
+        ):
             with patch:
                 self.assertEqual(self.text_of(self.begun([self.BEGIN, 0.02, self.END])), "Hello")
                 self.assertEqual(self.released, [], "the pump had it all the same")
@@ -5998,8 +11885,11 @@ class TestPump(PumpCase):
         with mock.patch.object(ccfix.Pump, "turn", side_effect=ZeroDivisionError):
             go.set()
             self.assertEqual(self.text_of(sock), "Hello")
-        self.assertEqual([text.splitlines()[-1] for level, text in self.log if level == "error"], ["ZeroDivisionError"])
-        sock = self.begun([self.BEGIN, 0.02, self.END])         # a new one takes its place
+        self.assertEqual(
+            [text.splitlines()[-1] for level, text in self.log if level == "error"],
+            ["ZeroDivisionError"],
+        )
+        sock = self.begun([self.BEGIN, 0.02, self.END])  # a new one takes its place
         self.server.pump.close()
         self.assertEqual(self.text_of(sock), "Hello")
         self.wait_until(lambda: self.server.pump.bell is None)
@@ -6007,7 +11897,9 @@ class TestPump(PumpCase):
 
 @unittest.skipUnless(shutil.which("openssl"), "needs the openssl command")
 class TestPumpOverTls(PumpCase):
-    setUpClass, tearDownClass = (classmethod(getattr(TestTls, name).__func__) for name in ("setUpClass", "tearDownClass"))
+    setUpClass, tearDownClass = (
+        classmethod(getattr(TestTls, name).__func__) for name in ("setUpClass", "tearDownClass")
+    )
 
     def test_records_of_all_sizes(self):
         words = ["x" * size for size in (1, 100, 16384, 20000, 70000, 3)]
@@ -6028,18 +11920,33 @@ class TestHonestStreams(HttpCase):
 
     def test_early_errors_keep_their_status(self):
         early = sse({"error": {"message": "slow down", "code": 429}})
-        for name, reply, status in (("in the stream", streamed(early), 429), ("as a status", counted(b"{}", "429 Slow"), 429),
-                                    ("nothing at all", [SSE_HEAD, CUT], 502), ("after a comment", [SSE_HEAD + piece(b": hi\n\n"), 0.02, piece(early)], 429),
-                                    ("after a role", [SSE_HEAD + piece(deltas(delta(role="assistant", content=""))), 0.02, piece(early)], 429)):
+        for name, reply, status in (
+            ("in the stream", streamed(early), 429),
+            ("as a status", counted(b"{}", "429 Slow"), 429),
+            ("nothing at all", [SSE_HEAD, CUT], 502),
+            ("after a comment", [SSE_HEAD + piece(b": hi\n\n"), 0.02, piece(early)], 429),
+            (
+                "after a role",
+                [SSE_HEAD + piece(deltas(delta(role="assistant", content=""))), 0.02, piece(early)],
+                429,
+            ),
+        ):
             with self.subTest(name):
                 answer, _ = self.stream(reply)
                 self.is_error(answer, status)
 
     def test_silence_is_filled_with_pings_then_signs_of_life(self):
         with mock.patch.multiple(ccfix, **self.FAST):
-            for name, before in (("before the head", []), ("after the head", [SSE_HEAD]), ("between comments", [SSE_HEAD] + [piece(b": x\n\n"), 0.02] * 12)):
+            for name, before in (
+                ("before the head", []),
+                ("after the head", [SSE_HEAD]),
+                ("between comments", [SSE_HEAD] + [piece(b": x\n\n"), 0.02] * 12),
+            ):
                 with self.subTest(name):
-                    answer, events = self.stream(before + [0.35, (b"" if before else SSE_HEAD) + piece(HELLO_STREAM) + b"0\r\n\r\n"])
+                    answer, events = self.stream(
+                        before
+                        + [0.35, (b"" if before else SSE_HEAD) + piece(HELLO_STREAM) + b"0\r\n\r\n"]
+                    )
                     kinds = [event["type"] for event in events]
                     self.assertEqual(kinds[:2], ["message_start", "ping"])
                     self.assertGreater(kinds.count("ping"), 2)
@@ -6050,29 +11957,61 @@ class TestHonestStreams(HttpCase):
 
     def test_an_error_after_the_hold_is_an_event(self):
         with mock.patch.multiple(ccfix, **dict(self.FAST, SIGN_SECONDS=9)):
-            answer, events = self.stream([0.2, counted(b'{"error":{"message":"broken"}}', "400 Bad")])
-        self.assertEqual((answer.status, [e["type"] for e in events if e["type"] != "ping"]), (200, ["message_start", "error"]))
+            answer, events = self.stream(
+                [0.2, counted(b'{"error":{"message":"broken"}}', "400 Bad")]
+            )
+        self.assertEqual(
+            (answer.status, [e["type"] for e in events if e["type"] != "ping"]),
+            (200, ["message_start", "error"]),
+        )
 
     def test_unstreamed_requests_get_no_pings(self):
         with mock.patch.multiple(ccfix, **self.FAST):
             answer, _ = self.stream([0.2, streamed(HELLO_STREAM)], stream=False)
-        self.assertEqual(json.loads(answer.body.decode())["content"], [{"type": "text", "text": "Hello"}])
+        self.assertEqual(
+            json.loads(answer.body.decode())["content"], [{"type": "text", "text": "Hello"}]
+        )
 
     def test_death_in_text_is_told_and_ends_cleanly(self):
-        for name, end in (("cut", CUT), ("reset", RST), ("end without a finish", b"0\r\n\r\n"), ("garbage", b"zz\r\n"),
-                          ("error event", piece(sse({"error": {"message": "boom"}})))):
+        for name, end in (
+            ("cut", CUT),
+            ("reset", RST),
+            ("end without a finish", b"0\r\n\r\n"),
+            ("garbage", b"zz\r\n"),
+            ("error event", piece(sse({"error": {"message": "boom"}}))),
+        ):
             for field, kind in (("content", "text"), ("reasoning_content", "thinking")):
                 with self.subTest(name, field=field):
-                    answer, events = self.stream([SSE_HEAD + piece(deltas(delta(**{field: "Hel"}), delta(**{field: "lo"}))), 0.01, end])
+                    answer, events = self.stream(
+                        [
+                            SSE_HEAD
+                            + piece(deltas(delta(**{field: "Hel"}), delta(**{field: "lo"}))),
+                            0.01,
+                            end,
+                        ]
+                    )
                     self.assertFalse(answer.body.endswith(b"CUT"))
                     self.assertEqual(grammar(self, events), "error")
                     self.assertEqual(events[-2]["type"], "content_block_stop")
-                    self.assertEqual("".join(e["delta"].get(kind, "") for e in events if e["type"] == "content_block_delta"), "Hello")
+                    self.assertEqual(
+                        "".join(
+                            e["delta"].get(kind, "")
+                            for e in events
+                            if e["type"] == "content_block_delta"
+                        ),
+                        "Hello",
+                    )
 
     def test_death_in_a_tool_call_drops_the_connection(self):
-        call = delta(tool_calls=[{"index": 0, "id": "c1", "function": {"name": "Write", "arguments": '{"a": "b'}}])
+        call = delta(
+            tool_calls=[
+                {"index": 0, "id": "c1", "function": {"name": "Write", "arguments": '{"a": "b'}}
+            ]
+        )
         for end in (CUT, RST, b"0\r\n\r\n"):
-            answer, events = self.stream([SSE_HEAD + piece(deltas(delta(content="Hi"), call)), 0.01, end])
+            answer, events = self.stream(
+                [SSE_HEAD + piece(deltas(delta(content="Hi"), call)), 0.01, end]
+            )
             self.assertTrue(answer.body.endswith(b"CUT"), "the last chunk came")
             self.assertNotIn("error", [event["type"] for event in events])
             self.assertNotIn("message_stop", [event["type"] for event in events])
@@ -6080,12 +12019,17 @@ class TestHonestStreams(HttpCase):
     def test_a_stalled_upstream_ends_in_time(self):
         answer, _ = self.stream([SSE_HEAD, threading.Event()], TARGET_TIMEOUT="0.2")
         self.is_error(answer, 504, "timeout_error")
-        answer, events = self.stream([SSE_HEAD + piece(deltas(delta(content="Hel"))), threading.Event()], TARGET_TIMEOUT="0.2")
+        answer, events = self.stream(
+            [SSE_HEAD + piece(deltas(delta(content="Hel"))), threading.Event()],
+            TARGET_TIMEOUT="0.2",
+        )
         self.assertEqual(grammar(self, events), "error")
 
     def test_comments_without_content_are_given_up(self):
         with mock.patch.multiple(ccfix, **dict(self.FAST, STALLED=1, HOLD_SECONDS=9)):
-            answer, _ = self.stream([SSE_HEAD] + [piece(b": x\n\n"), 0.02] * 100, TARGET_TIMEOUT="0.3")
+            answer, _ = self.stream(
+                [SSE_HEAD] + [piece(b": x\n\n"), 0.02] * 100, TARGET_TIMEOUT="0.3"
+            )
         self.is_error(answer, 504, "timeout_error", "no content")
 
     def test_json_without_end_is_given_up(self):
@@ -6108,13 +12052,20 @@ class TestCacheOverHttp(HttpCase):
         folder = tempfile.mkdtemp()
         self.addCleanup(shutil.rmtree, folder, True)
         self.serve(CACHE_ENABLED="true", CACHE_DIR=folder, CACHE_KEY_MODE="full")
-        states = [self.post(request("hi", stream=stream)).headers["x-ccfix-cache"] for stream in (True, True, False)]
+        states = [
+            self.post(request("hi", stream=stream)).headers["x-ccfix-cache"]
+            for stream in (True, True, False)
+        ]
         self.assertEqual(states, ["miss", "hit", "hit"])
         self.assertEqual(len(self.upstream.requests), 1)
         stats = json.loads(self.call("GET", "/cache/stats").body.decode())
         self.assertEqual((stats["entries"], stats["hits"], stats["enabled"]), (1, 2, True))
-        self.assertEqual(json.loads(self.call("POST", "/cache/clear-expired", b"").body.decode()), {"removed": 0})
-        self.assertEqual(json.loads(self.call("POST", "/cache/clear", b"").body.decode()), {"removed": 1})
+        self.assertEqual(
+            json.loads(self.call("POST", "/cache/clear-expired", b"").body.decode()), {"removed": 0}
+        )
+        self.assertEqual(
+            json.loads(self.call("POST", "/cache/clear", b"").body.decode()), {"removed": 1}
+        )
         self.assertEqual(self.post(request("hi")).headers["x-ccfix-cache"], "miss")
 
 
@@ -6139,13 +12090,17 @@ class TestServerItself(HttpCase):
     def test_a_stopping_server_ends_each_connection_with_its_reply(self):
         self.serve()
         self.server.stopping = True
-        self.assertEqual([a.headers["connection"] for a in self.talk(self.head("GET", "/health") * 2)], ["close"])
+        self.assertEqual(
+            [a.headers["connection"] for a in self.talk(self.head("GET", "/health") * 2)], ["close"]
+        )
 
     def test_a_bug_is_one_500_with_the_traceback_in_the_log(self):
         self.serve()
         with mock.patch.object(ccfix.Proxy, "models", side_effect=KeyError(KEY)):
             self.is_error(self.call("GET", "/v1/models"), 500, "api_error", "its log")
-        self.assertEqual(len([1 for level, text in self.log if level == "error" and "Traceback" in text]), 1)
+        self.assertEqual(
+            len([1 for level, text in self.log if level == "error" and "Traceback" in text]), 1
+        )
 
     def test_a_request_is_forgotten_after_its_answer(self):
         self.serve()
@@ -6158,7 +12113,9 @@ class TestServerItself(HttpCase):
                     sock.sendall(self.head("POST", "/v1/messages", (), len(data)) + data)
                     while not sock.recv(65536).endswith(b"0\r\n\r\n"):
                         pass
-                self.wait_until(lambda: not [o for o in gc.get_objects() if isinstance(o, ccfix.Exchange)], 2)
+                self.wait_until(
+                    lambda: not [o for o in gc.get_objects() if isinstance(o, ccfix.Exchange)], 2
+                )
         finally:
             gc.enable()
 
@@ -6170,7 +12127,9 @@ class TestFuzz(unittest.TestCase):
         path = os.path.join(os.path.dirname(os.path.abspath(ccfix.__file__)), ".ci", "fuzz.py")
         if not os.path.exists(path):
             self.skipTest("no .ci/fuzz.py")
-        with mock.patch.object(sys, "path", list(sys.path)), mock.patch.object(sys, "dont_write_bytecode", True):
+        with mock.patch.object(sys, "path", list(sys.path)), mock.patch.object(
+            sys, "dont_write_bytecode", True
+        ):
             spec = importlib.util.spec_from_file_location("ccfix_fuzz", path)
             fuzz = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(fuzz)
@@ -6188,9 +12147,31 @@ class TestSignals(unittest.TestCase):
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
                 port = free.getsockname()[1]
-            command = [sys.executable, ccfix.__file__, "-b", upstream.url + "/v1", "-m", "m", "-p", str(port)]
-            env = {"PATH": os.environ.get("PATH", ""), "HOME": folder, "LC_ALL": "C", "TARGET_API_KEY": KEY, "PYTHONDONTWRITEBYTECODE": "1"}
-            process = subprocess.Popen(command, cwd=folder, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            command = [
+                sys.executable,
+                ccfix.__file__,
+                "-b",
+                upstream.url + "/v1",
+                "-m",
+                "m",
+                "-p",
+                str(port),
+            ]
+            env = {
+                "PATH": os.environ.get("PATH", ""),
+                "HOME": folder,
+                "LC_ALL": "C",
+                "TARGET_API_KEY": KEY,
+                "PYTHONDONTWRITEBYTECODE": "1",
+            }
+            process = subprocess.Popen(
+                command,
+                cwd=folder,
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+            )
             try:
                 sock, end = None, time.monotonic() + 15
                 while sock is None and time.monotonic() < end and process.poll() is None:
@@ -6200,7 +12181,11 @@ class TestSignals(unittest.TestCase):
                         time.sleep(0.02)
                 data = json.dumps(request("hi")).encode()
                 with sock:
-                    sock.sendall(b"POST /v1/messages HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(data) + data)
+                    sock.sendall(
+                        b"POST /v1/messages HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n"
+                        % len(data)
+                        + data
+                    )
                     got = sock.recv(100)
                     process.send_signal(signum)
                     got += read_all(sock)
@@ -6214,8 +12199,17 @@ class TestSignals(unittest.TestCase):
 
     @unittest.skipIf(os.name == "nt", "POSIX signals")
     def test_an_open_stream_is_finished(self):
-        stream = [lambda r: counted(b"{}", "404 No") if r.method == "GET" else [SSE_HEAD + piece(deltas(delta(content="Hel"))), 0.4,
-                                                                                piece(sse(delta(content="lo"), delta("stop"))) + b"0\r\n\r\n"]]
+        stream = [
+            lambda r: (
+                counted(b"{}", "404 No")
+                if r.method == "GET"
+                else [
+                    SSE_HEAD + piece(deltas(delta(content="Hel"))),
+                    0.4,
+                    piece(sse(delta(content="lo"), delta("stop"))) + b"0\r\n\r\n",
+                ]
+            )
+        ]
         for signum in (signal.SIGTERM, signal.SIGINT):
             code, got, printed = self.run_until(signum, *stream)
             self.assertEqual(code, 0, printed)
@@ -6229,10 +12223,11 @@ class TestSignals(unittest.TestCase):
 # 13  Status page
 # ======================================================================================================
 
+
 class TestStatusPage(unittest.TestCase):
     """What can be seen without a browser; the rest is checked in a real one."""
 
-    page = ccfix.status_page("NONCE").decode("ascii")       # decoding is a check: the source is ASCII
+    page = ccfix.status_page("NONCE").decode("ascii")  # decoding is a check: the source is ASCII
 
     def test_nonce_reaches_style_script_and_policy(self):
         self.assertEqual(re.findall(r"<(\w+) nonce=\"NONCE\">", self.page), ["style", "script"])
@@ -6242,15 +12237,29 @@ class TestStatusPage(unittest.TestCase):
 
     def test_policy_denies_all_that_is_not_named(self):
         policy = dict(part.split(" ", 1) for part in ccfix.page_policy("N").split("; "))
-        self.assertEqual(policy, {
-            "default-src": "'none'", "script-src": "'nonce-N'", "style-src": "'nonce-N'", "connect-src": "'self'",
-            "img-src": "data:", "base-uri": "'none'", "form-action": "'none'", "frame-ancestors": "'none'"})
+        self.assertEqual(
+            policy,
+            {
+                "default-src": "'none'",
+                "script-src": "'nonce-N'",
+                "style-src": "'nonce-N'",
+                "connect-src": "'self'",
+                "img-src": "data:",
+                "base-uri": "'none'",
+                "form-action": "'none'",
+                "frame-ancestors": "'none'",
+            },
+        )
 
     def test_page_holds_nothing_that_the_policy_or_data_could_break(self):
         for name, pattern in [
-                ("inline style", r"\sstyle="), ("inline handler", r"\son\w+\s*=\s*[\"']"), ("markup from text", r"innerHTML|outerHTML"),
-                ("markup from text", r"insertAdjacentHTML|document\.write"), ("code from text", r"\beval\(|new Function"),
-                ("outside resource", r"(?:src|href)=[\"'](?!data:)|url\(|@import")]:
+            ("inline style", r"\sstyle="),
+            ("inline handler", r"\son\w+\s*=\s*[\"']"),
+            ("markup from text", r"innerHTML|outerHTML"),
+            ("markup from text", r"insertAdjacentHTML|document\.write"),
+            ("code from text", r"\beval\(|new Function"),
+            ("outside resource", r"(?:src|href)=[\"'](?!data:)|url\(|@import"),
+        ]:
             with self.subTest(name, pattern=pattern):
                 self.assertIsNone(re.search(pattern, self.page))
 
@@ -6259,13 +12268,27 @@ class TestStatusPage(unittest.TestCase):
         self.assertEqual(len(ids), len(set(ids)))
         asked = set(re.findall(r"(?:byId|put)\(\"([\w-]+)\"", self.page))
         self.assertLessEqual(asked, set(ids))
-        self.assertLessEqual({"requests-total", "errors-total", "input-total", "output-total", "cache-clear", "cache-expired",
-                              "requests", "lessons", "settings", "message"}, set(ids))
+        self.assertLessEqual(
+            {
+                "requests-total",
+                "errors-total",
+                "input-total",
+                "output-total",
+                "cache-clear",
+                "cache-expired",
+                "requests",
+                "lessons",
+                "settings",
+                "message",
+            },
+            set(ids),
+        )
 
 
 # ======================================================================================================
 # 15  Commands
 # ======================================================================================================
+
 
 class Faulty(ccfix.DemoModel):
     """The demo model as a provider with one fault; server.proxy is the fault's name."""
@@ -6273,17 +12296,42 @@ class Faulty(ccfix.DemoModel):
     MODELS = ("deepseek-chat", "deepseek-reasoner", "text-embedding-3")
     REFUSALS = {
         # fault: (applies to this body, status, error)
-        "key": (lambda body: True, 401, {"message": "Incorrect API key provided", "code": "invalid_api_key"}),
+        "key": (
+            lambda body: True,
+            401,
+            {"message": "Incorrect API key provided", "code": "invalid_api_key"},
+        ),
         "billing": (lambda body: True, 402, {"message": "Insufficient Balance"}),
-        "model": (lambda body: True, 404, {"message": "The model `x` does not exist", "code": "model_not_found"}),
+        "model": (
+            lambda body: True,
+            404,
+            {"message": "The model `x` does not exist", "code": "model_not_found"},
+        ),
         "path": (lambda body: True, 404, {"message": "Not Found"}),
         "server": (lambda body: True, 500, {"message": "worker died"}),
         "stream refused": (lambda body: body.get("stream"), 500, {"message": "no streams today"}),
-        "tools refused": (lambda body: body.get("tools"), 400, {"message": "this model has no tools at all"}),
-        "results refused": (lambda body: "tool_call_id" in json.dumps(body), 400, {"message": "role tool is odd here"}),
-        "image refused": (lambda body: "image_url" in json.dumps(body), 400, {"message": "image input is not supported"}),
-        "short context": (lambda body: len(json.dumps(body)) > 20000, 400, {
-            "message": "This model's maximum context length is 8192 tokens. However, your messages resulted in 15000 tokens."}),
+        "tools refused": (
+            lambda body: body.get("tools"),
+            400,
+            {"message": "this model has no tools at all"},
+        ),
+        "results refused": (
+            lambda body: "tool_call_id" in json.dumps(body),
+            400,
+            {"message": "role tool is odd here"},
+        ),
+        "image refused": (
+            lambda body: "image_url" in json.dumps(body),
+            400,
+            {"message": "image input is not supported"},
+        ),
+        "short context": (
+            lambda body: len(json.dumps(body)) > 20000,
+            400,
+            {
+                "message": "This model's maximum context length is 8192 tokens. However, your messages resulted in 15000 tokens."
+            },
+        ),
     }
 
     def do_GET(self):
@@ -6325,7 +12373,9 @@ class Faulty(ccfix.DemoModel):
         if fault == "cuts prompts":
             text = re.sub(r'"prompt_tokens":\d+', '"prompt_tokens":2048', text)
         if fault == "caches":
-            text = re.sub(r'("prompt_tokens":\d+)', r'\1,"prompt_tokens_details":{"cached_tokens":50}', text)
+            text = re.sub(
+                r'("prompt_tokens":\d+)', r'\1,"prompt_tokens_details":{"cached_tokens":50}', text
+            )
         ccfix.DemoModel.reply(self, text, content_type)
 
     def refuse(self, status, error):
@@ -6344,7 +12394,11 @@ class CommandsCase(unittest.TestCase):
         self.addCleanup(shutil.rmtree, self.home, True)
         self.addCleanup(os.chdir, os.getcwd())
         os.chdir(self.home)
-        bare = mock.patch.dict(os.environ, {"HOME": self.home, "USERPROFILE": self.home, "PATH": os.defpath}, clear=True)
+        bare = mock.patch.dict(
+            os.environ,
+            {"HOME": self.home, "USERPROFILE": self.home, "PATH": os.defpath},
+            clear=True,
+        )
         bare.start()
         self.addCleanup(bare.stop)
         none = mock.patch.object(ccfix, "LOCAL_SERVERS", ())
@@ -6401,11 +12455,19 @@ class TestCommandLine(CommandsCase):
             self.assertIn("\n  %-10s " % name, out)
 
     def test_wrong_command_lines_end_with_2_and_say_what_is_right(self):
-        for argv, said in ((["chekc"], "the commands are serve, run, check"), (["--nosuch"], "unrecognized arguments"),
-                           (["run", "hello"], "come after --"), (["-p", "seven"], "a port number"), (["--env-file", "nope"], "nope is not there"),
-                           (["--replay", "nope"], "--replay"), ([], "Three ways to go on"), (["check"], "Three ways to go on"),
-                           (["-b", "https://api.example.com"], "no key for https://api.example.com/v1"),
-                           (["run", "--demo"], "claude is not on the PATH"), (["init"], "-b URL, -k KEY and -m MODEL")):
+        for argv, said in (
+            (["chekc"], "the commands are serve, run, check"),
+            (["--nosuch"], "unrecognized arguments"),
+            (["run", "hello"], "come after --"),
+            (["-p", "seven"], "a port number"),
+            (["--env-file", "nope"], "nope is not there"),
+            (["--replay", "nope"], "--replay"),
+            ([], "Three ways to go on"),
+            (["check"], "Three ways to go on"),
+            (["-b", "https://api.example.com"], "no key for https://api.example.com/v1"),
+            (["run", "--demo"], "claude is not on the PATH"),
+            (["init"], "-b URL, -k KEY and -m MODEL"),
+        ):
             code, out, err = self.main(*argv)
             self.assertEqual((code, out), (2, ""), argv)
             self.assertIn(said, err)
@@ -6420,8 +12482,13 @@ class TestCommandLine(CommandsCase):
             self.assertEqual(self.main("check", "--demo")[0], 0)
 
     def test_an_init_that_cannot_write_says_so(self):
-        with mock.patch.object(ccfix, "write_private", side_effect=OSError(13, "Permission denied")):
-            self.assertEqual(self.main("init", "-b", "http://127.0.0.1:1", "-m", "m")[0::2], (2, "ccfix: .env cannot be written: Permission denied\n"))
+        with mock.patch.object(
+            ccfix, "write_private", side_effect=OSError(13, "Permission denied")
+        ):
+            self.assertEqual(
+                self.main("init", "-b", "http://127.0.0.1:1", "-m", "m")[0::2],
+                (2, "ccfix: .env cannot be written: Permission denied\n"),
+            )
 
 
 class TestTarget(CommandsCase):
@@ -6431,23 +12498,35 @@ class TestTarget(CommandsCase):
 
     def test_a_server_on_this_machine_is_used_where_nothing_is_configured(self):
         base = self.serve("")
-        with mock.patch.object(ccfix, "LOCAL_SERVERS", (("Nobody", 1), ("Ollama", ccfix.url_origin(base)[2]))):
+        with mock.patch.object(
+            ccfix, "LOCAL_SERVERS", (("Nobody", 1), ("Ollama", ccfix.url_origin(base)[2]))
+        ):
             config, err = self.config(), io.StringIO()
             with contextlib.redirect_stderr(err):
                 ccfix.find_target(config)
         self.assertEqual((config().target_api_base, config().target_model), (base, "deepseek-chat"))
         self.assertEqual(config().origins["target_model"], "found on this machine")
-        self.assertIn("found Ollama at %s, using its model deepseek-chat (-m takes another: deepseek-reasoner" % base, err.getvalue())
+        self.assertIn(
+            "found Ollama at %s, using its model deepseek-chat (-m takes another: deepseek-reasoner"
+            % base,
+            err.getvalue(),
+        )
 
     def test_a_model_that_is_named_is_kept(self):
         base = self.serve("")
-        with mock.patch.object(ccfix, "LOCAL_SERVERS", (("vLLM", ccfix.url_origin(base)[2]),)), contextlib.redirect_stderr(io.StringIO()):
+        with mock.patch.object(
+            ccfix, "LOCAL_SERVERS", (("vLLM", ccfix.url_origin(base)[2]),)
+        ), contextlib.redirect_stderr(io.StringIO()):
             config = self.config(TARGET_MODEL="deepseek-reasoner")
             ccfix.find_target(config)
-        self.assertEqual((config().target_api_base, config().target_model), (base, "deepseek-reasoner"))
+        self.assertEqual(
+            (config().target_api_base, config().target_model), (base, "deepseek-reasoner")
+        )
 
     def test_a_server_on_the_proxys_own_port_moves_the_proxy(self):
-        with mock.patch.object(ccfix, "local_servers", lambda: [("llama.cpp", "http://127.0.0.1:8080/v1", ["m"])]):
+        with mock.patch.object(
+            ccfix, "local_servers", lambda: [("llama.cpp", "http://127.0.0.1:8080/v1", ["m"])]
+        ):
             with contextlib.redirect_stderr(io.StringIO()):
                 config = self.config()
                 ccfix.find_target(config)
@@ -6460,9 +12539,18 @@ class TestTarget(CommandsCase):
                 self.assertEqual(ccfix.local_servers(), [])
 
     def test_the_demo_never_reaches_a_configured_provider(self):
-        environ = {"TARGET_API_BASE_OPUS": "https://real.example.com/v1", "TARGET_API_KEY_OPUS": "k", "LOG_LEVEL": "error"}
-        config = ccfix.Config({"TARGET_API_BASE": "http://127.0.0.1:1/v1"}, environ, "", self.home, alone=True)
-        self.assertEqual((config().target_api_base_opus, config().target_api_key_opus, config().log_level), ("", "", "error"))
+        environ = {
+            "TARGET_API_BASE_OPUS": "https://real.example.com/v1",
+            "TARGET_API_KEY_OPUS": "k",
+            "LOG_LEVEL": "error",
+        }
+        config = ccfix.Config(
+            {"TARGET_API_BASE": "http://127.0.0.1:1/v1"}, environ, "", self.home, alone=True
+        )
+        self.assertEqual(
+            (config().target_api_base_opus, config().target_api_key_opus, config().log_level),
+            ("", "", "error"),
+        )
 
 
 class TestLiveSettings(CommandsCase):
@@ -6480,7 +12568,10 @@ class TestLiveSettings(CommandsCase):
     def config(self):
         config = ccfix.Config({}, {}, ".env", self.home)
         log = ccfix.Log(config.settings, io.StringIO())
-        config.log = mock.Mock(side_effect=lambda level, text: self.lines.append("%s %s" % (level, text)), configure=log.configure)
+        config.log = mock.Mock(
+            side_effect=lambda level, text: self.lines.append("%s %s" % (level, text)),
+            configure=log.configure,
+        )
         return config
 
     def test_a_change_is_taken_and_told_without_secrets(self):
@@ -6488,15 +12579,24 @@ class TestLiveSettings(CommandsCase):
         config = self.config()
         self.assertEqual(config().target_model, "one")
         self.change("TARGET_MODEL=two\nTARGET_API_KEY=sk-second\nCACHE_ENABLED=true\n")
-        self.assertEqual((config().target_model, config().target_api_key, config().cache_enabled), ("two", "sk-second", True))
-        self.assertEqual(self.lines, ["info .env was changed: TARGET_API_KEY; TARGET_MODEL = two; CACHE_ENABLED = True"])
+        self.assertEqual(
+            (config().target_model, config().target_api_key, config().cache_enabled),
+            ("two", "sk-second", True),
+        )
+        self.assertEqual(
+            self.lines,
+            ["info .env was changed: TARGET_API_KEY; TARGET_MODEL = two; CACHE_ENABLED = True"],
+        )
 
     def test_a_broken_file_keeps_the_old_settings_and_says_why(self):
         self.change("TARGET_MODEL=one\n")
         config = self.config()
         self.change("TARGET_MODEL=two\nCACHE_TTL=soon\n")
         self.assertEqual((config().target_model, config().cache_ttl), ("one", 3600))
-        self.assertIn("warning .env was changed but cannot be used, the old settings stay: CACHE_TTL is 'soon' (from .env)", self.lines[0])
+        self.assertIn(
+            "warning .env was changed but cannot be used, the old settings stay: CACHE_TTL is 'soon' (from .env)",
+            self.lines[0],
+        )
         self.change("TARGET_MODEL=three\n")
         self.assertEqual(config().target_model, "three")
 
@@ -6520,35 +12620,63 @@ class TestCheck(CommandsCase):
 
     def test_each_fault_is_named_in_its_row_with_its_fix(self):
         for fault, name, status, seen, fix in (
-                ("", "tool call", "ok", 'get_weather({"place":"Paris"})', ""),
-                ("", "tool result turn", "ok", "The tool answered", ""),
-                ("", "long prompt", "ok", "the limit is not told", ""),
-                ("", "image", "fail", "did not see a red square", "TARGET_MODEL_IMAGE"),
-                ("", "cached tokens", "fail", "none told", ""),
-                ("key", "key accepted", "fail", "Incorrect API key", "TARGET_API_KEY"),
-                ("billing", "key accepted", "fail", "Insufficient Balance", "add credit"),
-                ("model", "model exists", "fail", "no model deepseek-chatt", "-m with one of: deepseek-chat, deepseek-reasoner"),
-                ("path", "model exists", "fail", "no such address", "most end in /v1"),
-                ("server", "plain reply", "fail", "worker died", "server's own log"),
-                ("html", "plain reply", "fail", "a web page (Welcome to nginx)", "most end in /v1"),
-                ("html", "stream", "skip", "not tried", ""),
-                ("empty", "plain reply", "fail", "empty", ""),
-                ("stream refused", "stream", "fail", "no streams today", "server's own log"),
-                ("no usage", "usage in stream", "fail", "estimates", "turn on usage"),
-                ("no tools", "tool call", "fail", "text instead of a call", "trained for tools"),
-                ("tools refused", "tool call", "fail", "no tools at all", ""),
-                ("results refused", "tool result turn", "fail", "role tool is odd", ""),
-                ("image refused", "image", "fail", "refused the image", "TARGET_MODEL_IMAGE"),
-                ("short context", "long prompt", "fail", "15000 tokens > 8192", "larger context window"),
-                ("cuts prompts", "long prompt", "fail", "cut the prompt to 2048 tokens", "larger context window"),
-                ("small window", "long prompt", "fail", "8000 tokens; Claude Code's first request", "larger context window"),
-                ("large window", "long prompt", "ok", "131072 tokens", ""),
-                ("caches", "cached tokens", "ok", "50 of ", "")):
+            ("", "tool call", "ok", 'get_weather({"place":"Paris"})', ""),
+            ("", "tool result turn", "ok", "The tool answered", ""),
+            ("", "long prompt", "ok", "the limit is not told", ""),
+            ("", "image", "fail", "did not see a red square", "TARGET_MODEL_IMAGE"),
+            ("", "cached tokens", "fail", "none told", ""),
+            ("key", "key accepted", "fail", "Incorrect API key", "TARGET_API_KEY"),
+            ("billing", "key accepted", "fail", "Insufficient Balance", "add credit"),
+            (
+                "model",
+                "model exists",
+                "fail",
+                "no model deepseek-chatt",
+                "-m with one of: deepseek-chat, deepseek-reasoner",
+            ),
+            ("path", "model exists", "fail", "no such address", "most end in /v1"),
+            ("server", "plain reply", "fail", "worker died", "server's own log"),
+            ("html", "plain reply", "fail", "a web page (Welcome to nginx)", "most end in /v1"),
+            ("html", "stream", "skip", "not tried", ""),
+            ("empty", "plain reply", "fail", "empty", ""),
+            ("stream refused", "stream", "fail", "no streams today", "server's own log"),
+            ("no usage", "usage in stream", "fail", "estimates", "turn on usage"),
+            ("no tools", "tool call", "fail", "text instead of a call", "trained for tools"),
+            ("tools refused", "tool call", "fail", "no tools at all", ""),
+            ("results refused", "tool result turn", "fail", "role tool is odd", ""),
+            ("image refused", "image", "fail", "refused the image", "TARGET_MODEL_IMAGE"),
+            (
+                "short context",
+                "long prompt",
+                "fail",
+                "15000 tokens > 8192",
+                "larger context window",
+            ),
+            (
+                "cuts prompts",
+                "long prompt",
+                "fail",
+                "cut the prompt to 2048 tokens",
+                "larger context window",
+            ),
+            (
+                "small window",
+                "long prompt",
+                "fail",
+                "8000 tokens; Claude Code's first request",
+                "larger context window",
+            ),
+            ("large window", "long prompt", "ok", "131072 tokens", ""),
+            ("caches", "cached tokens", "ok", "50 of ", ""),
+        ):
             base = self.bases.get(fault) or self.serve(fault)
             if fault not in self.bases:
                 self.bases[fault] = base
-                self.known[fault] = self.rows(TARGET_API_BASE=base, TARGET_MODEL="deepseek-chatt" if fault == "model" else "deepseek-chat",
-                                              TARGET_API_KEY="sk-very-secret")
+                self.known[fault] = self.rows(
+                    TARGET_API_BASE=base,
+                    TARGET_MODEL="deepseek-chatt" if fault == "model" else "deepseek-chat",
+                    TARGET_API_KEY="sk-very-secret",
+                )
             verdict = self.known[fault][name]
             with self.subTest(fault=fault, row=name):
                 self.assertEqual(verdict.status, status, verdict)
@@ -6558,29 +12686,67 @@ class TestCheck(CommandsCase):
     bases, known = {}, {}
 
     def test_what_cannot_be_reached_is_told_with_its_fix_and_the_rest_is_not_tried(self):
-        refused, unknown = ConnectionRefusedError(111, "Connection refused"), socket.gaierror(-2, "Name or service not known")
-        for error, seen, fix in ((refused, "cannot be reached (Connection refused)", "check that the server runs"),
-                                 (unknown, "cannot be resolved", "check the base URL")):
+        refused, unknown = ConnectionRefusedError(111, "Connection refused"), socket.gaierror(
+            -2, "Name or service not known"
+        )
+        for error, seen, fix in (
+            (refused, "cannot be reached (Connection refused)", "check that the server runs"),
+            (unknown, "cannot be resolved", "check the base URL"),
+        ):
             with mock.patch.object(ccfix.socket, "create_connection", side_effect=error):
-                rows = self.rows(TARGET_API_BASE="https://api.example.com/v1", TARGET_API_KEY="sk-very-secret")
+                rows = self.rows(
+                    TARGET_API_BASE="https://api.example.com/v1", TARGET_API_KEY="sk-very-secret"
+                )
             self.assertIn(seen, rows["reachable"].seen)
             self.assertIn(fix, rows["reachable"].fix)
-            self.assertEqual({verdict.status for name, verdict in rows.items() if name != "reachable"}, {"skip"})
+            self.assertEqual(
+                {verdict.status for name, verdict in rows.items() if name != "reachable"}, {"skip"}
+            )
 
     def test_a_proxy_that_wants_a_password_is_named(self):
         class Gate(Faulty):
             def do_GET(self):
                 self.refuse(407, {})
+
         base = self.serve("", Gate)
-        with mock.patch.dict(os.environ, {"HTTP_PROXY": base}), mock.patch.object(ccfix.urllib.request, "proxy_bypass", lambda host: False):
+        with mock.patch.dict(os.environ, {"HTTP_PROXY": base}), mock.patch.object(
+            ccfix.urllib.request, "proxy_bypass", lambda host: False
+        ):
             rows = self.rows(TARGET_API_BASE="http://api.example.com/v1")
-        self.assertIn("HTTP_PROXY needs user:password@", rows["reachable"].seen + rows["reachable"].fix)
+        self.assertIn(
+            "HTTP_PROXY needs user:password@", rows["reachable"].seen + rows["reachable"].fix
+        )
 
     @unittest.skipUnless(shutil.which("openssl"), "needs the openssl command")
     def test_an_untrusted_certificate_is_named_and_a_ca_bundle_mends_it(self):
-        self.write("cnf", "[req]\ndistinguished_name=dn\n[dn]\n[v3]\nsubjectAltName=IP:127.0.0.1\nbasicConstraints=critical,CA:true\n")
-        subprocess.check_call(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "3", "-subj", "/CN=127.0.0.1", "-config", "cnf",
-                               "-extensions", "v3", "-keyout", "key.pem", "-out", "cert.pem"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self.write(
+            "cnf",
+            "[req]\ndistinguished_name=dn\n[dn]\n[v3]\nsubjectAltName=IP:127.0.0.1\nbasicConstraints=critical,CA:true\n",
+        )
+        subprocess.check_call(
+            [
+                "openssl",
+                "req",
+                "-x509",
+                "-newkey",
+                "rsa:2048",
+                "-nodes",
+                "-days",
+                "3",
+                "-subj",
+                "/CN=127.0.0.1",
+                "-config",
+                "cnf",
+                "-extensions",
+                "v3",
+                "-keyout",
+                "key.pem",
+                "-out",
+                "cert.pem",
+            ],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         server = ccfix.Server(("127.0.0.1", 0), "", Faulty)
         context = ssl.SSLContext(getattr(ssl, "PROTOCOL_TLS_SERVER", ssl.PROTOCOL_TLS))
         context.load_cert_chain("cert.pem", "key.pem")
@@ -6592,7 +12758,11 @@ class TestCheck(CommandsCase):
         verdict = self.rows(TARGET_API_BASE=base)["reachable"]
         self.assertIn("certificate that is not trusted", verdict.seen)
         self.assertIn("--ca-bundle", verdict.fix)
-        rows = self.rows(TARGET_API_BASE=base, TARGET_MODEL="deepseek-chat", CA_BUNDLE=os.path.join(self.home, "cert.pem"))
+        rows = self.rows(
+            TARGET_API_BASE=base,
+            TARGET_MODEL="deepseek-chat",
+            CA_BUNDLE=os.path.join(self.home, "cert.pem"),
+        )
         self.assertIn("TLS verified", rows["reachable"].seen)
         self.assertEqual(rows["tool call"].status, "ok")
 
@@ -6601,7 +12771,9 @@ class TestCheck(CommandsCase):
         code, out, err = self.main("check", "-b", good, "-m", "deepseek-chat", "--json")
         told = json.loads(out)
         self.assertEqual((code, told["ok"], err), (0, True, ""))
-        self.assertEqual([row["name"] for row in told["checks"]], [row[0] for row in ccfix.CHECKS if not row[3]])
+        self.assertEqual(
+            [row["name"] for row in told["checks"]], [row[0] for row in ccfix.CHECKS if not row[3]]
+        )
         code, out, _ = self.main("check", "-b", bad, "-m", "deepseek-chat", "-k", "sk-very-secret")
         self.assertEqual(code, 1)
         self.assertIn("FAIL key accepted", out)
@@ -6609,23 +12781,52 @@ class TestCheck(CommandsCase):
         self.assertNotIn("sk-very-secret", out)
 
     def test_an_anthropic_server_is_checked_in_the_same_way(self):
-        settings = settings_of(TARGET_API_BASE=self.serve(""), TARGET_MODEL="deepseek-chat", ANTHROPIC_API_KEY="proxy-key")
+        settings = settings_of(
+            TARGET_API_BASE=self.serve(""),
+            TARGET_MODEL="deepseek-chat",
+            ANTHROPIC_API_KEY="proxy-key",
+        )
         proxy = ccfix.Proxy(lambda: settings, lambda level, text: None)
         self.addCleanup(lambda: proxy.wires[1].close())
         base = self.serve(proxy, ccfix.Handler)
         code, out, _ = self.main("check", "--base-url", base[:-3], "-k", "proxy-key")
         self.assertEqual(code, 0, out)
-        self.assertRegex(out, r"ok   event order +as Anthropic's\nok   errors +HTTP 400, invalid_request_error")
+        self.assertRegex(
+            out, r"ok   event order +as Anthropic's\nok   errors +HTTP 400, invalid_request_error"
+        )
         code, out, _ = self.main("check", "--base-url", base)
         self.assertIn("FAIL key accepted", out)
 
     def test_faults_of_an_event_stream_are_named(self):
-        good = "".join(map(ccfix.encode_event, ccfix.unfold({"id": "m", "type": "message", "role": "assistant", "model": "x", "stop_reason": "end_turn",
-                                                             "stop_sequence": None, "content": [{"type": "text", "text": "hi"}],
-                                                             "usage": {"input_tokens": 1, "output_tokens": 1}})))
-        for said, text in (("", good), ("", good.replace("\n", "\r\n")), ("`event:` line", re.sub("event: .*\n", "", good)),
-                           ("index 3 where 0", good.replace('"index":0', '"index":3')), ("out of order", good.replace("message_stop", "message_end")),
-                           ("out of order: none", ""), ("an error in the stream: busy", 'event: error\ndata: {"type":"error","error":{"message":"busy"}}\n\n')):
+        good = "".join(
+            map(
+                ccfix.encode_event,
+                ccfix.unfold(
+                    {
+                        "id": "m",
+                        "type": "message",
+                        "role": "assistant",
+                        "model": "x",
+                        "stop_reason": "end_turn",
+                        "stop_sequence": None,
+                        "content": [{"type": "text", "text": "hi"}],
+                        "usage": {"input_tokens": 1, "output_tokens": 1},
+                    }
+                ),
+            )
+        )
+        for said, text in (
+            ("", good),
+            ("", good.replace("\n", "\r\n")),
+            ("`event:` line", re.sub("event: .*\n", "", good)),
+            ("index 3 where 0", good.replace('"index":0', '"index":3')),
+            ("out of order", good.replace("message_stop", "message_end")),
+            ("out of order: none", ""),
+            (
+                "an error in the stream: busy",
+                'event: error\ndata: {"type":"error","error":{"message":"busy"}}\n\n',
+            ),
+        ):
             found = ccfix.grammar_fault(text)
             self.assertTrue(found.startswith(said) or said in found, found)
             self.assertEqual(bool(said), bool(found))
@@ -6644,61 +12845,138 @@ class TestRun(CommandsCase):
         return ccfix.Plan("", model, "b", "k", ccfix.DEFAULT._replace(**fields))
 
     def environment(self, environ=(), plan=None, **values):
-        return ccfix.claude_environment(dict(environ), "http://127.0.0.1:9", "fresh", settings_of(**values), plan or self.plan())
+        return ccfix.claude_environment(
+            dict(environ), "http://127.0.0.1:9", "fresh", settings_of(**values), plan or self.plan()
+        )
 
     def test_what_leads_elsewhere_is_taken_out_of_the_environment(self):
-        foreign = {name: "x" for name in ("ANTHROPIC_API_KEY", "CLAUDE_CODE_USE_BEDROCK", "CLAUDE_CODE_USE_VERTEX", "ANTHROPIC_SMALL_FAST_MODEL",
-                                          "CLAUDE_CODE_OAUTH_TOKEN", "ANTHROPIC_CUSTOM_HEADERS", "TARGET_API_KEY", "EXTRA_HEADERS")}
-        found = self.environment(dict(foreign, HOME="/h", ANTHROPIC_BASE_URL="https://elsewhere", ANTHROPIC_DEFAULT_OPUS_MODEL="y", ANTHROPIC_LOG="debug"))
+        foreign = {
+            name: "x"
+            for name in (
+                "ANTHROPIC_API_KEY",
+                "CLAUDE_CODE_USE_BEDROCK",
+                "CLAUDE_CODE_USE_VERTEX",
+                "ANTHROPIC_SMALL_FAST_MODEL",
+                "CLAUDE_CODE_OAUTH_TOKEN",
+                "ANTHROPIC_CUSTOM_HEADERS",
+                "TARGET_API_KEY",
+                "EXTRA_HEADERS",
+            )
+        }
+        found = self.environment(
+            dict(
+                foreign,
+                HOME="/h",
+                ANTHROPIC_BASE_URL="https://elsewhere",
+                ANTHROPIC_DEFAULT_OPUS_MODEL="y",
+                ANTHROPIC_LOG="debug",
+            )
+        )
         self.assertEqual(set(foreign) & set(found), set())
-        self.assertEqual((found["ANTHROPIC_BASE_URL"], found["ANTHROPIC_AUTH_TOKEN"], found["ANTHROPIC_DEFAULT_OPUS_MODEL"]),
-                         ("http://127.0.0.1:9", "fresh", "deepseek-chat"))
+        self.assertEqual(
+            (
+                found["ANTHROPIC_BASE_URL"],
+                found["ANTHROPIC_AUTH_TOKEN"],
+                found["ANTHROPIC_DEFAULT_OPUS_MODEL"],
+            ),
+            ("http://127.0.0.1:9", "fresh", "deepseek-chat"),
+        )
         self.assertEqual((found["HOME"], found["ANTHROPIC_LOG"]), ("/h", "debug"))
 
     def test_limits_of_the_target_become_those_of_the_session(self):
-        for plan, context, output in ((self.plan(), None, None), (self.plan(context=65536), "65536", "16384"), (self.plan(context=200000), "200000", None),
-                                      (self.plan(context=65536, max_output=8192), "65536", "8192"), (self.plan(max_output=4096), None, "4096")):
+        for plan, context, output in (
+            (self.plan(), None, None),
+            (self.plan(context=65536), "65536", "16384"),
+            (self.plan(context=200000), "200000", None),
+            (self.plan(context=65536, max_output=8192), "65536", "8192"),
+            (self.plan(max_output=4096), None, "4096"),
+        ):
             found = self.environment(plan=plan)
-            self.assertEqual((found.get("CLAUDE_CODE_MAX_CONTEXT_TOKENS"), found.get("CLAUDE_CODE_MAX_OUTPUT_TOKENS")), (context, output))
+            self.assertEqual(
+                (
+                    found.get("CLAUDE_CODE_MAX_CONTEXT_TOKENS"),
+                    found.get("CLAUDE_CODE_MAX_OUTPUT_TOKENS"),
+                ),
+                (context, output),
+            )
 
     def test_the_model_goes_by_a_name_that_claude_code_does_not_know(self):
-        for model, shown in (("qwen/qwen3:free", "qwen/qwen3:free"), ("anthropic/claude-sonnet-4.5", "ccfix-main"), ("tiny-opus", "ccfix-main")):
+        for model, shown in (
+            ("qwen/qwen3:free", "qwen/qwen3:free"),
+            ("anthropic/claude-sonnet-4.5", "ccfix-main"),
+            ("tiny-opus", "ccfix-main"),
+        ):
             self.assertEqual(self.environment(plan=self.plan(model))["ANTHROPIC_MODEL"], shown)
 
     def test_families_with_a_target_of_their_own_are_routed_to_it(self):
-        found = self.environment(TARGET_MODEL_HAIKU="small", TARGET_API_BASE_OPUS="http://127.0.0.1:7/v1")
-        self.assertEqual([found["ANTHROPIC_DEFAULT_%s_MODEL" % word] for word in ("OPUS", "SONNET", "HAIKU")],
-                         ["ccfix-opus", "deepseek-chat", "ccfix-haiku"])
+        found = self.environment(
+            TARGET_MODEL_HAIKU="small", TARGET_API_BASE_OPUS="http://127.0.0.1:7/v1"
+        )
+        self.assertEqual(
+            [found["ANTHROPIC_DEFAULT_%s_MODEL" % word] for word in ("OPUS", "SONNET", "HAIKU")],
+            ["ccfix-opus", "deepseek-chat", "ccfix-haiku"],
+        )
         self.assertEqual(found["ANTHROPIC_DEFAULT_HAIKU_MODEL_NAME"], "small")
 
     def test_defaults_give_way_to_the_user(self):
         self.assertEqual(self.environment()["CLAUDE_CODE_ATTRIBUTION_HEADER"], "0")
-        self.assertEqual(self.environment({"CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": ""})["CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC"], "")
+        self.assertEqual(
+            self.environment({"CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": ""})[
+                "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC"
+            ],
+            "",
+        )
 
     def test_loopback_goes_past_a_company_proxy(self):
         self.assertNotIn("NO_PROXY", self.environment())
-        self.assertEqual(self.environment({"HTTPS_PROXY": "http://p:1"})["NO_PROXY"], "127.0.0.1,localhost")
-        self.assertEqual(self.environment({"http_proxy": "http://p:1", "no_proxy": "corp"})["no_proxy"], "corp,127.0.0.1,localhost")
+        self.assertEqual(
+            self.environment({"HTTPS_PROXY": "http://p:1"})["NO_PROXY"], "127.0.0.1,localhost"
+        )
+        self.assertEqual(
+            self.environment({"http_proxy": "http://p:1", "no_proxy": "corp"})["no_proxy"],
+            "corp,127.0.0.1,localhost",
+        )
 
     def test_settings_files_that_beat_the_environment_are_overruled(self):
-        texts = ['{"env":{"ANTHROPIC_BASE_URL":"https://elsewhere","CLAUDE_CODE_USE_BEDROCK":"1","FOO":"1"}}', "broken", '{"env":[]}', ""]
-        self.assertEqual(ccfix.settings_overrides(texts, {"ANTHROPIC_BASE_URL": "mine"}), {"ANTHROPIC_BASE_URL": "mine", "CLAUDE_CODE_USE_BEDROCK": ""})
+        texts = [
+            '{"env":{"ANTHROPIC_BASE_URL":"https://elsewhere","CLAUDE_CODE_USE_BEDROCK":"1","FOO":"1"}}',
+            "broken",
+            '{"env":[]}',
+            "",
+        ]
+        self.assertEqual(
+            ccfix.settings_overrides(texts, {"ANTHROPIC_BASE_URL": "mine"}),
+            {"ANTHROPIC_BASE_URL": "mine", "CLAUDE_CODE_USE_BEDROCK": ""},
+        )
 
     def test_auto_mode_is_off_unless_asked_for(self):
         off = {"permissions": {"disableAutoMode": "disable"}}
         path = self.write("mine.json", '{"permissions":{"allow":["Read"]},"x":1}')
         for arguments, settings, rest in (
-                ([], off, []), (["-c"], off, ["-c"]), (["-p", "hi"], {}, ["-p", "hi"]), (["--print"], {}, ["--print"]),
-                (["--permission-mode", "auto"], {}, ["--permission-mode", "auto"]), (["--dangerously-skip-permissions"], {}, ["--dangerously-skip-permissions"]),
-                (["--permission-mode=plan"], {}, ["--permission-mode=plan"]),
-                (["--settings", '{"x":1}', "-p"], {"x": 1}, ["-p"]), (["--settings=" + '{"x":1}'], dict(off, x=1), []),
-                (["--settings", path, "hi"], {"permissions": {"allow": ["Read"], "disableAutoMode": "disable"}, "x": 1}, ["hi"])):
+            ([], off, []),
+            (["-c"], off, ["-c"]),
+            (["-p", "hi"], {}, ["-p", "hi"]),
+            (["--print"], {}, ["--print"]),
+            (["--permission-mode", "auto"], {}, ["--permission-mode", "auto"]),
+            (["--dangerously-skip-permissions"], {}, ["--dangerously-skip-permissions"]),
+            (["--permission-mode=plan"], {}, ["--permission-mode=plan"]),
+            (["--settings", '{"x":1}', "-p"], {"x": 1}, ["-p"]),
+            (["--settings=" + '{"x":1}'], dict(off, x=1), []),
+            (
+                ["--settings", path, "hi"],
+                {"permissions": {"allow": ["Read"], "disableAutoMode": "disable"}, "x": 1},
+                ["hi"],
+            ),
+        ):
             self.assertEqual(ccfix.claude_settings(arguments, {}), (settings, rest), arguments)
         self.assertEqual(ccfix.claude_settings(["-p"], {"A": "b"})[0], {"env": {"A": "b"}})
 
     def test_a_key_travels_in_a_private_file_that_goes_again(self):
         with ccfix.settings_argument({"env": {"ANTHROPIC_AUTH_TOKEN": "t"}}) as found:
-            self.assertEqual((json.loads(self.read(found[1])), stat.S_IMODE(os.stat(found[1]).st_mode) & 0o77), ({"env": {"ANTHROPIC_AUTH_TOKEN": "t"}}, 0))
+            self.assertEqual(
+                (json.loads(self.read(found[1])), stat.S_IMODE(os.stat(found[1]).st_mode) & 0o77),
+                ({"env": {"ANTHROPIC_AUTH_TOKEN": "t"}}, 0),
+            )
         self.assertFalse(os.path.exists(found[1]))
         with ccfix.settings_argument({}) as found:
             self.assertEqual(found, [])
@@ -6707,10 +12985,16 @@ class TestRun(CommandsCase):
         shim = '@ECHO off\r\n"%%dp0%%\\node_modules\\@anthropic-ai\\claude-code\\%s"   %%*\r\n'
         folder = os.path.join("C:", "npm")
         program = os.path.join(folder, "node_modules", "@anthropic-ai", "claude-code")
-        for source, command in ((shim % "bin\\claude.exe", [os.path.join(program, "bin", "claude.exe")]),
-                                (shim % "cli.js", ["node", os.path.join(program, "cli.js")]), ("something else", [os.path.join(folder, "claude.cmd")])):
+        for source, command in (
+            (shim % "bin\\claude.exe", [os.path.join(program, "bin", "claude.exe")]),
+            (shim % "cli.js", ["node", os.path.join(program, "cli.js")]),
+            ("something else", [os.path.join(folder, "claude.cmd")]),
+        ):
             with mock.patch.object(ccfix.shutil, "which", lambda name: name):
-                self.assertEqual(ccfix.claude_command(os.path.join(folder, "claude.cmd"), lambda path: source), command)
+                self.assertEqual(
+                    ccfix.claude_command(os.path.join(folder, "claude.cmd"), lambda path: source),
+                    command,
+                )
         self.assertEqual(ccfix.claude_command("/usr/bin/claude"), ["/usr/bin/claude"])
 
 
@@ -6758,27 +13042,47 @@ class TestRunWithAClient(CommandsCase):
         os.chmod(path, 0o755)
 
     def start(self, *words):
-        return subprocess.Popen([sys.executable, ccfix.__file__, "run", "--demo", "--"] + list(words), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                stderr=subprocess.PIPE, universal_newlines=True, cwd=self.home, env={"PATH": self.home, "HOME": self.home})
+        return subprocess.Popen(
+            [sys.executable, ccfix.__file__, "run", "--demo", "--"] + list(words),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            universal_newlines=True,
+            cwd=self.home,
+            env={"PATH": self.home, "HOME": self.home},
+        )
 
     def test_terminal_arguments_and_exit_code_pass_through(self):
         out, err = self.start("-p", "a b", "--", "$HOME").communicate("piped words", 30)
         said, refused, words = out.rsplit("\n", 3)[:3]
         self.assertIn("Your words: piped words", said)
-        self.assertEqual((refused, json.loads(words), err), ("401", ["-p", "a b", "--", "$HOME"], ""))
+        self.assertEqual(
+            (refused, json.loads(words), err), ("401", ["-p", "a b", "--", "$HOME"], "")
+        )
         self.assertEqual(sorted(os.listdir(self.home)), ["claude"])
 
     def test_exit_code_and_why_auto_mode_is_off(self):
         child = self.start()
         out, err = child.communicate("", 30)
-        self.assertEqual((child.returncode, json.loads(out.splitlines()[-1])), (7, ["--settings", '{"permissions":{"disableAutoMode":"disable"}}']))
+        self.assertEqual(
+            (child.returncode, json.loads(out.splitlines()[-1])),
+            (7, ["--settings", '{"permissions":{"disableAutoMode":"disable"}}']),
+        )
         self.assertEqual(err.count("auto permission mode is off"), 1)
 
     def test_each_stop_of_the_client_stops_us_once(self):
         """Claude Code stops its whole process group, so that our own stop may come before or after we see the client's."""
         for words in ([], ["group"]):
-            child = subprocess.Popen([sys.executable, "-c", STOPPED_CLIENT, os.path.dirname(os.path.abspath(ccfix.__file__))] + words,
-                                     preexec_fn=os.setpgrp)
+            child = subprocess.Popen(
+                [
+                    sys.executable,
+                    "-c",
+                    STOPPED_CLIENT,
+                    os.path.dirname(os.path.abspath(ccfix.__file__)),
+                ]
+                + words,
+                preexec_fn=os.setpgrp,
+            )
             seen = []
             while not seen or os.WIFSTOPPED(seen[-1]):
                 seen.append(os.waitpid(child.pid, os.WUNTRACED)[1])
@@ -6799,37 +13103,71 @@ class TestTheScript(CommandsCase):
 
     def script(self, begin):
         """(exit code, stdout, stderr) of ccfix.py with these lines at the beginning of main."""
-        path = self.write("script.py", ccfix_source().replace("    argv = list(sys.argv[1:] if argv is None else argv)\n", "    %s\n" % begin))
-        child = subprocess.Popen([sys.executable, path], stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, cwd=self.home)
+        path = self.write(
+            "script.py",
+            ccfix_source().replace(
+                "    argv = list(sys.argv[1:] if argv is None else argv)\n", "    %s\n" % begin
+            ),
+        )
+        child = subprocess.Popen(
+            [sys.executable, path],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            universal_newlines=True,
+            cwd=self.home,
+        )
         out, err = child.communicate(timeout=30)
         return child.returncode, out, err
 
     def test_exit_codes_and_exceptions_are_those_of_main(self):
         self.assertEqual(self.script("return 7"), (7, "", ""))
         code, out, err = self.script("1 / 0")
-        self.assertEqual((code, out, err.splitlines()[0], err.splitlines()[-1]), (1, "", "Traceback (most recent call last):", "ZeroDivisionError: division by zero"))
+        self.assertEqual(
+            (code, out, err.splitlines()[0], err.splitlines()[-1]),
+            (1, "", "Traceback (most recent call last):", "ZeroDivisionError: division by zero"),
+        )
         self.assertNotIn("excepthook", err)
 
     def test_threads_can_be_started_in_it(self):
-        self.assertEqual(self.script("import threading; t = threading.Thread(target=print, args=('ran',)); t.start(); t.join(); return 0"), (0, "ran\n", ""))
+        self.assertEqual(
+            self.script(
+                "import threading; t = threading.Thread(target=print, args=('ran',)); t.start(); t.join(); return 0"
+            ),
+            (0, "ran\n", ""),
+        )
 
     def test_as_a_module_and_under_another_program_it_is_called_directly(self):
         folder = os.path.dirname(os.path.abspath(ccfix.__file__))
         by_path = "import runpy, sys; sys.argv[1:] = ['--version']; runpy.run_path('ccfix.py', run_name='__main__')"
         for words in (["-m", "ccfix", "--version"], ["-c", by_path]):
-            self.assertEqual(subprocess.check_output([sys.executable, "-B"] + words, cwd=folder, universal_newlines=True), "ccfix %s\n" % ccfix.__version__)
+            self.assertEqual(
+                subprocess.check_output(
+                    [sys.executable, "-B"] + words, cwd=folder, universal_newlines=True
+                ),
+                "ccfix %s\n" % ccfix.__version__,
+            )
 
 
 class TestInit(CommandsCase):
 
     def test_a_private_commented_env_is_written_and_the_settings_printed(self):
-        code, out, err = self.main("init", "-b", "https://api.example.com", "-k", 'k"\\ x', "-m", "m", "-p", "9000")
+        code, out, err = self.main(
+            "init", "-b", "https://api.example.com", "-k", 'k"\\ x', "-m", "m", "-p", "9000"
+        )
         self.assertEqual(code, 0, err)
-        self.assertEqual(stat.S_IMODE(os.stat(".env").st_mode), 0o600 if os.name == "posix" else 0o666)
+        self.assertEqual(
+            stat.S_IMODE(os.stat(".env").st_mode), 0o600 if os.name == "posix" else 0o666
+        )
         found = ccfix.Config({}, {}, ".env", self.home)()
-        self.assertEqual((found.target_api_base, found.target_api_key, found.target_model, found.proxy_port), ("https://api.example.com/v1", 'k"\\ x', "m", 9000))
+        self.assertEqual(
+            (found.target_api_base, found.target_api_key, found.target_model, found.proxy_port),
+            ("https://api.example.com/v1", 'k"\\ x', "m", 9000),
+        )
         told = json.loads(out)
-        self.assertEqual((told["env"]["ANTHROPIC_BASE_URL"], told["env"]["ANTHROPIC_MODEL"]), ("http://127.0.0.1:9000", "m"))
+        self.assertEqual(
+            (told["env"]["ANTHROPIC_BASE_URL"], told["env"]["ANTHROPIC_MODEL"]),
+            ("http://127.0.0.1:9000", "m"),
+        )
         self.assertNotIn("k\"", out + err)
         self.assertEqual(os.listdir("."), [".env"])
 
@@ -6852,8 +13190,12 @@ class TestInit(CommandsCase):
         base = self.serve("")
         lines = io.StringIO("1\n2\n")
         lines.isatty = lambda: True
-        with mock.patch.object(ccfix, "LOCAL_SERVERS", (("Ollama", ccfix.url_origin(base)[2]),)), mock.patch.object(ccfix.sys, "stdin", lines):
-            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as err:
+        with mock.patch.object(
+            ccfix, "LOCAL_SERVERS", (("Ollama", ccfix.url_origin(base)[2]),)
+        ), mock.patch.object(ccfix.sys, "stdin", lines):
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(
+                io.StringIO()
+            ) as err:
                 self.assertEqual(ccfix.main(["init"]), 0)
         self.assertIn("1  %s (Ollama on this machine" % base, err.getvalue())
         self.assertIn("TARGET_MODEL=deepseek-reasoner\n", self.read(".env"))
@@ -6870,7 +13212,11 @@ class TestInstall(CommandsCase):
         with open(ccfix.__file__, "rb") as mine, open(os.path.join(folder, "ccfix"), "rb") as copy_:
             self.assertEqual(mine.read(), copy_.read())
         path = os.pathsep.join([os.path.dirname(sys.executable), "/usr/bin", "/bin"])
-        shown = subprocess.check_output([os.path.join(folder, "ccf"), "--version"], env={"PATH": path, "HOME": self.home}, universal_newlines=True)
+        shown = subprocess.check_output(
+            [os.path.join(folder, "ccf"), "--version"],
+            env={"PATH": path, "HOME": self.home},
+            universal_newlines=True,
+        )
         self.assertEqual(shown, "ccfix %s\n" % ccfix.__version__)
         self.assertEqual(self.main("install")[0], 0)
         self.assertEqual(self.main("uninstall")[0], 0)
@@ -6890,14 +13236,22 @@ class TestInstall(CommandsCase):
         self.assertIn('"C:\\py\\python.exe" "%~dp0ccfix.py" %*\r\n', files["ccfix.cmd"])
         self.assertIn('"%~dp0ccfix.py" open\r\n', files["ccf.cmd"])
         apps = os.path.join("L", "Microsoft", "WindowsApps")
-        self.assertEqual(ccfix.install_folder(True, {"LOCALAPPDATA": "L", "PATH": "x;" + apps}, "h"), apps)
-        self.assertEqual(ccfix.install_folder(True, {}, "h"), os.path.join("h", "AppData", "Local", "Programs", "ccfix"))
+        self.assertEqual(
+            ccfix.install_folder(True, {"LOCALAPPDATA": "L", "PATH": "x;" + apps}, "h"), apps
+        )
+        self.assertEqual(
+            ccfix.install_folder(True, {}, "h"),
+            os.path.join("h", "AppData", "Local", "Programs", "ccfix"),
+        )
 
     def test_open_finds_the_running_proxy(self):
         import webbrowser
+
         port = str(ccfix.url_origin(self.serve(proxy_with(None)[0], ccfix.Handler))[2])
         with mock.patch.object(webbrowser, "open", return_value=True) as opened:
-            self.assertEqual(self.main("open", "-p", port)[:2], (0, "http://127.0.0.1:%s/\n" % port))
+            self.assertEqual(
+                self.main("open", "-p", port)[:2], (0, "http://127.0.0.1:%s/\n" % port)
+            )
             opened.assert_called_once_with("http://127.0.0.1:%s/" % port)
             self.assertEqual(self.main("open", "-p", "1")[0], 1)
             other = str(ccfix.url_origin(self.serve(""))[2])
@@ -6907,16 +13261,33 @@ class TestInstall(CommandsCase):
 class TestReplay(CommandsCase):
 
     def test_recorded_replies_come_again_in_order_then_an_error(self):
-        for number, reply in enumerate(({"status": 200, "headers": {"content-type": "text/event-stream", "Content-Length": "3", "X-Key": "<hidden>"},
-                                         "body": HELLO_STREAM.decode()},
-                                        {"status": 429, "headers": {"retry-after": "7"}, "body": '{"error":{"message":"slow down"}}'})):
+        for number, reply in enumerate(
+            (
+                {
+                    "status": 200,
+                    "headers": {
+                        "content-type": "text/event-stream",
+                        "Content-Length": "3",
+                        "X-Key": "<hidden>",
+                    },
+                    "body": HELLO_STREAM.decode(),
+                },
+                {
+                    "status": 429,
+                    "headers": {"retry-after": "7"},
+                    "body": '{"error":{"message":"slow down"}}',
+                },
+            )
+        ):
             self.write("%d.json" % number, json.dumps({"replies": [reply]}))
         settings = settings_of(**ccfix.start_replay(self.home))
         proxy = ccfix.Proxy(lambda: settings, lambda level, text: None)
         self.addCleanup(lambda: proxy.wires[1].close())
         wait = ccfix.patience(10)
         events = list(ccfix.Exchange(proxy, request(), {}, wait).events())
-        self.assertEqual(ccfix.fold([e for e in events if e])["content"], [{"type": "text", "text": "Hello"}])
+        self.assertEqual(
+            ccfix.fold([e for e in events if e])["content"], [{"type": "text", "text": "Hello"}]
+        )
         for status, said in ((429, "slow down"), (424, "no further reply")):
             with self.assertRaises(ccfix.ProxyError) as caught:
                 list(ccfix.Exchange(proxy, request(), {}, wait).events())
@@ -6936,10 +13307,27 @@ class TestRequestChecks(unittest.TestCase):
     """A request of wrong types is refused before anything is sent, by the name of the field."""
 
     ROWS = [
-        ("max_tokens", "many"), ("max_tokens", -1), ("max_tokens", True), ("temperature", "hot"), ("top_p", []), ("system", 5), ("tools", "x"),
-        ("tools", [5]), ("tool_choice", "auto"), ("model", 5), ("stream", "yes"), ("thinking", True), ("stop_sequences", "x"), ("messages", []),
-        ("messages", "hi"), ("messages.0.role", [{"role": "wizard", "content": "x"}]), ("messages.0.content", [{"role": "user", "content": 5}]),
-        ("messages.1.content", [{"role": "user", "content": "a"}, {"role": "user", "content": [None]}]),
+        ("max_tokens", "many"),
+        ("max_tokens", -1),
+        ("max_tokens", True),
+        ("temperature", "hot"),
+        ("top_p", []),
+        ("system", 5),
+        ("tools", "x"),
+        ("tools", [5]),
+        ("tool_choice", "auto"),
+        ("model", 5),
+        ("stream", "yes"),
+        ("thinking", True),
+        ("stop_sequences", "x"),
+        ("messages", []),
+        ("messages", "hi"),
+        ("messages.0.role", [{"role": "wizard", "content": "x"}]),
+        ("messages.0.content", [{"role": "user", "content": 5}]),
+        (
+            "messages.1.content",
+            [{"role": "user", "content": "a"}, {"role": "user", "content": [None]}],
+        ),
     ]
 
     def test_wrong_types_are_named(self):
@@ -6947,14 +13335,25 @@ class TestRequestChecks(unittest.TestCase):
             with self.subTest(field, value=value):
                 with self.assertRaises(ccfix.BadRequest) as caught:
                     ccfix.check_request(dict(request("hi"), **{field.partition(".")[0]: value}))
-                self.assertEqual((caught.exception.message.partition(":")[0], caught.exception.status), (field, 400))
+                self.assertEqual(
+                    (caught.exception.message.partition(":")[0], caught.exception.status),
+                    (field, 400),
+                )
 
     def test_null_and_unknown_fields_pass(self):
-        ccfix.check_request(dict(request("hi"), system=None, tools=None, stream=None, whatever={"a": 1}))
+        ccfix.check_request(
+            dict(request("hi"), system=None, tools=None, stream=None, whatever={"a": 1})
+        )
 
     def test_half_a_surrogate_pair_becomes_a_replacement_character(self):
-        rows = [(r'"\ud83d"', r'"\ufffd"'), (r'"\ud83d\ude00"', r'"\ud83d\ude00"'), (r'"\\ud83d"', r'"\\ud83d"'), (r'"\\\uDE00x"', r'"\\\ufffdx"'),
-                (r'"\ud83d\ud83d\ude00"', r'"\ufffd\ud83d\ude00"'), ('"plain"', '"plain"')]
+        rows = [
+            (r'"\ud83d"', r'"\ufffd"'),
+            (r'"\ud83d\ude00"', r'"\ud83d\ude00"'),
+            (r'"\\ud83d"', r'"\\ud83d"'),
+            (r'"\\\uDE00x"', r'"\\\ufffdx"'),
+            (r'"\ud83d\ud83d\ude00"', r'"\ufffd\ud83d\ude00"'),
+            ('"plain"', '"plain"'),
+        ]
         for source, wanted in rows:
             self.assertEqual(ccfix.without_halves(source.encode()), wanted.encode())
             json.loads(ccfix.without_halves(source.encode()).decode()).encode("utf-8")
@@ -6971,7 +13370,9 @@ class TestFollowing(unittest.TestCase):
     def config(self, *lines):
         with open(self.env, "w", encoding="utf-8") as file:
             file.write("\n".join(lines))
-        config = ccfix.Config({"TARGET_API_BASE": "http://127.0.0.1:9/v1"}, {}, self.env, self.folder)
+        config = ccfix.Config(
+            {"TARGET_API_BASE": "http://127.0.0.1:9/v1"}, {}, self.env, self.folder
+        )
         config.log = mock.Mock()
         return config
 
@@ -6983,8 +13384,14 @@ class TestFollowing(unittest.TestCase):
         config = self.config("TARGET_MODEL=a")
         proxy = ccfix.Proxy(config, mock.Mock())
         self.assertIsNone(proxy.store)
-        self.change("TARGET_MODEL=longer-name", "CACHE_ENABLED=true", "LEDGER=true", "CACHE_DIR=" + os.path.join(self.folder, "c"),
-                    'PRICES={"longer-name": {"input": 1, "output": 2, "cache_read": 0}}', "RECORD_DIR=" + os.path.join(self.folder, "r"))
+        self.change(
+            "TARGET_MODEL=longer-name",
+            "CACHE_ENABLED=true",
+            "LEDGER=true",
+            "CACHE_DIR=" + os.path.join(self.folder, "c"),
+            'PRICES={"longer-name": {"input": 1, "output": 2, "cache_read": 0}}',
+            "RECORD_DIR=" + os.path.join(self.folder, "r"),
+        )
         self.assertEqual(proxy.settings().target_model, "longer-name")
         self.addCleanup(proxy.store.close)
         self.assertEqual(proxy.store.stats()["entries"], 0)
@@ -6992,7 +13399,9 @@ class TestFollowing(unittest.TestCase):
         self.assertEqual(proxy.ledger.add({"model": "longer-name", "input": 1000000})["cost"], 1.0)
         again = ccfix.Proxy(config, mock.Mock())
         self.addCleanup(again.store.close)
-        self.assertEqual([row["model"] for row in again.ledger.rows()], ["longer-name"], "saved rows are back")
+        self.assertEqual(
+            [row["model"] for row in again.ledger.rows()], ["longer-name"], "saved rows are back"
+        )
         self.assertEqual(again.ledger.totals()["input"], 1000000)
         self.assertEqual(len(again.store.saved_rows()), 1, "and are not saved twice")
 
@@ -7005,7 +13414,17 @@ class TestFollowing(unittest.TestCase):
 
     def test_a_log_file_that_cannot_be_written_is_told_at_the_start(self):
         with mock.patch("sys.stderr", io.StringIO()) as said:
-            code = ccfix.main(["--demo", "-p", "0", "--env-file", self.env if self.config() else "", "--log-file", os.path.join(self.folder, "no", "x.log")])
+            code = ccfix.main(
+                [
+                    "--demo",
+                    "-p",
+                    "0",
+                    "--env-file",
+                    self.env if self.config() else "",
+                    "--log-file",
+                    os.path.join(self.folder, "no", "x.log"),
+                ]
+            )
         self.assertEqual(code, 2)
         self.assertIn("LOG_FILE", said.getvalue())
 
@@ -7016,9 +13435,13 @@ class TestFollowing(unittest.TestCase):
             self.assertIn(name, str(caught.exception))
 
     def test_a_local_server_without_a_model_name_gives_one(self):
-        models = json.dumps({"object": "list", "data": [{"id": "embed-small"}, {"id": "real"}]}).encode()
+        models = json.dumps(
+            {"object": "list", "data": [{"id": "embed-small"}, {"id": "real"}]}
+        ).encode()
         with FakeUpstream(counted(models)) as server:
-            config = ccfix.Config({"TARGET_API_BASE": server.url + "/v1"}, {}, self.env, self.folder)
+            config = ccfix.Config(
+                {"TARGET_API_BASE": server.url + "/v1"}, {}, self.env, self.folder
+            )
             with mock.patch("sys.stderr", io.StringIO()) as said:
                 ccfix.find_target(config)
             self.assertEqual(config().target_model, "real")
@@ -7026,19 +13449,30 @@ class TestFollowing(unittest.TestCase):
 
     def test_a_private_file_is_written_whole_or_not_at_all(self):
         path = os.path.join(self.folder, "file")
-        ccfix.write_private(path, "K\udcc3\udca9")           # as Python 3.6 reads the command line under LC_ALL=C
+        ccfix.write_private(
+            path, "K\udcc3\udca9"
+        )  # as Python 3.6 reads the command line under LC_ALL=C
         with open(path, "rb") as file:
             self.assertEqual(file.read(), "K\u00e9".encode("utf-8"))
         with self.assertRaises(OSError):
             ccfix.write_private(self.folder, "x")
-        self.assertEqual([name for name in os.listdir(os.path.dirname(self.folder)) if name.startswith(os.path.basename(self.folder) + ".")], [])
+        self.assertEqual(
+            [
+                name
+                for name in os.listdir(os.path.dirname(self.folder))
+                if name.startswith(os.path.basename(self.folder) + ".")
+            ],
+            [],
+        )
 
 
 class TestMissingModel(UpstreamCase):
     """Claude Code hides the words of a 404; it is told by a status whose words it shows."""
 
     def test_status_by_client(self):
-        body = json.dumps({"error": {"message": "The model `m` does not exist", "code": "model_not_found"}}).encode()
+        body = json.dumps(
+            {"error": {"message": "The model `m` does not exist", "code": "model_not_found"}}
+        ).encode()
         server = self.fake(counted(body, "404 Not Found"))
         settings = settings_of(TARGET_API_BASE=server.url + "/v1")
         proxy = ccfix.Proxy(lambda: settings, lambda level, text: None)
@@ -7046,7 +13480,10 @@ class TestMissingModel(UpstreamCase):
         threading.Thread(target=front.serve_forever, daemon=True).start()
         self.addCleanup(front.server_close)
         self.addCleanup(front.shutdown)
-        for agent, status in (("claude-cli/2.1.330 (external, cli)", 424), ("Anthropic/Python", 404)):
+        for agent, status in (
+            ("claude-cli/2.1.330 (external, cli)", 424),
+            ("Anthropic/Python", 404),
+        ):
             client = http.client.HTTPConnection("127.0.0.1", front.server_port, timeout=10)
             client.request("POST", "/v1/messages", json.dumps(request("hi")), {"User-Agent": agent})
             reply = client.getresponse()
@@ -7060,9 +13497,12 @@ class TestErrorWords(unittest.TestCase):
     """Texts whose words could be taken for something else."""
 
     ROWS = [
-        (400, "API key not valid. Please pass a valid API key.", "auth", 401), (403, "Invalid API key provided", "auth", 401),
-        (500, "The request took too long to process", "server", 502), (503, "the model is taking too long", "overloaded", 529),
-        (400, "prompt is too long", "overflow", 400), (400, "messages: string too long", "request", 424),
+        (400, "API key not valid. Please pass a valid API key.", "auth", 401),
+        (403, "Invalid API key provided", "auth", 401),
+        (500, "The request took too long to process", "server", 502),
+        (503, "the model is taking too long", "overloaded", 529),
+        (400, "prompt is too long", "overflow", 400),
+        (400, "messages: string too long", "request", 424),
     ]
 
     def test_each_is_its_own_kind(self):
@@ -7071,12 +13511,29 @@ class TestErrorWords(unittest.TestCase):
             self.assertEqual((error.kind, error.status), (kind, shown), text)
 
     def test_anthropics_own_server_searches_itself(self):
-        body = request("Perform a web search for the query: x", tools=[{"type": "web_search_20250305", "name": "web_search"}])
-        for base, asked in (("https://api.anthropic.com", 1), ("https://api.deepseek.com/anthropic", 0)):
-            message = {"type": "message", "id": "m", "role": "assistant", "content": [{"type": "text", "text": "found"}], "stop_reason": "end_turn",
-                       "stop_sequence": None, "usage": {"input_tokens": 1, "output_tokens": 1}}
+        body = request(
+            "Perform a web search for the query: x",
+            tools=[{"type": "web_search_20250305", "name": "web_search"}],
+        )
+        for base, asked in (
+            ("https://api.anthropic.com", 1),
+            ("https://api.deepseek.com/anthropic", 0),
+        ):
+            message = {
+                "type": "message",
+                "id": "m",
+                "role": "assistant",
+                "content": [{"type": "text", "text": "found"}],
+                "stop_reason": "end_turn",
+                "stop_sequence": None,
+                "usage": {"input_tokens": 1, "output_tokens": 1},
+            }
             answer = "".join(map(ccfix.encode_event, ccfix.unfold(message))).encode()
-            proxy, wires = proxy_with(lambda sent: FakeReply(200, {}, [answer]), TARGET_API_BASE=base, TARGET_FORMAT="anthropic")
+            proxy, wires = proxy_with(
+                lambda sent: FakeReply(200, {}, [answer]),
+                TARGET_API_BASE=base,
+                TARGET_FORMAT="anthropic",
+            )
             ask(proxy, body)
             self.assertEqual(len(wires.sent), asked, base)
 
@@ -7085,10 +13542,18 @@ class TestOwnPort(unittest.TestCase):
     """A proxy that is its own target would call itself without end."""
 
     def test_serving_on_the_port_of_the_target_is_refused(self):
-        for base in ("http://localhost:8080/v1", "http://127.0.0.1:8080/anthropic", "http://[::1]:8080/v1"):
-            with mock.patch("sys.stderr", io.StringIO()) as said, mock.patch.object(ccfix, "Running", side_effect=AssertionError("started")):
+        for base in (
+            "http://localhost:8080/v1",
+            "http://127.0.0.1:8080/anthropic",
+            "http://[::1]:8080/v1",
+        ):
+            with mock.patch("sys.stderr", io.StringIO()) as said, mock.patch.object(
+                ccfix, "Running", side_effect=AssertionError("started")
+            ):
                 self.assertEqual(ccfix.main(["-b", base, "-m", "any", "-p", "8080"]), 2)
-            self.assertIn("is ccfix's own port; give ccfix another one, say -p 8081", said.getvalue())
+            self.assertIn(
+                "is ccfix's own port; give ccfix another one, say -p 8081", said.getvalue()
+            )
 
 
 # ======================================================================================================
@@ -7108,7 +13573,9 @@ def readme_text():
 
 def readme_commands(text):
     """Command lines (lists of words) in the ```sh blocks that start ccfix.py."""
-    lines = [line for block in re.findall(r"(?ms)^```sh\n(.*?)^```", text) for line in block.splitlines()]
+    lines = [
+        line for block in re.findall(r"(?ms)^```sh\n(.*?)^```", text) for line in block.splitlines()
+    ]
     starts = [re.match(r"(?:[A-Z_]+=\S+ )*python3 ccfix\.py(?: |$)(.*)", line) for line in lines]
     return [shlex.split(start.group(1), comments=True) for start in starts if start]
 
@@ -7117,8 +13584,10 @@ class TestReadme(unittest.TestCase):
     """The README says what is true."""
 
     # Names of others: Claude Code's, the shell's, and those of servers and of networks.
-    FOREIGN = re.compile(r"CLAUDE_\w+|ENABLE_TOOL_SEARCH|ANTHROPIC_(?:BASE_URL|AUTH_TOKEN|MODEL)|(?:HTTPS?|ALL|NO)_PROXY|SSL_CERT_FILE"
-                         r"|NODE_EXTRA_CA_CERTS|OLLAMA_CONTEXT_LENGTH|YOUR_PROXY_KEY|NO_COLOR|GET|POST|HEAD")
+    FOREIGN = re.compile(
+        r"CLAUDE_\w+|ENABLE_TOOL_SEARCH|ANTHROPIC_(?:BASE_URL|AUTH_TOKEN|MODEL)|(?:HTTPS?|ALL|NO)_PROXY|SSL_CERT_FILE"
+        r"|NODE_EXTRA_CA_CERTS|OLLAMA_CONTEXT_LENGTH|YOUR_PROXY_KEY|NO_COLOR|GET|POST|HEAD"
+    )
 
     def between(self, name):
         found = re.search(r"<!-- %s -->\n(.*?)\n<!-- /%s -->" % (name, name), readme_text(), re.S)
@@ -7135,7 +13604,9 @@ class TestReadme(unittest.TestCase):
         known = set(ccfix.BY_ENV)
         for code in re.findall(r"`([^`\n]+)`", re.sub(r"(?ms)^```.*?^```", "", readme_text())):
             for word in re.findall(r"^[A-Z]{3,}$|\b[A-Z]+_[A-Z_]+\b", code):
-                if not self.FOREIGN.fullmatch(word) and not os.path.exists(os.path.join(HERE, word)):
+                if not self.FOREIGN.fullmatch(word) and not os.path.exists(
+                    os.path.join(HERE, word)
+                ):
                     self.assertIn(word, known, code)
 
     def test_names_in_env_examples_are_settings(self):
@@ -7161,14 +13632,25 @@ class TestReadme(unittest.TestCase):
                 self.assertTrue(parsed(words))
 
     def test_base_urls_of_the_examples_find_their_provider(self):
-        rows = {"api.deepseek.com/anthropic": "anthropic", "api.deepseek.com": "deepseek", "dashscope": "dashscope", "api.openai.com": "openai-gpt5-tools",
-                "openrouter": "openrouter", ":11434": "ollama", ":8000": "vllm", "localhost:8080": "llamacpp", "azure": "azure-reasoning"}
+        rows = {
+            "api.deepseek.com/anthropic": "anthropic",
+            "api.deepseek.com": "deepseek",
+            "dashscope": "dashscope",
+            "api.openai.com": "openai-gpt5-tools",
+            "openrouter": "openrouter",
+            ":11434": "ollama",
+            ":8000": "vllm",
+            "localhost:8080": "llamacpp",
+            "azure": "azure-reasoning",
+        }
         for words in readme_commands(readme_text()):
             base = words[words.index("-b") + 1] if "-b" in words else ""
             for part, name in rows.items():
                 if part in base and not (name == "deepseek" and base.endswith("/anthropic")):
                     model = words[words.index("-m") + 1]
-                    self.assertEqual(ccfix.profile_for(ccfix.parse_base_url(base), model).name, name, base)
+                    self.assertEqual(
+                        ccfix.profile_for(ccfix.parse_base_url(base), model).name, name, base
+                    )
 
     def test_flags_named_exist(self):
         source = ccfix_source() + '"--version" "--help"'
@@ -7178,21 +13660,55 @@ class TestReadme(unittest.TestCase):
                     self.assertTrue('"%s"' % name in source, code)
 
     def test_error_texts_to_look_for_are_those_of_the_source(self):
-        texts = sorted(node.s for node in ast.walk(ast.parse(ccfix_source())) if isinstance(node, ast.Str)) if sys.version_info < (3, 8) else \
-            sorted(node.value for node in ast.walk(ast.parse(ccfix_source())) if isinstance(node, ast.Constant) and isinstance(node.value, str))
-        rows = [row for row in re.findall(r"(?m)^\| (`.*?) \| .*? \| .*? \|$", readme_text()) if not re.match(r"`[A-Z_]+` |`[a-z0-9.-]+`", row)]
-        looked_up = [code for row in rows for code in re.findall(r"`([^`]+)`", row) if re.search("[a-z] [a-z]", code)]
+        texts = (
+            sorted(
+                node.s for node in ast.walk(ast.parse(ccfix_source())) if isinstance(node, ast.Str)
+            )
+            if sys.version_info < (3, 8)
+            else sorted(
+                node.value
+                for node in ast.walk(ast.parse(ccfix_source()))
+                if isinstance(node, ast.Constant) and isinstance(node.value, str)
+            )
+        )
+        rows = [
+            row
+            for row in re.findall(r"(?m)^\| (`.*?) \| .*? \| .*? \|$", readme_text())
+            if not re.match(r"`[A-Z_]+` |`[a-z0-9.-]+`", row)
+        ]
+        looked_up = [
+            code
+            for row in rows
+            for code in re.findall(r"`([^`]+)`", row)
+            if re.search("[a-z] [a-z]", code)
+        ]
         self.assertGreater(len(looked_up), 40)
         for code in looked_up:
-            pattern = re.compile(".*".join(re.escape(piece.strip(" ")) for piece in code.split("...")), re.S)
+            pattern = re.compile(
+                ".*".join(re.escape(piece.strip(" ")) for piece in code.split("...")), re.S
+            )
             self.assertTrue(any(pattern.search(text) for text in texts), code)
 
     def test_files_named_exist_or_are_made(self):
-        made = {".env", "settings.json", "responses.db", "cert.pem", "key.pem", "ccfix.py", "test_ccfix.py"}
+        made = {
+            ".env",
+            "settings.json",
+            "responses.db",
+            "cert.pem",
+            "key.pem",
+            "ccfix.py",
+            "test_ccfix.py",
+        }
         for code in re.findall(r"`([^`\n]+)`", readme_text()):
-            for name in re.findall(r"(?<![\w/:.*-])(?:~/\.claude/)?([\w.-]*\.(?:py|md|json|db|pem|txt|sh|env))\b", code):
+            for name in re.findall(
+                r"(?<![\w/:.*-])(?:~/\.claude/)?([\w.-]*\.(?:py|md|json|db|pem|txt|sh|env))\b", code
+            ):
                 self.assertTrue(name in made or os.path.exists(os.path.join(HERE, name)), code)
-        for name in re.findall(r"`(\.ci/[\w.]+)`", readme_text()) if os.path.isdir(os.path.join(HERE, ".ci")) else ():
+        for name in (
+            re.findall(r"`(\.ci/[\w.]+)`", readme_text())
+            if os.path.isdir(os.path.join(HERE, ".ci"))
+            else ()
+        ):
             self.assertTrue(os.path.exists(os.path.join(HERE, name)), name)
         for name in re.findall(r"\]\((?!#|https?:)([^)]+)\)", readme_text()):
             self.assertTrue(os.path.exists(os.path.join(HERE, name)), name)
@@ -7205,7 +13721,9 @@ class TestReadme(unittest.TestCase):
     def test_both_languages_have_the_same_sections(self):
         english, chinese = re.split(r"(?m)^# ccfix.*\n", readme_text())[1:]
         self.assertEqual(english.count("\n## "), chinese.count("\n## "))
-        self.assertEqual(re.findall(r"(?m)^python3 .*", english), re.findall(r"(?m)^python3 .*", chinese))
+        self.assertEqual(
+            re.findall(r"(?m)^python3 .*", english), re.findall(r"(?m)^python3 .*", chinese)
+        )
 
 
 def parsed(words):
@@ -7240,9 +13758,11 @@ class TestHouse(unittest.TestCase):
         cls.tree = ast.parse(cls.source)
 
     def test_only_the_standard_library_is_imported(self):
-        allowed = set("""argparse ast base64 ctypes collections contextlib difflib functools getpass hashlib hmac http io itertools json math operator os platform
+        allowed = set(
+            """argparse ast base64 ctypes collections contextlib difflib functools getpass hashlib hmac http io itertools json math operator os platform
             random re secrets select selectors shlex shutil signal socket socketserver sqlite3 ssl stat string subprocess sys tempfile textwrap threading time traceback
-            typing urllib uuid webbrowser zlib""".split())
+            typing urllib uuid webbrowser zlib""".split()
+        )
         found = set()
         for node in ast.walk(self.tree):
             if isinstance(node, ast.Import):
@@ -7263,14 +13783,27 @@ class TestHouse(unittest.TestCase):
             if int(number) > 8:
                 continue
             names = {node.id for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Name)}
-            forbidden = {"socket", "sqlite3", "time", "print", "open", "threading", "select", "ssl", "random", "sys"}
+            forbidden = {
+                "socket",
+                "sqlite3",
+                "time",
+                "print",
+                "open",
+                "threading",
+                "select",
+                "ssl",
+                "random",
+                "sys",
+            }
             self.assertEqual(names & forbidden, set(), "section %s" % number)
             self.assertNotIn("urllib.request", text)
 
     def test_no_function_is_over_sixty_lines(self):
         for node in ast.walk(self.tree):
             if isinstance(node, ast.FunctionDef):
-                lines = max(getattr(inner, "lineno", 0) for inner in ast.walk(node)) - node.lineno + 1
+                lines = (
+                    max(getattr(inner, "lineno", 0) for inner in ast.walk(node)) - node.lineno + 1
+                )
                 self.assertLessEqual(lines, 60, node.name)
 
     def test_no_top_level_name_is_defined_twice(self):
@@ -7287,8 +13820,10 @@ class TestHouse(unittest.TestCase):
             self.assertNotIn(word, self.source)
 
     def test_import_has_no_side_effect(self):
-        code = ("import sys, threading; sys.path.insert(0, %r); import ccfix; "
-                "print(threading.active_count(), 'sqlite3' in sys.modules)" % HERE)
+        code = (
+            "import sys, threading; sys.path.insert(0, %r); import ccfix; "
+            "print(threading.active_count(), 'sqlite3' in sys.modules)" % HERE
+        )
         with tempfile.TemporaryDirectory() as folder:
             out = subprocess.check_output([sys.executable, "-W", "error", "-c", code], cwd=folder)
             self.assertEqual(out.split(), [b"1", b"False"])
@@ -7302,7 +13837,10 @@ class TestHouse(unittest.TestCase):
         if not os.path.isdir(os.path.join(HERE, ".git")):
             self.skipTest("not a checkout")
         files = subprocess.check_output(["git", "ls-files"], cwd=HERE).decode().split()
-        self.assertEqual(sorted(name for name in files if not name.startswith(".")), ["LICENSE", "README.md", "ccfix.py", "test_ccfix.py"])
+        self.assertEqual(
+            sorted(name for name in files if not name.startswith(".")),
+            ["LICENSE", "README.md", "ccfix.py", "test_ccfix.py"],
+        )
 
     def test_every_test_method_runs(self):
         """Two methods of one name in a class, or a test outside one, would silently never run."""
@@ -7313,7 +13851,11 @@ class TestHouse(unittest.TestCase):
         for node in classes:
             names = [inner.name for inner in node.body if isinstance(inner, ast.FunctionDef)]
             self.assertEqual(len(set(names)), len(names), node.name)
-        loose = [node.name for node in tree.body if isinstance(node, ast.FunctionDef) and node.name.startswith("test")]
+        loose = [
+            node.name
+            for node in tree.body
+            if isinstance(node, ast.FunctionDef) and node.name.startswith("test")
+        ]
         self.assertEqual(loose, [])
 
 
@@ -7333,14 +13875,20 @@ class Provider(object):
         return self.recorded()
 
     def recorded(self):
-        return FakeReply(self.row.get("status", 200), self.row.get("headers") or {}, pieces_of(self.row["raw"].encode("utf-8"), self.how))
+        return FakeReply(
+            self.row.get("status", 200),
+            self.row.get("headers") or {},
+            pieces_of(self.row["raw"].encode("utf-8"), self.how),
+        )
 
     @staticmethod
     def offends(sent, adapt):
         limit = adapt.get("max_tokens_at_most")
         if limit and sent.get("max_tokens", sent.get("max_completion_tokens", 0)) > limit:
             return True
-        if any(name in sent for name in list(adapt.get("drop", ())) + list(adapt.get("rename", ()))):
+        if any(
+            name in sent for name in list(adapt.get("drop", ())) + list(adapt.get("rename", ()))
+        ):
             return True
         if any(name not in sent for name in adapt.get("rename", {}).values()):
             return True
@@ -7349,7 +13897,9 @@ class Provider(object):
         answers = [m for m in sent["messages"] if m["role"] == "assistant"]
         if any(name in m for m in answers for name in adapt.get("drop_message_fields", ())):
             return True
-        if adapt.get("need_reasoning_content") and any(m.get("tool_calls") and not m.get("reasoning_content") for m in answers):
+        if adapt.get("need_reasoning_content") and any(
+            m.get("tool_calls") and not m.get("reasoning_content") for m in answers
+        ):
             return True
         return bool(adapt.get("strip_images")) and "image_url" in json.dumps(sent)
 
@@ -7357,17 +13907,40 @@ class Provider(object):
 def vector_request(row):
     """A request that could offend in every way a vector knows."""
     names = row.get("tools") or ["Read", "Bash"]
-    image_ = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "AAAA"}}
+    image_ = {
+        "type": "image",
+        "source": {"type": "base64", "media_type": "image/png", "data": "AAAA"},
+    }
     history = [
         {"role": "user", "content": [{"type": "text", "text": "look"}, image_]},
-        {"role": "assistant", "content": [{"type": "thinking", "thinking": "hm", "signature": ccfix.write_state("127.0.0.1", {})},
-                                          {"type": "tool_use", "id": "toolu_h", "name": names[0], "input": {"a": 1}}]},
-        {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "toolu_h", "content": "ok"}]}]
-    return request(*history, tools=[tool(name, city="string") for name in names], temperature=0, max_tokens=64000,
-                   thinking={"type": "enabled", "budget_tokens": 20000})
+        {
+            "role": "assistant",
+            "content": [
+                {
+                    "type": "thinking",
+                    "thinking": "hm",
+                    "signature": ccfix.write_state("127.0.0.1", {}),
+                },
+                {"type": "tool_use", "id": "toolu_h", "name": names[0], "input": {"a": 1}},
+            ],
+        },
+        {
+            "role": "user",
+            "content": [{"type": "tool_result", "tool_use_id": "toolu_h", "content": "ok"}],
+        },
+    ]
+    return request(
+        *history,
+        tools=[tool(name, city="string") for name in names],
+        temperature=0,
+        max_tokens=64000,
+        thinking={"type": "enabled", "budget_tokens": 20000},
+    )
 
 
-@unittest.skipUnless(os.path.exists(os.path.join(VECTORS, "upstream_transcripts.jsonl")), "no ../shared/vectors here")
+@unittest.skipUnless(
+    os.path.exists(os.path.join(VECTORS, "upstream_transcripts.jsonl")), "no ../shared/vectors here"
+)
 class TestVectors(unittest.TestCase):
     """Each recorded provider answer becomes what its row expects: fed whole and byte by byte, streamed."""
 
@@ -7402,7 +13975,7 @@ class TestVectors(unittest.TestCase):
             self.assertIsNone(error)
             self.assertEqual(ccfix.fold(events)["content"][0]["text"], "Hello")
             self.assertLessEqual(provider.offended, 1, "more than one extra request")
-            events, error = ask(proxy, body)            # the lesson holds
+            events, error = ask(proxy, body)  # the lesson holds
             self.assertLessEqual(provider.offended, 1, "the lesson was not remembered")
         elif "error_type" in expect and not expect.get("mid_stream"):
             self.check_error(expect, error)
@@ -7414,7 +13987,10 @@ class TestVectors(unittest.TestCase):
             message = ccfix.fold(events)
             self.check_message(expect, message)
             if "send_back" in adapt:
-                ask(proxy, request("q", {"role": "assistant", "content": message["content"]}, "and?"))
+                ask(
+                    proxy,
+                    request("q", {"role": "assistant", "content": message["content"]}, "and?"),
+                )
                 turn = next(m for m in wires.sent[-1]["messages"] if m["role"] == "assistant")
                 for name, value in adapt["send_back"].items():
                     self.assertEqual(turn.get(name), value)
@@ -7423,26 +13999,50 @@ class TestVectors(unittest.TestCase):
         self.assertIsNotNone(error)
         body = error.body()["error"]
         self.one_of(expect["error_type"], body["type"])
-        statuses = expect["http_status"] if isinstance(expect["http_status"], list) else [expect["http_status"]]
+        statuses = (
+            expect["http_status"]
+            if isinstance(expect["http_status"], list)
+            else [expect["http_status"]]
+        )
         overflow = "prompt is too long" in expect.get("message_has", "")
-        self.assertIn(error.status, statuses + ([424] if 400 in statuses and not overflow else []), body["message"])
-        for word in [expect.get("message_has")] if isinstance(expect.get("message_has"), str) else expect.get("message_has") or ():
+        self.assertIn(
+            error.status,
+            statuses + ([424] if 400 in statuses and not overflow else []),
+            body["message"],
+        )
+        for word in (
+            [expect.get("message_has")]
+            if isinstance(expect.get("message_has"), str)
+            else expect.get("message_has") or ()
+        ):
             self.assertIn(word.lower(), body["message"].lower())
-        for word in [expect.get("message_lacks")] if isinstance(expect.get("message_lacks"), str) else expect.get("message_lacks") or ():
+        for word in (
+            [expect.get("message_lacks")]
+            if isinstance(expect.get("message_lacks"), str)
+            else expect.get("message_lacks") or ()
+        ):
             self.assertNotIn(word.lower(), body["message"].lower())
         if expect.get("retry_after"):
             self.assertEqual(str(error.headers.get("retry-after")), str(expect["retry_after"]))
 
     def check_broken(self, expect, events, state):
         self.assertEqual(state, "error")
-        text = "".join(e["delta"].get("text", "") for e in events if e["type"] == "content_block_delta")
+        text = "".join(
+            e["delta"].get("text", "") for e in events if e["type"] == "content_block_delta"
+        )
         self.assertEqual(text.strip(), expect["text"].strip())
         self.one_of(expect["error_type"], events[-1]["error"]["type"])
 
     def check_message(self, expect, message):
         blocks = message["content"]
-        self.assertEqual("".join(b["text"] for b in blocks if b["type"] == "text").strip(), expect["text"].strip())
-        self.assertEqual("".join(b["thinking"] for b in blocks if b["type"] == "thinking").strip(), expect["thinking"].strip())
+        self.assertEqual(
+            "".join(b["text"] for b in blocks if b["type"] == "text").strip(),
+            expect["text"].strip(),
+        )
+        self.assertEqual(
+            "".join(b["thinking"] for b in blocks if b["type"] == "thinking").strip(),
+            expect["thinking"].strip(),
+        )
         calls = [b for b in blocks if b["type"] == "tool_use"]
         self.assertEqual([c["name"] for c in calls], [c["name"] for c in expect["tool_calls"]])
         for call, wanted in zip(calls, expect["tool_calls"]):
@@ -7463,6 +14063,7 @@ class TestVectors(unittest.TestCase):
 
 class Counted(unittest.TextTestResult):
     """Counts what passed, for the last line."""
+
     passed = 0
 
     def addSuccess(self, test):
@@ -7475,7 +14076,9 @@ def main():
     runner = unittest.TextTestRunner(resultclass=Counted, verbosity=2 if "-v" in sys.argv else 1)
     names = [name for name in sys.argv[1:] if not name.startswith("-")]
     loader, module = unittest.defaultTestLoader, sys.modules[__name__]
-    suite = loader.loadTestsFromNames(names, module) if names else loader.loadTestsFromModule(module)
+    suite = (
+        loader.loadTestsFromNames(names, module) if names else loader.loadTestsFromModule(module)
+    )
     result = runner.run(suite)
     failed = len(result.failures) + len(result.errors) + len(result.unexpectedSuccesses)
     sys.stderr.flush()

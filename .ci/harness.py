@@ -1,4 +1,5 @@
 """Small helpers of the CI scripts: counted checks, servers, the real client, plain requests. Stdlib only."""
+
 import collections
 import contextlib
 import json
@@ -17,7 +18,9 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 TOP = os.path.dirname(HERE)
 SHARED = os.path.join(os.path.dirname(TOP), "shared")
 CACHE = os.path.join(os.path.expanduser("~"), ".cache", "ccfix-ci")
-PYTHON = os.environ.get("CCFIX_PYTHON") or sys.executable    # runs ccfix.py; the scripts run on any newer one
+PYTHON = (
+    os.environ.get("CCFIX_PYTHON") or sys.executable
+)  # runs ccfix.py; the scripts run on any newer one
 CCFIX = os.environ.get("CCFIX_FILE") or os.path.join(TOP, "ccfix.py")
 
 COUNTS = collections.Counter()
@@ -26,6 +29,7 @@ Run = collections.namedtuple("Run", "code out err seconds")
 
 
 # Checks
+
 
 def check(name, condition, detail=""):
     """Count and print one check; `detail` (str, or a function that makes it) is shown on failure only."""
@@ -44,13 +48,19 @@ def skip(name, why):
 
 def finish():
     """Print the sum, alone on the last line, and exit."""
-    print("%d passed, %d failed, %d skipped" % (COUNTS["passed"], COUNTS["failed"], COUNTS["skipped"]), flush=True)
+    print(
+        "%d passed, %d failed, %d skipped"
+        % (COUNTS["passed"], COUNTS["failed"], COUNTS["skipped"]),
+        flush=True,
+    )
     sys.exit(1 if COUNTS["failed"] or not COUNTS["passed"] else 0)
 
 
 def run_table(table):
     """Run functions in turn, or those named on the command line; an exception is a failed check."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))    # so that the servers are ended too
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit("stopped")
+    )  # so that the servers are ended too
     wanted = sys.argv[1:]
     for scenario in table:
         name = scenario.__name__.replace("_", "-")
@@ -64,6 +74,7 @@ def run_table(table):
 
 
 # Servers
+
 
 def free_port():
     with socket.socket() as s:
@@ -98,17 +109,28 @@ def ccfix(base=None, *options, key="sk-upstream-secret", model="scripted-model",
     """Run ccfix before an upstream (None: before nothing), in an empty folder, with a clean environment; yield its URL.
 
     What it printed is shown when it does not start, or when it printed a traceback."""
-    with tempfile.TemporaryDirectory() as scratch, open(os.path.join(scratch, "output"), "w+") as output:
+    with tempfile.TemporaryDirectory() as scratch, open(
+        os.path.join(scratch, "output"), "w+"
+    ) as output:
         port = free_port()
         url = "http://127.0.0.1:%d" % port
         target = ["-k", key, "-m", model, "-b", base] if base else []
         clean = {"PATH": os.environ["PATH"], "HOME": scratch, "LC_ALL": "C"}
-        process = subprocess.Popen([PYTHON, "-W", "error::SyntaxWarning", CCFIX, *target, "-p", str(port), *options],
-                                   cwd=scratch, env=dict(clean, **(env or {})), stdin=subprocess.DEVNULL,
-                                   stdout=output, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            [PYTHON, "-W", "error::SyntaxWarning", CCFIX, *target, "-p", str(port), *options],
+            cwd=scratch,
+            env=dict(clean, **(env or {})),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
         started = False
         try:
-            wait_for(lambda: process.poll() is not None or get(url + "/health").status == 200, 20, "GET /health")
+            wait_for(
+                lambda: process.poll() is not None or get(url + "/health").status == 200,
+                20,
+                "GET /health",
+            )
             if process.poll() is not None:
                 raise RuntimeError("ccfix did not start")
             started = True
@@ -118,10 +140,15 @@ def ccfix(base=None, *options, key="sk-upstream-secret", model="scripted-model",
             output.seek(0)
             text = output.read()
             if "Traceback" in text or code or not started:
-                check("ccfix starts, and ends with exit code 0 and no traceback (was %s)" % code, False, text[-3000:])
+                check(
+                    "ccfix starts, and ends with exit code 0 and no traceback (was %s)" % code,
+                    False,
+                    text[-3000:],
+                )
 
 
 # The real client
+
 
 def claude(url, *args, env=None, model="my-own-model", home=None, cwd=None, limit=120):
     """Run the real client against `url`; -> Run(code, out, err, seconds). `model=None` leaves its default model."""
@@ -136,8 +163,15 @@ def claude(url, *args, env=None, model="my-own-model", home=None, cwd=None, limi
     outer = dict(os.environ)
     outer.setdefault("CLAUDE_ROOT", os.path.join(CACHE, "claude"))
     start = time.monotonic()
-    done = subprocess.run(command + [url, *args], env=outer, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE, universal_newlines=True, timeout=limit + 30)
+    done = subprocess.run(
+        command + [url, *args],
+        env=outer,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        universal_newlines=True,
+        timeout=limit + 30,
+    )
     return Run(done.returncode, done.stdout, done.stderr, time.monotonic() - start)
 
 
@@ -152,13 +186,17 @@ def json_lines(text):
 
 # Plain requests
 
+
 def get(url, headers=()):
     return ask(urllib.request.Request(url, headers=dict(headers)))
 
 
 def post(url, body, headers=(), timeout=60):
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    headers = dict({"Content-Type": "application/json", "anthropic-version": "2023-06-01", "x-api-key": "any"}, **dict(headers))
+    headers = dict(
+        {"Content-Type": "application/json", "anthropic-version": "2023-06-01", "x-api-key": "any"},
+        **dict(headers),
+    )
     return ask(urllib.request.Request(url, data, headers), timeout)
 
 
@@ -177,7 +215,9 @@ def ask(request, timeout=60):
         return Reply(status, headers, None, raw)
 
 
-DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))    # loopback, whatever the machine's proxy is
+DIRECT = urllib.request.build_opener(
+    urllib.request.ProxyHandler({})
+)  # loopback, whatever the machine's proxy is
 
 
 def sse_events(raw):

@@ -1,4 +1,5 @@
 """The house rules that a machine can check."""
+
 import ast
 import os
 import re
@@ -10,7 +11,7 @@ from harness import CCFIX, PYTHON, TOP, check, run_table
 
 VISIBLE = {"ccfix.py", "test_ccfix.py", "README.md", "LICENSE"}
 LONGEST = 60
-ELSEWHERE = {"msvcrt", "winreg", "_winapi"}    # the standard library of other systems
+ELSEWHERE = {"msvcrt", "winreg", "_winapi"}  # the standard library of other systems
 MACHINE = re.compile(r"(?<![\w.$}~])/(work|root|farm)/")
 IMPORTS = """
 import ast, importlib.util, sys
@@ -37,8 +38,15 @@ def source(name="ccfix.py"):
 
 
 def output(*command, **options):
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                          universal_newlines=True, timeout=60, **options)
+    done = subprocess.run(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        universal_newlines=True,
+        timeout=60,
+        **options,
+    )
     return done.returncode, done.stdout
 
 
@@ -52,10 +60,17 @@ def visible_files():
 
 
 def short_functions():
-    functions = [n for n in ast.walk(ast.parse(source())) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    functions = [
+        n
+        for n in ast.walk(ast.parse(source()))
+        if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))
+    ]
     lengths = {n.name: n.end_lineno - n.lineno + 1 for n in functions}
-    check("no function over %d lines" % LONGEST, not [n for n in lengths.values() if n > LONGEST],
-          {name: length for name, length in lengths.items() if length > LONGEST})
+    check(
+        "no function over %d lines" % LONGEST,
+        not [n for n in lengths.values() if n > LONGEST],
+        {name: length for name, length in lengths.items() if length > LONGEST},
+    )
 
 
 def finished_source():
@@ -68,8 +83,11 @@ def finished_source():
 def standard_library_only():
     version = output(PYTHON, "--version")[1].strip()
     code, missing = output(PYTHON, "-I", "-S", "-c", IMPORTS, CCFIX)
-    check("ccfix.py imports the standard library of %s only" % version,
-          code == 0 and set(missing.split()) <= ELSEWHERE, missing)
+    check(
+        "ccfix.py imports the standard library of %s only" % version,
+        code == 0 and set(missing.split()) <= ELSEWHERE,
+        missing,
+    )
 
 
 def stands_alone():
@@ -78,9 +96,17 @@ def stands_alone():
         clean = {"PATH": os.environ["PATH"], "LC_ALL": "C", "PYTHONDONTWRITEBYTECODE": "1"}
         for args in (["ccfix.py", "--help"], ["-c", "import ccfix"]):
             code, text = output(PYTHON, "-W", "error", *args, cwd=folder, env=clean)
-            check("copied alone: %s" % " ".join(args), code == 0 and "Warning" not in text and text.isascii()
-                  and bool(text) == ("--help" in args), text)
-        check("and it leaves nothing behind", os.listdir(folder) == ["ccfix.py"], os.listdir(folder))
+            check(
+                "copied alone: %s" % " ".join(args),
+                code == 0
+                and "Warning" not in text
+                and text.isascii()
+                and bool(text) == ("--help" in args),
+                text,
+            )
+        check(
+            "and it leaves nothing behind", os.listdir(folder) == ["ccfix.py"], os.listdir(folder)
+        )
 
 
 def no_machine_paths():
@@ -92,4 +118,13 @@ def no_machine_paths():
 
 
 if __name__ == "__main__":
-    run_table([visible_files, short_functions, finished_source, standard_library_only, stands_alone, no_machine_paths])
+    run_table(
+        [
+            visible_files,
+            short_functions,
+            finished_source,
+            standard_library_only,
+            stands_alone,
+            no_machine_paths,
+        ]
+    )

@@ -1,16 +1,29 @@
 """A stdio MCP server with two tools that have long names; each answers its question with its own last word."""
+
 import json
 import sys
 
-TOOLS = [{"name": "look_up_the_answer_in_the_big_book_of_answers_" + word, "description": "Opens the book of answers.",
-          "inputSchema": {"type": "object", "properties": {"question": {"type": "string"}}, "required": ["question"]}}
-         for word in ("one", "two")]
+TOOLS = [
+    {
+        "name": "look_up_the_answer_in_the_big_book_of_answers_" + word,
+        "description": "Opens the book of answers.",
+        "inputSchema": {
+            "type": "object",
+            "properties": {"question": {"type": "string"}},
+            "required": ["question"],
+        },
+    }
+    for word in ("one", "two")
+]
 
 
 def answer(method, params):
     if method == "initialize":
-        return {"protocolVersion": params["protocolVersion"], "capabilities": {"tools": {}},
-                "serverInfo": {"name": "answers", "version": "1"}}
+        return {
+            "protocolVersion": params["protocolVersion"],
+            "capabilities": {"tools": {}},
+            "serverInfo": {"name": "answers", "version": "1"},
+        }
     if method == "tools/list":
         return {"tools": TOOLS}
     if method == "tools/call":

@@ -1,4 +1,5 @@
 """The status page in a real browser (Debian's chromium), while requests go through a demo ccfix."""
+
 import os
 import shutil
 import subprocess
@@ -14,15 +15,30 @@ HOSTILE = "<img src=x onerror=alert(1)>"
 def browse(url, *more):
     """Run the browser's checks on a page and count each of them."""
     shots = os.environ.get("CCFIX_SHOTS") or tempfile.mkdtemp()
-    done = subprocess.run([sys.executable, os.path.join(HERE, "page_check.py"), url, shutil.which("chromium"), shots, *more],
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True, timeout=240)
+    done = subprocess.run(
+        [
+            sys.executable,
+            os.path.join(HERE, "page_check.py"),
+            url,
+            shutil.which("chromium"),
+            shots,
+            *more,
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        universal_newlines=True,
+        timeout=240,
+    )
     for line in done.stdout.splitlines():
         kind, _, name = line.partition(" ")
         if kind in ("ok", "FAIL"):
             check("page: " + name.strip(), kind == "ok", done.stdout[-2000:])
     check("page: the check ended well", done.returncode == 0, done.stdout[-2000:])
     for name in ("light", "dark", "phone"):
-        check("page: a screenshot, %s" % name, os.path.getsize(os.path.join(shots, name + ".png")) > 10000)
+        check(
+            "page: a screenshot, %s" % name,
+            os.path.getsize(os.path.join(shots, name + ".png")) > 10000,
+        )
 
 
 def question(text, model=HOSTILE):
@@ -40,6 +56,7 @@ def while_requests_go_through():
             while not ended.wait(0.7):
                 number += 1
                 post(url + "/v1/messages", question("more %d" % number, "claude-x"))
+
         worker = threading.Thread(target=go_on, daemon=True)
         worker.start()
         try:

@@ -7,6 +7,7 @@ Drives headless Chromium over the DevTools protocol: the numbers shown against G
 "Clear" pressed, no markup from data in the DOM, no error in the console. Screenshots go to FOLDER: light.png, dark.png,
 phone.png. One line a check; the exit code is 0 when all hold.
 """
+
 import argparse
 import base64
 import json
@@ -22,14 +23,26 @@ import tempfile
 import time
 import urllib.request
 
-PATIENCE = 20       # seconds that anything may take
-FLAGS = ("--headless --no-sandbox --disable-gpu --disable-quic --disable-dev-shm-usage --no-first-run --disable-sync "
-         "--disable-background-networking --disable-component-update --remote-debugging-port=0").split()
-TOTALS = {"requests-total": "requests", "errors-total": "errors", "input-total": "input", "output-total": "output"}
-VIEWS = [("light", "light", 1200), ("dark", "dark", 1200), ("phone", "light", 390)]     # file, theme, width
+PATIENCE = 20  # seconds that anything may take
+FLAGS = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --disable-dev-shm-usage --no-first-run --disable-sync "
+    "--disable-background-networking --disable-component-update --remote-debugging-port=0"
+).split()
+TOTALS = {
+    "requests-total": "requests",
+    "errors-total": "errors",
+    "input-total": "input",
+    "output-total": "output",
+}
+VIEWS = [
+    ("light", "light", 1200),
+    ("dark", "dark", 1200),
+    ("phone", "light", 390),
+]  # file, theme, width
 
 
 # ---------------------------------------------------------------------------------------------------- WebSocket
+
 
 class WebSocket:
     """The client half of RFC 6455, as much as DevTools needs: text messages both ways."""
@@ -38,8 +51,16 @@ class WebSocket:
         self.socket = socket.create_connection(("127.0.0.1", port), PATIENCE)
         self.file = self.socket.makefile("rb")
         key = base64.b64encode(os.urandom(16)).decode("ascii")
-        lines = ["GET {} HTTP/1.1".format(path), "Host: 127.0.0.1:{}".format(port), "Upgrade: websocket",
-                 "Connection: Upgrade", "Sec-WebSocket-Key: " + key, "Sec-WebSocket-Version: 13", "", ""]
+        lines = [
+            "GET {} HTTP/1.1".format(path),
+            "Host: 127.0.0.1:{}".format(port),
+            "Upgrade: websocket",
+            "Connection: Upgrade",
+            "Sec-WebSocket-Key: " + key,
+            "Sec-WebSocket-Version: 13",
+            "",
+            "",
+        ]
         self.socket.sendall("\r\n".join(lines).encode("ascii"))
         status = self.file.readline()
         if b" 101 " not in status:
@@ -64,9 +85,9 @@ class WebSocket:
         while True:
             first, size = self._exactly(2)
             if size == 126:
-                size, = struct.unpack("!H", self._exactly(2))
+                (size,) = struct.unpack("!H", self._exactly(2))
             elif size == 127:
-                size, = struct.unpack("!Q", self._exactly(8))
+                (size,) = struct.unpack("!Q", self._exactly(8))
             data = self._exactly(size)
             if first & 15 == 8:
                 raise OSError("the browser closed the connection")
@@ -89,15 +110,21 @@ class WebSocket:
 
 # ---------------------------------------------------------------------------------------------------- Browser
 
+
 class Browser:
     """One headless Chromium with one tab. `complaints` gathers its console errors, CSP violations and exceptions."""
 
     def __init__(self, program):
         self.profile = tempfile.mkdtemp(prefix="page-check-")
         self.complaints, self.calls, self.tab = [], 0, None
-        self.process = subprocess.Popen([program] + FLAGS + ["--user-data-dir=" + self.profile, "about:blank"],
-                                        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                                        start_new_session=True, env=dict(os.environ, TMPDIR=self.profile))
+        self.process = subprocess.Popen(
+            [program] + FLAGS + ["--user-data-dir=" + self.profile, "about:blank"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+            env=dict(os.environ, TMPDIR=self.profile),
+        )
         try:
             port = wait_for("DevTools port", self._port)
             self.tab = WebSocket(port, wait_for("tab", lambda: self._tab_path(port)))
@@ -139,28 +166,49 @@ class Browser:
         params = event.get("params", {})
         if event.get("method") == "Log.entryAdded" and params["entry"]["level"] == "error":
             self.complaints.append("{text} {url}".format(**dict({"url": ""}, **params["entry"])))
-        elif event.get("method") == "Runtime.consoleAPICalled" and params["type"] in ("error", "assert"):
+        elif event.get("method") == "Runtime.consoleAPICalled" and params["type"] in (
+            "error",
+            "assert",
+        ):
             self.complaints.append(json.dumps(params["args"]))
         elif event.get("method") == "Runtime.exceptionThrown":
             self.complaints.append(json.dumps(params["exceptionDetails"]))
 
     def run(self, script):
         """The JSON value of a JavaScript expression in the page."""
-        result = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True, userGesture=True)
+        result = self.call(
+            "Runtime.evaluate",
+            expression=script,
+            returnByValue=True,
+            awaitPromise=True,
+            userGesture=True,
+        )
         if "exceptionDetails" in result:
             raise RuntimeError(json.dumps(result["exceptionDetails"]))
         return result["result"].get("value")
 
     def text(self, selector):
-        return self.run("(document.querySelector({}) || {{}}).textContent || ''".format(json.dumps(selector)))
+        return self.run(
+            "(document.querySelector({}) || {{}}).textContent || ''".format(json.dumps(selector))
+        )
 
     def press(self, key, code):
         for kind in ("keyDown", "keyUp"):
-            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code, text="\r")
+            self.call(
+                "Input.dispatchKeyEvent",
+                type=kind,
+                key=key,
+                code=key,
+                windowsVirtualKeyCode=code,
+                text="\r",
+            )
 
     def look(self, theme, width):
         """Show the page in a theme and a width (pixels), as high as it is."""
-        self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": theme}])
+        self.call(
+            "Emulation.setEmulatedMedia",
+            features=[{"name": "prefers-color-scheme", "value": theme}],
+        )
         size = {"width": width, "deviceScaleFactor": 1, "mobile": width < 600}
         self.call("Emulation.setDeviceMetricsOverride", height=900, **size)
         height = self.run("document.documentElement.scrollHeight")
@@ -181,7 +229,7 @@ class Browser:
         try:
             os.killpg(self.process.pid, signal.SIGKILL)
         except ProcessLookupError:
-            pass        # it had ended by itself
+            pass  # it had ended by itself
         self.process.wait()
         wait_for("the profile to be gone", self._profile_gone)
 
@@ -206,12 +254,16 @@ def settled(differences):
     return None
 
 
-OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))      # the servers are near; no proxy between
+OPENER = urllib.request.build_opener(
+    urllib.request.ProxyHandler({})
+)  # the servers are near; no proxy between
 
 
 def get(url, **headers):
     """(headers, bytes) of an answer."""
-    request = urllib.request.Request(url, headers={name.replace("_", "-"): value for name, value in headers.items()})
+    request = urllib.request.Request(
+        url, headers={name.replace("_", "-"): value for name, value in headers.items()}
+    )
     with OPENER.open(request, timeout=PATIENCE) as answer:
         return answer.headers, answer.read()
 
@@ -221,6 +273,7 @@ def get_json(url, **headers):
 
 
 # ---------------------------------------------------------------------------------------------------- Checks
+
 
 class PageCheck:
     """The checks, in the order in which they run; each returns nothing or what is wrong."""
@@ -239,7 +292,9 @@ class PageCheck:
             nonces.update(re.findall(r"script-src 'nonce-([^']+)'", policy))
             if "default-src 'none'" not in policy or "unsafe" in policy:
                 return "policy is " + policy
-            if not nonces or not any('<script nonce="{}">'.format(nonce).encode() in body for nonce in nonces):
+            if not nonces or not any(
+                '<script nonce="{}">'.format(nonce).encode() in body for nonce in nonces
+            ):
                 return "the script does not carry the nonce of the policy"
             if re.search(rb"(?:src|href)=[\"'](?!data:)|url\(|@import", body):
                 return "the page names an outside resource"
@@ -249,10 +304,17 @@ class PageCheck:
     def numbers_appear(self):
         self.browser.call("Page.navigate", url=self.base + "/")
         if self.key:
-            wait_for("the form for the key", lambda: self.browser.run(
-                "location.href !== 'about:blank' && !!document.querySelector('#key-form:not([hidden])')"))
-            self.browser.run("document.querySelector('#key').value = {}; document.querySelector('#key-form').requestSubmit()"
-                             .format(json.dumps(self.key)))
+            wait_for(
+                "the form for the key",
+                lambda: self.browser.run(
+                    "location.href !== 'about:blank' && !!document.querySelector('#key-form:not([hidden])')"
+                ),
+            )
+            self.browser.run(
+                "document.querySelector('#key').value = {}; document.querySelector('#key-form').requestSubmit()".format(
+                    json.dumps(self.key)
+                )
+            )
         wait_for("#requests-total", lambda: self.browser.text("#requests-total"))
         self.browser.run("window.loadedOnce = true")
 
@@ -261,10 +323,18 @@ class PageCheck:
         before = self.stats()["totals"]
 
         def differences():
-            shown = {name: int(re.sub(r"\D", "", self.browser.text("#" + name)) or -1) for name in TOTALS}
+            shown = {
+                name: int(re.sub(r"\D", "", self.browser.text("#" + name)) or -1) for name in TOTALS
+            }
             after = self.stats()["totals"]
-            return ["{}: shown {}, in /stats {} to {}".format(name, shown[name], before[key], after[key])
-                    for name, key in TOTALS.items() if not before[key] <= shown[name] <= after[key]]
+            return [
+                "{}: shown {}, in /stats {} to {}".format(
+                    name, shown[name], before[key], after[key]
+                )
+                for name, key in TOTALS.items()
+                if not before[key] <= shown[name] <= after[key]
+            ]
+
         return settled(differences)
 
     def every_request_has_its_row(self):
@@ -272,9 +342,14 @@ class PageCheck:
         before = {row["id"] for row in self.stats()["requests"]}
 
         def differences():
-            shown = set(self.browser.run("[...document.querySelectorAll('#requests tr[data-id]')].map(row => row.dataset.id)"))
+            shown = set(
+                self.browser.run(
+                    "[...document.querySelectorAll('#requests tr[data-id]')].map(row => row.dataset.id)"
+                )
+            )
             after = {row["id"] for row in self.stats()["requests"]}
             return sorted((before & after) - shown) + sorted(shown - (before | after))
+
         return settled(differences)
 
     def plots_have_bars(self):
@@ -284,7 +359,11 @@ class PageCheck:
             return "series has {} rows with tokens, the plots no bar".format(len(recent))
 
     def lessons_and_settings_are_listed(self):
-        stats, lessons, settings = self.stats(), self.browser.text("#lessons"), self.browser.text("#settings")
+        stats, lessons, settings = (
+            self.stats(),
+            self.browser.text("#lessons"),
+            self.browser.text("#settings"),
+        )
         missing = [row["text"] for row in stats["lessons"] if row["text"] not in lessons]
         missing += [row["name"] for row in stats["settings"] if row["name"] not in settings]
         if missing:
@@ -293,8 +372,10 @@ class PageCheck:
     def enter_on_a_row_opens_its_details(self):
         if not self.stats()["requests"]:
             return None
-        wanted = self.browser.run("(() => { const row = document.querySelector('#requests tr[data-id]');"
-                                  " row.querySelector('button').focus(); return row.dataset.id; })()")
+        wanted = self.browser.run(
+            "(() => { const row = document.querySelector('#requests tr[data-id]');"
+            " row.querySelector('button').focus(); return row.dataset.id; })()"
+        )
         self.browser.press("Enter", 13)
         wait_for("the details", lambda: self.browser.text("#requests .detail"))
         if wanted not in self.browser.text("#requests .detail"):
@@ -311,8 +392,12 @@ class PageCheck:
         for name, theme, width in VIEWS:
             self.browser.look(theme, width)
             self.browser.screenshot(os.path.join(self.folder, name + ".png"))
-            yield (name, width, self.browser.run("document.documentElement.scrollWidth"),
-                   self.browser.run("getComputedStyle(document.body).backgroundColor"))
+            yield (
+                name,
+                width,
+                self.browser.run("document.documentElement.scrollWidth"),
+                self.browser.run("getComputedStyle(document.body).backgroundColor"),
+            )
 
     def both_themes_and_a_phone_fit(self):
         pictures = list(self._pictures())
@@ -329,8 +414,10 @@ class PageCheck:
             return message
 
     def data_never_becomes_markup(self):
-        found = self.browser.run("[...document.querySelectorAll('img, iframe, object, [onerror], [style]')]"
-                                 ".map(element => element.outerHTML)")
+        found = self.browser.run(
+            "[...document.querySelectorAll('img, iframe, object, [onerror], [style]')]"
+            ".map(element => element.outerHTML)"
+        )
         if found:
             return "{}".format(found)
         models = [row["model"] for row in self.stats()["requests"] if "<" in str(row["model"])]
@@ -344,9 +431,20 @@ class PageCheck:
         if bad:
             return "; ".join(bad)
 
-    ORDER = [policy_is_strict_and_its_nonce_fresh, numbers_appear, totals_are_those_of_stats, every_request_has_its_row,
-             plots_have_bars, lessons_and_settings_are_listed, enter_on_a_row_opens_its_details, it_updates_without_reloading,
-             both_themes_and_a_phone_fit, clear_tells_its_result, data_never_becomes_markup, console_is_clean]
+    ORDER = [
+        policy_is_strict_and_its_nonce_fresh,
+        numbers_appear,
+        totals_are_those_of_stats,
+        every_request_has_its_row,
+        plots_have_bars,
+        lessons_and_settings_are_listed,
+        enter_on_a_row_opens_its_details,
+        it_updates_without_reloading,
+        both_themes_and_a_phone_fit,
+        clear_tells_its_result,
+        data_never_becomes_markup,
+        console_is_clean,
+    ]
 
     def run(self):
         """Print one line a check; the number of those that failed."""
@@ -357,13 +455,19 @@ class PageCheck:
             except (OSError, RuntimeError, LookupError, ValueError) as error:
                 wrong = "{}: {}".format(type(error).__name__, error)
             failures += bool(wrong)
-            line = "{}  {}{}".format("FAIL" if wrong else "ok  ", check.__name__.replace("_", " "), ": " + wrong if wrong else "")
+            line = "{}  {}{}".format(
+                "FAIL" if wrong else "ok  ",
+                check.__name__.replace("_", " "),
+                ": " + wrong if wrong else "",
+            )
             print(line.encode("ascii", "backslashreplace").decode("ascii"), flush=True)
         return failures
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Check the status page of a running ccfix in headless Chromium.")
+    parser = argparse.ArgumentParser(
+        description="Check the status page of a running ccfix in headless Chromium."
+    )
     parser.add_argument("base", help="such as http://127.0.0.1:8080")
     parser.add_argument("chromium", help="the program")
     parser.add_argument("folder", help="where the screenshots go")
@@ -372,7 +476,11 @@ def main():
     os.makedirs(options.folder, exist_ok=True)
     browser = Browser(options.chromium)
     try:
-        return 1 if PageCheck(browser, options.base.rstrip("/"), options.folder, options.key).run() else 0
+        return (
+            1
+            if PageCheck(browser, options.base.rstrip("/"), options.folder, options.key).run()
+            else 0
+        )
     finally:
         browser.close()
 

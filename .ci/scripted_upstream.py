@@ -5,6 +5,7 @@
 A script takes a Request and returns a reply, a list of steps made by the functions below. `rounds` and
 `attempts` make scripts from plain lists. Every request is recorded, in order of arrival.
 """
+
 import collections
 import http.server
 import json
@@ -12,7 +13,7 @@ import socket
 import threading
 import time
 
-MOST = 60    # requests of one session; more is a loop
+MOST = 60  # requests of one session; more is a loop
 
 Step = collections.namedtuple("Step", "kind value")
 
@@ -35,9 +36,15 @@ def wait(seconds):
 
 
 def usage(prompt, completion, cached=0):
-    return Step("usage", {"prompt_tokens": prompt, "completion_tokens": completion,
-                          "total_tokens": prompt + completion,
-                          "prompt_tokens_details": {"cached_tokens": cached}})
+    return Step(
+        "usage",
+        {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": cached},
+        },
+    )
 
 
 def cut():
@@ -120,10 +127,23 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):
         if self.path.endswith("/models"):
-            return self.send_json(200, {"object": "list", "data": [{"id": "scripted", "object": "model"}]})
-        if self.path.startswith("/search"):      # as a SearXNG server answers
-            return self.send_json(200, {"query": "what", "results": [
-                {"title": "A real page", "url": "https://example.org/real", "content": "It says REAL-RESULT."}]})
+            return self.send_json(
+                200, {"object": "list", "data": [{"id": "scripted", "object": "model"}]}
+            )
+        if self.path.startswith("/search"):  # as a SearXNG server answers
+            return self.send_json(
+                200,
+                {
+                    "query": "what",
+                    "results": [
+                        {
+                            "title": "A real page",
+                            "url": "https://example.org/real",
+                            "content": "It says REAL-RESULT.",
+                        }
+                    ],
+                },
+            )
         self.send_json(404, {"error": {"message": "Not Found", "type": "invalid_request_error"}})
 
     def do_POST(self):
@@ -131,7 +151,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         try:
             request = self.server.owner.record(self.path, self.headers, raw)
             reply = list(self.server.owner.script(request))
-        except Exception as error:      # a mistake in the script: shown by whatever the client then says
+        except (
+            Exception
+        ) as error:  # a mistake in the script: shown by whatever the client then says
             reply = fail(418, "the script failed: %r" % error)
         try:
             if reply and reply[0].kind == "fail":
@@ -153,7 +175,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def send_json(self, status, body, headers=()):
         data = json.dumps(body).encode()
         self.send_response(status)
-        for name, value in dict(headers, content_type="application/json", content_length=len(data)).items():
+        for name, value in dict(
+            headers, content_type="application/json", content_length=len(data)
+        ).items():
             self.send_header(name.replace("_", "-"), str(value))
         self.end_headers()
         self.wfile.write(data)
@@ -165,13 +189,25 @@ class Handler(http.server.BaseHTTPRequestHandler):
             elif kind == "cut":
                 raise Cut
         message = fold(reply)
-        self.send_json(200, envelope(
-            request, "chat.completion", choices=[{"index": 0, "message": message, "logprobs": None,
-                                                  "finish_reason": finish_reason(reply)}],
-            usage=token_usage(request, reply)))
+        self.send_json(
+            200,
+            envelope(
+                request,
+                "chat.completion",
+                choices=[
+                    {
+                        "index": 0,
+                        "message": message,
+                        "logprobs": None,
+                        "finish_reason": finish_reason(reply),
+                    }
+                ],
+                usage=token_usage(request, reply),
+            ),
+        )
 
     def stream(self, request, reply):
-        while reply and reply[0].kind == "wait":    # silence before the first byte, headers included
+        while reply and reply[0].kind == "wait":  # silence before the first byte, headers included
             self.pause(reply.pop(0).value)
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream; charset=utf-8")
@@ -193,7 +229,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 return self.wfile.write(b"0\r\n\r\n")
         self.chunk(request, {}, finish_reason(reply))
         if (request.body.get("stream_options") or {}).get("include_usage"):
-            self.payload(envelope(request, "chat.completion.chunk", choices=[], usage=token_usage(request, reply)))
+            self.payload(
+                envelope(
+                    request, "chat.completion.chunk", choices=[], usage=token_usage(request, reply)
+                )
+            )
         self.payload("[DONE]")
         self.wfile.write(b"0\r\n\r\n")
 
@@ -209,8 +249,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.connection.settimeout(None)
 
     def chunk(self, request, delta, finish=None):
-        self.payload(envelope(request, "chat.completion.chunk", usage=None, choices=[
-            {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}]))
+        self.payload(
+            envelope(
+                request,
+                "chat.completion.chunk",
+                usage=None,
+                choices=[{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}],
+            )
+        )
 
     def payload(self, data):
         line = b"data: " + (data if data == "[DONE]" else json.dumps(data)).encode() + b"\n\n"
@@ -219,12 +265,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 def envelope(request, kind, **fields):
-    return dict({"id": "chatcmpl-%d" % request.number, "object": kind, "created": 1750000000,
-                 "model": request.body.get("model"), "system_fingerprint": "fp_scripted"}, **fields)
+    return dict(
+        {
+            "id": "chatcmpl-%d" % request.number,
+            "object": kind,
+            "created": 1750000000,
+            "model": request.body.get("model"),
+            "system_fingerprint": "fp_scripted",
+        },
+        **fields,
+    )
 
 
 def pieces(text, size=9):
-    return [text[i:i + size] for i in range(0, len(text), size)]
+    return [text[i : i + size] for i in range(0, len(text), size)]
 
 
 def deltas(kind, value, index):
@@ -238,9 +292,16 @@ def deltas(kind, value, index):
     if kind != "call":
         return []
     name, arguments = value
-    head = {"index": index, "id": new_id(), "type": "function", "function": {"name": name, "arguments": ""}}
+    head = {
+        "index": index,
+        "id": new_id(),
+        "type": "function",
+        "function": {"name": name, "arguments": ""},
+    }
     return [{"content": None, "tool_calls": [head]}] + [
-        {"tool_calls": [{"index": index, "function": {"arguments": piece}}]} for piece in pieces(arguments)]
+        {"tool_calls": [{"index": index, "function": {"arguments": piece}}]}
+        for piece in pieces(arguments)
+    ]
 
 
 def new_id():
@@ -249,11 +310,19 @@ def new_id():
 
 def fold(reply):
     """The message of a reply that is not streamed."""
+
     def text(kind):
         return "".join(step.value for step in reply if step.kind == kind)
 
-    calls = [{"id": new_id(), "type": "function", "function": {"name": step.value[0], "arguments": step.value[1]}}
-             for step in reply if step.kind == "call"]
+    calls = [
+        {
+            "id": new_id(),
+            "type": "function",
+            "function": {"name": step.value[0], "arguments": step.value[1]},
+        }
+        for step in reply
+        if step.kind == "call"
+    ]
     message = {"role": "assistant", "content": text("text") or None, "refusal": None}
     if text("thinking"):
         message["reasoning_content"] = text("thinking")
@@ -282,19 +351,25 @@ class Scripted:
         self._lock = threading.Lock()
         self._server = http.server.ThreadingHTTPServer((host, 0), Handler)
         self._server.daemon_threads, self._server.owner = True, self
-        self._server.handle_error = lambda *_: None    # a peer that leaves, or refuses our certificate
+        self._server.handle_error = (
+            lambda *_: None
+        )  # a peer that leaves, or refuses our certificate
         self.url = "http://127.0.0.1:%d/v1" % self._server.server_address[1]
 
     def wrap(self, context):
         """Speak TLS from now on."""
-        self._server.socket = context.wrap_socket(self._server.socket, server_side=True, do_handshake_on_connect=False)
+        self._server.socket = context.wrap_socket(
+            self._server.socket, server_side=True, do_handshake_on_connect=False
+        )
         self.url = self.url.replace("http:", "https:")
 
     def record(self, path, headers, raw):
         with self._lock:
             if len(self.requests) >= MOST:
                 raise ConnectionAbortedError("this session does not end")
-            request = Request(len(self.requests), path, {k.lower(): v for k, v in headers.items()}, raw)
+            request = Request(
+                len(self.requests), path, {k.lower(): v for k, v in headers.items()}, raw
+            )
             self.requests.append(request)
         return request
 
