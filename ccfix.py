@@ -1977,7 +1977,8 @@ def normalize_turns(turns, profile, recall):
             counter += len(calls)
         else:
             blocks, calls = answer_calls(clean_blocks(blocks, profile), calls), []
-        if message and as_blocks(message["content"]) == blocks:
+        content = message and message["content"]
+        if blocks and (as_blocks(content) if isinstance(content, str) else content) == blocks:
             messages.append(message)
         elif blocks:
             messages.append({"role": role, "content": blocks})
@@ -4985,13 +4986,31 @@ def snake_case(name):
     return re.sub(r"(?<=[a-z])([A-Z])", lambda found: "_" + found.group(1).lower(), name)
 
 
+TELLING_WORDS = (
+    # Words that mean one thing wherever they stand: (pattern, changes of the profile).
+    (r"messages\.\d+\.role|Unexpected role .?system", {"untouched": False}),  # older Claude models
+    (r"tools with reasoning_effort are not supported", {"effort_with_tools": "none"}),  # gpt-5.4
+    (r"thought_signature", {"reasoning_field": "google", "placeholder": GEMINI_SKIP}),
+    (r"Unexpected role 'user' after role 'tool'", {"user_after_tool": False}),  # Mistral
+    (r"must be a-z, A-Z, 0-9, with a length of 9", {"tool_ids": "nine"}),  # Mistral
+    (r"system.{0,30}role.{0,30}(?:not supported|not enabled|unsupported)", {"system_role": False}),
+    (r"role: system|Developer instruction is not enabled", {"system_role": False}),  # Gemma
+)
+
+
+def learn_words(text, profile, body, sent):
+    """What TELLING_WORDS say that the profile does not know yet."""
+    for pattern, changes in TELLING_WORDS:
+        if re.search(pattern, text, re.I) and apply_lesson(profile, changes) != profile:
+            return changes
+    return {}
+
+
 def learn_native(text, profile, body, sent):
-    """What providers that speak Anthropic refuse: newer beta flags, system turns, cache_control."""
+    """What providers that speak Anthropic refuse: newer beta flags, and cache_control."""
     found = re.search(r"value\(s\) (.+?) for the .?anthropic-beta", text)
     if found:
         return {"betas": tuple(profile.betas) + tuple(re.findall(r"[\w-]+", found.group(1)))}
-    if re.search(r"messages\.\d+\.role|Unexpected role .?system", text):
-        return {"untouched": False}
     if "cache_control" in text and '"cache_control"' in compact_json(sent):
         return {"never": tuple(profile.never) + ("cache_control",)}
     return {}
@@ -5003,8 +5022,6 @@ def learn_thinking(text, profile, body, sent):
         if not sent.get("stream"):
             return {"always_stream": True}
         return {"body": tuple(profile.body) + (("enable_thinking", False),)}
-    if re.search(r"tools with reasoning_effort are not supported", text, re.I):
-        return {"effort_with_tools": "none"}
     if "cannot be disabled when reasoning_effort" in text:
         return {"never": tuple(profile.never) + ("reasoning_effort",)}
     asked = [field for field in THINKING_FIELDS if field in sent]
@@ -5019,8 +5036,6 @@ def learn_thinking(text, profile, body, sent):
 
 def learn_reasoning(text, profile, body, sent):
     """Reasoning that must come back with the history."""
-    if "thought_signature" in text:
-        return {"reasoning_field": "google", "placeholder": GEMINI_SKIP}
     missing = r"reasoning_content.{0,80}(?:passed back|missing)|missing.{0,20}reasoning_content"
     if not re.search(missing, text, re.I):
         return {}
@@ -5042,18 +5057,8 @@ def learn_choice(text, profile, body, sent):
     return {"tool_choice": tuple(forms)}
 
 
-def learn_roles(text, profile, body, sent):
-    """What may follow what, how calls are named, and how many tools there may be."""
-    if "Unexpected role 'user' after role 'tool'" in text:
-        return {"user_after_tool": False}
-    if "must be a-z, A-Z, 0-9, with a length of 9" in text:
-        return {"tool_ids": "nine"}
-    no_system = (
-        r"system.{0,30}role.{0,30}(?:not supported|not enabled|unsupported)|role: system"
-        r"|Developer instruction is not enabled"
-    )
-    if re.search(no_system, text, re.I):
-        return {"system_role": False}
+def learn_max_tools(text, profile, body, sent):
+    """How many tools there may be."""
     limit = r"maximum (?:number of items is|length) (\d+)"
     found = re.search(limit, text) if "tools" in text else None
     too_many = found and len(sent.get("tools", ())) > int(found.group(1))
@@ -5141,10 +5146,11 @@ def learn_any_field(text, profile, body, sent):
 LESSON_RULES = (
     # The first that has something to say is taken: from the surest to the vaguest.
     learn_native,
+    learn_words,
     learn_thinking,
     learn_reasoning,
     learn_choice,
-    learn_roles,
+    learn_max_tools,
     learn_format,
     learn_images,
     learn_files,
@@ -7535,10 +7541,17 @@ def ask_provider(upstream, plan, headers, wait=None):
     rows = [row for row in rows if isinstance(row, dict)]
     named = next((row for row in rows if row.get("id") == plan.model), None)
     mine = named or (rows[0] if len(rows) == 1 else {})
-    windows = "max_model_len", "context_length", "context_window", "max_context_length"
-    limits = as_dict(as_dict(mine.get("capabilities")).get("limits"))
-    context = positive_int(mine, *windows) or positive_int(limits, "max_prompt_tokens")
-    context = context or positive_int(as_dict(mine.get("top_provider")), "context_length")
+    limits = as_dict(as_dict(mine.get("capabilities")).get("limits"))  # GitHub Copilot
+    context = positive_int(
+        dict(
+            as_dict(mine.get("top_provider")), **dict(limits, **mine)
+        ),  # OpenRouter's top provider
+        "max_model_len",  # vLLM
+        "context_length",
+        "context_window",  # Groq
+        "max_context_length",  # LM Studio
+        "max_prompt_tokens",
+    )
     owner = str(mine.get("owned_by") or (rows[0].get("owned_by") if rows else "") or "")
     parts = urllib.parse.urlsplit(plan.base)
     root = "%s://%s" % (parts.scheme, parts.netloc)

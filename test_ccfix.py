@@ -3226,6 +3226,216 @@ class TestModelNames(unittest.TestCase):
         self.assertNotIn("[1m]", json.dumps(wires.sent))
 
 
+LONG_NAME = "mcp__" + "x" * 80
+SHORT_NAME = ccfix.short_name(LONG_NAME)
+REFERENCE = {"type": "tool_reference", "tool_name": "zed"}
+
+
+class TestNormalize(unittest.TestCase):
+    """What every provider needs, whatever it speaks: Anthropic in, Anthropic out."""
+
+    maxDiff = None
+
+    NATIVE, API = row("anthropic"), row("anthropic-api")
+
+    ROWS = (
+        # (name, the client's body, what a provider that speaks Anthropic gets of it)
+        (
+            "the billing line leaves a system string",
+            request("hi", system="x-anthropic-billing-header: cch=1;\nBe brief."),
+            {"system": "Be brief."},
+        ),
+        (
+            "and a block, whose other lines stay",
+            request("hi", system=[txt("x-anthropic-billing-header: cch=1;\nA", id=1), txt("B")]),
+            {"system": [txt("A", id=1), txt("B")]},
+        ),
+        (
+            "a block of the billing line alone goes",
+            request("hi", system=[txt("x-anthropic-billing-header: cch=1;"), txt("B")]),
+            {"system": [txt("B")]},
+        ),
+        (
+            "strings in a list of blocks become blocks",
+            request({"role": "user", "content": ["hi"]}),
+            {"messages": [user("hi")]},
+        ),
+        (
+            "system turns are told where they stand",
+            request("a", {"role": "system", "content": "s"}, said("b"), "c"),
+            {"messages": [user("a", reminder("s")), said("b"), U("c")]},
+        ),
+        (
+            "a system turn's effort counts",
+            request("a", {"role": "system", "content": [], "output_config": {"effort": "low"}}),
+            {"messages": [U("a")], "output_config": {"effort": "low"}},
+        ),
+        (
+            "token markers go",
+            request("a", said("b"), user("<total_tokens>5 left</total_tokens>", "c")),
+            {"messages": [U("a"), said("b"), user("c")]},
+        ),
+        (
+            "results come in the order of the calls, then the rest",
+            request(
+                "a", said(use("t1"), use("t2")), user("x", result("t2", "2"), result("t1", "1"))
+            ),
+            {
+                "messages": [
+                    U("a"),
+                    said(use("t1"), use("t2")),
+                    user(result("t1", "1"), result("t2", "2"), "x"),
+                ]
+            },
+        ),
+        (
+            "a call without a result gets one, a result without a call is told",
+            request("a", said(use("t1")), user(result("gone", "old"))),
+            {
+                "messages": [
+                    U("a"),
+                    said(use("t1")),
+                    user(
+                        result("t1", ccfix.NO_RESULT),
+                        "[result of an earlier tool call]",
+                        "old",
+                    ),
+                ]
+            },
+        ),
+        (
+            "tools in one order, without the placeholder and without defer_loading",
+            request(
+                "a",
+                tools=[
+                    dict(tool("zed"), defer_loading=True),
+                    tool("Read"),
+                    tool("DeferredToolPlaceholder"),
+                    dict(tool("Bash"), cache_control={"type": "ephemeral"}),
+                ],
+            ),
+            {
+                "tools": [
+                    dict(tool("Bash"), cache_control={"type": "ephemeral"}),
+                    tool("Read"),
+                    tool("zed"),
+                ]
+            },
+        ),
+        (
+            "tools that a server runs stay",
+            request("a", tools=[{"type": "web_search_20250305", "name": "web_search"}, tool("A")]),
+            {"tools": [tool("A"), {"type": "web_search_20250305", "name": "web_search"}]},
+        ),
+        (
+            "names are shortened everywhere",
+            request(
+                "a",
+                said(use("t1", LONG_NAME)),
+                user(result("t1", "ok")),
+                tools=[tool(LONG_NAME)],
+                tool_choice={"type": "tool", "name": LONG_NAME},
+            ),
+            {
+                "messages": [U("a"), said(use("t1", SHORT_NAME)), user(result("t1", "ok"))],
+                "tools": [dict(tool(LONG_NAME), name=SHORT_NAME)],
+                "tool_choice": {"type": "tool", "name": SHORT_NAME},
+            },
+        ),
+        (
+            "references to tools become words",
+            request("a", said(use("t1")), user(result("t1", REFERENCE))),
+            {"messages": [U("a"), said(use("t1")), user(result("t1", txt(ccfix.LOADED + "zed")))]},
+        ),
+        (
+            "our own thinking goes, the provider's stays",
+            request(
+                "a",
+                said(
+                    {"type": "thinking", "thinking": "x", "signature": ccfix.write_state("h", {})},
+                    {"type": "thinking", "thinking": "y", "signature": "EqQB"},
+                    {"type": "redacted_thinking", "data": "Eq"},
+                    "b",
+                ),
+                "c",
+            ),
+            {
+                "messages": [
+                    U("a"),
+                    said(
+                        {"type": "thinking", "thinking": "y", "signature": "EqQB"},
+                        {"type": "redacted_thinking", "data": "Eq"},
+                        "b",
+                    ),
+                    U("c"),
+                ]
+            },
+        ),
+        (
+            "unknown blocks and fields stay",
+            request(user({"type": "hologram", "x": [1]}, PDF), a_new_field={"y": 2}),
+            {"messages": [user({"type": "hologram", "x": [1]}, PDF)], "a_new_field": {"y": 2}},
+        ),
+        (
+            "what the client could not parse is an object again",
+            request("a", said(use("t1", __unparsedToolInput={"raw": "{\"a", "len": 3}))),
+            {
+                "messages": [
+                    U("a"),
+                    said(use("t1", unparsed="{\"a")),
+                    user(result("t1", ccfix.NO_RESULT)),
+                ]
+            },
+        ),
+    )
+
+    def test_rows(self):
+        for name, body, wanted in self.ROWS:
+            before = copy.deepcopy(body)
+            with self.subTest(name):
+                clean = ccfix.normalize(body, self.NATIVE)
+                self.assertEqual(clean, dict(body, **wanted))
+                self.assertEqual(body, before, "the body was edited")
+                self.assertEqual(ccfix.normalize(clean, self.NATIVE), clean, "not stable")
+
+    def test_anthropic_itself_gets_what_came(self):
+        body = dict(copy.deepcopy(EVERYTHING), safeguards=[1], system="S")
+        wanted = {key: value for key, value in body.items() if key not in ccfix.PERSONAL}
+        wanted["messages"][2]["content"].pop(0)  # thinking that we signed ourselves
+        self.assertEqual(ccfix.normalize(copy.deepcopy(body), self.API), wanted)
+        for name, body, _ in self.ROWS:
+            if "system" not in body and "thinking" not in name:
+                with self.subTest(name):
+                    self.assertEqual(ccfix.normalize(body, self.API), body)
+
+    def test_what_need_not_change_is_the_same_object(self):
+        body = request(
+            user("a", png()), said("b", use("t1")), user(result("t1", txt("c"))), said("d")
+        )
+        for profile in (self.NATIVE, PLAIN):
+            for old, new in zip(body["messages"], ccfix.normalize(body, profile)["messages"]):
+                self.assertIs(old, new)
+
+    def test_a_strict_provider_of_either_format_gets_a_body_without_fault(self):
+        """Of each row: every call answered at once and in order, no unknown role, no empty turn."""
+        bodies = [body for _, body, _ in self.ROWS] + [body for _, body, _, _ in MESSAGES]
+        for profile in ccfix.PROFILES:
+            for body in bodies if not profile.untouched else ():
+                messages = ccfix.normalize(body, profile)["messages"]
+                calls, last = [], ""
+                for message in messages:
+                    blocks = ccfix.as_blocks(message["content"])
+                    kinds = [block["type"] for block in blocks]
+                    answers = [b["tool_use_id"] for b in blocks if b["type"] == "tool_result"]
+                    self.assertEqual(answers, calls)
+                    self.assertEqual(kinds[: len(calls)], ["tool_result"] * len(calls))
+                    self.assertIn(message["role"], {"user", "assistant"} - {last})
+                    self.assertTrue(blocks)
+                    calls = [block["id"] for block in blocks if block["type"] == "tool_use"]
+                    last = message["role"]
+                self.assertEqual(calls, [])
+
+
 # ======================================================================================================
 # 6  Tool text: arguments
 # ======================================================================================================
@@ -5112,6 +5322,15 @@ class TestStreams(unittest.TestCase):
                 reader(taken=taken),
             )
             self.assertEqual(ccfix.fold(events)["content"][0]["id"], wanted)
+
+    def test_done_without_an_answer_is_an_error_whatever_the_clock_says(self):
+        for early in (False, True):
+            made = reader()
+            events = list(made.writer.start()) if early else []  # as after 15 s of silence
+            made.done()
+            with self.assertRaises(ccfix.UpstreamError):
+                events += made.finish()
+            self.assertEqual([event["type"] for event in events], ["message_start"] * early)
 
     def test_text_streams_as_it_comes(self):
         made = reader()
@@ -10151,6 +10370,39 @@ class TestNative(unittest.TestCase):
         for name, wanted in (("anthropic-api", [first, empty, third, last]), ("anthropic", joined)):
             with self.subTest(name):
                 self.assertEqual(ccfix.normalize(body, row(name))["messages"], wanted)
+
+    def test_a_refusal_of_odd_content_is_no_failure_of_ours(self):
+        proxy, wires = self.proxy(lambda sent: refusal(400, "no"))
+        _, error = ask(proxy, request({"role": "user", "content": ["hi"]}))
+        self.assertEqual((error.status, wires.sent[0]["messages"]), (424, [user("hi")]))
+
+    def test_names_come_back_as_the_clients_and_input_is_fixed(self):
+        call = use("toolu_1", SHORT_NAME, a="1", b=None)
+        raw = native_bytes(native_events(call, stop="tool_use"))
+        whole = json.dumps(ccfix.fold(native_events(call, stop="tool_use"))).encode()
+        for stream, answer in itertools.product((True, False), (raw, whole)):
+            proxy, wires = self.proxy(lambda sent: FakeReply(200, {}, [answer]))
+            tools = [tool(LONG_NAME, a="integer", b="string")]
+            message = ccfix.fold(ask(proxy, request("hi", tools=tools, stream=stream))[0])
+            self.assertEqual(message["content"], [use("toolu_1", LONG_NAME, a=1)])
+            self.assertEqual(wires.sent[0]["tools"][0]["name"], SHORT_NAME)
+
+    def test_a_new_kind_of_block_goes_through_streamed_and_whole(self):
+        start = {"type": "hologram", "depth": 3, "beam": ""}
+        deltas = [{"type": "beam_delta", "beam": part} for part in ("ab", "cd")]
+        deltas.append({"type": "depth_delta", "depth": 4})
+        events = native_events({"type": "hologram"})
+        events[1]["content_block"] = start
+        events[2:2] = [{"type": "content_block_delta", "index": 0, "delta": d} for d in deltas]
+        wanted = [{"type": "hologram", "depth": 4, "beam": "abcd"}]
+        for stream in (True, False):
+            proxy, wires = self.proxy(lambda sent: FakeReply(200, {}, [native_bytes(events)]))
+            got, error = ask(proxy, request("hi", stream=stream))
+            self.assertIsNone(error)
+            self.assertEqual(ccfix.fold(got)["content"], wanted)
+            ask(proxy, request("hi", {"role": "assistant", "content": wanted}, "more"))
+            self.assertEqual(wires.sent[1]["messages"][1]["content"], wanted)
+        self.assertEqual([e["delta"] for e in events if "delta" in e][:3], deltas)
 
     def test_broken_answers(self):
         events = native_events(
