@@ -1735,28 +1735,26 @@ def is_number(value):
 
 def is_content(value):
     """Whether a value is a string, or a list of blocks."""
-    if isinstance(value, list):
-        return all(isinstance(part, (dict, str)) for part in value)
-    return isinstance(value, str)
+    return isinstance(value, str) or is_list_of(value, (dict, str))
 
 
-def is_tool_list(value):
-    return isinstance(value, list) and all(isinstance(tool, dict) for tool in value)
+def is_list_of(value, kinds):
+    return isinstance(value, list) and all(isinstance(part, kinds) for part in value)
 
 
 FIELD_CHECKS = (
-    # field, what may stand there (nothing and null always may), in words
-    ("model", lambda value: isinstance(value, str), "a string"),
+    # field, what may stand there: a type or a test (nothing and null always may), in words
+    ("model", str, "a string"),
     ("max_tokens", lambda value: is_number(value) and value > 0, "a number above 0"),
     ("system", is_content, "a string or a list of blocks"),
-    ("tools", is_tool_list, "a list of tools"),
-    ("tool_choice", lambda value: isinstance(value, dict), "an object with a type"),
-    ("thinking", lambda value: isinstance(value, dict), "an object with a type"),
-    ("output_config", lambda value: isinstance(value, dict), "an object"),
+    ("tools", lambda value: is_list_of(value, dict), "a list of tools"),
+    ("tool_choice", dict, "an object with a type"),
+    ("thinking", dict, "an object with a type"),
+    ("output_config", dict, "an object"),
     ("temperature", is_number, "a number"),
     ("top_p", is_number, "a number"),
-    ("stop_sequences", lambda value: isinstance(value, list), "a list of strings"),
-    ("stream", lambda value: isinstance(value, bool), "true or false"),
+    ("stop_sequences", list, "a list of strings"),
+    ("stream", bool, "true or false"),
 )
 ROLES = ("user", "assistant", "system", "developer")
 
@@ -1767,7 +1765,9 @@ def check_request(body):
     Unknown fields and blocks are fine: newer clients send them.
     """
     for field, fits, wanted in FIELD_CHECKS:
-        if body.get(field) is not None and not fits(body[field]):
+        value = body.get(field)
+        good = isinstance(value, fits) if isinstance(fits, type) else fits(value)
+        if value is not None and not good:
             raise BadRequest("%s: must be %s" % (field, wanted))
     check_messages(body)
     for position, message in enumerate(body["messages"]):
@@ -4259,13 +4259,8 @@ class MessageWriter:
     def fresh(self):
         """A writer for another try, which goes on where this one's message stands."""
         new = MessageWriter(self.message_id, self.model, self.scope, self.input_tokens, self.tools)
-        new.taken, new.new_id = self.taken, self.new_id
-        new.state, new.kind, new.index, new.signing = (
-            self.state,
-            self.kind,
-            self.index,
-            self.signing,
-        )
+        for name in ("taken", "new_id", "state", "kind", "index", "signing"):
+            setattr(new, name, getattr(self, name))
         return new
 
     # -- tool calls
@@ -4847,7 +4842,7 @@ def fold(events):
     for event in events:
         kind, index = event["type"], event.get("index")
         if kind == "message_start":
-            message = dict(event["message"], usage=dict(event["message"].get("usage") or {}))
+            message = dict(event["message"], usage=dict(as_dict(event["message"].get("usage"))))
         elif kind == "content_block_start":
             blocks[index], pieces[index] = dict(event["content_block"]), {}
         elif kind == "content_block_delta":
@@ -7729,14 +7724,20 @@ class Exchange:
         timeout = self.settings.target_timeout
         upstream = proxy.upstream(self.settings)
         reply = upstream.open("POST", url, headers, data, self.wait, timeout)
+        kept = []  # what came, for the record
         try:
             if reply.status >= 300:
-                raw = reply.read(1 << 20)
-                self.note_reply(reply, raw)
-                raise refusal(reply, raw, plan)
-            yield from self.recorded(reply) if proxy.recorder else self.read(reply, reply.blocks())
+                kept.append(reply.read(1 << 20))
+                raise refusal(reply, kept[0], plan)
+            blocks = reply.blocks()
+            yield from self.read(reply, record_blocks(blocks, kept) if proxy.recorder else blocks)
         finally:
             reply.close()
+            if proxy.recorder:
+                headers, text = dict(reply.headers.items()), b"".join(kept).decode(
+                    "utf-8", "replace"
+                )
+                self.replies.append({"status": reply.status, "headers": headers, "body": text})
         proxy.memory.keep(self.writer.memory)
 
     def new_writer(self):
@@ -7800,26 +7801,6 @@ class Exchange:
         yield from reader.finish()
         yield None
         reply.finish()
-
-    def recorded(self, reply):
-        """The same, with all that came kept for the record, also where the reply breaks off."""
-        kept = []
-
-        def blocks():
-            for block in reply.blocks():
-                kept.append(block)
-                yield block
-
-        try:
-            yield from self.read(reply, blocks())
-        finally:
-            self.note_reply(reply, b"".join(kept))
-
-    def note_reply(self, reply, raw):
-        """Keep a reply for the record, where there is one."""
-        if self.proxy.recorder:
-            headers, body = dict(reply.headers.items()), raw.decode("utf-8", "replace")
-            self.replies.append({"status": reply.status, "headers": headers, "body": body})
 
     # -- again?
 
@@ -7970,6 +7951,13 @@ def shorten_strings(value, limit=500):
     if isinstance(value, (list, tuple)):
         return [shorten_strings(part, limit) for part in value]
     return value
+
+
+def record_blocks(blocks, kept):
+    """The blocks, as they come; each is put into kept too."""
+    for block in blocks:
+        kept.append(block)
+        yield block
 
 
 BLANK = b"\xef\xbb\xbf \t\r\n"  # some providers send blank lines while they think
