@@ -1728,7 +1728,8 @@ def normalize(body, profile, recall=None, memo=None, room=0):
 
 
 def is_number(value):
-    """Whether a value is a number that can be sent: 1e400 is read as infinity, which JSON lacks."""
+    """Whether a value is a number that can be sent: 1e400 is read as infinity, which JSON lacks, and
+    True is an int to Python."""
     is_real = isinstance(value, (int, float)) and not isinstance(value, bool)
     return is_real and abs(value) < 1e12
 
@@ -1739,6 +1740,7 @@ def is_content(value):
 
 
 def is_list_of(value, kinds):
+    """Whether a value is a list of nothing but values of these types."""
     return isinstance(value, list) and all(isinstance(part, kinds) for part in value)
 
 
@@ -1803,6 +1805,7 @@ def block_text(block):
 
 
 def text_block(text):
+    """A content block of text."""
     return {"type": "text", "text": text}
 
 
@@ -1844,7 +1847,10 @@ def turn_effort(messages):
 
 
 def estimate_tokens(body):
-    """About how many input tokens a request has: 4 ASCII characters a token, 1.5 others."""
+    """About how many input tokens a request has: 4 ASCII characters a token, 1.5 others.
+
+    An image or a document counts as its row of BLOCKS says, whatever its bytes in base64.
+    """
     total, stack = 0, [body.get("system"), body.get("messages"), body.get("tools")]
     while stack:
         value = stack.pop()
@@ -1895,6 +1901,7 @@ def clean_system(system):
 
 
 def strip_billing_line(text):
+    """The text without a first line that Claude Code writes for Anthropic's billing alone."""
     if not text.startswith(BILLING_LINE):
         return text
     return text.partition("\n")[2]
@@ -1990,8 +1997,9 @@ def normalize_turns(turns, profile, recall):
 def answer_calls(blocks, calls):
     """A user turn's blocks after calls [(client's id, id sent)]: results in their order, the rest.
 
-    A call without a result gets one that says so; a result without a call is told in words:
-    providers refuse both.
+    A call without a result gets one that says so, and a result without a call is told in words:
+    OpenAI, DeepSeek, Mistral and Anthropic all answer 400 to either. Claude Code sends results in the
+    order in which they were ready, and none for a call that the user interrupted.
     """
     results, rest, wanted = {}, [], {call_id for call_id, _ in calls}
     for block in blocks:
@@ -2046,7 +2054,13 @@ def clean_assistant(blocks, profile, recall, counter):
 
 def bring_back(said, thoughts, profile, notes, call_ids):
     """An assistant turn with its earlier reasoning, which some providers insist on: from the
-    signatures of its thinking blocks, else from what is remembered of its calls."""
+    signatures of its thinking blocks, else from what is remembered of its calls.
+
+    said, thoughts: its other blocks, its thinking blocks; notes: what is remembered, one a call.
+    DeepSeek and MiMo answer 400 without it ("must be passed back"), Gemini to a call without its
+    signature; OpenRouter and MiniMax want it back unmodified, once a turn. Groq, Mistral and Cerebras
+    refuse a field that they do not know, so nothing goes back unless the profile names a field.
+    """
     states = [state for state in (read_state(block, profile.scope) for block in thoughts) if state]
     if profile.reasoning_field == "google":
         known = {}
@@ -2072,6 +2086,7 @@ def bring_back(said, thoughts, profile, notes, call_ids):
 
 
 def thinking_block(text):
+    """A thinking block without a signature: only a format's writer sees it."""
     return {"type": "thinking", "thinking": text, "signature": ""}
 
 
@@ -2086,7 +2101,8 @@ def clean_call(block, profile, original, number):
 
     original: the arguments as the model wrote them. The client echoes a call with defaults added and
     keys in another order, which would break the provider's prefix cache. What the client could not
-    parse comes back as {"__unparsedToolInput": {"raw"}} and is turned back.
+    parse comes back as {"__unparsedToolInput": {"raw"}} and is turned back; what is not an object
+    goes up inside one, as servers parse it (Ollama: "invalid tool call arguments").
     """
     value = as_dict(block.get("input"))
     raw = as_dict(value.get("__unparsedToolInput")).get("raw")
@@ -2113,7 +2129,9 @@ def says_the_same(original, value):
 def sent_id(block, name, form, number):
     """The tool-call id for the provider, made of the client's id alone (for Kimi: of name and number).
 
-    form: see Profile.tool_ids. number: calls before this one in the conversation.
+    form: see Profile.tool_ids. number: calls before this one in the conversation. The same id must
+    come out in every later turn, or the provider's prefix cache is lost. OpenAI takes at most 40
+    characters, Mistral exactly nine letters and digits.
     """
     given = str(block.get("id") or "call_%d" % number)
     if form == "kimi":  # its chat template expects functions.NAME:N
@@ -2126,12 +2144,16 @@ def sent_id(block, name, form, number):
 
 
 def short_hash(text, length):
+    """The first hex digits of a string's SHA-1: for names, not for secrets."""
     return hashlib.sha1(text.encode("utf-8", "replace")).hexdigest()[:length]
 
 
 def short_name(name):
-    """A tool name that every API takes ([A-Za-z0-9_-]{1,64}): MCP names may be longer; the end is
-    then a hash of the whole."""
+    """A tool name that every API takes ([A-Za-z0-9_-]{1,64}, OpenAI's rule).
+
+    MCP names may be longer (mcp__SERVER__TOOL, 113 characters were seen), and the client maps other
+    characters itself; the end is then a hash of the whole, so that two long names stay two.
+    """
     if re.match(r"[A-Za-z0-9_-]{1,64}\Z", name):
         return name
     return re.sub(r"[^A-Za-z0-9_-]", "_", name)[:55] + "_" + short_hash(name, 8)
@@ -2146,7 +2168,10 @@ def text_key(scope, text):
 
 
 def write_state(scope, state):
-    """A thinking block's signature that carries state (a dict) for the provider `scope` alone."""
+    """A thinking block's signature that carries state (a dict) for the provider `scope` alone.
+
+    The form: mark, scope in base64, a dot, zlib of the state's JSON in base64 ("" for none).
+    """
     packed = zlib.compress(compact_json(state).encode(), 1) if state else b""
     parts = [base64.urlsafe_b64encode(part).decode() for part in (scope.encode(), packed)]
     return STATE_MARK + ".".join(parts)
@@ -2181,7 +2206,11 @@ def clean_blocks(blocks, profile):
 
 
 def clean_block(block, profile):
-    """One block as a list of blocks that the provider takes."""
+    """One block as a list of blocks that the provider takes.
+
+    Kinds seen from the client: text, image, document, tool_use, tool_result, thinking,
+    redacted_thinking, tool_reference; the others stand in the documentation, or come one day.
+    """
     kind, source = block.get("type"), as_dict(block.get("source"))
     if kind == "text":
         return [block]
@@ -2214,7 +2243,10 @@ def clean_result(block, profile):
 
 
 def image_note(source, profile):
-    """What is said in place of an image that cannot be passed on; "" where it can."""
+    """What is said in place of an image that cannot be passed on; "" where it can.
+
+    Text-only models answer 400 ("Model only support text input"); Ollama and Moonshot fetch no URLs.
+    """
     kind, url = source.get("type"), source.get("url")
     if not profile.images:
         return "[an image was here; this model takes no images]"
@@ -2227,7 +2259,8 @@ def image_note(source, profile):
 
 
 def document_note(block, source):
-    """What is said in place of a PDF, with what the model can do about it."""
+    """What is said in place of a PDF, with what the model can do about it: a coding agent has a
+    shell, and Claude Code's Read tool renders single pages."""
     where = " at %s" % source["url"] if isinstance(source.get("url"), str) else ""
     return (
         "[a PDF document (%s)%s was here; this model cannot read PDF files. Convert it to text (for"
@@ -2246,6 +2279,7 @@ def document_blocks(block, source, profile):
 
 
 def title_of(document):
+    """A document's title, or a word in its place."""
     return str(document.get("title") or "document")
 
 
@@ -2278,7 +2312,8 @@ def offered_tools(body):
     """The client's function tools in an order that only ever grows at its end: those that are always
     there by name, then the deferred ones as the conversation's tool_reference blocks name them.
 
-    The client itself sends them in another order with each request (seen with 2.1.330).
+    The client itself sends them in another order with each request (seen with 2.1.330), which costs
+    a provider's whole prefix cache: tools stand before the conversation in every chat template.
     """
     tools = {}
     for tool in as_list(body.get("tools")):
@@ -2348,7 +2383,9 @@ def clean_schema(schema, profile, defs=None, depth=0):
     """A JSON schema that all providers take: $schema and format:uri gone, $ref replaced by what it
     names, type lists split, without the keywords in profile.schema.
 
-    defs: what a $ref may name; under None, [how many more may be resolved].
+    defs: what a $ref may name; under None, [how many more may be resolved]. Kimi writes nonsense with
+    $schema in a tool, Gemini and several others refuse format:uri and $ref, and most know no list of
+    types; none of it changes what a model writes.
     """
     defs = {None: [MAX_REFS]} if defs is None else defs
     for key in ("$defs", "definitions"):
@@ -2428,7 +2465,7 @@ def wanted_schema(body):
 
 def ask_for_format(body, profile):
     """Clean the schema of the reply in `body`; where the provider knows no such schema, ask for it
-    in words at the end of the last turn."""
+    in words at the end of the last turn (Claude Code asks so for a session's title)."""
     schema = wanted_schema(body)
     if schema is None:
         return
@@ -2524,7 +2561,12 @@ def write_chat(body, model, profile, attach=()):
 
 
 def chat_messages(body, profile):
-    """One leading system message, then turns; tool messages directly after their calls."""
+    """One leading system message, then turns; tool messages directly after their calls.
+
+    Content is a plain string wherever it can be: Groq refuses lists in system messages, Ollama loses
+    the tool_call_id of a tool message whose content is a list. Several system messages, or one that
+    is not the first, are refused by MiniMax (2013) and by most chat templates.
+    """
     text = system_text(body.get("system"))
     messages, names = [{"role": "system", "content": text}] if text else [], {}
     for message in body["messages"]:
@@ -2541,7 +2583,10 @@ def chat_messages(body, profile):
 
 
 def assistant_message(blocks, profile):
-    """An assistant turn; its thinking goes back in the provider's own field."""
+    """An assistant turn; its thinking goes back in the provider's own field.
+
+    Content is "" beside calls, not null: "some gateways reject null" (DeepSeek's own client).
+    """
     texts = [block_text(block) for block in blocks if block["type"] == "text"]
     message = {"role": "assistant", "content": "\n\n".join(texts)}
     for block in blocks:
@@ -2603,6 +2648,7 @@ def chat_part(block):
 
 
 def data_url(source, media_type):
+    """A base64 source as a data: URL; media_type where it names none."""
     return "data:%s;base64,%s" % (source.get("media_type") or media_type, source["data"])
 
 
@@ -2622,12 +2668,17 @@ def join_parts(parts):
 
 
 def chat_tool(tool):
+    """A tool as OpenAI writes it. MiniMax answers 2013 to a function without parameters, so
+    normalize gave each an object schema."""
     function = {"name": tool["name"], "description": str(tool.get("description") or "")}
     return {"type": "function", "function": dict(function, parameters=tool["input_schema"])}
 
 
 def choice_fields(choice, profile):
-    """tool_choice and parallel_tool_calls; nothing for auto, which is every provider's default."""
+    """tool_choice and parallel_tool_calls; nothing for auto, which is every provider's default.
+
+    What the provider does not take became auto in normalize.
+    """
     kind, fields = choice.get("type"), {}
     if kind in ("none", "any"):
         fields["tool_choice"] = "required" if kind == "any" else "none"
@@ -2656,7 +2707,8 @@ def sampling_fields(body, profile):
 
 
 def anthropic_headers(key, profile, client_headers):
-    """The client's version and beta flags, and the key in both forms that such providers take."""
+    """The client's version and beta flags, and the key in both forms that such providers take: some
+    look at x-api-key, some at Authorization, and none refuses the other."""
     betas = re.split(r"[,\s]+", client_headers.get("anthropic-beta") or "")
     betas = [flag for flag in betas if flag and flag not in profile.betas]
     headers = {"anthropic-version": client_headers.get("anthropic-version") or "2023-06-01"}
@@ -4058,6 +4110,7 @@ PING = {"type": "ping"}
 
 
 def start_event(index, block):
+    """content_block_start."""
     return {"type": "content_block_start", "index": index, "content_block": block}
 
 
@@ -4069,11 +4122,13 @@ def delta_event(index, kind, text):
 
 
 def signature_event(index, signature):
+    """The delta with which a thinking block is signed, its last."""
     delta = {"type": "signature_delta", "signature": signature}
     return {"type": "content_block_delta", "index": index, "delta": delta}
 
 
 def stop_event(index):
+    """content_block_stop."""
     return {"type": "content_block_stop", "index": index}
 
 
@@ -4083,6 +4138,7 @@ def empty_block(kind, **fields):
 
 
 def zero_usage(input_tokens=0):
+    """Anthropic's usage before anything is known: all four fields, as the client expects."""
     return {
         "input_tokens": input_tokens,
         "cache_creation_input_tokens": 0,
