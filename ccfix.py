@@ -4026,7 +4026,7 @@ _decode_json = json.JSONDecoder().raw_decode
 
 def parse_payload(payload):
     """The dict in a payload; an empty one for what is not a JSON object: a broken line costs that
-    line, not the reply."""
+    line, not the reply. What stands behind the object is ignored, as some servers pad there."""
     try:
         return as_dict(_decode_json(payload)[0])
     except (ValueError, RecursionError):
@@ -4152,7 +4152,11 @@ class Dropped(Exception):
 
 
 class ToolCall:
-    """A tool call while it arrives; see MessageWriter.advance."""
+    """A tool call while it arrives; see MessageWriter.advance.
+
+    Providers send its parts in any order: arguments before the name, an id that comes later or never,
+    two calls interleaved. A call becomes a block once its name is known and those before it are whole.
+    """
 
     __slots__ = (
         "key",
@@ -4255,7 +4259,8 @@ class MessageWriter:
         yield start_event(self.index, block)
 
     def close_block(self):
-        """Close the open block, if any; thinking is signed with what the next turn must bring back."""
+        """Close the open block, if any; thinking is signed with what the next turn must bring back:
+        Claude Code echoes a signature as it is, and nothing else that it does not know."""
         if self.signing:
             yield self.sign({})
         if self.kind:
@@ -4313,7 +4318,8 @@ class MessageWriter:
         yield delta_event(self.index, self.kind, "")
 
     def fresh(self):
-        """A writer for another try, which goes on where this one's message stands."""
+        """A writer for another try, which goes on where this one's message stands: message_start, and
+        perhaps a sign of life, have gone out in the silence."""
         new = MessageWriter(self.message_id, self.model, self.scope, self.input_tokens, self.tools)
         for name in ("taken", "new_id", "state", "kind", "index", "signing"):
             setattr(new, name, getattr(self, name))
@@ -4328,7 +4334,10 @@ class MessageWriter:
 
     def advance(self, ending=False):
         """Send what can be sent of the calls, in order: the first unfinished one is live; one that is
-        whole makes way for the next; at the end all are flushed."""
+        whole makes way for the next; at the end all are flushed.
+
+        Only the last call of a reply that was cut may be half: its input then stays as it came.
+        """
         for call in self.calls:
             if call.closed:
                 continue
@@ -4352,7 +4361,8 @@ class MessageWriter:
             self.memory[call.client_id] = {key: value for key, value in note.items() if value}
 
     def open_call(self, call):
-        """Open the block of a call whose name is known, under an id that the conversation lacks."""
+        """Open the block of a call whose name is known, under an id that the conversation lacks: some
+        providers count from call_0 in each reply, and the client takes equal ids for one call."""
         name, schema = self.offered_tool(call.name)
         call.stream = ArgumentStream(name, schema)
         good = re.match(r"[A-Za-z0-9_-]{1,64}\Z", call.id) and call.id not in self.taken
@@ -4434,6 +4444,10 @@ class ChatReader:
 
     feed and finish give events, and raise UpstreamError for an error inside the reply; the caller,
     who knows whether another try is possible, then calls writer.fail(error).
+
+    A chunk: {"choices": [{"index", "delta": {"content", "reasoning_content", "tool_calls": [{"index",
+    "id", "function": {"name", "arguments"}}]}, "finish_reason"}], "usage"}; any of it may be missing,
+    null, or of another type (https://platform.openai.com/docs/api-reference/chat/streaming).
     """
 
     def __init__(self, writer, profile):
@@ -4449,7 +4463,10 @@ class ChatReader:
         self.scanners = {kind: TextCalls(schemas) for kind in kinds}  # for calls written as text
 
     def feed(self, chunk):
-        """Events for one chunk (dict). Raises UpstreamError for an error in it."""
+        """Events for one chunk (dict). Raises UpstreamError for an error in it.
+
+        All choices count: Copilot puts the text of Claude models in the first and calls in the second.
+        """
         if self.writer.state in ENDED:
             raise RuntimeError("feed after the end")
         if "error" in chunk or "x_groq" in chunk or "base_resp" in chunk:
@@ -4513,8 +4530,8 @@ class ChatReader:
         return None
 
     def feed_reasoning(self, delta):
-        """Reasoning from the first field that holds any; opaque details are kept for the next turn
-        and shown where no plain field has the text."""
+        """Reasoning from the first field that holds any (chutes.ai sends the same in two); opaque
+        details are kept for the next turn and shown where no plain field has the text."""
         field = next((field for field in REASONING_FIELDS if delta.get(field)), None)
         if field:
             yield from self.scan("thinking", delta[field])
@@ -4566,7 +4583,8 @@ class ChatReader:
                 yield from self.writer.say("thinking" if what == "thinking" else kind, value)
 
     def feed_rare(self, delta):
-        """Tool calls, the older function_call, and refusals."""
+        """Tool calls, the older function_call, and refusals (OpenAI's own field for them: shown as
+        text, and the stop reason says so)."""
         yield from self.flush_scanners()
         self.heard = True
         for call in as_list(delta.get("tool_calls")):
@@ -4581,7 +4599,8 @@ class ChatReader:
             yield from self.writer.say("text", delta["refusal"])
 
     def feed_call(self, delta):
-        """Put one tool_calls delta into its call."""
+        """Put one tool_calls delta into its call. Arguments may be an object (some relays), a
+        continuation may repeat the name or hold an empty one (DashScope, Mistral's GLM)."""
         function = as_dict(delta.get("function"))
         name, fragment = function.get("name"), function.get("arguments")
         call = self.call_for(delta.get("index"), delta.get("id"), name, fragment)
@@ -4598,7 +4617,7 @@ class ChatReader:
 
         A different id that comes with a name is a new call even on a used index (Gemini and others
         count every call 0); without an id another name is, and the same name when whole arguments
-        are followed by more.
+        are followed by more. Gemini and Mistral send no index at all, relays of Claude begin with 1.
         """
         call_id, calls = call_id if isinstance(call_id, str) else "", self.writer.calls
         if isinstance(index, int):
@@ -4622,7 +4641,9 @@ class ChatReader:
         return bool(more) and call.arguments().strip() != "{}" and call.is_whole()
 
     def note_finish(self, choice):
-        """Remember why it ended; the stop reason waits for the end, as usage often comes after it."""
+        """Remember why it ended; the stop reason waits for the end, as usage often comes after it,
+        and some (kimi on OpenRouter) send the finish twice. Raises what is not a finish but a failure.
+        """
         reason = str(choice["finish_reason"])
         if reason in FINISH_ERRORS:
             kind, sentence = FINISH_ERRORS[reason]
@@ -4638,7 +4659,8 @@ class ChatReader:
         return self.writer.idle()
 
     def done(self):
-        """The provider's [DONE]: what came is whole even without a finish reason."""
+        """The provider's [DONE]: what came is whole even without a finish reason. By itself it is no
+        answer: vLLM ends a stream with it that broke before its first word."""
         self.ended = self.ended or self.heard or bool(self.raw_usage)
 
     def finish(self):
@@ -4666,8 +4688,8 @@ class ChatReader:
         yield from self.writer.finish(reason, stopped_at, self.usage())
 
     def stop_reason(self):
-        """Anthropic's stop reason. Any call makes it tool_use, whatever the provider says, unless the
-        reply was cut."""
+        """Anthropic's stop reason. Any call makes it tool_use, whatever the provider says (Gemini and
+        older Ollama say "stop"), unless the reply was cut: then its input may be half."""
         if self.writer.cut or self.reason == FULL_WINDOW:
             return "max_tokens"
         if any(call.client_id for call in self.writer.calls):
@@ -4677,8 +4699,10 @@ class ChatReader:
         return STOP_REASONS.get(self.reason, "end_turn")
 
     def usage(self):
-        """Anthropic's usage: input, cache read and cache write are disjoint. Estimates where the
-        provider tells nothing: the client decides by these numbers when to compact."""
+        """Anthropic's usage: input, cache read and cache write are disjoint, while OpenAI's prompt
+        tokens hold all three. Estimates where the provider tells nothing: the client decides by these
+        numbers when to compact. Names: DeepSeek has prompt_cache_hit_tokens, Moonshot cached_tokens,
+        DashScope created_cache_tokens; relays of Claude use Anthropic's own."""
         told, writer = self.raw_usage, self.writer
         details = as_dict(told.get("prompt_tokens_details"))
         prompt = positive_int(told, "prompt_tokens", "input_tokens")
@@ -4743,7 +4767,11 @@ def keep_detail(details, part):
 
 class MessagesReader:
     """Reads the events of a provider that speaks Anthropic itself: they go on as they came, under our
-    indexes, with the model's name disguised and the input of tools fixed."""
+    indexes, with the model's name disguised and the input of tools fixed.
+
+    Events, blocks and deltas of unknown kinds go on too (https://docs.anthropic.com/en/docs/build-with-claude/streaming):
+    a newer client may know them.
+    """
 
     def __init__(self, writer, profile):
         self.writer, self.profile = writer, profile
@@ -4752,7 +4780,10 @@ class MessagesReader:
         self.ended = False  # the reply is whole
 
     def feed(self, event):
-        """Events for one event of the provider. Raises UpstreamError for its error event."""
+        """Events for one event of the provider. Raises UpstreamError for its error event.
+
+        Its own pings are not passed on: this program sends what the silence asks for.
+        """
         if self.writer.state in ENDED:
             raise RuntimeError("feed after the end")
         kind = event.get("type")
@@ -4893,7 +4924,7 @@ def encode_event(event):
 
 def fold(events):
     """The finished message that events tell: the unstreamed answer. Raises UpstreamError for an
-    error event."""
+    error event. fold(unfold(message)) is the message again."""
     message, blocks, pieces = {}, {}, {}
     for event in events:
         kind, index = event["type"], event.get("index")
@@ -5011,6 +5042,10 @@ THINKING_FIELDS = (
 def learn(error, profile, body, sent):
     """What an UpstreamError teaches about its provider: {profile field: value}; {} for nothing new.
 
+    Providers refuse a request for one field of many, in words of their own, and a newer client or
+    model brings new fields. So nobody keeps lists: the first refusal is read, the profile changed,
+    the request written anew, and what was learned holds for that base URL and model.
+
     body: the normalized request; sent: the same as the format wrote it, whose field names the
     provider's words use. Each rule reads the words and gives the changes that it is sure of.
     """
@@ -5034,6 +5069,7 @@ def named_fields(text):
 
 
 def snake_case(name):
+    """maxTokens as max_tokens."""
     return re.sub(r"(?<=[a-z])([A-Z])", lambda found: "_" + found.group(1).lower(), name)
 
 
@@ -5058,7 +5094,10 @@ def learn_words(text, profile, body, sent):
 
 
 def learn_native(text, profile, body, sent):
-    """What providers that speak Anthropic refuse: newer beta flags, and cache_control."""
+    """What providers that speak Anthropic refuse: newer beta flags, and cache_control.
+
+    Bedrock and its relays: "Unexpected value(s) `x`, `y` for the `anthropic-beta` header."
+    """
     found = re.search(r"value\(s\) (.+?) for the .?anthropic-beta", text)
     if found:
         return {"betas": tuple(profile.betas) + tuple(re.findall(r"[\w-]+", found.group(1)))}
@@ -5068,7 +5107,12 @@ def learn_native(text, profile, body, sent):
 
 
 def learn_thinking(text, profile, body, sent):
-    """Thinking that must be off, or effort that must be none beside tools."""
+    """Thinking that must be off, or effort words that the model lacks.
+
+    DashScope: "parameter.enable_thinking must be set to false for non-streaming calls"; where it
+    already streams, the model cannot think. DeepSeek: thinking "cannot be disabled when
+    reasoning_effort" is there. Else a field that asks for thinking is named and called wrong.
+    """
     if "enable_thinking must be set to false" in text:
         if not sent.get("stream"):
             return {"always_stream": True}
@@ -5086,7 +5130,11 @@ def learn_thinking(text, profile, body, sent):
 
 
 def learn_reasoning(text, profile, body, sent):
-    """Reasoning that must come back with the history."""
+    """Reasoning that must come back with the history.
+
+    DeepSeek, MiMo: "The reasoning_content in the thinking mode must be passed back to the API." Asked
+    for once, it goes back beside calls; asked for again, in every turn.
+    """
     missing = r"reasoning_content.{0,80}(?:passed back|missing)|missing.{0,20}reasoning_content"
     if not re.search(missing, text, re.I):
         return {}
@@ -5099,7 +5147,8 @@ def learn_reasoning(text, profile, body, sent):
 
 
 def learn_choice(text, profile, body, sent):
-    """A forced tool choice that the provider refuses becomes auto."""
+    """A forced tool choice that the provider refuses becomes auto: thinking models take no other
+    (Qwen, Kimi), and vLLM without a parser takes none."""
     choice = sent.get("tool_choice")
     if not choice or "tool_choice" not in text and "tool choice" not in text.lower():
         return {}
@@ -5109,7 +5158,8 @@ def learn_choice(text, profile, body, sent):
 
 
 def learn_max_tools(text, profile, body, sent):
-    """How many tools there may be."""
+    """How many tools there may be. OpenAI: "Invalid 'tools': array too long. Expected an array with
+    maximum length 128"."""
     limit = r"maximum (?:number of items is|length) (\d+)"
     found = re.search(limit, text) if "tools" in text else None
     too_many = found and len(sent.get("tools", ())) > int(found.group(1))
@@ -5117,7 +5167,7 @@ def learn_max_tools(text, profile, body, sent):
 
 
 def learn_format(text, profile, body, sent):
-    """A response_format that the provider lacks: the weaker form, then words."""
+    """A response_format that the provider lacks: the weaker form (any JSON object), then words."""
     words = r"response_format|json_schema|json_object|structured output"
     if "response_format" not in sent or not re.search(words, text, re.I):
         return {}
@@ -5125,7 +5175,8 @@ def learn_format(text, profile, body, sent):
 
 
 def learn_images(text, profile, body, sent):
-    """A model that takes no images: they become notes."""
+    """A model that takes no images: they become notes, or go to TARGET_MODEL_IMAGE. Only where the
+    request holds one, as the words for it are many."""
     refused = (
         r"not support|only supports? text|not a multimodal|unknown variant|unsupported|text.only"
         r"|cannot|no endpoints found"
@@ -5143,14 +5194,20 @@ def learn_files(text, profile, body, sent):
 
 
 def learn_output_limit(text, profile, body, sent):
-    """The output limit that an error names."""
+    """The output limit that an error names. Claude Code asks for 32,000 to 128,000 tokens, and few
+    models give that many."""
     found = re.match(OUTPUT_LIMIT, text)
     limit = int(found.group(1)) if found else 0
     return {"max_output": limit} if 0 < limit < positive_int(sent, profile.max_tokens) else {}
 
 
 def learn_fields(text, profile, body, sent):
-    """A field that the provider does not know is renamed, or not sent any more."""
+    """A field that the provider does not know is renamed, or not sent any more.
+
+    OpenAI's reasoning models call the output limit max_completion_tokens, everyone else max_tokens.
+    The disguise's two fields are the most likely to be refused; and what stands inside messages or
+    schemas is told from the request's own fields by not being one of them.
+    """
     changes, never = {}, list(profile.never)
     for name in named_fields(text):
         last = name.rsplit(".", 1)[-1]
@@ -5169,7 +5226,9 @@ def learn_fields(text, profile, body, sent):
 
 
 def learn_schema(text, profile, body, sent):
-    """A JSON schema keyword in a tool that the provider cannot read."""
+    """A JSON schema keyword in a tool that the provider cannot read: the schema goes without it, and
+    arguments are checked by the client anyway. Servers that compile a grammar (llama.cpp, xgrammar)
+    stumble over `pattern`, and say so in words about regular expressions."""
     about = r"schema|function|tools?\b|parameters|regex|grammar"
     if not sent.get("tools") or not re.search(about, text, re.I):
         return {}
