@@ -8,36 +8,40 @@ One file, standard library only, Python 3.6 to 3.14. Start it, point Claude Code
 
 How a request travels:
 
-    Claude Code --HTTP--> Handler -> Proxy -> to_openai -> Upstream --HTTP--> provider
-                                       |                      |
-    Claude Code <--SSE--- encode_event <- StreamTranslator <- sse_payloads <- blocks
+    Claude Code --HTTP--> Handler -> Proxy -> normalize -> write -> Upstream --HTTP--> provider
+                                       |                    |
+    Claude Code <--SSE--- encode_event <- MessageWriter <- read <- sse_payloads <- blocks
 
-One direction in, one direction out; nothing calls backwards, but for one: whoever waits, waits through
-the client's `wait`, which notices a client that hung up and writes the pings that keep a silent stream alive.
-Each connection has a thread; streams that flow are moved by one thread for all of them, the Pump.
+`normalize` is Anthropic in, Anthropic out: what every provider needs, done once. `write` and `read`
+are the two ends of a *format*, an API that providers speak; each is a row of FORMATS. One direction
+in, one direction out; nothing calls backwards, but for one: whoever waits, waits through the
+client's `wait`, which notices a client that hung up and writes the pings that keep a silent stream
+alive. Each connection has a thread.
 
-Words: a *block* is Anthropic content, a *chunk* an OpenAI stream object, an *event* an Anthropic stream
-event, a *payload* the data string of an SSE event, a *profile* what is special about a provider, a *lesson*
-a change of the profile that the provider's own errors taught us, the *target* the model that is really
-called, the *disguise* the model name that Claude Code is shown.
+Words: a *block* is Anthropic content, a *chunk* an OpenAI stream object, an *event* an Anthropic
+stream event, a *payload* the data string of an SSE event, a *profile* what is special about a
+provider, a *lesson* a change of the profile that the provider's own errors taught us, the *target*
+the model that is really called, the *disguise* the model name that Claude Code is shown.
 
-    1 Vocabulary    tables that both directions share
-    2 Errors        what went wrong, whose fault it is, and how Claude Code is told
-    3 Settings      one row a setting; command line > environment > .env > Claude's settings > default
-    4 Providers     one row a provider: how it differs from the default
-    5 Request       Anthropic body -> OpenAI body
-    6 Tool text     tool calls that a model wrote as text; arguments mended against the tool's schema
-    7 Stream        SSE bytes -> chunks -> Anthropic events -> SSE bytes
-    8 Learning      a provider's error -> a lesson
-    9 Upstream      connections to the provider, kept alive
-   10 Cache         stored replies, memory and ledger in SQLite
-   11 Proxy         joins the above: body in, events out; knows no client socket
-   12 HTTP          handler, routes, the one error funnel, server
-   13 Status page   what a browser sees at /
-   14 Demo          the embedded model
-   15 Commands      serve, run, check, init, install, uninstall, open
+    1 Vocabulary   tables that all sections share
+    2 Errors       what went wrong, whose fault it is, and how Claude Code is told
+    3 Settings     one row a setting; command line > environment > .env > Claude's settings > default
+    4 Providers    one row a provider: how it differs from the default
+    5 Normalize    an Anthropic request -> the Anthropic request that this provider can take
+    6 Formats out  a normalized request -> what goes over the wire
+    7 Tool text    arguments fixed against the tool's schema; calls that a model wrote as text
+    8 Stream in    SSE bytes -> payloads -> a reader -> MessageWriter -> Anthropic events
+    9 Refusals     a provider's error -> a lesson
+   10 Upstream     connections to the provider, kept alive
+   11 Store        stored replies, memory and ledger in SQLite; records
+   12 Proxy        joins the above: body in, events out; knows no client socket
+   13 HTTP         handler, routes, the one error funnel, server
+   14 Page         what a browser sees at /
+   15 Demo         the embedded model
+   16 Commands     serve, run, check, init, install, uninstall, open
 
-Sections 1 to 8 are pure: bytes and dicts in, bytes and dicts out; no sockets, files, clocks or printing.
+Sections 1 to 9 are pure: bytes and dicts in, bytes and dicts out; no sockets, files, clocks or
+printing.
 """
 
 import argparse
