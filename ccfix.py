@@ -7235,7 +7235,11 @@ CREATED = "2025-01-01T00:00:00Z"  # of every model; the client wants some date
 
 
 class Plan(NamedTuple):
-    """Where a request goes. family: whose settings were used ("" main, opus, ..., fallback, image)."""
+    """Where a request goes.
+
+    family: whose settings were used ("" the main ones, opus, ..., fallback, image); model: without
+    [1m]; base: the base URL; key: "" for none; profile: with what was learned.
+    """
 
     family: str
     model: str
@@ -7249,6 +7253,7 @@ class Plan(NamedTuple):
         return FORMATS[self.profile.format]
 
     def url(self, path):
+        """The URL of a path of the format."""
         return endpoint(self.base, path)
 
 
@@ -7267,7 +7272,7 @@ def plan_request(settings, asked, with_images, profile_of):
 
 def plan_for(settings, family, profile_of):
     """The Plan of a family: its own model, base and key where they are set. A base of its own never
-    gets the main key."""
+    gets the main key: it is another company's."""
 
     def own(name):
         return getattr(settings, "%s_%s" % (name, family)) if family else ""
@@ -7316,7 +7321,10 @@ def add_extra_body(sent, settings):
 
 def encode_request(sent):
     """(the request's JSON bytes, [(label, bytes)] of its parts): encoded once, in pieces, so that the
-    pieces can be compared with those of the session's last request (see `sections`)."""
+    pieces can be compared with those of the session's last request (see `sections`).
+
+    Labels: "system", "tool NAME", "message 3 (user)", in the order in which a model reads them.
+    """
     messages, tools = as_list(sent.get("messages")), as_list(sent.get("tools"))
     encoded = [compact_json(message).encode() for message in messages]
     head = {key: value for key, value in sent.items() if key not in ("messages", "tools")}
@@ -7343,7 +7351,11 @@ def name_of(tool):
 
 class Memory:
     """What is remembered of tool calls, by tool id: bounded, the least recently used go first.
-    Thread-safe. store: a Cache that keeps them too, or None."""
+    Thread-safe. store: a Cache that keeps them too, or None.
+
+    The client drops what it does not know, and rewrites arguments; what a provider needs back byte
+    for byte is kept here as well as in signatures (see `normalize` for what a note holds).
+    """
 
     def __init__(self, store=None):
         self.notes, self.size = collections.OrderedDict(), 0  # id -> (note, size)
@@ -7407,8 +7419,8 @@ class Proxy:
         return settings
 
     def follow(self, settings):
-        """Make anew what depends on settings that changed. Raises ValueError for PRICES that cannot
-        be used."""
+        """Make anew what depends on settings that changed: .env is read again while the server runs.
+        Raises ValueError for PRICES that cannot be used."""
         with self.lock:
             old, self.seen = self.seen, settings
 
@@ -7460,7 +7472,8 @@ class Proxy:
             return self.wires[1]
 
     def profile_of(self, settings):
-        """(base, model) -> Profile, with what was found and learned, and with the user's own limits.
+        """A function (base, model) -> Profile, with what was found and learned, and with the user's
+        own limits, which count most.
 
         PROFILE and TARGET_FORMAT are about the main base, MAX_OUTPUT and MAX_CONTEXT about the main
         model there; a family of its own goes elsewhere.
@@ -7503,7 +7516,7 @@ class Proxy:
 
     def probe(self, plan, wait=None):
         """Ask the provider once what it tells for free: who it is, and the model's context window.
-        Never raises."""
+        Never raises: it is asked beside the first request, and nothing depends on the answer."""
         try:
             headers = upstream_headers(plan, self.settings())
             found = ask_provider(self.upstream(self.settings()), plan, headers, wait)
@@ -7532,7 +7545,8 @@ class Proxy:
 
     def models(self, settings):
         """Anthropic's model list: the families, and the disguise or target, under names that Claude
-        Code accepts (those that begin with claude or anthropic)."""
+        Code accepts (those that begin with claude or anthropic), as
+        https://docs.anthropic.com/en/api/models-list has it. There is only one page."""
         shown = settings.disguise_model or settings.target_model
         named = shown if shown.startswith(("claude", "anthropic")) else "claude-" + shown
         rows = [(named, settings.target_model)]
@@ -7544,7 +7558,10 @@ class Proxy:
         return dict({"data": data, "has_more": False}, **ends)
 
     def count_tokens(self, body, headers, wait=None):
-        """{"input_tokens"}: the provider's own count where its format has one, else an estimate."""
+        """{"input_tokens"}: the provider's own count where its format has one, else an estimate.
+
+        Claude Code's /context asks for some 24 counts at once; it works with any number.
+        """
         if not isinstance(body.get("messages"), list):
             raise BadRequest("messages: a list is required")
         settings = self.settings()
@@ -7646,7 +7663,12 @@ def get_json(upstream, url, headers, wait=None, timeout=None, body=None):
 
 def ask_provider(upstream, plan, headers, wait=None):
     """{"owner", "context", "models"} from /models, and from /props (llama.cpp) or /api/ps (Ollama)
-    where the owner is known (see OWNERS)."""
+    where the owner is known (see OWNERS).
+
+    context: tokens, 0 where nothing tells: OpenAI and most clouds do not. llama.cpp's /models has the
+    window that the model was trained with, /props the one that it was started with; Ollama tells it
+    for loaded models only.
+    """
 
     def ask(url):
         return get_json(upstream, url, headers, wait, timeout=5)
@@ -7692,7 +7714,7 @@ def connect_lines(address, has_key):
 class Exchange:
     """One client request, from the parsed body to the last event.
 
-    batches() generates SSE text, one piece for all that one read of the provider's reply brought;
+    body: the client's, checked by check_request; headers: its, by get(). batches() generates SSE text, one piece for all that one read of the provider's reply brought;
     message() is the unstreamed answer. wait(sock, seconds) waits for the client as well and writes
     what silence() gives meanwhile.
     """
@@ -7727,7 +7749,8 @@ class Exchange:
 
     def batches(self):
         """SSE text, to be written as it comes. Raises ProxyError only before the first, Dropped in
-        the middle."""
+        the middle. One write for all that one read brought: a burst costs one wake-up, not fifty.
+        """
         out = []
         for event in self.events():
             if event is not None:
@@ -7758,7 +7781,12 @@ class Exchange:
 
     def silence(self):
         """SSE text to write in a silence, or "": after 15 s message_start, then pings, and after
-        minutes a sign of life. Raises UpstreamError when the provider only keeps the connection."""
+        minutes a sign of life. Raises UpstreamError when the provider only keeps the connection.
+
+        Claude Code 2.1.330 gives up after 360 s without a head, 300 s without a byte and 600 s of
+        pings alone. Until message_start goes out the HTTP status is free, and an error can be one that
+        makes the client do the right thing.
+        """
         now = self.clock()
         if now - self.last_sign > STALLED * self.settings.target_timeout:
             raise UpstreamError(
@@ -7796,14 +7824,15 @@ class Exchange:
         return events if self.key is None else self.stored(events)
 
     def unfolded(self, message, new_id):
-        """A finished message as events, under today's name and a fresh id, with no tokens counted."""
+        """A finished message as events, under today's name and a fresh id, with no tokens counted:
+        none were used."""
         told = {"id": "msg_" + self.id, "model": self.shown, "usage": zero_usage()}
         yield from unfold(dict(message, **told), new_id)
         yield None
 
     def from_provider(self):
         """Try until an answer comes, learning, waiting and falling back as errors ask for; nothing is
-        tried again once content went out."""
+        tried again once content went out: the client would see it twice."""
         while True:
             try:
                 yield from self.attempt()
@@ -7828,7 +7857,7 @@ class Exchange:
         return overflow_error(prompt, limit, self.bytes_in // 4, self.plan.profile.context)
 
     def attempt(self):
-        """One request to the provider, and its reply as events."""
+        """One request to the provider, and its reply as events. Raises UpstreamError."""
         plan, proxy = self.plan, self.proxy
         self.writer = self.writer.fresh() if self.writer else self.new_writer()
         self.writer.scope = plan.profile.scope
@@ -7860,6 +7889,7 @@ class Exchange:
         proxy.memory.keep(self.writer.memory)
 
     def new_writer(self):
+        """The MessageWriter of the first try."""
         return MessageWriter(
             "msg_" + self.id,
             self.shown,
@@ -7870,7 +7900,11 @@ class Exchange:
         )
 
     def write_request(self, recall=None):
-        """The body for the provider, with the disguise attached and EXTRA_BODY applied."""
+        """The body for the provider, with the disguise attached and EXTRA_BODY applied.
+
+        recall: see normalize; without it (for the cache key) nothing is attached, as neither decides
+        what a right answer is.
+        """
         plan, settings = self.plan, self.settings
         profile, memo = plan.profile, self.proxy.memo
         self.normalized = normalize(self.body, profile, recall, memo, self.output_room())
@@ -7902,7 +7936,8 @@ class Exchange:
 
     def read(self, reply, blocks):
         """Events of a reply with a good status: SSE or JSON, whatever was asked for and whatever its
-        content type says."""
+        content type says (xAI answers a stream request with a JSON error, DashScope with SSE to all).
+        """
         reader, head = self.reader, first_bytes(blocks)
         start = head.lstrip(BLANK)[:1]
         if start in (b"{", b"[", b"<"):
@@ -7925,7 +7960,7 @@ class Exchange:
 
     def again(self, error):
         """Whether to try once more after an error before any content: a lesson was learned, a wait is
-        worth it, or another model takes over."""
+        worth it, or another model takes over. Waits where it says so; ClientGone comes through."""
         if self.learn_from(error):
             return True
         wait = str(error.headers.get("retry-after") or "0")
@@ -8003,8 +8038,8 @@ class Exchange:
         return self.error.message if self.error and self.writer.state == FAILED else ""
 
     def close(self, status, error=""):
-        """Note the exchange in the ledger, the log and the record. status: what the client got; error:
-        its text."""
+        """Note the exchange in the ledger, the log and the record. status: what the client got, 499
+        where it left; error: its text."""
         usage = self.reader.usage() if self.reader and self.writer.content else zero_usage()
         row = {
             "time": self.proxy.now(),
@@ -8057,7 +8092,7 @@ def without_secrets(text, secrets):
 
 
 def without_person(body):
-    """A request for a record, without what tells who and where the user is."""
+    """A request for a record or the log, without what tells who and where the user is."""
     return {key: HIDDEN if key in PERSONAL else value for key, value in body.items()}
 
 
@@ -8105,7 +8140,8 @@ def read_all(head, blocks):
 
 def whole_reply(raw, start, plan):
     """A reply that is not a stream, as the one chunk (or message) that it is. Raises UpstreamError for
-    a web page or broken JSON."""
+    a web page or broken JSON. start: its first byte. A web page comes from a login portal, or from a
+    base URL without its /v1."""
     base = without_password(plan.base)
     if start == b"<":
         raise UpstreamError(
@@ -8143,7 +8179,8 @@ def refusal(reply, raw, plan):
 
 
 def is_search(body):
-    """Whether this is Claude Code's side request for a web search: the server tool and no other."""
+    """Whether this is Claude Code's side request for a web search: the server tool and no other. It
+    asks "Perform a web search for the query: ..." and reads the results from the blocks."""
     tools = [str(as_dict(tool).get("type")) for tool in as_list(body.get("tools"))]
     return bool(tools) and all(kind.startswith("web_search_") for kind in tools)
 
@@ -8181,8 +8218,8 @@ def search_message(exchange):
 
 
 def search_web(exchange, query):
-    """[{title, url, content}] of SEARCH_URL's JSON answer (SearXNG's form). Raises ValueError with a
-    sentence for the model."""
+    """[{title, url, content}] of SEARCH_URL's JSON answer (SearXNG's form, at most ten). Raises
+    ValueError with a sentence for the model. https://docs.searxng.org/dev/search_api.html"""
     url = exchange.settings.search_url
     if not url:
         raise ValueError(
