@@ -5968,7 +5968,7 @@ def cache_key(body, sent, mode, model):
     find_parts = {"full": full_parts, "prefix": prefix_parts}.get(mode)
     if not (find_parts and isinstance(body, dict) and isinstance(sent, dict)):
         return None
-    shape = {name: body[name] for name in SHAPE_FIELDS if body.get(name) is not None}
+    shape = [body.get(name) for name in SHAPE_FIELDS]
     settings = {name: value for name, value in sent.items() if name not in NOT_IN_KEY}
     try:
         parts = find_parts(body, sent)
@@ -6042,11 +6042,11 @@ def key_part(item, numbers, is_loose=False):
     """
     if not isinstance(item, dict):
         return item
-    hidden = ()
-    if is_loose:
-        hidden = SEND_HINTS
-        hidden += ("signature",) if item.get("thinking") else ()
-        hidden += () if item.get("is_error") else ("is_error",)
+    hidden = SEND_HINTS if is_loose else ()
+    if is_loose and item.get("thinking"):
+        hidden += ("signature",)
+    if is_loose and not item.get("is_error"):
+        hidden += ("is_error",)
     result = {name: value for name, value in item.items() if name not in hidden}
     for name in CALL_IDS:
         if name in item and (name != "id" or "function" in item or "input" in item):
@@ -6074,13 +6074,13 @@ CREATE INDEX IF NOT EXISTS responses_used ON responses (used);
 CREATE TABLE IF NOT EXISTS counters (name TEXT PRIMARY KEY, value INTEGER);
 INSERT OR IGNORE INTO counters VALUES ('bytes', 0);
 CREATE TRIGGER IF NOT EXISTS more AFTER INSERT ON responses
-    BEGIN UPDATE counters SET value = value + NEW.size WHERE name = 'bytes'; END;
+    BEGIN UPDATE counters SET value = value + NEW.size; END;
 CREATE TRIGGER IF NOT EXISTS less AFTER DELETE ON responses
-    BEGIN UPDATE counters SET value = value - OLD.size WHERE name = 'bytes'; END;
+    BEGIN UPDATE counters SET value = value - OLD.size; END;
 CREATE TABLE IF NOT EXISTS memory
-    (seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE, value BLOB);
+    (seq INTEGER PRIMARY KEY, id TEXT UNIQUE, value BLOB);
 CREATE TABLE IF NOT EXISTS ledger
-    (seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT, value BLOB);
+    (seq INTEGER PRIMARY KEY, id TEXT, value BLOB);
 CREATE TABLE IF NOT EXISTS lessons
     (upstream TEXT, model TEXT, value TEXT, PRIMARY KEY (upstream, model));
 PRAGMA user_version = %d;
@@ -6105,8 +6105,8 @@ def pack(value):
 def unpack(blob):
     """The value that `pack` made blob of; None for anything else."""
     try:
-        return json.loads(zlib.decompress(blob).decode("ascii"))
-    except (TypeError, ValueError, RecursionError, zlib.error):
+        return json_or_none(zlib.decompress(blob))
+    except (TypeError, zlib.error):
         return None
 
 
@@ -6137,7 +6137,7 @@ class Cache:
         self._faults = (ImportError, OSError)  # what `_run` meets; _open adds SQLite's own
         self._error = None  # the last trouble, until a put goes well
         self._told = set()  # what the log has heard
-        self._counts = dict.fromkeys(("hits", "misses", "inserts", "evictions", "saved_ms"), 0)
+        self._counts = collections.Counter(hits=0, misses=0, inserts=0, evictions=0, saved_ms=0)
 
     def get(self, key):
         """(message, cost_ms), or None. cost_ms: what the answer truly took upstream."""
@@ -6180,7 +6180,11 @@ class Cache:
         return evicted
 
     def stats(self):
-        """Counts since the start, entries and bytes of now; error: see `_error`."""
+        """Counts since the start, entries and bytes of now, limits, and the last trouble.
+
+        saved_ms: what the hits took upstream, when they were no hits; error: None after a put that
+        went well.
+        """
         figures = "SELECT COUNT(*), (SELECT value FROM counters) FROM responses"
         entries, size = self._run(lambda db: db.execute(figures).fetchone(), (0, 0))
         with self._lock:
@@ -6248,8 +6252,7 @@ class Cache:
 
     def _count(self, **more):
         with self._lock:
-            for name, value in more.items():
-                self._counts[name] += value
+            self._counts.update(more)
 
     def _find(self, table, condition="", *values):
         """Rows of a table, as tuples with their value unpacked; a damaged value is None."""
@@ -6324,6 +6327,7 @@ class Cache:
             self._tell(error)
 
     def _tell(self, error):
+        """Log a trouble, each kind once: it meets every request until somebody looks after it."""
         self._error = str(error) or type(error).__name__
         if self._error not in self._told and len(self._told) < 20:
             self._told.add(self._error)
@@ -6350,6 +6354,9 @@ def is_corruption(error):
 
 
 # ---- Ledger: what requests took and cost
+#
+# Rows for the list on the status page, sums for its figures and charts. A cost is counted when the
+# row comes: prices that change later do not rewrite what was spent.
 
 PRICE_FIELDS = ("input", "output", "cache_read", "cache_write")  # tokens of a row of the ledger
 COUNTED = ("requests", "errors", "unpriced") + PRICE_FIELDS
@@ -6360,7 +6367,7 @@ KEPT_SAMPLES = 500  # first-content times kept of a minute, for its median
 def prices_from(text_or_path):
     """{model: {input, output, cache_read, cache_write}} of JSON, or of a file that holds it.
 
-    Prices are per million tokens, in the user's currency.     A model may end in "*". cache_read
+    Prices are per million tokens, in the user's currency. A model may end in "*". cache_read
     and cache_write cost as much as input where they are not given. Raises ValueError, with a
     sentence for the user.
     """
@@ -6381,7 +6388,7 @@ def prices_from(text_or_path):
 
 
 def check_price(model, price):
-    """A whole price row. Raises ValueError."""
+    """A model's prices as a whole row: {field of PRICE_FIELDS: float}. Raises ValueError."""
     words = ""
     if "*" in model[:-1]:
         words = ": a * may only stand at the end of a model's name"
@@ -6400,7 +6407,7 @@ class Sums:
     """Sums over requests."""
 
     def __init__(self):
-        self.counts = dict.fromkeys(COUNTED, 0)
+        self.counts = collections.Counter(dict.fromkeys(COUNTED, 0))
         self.cost = 0.0  # of the requests whose model has a price; `unpriced` counts the others
         self.first_ms = []  # of the first KEPT_SAMPLES requests
 
@@ -6408,8 +6415,7 @@ class Sums:
         """Count one request; row: as Ledger.add gives it."""
         failed = bool(row.get("error")) or (row.get("status") or 0) >= 400
         row = dict(row, requests=1, errors=failed, unpriced=row["cost"] is None)
-        for name in COUNTED:
-            self.counts[name] += row.get(name) or 0
+        self.counts.update({name: row.get(name) or 0 for name in COUNTED})
         self.cost += row["cost"] or 0
         if row.get("first_ms") is not None and len(self.first_ms) < KEPT_SAMPLES:
             self.first_ms.append(row["first_ms"])
@@ -6516,6 +6522,11 @@ class Ledger:
 
 
 # ---- Why an upstream's prefix cache was lost
+#
+# Providers keep what they computed of a prompt's front, and bill it at a fraction of the price,
+# while it stays the same to the byte. A client that edits its history or its tools loses that
+# silently: we compare each request with the session's last one, and tell in the ledger what
+# changed.
 
 
 def sections(parts):
@@ -6530,7 +6541,7 @@ def sections(parts):
 
 
 def common_prefix(old, new):
-    """How many sections at the front are the same."""
+    """How many sections at the front are the same: what a provider's cache can still use."""
     same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(old, new))
     return len(list(same))
 

@@ -9337,6 +9337,23 @@ class TestRecorder(unittest.TestCase):
     def test_long_text_is_cut(self):
         self.assertEqual(ccfix.shorten("abc", 3), "abc")
         self.assertEqual(ccfix.shorten("abcde", 3), "abc... (2 more characters)")
+        self.assertEqual(
+            ccfix.redact({"a": ["b" * 9, 5], "c": "12345sk-12345"}, ["sk-12345"], 10),
+            {"a": ["b" * 9, 5], "c": "12345<hidd... (3 more characters)"},
+            "what is cut first could show half of a key",
+        )
+
+    def test_a_file_is_written_whole_or_not_at_all(self):
+        path = os.path.join(self.top, "file")
+        ccfix.write_file(path, "one\r\n\n")
+        ccfix.write_file(path, "two\r\n\n", 0o755)
+        with self.assertRaises(ValueError):
+            ccfix.write_file(path, u"half of a pair: \ud800")
+        with open(path, "rb") as file:
+            self.assertEqual(file.read(), b"two\r\n\n")
+        self.assertEqual(os.listdir(self.top), ["file"])
+        if os.name != "nt":
+            self.assertEqual(stat.S_IMODE(os.stat(path).st_mode), 0o755)
 
     def test_replies_come_back_in_order_of_time(self):
         recorder = ccfix.Recorder(self.folder, ["sk-12345"])
