@@ -1838,7 +1838,7 @@ def is_meant(block, role):
     """Whether a block says anything: empty text does not, nor a token marker."""
     if block.get("type") == "text":
         text = block_text(block)
-        return bool(text.strip()) and not (role == "user" and TOKEN_MARKER.match(text))
+        return bool(text.strip()) and not (role != "assistant" and TOKEN_MARKER.match(text))
     return True
 
 
@@ -6020,8 +6020,8 @@ def prefix_turn(message, numbers):
     Content is always a list, without blocks that say nothing; other fields (the effort of a turn)
     stay.
     """
-    role = "assistant" if message.get("role") == "assistant" else "user"
-    blocks = [block for block in as_blocks(message.get("content")) if is_meant(block, role)]
+    blocks = as_blocks(message.get("content"))
+    blocks = [block for block in blocks if is_meant(block, message.get("role"))]
     turn = key_part(dict(message, content=blocks), numbers, True)
 
     def call_place(block):
@@ -6088,7 +6088,7 @@ COMMIT;
 """ % SCHEMA_VERSION
 NEXT_USE = "(SELECT COALESCE(MAX(used), 0) + 1 FROM responses)"
 BUSY_SECONDS = 0.25  # how long a request waits for another process's lock
-SLOW_SECONDS = 0.1  # a trouble that took longer than this ...
+SLOW_SECONDS = 0.1  # a failure that took longer than this ...
 REST_SECONDS = 5  # ... is not met again for so long: requests must not queue up behind each other
 ROW_BYTES = 200  # what a row costs besides its value: key, index, page slack
 KEPT_ROWS = 20000  # the newest, in each table but that of the answers
@@ -6135,7 +6135,7 @@ class Cache:
         self._closed = False  # for good, by close()
         self._rest_until = 0  # no use of the database before; see SLOW_SECONDS
         self._faults = (ImportError, OSError)  # what `_run` meets; _open adds SQLite's own
-        self._error = None  # the last trouble, until a put goes well
+        self._error = None  # the last failure, until a put goes well
         self._told = set()  # what the log has heard
         self._counts = collections.Counter(hits=0, misses=0, inserts=0, evictions=0, saved_ms=0)
 
@@ -6180,10 +6180,10 @@ class Cache:
         return evicted
 
     def stats(self):
-        """Counts since the start, entries and bytes of now, limits, and the last trouble.
+        """Counts since the start, entries and bytes of now, limits, and the last failure.
 
-        saved_ms: what the hits took upstream, when they were no hits; error: None after a put that
-        went well.
+        saved_ms: what the answers took upstream that were found here; error: None once a put has
+        gone well again.
         """
         figures = "SELECT COUNT(*), (SELECT value FROM counters) FROM responses"
         entries, size = self._run(lambda db: db.execute(figures).fetchone(), (0, 0))
@@ -6276,7 +6276,7 @@ class Cache:
             self._change("DELETE FROM %s WHERE rowid <= %s - ?" % (table, last), KEPT_ROWS)
 
     def _run(self, act, otherwise=None):
-        """act(db), or `otherwise` in trouble: the only place that meets the database's errors."""
+        """act(db), or `otherwise` where that fails: all errors of the database end here."""
         with self._lock:
             if self._closed or 0 < self._rest_until - self._now() <= REST_SECONDS:
                 return otherwise
@@ -6327,7 +6327,7 @@ class Cache:
             self._tell(error)
 
     def _tell(self, error):
-        """Log a trouble, each kind once: it meets every request until somebody looks after it."""
+        """Log a failure, each kind once: every request meets it until somebody fixes it."""
         self._error = str(error) or type(error).__name__
         if self._error not in self._told and len(self._told) < 20:
             self._told.add(self._error)
@@ -6342,7 +6342,7 @@ class Cache:
             sound = not is_corruption(error)
         self._shut()
         for suffix in () if sound else ("", "-wal", "-shm"):
-            # Where it fails there is no such side file; or the next opening meets the trouble,
+            # Where it fails there is no such side file; or the next opening fails as well,
             # and says so.
             with contextlib.suppress(OSError):
                 os.replace(self.path + suffix, self.path + ".broken" + suffix)

@@ -8630,7 +8630,7 @@ class TestCacheKey(unittest.TestCase):
         start = time.perf_counter()
         for text in texts:
             key_of(question(text, {"role": "system", "content": text}))
-        self.assertLess(time.perf_counter() - start, 4)
+        self.assertLess(time.perf_counter() - start, 10)  # measured: 0.02
 
 
 class Clock:
@@ -8852,8 +8852,9 @@ class TestCacheFaults(CacheCase):
         start = time.perf_counter()
         for _ in range(50):
             self.cache.put("j", {"a": 1}, 1)
+        # One after the other would be 50 times BUSY_SECONDS: 12.5 s.
         self.assertLess(
-            time.perf_counter() - start, 2, "fifty requests must not wait one after the other"
+            time.perf_counter() - start, 8, "fifty requests must not wait one after the other"
         )
         self.assertEqual((len(self.told), "locked" in self.told[0]), (1, True))
         self.assertIn("locked", self.cache.stats()["error"])
