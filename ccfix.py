@@ -54,7 +54,6 @@ import http.server
 import io
 import itertools
 import json
-import operator
 import os
 import random
 import re
@@ -177,13 +176,20 @@ FAMILIES = ("opus", "sonnet", "haiku")
 # Models reply in these fields, in this order of trust; the first that holds text counts (both are sent by some).
 REASONING_FIELDS = ("reasoning_content", "reasoning", "reasoning_text")
 
-TOKEN_MARKER = re.compile(r"\s*<total_tokens>[^<]*</total_tokens>\s*\Z")  # Claude Code's countdown
 BILLING_LINE = "x-anthropic-billing-header:"  # first system block of Claude Code; changes, and describes the client
+TOKEN_MARKER = re.compile(
+    r"\s*<total_tokens>[^<]*</total_tokens>\s*$"
+)  # Claude Code's counter of what is left
 
 
 def compact_json(value, _encode=json.JSONEncoder(separators=(",", ":")).encode):
     """value as JSON text, ASCII (half a surrogate pair could not be encoded otherwise), without spaces."""
     return _encode(value)
+
+
+def without_billing(text):
+    """A system string without the billing line on top, which would cost every prefix cache."""
+    return text.partition("\n")[2] if text.startswith(BILLING_LINE) else text
 
 
 def as_dict(value):
@@ -1895,20 +1901,13 @@ def clean_system(system):
     cache, and it describes the client.
     """
     if isinstance(system, str):
-        return strip_billing_line(system)
+        return without_billing(system)
     kept = []
     for block in as_blocks(system):
-        text = strip_billing_line(block_text(block))
+        text = without_billing(block_text(block))
         if text.strip():
             kept.append(block if text == block.get("text") else dict(block, text=text))
     return kept
-
-
-def strip_billing_line(text):
-    """The text without a first line that Claude Code writes for Anthropic's billing alone."""
-    if not text.startswith(BILLING_LINE):
-        return text
-    return text.partition("\n")[2]
 
 
 def system_text(system):
@@ -1959,7 +1958,7 @@ def says_something(block, role):
     if block.get("type") != "text":
         return True
     text = block_text(block)
-    return bool(text.strip()) and not (role == "user" and TOKEN_MARKER.match(text))
+    return bool(text.strip()) and not (role != "assistant" and TOKEN_MARKER.match(text))
 
 
 def without_our_thinking(messages):
@@ -6140,309 +6139,216 @@ class Upstream:
             self.drop(wire)
 
 
-# ======================================================================================================
-# 11  Store: stored replies, memory and ledger in SQLite; records
-# ======================================================================================================
+# ==================================================================================================
+# 11  Store: the cache of answers, memory and ledger in one SQLite file; records in a folder
+# ==================================================================================================
 
-KEY_VERSION = 2  # raise it when the rule below changes, so that older entries are never found again
+HIDDEN = "<hidden>"
+SECRET_NAMES = frozenset(
+    "authorization proxy-authorization x-api-key api-key apikey api_key x-goog-api-key "
+    "x-auth-token cookie set-cookie".split()
+)
+SHORTEST_SECRET = 4  # "x" as a key protects nothing, and hiding it would garble every string
 
-# Fields of the converted request that do not decide what a right answer is. `stop` is not among them: it decides where
-# an answer ends. The limits are, because only answers that ended by themselves are ever stored.
+
+def redact(value, secrets=(), longest=None, depth=60):
+    """A copy of a JSON value that may be logged, recorded or shown: keys are hidden here only.
+
+    Secrets (strings) go from every string, and so does the value of every name in SECRET_NAMES,
+    also in [name, value] pairs; a dict under such a name stays, since it is a schema that
+    describes the field. Bytes become strings. Strings are cut to `longest` characters, if given;
+    what lies deeper than `depth` levels is hidden whole.
+    """
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", "replace")
+    if isinstance(value, str):
+        # The longest first: a key may be the beginning of another.
+        for secret in sorted(filter(None, secrets), key=len, reverse=True):
+            if len(secret) >= SHORTEST_SECRET:
+                value = value.replace(secret, HIDDEN)
+        return shorten(value, longest)
+    if not depth:
+        return HIDDEN
+
+    def redact_part(part, name=""):
+        is_secret = str(name).lower() in SECRET_NAMES and not isinstance(part, dict)
+        return HIDDEN if is_secret else redact(part, secrets, longest, depth - 1)
+
+    if isinstance(value, dict):
+        return {redact_part(name): redact_part(part, name) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        name = value[0] if len(value) == 2 and isinstance(value[0], str) else ""
+        return [redact_part(part, name if place else "") for place, part in enumerate(value)]
+    return value
+
+
+def shorten(text, limit=2000):
+    """The string's front, and how much was left out; limit None: all of it."""
+    if limit is None or len(text) <= limit:
+        return text
+    return "%s... (%d more characters)" % (text[:limit], len(text) - limit)
+
+
+def write_file(path, text, mode=0o600):
+    """Write a file, whole or not at all, with these permissions. Raises OSError, ValueError.
+
+    Line ends stay as they are. surrogateescape, because under LC_ALL=C Python 3.6 reads other
+    letters of the command line as halves of surrogate pairs.
+    """
+    part = "%s.%d.part" % (path, os.getpid())
+    try:
+        # O_EXCL: in a shared folder, somebody else's file or link may wait under this name.
+        number = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with open(number, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+            file.write(text)
+        os.chmod(part, mode)
+        os.replace(part, path)
+    except (OSError, ValueError):
+        if os.path.exists(part):
+            os.unlink(part)
+        raise
+
+
+# ---- The key: which requests may share an answer
+
+KEY_VERSION = 3  # raise it when a rule below changes, so that older entries are never found again
+
+# Fields of the request as it is sent that do not decide what a right answer is, or that the parts
+# below cover. `stop` is not among them: it decides where an answer ends. The limits are, because
+# only answers that ended by themselves are ever stored.
 NOT_IN_KEY = frozenset(
-    (
-        "messages",
-        "tools",
-        "stream",
-        "stream_options",
-        "temperature",
-        "top_p",
-        "top_k",
-        "min_p",
-        "seed",
-        "max_tokens",
-        "max_completion_tokens",
-        "max_output_tokens",
-        "user",
-        "metadata",
-        "safety_identifier",
-        "prompt_cache_key",
-        "service_tier",
-        "store",
-        "ANTHROPIC_BASE_URL",
-        "ANTHROPIC_MODEL",
-    )
+    "messages tools system stream stream_options temperature top_p top_k min_p seed max_tokens "
+    "max_completion_tokens max_output_tokens user metadata safety_identifier prompt_cache_key "
+    "service_tier store ANTHROPIC_BASE_URL ANTHROPIC_MODEL".split()
 )
-SHAPE_FIELDS = (
-    "thinking",
-    "output_config",
-    "tool_choice",
-    "stop_sequences",
-)  # of the client's request
-SEND_HINTS = frozenset(
-    ("cache_control", "eager_input_streaming")
-)  # hints on how to send, on tools and blocks
-
-TOTAL_TOKENS = re.compile(r"<total_tokens>[^<\n]{0,80}</total_tokens>")
-MONTH = r"(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]{0,6}\.?"
-DATE_LINE = (  # compiled when a request first needs it: most serve without a cache
-    r"(?i)((?:today.s date|current date|current time|date has changed|today is)[^\n\d]{0,40}?)(?:"
-    r"\d{4}-\d\d-\d\d(?:[T ]\d\d:\d\d(?::\d\d(?:\.\d{1,9})?)?(?: ?Z|[+-]\d\d:?\d\d)?)?|\d{1,2}[/.]\d{1,2}[/.]\d{2,4}|"
-    r"(?:(?:mon|tue|wed|thu|fri|sat|sun)[a-z]{0,6},? )?(?:"
-    + MONTH
-    + r" \d{1,2}(?:st|nd|rd|th)?,? \d{4}|"
-    r"\d{1,2} " + MONTH + r",? \d{4}))"
-)
-DATE_HEADING = "# currentDate\n"
-TIME_WORDS = frozenset(
-    "today tomorrow yesterday tonight now current currently date dates dated day days daily week weeks weekly month "
-    "months monthly year years yearly annual quarter time times timestamp timestamps hour hours clock calendar when "
-    "ago since until old older age latest recent recently new newer newest next last deadline due schedule "
-    "scheduled expire expires expired expiry changelog release releases released version copyright license licence "
-    "morning afternoon evening night noon midnight weekday weekend season birthday anniversary holiday born past future "
-    "upcoming minute minutes monday tuesday wednesday thursday friday saturday sunday january february april june july "
-    "august september october november december "
-    "log journal diary datum tag woche monat jahr uhr heute morgen gestern fecha dia hoy manana ayer jour aujourd "
-    "demain hier giorno oggi domani ieri hoje dzis bugun".split()
-)
-WORD = re.compile(r"[A-Za-z]+")
-NOT_ASCII = re.compile(r"[^\x00-\x7f]")
+SHAPE_FIELDS = ("thinking", "output_config", "tool_choice", "stop_sequences")  # of `body`
+SEND_HINTS = ("cache_control", "eager_input_streaming")  # on tools and blocks: how to send them
+CALL_IDS = ("id", "tool_call_id", "tool_use_id")
 
 
 def cache_key(body, sent, mode, model):
-    """The sha256 (hex) under which an answer is kept, or None where none may be. Never raises on odd shapes.
+    """The sha256 (hex) under which an answer is kept, or None where none may be; never raises.
 
-    body: the client's Anthropic request; sent: the converted OpenAI request; model: the target (put the upstream's
-    host in front where several share one cache). Both modes keep apart what changes an answer's shape: thinking,
-    effort, output format, tool choice, stop sequences and every other field sent, but sampling, limits and stream.
+    body: the client's Anthropic request; sent: the request in the provider's own form, OpenAI's
+    or Anthropic's; model: the target (put the upstream's host in front where several share one
+    cache). Every mode keeps apart what changes an answer's shape: thinking, effort, output
+    format, tool choice, stop sequences and every other field sent, except sampling, limits and
+    stream.
 
-    full    What is sent, tool-call ids numbered in order of appearance, because they are made anew in every run.
-    prefix  System text, tools, model and the conversation up to and with the last user message, without what differs
-            from session to session: billing line, session and call ids, cache_control, text as a string or as a
-            block, order of tools and of parallel results, token counters, signatures, and the dates that the client
-            itself states in its system text and reminders. The rule that makes it safe:
-            1. The whole conversation counts, so "continue", "yes" or "go on" finds an answer only where every earlier
-               turn, the model's own and its thinking included, was the same. The first question has no earlier turns:
-               this is where another session hits.
-            2. Nothing is kept or found while the last user turn has a tool result: the world answered, ask the model.
-            3. Dates are set aside only where the client itself states them, not where a reminder quotes a file, and only
-               while neither the user nor a CLAUDE.md speaks of time; else they count.
-            What is left: an answer may state a date of up to CACHE_TTL ago that nobody asked for.
+    full    What is sent, with tool-call ids numbered in order of appearance: they are new in
+            every run.
+    prefix  System text, tools, model and the conversation up to and with the last user message,
+            without what differs from session to session: billing line, session and call ids,
+            cache_control, string or block form, the order of tools and of parallel results,
+            signatures, and blocks that are nothing but a token counter. What makes it safe:
+            1. The whole conversation counts, so "continue", "yes" or "go on" finds an answer
+               only where every earlier turn, the model's own and its thinking included, was the
+               same. The first question has no earlier turns: there, another session hits.
+            2. Nothing is kept or found while the last user turn has a tool result: the world
+               answered, so the model is asked.
     none    None.
     """
-    parts_of = {"full": full_parts, "prefix": prefix_parts}.get(mode)
-    if not (parts_of and isinstance(body, dict) and isinstance(sent, dict)):
+    find_parts = {"full": full_parts, "prefix": prefix_parts}.get(mode)
+    if not (find_parts and isinstance(body, dict) and isinstance(sent, dict)):
         return None
-    shape = {name: body[name] for name in SHAPE_FIELDS if body.get(name) is not None}
+    shape = [body.get(name) for name in SHAPE_FIELDS]
     settings = {name: value for name, value in sent.items() if name not in NOT_IN_KEY}
     try:
-        parts = parts_of(body, sent)
-        material = canonical([KEY_VERSION, mode, model, shape, settings, parts])
+        parts = find_parts(body, sent)
+        key = json.dumps([KEY_VERSION, mode, model, shape, settings, parts], sort_keys=True)
     except RecursionError:  # nested deeper than we, or json, can follow
         return None
-    return None if parts is None else hashlib.sha256(material.encode("ascii")).hexdigest()
-
-
-def canonical(value):
-    """One JSON text for equal values, whatever the order of their keys."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"))
-
-
-def call_number(call_id, numbers):
-    """The call's number in order of appearance; numbers (id -> int) grows."""
-    return numbers.setdefault(str(call_id), len(numbers))
+    return None if parts is None else hashlib.sha256(key.encode("ascii")).hexdigest()
 
 
 def full_parts(body, sent):
-    """Messages and tools as they are sent, but for the ids of tool calls."""
+    """System text, messages and tools as they are sent, except for the ids of tool calls."""
     numbers = {}
-    return [
-        [number_calls(message, numbers) for message in as_list(sent.get("messages"))],
-        sent.get("tools"),
-    ]
-
-
-def number_calls(message, numbers):
-    """An OpenAI message whose tool-call ids are numbers; a copy."""
-    if not isinstance(message, dict):
-        return message
-    result = dict(message)
-    if "tool_call_id" in result:
-        result["tool_call_id"] = call_number(result["tool_call_id"], numbers)
-    if result.get("tool_calls"):
-        result["tool_calls"] = [
-            dict(call, id=call_number(call.get("id"), numbers)) if isinstance(call, dict) else call
-            for call in as_list(result["tool_calls"])
-        ]
-    return result
-
-
-def blocks_of(content):
-    """Content blocks (dicts) of a string or a list; what is neither counts as an unknown block."""
-    content = [] if content is None else content if isinstance(content, list) else [content]
-    return [
-        (
-            block
-            if isinstance(block, dict)
-            else (
-                {"type": "text", "text": block}
-                if isinstance(block, str)
-                else {"type": None, "value": block}
-            )
-        )
-        for block in content
-    ]
+    messages = [key_part(message, numbers) for message in as_list(sent.get("messages"))]
+    return [sent.get("system"), messages, sent.get("tools")]
 
 
 def prefix_parts(body, sent):
-    """System, tools and conversation, normalised as `cache_key` says; None where no answer may be kept."""
+    """System, conversation and tools as `prefix` counts them; None where no answer may be kept."""
     messages = [message for message in as_list(body.get("messages")) if isinstance(message, dict)]
     if not ends_in_question(messages):
         return None
-    texts = [
-        block.get("text")
-        for message in messages
-        if message.get("role") == "user"
-        for block in blocks_of(message.get("content"))
-        if block.get("type") == "text"
-    ]
-    dated = any(speaks_of_time(own_text(text)) for text in texts if isinstance(text, str))
     numbers = {}
-    turns = [turn_part(message, numbers, dated) for message in messages]
-    system = [
-        without_volatile(without_billing(str(block.get("text", block))), dated)
-        for block in blocks_of(body.get("system"))
-    ]
+    blocks = as_blocks(body.get("system"))
+    system = [dict(block, text=without_billing(block_text(block))) for block in blocks]
+    turns = [prefix_turn(message, numbers) for message in messages]
     return [
-        [text for text in system if text.strip()],
-        [turn for turn in turns if turn[1] or turn[2]],
-        tool_parts(sent),
+        prefix_turn({"role": "system", "content": system}, numbers),
+        [turn for turn in turns if turn["content"] or len(turn) > 2],
+        sorted((key_part(tool, {}, True) for tool in as_list(sent.get("tools"))), key=compact_json),
     ]
 
 
 def ends_in_question(messages):
-    """True where the conversation ends in a user turn without a tool result."""
-    answered = [
-        place for place, message in enumerate(messages) if message.get("role") == "assistant"
-    ]
-    turn = messages[answered[-1] + 1 :] if answered else messages
-    kinds = [
-        str(block.get("type")) for message in turn for block in blocks_of(message.get("content"))
-    ]
-    return any(message.get("role") == "user" for message in turn) and not any(
-        kind.endswith("tool_result") for kind in kinds
-    )
+    """Whether the conversation ends in a user turn without a tool result."""
+    is_asked = False
+    for message in reversed(messages):
+        if message.get("role") == "assistant":
+            break
+        kinds = [str(block.get("type")) for block in as_blocks(message.get("content"))]
+        if any(kind.endswith("tool_result") for kind in kinds):
+            return False
+        is_asked = is_asked or message.get("role") == "user"
+    return is_asked
 
 
-def tool_parts(sent):
-    """The tools sent, in one order, as JSON texts: the client changes their order from request to request."""
-    return sorted(
-        canonical({name: value for name, value in tool.items() if name not in SEND_HINTS})
-        for tool in as_list(sent.get("tools"))
-        if isinstance(tool, dict)
-    )
+def prefix_turn(message, numbers):
+    """An Anthropic message as `prefix` counts it; parallel results in the order of their calls.
+
+    Content is always a list, without blocks that say nothing; other fields (the effort of a turn)
+    stay.
+    """
+    blocks = as_blocks(message.get("content"))
+    blocks = [block for block in blocks if says_something(block, message.get("role"))]
+    turn = key_part(dict(message, content=blocks), numbers, True)
+
+    def call_place(block):
+        is_result = block.get("type") == "tool_result"
+        return block.get("tool_use_id", len(numbers)) if is_result else len(numbers)
+
+    turn["content"].sort(key=call_place)
+    return turn
 
 
-def without_billing(text):
-    return text.partition("\n")[2] if text.startswith(BILLING_LINE) else text
+def key_part(item, numbers, is_loose=False):
+    """What counts of a message, tool call, block or tool, in OpenAI's or Anthropic's form: a copy.
 
-
-def without_volatile(text, dated):
-    """A text that the client wrote itself, without token counters and (unless dated) without today's date."""
-    text = TOTAL_TOKENS.sub("", text)
-    return text if dated else re.sub(DATE_LINE, r"\1<date>", text)
-
-
-def reminders(text):
-    """A text cut at its reminders: [(is reminder, text), ...]. By split, which stays linear on hostile input."""
-    first, *rest = text.split("<system-reminder>")
-    pieces = [(False, first)]
-    for piece in rest:
-        inside, end, after = piece.partition("</system-reminder>")
-        pieces += [(bool(end), inside), (False, after)]
-    return pieces
-
-
-def speaks_of_time(text):
-    """True where the date can matter to the answer, or the text is not ASCII, which our words cannot judge."""
-    return bool(NOT_ASCII.search(text)) or not TIME_WORDS.isdisjoint(
-        map(str.lower, WORD.findall(text))
-    )
-
-
-def own_text(text):
-    """What the user wrote: the text without reminders, but with the CLAUDE.md files in them."""
-    return " ".join(
-        piece.partition(DATE_HEADING)[0] if is_reminder else piece
-        for is_reminder, piece in reminders(text)
-        if not is_reminder or "\nContents of " in piece
-    )
-
-
-def reminder_text(text, dated):
-    """A reminder without the client's own date or counter: it comes first, or under the heading of older clients. What comes
-    later may be a file that the reminder quotes, and counts to the letter."""
-    if TOTAL_TOKENS.sub("", text).strip() == "":
-        return ""
-    before, heading, own = text.rpartition(DATE_HEADING)
-    found = None if dated else re.search(DATE_LINE, own)
-    if not found or own[: found.start()].strip() not in ("", "The"):
-        return text
-    return before + heading + re.sub(DATE_LINE, r"\1<date>", own, 1)
-
-
-def user_text(text, dated):
-    """A user's text, in which only reminders (and a counter standing alone) are normalised."""
-    if TOTAL_TOKENS.sub("", text).strip() == "":
-        return ""
-    if "<system-reminder>" not in text:
-        return text
-    return "<system-reminder>".join(
-        reminder_text(piece, dated) if is_reminder else piece
-        for is_reminder, piece in reminders(text)
-    )
-
-
-def turn_part(message, numbers, dated):
-    """[role, settings, blocks] of one Anthropic message; parallel tool results in the order of their calls."""
-    clean = {"system": without_volatile, "user": user_text}.get(
-        str(message.get("role")), lambda text, dated: text
-    )
-    blocks = [
-        block_part(block, numbers, lambda text: clean(text, dated))
-        for block in blocks_of(message.get("content"))
-    ]
-    results = sorted(
-        (block for block in blocks if block[0] == "tool_result"), key=lambda block: block[1]
-    )
-    others = [block for block in blocks if block[0] != "tool_result" and block[1] != ""]
-    return [message.get("role"), message.get("output_config"), results + others]
-
-
-def block_part(block, numbers, clean):
-    """[kind, what counts...] of one content block. Images and documents count by their bytes."""
-    kind = block.get("type")
-    if kind == "text":
-        return [kind, clean(str(block.get("text")))]
-    if kind == "thinking":
-        return [kind, block.get("thinking") or block.get("signature")]
-    if kind == "tool_use":
-        return [kind, call_number(block.get("id"), numbers), block.get("name"), block.get("input")]
-    if kind == "tool_result":
-        inner = [block_part(part, numbers, str) for part in blocks_of(block.get("content"))]
-        return [
-            kind,
-            call_number(block.get("tool_use_id"), numbers),
-            bool(block.get("is_error")),
-            inner,
-        ]
-    return [kind, {name: value for name, value in block.items() if name not in SEND_HINTS}]
+    numbers: call id -> int, in order of appearance; grows. Only the fields that hold calls are
+    walked: an "id" among a call's arguments, or of a file, decides what the answer is. is_loose:
+    also without what may differ though the model is told the same. A signature counts where it is
+    all there is of a thought; images and documents count by their bytes.
+    """
+    if not isinstance(item, dict):
+        return item
+    hidden = SEND_HINTS if is_loose else ()
+    if is_loose and item.get("thinking"):
+        hidden += ("signature",)
+    if is_loose and not item.get("is_error"):
+        hidden += ("is_error",)
+    result = {name: value for name, value in item.items() if name not in hidden}
+    for name in CALL_IDS:
+        if name in item and (name != "id" or "function" in item or "input" in item):
+            result[name] = numbers.setdefault(str(item[name]), len(numbers))
+    for name in ("content", "tool_calls"):
+        parts = item.get(name)
+        if is_loose and isinstance(parts, str):
+            parts = as_blocks(parts)
+        if isinstance(parts, list):
+            result[name] = [key_part(part, numbers, is_loose) for part in parts]
+    return result
 
 
 # ---- Cache: one SQLite file; no trouble with it ever reaches a request
 
-SCHEMA_VERSION = (
-    20261  # not a small number, so that another program's database is not taken for ours
-)
+# Not a small number, so that another program's database is not taken for ours.
+SCHEMA_VERSION = 20261
+# `used` orders answers by their last use. A counter, because SUM(size) would read every page of
+# the file at each put. `value` is what `pack` made, and the last column of each table.
 SCHEMA = """
 BEGIN IMMEDIATE;
 CREATE TABLE IF NOT EXISTS responses
@@ -6451,91 +6357,84 @@ CREATE INDEX IF NOT EXISTS responses_used ON responses (used);
 CREATE TABLE IF NOT EXISTS counters (name TEXT PRIMARY KEY, value INTEGER);
 INSERT OR IGNORE INTO counters VALUES ('bytes', 0);
 CREATE TRIGGER IF NOT EXISTS more AFTER INSERT ON responses
-    BEGIN UPDATE counters SET value = value + NEW.size WHERE name = 'bytes'; END;
+    BEGIN UPDATE counters SET value = value + NEW.size; END;
 CREATE TRIGGER IF NOT EXISTS less AFTER DELETE ON responses
-    BEGIN UPDATE counters SET value = value - OLD.size WHERE name = 'bytes'; END;
-CREATE TABLE IF NOT EXISTS memory (seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE, value BLOB);
-CREATE TABLE IF NOT EXISTS ledger (seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT, value BLOB);
-CREATE TABLE IF NOT EXISTS lessons (upstream TEXT, model TEXT, value TEXT, PRIMARY KEY (upstream, model));
+    BEGIN UPDATE counters SET value = value - OLD.size; END;
+CREATE TABLE IF NOT EXISTS memory
+    (seq INTEGER PRIMARY KEY, id TEXT UNIQUE, value BLOB);
+CREATE TABLE IF NOT EXISTS ledger
+    (seq INTEGER PRIMARY KEY, id TEXT, value BLOB);
+CREATE TABLE IF NOT EXISTS lessons
+    (upstream TEXT, model TEXT, value TEXT, PRIMARY KEY (upstream, model));
 PRAGMA user_version = %d;
 COMMIT;
 """ % SCHEMA_VERSION
+NEXT_USE = "(SELECT COALESCE(MAX(used), 0) + 1 FROM responses)"
 BUSY_SECONDS = 0.25  # how long a request waits for another process's lock
-SLOW_SECONDS = 0.1  # a trouble that took longer than this ...
-REST_SECONDS = (
-    5  # ... is not met again for so long: waiting requests must not queue up behind each other
-)
+SLOW_SECONDS = 0.1  # a failure that took longer than this ...
+REST_SECONDS = 5  # ... is not met again for so long: requests must not queue up behind each other
 ROW_BYTES = 200  # what a row costs besides its value: key, index, page slack
-MEMORY_ROWS = 20000
-LEDGER_ROWS = 20000
+KEPT_ROWS = 20000  # the newest, in each table but that of the answers
 
 
 def pack(value):
     """Compressed JSON, or None for what JSON cannot hold."""
     try:
-        return zlib.compress(json.dumps(value, separators=(",", ":")).encode("ascii"), 6)
+        return zlib.compress(compact_json(value).encode("ascii"), 6)
     except (TypeError, ValueError, RecursionError):
         return None
 
 
 def unpack(blob):
-    """The value that `packed` made blob of; None for anything else."""
+    """The value that `pack` made blob of; None for anything else."""
     try:
-        return json.loads(zlib.decompress(blob).decode("ascii"))
-    except (TypeError, ValueError, RecursionError, zlib.error):
+        return json_or_none(zlib.decompress(blob))
+    except (TypeError, zlib.error):
         return None
 
 
-def storable(text):
-    """A text that SQLite can hold: a client's id may contain half a surrogate pair."""
-    return str(text).encode("utf-8", "backslashreplace").decode("utf-8")
+def sqlite_text(value):
+    """value as a string that SQLite can hold: a client's id may contain half a surrogate pair."""
+    return str(value).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 class Cache:
-    """Answers by key in `responses.db` in a folder (made 0700, the file 0600), for all threads and several processes.
+    """Answers by key in `responses.db` in a folder, for all threads and several processes.
 
-    folder "" keeps everything in memory. ttl: seconds, 0 keeps nothing; max_bytes: compressed, least recently used go
-    first; log(text) hears of each kind of trouble once. The file is opened at the first use. No method raises: while
-    the database is locked, full, read-only or broken, everything is a miss; a broken file is moved aside.
+    The folder is made 0700, the file 0600. Beside the answers: what is remembered of tool calls,
+    ledger rows, and lessons. folder "" keeps everything in memory. The file is opened at the
+    first use. No method raises: while the database is locked, full, read-only or broken,
+    everything is a miss; a broken file is moved aside.
     """
 
     def __init__(self, folder, ttl, max_bytes, now=time.time, log=None):
         self.path = os.path.join(folder, "responses.db") if folder else ":memory:"
-        self._ttl, self._max_bytes, self._now, self._log = (
-            ttl,
-            max_bytes,
-            now,
-            log or (lambda text: None),
-        )
-        self._lock = threading.RLock()
-        self._db = None
-        self._closed = False
-        self._rest_until = 0
-        self._error = None
-        self._told = set()
-        self._counts = dict.fromkeys(("hits", "misses", "inserts", "evictions", "saved_ms"), 0)
+        self._ttl = ttl  # seconds for which an answer is good; 0 keeps none
+        self._max_bytes = max_bytes  # of compressed answers; the least recently used go first
+        self._now = now  # () -> seconds since the epoch
+        self._log = log or (lambda text: None)  # hears of each kind of trouble once
+        self._lock = threading.RLock()  # all threads share one connection
+        self._db = None  # the connection, while there is one
+        self._closed = False  # for good, by close()
+        self._rest_until = 0  # no use of the database before; see SLOW_SECONDS
+        self._faults = (ImportError, OSError)  # what `_run` meets; _open adds SQLite's own
+        self._error = None  # the last failure, until a put goes well
+        self._told = set()  # what the log has heard
+        self._counts = collections.Counter(hits=0, misses=0, inserts=0, evictions=0, saved_ms=0)
 
     def get(self, key):
         """(message, cost_ms), or None. cost_ms: what the answer truly took upstream."""
         if key is None:
             return None
-        row = self._run(
-            lambda db: db.execute(
-                "SELECT value, cost_ms FROM responses WHERE key = ? AND abs(born - ?) < ?",
-                (key, self._now(), self._ttl),
-            ).fetchone()
-        )
-        message = unpack(row[0]) if row else None
-        if not isinstance(message, dict):
-            return self._count(misses=1)
-        self._run(
-            lambda db: db.execute(
-                "UPDATE responses SET used = (SELECT MAX(used) FROM responses) + 1 WHERE key = ?",
-                (key,),
-            )
-        )
-        self._count(hits=1, saved_ms=row[1])
-        return message, row[1]
+        fresh = "WHERE key = ? AND abs(born - ?) < ?"
+        rows = self._find("responses", fresh, key, self._now(), self._ttl)
+        if not rows or not isinstance(rows[0][-1], dict):
+            self._count(misses=1)
+            return None
+        self._change("UPDATE responses SET used = %s WHERE key = ?" % NEXT_USE, key)
+        cost_ms, message = rows[0][-2:]
+        self._count(hits=1, saved_ms=cost_ms)
+        return message, cost_ms
 
     def put(self, key, message, cost_ms):
         """Keep a complete answer (a dict). One too big for the whole cache is left out."""
@@ -6543,45 +6442,34 @@ class Cache:
         if key is None or value is None or len(value) + ROW_BYTES > self._max_bytes:
             return
         row = (key, len(value) + ROW_BYTES, self._now(), float(cost_ms), value)
-        evicted = self._run(lambda db: self._store(db, row))
+        evicted = self._run(lambda db: self._replace(db, row))
         if evicted is not None:
             self._error = None
             self._count(inserts=1, evictions=evicted)
 
-    def _store(self, db, row):
-        """Replace the row and make room for it, as one transaction -> how many others had to go."""
+    def _replace(self, db, row):
+        """Put a row in and make room for it, as one transaction -> how many others had to go."""
         db.execute("BEGIN IMMEDIATE")
+        # Not INSERT OR REPLACE, which would not fire the trigger that counts.
         db.execute("DELETE FROM responses WHERE key = ?", row[:1])
-        excess = (
-            db.execute("SELECT value FROM counters WHERE name = 'bytes'").fetchone()[0]
-            + row[1]
-            - self._max_bytes
-        )
-        gone = []
-        for key, size in (
-            db.execute("SELECT key, size FROM responses ORDER BY used") if excess > 0 else ()
-        ):
-            gone.append((key,))
-            excess -= size
-            if excess <= 0:
+        db.execute("INSERT INTO responses VALUES (?, ?, ?, %s, ?, ?)" % NEXT_USE, row)
+        evicted = 0
+        oldest = "(SELECT key FROM responses ORDER BY used LIMIT 1)"
+        while db.execute("SELECT value FROM counters").fetchone()[0] > self._max_bytes:
+            if not db.execute("DELETE FROM responses WHERE key = " + oldest).rowcount:
                 break
-        db.executemany("DELETE FROM responses WHERE key = ?", gone)
-        db.execute(
-            "INSERT INTO responses (key, size, born, used, cost_ms, value) VALUES "
-            "(?, ?, ?, COALESCE((SELECT MAX(used) FROM responses), 0) + 1, ?, ?)",
-            row,
-        )
+            evicted += 1
         db.execute("COMMIT")
-        return len(gone)
+        return evicted
 
     def stats(self):
-        """Counts since the start, entries and bytes of now; error: the last trouble, None once a put went well."""
-        entries, size = self._run(
-            lambda db: db.execute(
-                "SELECT COUNT(*), (SELECT value FROM counters WHERE name = 'bytes') FROM responses"
-            ).fetchone(),
-            (0, 0),
-        )
+        """Counts since the start, entries and bytes of now, limits, and the last failure.
+
+        saved_ms: what the answers took upstream that were found here; error: None once a put has
+        gone well again.
+        """
+        figures = "SELECT COUNT(*), (SELECT value FROM counters) FROM responses"
+        entries, size = self._run(lambda db: db.execute(figures).fetchone(), (0, 0))
         with self._lock:
             counts = dict(self._counts, saved_ms=round(self._counts["saved_ms"]))
         asked = counts["hits"] + counts["misses"]
@@ -6597,86 +6485,47 @@ class Cache:
         )
 
     def clear(self):
-        """Forget all answers -> how many. The file shrinks, where no other process is in the way."""
-        count = self._run(lambda db: db.execute("DELETE FROM responses").rowcount, 0)
-        self._run(
-            lambda db: (
-                db.execute("VACUUM"),
-                db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone(),
-            )
-        )
+        """Forget all answers -> how many. The file shrinks if no other process is in the way."""
+        count = self._change("DELETE FROM responses")
+        self._change("VACUUM")
+        self._change("PRAGMA wal_checkpoint(TRUNCATE)")
         return count
 
     def clear_expired(self):
         """Forget answers older than ttl (or from a future that a wrong clock made) -> how many."""
-        return self._run(
-            lambda db: db.execute(
-                "DELETE FROM responses WHERE abs(born - ?) >= ?", (self._now(), self._ttl)
-            ).rowcount,
-            0,
-        )
+        old = "DELETE FROM responses WHERE abs(born - ?) >= ?"
+        return self._change(old, self._now(), self._ttl)
 
-    def remember(self, call_id, value):
-        """Keep the reasoning state (JSON value) that belongs to a tool call; the newest 20,000 stay."""
-        self._append("memory", storable(call_id), value, MEMORY_ROWS)
+    def remember(self, call_id, note):
+        """Keep what belongs to a tool call (a JSON value: its reasoning, say) for later turns."""
+        self._keep("memory", (None, sqlite_text(call_id)), note)
 
     def recall(self, call_id):
         """What `remember` kept, or None."""
-        row = self._run(
-            lambda db: db.execute(
-                "SELECT value FROM memory WHERE id = ?", (storable(call_id),)
-            ).fetchone()
-        )
-        return unpack(row[0]) if row else None
+        rows = self._find("memory", "WHERE id = ?", sqlite_text(call_id))
+        return rows[0][-1] if rows else None
 
     def save_row(self, row):
-        """Keep a ledger row (dict); the newest 20,000 stay. Made to be a Ledger's `save`."""
-        self._append("ledger", storable(row.get("id")), row, LEDGER_ROWS)
+        """Keep a ledger row (dict). Made to be a Ledger's `save`."""
+        self._keep("ledger", (None, sqlite_text(row.get("id"))), row)
 
     def saved_rows(self, count=1000):
         """Saved ledger rows, newest first."""
-        rows = self._run(
-            lambda db: db.execute(
-                "SELECT value FROM ledger ORDER BY seq DESC LIMIT ?", (count,)
-            ).fetchall(),
-            [],
-        )
-        return [row for row in (unpack(blob) for blob, in rows) if row is not None]
+        rows = self._find("ledger", "ORDER BY seq DESC LIMIT ?", count)
+        return [row[-1] for row in rows if isinstance(row[-1], dict)]
 
-    def _append(self, table, row_id, value, limit):
-        """Add a row to a table that keeps its newest `limit` rows."""
-        blob = pack(value)
-        if blob is None:
-            return
-
-        def add(db):
-            db.execute("BEGIN IMMEDIATE")
-            db.execute(
-                "INSERT OR REPLACE INTO %s (id, value) VALUES (?, ?)" % table, (row_id, blob)
-            )
-            db.execute(
-                "DELETE FROM %s WHERE seq <= (SELECT MAX(seq) FROM %s) - ?" % (table, table),
-                (limit,),
-            )
-            db.execute("COMMIT")
-
-        self._run(add)
+    def save_lesson(self, upstream, model, lesson):
+        """Keep what was learned (a dict) about a model of an upstream; replaces the earlier."""
+        self._keep("lessons", (sqlite_text(upstream), sqlite_text(model)), lesson)
 
     def lessons(self):
-        """{(upstream, model): value} of all that `save_lesson` kept."""
-        rows = self._run(
-            lambda db: db.execute("SELECT upstream, model, value FROM lessons").fetchall(), []
-        )
-        return {(upstream, model): json.loads(text) for upstream, model, text in rows}
-
-    def save_lesson(self, upstream, model, value):
-        """Keep what was learned (a JSON value) about a model of an upstream; replaces the earlier."""
-        row = (storable(upstream), storable(model), json.dumps(value))
-        self._run(lambda db: db.execute("INSERT OR REPLACE INTO lessons VALUES (?, ?, ?)", row))
+        """{(upstream, model): lesson} of all that `save_lesson` kept."""
+        rows = self._find("lessons")
+        return {row[:-1]: row[-1] for row in rows if isinstance(row[-1], dict)}
 
     def forget_lessons(self):
         """-> how many lessons there were."""
-        return self._run(lambda db: db.execute("DELETE FROM lessons").rowcount, 0)
+        return self._change("DELETE FROM lessons")
 
     def close(self):
         """Close the file; afterwards everything is a miss."""
@@ -6686,60 +6535,70 @@ class Cache:
 
     def _count(self, **more):
         with self._lock:
-            for name, value in more.items():
-                self._counts[name] += value
+            self._counts.update(more)
+
+    def _find(self, table, condition="", *values):
+        """Rows of a table, as tuples with their value unpacked; a damaged value is None."""
+        query = "SELECT * FROM %s %s" % (table, condition)
+        rows = self._run(lambda db: db.execute(query, values).fetchall(), [])
+        return [row[:-1] + (unpack(row[-1]),) for row in rows]
+
+    def _change(self, statement, *values):
+        """Run a statement -> how many rows it changed."""
+        return self._run(lambda db: db.execute(statement, values).rowcount, 0)
+
+    def _keep(self, table, ids, value):
+        """Put (*ids, value) into a table that keeps its newest KEPT_ROWS.
+
+        An id of None becomes the next `seq`. SQLite's rowid grows with each row, replaced or new.
+        """
+        blob = pack(value)
+        if blob is not None:
+            self._change("INSERT OR REPLACE INTO %s VALUES (?, ?, ?)" % table, *ids, blob)
+            last = "(SELECT MAX(rowid) FROM %s)" % table
+            self._change("DELETE FROM %s WHERE rowid <= %s - ?" % (table, last), KEPT_ROWS)
 
     def _run(self, act, otherwise=None):
-        """act(db), or `otherwise` where the database is in trouble: the only place that meets its errors."""
+        """act(db), or `otherwise` where that fails: all errors of the database end here."""
         with self._lock:
             if self._closed or 0 < self._rest_until - self._now() <= REST_SECONDS:
                 return otherwise
-            start, faults = time.perf_counter(), (ImportError, OSError)
+            start = time.perf_counter()
             try:
-                import sqlite3  # here, not above: it costs a start some 10 ms, and some Pythons are built without it
-
-                faults += (sqlite3.Error,)
-                self._db = self._db or self._opened(sqlite3)
+                if not self._db:
+                    self._open()
                 return act(self._db)
-            except faults as error:
+            except self._faults as error:
                 self._shut()
                 if time.perf_counter() - start > SLOW_SECONDS:
                     self._rest_until = self._now() + REST_SECONDS
-                self._tell(str(error) or type(error).__name__)
-                if (
-                    type(error).__name__ == "DatabaseError"
-                ):  # corrupt; "locked" and "full" are OperationalErrors
-                    self._set_aside(sqlite3)
+                self._tell(error)
+                if is_corruption(error):
+                    self._set_aside()
                 return otherwise
 
-    def _opened(self, sqlite3):
-        """A connection to a database of ours, made where there is none."""
+    def _open(self):
+        """Connect to a database of ours, made where there is none."""
+        import sqlite3  # here: it costs a start some 10 ms, and some Pythons are built without it
+
+        self._faults = (OSError, sqlite3.Error)
         if self.path != ":memory:":
-            os.makedirs(os.path.dirname(self.path) or ".", mode=0o700, exist_ok=True)
-            os.close(
-                os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
-            )  # SQLite gives its side files the same mode
-        db = sqlite3.connect(
+            os.makedirs(os.path.dirname(self.path), mode=0o700, exist_ok=True)
+            # SQLite gives its side files the mode of this one.
+            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
+        db = self._db = sqlite3.connect(
             self.path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
         )
-        try:
-            # In this order: another process makes tables and version in one step, so tables that are seen are marked.
-            tables = db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0]
-            version = db.execute("PRAGMA user_version").fetchone()[0]
-            if tables and version != SCHEMA_VERSION:
-                raise sqlite3.DatabaseError("not a cache of this program or version")
-            for pragma in (
-                "journal_mode = WAL",
-                "synchronous = NORMAL",
-                "journal_size_limit = 4194304",
-            ):
-                db.execute("PRAGMA " + pragma).fetchone()
-            if not tables:
-                db.executescript(SCHEMA)
-        except BaseException:
-            db.close()
-            raise
-        return db
+        # In this order: another process makes tables and version in one step.
+        tables = db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0]
+        version = db.execute("PRAGMA user_version").fetchone()[0]
+        if tables and version != SCHEMA_VERSION:
+            raise sqlite3.DatabaseError("not a cache of this program or version")
+        # WAL: reading goes on while another process writes. NORMAL: power cuts may cost answers.
+        for pragma in "journal_mode = WAL", "synchronous = NORMAL", "journal_size_limit = 4194304":
+            db.execute("PRAGMA " + pragma).fetchone()
+        if not tables:
+            db.executescript(SCHEMA)
 
     def _shut(self):
         """Close the connection; what it had begun is rolled back."""
@@ -6747,302 +6606,263 @@ class Cache:
         try:
             if db:
                 db.close()
-        except (
-            Exception
-        ) as error:  # sqlite3.Error, which has no name here; a file that cannot even be closed
-            self._tell(str(error))
+        except self._faults as error:  # a file that cannot even be closed
+            self._tell(error)
 
-    def _tell(self, text):
-        self._error = text
-        if text not in self._told and len(self._told) < 20:
-            self._told.add(text)
-            self._log("cache %s: %s; requests go on without it" % (self.path, text))
+    def _tell(self, error):
+        """Log a failure, each kind once: every request meets it until somebody fixes it."""
+        self._error = str(error) or type(error).__name__
+        if self._error not in self._told and len(self._told) < 20:
+            self._told.add(self._error)
+            self._log("cache %s: %s; requests go on without it" % (self.path, self._error))
 
-    def _set_aside(self, sqlite3):
+    def _set_aside(self):
         """Move a broken file to responses.db.broken, unless another process has done so by now."""
         try:
-            db = self._opened(sqlite3)
-            try:
-                sound = db.execute("PRAGMA quick_check(1)").fetchone()[0] == "ok"
-            finally:
-                db.close()
-        except (OSError, sqlite3.Error) as error:
-            sound = type(error) is not sqlite3.DatabaseError
+            self._open()
+            sound = self._db.execute("PRAGMA quick_check(1)").fetchone()[0] == "ok"
+        except self._faults as error:
+            sound = not is_corruption(error)
+        self._shut()
         for suffix in () if sound else ("", "-wal", "-shm"):
-            try:
+            # Where it fails there is no such side file; or the next opening fails as well,
+            # and says so.
+            with contextlib.suppress(OSError):
                 os.replace(self.path + suffix, self.path + ".broken" + suffix)
-            except OSError:
-                continue  # there is no such side file; or the next opening meets the same trouble and says so
+
+
+def is_corruption(error):
+    """Whether an error says that the file is broken: "locked" and "full" are OperationalErrors."""
+    return type(error).__name__ == "DatabaseError"
 
 
 # ---- Ledger: what requests took and cost
+#
+# Rows for the list on the status page, sums for its figures and charts. A cost is counted when the
+# row comes: prices that change later do not rewrite what was spent.
 
-PRICE_FIELDS = ("input", "output", "cache_read", "cache_write")
+PRICE_FIELDS = ("input", "output", "cache_read", "cache_write")  # tokens of a row of the ledger
+COUNTED = ("requests", "errors", "unpriced") + PRICE_FIELDS
 KEPT_MINUTES = 1440
 KEPT_SAMPLES = 500  # first-content times kept of a minute, for its median
 
 
 def prices_from(text_or_path):
-    """{model: {input, output, cache_read, cache_write}}, per million tokens, of JSON or of a file that holds it.
+    """{model: {input, output, cache_read, cache_write}} of JSON, or of a file that holds it.
 
-    A model may end in "*". cache_read and cache_write cost as much as input where they are not given.
-    Raises ValueError, with a sentence for the user.
+    Prices are per million tokens, in the user's currency. A model may end in "*". cache_read
+    and cache_write cost as much as input where they are not given. Raises ValueError, with a
+    sentence for the user.
     """
     text = text_or_path.strip()
-    if text and not text.startswith("{"):
-        try:
+    try:
+        if text and not text.startswith("{"):
             with open(text, encoding="utf-8-sig") as file:
                 text = file.read()
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                "PRICES: cannot read the file %r (%s); give JSON or a path" % (text, error)
-            )
-    try:
         table = json.loads(text or "{}")
+    except OSError as error:
+        raise ValueError("PRICES: cannot read %r (%s); give JSON or a path" % (text, error))
     except ValueError as error:
         raise ValueError("PRICES: not JSON (%s)" % error)
     if not isinstance(table, dict):
-        raise ValueError(
-            'PRICES: must be an object such as {"model-name": {"input": 1, "output": 2}}'
-        )
+        example = '{"model-name": {"input": 1, "output": 2}}'
+        raise ValueError("PRICES: must be an object such as " + example)
     return {model: check_price(model, price) for model, price in table.items()}
 
 
 def check_price(model, price):
-    """A whole price row, or ValueError."""
+    """A model's prices as a whole row: {field of PRICE_FIELDS: float}. Raises ValueError."""
+    words = ""
     if "*" in model[:-1]:
-        raise ValueError("PRICES: %r: a * may only stand at the end of a model's name" % model)
-    if not isinstance(price, dict) or not {"input", "output"} <= set(price) <= set(PRICE_FIELDS):
-        raise ValueError(
-            "PRICES: %r needs input and output, and may have cache_read and cache_write" % model
-        )
-    for name, value in price.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1e9:
-            raise ValueError(
-                "PRICES: %r: %s must be a price per million tokens, not %r" % (model, name, value)
-            )
+        words = ": a * may only stand at the end of a model's name"
+    elif not isinstance(price, dict) or not {"input", "output"} <= set(price) <= set(PRICE_FIELDS):
+        words = " needs input and output, and may have cache_read and cache_write"
+    else:
+        for name, value in price.items():
+            if type(value) not in (int, float) or not 0 <= value < 1e9:  # nor NaN, nor true
+                words = ": %s must be a price per million tokens, not %r" % (name, value)
+    if words:
+        raise ValueError("PRICES: %r%s" % (model, words))
     return {name: float(price.get(name, price["input"])) for name in PRICE_FIELDS}
 
 
 class Sums:
-    """Sums over requests; cost counts those whose model has a price."""
-
-    __slots__ = (
-        "requests",
-        "errors",
-        "input",
-        "output",
-        "cache_read",
-        "cache_write",
-        "cost",
-        "unpriced",
-        "first_ms",
-    )
+    """Sums over requests."""
 
     def __init__(self):
-        self.requests = self.errors = self.input = self.output = self.cache_read = (
-            self.cache_write
-        ) = self.unpriced = 0
-        self.cost, self.first_ms = 0.0, []
+        self.counts = collections.Counter(dict.fromkeys(COUNTED, 0))
+        self.cost = 0.0  # of the requests whose model has a price; `unpriced` counts the others
+        self.first_ms = []  # of the first KEPT_SAMPLES requests
 
-    def add(self, failed, tokens, cost):
-        """Count one request; tokens: (input, output, cache_read, cache_write)."""
-        self.requests += 1
-        self.errors += failed
-        self.input += tokens[0]
-        self.output += tokens[1]
-        self.cache_read += tokens[2]
-        self.cache_write += tokens[3]
-        if cost is None:
-            self.unpriced += 1
-        else:
-            self.cost += cost
+    def add(self, row):
+        """Count one request; row: as Ledger.add gives it."""
+        failed = bool(row.get("error")) or (row.get("status") or 0) >= 400
+        row = dict(row, requests=1, errors=failed, unpriced=row["cost"] is None)
+        self.counts.update({name: row.get(name) or 0 for name in COUNTED})
+        self.cost += row["cost"] or 0
+        if row.get("first_ms") is not None and len(self.first_ms) < KEPT_SAMPLES:
+            self.first_ms.append(row["first_ms"])
 
     def figures(self, has_prices):
         """The sums as a dict; cost is None where no request had a price."""
-        result = {name: getattr(self, name) for name in self.__slots__ if name != "first_ms"}
-        priced = has_prices and (self.requests > self.unpriced or not self.requests)
-        return dict(result, cost=round(self.cost, 6) if priced else None)
+        counts = self.counts
+        known = counts["requests"] > counts["unpriced"] or has_prices and not counts["requests"]
+        return dict(counts, cost=round(self.cost, 6) if known else None)
+
+    def median_ms(self):
+        """The median time to the first content, or None."""
+        return sorted(self.first_ms)[len(self.first_ms) // 2] if self.first_ms else None
 
 
 class Ledger:
-    """The last `size` requests, and sums over all of them.
-
-    prices: as `prices_from` gives them; save(row): called for each row, outside the lock (see Cache.save_row).
-    """
+    """The last `size` requests, and sums over all of them."""
 
     def __init__(self, size=1000, prices=None, now=time.time, save=None):
-        self._prices, self._now, self.save = prices or {}, now, save
+        self._prices = prices or {}  # as `prices_from` gives them
+        self._now = now  # () -> seconds since the epoch
+        self.save = save  # save(row), called for each new row, outside the lock; see Cache.save_row
         self._lock = threading.Lock()
-        self._rows = collections.deque(maxlen=size)
+        self._rows = collections.deque(maxlen=size)  # newest last
         self._totals = Sums()
         self._minutes = {}  # minute since the epoch -> Sums
-        self._price_of = {}  # model -> its row of prices or None, as found before
 
     def add(self, row):
-        """Keep a row, with its `cost` added (None where the model's price is unknown) -> the row kept.
+        """Keep a row -> the row kept, with its `cost` (None where the model's price is unknown).
 
-        row: {time, id, session, asked, model, stream, status, input, output, cache_read, cache_write, first_ms,
-        total_ms, bytes_in, bytes_out, retries, lessons, cache, error, broke}; input excludes what came from a cache.
+        row: {time, id, session, asked, model, stream, status, input, output, cache_read,
+        cache_write, first_ms, total_ms, bytes_in, bytes_out, retries, lessons, cache, error,
+        broke}; time: seconds since the epoch; input: tokens, without those that came from a
+        provider's cache.
         """
-        get = row.get
-        tokens = (
-            get("input") or 0,
-            get("output") or 0,
-            get("cache_read") or 0,
-            get("cache_write") or 0,
-        )
-        cost = self._cost(get("model"), tokens) if self._prices else None
-        failed = bool(get("error")) or (get("status") or 0) >= 400
-        minute = int((get("time") or self._now()) // 60)
-        first_ms = get("first_ms")
-        row = dict(row, cost=cost)
-        with self._lock:
-            self._rows.append(row)
-            self._totals.add(failed, tokens, cost)
-            sums = self._minutes.get(minute) or self._new_minute(minute)
-            sums.add(failed, tokens, cost)
-            if first_ms is not None and len(sums.first_ms) < KEPT_SAMPLES:
-                sums.first_ms.append(first_ms)
+        row = self._take(row)
         if self.save:
             self.save(row)
         return row
 
+    def _take(self, row):
+        """Count a row; a cost that it brings along stays, as prices may have changed since."""
+        row = dict(row)
+        if row.get("cost") is None:
+            row["cost"] = self._cost(row)
+        minute = int((row.get("time") or self._now()) // 60)
+        with self._lock:
+            self._rows.append(row)
+            self._totals.add(row)
+            if minute not in self._minutes and len(self._minutes) >= KEPT_MINUTES:
+                del self._minutes[min(self._minutes)]
+            self._minutes.setdefault(minute, Sums()).add(row)
+        return row
+
+    def _cost(self, row):
+        """What a request cost, in the prices' currency; None where its model has no price.
+
+        The model's own price counts, else that of the longest name with a * that fits.
+        """
+        model = str(row.get("model"))
+        fits = [
+            name
+            for name in self._prices
+            if name == model or name.endswith("*") and model.startswith(name[:-1])
+        ]
+        if not fits:
+            return None
+        price = self._prices[max(fits, key=lambda name: (name == model, len(name)))]
+        return sum((row.get(name) or 0) * price[name] for name in PRICE_FIELDS) / 1e6
+
     def price(self, prices):
         """Count with these prices from now on."""
-        self._prices, self._price_of = prices, {}
+        self._prices = prices
 
     def restore(self, rows):
         """Take in rows (newest first) that an earlier run saved, where there are none yet."""
-        save, self.save = self.save, None
         if not self._rows:
             for row in reversed(rows):
-                self.add(row)
-        self.save = save
-
-    def _new_minute(self, minute):
-        if len(self._minutes) >= KEPT_MINUTES:
-            del self._minutes[min(self._minutes)]
-        return self._minutes.setdefault(minute, Sums())
-
-    def _cost(self, model, tokens):
-        """What a request cost, in the prices' currency; None where its model has no price."""
-        price = self._price_of.get(model, ())
-        if price == ():
-            price = self._price(model)
-            if len(self._price_of) < 1000:  # names come from clients
-                self._price_of[model] = price
-        return price and sum(map(operator.mul, tokens, price)) / 1e6
-
-    def _price(self, model):
-        """The model's own prices, else those of the longest name with a * that fits, else None; as PRICE_FIELDS."""
-        fits = [
-            name for name in self._prices if name.endswith("*") and str(model).startswith(name[:-1])
-        ]
-        found = model if model in self._prices else max(fits, key=len, default=None)
-        return found and tuple(self._prices[found][name] for name in PRICE_FIELDS)
+                self._take(row)
 
     def rows(self, count=1000):
         """The last rows, newest first."""
         with self._lock:
-            rows = list(self._rows)
-        return rows[::-1][:count]
+            return list(self._rows)[::-1][:count]
 
     def totals(self):
-        """{requests, errors, input, output, cache_read, cache_write, cost or None, unpriced} since the start."""
+        """COUNTED and the cost (or None), of all requests since the start."""
         with self._lock:
             return self._totals.figures(bool(self._prices))
 
     def series(self, minutes=60):
-        """One dict a minute, oldest first, the running minute last: t (epoch seconds), first_ms (median) and sums."""
+        """One dict a minute, the running minute last: t, first_ms (the median) and the sums.
+
+        t: the minute's start, in seconds since the epoch.
+        """
         last = int(self._now() // 60)
+        result = []
         with self._lock:
-            found = [
-                (minute, self._minutes.get(minute) or Sums())
-                for minute in range(last - minutes + 1, last + 1)
-            ]
-            return [
-                dict(
-                    sums.figures(bool(self._prices)),
-                    t=minute * 60,
-                    first_ms=(
-                        sorted(sums.first_ms)[len(sums.first_ms) // 2] if sums.first_ms else None
-                    ),
-                )
-                for minute, sums in found
-            ]
+            for minute in range(last - minutes + 1, last + 1):
+                sums = self._minutes.get(minute) or Sums()
+                figures = sums.figures(bool(self._prices))
+                result.append(dict(figures, t=minute * 60, first_ms=sums.median_ms()))
+        return result
 
 
 # ---- Why an upstream's prefix cache was lost
-
-GROUPS = {"system": "system", "tool": "tools"}  # first word of a label -> group; else a message
+#
+# Providers keep what they computed of a prompt's front, and bill it at a fraction of the price,
+# while it stays the same to the byte. A client that edits its history or its tools loses that
+# silently: we compare each request with the session's last one, and tell in the ledger what
+# changed.
 
 
 def sections(parts):
-    """{"system": [(label, crc)], "tools": [...], "messages": [...]} of [(label, bytes)], in the order sent.
+    """{"system": [(label, crc)], "tool": [...], "message": [...]} of [(label, bytes)].
 
     Labels: "system", "tool NAME" (one part a tool) and "message 3 (user)", counted from 1.
     """
-    groups = {"system": [], "tools": [], "messages": []}
+    groups = {"system": [], "tool": [], "message": []}
     for label, data in parts:
-        groups[GROUPS.get(label.split(" ")[0], "messages")].append((label, zlib.crc32(data)))
+        groups[label.split(" ")[0]].append((label, zlib.crc32(data)))
     return groups
 
 
-def crcs(listed):
-    return [crc for _, crc in listed]
-
-
 def common_prefix(old, new):
-    """How many sections at the front are the same."""
-    count = 0
-    for (_, before), (_, after) in zip(old, new):
-        if before != after:
-            break
-        count += 1
-    return count
+    """How many sections at the front are the same: what a provider's cache can still use."""
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(old, new))
+    return len(list(same))
 
 
 def why_broken(old, new):
-    """Why `new` (sections) does not go on where `old` stopped, as a text; "" where it does or is a part of it."""
-    reasons = []
-    if crcs(old["system"]) != crcs(new["system"]):
-        reasons.append("system text changed")
-    if crcs(old["tools"]) != crcs(new["tools"]):
-        reasons.append(tools_broken(old["tools"], new["tools"]))
-    return "; ".join(
-        reason for reason in reasons + [messages_broken(old["messages"], new["messages"])] if reason
-    )
+    """Why `new` (sections) does not go on where `old` stopped; "" where it does, or is a part."""
+    system = "" if old["system"] == new["system"] else "system text changed"
+    tools = tools_broken(old["tool"], new["tool"])
+    messages = messages_broken(old["message"], new["message"])
+    return "; ".join(filter(None, (system, tools, messages)))
 
 
 def tools_broken(old, new):
-    """ "tools reordered", or "tools changed" with the names that came, went or changed."""
-    if sorted(crcs(old)) == sorted(crcs(new)):
-        return "tools reordered"
+    """ "tools reordered", or "tools changed" with the names that came, went or changed; or ""."""
+    if sorted(old) == sorted(new):
+        return "" if old == new else "tools reordered"
     before, after = dict(old), dict(new)
+    both = set(before) & set(after)
     changes = (
-        ("added", sorted(set(after) - set(before))),
-        ("removed", sorted(set(before) - set(after))),
-        (
-            "edited",
-            sorted(name for name in before if name in after and before[name] != after[name]),
-        ),
+        ("added", set(after) - both),
+        ("removed", set(before) - both),
+        ("edited", {label for label in both if before[label] != after[label]}),
     )
-    words = [
-        "%s %s"
-        % (
-            verb,
-            ", ".join(label.partition(" ")[2] or label for label in labels[:3])
-            + (" and %d more" % (len(labels) - 3) if len(labels) > 3 else ""),
-        )
-        for verb, labels in changes
-        if labels
-    ]
+    words = ["%s %s" % (verb, tool_list(labels)) for verb, labels in changes if labels]
     return "tools changed" + (" (%s)" % "; ".join(words) if words else "")
 
 
+def tool_list(labels):
+    """The names of at most three tools, and how many more there are."""
+    names = [label.partition(" ")[2] for label in sorted(labels)]
+    return ", ".join(names[:3]) + (" and %d more" % (len(names) - 3) if names[3:] else "")
+
+
 def messages_broken(old, new):
-    """Which message changed, or where the history was cut; "" where one list is the front of the other."""
+    """Which message changed, or where the history was cut.
+
+    "" where one list is the front of the other: a request that goes on, or a side request.
+    """
     same = common_prefix(old, new)
     if same in (len(old), len(new)):
         return ""
@@ -7056,8 +6876,9 @@ def messages_broken(old, new):
 class Sessions:
     """The last sections of each session, least recently used forgotten.
 
-    One session has several lines of requests (main, title, web fetch), so the last few are kept, and a request is
-    compared with the one it shares most messages with. Give subagents a session of their own: session plus agent id.
+    One session has several lines of requests (main, title, web fetch), so the last few are kept,
+    and a request is compared with the one it shares most messages with. Give subagents a session
+    of their own: session plus agent id.
     """
 
     LINES = 4
@@ -7068,7 +6889,7 @@ class Sessions:
         self._lines = collections.OrderedDict()  # session -> [sections, ...], latest last
 
     def compare(self, session, new):
-        """`why_broken` against the session's earlier request of the same line; remembers `new` (sections) in its place."""
+        """`why_broken` against the earlier request of the same line, whose place `new` takes."""
         with self._lock:
             lines = self._lines.pop(session, [])
             related = [line for line in lines if is_related(line, new)]
@@ -7081,107 +6902,45 @@ class Sessions:
 
 
 def is_related(old, new):
-    """True where two requests can be of one line: the same first message, or a history under the same system text."""
-    return common_prefix(old["messages"][:1], new["messages"][:1]) == 1 or (
-        crcs(old["system"]) == crcs(new["system"]) and len(new["messages"]) > 2
-    )  # up to 2: a first question
+    """Whether two requests can be of one line: the same first message, or the same system text.
+
+    The latter only with a history, of more than two messages: a first question is a line of its
+    own.
+    """
+    has_history = len(new["message"]) > 2 and old["system"] == new["system"]
+    return has_history or old["message"][:1] == new["message"][:1]
 
 
 def likeness(old, new):
     """How alike two requests are: (messages shared from the front, same tools)."""
-    return common_prefix(old["messages"], new["messages"]), crcs(old["tools"]) == crcs(new["tools"])
+    return common_prefix(old["message"], new["message"]), old["tool"] == new["tool"]
 
 
-# ---- Record and replay
-
-HIDDEN = "<hidden>"
-SECRET_NAMES = frozenset(
-    (
-        "authorization",
-        "proxy-authorization",
-        "x-api-key",
-        "api-key",
-        "apikey",
-        "api_key",
-        "x-goog-api-key",
-        "x-auth-token",
-        "cookie",
-        "set-cookie",
-    )
-)
-SHORTEST_SECRET = 4  # "x" as a key protects nothing, and hiding it would garble every text
-
-
-def redact(value, secrets=(), depth=60):
-    """A copy of a JSON value without values under SECRET_NAMES (also in [name, value] pairs) and secrets in texts.
-
-    Bytes become text. Deeper than `depth` levels a value is hidden whole.
-    """
-    if isinstance(value, bytes):
-        value = value.decode("utf-8", "replace")
-    if isinstance(value, str):
-        for secret in sorted(
-            (secret for secret in secrets if len(secret or "") >= SHORTEST_SECRET), key=len
-        )[::-1]:
-            value = value.replace(secret, HIDDEN)
-        return value
-    if not depth:
-        return HIDDEN
-    if isinstance(value, dict):
-        return {
-            redact(name, secrets): redact_item(name, item, secrets, depth - 1)
-            for name, item in value.items()
-        }
-    if isinstance(value, (list, tuple)):
-        if len(value) == 2 and isinstance(value[0], str):
-            return [redact(value[0], secrets), redact_item(value[0], value[1], secrets, depth - 1)]
-        return [redact(item, secrets, depth - 1) for item in value]
-    return value
-
-
-def redact_item(name, item, secrets, depth):
-    """The item redacted; hidden where its name says so. A schema that describes such a field stays."""
-    is_secret = str(name).lower() in SECRET_NAMES and not isinstance(item, dict)
-    return HIDDEN if is_secret else redact(item, secrets, depth)
-
-
-def shorten(text, limit=2000):
-    """The text's front and how much was left out."""
-    return (
-        text
-        if len(text) <= limit
-        else "%s... (%d more characters)" % (text[:limit], len(text) - limit)
-    )
+# ---- Records, which `--replay` serves again
 
 
 class Recorder:
-    """Writes each exchange as one JSON file (0600) in a folder (made 0700), redacted. Tells log(text) of trouble once.
+    """Writes each exchange as one JSON file (0600) in a folder (made 0700), redacted.
 
-    exchange: {time, id, ...anything..., replies: [{status, headers, body}, ...]}, one reply a try upstream.
+    exchange: {time, id, ...anything..., replies: [{status, headers, body}, ...]}, one reply a try
+    upstream.
     """
 
     def __init__(self, folder, secrets=(), log=None):
-        self._folder, self._secrets, self._log, self._told = (
-            folder,
-            tuple(secrets),
-            log or (lambda text: None),
-            False,
-        )
+        self._folder, self._secrets = folder, tuple(secrets)
+        self._log = log or (lambda text: None)  # hears of trouble once
+        self._told = False
 
     def write(self, exchange):
         """-> True where the file is whole."""
         try:
             when = exchange.get("time") or time.time()
-            stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime(when)) + "-%06d" % (when % 1 * 1e6)
-            name = "%s-%s" % (stamp, re.sub(r"[^A-Za-z0-9_-]", "_", str(exchange.get("id")))[:60])
+            stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime(when))
+            name = re.sub(r"[^A-Za-z0-9_-]", "_", str(exchange.get("id")))[:60]
+            path = "%s-%06d-%s.json" % (stamp, when % 1 * 1e6, name)
             text = json.dumps(redact(exchange, self._secrets), indent=1, default=str)
             os.makedirs(self._folder, mode=0o700, exist_ok=True)
-            part = os.path.join(self._folder, name + ".part")
-            with open(
-                os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8"
-            ) as file:
-                file.write(text)
-            os.replace(part, os.path.join(self._folder, name + ".json"))
+            write_file(os.path.join(self._folder, path), text)
             return True
         except (OSError, TypeError, ValueError, OverflowError, RecursionError) as error:
             if not self._told:
@@ -7191,25 +6950,21 @@ class Recorder:
 
 
 def read_recording(folder):
-    """[{status, headers (dict), body (str)}] of all exchanges in a folder, in order. Raises ValueError, OSError."""
+    """[{status, headers (dict), body (str)}] of all exchanges in a folder, in order of time.
+
+    Raises ValueError, which names the file, and OSError.
+    """
     replies = []
     for name in sorted(name for name in os.listdir(folder) if name.endswith(".json")):
         try:
             with open(os.path.join(folder, name), encoding="utf-8") as file:
-                found = json.load(file)["replies"]
-            replies += [
-                {
-                    "status": int(reply["status"]),
-                    "headers": dict(reply.get("headers") or {}),
-                    "body": str(reply.get("body") or ""),
-                }
-                for reply in found
-            ]
+                for reply in json.load(file)["replies"]:
+                    status, headers = int(reply["status"]), dict(reply.get("headers") or {})
+                    body = str(reply.get("body") or "")
+                    replies.append({"status": status, "headers": headers, "body": body})
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(
-                "replay: %s is not a recorded exchange (%s: %s)"
-                % (name, type(error).__name__, error)
-            )
+            words = "replay: %s is not a recorded exchange (%s: %s)"
+            raise ValueError(words % (name, type(error).__name__, error))
     return replies
 
 
@@ -7429,13 +7184,15 @@ class Proxy:
                     return True
                 return any(getattr(old, name) != getattr(settings, name) for name in names)
 
-            if changed("prices"):  # first: restored rows are counted with them
-                self.ledger.price(prices_from(settings.prices) if settings.prices else {})
-            if changed("cache_enabled", "ledger", "cache_dir", "cache_ttl", "cache_max_mb"):
-                self.open_store(settings)
-            if changed("record_dir"):
-                folder, secrets = settings.record_dir, settings.secrets()
-                self.recorder = Recorder(folder, secrets, self.warn) if folder else None
+            try:  # prices first: rows that the store gives back are priced by them
+                if changed("prices"):
+                    self.ledger.price(prices_from(settings.prices))
+            finally:
+                if changed("cache_enabled", "ledger", "cache_dir", "cache_ttl", "cache_max_mb"):
+                    self.open_store(settings)
+                if changed("record_dir"):
+                    folder, secrets = settings.record_dir, settings.secrets()
+                    self.recorder = Recorder(folder, secrets, self.warn) if folder else None
 
     def open_store(self, settings):
         """Open the Cache in CACHE_DIR where the user asked for the cache or the ledger, or named the
@@ -8068,8 +7825,8 @@ class Exchange:
         headers, secrets = dict(self.headers.items()), self.settings.secrets()
         seen = {"request": without_person(self.body), "sent": self.sent}
         if self.settings.log_level == "debug":
-            shown = redact(dict(seen, headers=headers, error=error), secrets)
-            self.proxy.log("debug", self.id + " " + compact_json(shorten_strings(shown)))
+            shown = redact(dict(seen, headers=headers, error=error), secrets, 500)
+            self.proxy.log("debug", self.id + " " + compact_json(shown))
         if self.proxy.recorder:
             told = dict(seen, time=row["time"], id=self.id, row=row, client_headers=headers)
             self.proxy.recorder.write(dict(told, replies=self.replies))
@@ -8086,25 +7843,9 @@ def row_text(row):
     return line + (" error: " + row["error"] if row["error"] else "")
 
 
-def without_secrets(text, secrets):
-    """text with every secret in it hidden."""
-    return redact(text, secrets)
-
-
 def without_person(body):
     """A request for a record or the log, without what tells who and where the user is."""
     return {key: HIDDEN if key in PERSONAL else value for key, value in body.items()}
-
-
-def shorten_strings(value, limit=500):
-    """A JSON value with long strings cut, for the log."""
-    if isinstance(value, str):
-        return shorten(value, limit)
-    if isinstance(value, dict):
-        return {key: shorten_strings(part, limit) for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [shorten_strings(part, limit) for part in value]
-    return value
 
 
 def record_blocks(blocks, kept):
@@ -8832,7 +8573,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.began_reply:
             self.close_connection = True
             return
-        error.message = without_secrets(error.message, self.proxy.settings().secrets())
+        error.message = redact(error.message, self.proxy.settings().secrets())
         # Claude Code shows its own words for a 404, and asks twice; 424 it asks once, and shows ours.
         hidden = (
             error.status == 404
@@ -9772,7 +9513,7 @@ class Log(object):
     def __call__(self, level, text):
         if self.LEVELS.index(level) < self.least:
             return
-        text = without_secrets(text, self.secrets)
+        text = redact(text, self.secrets)
         safe = re.sub(
             r"[\x00-\x1f\x7f-\x9f]",
             lambda m: (
@@ -11286,7 +11027,7 @@ def init(config, options):
     )
     settings = Settings([("init", values)])
     try:
-        write_private(path, env_template(values))
+        write_file(path, env_template(values))
     except OSError as e:
         raise Usage("%s cannot be written: %s" % (path, e.strerror or e))
     say(
@@ -11316,26 +11057,6 @@ def init(config, options):
         )
     )
     return 0
-
-
-def write_private(path, text):
-    """Write a file, whole or not at all, that only the user can read. Raises OSError."""
-    part = "%s.%d.part" % (path, os.getpid())
-    try:
-        # surrogateescape: under LC_ALL=C, Python 3.6 reads other letters of the command line as such
-        with open(
-            os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600),
-            "w",
-            encoding="utf-8",
-            errors="surrogateescape",
-            newline="\n",
-        ) as file:
-            file.write(text)
-        os.replace(part, path)
-    except OSError:
-        if os.path.exists(part):
-            os.unlink(part)
-        raise
 
 
 # ---- install, uninstall, open ----------------------------------------------------------------------------
@@ -11393,7 +11114,7 @@ def install(config, options):
     try:
         os.makedirs(folder, exist_ok=True)
         for name, text in files.items():
-            place_program(os.path.join(folder, name), text)
+            write_file(os.path.join(folder, name), text, 0o755)
     except OSError as e:
         raise Usage(
             "cannot install in %s: %s; --dir DIR takes another folder" % (folder, e.strerror or e)
@@ -11414,15 +11135,6 @@ def install(config, options):
             out=sys.stderr,
         )
     return 0
-
-
-def place_program(path, text):
-    """Write an executable file at once, so that a running one is never half a file."""
-    part = "%s.%d.part" % (path, os.getpid())
-    with open(part, "w", encoding="utf-8", newline="") as file:
-        file.write(text)
-    os.chmod(part, 0o755)
-    os.replace(part, path)
 
 
 def uninstall(config, options):
