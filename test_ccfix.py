@@ -581,7 +581,7 @@ class TestOverflow(unittest.TestCase):
         self.assertEqual(ccfix.room_after(full, ccfix.DEFAULT, 40000), ({}, 0))
 
 
-KEYS = "The provider refused the key; mend TARGET_API_KEY (-k): "
+KEYS = "The provider refused the key; check TARGET_API_KEY (-k): "
 ERRORS = (
     # (name, status, body, headers, (status, type, message part), x-should-retry, retry-after)
     (
@@ -1447,7 +1447,7 @@ class TestLayers(unittest.TestCase):
     def test_names_and_flags_are_used_once(self):
         envs, flags = [s.env for s in ccfix.SETTINGS], [f for s in ccfix.SETTINGS for f in s.flags]
         self.assertEqual((len(set(envs)), len(set(flags))), (len(envs), len(flags)))
-        table = ccfix.settings_table()
+        table = settings_table()
         for setting in ccfix.SETTINGS:
             self.assertIn("| `%s` |" % setting.env, table)
             self.assertTrue(setting.help and "\n" not in setting.help and "|" not in setting.help)
@@ -1549,8 +1549,8 @@ class TestProfiles(unittest.TestCase):
             ccfix.profile_for("https://api.z.ai/api/anthropic", "x", format="openai").name, "zai"
         )
         with self.assertRaises(ccfix.SettingError) as caught:
-            ccfix.profile_for("https://x/v1", "x", forced="kimmi")
-        for word in ("PROFILE", "kimmi", "kimi-k3"):
+            ccfix.Settings([(".env", {"PROFILE": "kimmi"})])
+        for word in ("PROFILE", "kimmi", ".env", "kimi-k3", "default"):
             self.assertIn(word, str(caught.exception))
 
     def test_state_belongs_to_the_host(self):
@@ -1563,7 +1563,7 @@ class TestProfiles(unittest.TestCase):
         self.assertEqual(len(set(names)), len(names))
         for profile in ccfix.PROFILES:
             with self.subTest(profile.name):
-                self.assertTrue(profile.title and profile.source)
+                self.assertTrue(profile.title)
                 self.assertIn(profile.reasoning, ("",) + tuple(ccfix.REASONING))
                 self.assertTrue(set(profile.efforts) <= set(ccfix.LEVELS))
                 self.assertEqual(
@@ -1571,10 +1571,7 @@ class TestProfiles(unittest.TestCase):
                 )
                 self.assertTrue(set(profile.tool_choice) <= {"none", "required", "named"})
                 self.assertIn(profile.json_format, ("", "json_object", "json_schema"))
-                self.assertIn(
-                    profile.reasoning_field,
-                    ("", "reasoning_content", "reasoning", "reasoning_details", "google"),
-                )
+                self.assertIn(profile.reasoning_field, ("",) + tuple(ccfix.REASONING_FIELDS))
                 self.assertTrue(
                     not profile.reasoning
                     or profile.efforts
@@ -1586,7 +1583,7 @@ class TestProfiles(unittest.TestCase):
                 )
 
     def test_the_table_shows_every_row_truthfully(self):
-        lines = ccfix.profiles_table().splitlines()
+        lines = profiles_table().splitlines()
         rows = [row for row in ccfix.PROFILES if row.name != "demo"]
         self.assertEqual(len(lines), 2 + len(rows))
         for line, profile in zip(lines[2:], rows):
@@ -13580,6 +13577,60 @@ def readme_commands(text):
     return [shlex.split(start.group(1), comments=True) for start in starts if start]
 
 
+def markdown_table(*rows):
+    """A table of Markdown; rows: tuples of cells, the head first."""
+    rows = rows[:1] + (("---",) * len(rows[0]),) + rows[1:]
+    return "\n".join("| %s |" % " | ".join(cells) for cells in rows)
+
+
+def settings_table():
+    """The README's table of settings."""
+    rows = [
+        (
+            "`%s`" % row.env,
+            " ".join("`%s`" % flag for flag in row.flags),
+            "`%s`" % row.default if row.default else "",
+            row.help,
+        )
+        for row in ccfix.SETTINGS
+    ]
+    return markdown_table(("setting", "flag", "default", "meaning"), *rows)
+
+
+def profiles_table():
+    """The README's table of providers: what differs from the default, and what was really tried."""
+    about = ("name", "title", "hosts", "models", "tried", "scope")
+    rows = []
+    for row in ccfix.PROFILES:
+        fields = [
+            field
+            for field in ccfix.Profile._fields
+            if field not in about and getattr(row, field) != getattr(ccfix.DEFAULT, field)
+        ]
+        differs = ", ".join(fields) or "nothing"
+        rows.append(("`%s`" % row.name, row.title, differs, "yes" if row.tried else "no"))
+    rows = [row for row in rows if row[0] != "`demo`"]  # nobody's provider
+    return markdown_table(("profile", "provider", "differs in", "tried on a real server"), *rows)
+
+
+README_TABLES = {"settings": settings_table, "providers": profiles_table}
+
+
+def write_tables(path):
+    """Write the tables of the README (at path) anew, between their markers; says what it wrote."""
+    with open(path, encoding="utf-8") as file:
+        text = file.read()
+    for name, table in README_TABLES.items():
+        front, marker, rest = text.partition("<!-- %s -->\n" % name)
+        end = "\n<!-- /%s -->" % name
+        if not marker or end not in rest:
+            raise SystemExit("%s has no markers for the table of %s" % (path, name))
+        text = front + marker + table() + end + rest.partition(end)[2]
+        print("%s: the table of %s, %d rows" % (path, name, table().count("\n") - 1))
+    with open(path, "w", encoding="utf-8", newline="\n") as file:
+        file.write(text)
+
+
 class TestReadme(unittest.TestCase):
     """The README says what is true."""
 
@@ -13595,10 +13646,10 @@ class TestReadme(unittest.TestCase):
         return found.group(1)
 
     def test_table_of_settings_is_current(self):
-        self.assertEqual(self.between("settings"), ccfix.settings_table())
+        self.assertEqual(self.between("settings"), settings_table())
 
     def test_table_of_providers_is_current(self):
-        self.assertEqual(self.between("providers"), ccfix.profiles_table())
+        self.assertEqual(self.between("providers"), profiles_table())
 
     def test_every_setting_named_exists(self):
         known = set(ccfix.BY_ENV)
@@ -13759,7 +13810,7 @@ class TestHouse(unittest.TestCase):
 
     def test_only_the_standard_library_is_imported(self):
         allowed = set(
-            """argparse ast base64 ctypes collections contextlib difflib functools getpass hashlib hmac http io itertools json math operator os platform
+            """argparse ast base64 ctypes collections contextlib difflib email functools getpass hashlib hmac http io itertools json math operator os platform
             random re secrets select selectors shlex shutil signal socket socketserver sqlite3 ssl stat string subprocess sys tempfile textwrap threading time traceback
             typing urllib uuid webbrowser zlib""".split()
         )
@@ -14072,7 +14123,10 @@ class Counted(unittest.TextTestResult):
 
 
 def main():
-    """Run all tests; the last line is `N passed, N failed, N skipped`."""
+    """Run all tests; the last line is `N passed, N failed, N skipped`. --tables: see write_tables."""
+    if "--tables" in sys.argv[1:]:
+        write_tables(README)
+        return 0
     runner = unittest.TextTestRunner(resultclass=Counted, verbosity=2 if "-v" in sys.argv else 1)
     names = [name for name in sys.argv[1:] if not name.startswith("-")]
     loader, module = unittest.defaultTestLoader, sys.modules[__name__]
