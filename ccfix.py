@@ -104,16 +104,16 @@ STOP_REASONS = {
 }
 
 FINISH_ERRORS = {
-    # A finish_reason that says that the reply failed: (Anthropic's error type, sentence).
+    # A finish_reason that says that the reply failed: (HTTP status for the client, sentence).
     "insufficient_system_resource": (  # DeepSeek
-        "overloaded_error",
+        529,
         "The provider ran out of resources in the middle of the reply.",
     ),
     # OpenRouter, Mistral
-    "error": ("api_error", "The provider reported an error in the middle of the reply."),
+    "error": (502, "The provider reported an error in the middle of the reply."),
     # Z.ai
-    "network_error": ("api_error", "The provider lost its connection in the middle of the reply."),
-    "abort": ("api_error", "The model server aborted the reply."),  # SGLang
+    "network_error": (502, "The provider lost its own connection in the middle of the reply."),
+    "abort": (502, "The model server aborted the reply."),  # SGLang
 }
 
 
@@ -239,7 +239,7 @@ def parse_integer(digits):
 def parse_float(digits):
     """JSON's other numbers. Raises ValueError for 1e999, which would be written as Infinity."""
     value = float(digits)
-    if value in (float("inf"), float("-inf")):
+    if abs(value) == float("inf"):
         raise ValueError("%s is too large" % digits[:20])
     return value
 
@@ -344,22 +344,15 @@ def error_body_fields(body):
     """(message, code, type) of an error body that is a JSON object; code and type may be anything."""
     error, base = body.get("error"), as_dict(body.get("base_resp"))
     if isinstance(error, dict):
-        message = error_words(error.get("message") or error)
-        inner = as_dict(error.get("metadata")).get(
-            "raw"
-        )  # OpenRouter: its provider's own error body
-        if isinstance(inner, str) and inner.strip():
-            message += ": " + error_fields(inner)[0]
-        return message, error.get("code") or error.get("status") or "", error.get("type") or ""
+        body, error = error, None
     places = error, body.get("message"), base.get("status_msg"), body.get("detail"), body.get("msg")
+    words = next(filter(None, places), body)
+    words = words.strip() if isinstance(words, str) else compact_json(words)
+    inner = as_dict(body.get("metadata")).get("raw")  # OpenRouter: its provider's own error body
+    if isinstance(inner, str) and inner.strip():
+        words += ": " + error_fields(inner)[0]
     code = body.get("code") or base.get("status_code") or body.get("status") or ""
-    words = error_words(next(filter(None, places), body))
     return words, code, body.get("type") or body.get("title") or ""
-
-
-def error_words(value):
-    """An error's message, whatever it is, as a string."""
-    return value.strip() if isinstance(value, str) else compact_json(value)
 
 
 def readable_text(text):
@@ -367,9 +360,9 @@ def readable_text(text):
     text = head_and_tail(text)
     if not re.match(r"(?i)<(!doctype|html|head|body|\?xml)", text):
         return text
-    found = re.findall(r"(?is)<(?:title|h1)[^<>]{0,99}>(.{1,300}?)</", text)
-    parts = [" ".join(re.sub(r"<[^<>]{0,300}>", " ", part).split()) for part in found]
-    return " - ".join(dict.fromkeys(filter(None, parts))) or "an HTML page"
+    found = re.findall(r"(?is)<(?:title|h1)\b[^<>]{0,40}>([^<]{1,90})", text)
+    parts = dict.fromkeys(" ".join(part.split()) for part in found)
+    return " - ".join(filter(None, parts)) or "an HTML page"
 
 
 # Patterns of error texts. They are tried in any case, and compiled when the first error comes, not at
@@ -403,38 +396,38 @@ NO_OVERFLOW = any_of(
     r"(?:took|taking|waited|waiting) too long|too long to",  # a timeout
 )
 # Groq, OpenAI: one request above the tokens per minute. Waiting never helps, so it is an overflow.
-TOO_LARGE_AT_ONCE = r"(?s)Request too large for .{1,200}Limit \d{1,12}, Requested \d"
+TOO_LARGE = r"(?s)Request too large for .{1,200}Limit \d{1,12}, Requested \d"
 
 OVERFLOW_NUMBERS = (
-    # (prompt, output, limit): patterns of each number, the most telling first.
+    # (prompt, output, limit): patterns of each, the most telling first; # stands for the number.
     (
-        r"resulted in (\d{1,12}) tokens",  # OpenAI
-        r"(\d{1,12}) (?:in the messages|of text input)",  # OpenAI's older form; OpenRouter
-        r"(\d{1,12}) tokens from the input",  # SGLang
-        r"(\d{1,12}) (?:tokens|\+ \d{1,12}) >",  # Anthropic
-        r"(?:contains|have|got) (?:at least )?(\d{1,12}) (?:input )?token",  # vLLM; xAI, Mistral
-        r"(?:input|request) \((\d{1,12}) tokens\)",  # SGLang, Together; llama.cpp
-        r"token count (?:of )?\(?(\d{1,12})",  # Copilot; Gemini
-        r"first (\d{1,12}) tokens",  # LM Studio
-        r"n_prompt_tokens\W{1,4}(\d{1,12})",  # llama.cpp's field
-        r"requested:? (?:about )?(\d{1,12})",  # Kimi; tokens per minute; OpenAI's total
+        r"resulted in # tokens",  # OpenAI
+        r"# (?:in the messages|of text input)",  # OpenAI's older form; OpenRouter
+        r"# tokens from the input",  # SGLang
+        r"# (?:tokens|\+ \d{1,12}) >",  # Anthropic
+        r"(?:contains|have|got) (?:at least )?# (?:input )?token",  # vLLM; xAI, Mistral
+        r"(?:input|request) \(# tokens\)",  # SGLang, Together; llama.cpp
+        r"token count (?:of )?\(?#",  # Copilot; Gemini
+        r"first # tokens",  # LM Studio
+        r"n_prompt_tokens\W{1,4}#",  # llama.cpp's field
+        r"requested:? (?:about )?#",  # Kimi; tokens per minute; OpenAI's total
     ),
     (
-        r"(\d{1,12}) in the (?:completion|output)",  # OpenAI's older form; OpenRouter
-        r"(\d{1,12}) output tokens",  # vLLM
-        r"(\d{1,12}) tokens for the completion",  # SGLang
-        r"\d \+ (\d{1,12}) >",  # Anthropic
+        r"# in the (?:completion|output)",  # OpenAI's older form; OpenRouter
+        r"# output tokens",  # vLLM
+        r"# tokens for the completion",  # SGLang
+        r"\d \+ # >",  # Anthropic
     ),
     (
-        r"(?:context|prompt) length (?:is|of) (?:only )?(\d{1,12})",  # OpenAI, vLLM; xAI; LM Studio
-        r"> (\d{1,12})",  # Anthropic
-        r"context (?:length|size) \((\d{1,12}) tokens",  # SGLang, Together; llama.cpp
-        r"allowed \(?(\d{1,12})",  # Gemini
-        r"limit(?: of|:)? (\d{3,12})",  # gpt-5, Copilot; Kimi; tokens per minute
-        r"with (\d{1,12}) maximum context",  # Mistral
-        r"max size: (\d{1,12}) tokens",  # GitHub Models
-        r"length should be \[1, (\d{1,12})\]",  # DashScope
-        r"n_ctx\W{1,4}(\d{1,12})",  # llama.cpp's field
+        r"(?:context|prompt) length (?:is|of) (?:only )?#",  # OpenAI, vLLM; xAI; LM Studio
+        r"> #",  # Anthropic
+        r"context (?:length|size) \(# tokens",  # SGLang, Together; llama.cpp
+        r"allowed \(?#",  # Gemini
+        r"limit(?: of|:)? #",  # gpt-5, Copilot; Kimi; tokens per minute
+        r"with # maximum context",  # Mistral
+        r"max size: # tokens",  # GitHub Models
+        r"length should be \[1, #\]",  # DashScope
+        r"n_ctx\W{1,4}#",  # llama.cpp's field
     ),
 )
 
@@ -474,15 +467,21 @@ SAMPLING = any_of(
 
 def overflow_numbers(text):
     """(prompt, output, limit) in tokens as an overflow error tells them; 0 where it does not."""
-    return tuple(
-        next((int(hit.group(1)) for hit in (re.search(row, text, re.I) for row in rows) if hit), 0)
-        for rows in OVERFLOW_NUMBERS
-    )
+    return tuple(first_number(patterns, text) for patterns in OVERFLOW_NUMBERS)
+
+
+def first_number(patterns, text):
+    """The number of the first pattern that fits, or 0. More than 12 digits are no count of tokens."""
+    for pattern in patterns:
+        found = re.search(pattern.replace("#", r"(\d{1,12})"), text, re.I)
+        if found:
+            return int(found.group(1))
+    return 0
 
 
 def is_overflow(status, text):
     """Whether an error says that the prompt, or prompt and output together, do not fit the context."""
-    if status in (400, 413, 429) and re.search(TOO_LARGE_AT_ONCE, text):
+    if status in (400, 413, 429) and re.search(TOO_LARGE, text):
         return True
     return (
         status in (200, 400, 413, 422, 500)
@@ -545,7 +544,7 @@ def retry_after(headers, text):
     wait = float(value) if is_number else seconds_between(headers.get("date"), value)
     if not wait:
         words = re.search(
-            r"(?i)(?:retryDelay\W{1,9}|(?:retry|try again) (?:after|in) )(\d{1,9}(?:\.\d{1,9})?) ?s",
+            r"(?i)(?:retryDelay\W{1,5}|(?:retry|try again) (?:after|in) )(\d{1,9}(?:\.\d{1,9})?) ?s",
             text,  # Gemini's RetryInfo; Azure, Groq
         )
         wait = float(words.group(1)) if words else 0
@@ -659,7 +658,7 @@ def error_in_reply(body):
         return None
     is_whole = not error or isinstance(error, str) and body.get("code")
     raw = compact_json(body if is_whole else {"error": error})
-    code = str(as_dict(error).get("code"))
+    code = str(as_dict(error).get("code"))[:4]
     status = int(code) if re.match(r"[45]\d\d\Z", code) else 500
     if status == 500:
         words = head_and_tail(raw)
@@ -815,6 +814,8 @@ def own_target(name, model, whose):
 
 
 SETTINGS = (
+    # The main target. 300 s: a local model may read a first request of 17,000 tokens for minutes
+    # before its first byte. Two retries: Claude Code itself makes ten more.
     Setting(
         "TARGET_API_KEY",
         "",
@@ -848,6 +849,7 @@ SETTINGS = (
         "what the provider speaks: auto, openai or anthropic",
         parse_choice("auto", "openai", "anthropic"),
     ),
+    # Other targets. A base URL of its own never gets the main key; what is empty is the main target's.
     *own_target("OPUS", "model for Claude's opus family", "for the opus family"),
     *own_target("SONNET", "model for Claude's sonnet family", "for the sonnet family"),
     *own_target("HAIKU", "model for Claude's haiku family", "for the haiku family"),
@@ -861,10 +863,11 @@ SETTINGS = (
         "model for requests with images, where the main one takes none",
         "of the image model",
     ),
+    # What is special about the main target: PROFILE goes with its base URL, the limits with its model.
     Setting(
         "PROFILE",
         "",
-        "force a provider row by name (see the provider table); empty: found by host and model",
+        "provider row of the main base URL (see the provider table); empty: by host and model",
         parse_profile,
     ),
     Setting(
@@ -881,14 +884,18 @@ SETTINGS = (
         secret=True,
     ),
     Setting(
-        "MAX_OUTPUT", "0", "the model's output limit in tokens; 0: as known or learned", parse_count
+        "MAX_OUTPUT",
+        "0",
+        "the main model's output limit in tokens; 0: as known or learned",
+        parse_count,
     ),
     Setting(
         "MAX_CONTEXT",
         "0",
-        "the model's context window in tokens; 0: as known or learned",
+        "the main model's context window in tokens; 0: as known or learned",
         parse_count,
     ),
+    # The disguise. Claude Code's own settings fill it, so that requests tell what its user chose.
     Setting(
         "DISGUISE_MODEL",
         "",
@@ -908,6 +915,7 @@ SETTINGS = (
         "attach the two disguise fields to requests: auto (where unknown fields are tolerated), always, never",
         parse_choice("auto", "always", "never"),
     ),
+    # This proxy. Without a key it answers to loopback names alone: a web page must not reach it.
     Setting(
         "PROXY_HOST",
         "127.0.0.1",
@@ -929,9 +937,11 @@ SETTINGS = (
         "further Host names to answer to when there is no proxy key, for containers",
         parse_names,
     ),
+    # Web search, a tool that Anthropic's servers run and other providers have not.
     Setting(
         "SEARCH_URL", "", "SearXNG-style JSON endpoint for Claude Code's web search", parse_address
     ),
+    # What is kept on disk: nothing, unless it is asked for.
     Setting(
         "CACHE_ENABLED",
         "false",
@@ -957,6 +967,7 @@ SETTINGS = (
         "",
         "JSON, or a file of it: model -> {input, output, cache_read} per million tokens",
     ),
+    # What is written for people.
     Setting(
         "LOG_LEVEL",
         "info",
@@ -976,6 +987,7 @@ SETTINGS = (
         "write each exchange there as one JSON file, keys hidden",
         flags=("--record",),
     ),
+    # TLS to the provider, for companies whose proxy has a certificate of its own.
     Setting(
         "CA_BUNDLE",
         "",
@@ -1192,7 +1204,7 @@ LOW_TO_HIGH = ("low", "medium", "high")
 NOT_KEPT = "(the reasoning of this step was not kept)"
 GEMINI_SKIP = "skip_thought_signature_validator"  # Google's own word for "there is none"
 
-# openai-openapi's openapi.json; unknown fields: langchain_dart issue 712
+# openai-openapi's openapi.json. "Unrecognized request argument supplied": langchain_dart issue 712.
 OPENAI = Profile(
     "openai",
     "OpenAI, other models",
@@ -1202,7 +1214,8 @@ OPENAI = Profile(
     max_tools=128,
     json_format="json_schema",
 )
-# openai-openapi; cline's openai-compatible.ts: max_completion_tokens for these models only
+# cline's openai-compatible.ts: the new name of the output limit for these models alone, since older
+# servers of others know only max_tokens. Temperature and stop are refused (openai-openapi).
 OPENAI_REASONING = OPENAI._replace(
     name="openai-reasoning",
     title="OpenAI o-series, gpt-5",
@@ -1212,11 +1225,13 @@ OPENAI_REASONING = OPENAI._replace(
     reasoning="effort",
     efforts=LOW_TO_HIGH,
 )
-# openai-python issue 1354; the key in a header of its own
+# openai-python issue 1354. The key has a header of its own; PDF parts are refused on chat (pydantic-ai).
 AZURE = dict(
     hosts=("openai.azure.com", "cognitiveservices.azure.com"), key_header="api-key", files=False
 )
-# kimi-cli's kosong/chat_provider/kimi.py
+# kimi-cli's kosong/chat_provider/kimi.py. Sampling is fixed ("only 1 is allowed for this model"), a
+# nested property without a type is refused, image URLs are not fetched (vercel/ai). Reasoning goes
+# back, but no placeholder: its maker asked clients to stop that (cc-switch's claude.rs).
 MOONSHOT = Profile(
     "kimi",
     "Kimi (Moonshot)",
@@ -1230,7 +1245,7 @@ MOONSHOT = Profile(
     reasoning_always=True,
     reasoning="thinking",
 )
-# pydantic-ai's models/zai.py; tool_stream: without it a large call is minutes of silence
+# pydantic-ai's models/zai.py. Without tool_stream a large call is minutes of silence (opencrabs).
 ZAI = Profile(
     "zai",
     "Z.ai GLM",
@@ -1242,7 +1257,7 @@ ZAI = Profile(
     reasoning_always=True,
     reasoning="thinking",
 )
-# groq-python; "property 'x' is unsupported": musistudio/llms PR 64
+# groq-python. "property 'x' is unsupported", also in messages: musistudio/llms PR 64.
 GROQ = Profile(
     "groq",
     "Groq, other models",
@@ -1251,12 +1266,15 @@ GROQ = Profile(
     max_tools=128,
     json_format="json_object",
 )
+# Model servers on the user's own machine: JSON by grammar; images as data, since Ollama fetches none.
 LOCAL = DEFAULT._replace(json_format="json_schema", image_urls=False)
 
 PROFILES = (
     # Order matters within a host: the first row whose model pattern fits is taken. Above each row
-    # stands where its facts are from.
-    # Tools beside an effort are refused: openai-openapi issue 541, litellm PR 34569
+    # stands where its facts are from: documents and threads of 2026, hardly ever a trial.
+    #
+    # Tools beside any effort but none are refused, from 5.5 on even where none is sent:
+    # openai-openapi issue 541, litellm PR 34569.
     OPENAI_REASONING._replace(
         name="openai-gpt5-tools",
         title="OpenAI gpt-5.4 and later",
@@ -1277,7 +1295,8 @@ PROFILES = (
         name="azure-reasoning", title="Azure OpenAI, o-series and gpt-5", **AZURE
     ),
     OPENAI._replace(name="azure", title="Azure OpenAI", **AZURE),
-    # api-docs.deepseek.com/guides/thinking_mode
+    # api-docs.deepseek.com/guides/thinking_mode. A turn with tool calls but without its reasoning is a
+    # 400, also where there was none to keep: hence the placeholder (opencode issue 24722).
     Profile(
         "deepseek",
         "DeepSeek",
@@ -1290,7 +1309,8 @@ PROFILES = (
         reasoning="thinking",
         efforts=("low", "high", "max"),
     ),
-    # thinking must be off without a stream: langchain4j issue 3974; pydantic-ai's providers/alibaba.py
+    # Thinking must be off where no stream is asked for: langchain4j issue 3974. PDF parts are refused:
+    # pydantic-ai's providers/alibaba.py.
     Profile(
         "dashscope",
         "Qwen on DashScope",
@@ -1299,7 +1319,7 @@ PROFILES = (
         json_format="json_object",
         reasoning="enable_thinking",
     ),
-    # aihubmix's guide to Kimi K3.1
+    # Thinking cannot be disabled, and has three strengths: aihubmix's guide to Kimi K3.1.
     MOONSHOT._replace(
         name="kimi-k3",
         title="Kimi K3",
@@ -1308,7 +1328,7 @@ PROFILES = (
         efforts=("low", "high", "max"),
     ),
     MOONSHOT,
-    # thinking cannot be disabled: pydantic-ai's profiles/zai.py
+    # Thinking cannot be disabled: pydantic-ai's profiles/zai.py.
     ZAI._replace(
         name="glm-5.3",
         title="Z.ai GLM-5.2 and later",
@@ -1317,7 +1337,7 @@ PROFILES = (
         efforts=("low", "high", "max"),
     ),
     ZAI,
-    # platform.minimax.io/docs/api-reference; reasoning_split: else <think> stands in the content
+    # platform.minimax.io/docs/api-reference. Without reasoning_split, <think> stands in the content.
     Profile(
         "minimax",
         "MiniMax",
@@ -1328,7 +1348,8 @@ PROFILES = (
         reasoning_always=True,
         reasoning="adaptive",
     ),
-    # Extra inputs are a 422: eca issue 231; roles: datapizza-ai issue 98; ids: gptel issue 1203
+    # Extra inputs are a 422: eca issue 231. "Unexpected role 'user' after role 'tool'": datapizza-ai
+    # issue 98. Ids: gptel issue 1203. Usage comes unasked, on the finish chunk (vercel/ai).
     Profile(
         "mistral",
         "Mistral",
@@ -1352,7 +1373,8 @@ PROFILES = (
         efforts=LOW_TO_HIGH,
     ),
     GROQ,
-    # uni-api issue 105; vercel/ai's xai-chat-language-model.ts
+    # "Argument not supported on this model": uni-api issue 105. vercel/ai's
+    # xai-chat-language-model.ts: no stop on chat.
     Profile(
         "xai",
         "xAI",
@@ -1362,7 +1384,8 @@ PROFILES = (
         max_tools=200,
         json_format="json_schema",
     ),
-    # schema keywords: zed issue 44875; thought signatures: opensquilla issue 225
+    # "Unknown name" for schema keywords: zed issue 44875. A call without its thought_signature is a
+    # 400: opensquilla issue 225.
     Profile(
         "gemini",
         "Gemini",
@@ -1378,7 +1401,8 @@ PROFILES = (
         reasoning="effort",
         efforts=LOW_TO_HIGH,
     ),
-    # openrouter.ai/docs/use-cases/reasoning-tokens
+    # openrouter.ai/docs/use-cases/reasoning-tokens: the details must come back as they came, and in
+    # order. An effort of max is a 400 (cc-switch), so the strongest word here is xhigh.
     Profile(
         "openrouter",
         "OpenRouter",
@@ -1391,7 +1415,8 @@ PROFILES = (
         json_format="json_schema",
         headers=(("X-Title", "ccfix"),),
     ),
-    # refuses reasoning_content, takes reasoning: opencode issue 6648, Empryo PR 209
+    # Refuses reasoning_content, takes reasoning: opencode issue 6648, and Empryo PR 209, which tried
+    # each field.
     Profile(
         "cerebras",
         "Cerebras",
@@ -1404,9 +1429,10 @@ PROFILES = (
         json_format="json_schema",
         reasoning_field="reasoning",
     ),
-    # free-claude-code issue 127; CLIProxyAPI issue 4149: a thinking field is a 400
+    # free-claude-code issue 127. A thinking field is a 400, chat_template_kwargs is not:
+    # CLIProxyAPI issue 4149.
     Profile("nim", "NVIDIA NIM", ("integrate.api.nvidia.com",), strict=True, reasoning="kwargs"),
-    # midscene issue 1322
+    # "Extra inputs are not permitted": midscene issue 1322
     Profile(
         "fireworks",
         "Fireworks",
@@ -1431,7 +1457,7 @@ PROFILES = (
         json_format="json_object",
         reasoning="enable_thinking",
     ),
-    # openclaude issue 331
+    # openclaude issue 331; cc-switch's presets
     Profile("ark", "Volcengine Ark", ("volces.com", "bytepluses.com"), reasoning="thinking"),
     # cc-switch's proxy/providers/claude.rs
     Profile(
@@ -1442,7 +1468,7 @@ PROFILES = (
         placeholder=NOT_KEPT,
         reasoning="thinking",
     ),
-    # copilot-api's api-config.ts
+    # copilot-api's api-config.ts: the headers of Copilot's own clients
     Profile(
         "copilot",
         "GitHub Copilot",
@@ -1456,7 +1482,7 @@ PROFILES = (
             ("Copilot-Vision-Request", "true"),
         ),
     ),
-    # ollama's openai/openai.go
+    # ollama's openai/openai.go: tool_choice is not read, reasoning comes back as `reasoning`
     LOCAL._replace(
         name="ollama",
         title="Ollama",
@@ -1477,10 +1503,11 @@ PROFILES = (
     ),
     # vllm's chat_completion/protocol.py
     LOCAL._replace(name="vllm", title="vLLM", hosts=(":8000",), reasoning="kwargs"),
-    # litellm issues 32086 and 17343
+    # litellm issues 32086 and 17343. Strict, for the sake of the providers behind it.
     Profile("litellm", "LiteLLM gateway", (":4000",), strict=True),
+    # set by --demo, whose server stands in this file
     Profile("demo", "the embedded demo model"),
-    # docs.anthropic.com/en/api/messages; llama.cpp's /v1/messages
+    # docs.anthropic.com/en/api/messages. Tried: llama.cpp's /v1/messages.
     Profile("anthropic", "anything that speaks Anthropic", format="anthropic", tried=True),
 )
 
@@ -2372,12 +2399,9 @@ def estimate_tokens(body):
             wide = len(value.encode("utf-8", "replace")) - len(value) if not is_ascii(value) else 0
             total += (len(value) - wide // 2) // 4 + wide // 3 + 1
         elif isinstance(value, dict):
-            if (
-                value.get("type") in ("image", "document")
-                and isinstance(value.get("source"), dict)
-                and value["source"].get("type") != "text"
-            ):
-                total += 1500
+            kind, source = BLOCKS.get(str(value.get("type"))), as_dict(value.get("source"))
+            if kind and kind.tokens and source and source.get("type") != "text":
+                total += kind.tokens
             else:
                 stack.extend(value.values())
                 total += len(value)
@@ -3998,10 +4022,8 @@ class StreamTranslator(object):
         """Remember why it ended; the stop reason waits for the end, because usage often comes after it."""
         reason = str(choice["finish_reason"])
         if reason in FINISH_ERRORS:
-            kind, sentence = FINISH_ERRORS[reason]
-            raise UpstreamError(
-                sentence, 529 if kind == "overloaded_error" else 502, kind, retry=True
-            )
+            status, sentence = FINISH_ERRORS[reason]
+            raise UpstreamError(sentence, status, retry=True)
         self.ended = True
         self.reason = self.reason if self.reason == "content_filter" else reason
         if isinstance(choice.get("stop_reason"), str):  # vLLM names the stop text that matched

@@ -787,7 +787,7 @@ ERRORS = (
         "2",
     ),
     (
-        "a date is not understood",
+        "a date alone says nothing: our own clock may be wrong",
         429,
         {"error": {"message": "slow down"}},
         {"retry-after": "Wed, 21 Oct 2026 07:28:00 GMT"},
@@ -1065,6 +1065,37 @@ class TestUpstreamErrors(unittest.TestCase):
                 self.assertTrue(error.message)
                 self.assertNotIn("<", error.message.replace("<x>", ""))
 
+    def test_retry_after_as_a_date_counts_from_the_date_of_the_reply(self):
+        date = "Wed, 21 Oct 2026 07:28:00 GMT"
+        rows = (
+            # (Retry-After, Date, the retry-after that the client gets)
+            ("Wed, 21 Oct 2026 07:28:30 GMT", date, "30"),
+            ("Wed, 21 Oct 2026 10:28:00 GMT", date, "10800"),
+            ("Thu, 22 Oct 2026 00:00:00 GMT", "Wed, 21 Oct 2026 23:59:59 GMT", "1"),
+            ("Wed Oct 21 07:28:30 2026", date, "30"),  # asctime's form, which RFC 9110 still allows
+            ("Wednesday, 21-Oct-26 07:28:30 GMT", date, "30"),  # RFC 850's
+            (date, date, None),
+            ("Wed, 21 Oct 2026 07:27:00 GMT", date, None),
+            ("Wed, 21 Oct 2026 07:28:30 GMT", None, None),
+            ("Wed, 21 Oct 2026 07:28:30 GMT", "yesterday", None),
+            ("Wed, 21 Oct 2026 07:28:30 GMT", " ", None),
+            ("soon", date, None),
+            ("Wed, 99 Oct 2026 07:28:30 GMT", date, None),
+            ("Wed, 21 Oct 99999 07:28:30 GMT", date, None),
+            ("Wed, 21 Oct 2026 " + "9" * 5000, date, None),
+            (",,,", date, None),
+            ("30", date, "30"),
+            ("-5", date, None),
+        )
+        for after, now, wanted in rows:
+            with self.subTest(after, date=now):
+                headers = email.message.Message()
+                headers["Retry-After"] = after
+                if now is not None:
+                    headers["Date"] = now
+                error = provider_error(429, {"error": {"message": "slow down"}}, headers)
+                self.assertEqual(error.headers.get("retry-after"), wanted)
+
     def test_no_error_of_a_provider_is_a_plain_400_but_overflow(self):
         """Claude Code sends a 400 up to six times."""
         for status in range(300, 600):
@@ -1186,6 +1217,94 @@ class TestUpstreamErrors(unittest.TestCase):
         self.assertFalse(provider_error(429, "insufficient_quota").retry)
 
 
+class ScannedText:
+    """Stands for the module re: notes each pattern, and how many characters it is run on."""
+
+    def __init__(self):
+        self.patterns, self.lengths = set(), []
+
+    def __getattr__(self, name):
+        def run(pattern, *arguments, **flags):
+            text = arguments[1] if name == "sub" else arguments[0]
+            self.patterns.add(pattern)
+            self.lengths.append(len(text))
+            return getattr(re, name)(pattern, *arguments, **flags)
+
+        return run if callable(getattr(re, name)) else getattr(re, name)
+
+
+def most_steps(items):
+    """How many ways there are, at most, in which a parsed pattern can be tried at one place."""
+    total = 1
+    for code, value in items:
+        name = str(code)
+        if name in ("MAX_REPEAT", "MIN_REPEAT"):
+            least, most, inner = value
+            total *= (int(most) - least + 1) * most_steps(inner)
+        elif name == "BRANCH":
+            total *= sum(most_steps(branch) for branch in value[1])
+        elif name in ("SUBPATTERN", "ASSERT", "ASSERT_NOT"):
+            total *= most_steps(value[-1])
+    return total
+
+
+class TestHostileErrors(unittest.TestCase):
+    """A provider's words cost no more time than their length, and no more than 4,000 of them are searched."""
+
+    STATUSES = (200, 400, 401, 404, 413, 429, 500, 503)
+
+    def patterns(self):
+        """The patterns that errors are searched with."""
+        scanned = ScannedText()
+        with mock.patch.object(ccfix, "re", scanned):
+            for status in self.STATUSES:
+                for text in ("x", "max_tokens", "context length", "<html><title>x</title>"):
+                    provider_error(status, text)
+            ccfix.error_in_reply({"error": {"message": "x"}})
+        return scanned.patterns
+
+    def test_no_pattern_has_an_open_or_nested_repetition(self):
+        parser = getattr(re, "_parser", None) or importlib.import_module("sre_parse")
+        patterns = self.patterns()
+        self.assertGreater(len(patterns), 30)
+        for pattern in patterns:
+            with self.subTest(pattern):
+                # MAXREPEAT is a huge number, so an open repetition is far above the limit.
+                self.assertLess(most_steps(parser.parse(pattern)), 8000)
+
+    def test_a_megabyte_costs_what_4000_characters_cost(self):
+        words = sorted({w for p in self.patterns() for w in re.findall("[A-Za-z ]{4,}", p)})
+        soup = " 1 ".join(words) + ' {"n_ctx": 1 '
+        for seed in ("1", '"', " ", "{", "[", "<", "<h1>", "a\\n", "\u4f60", "exceed", soup):
+            for status in self.STATUSES:
+                costs = []
+                for size in (4000, 1 << 20):
+                    text = (seed * (size // len(seed) + 1))[:size]
+                    for body in (text, json.dumps({"error": {"message": text, "code": text}})):
+                        scanned = ScannedText()
+                        with mock.patch.object(ccfix, "re", scanned):
+                            error = provider_error(status, body)
+                        self.assertLessEqual(max(scanned.lengths + [0]), 4000)
+                        costs.append(sum(scanned.lengths))
+                        self.assertLessEqual(len(error.text), 4000)
+                        self.assertLess(len(error.message), 4200)
+                with self.subTest(seed[:20], status=status):
+                    self.assertLess(costs[2], costs[0] * 1.5 + 40000)
+                    self.assertLess(costs[3], costs[1] * 1.5 + 40000)
+
+    def test_front_and_end_of_long_words_are_searched(self):
+        for text in ("prompt is too long" + " x" * 9000, "x " * 9000 + "prompt is too long"):
+            self.assertEqual(provider_error(400, text).kind, "overflow")
+        body = {"error": {"message": "context length " * 900, "n_prompt_tokens": 9, "n_ctx": 7}}
+        self.assertEqual(
+            provider_error(400, body).message, "prompt is too long: 9 tokens > 7 maximum"
+        )
+
+    def test_a_number_without_end_is_no_trouble(self):
+        error = provider_error(400, "prompt is too long: %s tokens > 8 maximum" % ("9" * 100000))
+        self.assertEqual(error.kind, "overflow")
+
+
 # ======================================================================================================
 # 3  Settings
 # ======================================================================================================
@@ -1220,6 +1339,7 @@ DOTENV = (
     ("export\tA=b", "b"),
     ('A="\u4f60"', "\u4f60"),
     ("A=\"open", '"open'),
+    ("A=x" + " " * 100000 + "y", "x" + " " * 100000 + "y"),
 )
 
 
@@ -1382,6 +1502,8 @@ class TestLayers(unittest.TestCase):
             ("TARGET_MODEL", "a\nb", "one line"),
             ("LOG_LEVEL", "loud", "debug, info, warning, error"),
             ("CACHE_KEY_MODE", "x", "prefix, full, none"),
+            ("PROFILE", "bogus", "default, openai-gpt5-tools, "),
+            ("EXTRA_BODY", "[" * 100000, "JSON object"),
         )
         for name, value, allowed in rows:
             with self.subTest(name, value=value):
@@ -1596,6 +1718,11 @@ class TestProfiles(unittest.TestCase):
             ("http://127.5.5.5/v1", True),
             ("http://[::1]:80/v1", True),
             ("http://host.docker.internal:1/v1", True),
+            ("localhost", True),
+            ("::1", True),
+            ("LOCALHOST", True),
+            ("localhost.evil.com", False),
+            ("", False),
             ("https://localhost.evil.com/v1", False),
             ("http://10.0.0.1/v1", False),
             ("https://api.openai.com/v1", False),
@@ -9660,6 +9787,8 @@ class TestRouting(unittest.TestCase):
             ("Opus 4.8[1m]", ("big", "9", "Bearer K")),
             ("", ("m", "9", "Bearer K")),
             ("anthropic/claude-OPUS", ("big", "9", "Bearer K")),
+            ("my-opusculum", ("m", "9", "Bearer K")),
+            ("haikus-5", ("m", "9", "Bearer K")),
         )
         for asked, wanted in rows:
             with self.subTest(asked):
@@ -9674,6 +9803,33 @@ class TestRouting(unittest.TestCase):
                     ),
                     wanted,
                 )
+
+    def test_whose_profile_and_limits_the_users_own_are(self):
+        """PROFILE is about the main base URL; MAX_CONTEXT and MAX_OUTPUT about the main model there."""
+        proxy, _ = proxy_with(
+            hello,
+            TARGET_MODEL="m[1m]",
+            PROFILE="mistral",
+            MAX_CONTEXT="50000",
+            MAX_OUTPUT="4000",
+            TARGET_MODEL_IMAGE="m",
+            TARGET_API_BASE_FALLBACK="http://127.0.0.1:7/v1",
+            **self.FAMILIES,
+        )
+        rows = (
+            # (family, (profile, context, max_output))
+            ("", ("mistral", 50000, 4000)),
+            ("image", ("mistral", 50000, 4000)),  # the same model at the same base URL
+            ("opus", ("mistral", 0, 0)),  # another model there
+            ("sonnet", ("default", 0, 0)),  # elsewhere
+            ("haiku", ("default", 0, 0)),
+            ("fallback", ("default", 0, 0)),  # the same name elsewhere
+        )
+        settings = proxy.settings()
+        for family, wanted in rows:
+            with self.subTest(family):
+                got = ccfix.plan_for(settings, family, proxy.profile_of(settings)).profile
+                self.assertEqual((got.name, got.context, got.max_output), wanted)
 
     def test_a_base_of_its_own_never_gets_the_main_key(self):
         for family in ("OPUS", "SONNET", "HAIKU"):
@@ -12902,6 +13058,7 @@ class TestRun(CommandsCase):
             ("qwen/qwen3:free", "qwen/qwen3:free"),
             ("anthropic/claude-sonnet-4.5", "ccfix-main"),
             ("tiny-opus", "ccfix-main"),
+            ("my-opusculum", "my-opusculum"),
         ):
             self.assertEqual(self.environment(plan=self.plan(model))["ANTHROPIC_MODEL"], shown)
 
@@ -13629,6 +13786,38 @@ def write_tables(path):
         print("%s: the table of %s, %d rows" % (path, name, table().count("\n") - 1))
     with open(path, "w", encoding="utf-8", newline="\n") as file:
         file.write(text)
+
+
+class TestTables(unittest.TestCase):
+    """python3 test_ccfix.py --tables writes the tables of the README."""
+
+    def written(self, text):
+        """(the README at the end, what was said) when it held `text`."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "README.md")
+            with open(path, "w", encoding="utf-8", newline="") as file:
+                file.write(text)
+            with mock.patch("sys.stdout", io.StringIO()) as said:
+                write_tables(path)
+            with open(path, encoding="utf-8", newline="") as file:
+                return file.read(), said.getvalue()
+
+    def test_only_what_stands_between_the_markers_is_written(self):
+        text = "a \u4f60\n<!-- providers -->\nold\n<!-- /providers -->\nb\n"
+        text += "<!-- settings -->\n\n\n<!-- /settings -->\nc\n"
+        made, said = self.written(text)
+        front, rest = made.split("<!-- providers -->\n" + profiles_table(), 1)
+        middle, end = rest.split("<!-- settings -->\n" + settings_table(), 1)
+        self.assertEqual(front, "a \u4f60\n")
+        self.assertEqual(middle, "\n<!-- /providers -->\nb\n")
+        self.assertEqual(end, "\n<!-- /settings -->\nc\n")
+        self.assertEqual(self.written(made)[0], made)
+        self.assertIn("the table of settings, %d rows" % len(ccfix.SETTINGS), said)
+        self.assertIn("the table of providers, %d rows" % (len(ccfix.PROFILES) - 1), said)
+
+    def test_a_readme_without_the_markers_is_left_alone(self):
+        with self.assertRaises(SystemExit):
+            self.written("nothing\n<!-- settings -->\n")
 
 
 class TestReadme(unittest.TestCase):
