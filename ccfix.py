@@ -88,14 +88,14 @@ __all__ = [
 ]
 
 
-# ======================================================================================================
+# ==================================================================================================
 # 1  Vocabulary: tables that both directions share
-# ======================================================================================================
+# ==================================================================================================
 
 STOP_REASONS = {
-    # OpenAI's finish_reason -> Anthropic's stop_reason. Any other word is a normal end ("end_turn"):
-    # stop, end, eos (Together), function_call, repetition_truncation (MiMo). And any tool call makes
-    # it "tool_use", whatever this says.
+    # OpenAI's finish_reason -> Anthropic's stop_reason. Any other word is a normal end
+    # ("end_turn"): stop, end, eos (Together), function_call, repetition_truncation (MiMo). And any
+    # tool call makes it "tool_use", whatever this says.
     "length": "max_tokens",
     "model_length": "max_tokens",  # Mistral
     "max_tokens": "max_tokens",
@@ -118,15 +118,15 @@ FINISH_ERRORS = {
 
 
 class BlockKind(NamedTuple):
-    """How a kind of content block is streamed, finished and counted. A new kind is one row of BLOCKS.
+    """How a kind of content block is streamed, finished and counted; a new kind is a row of BLOCKS.
 
-    A stream opens it with `start` as the content_block of content_block_start, and brings its content
-    in deltas {"type": delta, piece: string}. The finished block holds the joined pieces in `field`;
-    where `is_json` is set they are the text of a JSON object, and `field` holds that object.
-    Kinds without a delta come whole in content_block_start.
+    A stream opens it with `start` as the content_block of content_block_start, and brings its
+    content in deltas {"type": delta, piece: string}. The finished block holds the joined pieces in
+    `field`; where `is_json` is set they are the text of a JSON object, and `field` holds that
+    object. Kinds without a delta come whole in content_block_start.
     """
 
-    start: dict
+    start: dict = None
     delta: str = ""
     piece: str = ""
     field: str = ""
@@ -156,8 +156,8 @@ BLOCKS = {
         "input",
         True,
     ),
-    "image": BlockKind({"type": "image"}, tokens=1500),  # Anthropic's limit is about 1,600 an image
-    "document": BlockKind({"type": "document"}, tokens=1500),  # a page or two of a PDF
+    "image": BlockKind(tokens=1500),  # Anthropic's limit is about 1,600 an image
+    "document": BlockKind(tokens=1500),  # a page or two of a PDF
 }
 
 # HTTP status -> Anthropic's error type (docs.anthropic.com/en/api/errors); any other is api_error.
@@ -180,9 +180,9 @@ FAMILIES = ("opus", "sonnet", "haiku")
 
 REASONING_FIELDS = {
     # Fields in which a model's reasoning travels: in a delta or message of a reply, and back to the
-    # provider in an assistant message (Profile.reasoning_field names the one). This is the only list:
-    # a provider with a new field is one row. In order of trust: of several that hold a string, the
-    # first counts (chutes.ai sends two with the same text). Shapes:
+    # provider in an assistant message (Profile.reasoning_field names the one). This is the only
+    # list: a provider with a new field is one row. In order of trust: of several that hold a
+    # string the first counts (chutes.ai sends two with the same text). Shapes:
     #   string  the reasoning itself
     #   parts   a list of {"type", "text" | "summary" | "data", "signature", ...}, kept as it came
     #   opaque  nothing to show: tool_calls[i].extra_content.google.thought_signature
@@ -194,12 +194,13 @@ REASONING_FIELDS = {
 }
 REASONING_STRINGS = tuple(name for name, shape in REASONING_FIELDS.items() if shape == "string")
 
-# First line of Claude Code's system text: describes the user's machine, and differs between versions.
+# First line of Claude Code's system text: it describes the user's machine, and differs between
+# versions. Sent on, it would tell on the user, and cost the provider's whole prefix cache.
 BILLING_LINE = "x-anthropic-billing-header:"
 
 
 def compact_json(value, _encode=json.JSONEncoder(separators=(",", ":")).encode):
-    """value as JSON text without spaces, ASCII: half a surrogate pair could not be encoded otherwise."""
+    """value as JSON text without spaces; ASCII, since half a surrogate pair has no UTF-8."""
     return _encode(value)
 
 
@@ -249,25 +250,21 @@ def refuse_constant(name):
     raise ValueError("%s is not a JSON number" % name)
 
 
-JSON_HOOKS = {
-    "parse_int": parse_integer,
-    "parse_float": parse_float,
-    "parse_constant": refuse_constant,
-}
+JSON_HOOKS = dict(parse_int=parse_integer, parse_float=parse_float, parse_constant=refuse_constant)
 STRICT = json.JSONDecoder(**JSON_HOOKS)  # Python's own takes NaN, 1e999 and numbers without end
 
 
-# ======================================================================================================
+# ==================================================================================================
 # 2  Errors: what went wrong, whose fault it is, and how Claude Code is told
-# ======================================================================================================
+# ==================================================================================================
 
 
 class ProxyError(Exception):
     """An error that the client is shown.
 
-    status: HTTP status; type: Anthropic's error type; headers: extra reply headers; kind: what ccfix
-    itself decides by ("overflow", "billing", "auth", "connect", "timeout", "cut", ...); retry: worth
-    another try before any content went out.
+    status: HTTP status; type: Anthropic's error type; headers: extra reply headers; kind: what
+    ccfix itself decides by ("overflow", "billing", "auth", "connect", "timeout", "cut", ...);
+    retry: worth another try before any content went out.
     """
 
     default = 500
@@ -308,7 +305,7 @@ class ClientGone(Exception):
     """The client hung up: nobody waits for the answer any more."""
 
 
-# ---- what a provider says ----------------------------------------------------------------------------
+# ---- what a provider says ------------------------------------------------------------------------
 
 MAX_WORDS = 4000  # characters of a provider's words that are searched, and shown
 TAIL = 1000  # of these are the end of longer words: numbers often stand there
@@ -317,13 +314,16 @@ TAIL = 1000  # of these are the end of longer words: numbers often stand there
 def head_and_tail(text):
     """text, or the front and the end of one that is longer than MAX_WORDS characters.
 
-    The only place that bounds what the patterns of error texts run on: a provider may send megabytes.
+    The only place that bounds what the patterns of error texts run on: a provider may send
+    megabytes.
     """
-    return text if len(text) <= MAX_WORDS else text[: MAX_WORDS - TAIL] + text[-TAIL:]
+    if len(text) <= MAX_WORDS:
+        return text
+    return text[: MAX_WORDS - TAIL - 5] + " ... " + text[-TAIL:]
 
 
 def error_fields(raw):
-    """(message, code, type) of an error body (bytes or a string), each at most MAX_WORDS characters.
+    """(message, code, type) of an error body (bytes or a string), each of MAX_WORDS at most.
 
     The shapes that providers use: {error:{message,type,code}} . [{error:{..}}] (Gemini) .
     {error:"..",code} (xAI, LM Studio, NIM) . flat {message,..} (Mistral, Cerebras, SiliconFlow) .
@@ -341,7 +341,7 @@ def error_fields(raw):
 
 
 def error_body_fields(body):
-    """(message, code, type) of an error body that is a JSON object; code and type may be anything."""
+    """(message, code, type) of an error body that is a dict; code and type may be anything."""
     error, base = body.get("error"), as_dict(body.get("base_resp"))
     if isinstance(error, dict):
         body, error = error, None
@@ -365,9 +365,9 @@ def readable_text(text):
     return " - ".join(filter(None, parts)) or "an HTML page"
 
 
-# Patterns of error texts. They are tried in any case, and compiled when the first error comes, not at
-# each start. No repetition is open: each step is bounded, so that the time is a small multiple of the
-# text's length, whatever a provider sends (a test counts the steps).
+# Patterns of error texts. They are tried in any case, and compiled when the first error comes, not
+# at each start. No repetition is open: each step is bounded, so that the time is a small multiple
+# of the text's length, whatever a provider sends (a test counts the steps).
 def any_of(*patterns):
     """One pattern, for any case, of several."""
     return "(?is)" + "|".join(patterns)
@@ -391,7 +391,7 @@ OVERFLOW = any_of(
 NO_OVERFLOW = any_of(
     # What has such words and is something else.
     r"(?:image|file) exceeds|\d ?MB\b|pixels",  # Anthropic's and others' limits of media
-    r"(?:string|array) too long|tool_calls?\[|invalid 'messages",  # OpenAI's limits of ids and lists
+    r"(?:string|array) too long|tool_calls?\[|invalid 'messages",  # OpenAI's limits of ids, lists
     r"connections|retries|rate limit|too many requests|throttl|per minute",
     r"(?:took|taking|waited|waiting) too long|too long to",  # a timeout
 )
@@ -438,7 +438,8 @@ BILLING = any_of(
     r"Arrearage|good standing",  # DashScope
     r"payment required|out of credits|can only afford",  # OpenRouter
     r"\(1008\)|quota (?:is )?(?:exhausted|used up)",  # MiniMax
-    "\u989d\u5ea6\u4e0d\u8db3|\u4f59\u989d\u4e0d\u8db3|\u6b20\u8d39",  # no quota, no balance, in debt
+    # Chinese gateways: quota used up, balance used up, in arrears
+    "\u989d\u5ea6\u4e0d\u8db3|\u4f59\u989d\u4e0d\u8db3|\u6b20\u8d39",
 )
 OVERLOADED = any_of(
     r"overload|at capacity|over capacity|server is busy",  # Kimi, Anthropic; Groq
@@ -471,7 +472,7 @@ def overflow_numbers(text):
 
 
 def first_number(patterns, text):
-    """The number of the first pattern that fits, or 0. More than 12 digits are no count of tokens."""
+    """The number of the first pattern that fits, or 0; more than 12 digits are no token count."""
     for pattern in patterns:
         found = re.search(pattern.replace("#", r"(\d{1,12})"), text, re.I)
         if found:
@@ -480,19 +481,26 @@ def first_number(patterns, text):
 
 
 def is_overflow(status, text):
-    """Whether an error says that the prompt, or prompt and output together, do not fit the context."""
+    """Whether an error says that the context is too small: for the prompt, or with the output.
+
+    text: the provider's words and code. A limit of the output alone is not an overflow.
+    """
     if status in (400, 413, 429) and re.search(TOO_LARGE, text):
         return True
     return (
         status in (200, 400, 413, 422, 500)
-        and bool(re.search(OVERFLOW, text))
+        and re.search(OVERFLOW, text)
         and not re.search(NO_OVERFLOW, text)
         and not output_limit(text)
     )
 
 
 def output_limit(text):
-    """The limit of output tokens that an error names, or 0: "max_tokens ... at most 4096", "[1, 8192]"."""
+    """The limit of output tokens that an error names, or 0.
+
+    As in "max_tokens ... supports at most 4096" (OpenAI), "must be less than or equal to" (Groq),
+    "the valid range of max_tokens is [1, 8192]" (DeepSeek), "a value <= 12288" (Ark).
+    """
     names_output = re.search(r"max(?:imum)?_?(?:completion_|output_|new_)?tokens", text)
     if not names_output or re.search("context (?:length|limit)", text):
         return 0
@@ -500,16 +508,16 @@ def output_limit(text):
     return int(limit.group(1)) if limit else 0
 
 
-# ---- what Claude Code is told ------------------------------------------------------------------------
+# ---- what Claude Code is told --------------------------------------------------------------------
 
 
 def overflow_error(prompt, limit, estimate=0, window=0):
-    """The one text by which every version of Claude Code knows that it must compact the conversation.
+    """The one text by which every version of Claude Code knows that it must compact.
 
-    All in tokens, 0 where not known: prompt and limit as the provider told them, estimate and window
-    as ccfix knows them. The text always says that the prompt is longer than the limit.
+    All in tokens, 0 where not known: prompt and limit as the provider told them, estimate and
+    window as ccfix knows them. The text always says that the prompt is longer than the limit.
     """
-    limit = limit or window or max(1000, prompt - 1 if prompt else estimate - 1)
+    limit = limit or window or max(1000, (prompt or estimate) - 1)
     prompt = max(prompt or estimate, limit + 1)
     return UpstreamError(
         "prompt is too long: %d tokens > %d maximum" % (prompt, limit), 400, kind="overflow"
@@ -519,14 +527,15 @@ def overflow_error(prompt, limit, estimate=0, window=0):
 def upstream_error(status, headers, raw):
     """The UpstreamError that makes Claude Code do the right thing about an upstream's error.
 
-    status, headers, raw: of the upstream's reply, or of an error inside a 200. Chosen by what the real
-    client does with each status: 400 is sent up to six times and 401 for three minutes, so an
-    unrecognised 400 goes out as 424 (once), and a bad key with `x-should-retry: false`; billing is 402
-    (once); 429 and 5xx are retried with Retry-After; the words of a 404 it hides (see Handler.fail).
+    status, headers, raw: of the upstream's reply, or of an error inside a 200. Chosen by what the
+    real client does with each status: 400 is sent up to six times and 401 for three minutes, so an
+    unrecognised 400 goes out as 424 (once), and a bad key with `x-should-retry: false`; billing is
+    402 (once); 429 and 5xx are retried with Retry-After; the words of a 404 it hides (see
+    Handler.fail).
     """
-    message, code, kind = error_fields(raw)
-    text = head_and_tail(" ".join((message, code, kind)))
-    message = message or "the provider answered HTTP %d without saying why" % status
+    fields = error_fields(raw)
+    text = head_and_tail(" ".join(fields))
+    message = fields[0] or "the provider answered HTTP %d without saying why" % status
     row = next(row for row in ERROR_ROWS if row.matches(status, text))
     # Some numbers stand in fields beside the message: llama.cpp's n_ctx, Gemini's retryDelay.
     error = row.error(headers, message, head_and_tail(text + " " + decode_utf8(raw[-TAIL:])))
@@ -535,24 +544,25 @@ def upstream_error(status, headers, raw):
 
 
 def retry_after(headers, text):
-    """Whole seconds that the provider asks to wait, for the retry-after header; "" where it does not.
+    """Whole seconds that the provider asks to wait, as a string; "" where it does not ask.
 
     From its Retry-After, which is a number or a date (RFC 9110 10.2.3), else from its words.
     """
     value = str(headers.get("retry-after") or "").strip()
-    is_number = re.match(r"\d{1,9}(?:\.\d{1,9})?\Z", value)
-    wait = float(value) if is_number else seconds_between(headers.get("date"), value)
+    in_seconds = re.match(r"\d{1,9}(?:\.\d{1,9})?\Z", value)
+    wait = float(value) if in_seconds else seconds_between(headers.get("date"), value)
     if not wait:
         words = re.search(
-            r"(?i)(?:retryDelay\W{1,5}|(?:retry|try again) (?:after|in) )(\d{1,9}(?:\.\d{1,9})?) ?s",
-            text,  # Gemini's RetryInfo; Azure, Groq
+            r"(?i)(?:retryDelay\W{1,5}"  # Gemini's RetryInfo
+            r"|(?:retry|try again) (?:after|in) )(\d{1,9}(?:\.\d{1,9})?) ?s",  # Azure, Groq
+            text,
         )
         wait = float(words.group(1)) if words else 0
     return str(int(wait + 0.999)) if wait else ""
 
 
 def seconds_between(start, end):
-    """Seconds from one HTTP date (RFC 9110 5.6.7) to a later one, else 0: also where one is not a date.
+    """Seconds from one HTTP date (RFC 9110 5.6.7) to a later one; 0 where one is not a date.
 
     A reply's own Date is the only clock that its other dates can be read by: ours may be wrong.
     """
@@ -578,7 +588,7 @@ class ErrorRow(NamedTuple):
             return False
         if self.kind == "overflow":
             return is_overflow(status, text)
-        return not self.pattern or bool(re.search(self.pattern, text))
+        return not self.pattern or re.search(self.pattern, text)
 
     def error(self, headers, message, text):
         """The UpstreamError; text: the provider's words and what stands beside them."""
@@ -599,8 +609,8 @@ class ErrorRow(NamedTuple):
 
 NO_KEY = "The provider refused the key; check TARGET_API_KEY (-k):"
 ERROR_ROWS = (
-    # The first match counts. What providers send is theirs to change; what Claude Code does with each
-    # status was seen with version 2.1.330.
+    # The first match counts. What providers send is theirs to change; what Claude Code does with
+    # each status was seen with version 2.1.330.
     ErrorRow("rate", (429,), r"retry in \d", 429),  # Gemini: a rate limit in the words of a quota
     ErrorRow(
         "billing",
@@ -610,6 +620,7 @@ ERROR_ROWS = (
         "The provider's account has no credit:",
     ),
     ErrorRow("billing", (402,), "", 402, "The provider wants payment:"),
+    # One status and one text for all of them: every version of Claude Code compacts by it.
     ErrorRow("overflow", (), "", 400),
     ErrorRow("auth", (401,), "", 401, NO_KEY),
     ErrorRow("auth", (400, 403), BAD_KEY, 401, NO_KEY),  # Gemini
@@ -620,6 +631,7 @@ ERROR_ROWS = (
         404,
         "The provider has no such model; check TARGET_MODEL (-m):",
     ),
+    # The same request may succeed the next time.
     ErrorRow(
         "sampling", (400, 422, 500), SAMPLING, 500, "The model produced a malformed tool call:"
     ),
@@ -632,13 +644,14 @@ ERROR_ROWS = (
         (404, 405),
         "",
         404,
-        "The provider has no such address or model; check TARGET_API_BASE (-b) and TARGET_MODEL (-m):",
+        "The provider has no such address or model;"
+        " check TARGET_API_BASE (-b) and TARGET_MODEL (-m):",
     ),
     ErrorRow("model", (410,), "", 404, "The model is gone; choose another TARGET_MODEL (-m):"),
     ErrorRow("policy", (403,), "", 403, "The provider forbids this request:"),
     ErrorRow("overloaded", (200, 429, 500, 503), OVERLOADED, 529, "The provider is overloaded:"),
     ErrorRow("rate", (429,), "", 429),
-    ErrorRow("size", (413,), "", 413, "The provider says that the request is too large:"),
+    ErrorRow("size", (413,), "", 413, "The request is too large for the provider:"),
     ErrorRow("request", (500,), PERMANENT_500, 424, "The provider cannot take this request:"),
     ErrorRow("timeout", (408, 504, 522, 524), "", 504, "The provider took too long:"),
     ErrorRow("overloaded", (503, 529), "", 529, "The provider is overloaded:"),
@@ -648,7 +661,7 @@ ERROR_ROWS = (
 
 
 def error_in_reply(body):
-    """The UpstreamError that a reply with HTTP 200 holds, or None. body: a chunk, or a whole reply (dict).
+    """The UpstreamError that a reply with HTTP 200 holds, or None. body: a chunk or a whole reply.
 
     {error:..} (vLLM, OpenRouter, llama.cpp), x_groq.error, base_resp.status_code (MiniMax),
     {code, error:".."} (xAI).
@@ -669,20 +682,24 @@ def error_in_reply(body):
     return upstream_error(status, {}, raw)
 
 
-# ======================================================================================================
+# ==================================================================================================
 # 3  Settings: one row a setting; command line > environment > .env > Claude's settings > default
-# ======================================================================================================
+# ==================================================================================================
 
 
 class SettingError(Exception):
     """A setting that cannot be used; the message names it, its origin and what is allowed."""
 
 
-# ---- parsers: a string -> the value; ValueError says what is allowed ---------------------------------
+# A new setting is a row of SETTINGS: its flag, its lines in the README, in --help, in the template
+# of .env and on the status page follow from it. An empty value always means the default, so a row
+# whose empty value means something has "" as its default.
+
+# ---- parsers: a string -> the value; ValueError says what is allowed -----------------------------
 
 
 def parse_text(value):
-    """A string without line breaks."""
+    """A string without line breaks: it may become a header's value."""
     if "\n" in value or "\r" in value:
         raise ValueError("one line of text")
     return value.strip()
@@ -697,21 +714,21 @@ def parse_flag(value):
 
 
 def parse_port(value):
-    """A port number; 0 takes a free one."""
+    """A port number, 0 to 65535; 0 takes a free one."""
     if not re.match(r"\d{1,5}$", value.strip()) or int(value) > 65535:
         raise ValueError("a port number, 0 to 65535")
     return int(value)
 
 
 def parse_count(value):
-    """A whole number, 0 or more."""
+    """A whole number, 0 or more; at most 12 digits, which is more tokens, or MB, than there are."""
     if not re.match(r"\d{1,12}$", value.strip()):
         raise ValueError("a whole number, 0 or more")
     return int(value)
 
 
 def parse_seconds(value):
-    """A number of seconds above 0, as a float; below 1e7, since a socket's timeout overflows later."""
+    """A number of seconds above 0, as a float; a socket takes no timeout of centuries."""
     try:
         number = float(value)
     except ValueError:
@@ -722,7 +739,10 @@ def parse_seconds(value):
 
 
 def parse_choice(*allowed):
-    """A parser that takes one of the given words, in any case."""
+    """A parser that takes one of the given words, in any case, and gives it in lower case.
+
+    An empty word may be among them; it is not told as allowed, since it means the default.
+    """
 
     def parse(value):
         if value.strip().lower() not in allowed:
@@ -733,12 +753,19 @@ def parse_choice(*allowed):
 
 
 def parse_profile(value):
-    """The name of a row of PROFILES (section 4), "default", or empty for none."""
+    """The name of a row of PROFILES (section 4), "default", or empty for none.
+
+    Checked here, so that a typing error in a live .env is refused as any other, and the old
+    settings stay.
+    """
     return parse_choice("", "default", *(row.name for row in PROFILES))(value)
 
 
 def parse_json_object(value):
-    """A dict, from a JSON object; empty is {}."""
+    """A dict, from a JSON object; empty is {}.
+
+    A null in it is a value of its own: it takes a field or header away that ccfix would send.
+    """
     parsed = json_or_none(value) if value.strip() else {}
     if not isinstance(parsed, dict):
         raise ValueError('a JSON object, such as {"name": "value"}')
@@ -746,13 +773,16 @@ def parse_json_object(value):
 
 
 def parse_names(value):
-    """A tuple of names in lower case, from names separated by commas or spaces."""
+    """A tuple of names in lower case, from names separated by commas or spaces; empty is ()."""
     return tuple(re.split(r"[,\s]+", value.strip().lower())) if value.strip() else ()
 
 
 def parse_address(value):
-    """An http or https URL; the scheme may be missing, as people paste it: https, but not for an IP
-    address, for localhost, or where a port follows a bare name."""
+    """An http or https URL, or "" for an empty value.
+
+    The scheme may be missing, as people paste it: then it is https, but http for localhost, for an
+    IP address, and where a port follows a bare name. Fragments make no sense in a base URL.
+    """
     value = value.strip()
     if not value:
         return ""
@@ -770,10 +800,10 @@ def parse_address(value):
 
 
 def parse_base_url(value):
-    """The base of an OpenAI-compatible API; a pasted /chat/completions or trailing slash is taken off.
+    """The base of an API; a pasted /chat/completions or trailing slash is taken off.
 
-    A host alone gets /v1, since that is where every known server has its API; a path that is there is
-    kept, and so is a query (Azure's api-version).
+    A host alone gets /v1, since that is where every known server has its API; a path that is there
+    is kept, and so is a query (Azure's api-version).
     """
     parts = urllib.parse.urlsplit(parse_address(value))
     if not parts.netloc:
@@ -783,7 +813,7 @@ def parse_base_url(value):
     return urllib.parse.urlunsplit((parts.scheme, parts.netloc, path or "/v1", parts.query, ""))
 
 
-# ---- the table ---------------------------------------------------------------------------------------
+# ---- the table -----------------------------------------------------------------------------------
 
 
 class Setting(NamedTuple):
@@ -805,7 +835,10 @@ class Setting(NamedTuple):
 
 
 def own_target(name, model, whose):
-    """The three settings of a model other than the main one, which may have its own base URL and key."""
+    """The three settings of a model besides the main one, with its own base URL and key.
+
+    name: the end of their names; model: what the model is for; whose: words after "base URL".
+    """
     return (
         Setting("TARGET_MODEL_" + name, "", model),
         Setting("TARGET_API_BASE_" + name, "", "base URL " + whose, parse_base_url),
@@ -843,13 +876,15 @@ SETTINGS = (
         "tries again, before the first content, after connection failures and 408, 429 and 5xx",
         parse_count,
     ),
+    # auto goes by the end of the base URL's path (ANTHROPIC_PATHS).
     Setting(
         "TARGET_FORMAT",
         "auto",
         "what the provider speaks: auto, openai or anthropic",
         parse_choice("auto", "openai", "anthropic"),
     ),
-    # Other targets. A base URL of its own never gets the main key; what is empty is the main target's.
+    # Other targets. A base URL of its own never gets the main key; what is empty is the main
+    # target's.
     *own_target("OPUS", "model for Claude's opus family", "for the opus family"),
     *own_target("SONNET", "model for Claude's sonnet family", "for the sonnet family"),
     *own_target("HAIKU", "model for Claude's haiku family", "for the haiku family"),
@@ -863,13 +898,15 @@ SETTINGS = (
         "model for requests with images, where the main one takes none",
         "of the image model",
     ),
-    # What is special about the main target: PROFILE goes with its base URL, the limits with its model.
+    # What is special about the main target: PROFILE goes with its base URL, the limits with its
+    # model.
     Setting(
         "PROFILE",
         "",
         "provider row of the main base URL (see the provider table); empty: by host and model",
         parse_profile,
     ),
+    # For what nobody foresaw. Headers often hold a key, so none of them is shown.
     Setting(
         "EXTRA_BODY",
         "",
@@ -896,6 +933,7 @@ SETTINGS = (
         parse_count,
     ),
     # The disguise. Claude Code's own settings fill it, so that requests tell what its user chose.
+    # Eight of the large providers answer 400 or 422 to any field that they do not know: hence auto.
     Setting(
         "DISGUISE_MODEL",
         "",
@@ -912,7 +950,8 @@ SETTINGS = (
     Setting(
         "ATTACH_FIELDS",
         "auto",
-        "attach the two disguise fields to requests: auto (where unknown fields are tolerated), always, never",
+        "attach the two disguise fields to requests: auto (where unknown fields are tolerated),"
+        " always, never",
         parse_choice("auto", "always", "never"),
     ),
     # This proxy. Without a key it answers to loopback names alone: a web page must not reach it.
@@ -926,11 +965,12 @@ SETTINGS = (
         "PROXY_PORT", "8080", "port to listen on; 0 takes a free one", parse_port, ("-p", "--port")
     ),
     Setting(
-        "ANTHROPIC_API_KEY",
+        "ANTHROPIC_API_KEY",  # the name under which the original had it
         "",
         "the proxy's own key, which clients must send; empty: no check",
         secret=True,
     ),
+    # A web page may give its own name the address 127.0.0.1, but not choose the Host that is sent.
     Setting(
         "ALLOWED_HOSTS",
         "",
@@ -941,7 +981,8 @@ SETTINGS = (
     Setting(
         "SEARCH_URL", "", "SearXNG-style JSON endpoint for Claude Code's web search", parse_address
     ),
-    # What is kept on disk: nothing, unless it is asked for.
+    # What is kept on disk: nothing, unless it is asked for, and all of it in CACHE_DIR. "prefix"
+    # leaves out of the key what differs between sessions alone; see the cache's own section.
     Setting(
         "CACHE_ENABLED",
         "false",
@@ -962,12 +1003,13 @@ SETTINGS = (
         "CACHE_MAX_MB", "256", "size of the store; the least recently used go first", parse_count
     ),
     Setting("LEDGER", "false", "keep the request ledger in the cache folder", parse_flag),
+    # Nothing is known about prices here: they change weekly, and a wrong sum is worse than none.
     Setting(
         "PRICES",
         "",
         "JSON, or a file of it: model -> {input, output, cache_read} per million tokens",
     ),
-    # What is written for people.
+    # What is written for people. Keys are hidden in all three.
     Setting(
         "LOG_LEVEL",
         "info",
@@ -995,6 +1037,7 @@ SETTINGS = (
         flags=("--ca-bundle",),
     ),
     Setting("CLIENT_CERT", "", "client certificate: cert.pem, or cert.pem,key.pem"),
+    # The last resort; the start warns about it.
     Setting(
         "INSECURE",
         "false",
@@ -1008,11 +1051,14 @@ BY_ENV = {row.env: row for row in SETTINGS}
 
 
 class Settings:
-    """The values of all settings as attributes (lower-case names), and where each came from in `origins`.
+    """The values of all settings, as attributes in lower case; `origins`: where each came from.
 
-    layers: [(origin, {ENV_NAME: string})], most important first. Raises SettingError. An empty string
-    in the environment or .env counts as not set, so that `TARGET_API_KEY=` in a template means the
-    default.
+    Never changed once made: who holds a Settings sees the same values through a whole request, and
+    a changed .env makes a new one.
+
+    layers: [(origin, {ENV_NAME: string})], most important first. Raises SettingError. An empty
+    string in the environment or .env counts as not set, so that `TARGET_API_KEY=` in a template
+    means the default.
     """
 
     def __init__(self, layers=()):
@@ -1046,8 +1092,10 @@ class Settings:
         )
 
     def shown(self):
-        """[{name, value, origin, help}] for the status page and `check`: strings, secrets only as set
-        or not set."""
+        """[{name, value, origin, help}], strings, for the status page and `check`.
+
+        A secret's value is only "set" or "not set".
+        """
         return [
             {
                 "name": row.env,
@@ -1069,7 +1117,11 @@ class Settings:
 
 
 def without_password(url):
-    """A URL (or any string) without the user and password that an address may carry."""
+    """A URL, or any string with URLs in it, without the users and passwords in them.
+
+    "https://me:secret@host/v1" -> "https://host/v1"; also "me:secret@host" where the scheme is
+    missing. A port ("http://host:8080/@x") is not a password.
+    """
     # A password may hold @ and /, as people write it; and the // may be missing its colon.
     user = (
         r"(?<=://)(?:[^\s/?#@:]{0,999}:(?!\d+/)[^\s?#]{0,999}|[^\s/?#@]{1,999})@"
@@ -1078,14 +1130,14 @@ def without_password(url):
     return re.sub(user, "", url)
 
 
-# ---- .env and Claude Code's settings -----------------------------------------------------------------
+# ---- .env and Claude Code's settings -------------------------------------------------------------
 
 
 def dotenv(source):
     """{name: value} of a .env file's text, as people write it: export, quotes, comments, CRLF, BOM.
 
-    Double quotes know \\n, \\t, \\", \\$ and \\\\; single quotes are literal; a bare value ends at " #".
-    Lines without "=" are skipped; of two lines with a name the last counts.
+    Double quotes know \\n, \\t, \\", \\$ and \\\\; single quotes are literal; a bare value ends at
+    " #". Lines without "=" are skipped; of two lines with a name the last counts.
     """
     found = {}
     for line in source.lstrip("\ufeff").splitlines():
@@ -1096,7 +1148,11 @@ def dotenv(source):
 
 
 def dotenv_value(value):
-    """What a .env line says after its "=", without quotes or comment."""
+    """What a .env line says after its "=", without quotes or comment.
+
+    A quote that is not closed is part of the value; an escape that is not known keeps its
+    backslash, as in "C:\\dir".
+    """
     quoted = re.match(r'"((?:[^"\\]|\\.)*)"|\'([^\']*)\'', value)
     if not quoted:
         return re.sub(r"(^|\s)#.*", "", value).rstrip()
@@ -1109,7 +1165,10 @@ def dotenv_value(value):
 
 
 def claude_layer(source):
-    """{ENV_NAME: string} that the text of ~/.claude/settings.json gives; none where it is not JSON."""
+    """{ENV_NAME: string} that the text of ~/.claude/settings.json gives.
+
+    Values that are not strings, and a file that is not JSON, give nothing: it is not ours.
+    """
     env = as_dict(as_dict(json_or_none(source)).get("env"))
     return {
         row.env: env[row.claude]
@@ -1119,8 +1178,10 @@ def claude_layer(source):
 
 
 def env_template(values=()):
-    """A commented .env with every setting. values: {ENV_NAME: string} to fill in; the others are
-    commented out, with their defaults."""
+    """A commented .env with every setting, for `init`.
+
+    values: {ENV_NAME: string} to fill in; the others are commented out, with their defaults.
+    """
     values, lines = dict(values), ["# ccfix settings; an empty value means the default", ""]
     for row in SETTINGS:
         line = "#%s=%s" % (row.env, row.default)
@@ -1131,22 +1192,22 @@ def env_template(values=()):
 
 
 def quote_value(value):
-    """value as .env text that `dotenv` reads back the same."""
+    """value as .env text that `dotenv` reads back the same; in quotes only where it needs them."""
     if re.match(r"[\w@%+=:,./-]*$", value):
         return value
     return '"%s"' % value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
 
 
-# ======================================================================================================
+# ==================================================================================================
 # 4  Providers: one row a provider, showing only how it differs from the default
-# ======================================================================================================
+# ==================================================================================================
 
 
 class Profile(NamedTuple):
     """How to talk to a provider, or to some of its models.
 
-    A converter asks `profile.x`, never who the provider is; a lesson replaces fields. The defaults send
-    the least, and suit a provider that nobody knows. In brackets: who made a field necessary.
+    A converter asks `profile.x`, never who the provider is; a lesson replaces fields. The defaults
+    send the least, and suit a provider that nobody knows. In brackets: who made a field necessary.
     """
 
     name: str = "default"  # as PROFILE and the README's table say it
@@ -1172,7 +1233,8 @@ class Profile(NamedTuple):
     tool_choice: tuple = ("none", "required", "named")  # forms it takes besides auto
     parallel: bool = True  # knows parallel_tool_calls
     max_tools: int = 0  # how many it takes; 0: any number [OpenAI, Groq: 128; xAI: 200]
-    # short: at most 40 characters [OpenAI]; nine: 9 letters and digits [Mistral]; kimi: functions.NAME:N
+    # short: at most 40 characters [OpenAI]; nine: 9 letters and digits [Mistral]; kimi:
+    # functions.NAME:N
     tool_ids: str = "short"
     schema: tuple = ()  # JSON schema keywords that it rejects [Gemini]
     typed_schema: bool = False  # every property needs a type [Kimi]
@@ -1182,8 +1244,9 @@ class Profile(NamedTuple):
     json_format: str = ""  # response_format it takes: json_schema, json_object or none
     system_role: bool = True  # takes a system message
     user_after_tool: bool = True  # takes a user message right after a tool message [not Mistral]
-    # Field (of REASONING_FIELDS) in which earlier reasoning goes back; empty: it must not. By default
-    # in assistant turns with tool calls, with reasoning_always in every one [Kimi, Z.ai, MiniMax].
+    # Field (of REASONING_FIELDS) in which earlier reasoning goes back; empty: it must not. By
+    # default in assistant turns with tool calls, with reasoning_always in every one [Kimi, Z.ai,
+    # MiniMax].
     reasoning_field: str = ""
     reasoning_always: bool = False
     placeholder: str = (
@@ -1225,7 +1288,8 @@ OPENAI_REASONING = OPENAI._replace(
     reasoning="effort",
     efforts=LOW_TO_HIGH,
 )
-# openai-python issue 1354. The key has a header of its own; PDF parts are refused on chat (pydantic-ai).
+# openai-python issue 1354. The key has a header of its own; PDF parts are refused on chat
+# (pydantic-ai).
 AZURE = dict(
     hosts=("openai.azure.com", "cognitiveservices.azure.com"), key_header="api-key", files=False
 )
@@ -1266,7 +1330,8 @@ GROQ = Profile(
     max_tools=128,
     json_format="json_object",
 )
-# Model servers on the user's own machine: JSON by grammar; images as data, since Ollama fetches none.
+# Model servers on the user's own machine: JSON by grammar; images as data, since Ollama fetches
+# none.
 LOCAL = DEFAULT._replace(json_format="json_schema", image_urls=False)
 
 PROFILES = (
@@ -1295,8 +1360,8 @@ PROFILES = (
         name="azure-reasoning", title="Azure OpenAI, o-series and gpt-5", **AZURE
     ),
     OPENAI._replace(name="azure", title="Azure OpenAI", **AZURE),
-    # api-docs.deepseek.com/guides/thinking_mode. A turn with tool calls but without its reasoning is a
-    # 400, also where there was none to keep: hence the placeholder (opencode issue 24722).
+    # api-docs.deepseek.com/guides/thinking_mode. A turn with tool calls but without its reasoning
+    # is a 400, also where there was none to keep: hence the placeholder (opencode issue 24722).
     Profile(
         "deepseek",
         "DeepSeek",
@@ -1309,8 +1374,8 @@ PROFILES = (
         reasoning="thinking",
         efforts=("low", "high", "max"),
     ),
-    # Thinking must be off where no stream is asked for: langchain4j issue 3974. PDF parts are refused:
-    # pydantic-ai's providers/alibaba.py.
+    # Thinking must be off where no stream is asked for: langchain4j issue 3974. PDF parts are
+    # refused: pydantic-ai's providers/alibaba.py.
     Profile(
         "dashscope",
         "Qwen on DashScope",
@@ -1337,7 +1402,8 @@ PROFILES = (
         efforts=("low", "high", "max"),
     ),
     ZAI,
-    # platform.minimax.io/docs/api-reference. Without reasoning_split, <think> stands in the content.
+    # platform.minimax.io/docs/api-reference. Without reasoning_split, <think> stands in the
+    # content.
     Profile(
         "minimax",
         "MiniMax",
@@ -1348,8 +1414,9 @@ PROFILES = (
         reasoning_always=True,
         reasoning="adaptive",
     ),
-    # Extra inputs are a 422: eca issue 231. "Unexpected role 'user' after role 'tool'": datapizza-ai
-    # issue 98. Ids: gptel issue 1203. Usage comes unasked, on the finish chunk (vercel/ai).
+    # Extra inputs are a 422: eca issue 231. "Unexpected role 'user' after role 'tool'":
+    # datapizza-ai issue 98. Ids: gptel issue 1203. Usage comes unasked, on the finish chunk
+    # (vercel/ai).
     Profile(
         "mistral",
         "Mistral",
@@ -1392,8 +1459,8 @@ PROFILES = (
         ("generativelanguage.googleapis.com", "aiplatform.googleapis.com"),
         strict=True,
         schema=tuple(
-            "additionalProperties const exclusiveMinimum exclusiveMaximum pattern default propertyNames"
-            " patternProperties format not if then else examples".split()
+            "additionalProperties const exclusiveMinimum exclusiveMaximum pattern default format"
+            " not propertyNames patternProperties if then else examples".split()
         ),
         json_format="json_schema",
         reasoning_field="google",
@@ -1415,8 +1482,8 @@ PROFILES = (
         json_format="json_schema",
         headers=(("X-Title", "ccfix"),),
     ),
-    # Refuses reasoning_content, takes reasoning: opencode issue 6648, and Empryo PR 209, which tried
-    # each field.
+    # Refuses reasoning_content, takes reasoning: opencode issue 6648, and Empryo PR 209, which
+    # tried each field.
     Profile(
         "cerebras",
         "Cerebras",
@@ -1511,7 +1578,8 @@ PROFILES = (
     Profile("anthropic", "anything that speaks Anthropic", format="anthropic", tried=True),
 )
 
-# The `owned_by` of a /models answer tells a server that its address does not.
+# `owned_by` in a /models answer -> the profile: it tells a server that its address does not, such
+# as vLLM on a port of the user's choice.
 OWNERS = {
     "vllm": "vllm",
     "llamacpp": "llamacpp",
@@ -1519,7 +1587,8 @@ OWNERS = {
     "library": "ollama",
     "organization_owner": "lmstudio",
 }
-# Ends of base URLs where providers speak Anthropic: DeepSeek, Kimi, Z.ai, DashScope, MiniMax; Ark; Kimi.
+# Ends of base URLs where providers speak Anthropic: DeepSeek, Kimi, Z.ai, DashScope, MiniMax; Ark;
+# Kimi.
 ANTHROPIC_PATHS = re.compile(
     r"(/anthropic|/api/(coding|compatible|plan)|api\.kimi\.com/coding)(/v1)?$", re.I
 )
@@ -1531,23 +1600,25 @@ LOOPBACK = re.compile(
 def is_loopback(where):
     """Whether a URL, or a bare host name, is on this machine. The one rule for that.
 
-    host.docker.internal is this machine as a container sees it. Used for the rows whose host is a port
-    (here), for targets that need no key or whose models can be listed unasked (Commands), and for
-    addresses that no proxy is on the way to (Upstream).
+    host.docker.internal is this machine as a container sees it. Used for the rows whose host is a
+    port (here), for targets that need no key or whose models can be listed unasked (Commands), and
+    for addresses that no proxy is on the way to (Upstream).
     """
     host = urllib.parse.urlsplit(where).hostname if "//" in where else where
     return bool(LOOPBACK.match(host or ""))
 
 
 def family_of(model_name):
-    """The family (opus, sonnet, haiku) of a model name, or "": a word of its own, as in claude-opus-5-5
-    or ccfix-opus, but not a part of one, as in my-opusculum."""
+    """The family (opus, sonnet, haiku) that a model name says, or "".
+
+    Its word stands alone: claude-opus-5-5, "Opus 4.8", ccfix-opus, but not my-opusculum.
+    """
     words = re.split("[^a-z]+", model_name.lower())
     return next((family for family in FAMILIES if family in words), "")
 
 
 def without_mark(model):
-    """A model's name without [1m], Claude Code's own mark of a long window, which no provider knows."""
+    """A model's name without [1m], Claude Code's mark of a long window: no provider knows it."""
     return re.sub(r"\[1m\]$", "", model)
 
 
@@ -1574,13 +1645,16 @@ def profile_for(base, model, forced="", format="auto", owner=""):
 
 
 def serves(end, host, port):
-    """Whether an entry of Profile.hosts means the host, or the port on this machine."""
+    """Whether an entry of Profile.hosts means the host, or the port on this machine.
+
+    An entry means its subdomains too, but "openrouter.ai" is not "evilopenrouter.ai".
+    """
     if end[:1] == ":":
         return port == int(end[1:]) and is_loopback(host)
     return ("." + host).endswith("." + end)
 
 
-# ---- how thinking is asked for -----------------------------------------------------------------------
+# ---- how thinking is asked for -------------------------------------------------------------------
 
 
 def effort_fields(level, profile):
@@ -1629,7 +1703,7 @@ def effort_word(level, words):
 
 
 def thinking_level(body):
-    """How much thinking an Anthropic request asks for: off, low ... max, or "" where it leaves it open.
+    """How much thinking an Anthropic request asks for: off, low ... max; "" where it is left open.
 
     The last turn's own output_config counts before the body's, and both before a budget in tokens,
     which is told by the usual steps of 4,000 and 16,000 (cc-switch's transform.rs).
@@ -7270,19 +7344,19 @@ class Proxy(object):
         """(base, model) -> Profile, with what was found and learned, and with the user's own limits."""
 
         def profile(base, model):
-            found, main = self.found.get((base, model), {}), base == settings.target_api_base
+            found, is_main = self.found.get((base, model), {}), base == settings.target_api_base
             key = (
                 base,
                 model,
-                settings.profile if main else "",
-                settings.target_format if main else "auto",
+                settings.profile if is_main else "",
+                settings.target_format if is_main else "auto",
                 found.get("owner", ""),
             )
             row = self.rows.get(key) or self.rows.setdefault(key, profile_for(*key))
             if found.get("context") and not row.context:
                 row = row._replace(context=found["context"])
             row = apply_lesson(row, self.lessons.get((base, model)))
-            if not main or model != without_mark(settings.target_model):
+            if not is_main or model != without_mark(settings.target_model):
                 return row
             limits = {"max_output": settings.max_output, "context": settings.max_context}
             return row._replace(**{field: value for field, value in limits.items() if value})
