@@ -112,7 +112,7 @@ FINISH_ERRORS = {
     # OpenRouter, Mistral
     "error": (502, "The provider reported an error in the middle of the reply."),
     # Z.ai
-    "network_error": (502, "The provider lost its own connection in the middle of the reply."),
+    "network_error": (502, "The provider lost its connection in the middle of the reply."),
     "abort": (502, "The model server aborted the reply."),  # SGLang
 }
 
@@ -204,7 +204,7 @@ def compact_json(value, _encode=json.JSONEncoder(separators=(",", ":")).encode):
     return _encode(value)
 
 
-def decode_utf8(raw):
+def to_string(raw):
     """bytes as a string, U+FFFD where they are not UTF-8; a string as it is."""
     return raw.decode("utf-8", "replace") if isinstance(raw, bytes) else raw
 
@@ -212,7 +212,7 @@ def decode_utf8(raw):
 def json_or_none(raw):
     """raw (bytes or a string) parsed as JSON, or None: not JSON, or nested too deeply."""
     try:
-        return json.loads(decode_utf8(raw))
+        return json.loads(to_string(raw))
     except (ValueError, RecursionError):
         return None
 
@@ -329,7 +329,7 @@ def error_fields(raw):
     {error:"..",code} (xAI, LM Studio, NIM) . flat {message,..} (Mistral, Cerebras, SiliconFlow) .
     {base_resp:{status_msg}} (MiniMax) . {detail:..} (FastAPI) . RFC 7807 . HTML . plain text.
     """
-    text = decode_utf8(raw).strip()
+    text = to_string(raw).strip()
     body = json_or_none(text)
     if isinstance(body, list) and body:
         body = body[0]
@@ -538,7 +538,7 @@ def upstream_error(status, headers, raw):
     message = fields[0] or "the provider answered HTTP %d without saying why" % status
     row = next(row for row in ERROR_ROWS if row.matches(status, text))
     # Some numbers stand in fields beside the message: llama.cpp's n_ctx, Gemini's retryDelay.
-    error = row.error(headers, message, head_and_tail(text + " " + decode_utf8(raw[-TAIL:])))
+    error = row.error(headers, message, head_and_tail(text + " " + to_string(raw[-TAIL:])))
     error.text = text
     return error
 
@@ -573,6 +573,9 @@ def seconds_between(start, end):
         return 0
 
 
+NEVER = {"x-should-retry": "false"}  # Claude Code would try some statuses, such as 401, for minutes
+
+
 class ErrorRow(NamedTuple):
     """One class of upstream errors, and what becomes of it."""
 
@@ -597,9 +600,8 @@ class ErrorRow(NamedTuple):
             error = overflow_error(numbers[0], numbers[2])
             error.numbers = numbers
             return error
-        extra, retry = {}, self.status == 429 or self.status >= 500
-        if 401 <= self.status <= 404:  # Claude Code would try some of these for minutes
-            extra["x-should-retry"] = "false"
+        extra = dict(NEVER) if 401 <= self.status <= 404 else {}
+        retry = self.status == 429 or self.status >= 500
         wait = retry_after(headers, text) if retry else ""
         if wait:
             extra["retry-after"] = wait
