@@ -48,6 +48,7 @@ import argparse
 import base64
 import collections
 import contextlib
+import email.utils
 import hashlib
 import hmac
 import http.server
@@ -91,104 +92,124 @@ __all__ = [
 ]
 
 
-# ======================================================================================================
+# ==================================================================================================
 # 1  Vocabulary: tables that both directions share
-# ======================================================================================================
+# ==================================================================================================
 
 STOP_REASONS = {
-    # OpenAI's finish_reason -> Anthropic's stop_reason. Any tool call makes it "tool_use", whatever this says.
-    "stop": "end_turn",
-    "end": "end_turn",
-    "eos": "end_turn",
-    "tool_calls": "end_turn",
-    "function_call": "end_turn",
-    "repetition_truncation": "end_turn",  # MiMo
+    # OpenAI's finish_reason -> Anthropic's stop_reason. Any other word is a normal end
+    # ("end_turn"): stop, end, eos (Together), function_call, repetition_truncation (MiMo). And any
+    # tool call makes it "tool_use", whatever this says.
     "length": "max_tokens",
-    "model_length": "max_tokens",
+    "model_length": "max_tokens",  # Mistral
     "max_tokens": "max_tokens",
-    "content_filter": "refusal",
-    "sensitive": "refusal",  # sensitive: Z.ai
+    "content_filter": "refusal",  # OpenAI, Azure
+    "sensitive": "refusal",  # Z.ai
 }
 
 FINISH_ERRORS = {
-    # A finish_reason that is no finish: (Anthropic error type, sentence).
-    "insufficient_system_resource": (
-        "overloaded_error",
+    # A finish_reason that says that the reply failed: (HTTP status for the client, sentence).
+    "insufficient_system_resource": (  # DeepSeek
+        529,
         "The provider ran out of resources in the middle of the reply.",
     ),
-    "error": ("api_error", "The provider reported an error in the middle of the reply."),
-    "network_error": (
-        "api_error",
-        "The provider lost its own connection in the middle of the reply.",
-    ),
-    "abort": ("api_error", "The model server aborted the reply."),
+    # OpenRouter, Mistral
+    "error": (502, "The provider reported an error in the middle of the reply."),
+    # Z.ai
+    "network_error": (502, "The provider lost its connection in the middle of the reply."),
+    "abort": (502, "The model server aborted the reply."),  # SGLang
 }
 
 
 class BlockKind(NamedTuple):
-    """A kind of content block. empty: its fields in content_block_start, besides the type; field: the
-    one that its deltas fill; delta, delta_field: type and field of a delta, "" where it has none;
-    tokens: what one costs where that has nothing to do with its length."""
+    """How a kind of content block is streamed, finished and counted; a new kind is a row of BLOCKS.
+
+    A stream opens it with `empty` beside the type in content_block_start, and brings its content in
+    deltas {"type": delta, piece: string}. The finished block holds the joined pieces in `field`: a
+    tool's are the text of a JSON object, and `field` holds that object. Kinds without a delta, and
+    those that are missing here, come whole in content_block_start.
+    """
 
     empty: dict
     field: str = ""
     delta: str = ""
-    delta_field: str = ""
-    tokens: int = 0
+    piece: str = ""
+    tokens: int = 0  # flat estimate of a block, where its source is not text; 0: by its length
 
 
 BLOCKS = {
-    # A kind that is missing here goes through whole, in content_block_start.
     "text": BlockKind({"text": ""}, "text", "text_delta", "text"),
     "thinking": BlockKind(
         {"thinking": "", "signature": ""}, "thinking", "thinking_delta", "thinking"
     ),
     "tool_use": BlockKind({"input": {}}, "input", "input_json_delta", "partial_json"),
     "server_tool_use": BlockKind({"input": {}}, "input", "input_json_delta", "partial_json"),
-    "image": BlockKind({}, tokens=1500),
-    "document": BlockKind({}, tokens=1500),
+    "image": BlockKind({}, tokens=1500),  # Anthropic's limit is about 1,600 an image
+    "document": BlockKind({}, tokens=1500),  # a page or two of a PDF
 }
 
-ERROR_TYPES = {
-    # HTTP status -> Anthropic's error type; anything else is api_error
-    400: "invalid_request_error",
-    401: "authentication_error",
-    402: "billing_error",
-    403: "permission_error",
-    404: "not_found_error",
-    405: "invalid_request_error",
-    411: "invalid_request_error",
-    413: "request_too_large",
-    408: "timeout_error",
-    414: "invalid_request_error",
-    415: "invalid_request_error",
-    417: "invalid_request_error",
-    422: "invalid_request_error",
-    424: "invalid_request_error",
-    429: "rate_limit_error",
-    431: "invalid_request_error",
-    504: "timeout_error",
-    529: "overloaded_error",
-}
+# HTTP status -> Anthropic's error type (docs.anthropic.com/en/api/errors); any other is api_error.
+ERROR_TYPES = dict.fromkeys((400, 405, 411, 414, 415, 417, 422, 424, 431), "invalid_request_error")
+ERROR_TYPES.update(
+    {
+        401: "authentication_error",
+        402: "billing_error",
+        403: "permission_error",
+        404: "not_found_error",
+        408: "timeout_error",
+        413: "request_too_large",
+        429: "rate_limit_error",
+        504: "timeout_error",
+        529: "overloaded_error",
+    }
+)
 
 FAMILIES = ("opus", "sonnet", "haiku")
 
-# Models reply in these fields, in this order of trust; the first that holds text counts (both are sent by some).
-REASONING_FIELDS = ("reasoning_content", "reasoning", "reasoning_text")
+REASONING_FIELDS = {
+    # Fields in which a model's reasoning travels: in a delta or message of a reply, and back to the
+    # provider in an assistant message (Profile.reasoning_field names the one). This is the only
+    # list: a provider with a new field is one row. In order of trust: of several that hold a
+    # string the first counts (chutes.ai sends two with the same text). Shapes:
+    #   string  the reasoning itself
+    #   parts   a list of {"type", "text" | "summary" | "data", "signature", ...}, kept as it came
+    #   opaque  nothing to show: tool_calls[i].extra_content.google.thought_signature
+    "reasoning_content": "string",  # DeepSeek, DashScope, Kimi, Z.ai, xAI, llama.cpp, SGLang, NIM
+    "reasoning": "string",  # Ollama, vLLM, Groq, Cerebras, OpenRouter, StepFun
+    "reasoning_text": "string",  # GitHub Copilot
+    "reasoning_details": "parts",  # OpenRouter; MiniMax with reasoning_split
+    "google": "opaque",  # Gemini 3
+}
+REASONING_STRINGS = tuple(name for name, shape in REASONING_FIELDS.items() if shape == "string")
 
-BILLING_LINE = "x-anthropic-billing-header:"  # first system block of Claude Code; changes, and describes the client
-TOKEN_MARKER = re.compile(
-    r"\s*<total_tokens>[^<]*</total_tokens>\s*$"
-)  # Claude Code's counter of what is left
+# First line of Claude Code's system text: it describes the user's machine, and differs between
+# versions. Sent on, it would tell on the user, and cost the provider's whole prefix cache.
+BILLING_LINE = "x-anthropic-billing-header:"
+
+# What Claude Code tells the model of the tokens that are left; it takes it out of the history later.
+TOKEN_MARKER = re.compile(r"\s*<total_tokens>[^<]*</total_tokens>\s*$")
 
 
 def compact_json(value, _encode=json.JSONEncoder(separators=(",", ":")).encode):
-    """value as JSON text, ASCII (half a surrogate pair could not be encoded otherwise), without spaces."""
+    """value as JSON text without spaces; ASCII, since half a surrogate pair has no UTF-8."""
     return _encode(value)
 
 
+def to_string(raw):
+    """bytes as a string, U+FFFD where they are not UTF-8; a string as it is."""
+    return raw.decode("utf-8", "replace") if isinstance(raw, bytes) else raw
+
+
+def json_or_none(raw):
+    """raw (bytes or a string) parsed as JSON, or None: not JSON, too deep, or too long a number."""
+    try:
+        return json.loads(to_string(raw), parse_int=parse_integer)
+    except (ValueError, RecursionError):
+        return None
+
+
 def without_billing(text):
-    """A system string without the billing line on top, which would cost every prefix cache."""
+    """A system string without the billing line on top."""
     return text.partition("\n")[2] if text.startswith(BILLING_LINE) else text
 
 
@@ -202,46 +223,44 @@ def as_list(value):
     return value if isinstance(value, list) else []
 
 
-MAX_DIGITS = 300  # of a number; Python before 3.11 takes hours for a million
+MAX_DIGITS = 300  # of a whole number; Python before 3.11 takes 20 s for a million, hours for more
 
 
 def parse_integer(digits):
+    """JSON's integers. Raises ValueError where there are too many digits."""
     if len(digits) > MAX_DIGITS:
         raise ValueError("a number has %d digits" % len(digits))
     return int(digits)
 
 
 def parse_float(digits):
+    """JSON's other numbers. Raises ValueError for 1e999, which would be written as Infinity."""
     value = float(digits)
-    if value in (float("inf"), float("-inf")):
+    if abs(value) == float("inf"):
         raise ValueError("%s is too large" % digits[:20])
     return value
 
 
 def refuse_constant(name):
-    """NaN and Infinity are no JSON."""
-    raise ValueError("%s is no JSON number" % name)
+    """NaN and Infinity, which Python reads and RFC 8259 does not know. Raises ValueError."""
+    raise ValueError("%s is not a JSON number" % name)
 
 
-JSON_HOOKS = {
-    "parse_int": parse_integer,
-    "parse_float": parse_float,
-    "parse_constant": refuse_constant,
-}
+JSON_HOOKS = dict(parse_int=parse_integer, parse_float=parse_float, parse_constant=refuse_constant)
 STRICT = json.JSONDecoder(**JSON_HOOKS)  # Python's own takes NaN, 1e999 and numbers without end
 
 
-# ======================================================================================================
+# ==================================================================================================
 # 2  Errors: what went wrong, whose fault it is, and how Claude Code is told
-# ======================================================================================================
+# ==================================================================================================
 
 
 class ProxyError(Exception):
     """An error that the client is shown.
 
-    status: HTTP status; type: Anthropic's error type; headers: extra reply headers; kind: what ccfix itself
-    decides by ("overflow", "billing", "auth", "connect", "timeout", "cut", ...); retry: worth another try
-    before any content went out.
+    status: HTTP status; type: Anthropic's error type; headers: extra reply headers; kind: what
+    ccfix itself decides by ("overflow", "billing", "auth", "connect", "timeout", "cut", ...);
+    retry: worth another try before any content went out.
     """
 
     default = 500
@@ -253,7 +272,7 @@ class ProxyError(Exception):
         self.headers, self.kind, self.retry = dict(headers), kind, retry
 
     def body(self, request_id=""):
-        """Anthropic's error object (https://docs.anthropic.com/en/api/errors)."""
+        """Anthropic's error object (docs.anthropic.com/en/api/errors)."""
         return {
             "type": "error",
             "error": {"type": self.type, "message": self.message},
@@ -268,8 +287,11 @@ class BadRequest(ProxyError):
 
 
 class UpstreamError(ProxyError):
-    """The provider, or the way to it, failed. numbers: what an overflow text said (prompt, output, limit);
-    text: the provider's own words, for learning."""
+    """The provider, or the way to it, failed.
+
+    numbers: (prompt, output, limit) in tokens, as an overflow error told them, 0 where it did not;
+    text: the provider's own words (at most MAX_WORDS characters), for learning.
+    """
 
     default = 502
     numbers, text = (0, 0, 0), ""
@@ -279,165 +301,219 @@ class ClientGone(Exception):
     """The client hung up: nobody waits for the answer any more."""
 
 
-def error_fields(raw):
-    """(message, code, type) found in an error body of any of the shapes that providers use.
+# ---- what a provider says ------------------------------------------------------------------------
 
-    {error:{message,type,code}} . [{error:{..}}] (Gemini) . {error:"text",code} (xAI, LM Studio) . flat {message,..}
-    (Mistral, Cerebras, SiliconFlow) . {base_resp:{status_msg}} (MiniMax) . {detail:..} (FastAPI) . RFC 7807 . HTML .
-    plain text. A JSON text inside (OpenRouter's metadata.raw) is looked into.
+MAX_WORDS = 4000  # characters of a provider's words that are searched, and shown
+TAIL = 1000  # of these are the end of longer words: numbers often stand there
+
+
+def head_and_tail(text):
+    """text, or the front and the end of one that is longer than MAX_WORDS characters.
+
+    The only place that bounds what the patterns of error texts run on: a provider may send
+    megabytes.
     """
-    text = raw.decode("utf-8", "replace").strip() if isinstance(raw, bytes) else raw.strip()
-    try:
-        body = json.loads(text)
-    except (ValueError, RecursionError):
-        return readable_text(text), "", ""
-    if isinstance(body, list):
-        body = body[0] if body else {}
-    if not isinstance(body, dict):
-        return str(body), "", ""
-    return error_body_fields(body)
+    if len(text) <= MAX_WORDS:
+        return text
+    return text[: MAX_WORDS - TAIL - 5] + " ... " + text[-TAIL:]
+
+
+def error_fields(raw):
+    """(message, code, type) of an error body (bytes or a string), each of MAX_WORDS at most.
+
+    The shapes that providers use: {error:{message,type,code}} . [{error:{..}}] (Gemini) .
+    {error:"..",code} (xAI, LM Studio, NIM) . flat {message,..} (Mistral, Cerebras, SiliconFlow) .
+    {base_resp:{status_msg}} (MiniMax) . {detail:..} (FastAPI) . RFC 7807 . HTML . plain text.
+    """
+    text = to_string(raw).strip()
+    body = json_or_none(text)
+    if isinstance(body, list) and body:
+        body = body[0]
+    if isinstance(body, dict):
+        fields = error_body_fields(body)
+    else:
+        fields = readable_text(body if isinstance(body, str) else text), "", ""
+    return tuple(head_and_tail(str(field)) for field in fields)
 
 
 def error_body_fields(body):
-    """(message, code, type) of an error body that is a JSON object."""
-    error = body.get("error")
+    """(message, code, type) of an error body that is a dict; code and type may be anything."""
+    error, base = body.get("error"), as_dict(body.get("base_resp"))
     if isinstance(error, dict):
-        inner = as_dict(error.get("metadata")).get("raw")
-        message = error_words(error.get("message") or error)
-        if isinstance(inner, str) and inner.strip():
-            message += ": " + error_fields(inner[:10000])[0]
-        return (
-            message,
-            str(error.get("code") or error.get("status") or ""),
-            str(error.get("type") or ""),
-        )
-    base = as_dict(body.get("base_resp"))
-    for value in (
-        error,
-        body.get("message"),
-        base.get("status_msg"),
-        body.get("detail"),
-        body.get("msg"),
-    ):
-        if value:
-            code = body.get("code") or base.get("status_code") or body.get("status") or ""
-            return error_words(value), str(code), str(body.get("type") or body.get("title") or "")
-    return error_words(body), "", ""
-
-
-def error_words(value):
-    """An error's message, whatever it is, as text."""
-    if isinstance(value, str):
-        return value.strip()
-    return compact_json(value)
+        body, error = error, None
+    places = error, body.get("message"), base.get("status_msg"), body.get("detail"), body.get("msg")
+    words = next(filter(None, places), body)
+    words = words.strip() if isinstance(words, str) else compact_json(words)
+    inner = as_dict(body.get("metadata")).get("raw")  # OpenRouter: its provider's own error body
+    if isinstance(inner, str) and inner.strip():
+        words += ": " + error_fields(inner)[0]
+    code = body.get("code") or base.get("status_code") or body.get("status") or ""
+    return words, code, body.get("type") or body.get("title") or ""
 
 
 def readable_text(text):
-    """Text, or the title and heading of an HTML page, without tags; at most 1000 characters."""
-    if re.match(r"(?is)\s*(<!doctype|<html|<head|<body|<\?xml)", text):
-        found = re.findall(r"(?is)<(title|h1)[^>]*>(.*?)</\1", text[:20000])
-        text = (
-            " - ".join(
-                dict.fromkeys(re.sub(r"<[^>]*>|\s+", " ", part).strip() for _, part in found)
-            )
-            or "an HTML page"
-        )
-    return text[:1000]
+    """Plain text as it is; of an HTML page the title and the heading, without tags."""
+    text = head_and_tail(text)
+    if not re.match(r"(?i)<(!doctype|html|head|body|\?xml)", text):
+        return text
+    found = re.findall(r"(?is)<(?:title|h1)\b[^<>]{0,40}>([^<]{1,90})", text)
+    parts = dict.fromkeys(" ".join(part.split()) for part in found)
+    return " - ".join(filter(None, parts)) or "an HTML page"
 
 
-# Patterns of error texts are compiled when the first error comes, not at each start.
-OVERFLOW = (
-    r"(?i)context[_ ](?:length|window|size|limit)|maximum (?:prompt|context|model) ?(?:length)?|prompt.{0,40}too (?:long|large)"
-    r"|too long|too large for model|input token count|exceed\w*.{0,40}(?:token limit|limit of \d|context|maximum|max length)"
-    r"|reduce the (?:length|size) of the (?:messages|input|prompt)|Range of input length|tokens to keep"
-    r"|Request (?:body )?too large|tokens? exceed|longer than the model"
+# Patterns of error texts. They are tried in any case, and compiled when the first error comes, not
+# at each start. No repetition is open: each step is bounded, so that the time is a small multiple
+# of the text's length, whatever a provider sends (a test counts the steps).
+def any_of(*patterns):
+    """One pattern, for any case, of several."""
+    return "(?is)" + "|".join(patterns)
+
+
+OVERFLOW = any_of(
+    r"context[_ ](?:length|window|size|limit)",  # OpenAI, vLLM, SGLang, llama.cpp, MiniMax, Ollama
+    r"maximum (?:prompt|context|model)",  # xAI, Mistral
+    r"prompt_tokens_exceeded",  # Copilot's code
+    r"prompt.{0,40}too large",
+    r"too (?:long|large for model)",  # Anthropic, Bedrock, Ollama; Mistral
+    r"input token count",  # Gemini
+    r"exceed.{0,45}(?:token limit|limit of \d|context|maximum|max length)",  # Kimi, Copilot, Z.ai
+    r"reduce the (?:length|size) of the (?:messages|input|prompt)",  # Groq
+    r"range of input length",  # DashScope
+    r"tokens to keep",  # LM Studio
+    r"request (?:body )?too large",  # GitHub Models
+    r"tokens? exceed",  # OpenAI's gpt-5
+    r"longer than the model",  # SGLang, Together
 )
-NO_OVERFLOW = (
-    r"(?i)(?:image|file) exceeds|\d ?MB\b|pixels|connections|retries|rate limit|too many requests|throttl|per minute|(?:string|array) too long"
-    r"|(?:took|taking|waited|waiting) too long|too long to|tool_calls?\[|Invalid 'messages"
+NO_OVERFLOW = any_of(
+    # What has such words and is something else.
+    r"(?:image|file) exceeds|\d ?MB\b|pixels",  # Anthropic's and others' limits of media
+    r"(?:string|array) too long|tool_calls?\[|invalid 'messages",  # OpenAI's limits of ids, lists
+    r"connections|retries|rate limit|too many requests|throttl|per minute",
+    r"(?:took|taking|waited|waiting) too long|too long to",  # a timeout
 )
-TPM = r"(?s)Request too large for .*?Limit (\d+), Requested (\d+)"
+# Groq, OpenAI: one request above the tokens per minute. Waiting never helps, so it is an overflow.
+TOO_LARGE = r"(?s)Request too large for .{1,200}Limit \d{1,12}, Requested \d"
 
-# Numbers in overflow texts, most telling first: p(rompt), c(ompletion), m(aximum), t(otal).
 OVERFLOW_NUMBERS = (
-    r"maximum context length (?:is|of) (?P<m>\d+) tokens.*?total of (?P<t>\d+) tokens: (?P<p>\d+) tokens.*?and (?P<c>\d+) tokens",
-    r"maximum context length (?:is|of) (?P<m>\d+) tokens.*?requested (?P<c>\d+) output tokens.*?at least (?P<p>\d+) input tokens",
-    r"maximum context length (?:is|of) (?P<m>\d+) tokens.*?requested (?:about )?(?P<t>\d+) tokens \((?P<p>\d+) (?:in the messages|of text input)"
-    r".*?(?P<c>\d+) in the (?:completion|output)",
-    r"exceed context limit: (?P<p>\d+) \+ (?P<c>\d+) > (?P<m>\d+)",
-    r"(?P<p>\d+) tokens > (?P<m>\d+) maximum",
-    r"Limit (?P<m>\d+), Requested (?P<p>\d+)",
-    r"model token limit: (?P<m>\d+) \(requested: (?P<p>\d+)\)",
-    r"(?:maximum )?(?:context|prompt) length (?:is|of) (?:only )?(?P<m>\d+)(?: tokens)?\D.*?(?:resulted in|contains(?: at least)?|requested) (?P<p>\d+)",
-    r"configured limit of (?P<m>\d+) tokens\D*?(?P<p>\d+) tokens",
-    r"\((?P<p>\d+) tokens\).*?\((?P<m>\d+) tokens\)",
-    r"token count (?:\()?(?:of )?(?P<p>\d+)\)? exceeds the (?:maximum number of tokens allowed \(?|limit of )(?P<m>\d+)",
-    r"first (?P<p>\d+) tokens.*?context length of only (?P<m>\d+) tokens",
-    r"(?:contains|have|got) (?:at least )?(?P<p>\d+) (?:input )?tokens?\b.*?(?:with|limit|maximum|length)\D{0,40}?(?P<m>\d{3,})",
-    r"Max size: (?P<m>\d+) tokens",
-    r"length should be \[1, (?P<m>\d+)\]",
+    # (prompt, output, limit): patterns of each, the most telling first; # stands for the number.
+    (
+        r"resulted in # tokens",  # OpenAI
+        r"# (?:in the messages|of text input)",  # OpenAI's older form; OpenRouter
+        r"# tokens from the input",  # SGLang
+        r"# (?:tokens|\+ \d{1,12}) >",  # Anthropic
+        r"(?:contains|have|got) (?:at least )?# (?:input )?token",  # vLLM; xAI, Mistral
+        r"(?:input|request) \(# tokens\)",  # SGLang, Together; llama.cpp
+        r"token count (?:of )?\(?#",  # Copilot; Gemini
+        r"first # tokens",  # LM Studio
+        r"n_prompt_tokens\W{1,4}#",  # llama.cpp's field
+        r"requested:? (?:about )?#",  # Kimi; tokens per minute; OpenAI's total
+    ),
+    (
+        r"# in the (?:completion|output)",  # OpenAI's older form; OpenRouter
+        r"# output tokens",  # vLLM
+        r"# tokens for the completion",  # SGLang
+        r"\d \+ # >",  # Anthropic
+    ),
+    (
+        r"(?:context|prompt) length (?:is|of) (?:only )?#",  # OpenAI, vLLM; xAI; LM Studio
+        r"> #",  # Anthropic
+        r"context (?:length|size) \(# tokens",  # SGLang, Together; llama.cpp
+        r"allowed \(?#",  # Gemini
+        r"limit(?: of|:)? #",  # gpt-5, Copilot; Kimi; tokens per minute
+        r"with # maximum context",  # Mistral
+        r"max size: # tokens",  # GitHub Models
+        r"length should be \[1, #\]",  # DashScope
+        r"n_ctx\W{1,4}#",  # llama.cpp's field
+    ),
+)
+
+BILLING = any_of(
+    r"insufficient[_ ](?:user_)?(?:quota|balance|credit|fund)",  # OpenAI; DeepSeek, MiniMax
+    r"exceeded your current quota|billing (?:hard )?limit|billing_not_active",  # OpenAI
+    r"balance is (?:insufficient|too low)|credit balance",  # Anthropic
+    r"Arrearage|good standing",  # DashScope
+    r"payment required|out of credits|can only afford",  # OpenRouter
+    r"\(1008\)|quota (?:is )?(?:exhausted|used up)",  # MiniMax
+    # Chinese gateways: quota used up, balance used up, in arrears
+    "\u989d\u5ea6\u4e0d\u8db3|\u4f59\u989d\u4e0d\u8db3|\u6b20\u8d39",
+)
+OVERLOADED = any_of(
+    r"overload|at capacity|over capacity|server is busy",  # Kimi, Anthropic; Groq
+    r"currently unavailable|loading model",  # xAI, inside a 200; llama.cpp at its start
+)
+NO_MODEL = any_of(
+    r"model.{0,80}(?:(?:does )?not exist|not found|not supported in)",  # OpenAI, vLLM; Ollama
+    r"model.{0,80}(?:no longer available|end of life|decommissioned)",  # NVIDIA NIM; Groq
+    r"modelCode|model_not_found|unknown model",  # Z.ai; OpenAI
+    r"only supported in v1/responses|not a chat model",  # OpenAI's codex and pro models
+    r"unsupported_api_for_model|not accessible via the /chat/completions",  # GitHub Copilot
+)
+PERMANENT_500 = any_of(  # llama.cpp answers 500 where no other try can help
+    r"jinja|chat template|must be at the beginning",
+    r"image input is not supported|tool call arguments as JSON",
+)
+BAD_KEY = any_of(
+    r"api key not valid|api_key_invalid",  # Gemini: a 400
+    r"(?:invalid|incorrect|wrong) api[ _-]?key|api[ _-]?key is (?:invalid|not valid|wrong)",
+)
+SAMPLING = any_of(
+    r"tool_use_failed|failed_generation",  # Groq
+    r"does not match the expected .{0,20}format",  # llama.cpp
 )
 
 
-def overflow_numbers(text, body=None):
-    """(prompt, output, limit) in tokens as an overflow text tells them; 0 where it does not."""
-    error = as_dict(as_dict(body).get("error"))
-    if isinstance(error.get("n_prompt_tokens"), int) and isinstance(
-        error.get("n_ctx"), int
-    ):  # llama.cpp
-        return error["n_prompt_tokens"], 0, error["n_ctx"]
-    for pattern in OVERFLOW_NUMBERS:
-        found = re.search(pattern, text, re.I | re.S)
+def overflow_numbers(text):
+    """(prompt, output, limit) in tokens as an overflow error tells them; 0 where it does not."""
+    return tuple(first_number(patterns, text) for patterns in OVERFLOW_NUMBERS)
+
+
+def first_number(patterns, text):
+    """The number of the first pattern that fits, or 0; more than 12 digits are no token count."""
+    for pattern in patterns:
+        found = re.search(pattern.replace("#", r"(\d{1,12})"), text, re.I)
         if found:
-            number = {key: int(value) for key, value in found.groupdict().items() if value}
-            return number.get("p", 0), number.get("c", 0), number.get("m", 0)
-    return 0, 0, 0
+            return int(found.group(1))
+    return 0
 
 
-def is_overflow(status, text, code=""):
-    """Whether an error says that the prompt, or prompt and output together, do not fit the context."""
-    if status in (400, 413, 429) and re.search(TPM, text):
-        return True  # Groq, OpenAI: one request above the tokens per minute; waiting never helps
-    if status not in (200, 400, 413, 422, 500):
-        return False
-    telling = code in (
-        "context_length_exceeded",
-        "model_max_prompt_tokens_exceeded",
-        "exceed_context_size_error",
-    )
+def is_overflow(status, text):
+    """Whether an error says that the context is too small: for the prompt, or with the output.
+
+    text: the provider's words and code. A limit of the output alone is not an overflow.
+    """
+    if re.search(TOO_LARGE, text):
+        return True
     return (
-        (telling or bool(re.search(OVERFLOW, text)))
+        status in (200, 400, 413, 422, 500)
+        and re.search(OVERFLOW, text)
         and not re.search(NO_OVERFLOW, text)
-        and not re.match(OUTPUT_LIMIT, text)
+        and not output_limit(text)
     )
 
 
-OUTPUT_LIMIT = (
-    r"(?s)(?=.*?max(?:imum)?_?(?:completion_|output_|new_)?tokens)(?!.*?(?:context length|context limit))"
-    r".*?(?:at most|less than or equal to|<=|\[\d+,\s*|> )\s*`?(\d{3,7})"
-)
+def output_limit(text):
+    """The limit of output tokens that an error names, or 0.
 
-BILLING = (
-    r"(?i)insufficient[_ ](?:user_)?(?:quota|balance|credit|fund)|balance is (?:insufficient|too low)|exceeded your current quota(?![\s\S]*retry in \d)"
-    r"|Arrearage|good standing|credit balance|payment required|out of credits|billing (?:hard )?limit|billing_not_active"
-    r"|\(1008\)|can only afford|quota (?:is )?(?:exhausted|used up)|\u989d\u5ea6\u4e0d\u8db3|\u4f59\u989d\u4e0d\u8db3|\u6b20\u8d39"
-)
-OVERLOADED = (
-    r"(?i)overload|at capacity|over capacity|currently unavailable|Loading model|server is busy"
-)
-NO_MODEL = (
-    r"(?is)model.{0,80}(?:does not exist|not found|not exist|no longer available|end of life|not supported in|decommissioned)"
-    r"|modelCode|model_not_found|Model Not Exist|unknown model|only supported in v1/responses|not a chat model"
-    r"|unsupported_api_for_model|not accessible via the /chat/completions"
-)
-PERMANENT_500 = r"(?i)jinja|chat template|image input is not supported|tool call arguments as JSON|must be at the beginning"
-BAD_KEY = r"(?i)API key not valid|API_KEY_INVALID|(?:invalid|incorrect|wrong) api[ _-]?key|api[ _-]?key is (?:invalid|not valid|wrong)"
-SAMPLING = r"(?i)tool_use_failed|failed_generation|does not match the expected .{0,20}format"
+    As in "max_tokens ... supports at most 4096" (OpenAI), "must be less than or equal to" (Groq),
+    "the valid range of max_tokens is [1, 8192]" (DeepSeek), "a value <= 12288" (Ark).
+    """
+    names_output = re.search(r"max(?:imum)?_?(?:completion_|output_|new_)?tokens", text)
+    if not names_output or re.search("context (?:length|limit)", text):
+        return 0
+    limit = re.search(r"(?:at most|less than or equal to|<=|\[\d{1,9},|> )\s{0,9}`?(\d{3,7})", text)
+    return int(limit.group(1)) if limit else 0
+
+
+# ---- what Claude Code is told --------------------------------------------------------------------
 
 
 def overflow_error(prompt, limit, estimate=0, window=0):
-    """The one text by which every version of Claude Code knows that it must compact the conversation."""
-    limit = limit or window or max(1000, prompt - 1 if prompt else estimate - 1)
+    """The one text by which every version of Claude Code knows that it must compact.
+
+    All in tokens, 0 where not known: prompt and limit as the provider told them, estimate and
+    window as ccfix knows them. The text always says that the prompt is longer than the limit.
+    """
+    limit = limit or window or max(1000, (prompt or estimate) - 1)
     prompt = max(prompt or estimate, limit + 1)
     return UpstreamError(
         "prompt is too long: %d tokens > %d maximum" % (prompt, limit), 400, kind="overflow"
@@ -445,243 +521,212 @@ def overflow_error(prompt, limit, estimate=0, window=0):
 
 
 def upstream_error(status, headers, raw):
-    """An upstream's HTTP error (or an error inside a 200) as the UpstreamError that makes Claude Code do the right thing.
+    """The UpstreamError that makes Claude Code do the right thing about an upstream's error.
 
-    Chosen by what the real client does with each status: 400 is sent up to six times and 401 for three minutes,
-    so an unrecognised 400 goes out as 424 (once), and a bad key with `x-should-retry: false`; billing is 402 (once);
-    429 and 5xx are retried with Retry-After; the words of a 404 it hides (see Handler.fail).
+    status, headers, raw: of the upstream's reply, or of an error inside a 200. Chosen by what the
+    real client does with each status: 400 is sent up to six times and 401 for three minutes, so an
+    unrecognised 400 goes out as 424 (once), and a bad key with `x-should-retry: false`; billing is
+    402 (once); 429 and 5xx are retried with Retry-After; the words of a 404 it hides (see
+    Handler.fail).
     """
-    message, code, kind = error_fields(raw)
-    text = " ".join((message, code, kind))
-    message = message or "the provider answered HTTP %d without saying why" % status
-    body = json_or_none(raw)
-    for row in ERROR_ROWS:
-        if row.matches(status, text, code):
-            error = row.error(status, headers, message, text, body)
-            error.text = text
-            return error
-    raise AssertionError("the last row matches everything")
+    fields = error_fields(raw)
+    text = head_and_tail(" ".join(fields))
+    message = fields[0] or "the provider answered HTTP %d without saying why" % status
+    row = next(row for row in ERROR_ROWS if row.matches(status, text))
+    # Some numbers stand in fields beside the message: llama.cpp's n_ctx, Gemini's retryDelay.
+    error = row.error(headers, message, head_and_tail(text + " " + to_string(raw[-TAIL:])))
+    error.text = text
+    return error
 
 
-def json_or_none(raw):
-    """raw parsed as JSON, or None."""
-    try:
-        return json.loads(raw.decode("utf-8", "replace") if isinstance(raw, bytes) else raw)
-    except (ValueError, RecursionError):
-        return None
+def retry_after(headers, text):
+    """Whole seconds that the provider asks to wait, as a string; "" where it does not ask.
 
-
-def retry_after(headers, body, text):
-    """Seconds that the provider asks to wait, as text for the retry-after header, or ""; from the header, Gemini's
-    RetryInfo, or the words "retry after N seconds"."""
+    From its Retry-After, which is a number or a date (RFC 9110 10.2.3), else from its words.
+    """
     value = str(headers.get("retry-after") or "").strip()
-    if re.match(r"[0-9]{1,9}(\.[0-9]+)?\Z", value):
-        return str(int(float(value) + 0.999))
-    found = re.search(
-        r'"retryDelay"\s*:\s*"(\d{1,9})|(?:retry|try again) (?:after|in) (\d{1,9}(?:\.\d+)?) ?s',
-        compact_json(body) + text,
-        re.I,
-    )
-    return str(int(float(next(filter(None, found.groups()))) + 0.999)) if found else ""
+    in_seconds = re.match(r"\d{1,9}(?:\.\d{1,9})?\Z", value)
+    wait = float(value) if in_seconds else seconds_between(headers.get("date"), value)
+    if not wait:
+        words = re.search(
+            r"(?i)(?:retryDelay\W{1,5}"  # Gemini's RetryInfo
+            r"|(?:retry|try again) (?:after|in) )(\d{1,9}(?:\.\d{1,9})?) ?s",  # Azure, Groq
+            text,
+        )
+        wait = float(words.group(1)) if words else 0
+    return str(int(wait + 0.999)) if wait else ""
+
+
+def seconds_between(start, end):
+    """Seconds from one HTTP date (RFC 9110 5.6.7) to a later one; 0 where one is not a date.
+
+    A reply's own Date is the only clock that its other dates can be read by: ours may be wrong.
+    """
+    try:
+        start, end = map(email.utils.parsedate_to_datetime, (start, end))
+        return max(0, (end.replace(tzinfo=None) - start.replace(tzinfo=None)).total_seconds())
+    except (TypeError, ValueError, IndexError):
+        return 0
+
+
+NEVER = {"x-should-retry": "false"}  # Claude Code would try some statuses, such as 401, for minutes
 
 
 class ErrorRow(NamedTuple):
-    """One class of upstream errors. statuses: which (empty: any); pattern: in the text (empty: any);
-    status: what the client gets (0: the same); sentence: shown before the provider's words."""
+    """One class of upstream errors, and what becomes of it."""
 
-    kind: str
-    statuses: tuple
-    pattern: str
-    status: int
-    sentence: str
-    retry: bool = False
-    type: str = ""
-    headers: tuple = ()
+    kind: str  # ProxyError.kind
+    statuses: tuple  # of the upstream's reply; empty: any
+    pattern: str  # in the error's text; empty: any
+    status: int  # that the client gets
+    sentence: str = ""  # shown before the provider's words
 
-    def matches(self, status, text, code):
+    def matches(self, status, text):
+        """Whether an error of this status and text belongs to this class."""
         if self.statuses and status not in self.statuses:
             return False
         if self.kind == "overflow":
-            return is_overflow(status, text, code)
-        return not self.pattern or bool(re.search(self.pattern, text))
+            return is_overflow(status, text)
+        return not self.pattern or re.search(self.pattern, text)
 
-    def error(self, status, headers, message, text, body):
+    def error(self, headers, message, text):
+        """The UpstreamError; text: the provider's words and what stands beside them."""
         if self.kind == "overflow":
-            numbers = overflow_numbers(text, body)
+            numbers = overflow_numbers(text)
             error = overflow_error(numbers[0], numbers[2])
             error.numbers = numbers
             return error
-        shown = (self.sentence + " " + message).strip() if self.sentence else message
-        extra = dict(self.headers)
-        wait = retry_after(headers, body, text) if self.retry or self.kind == "rate" else ""
+        extra = dict(NEVER) if 401 <= self.status <= 404 else {}
+        retry = self.status == 429 or self.status >= 500
+        wait = retry_after(headers, text) if retry else ""
         if wait:
             extra["retry-after"] = wait
-        return UpstreamError(
-            shown, self.status or status, self.type or None, extra, self.kind, self.retry
-        )
+        message = (self.sentence + " " + message).strip()
+        return UpstreamError(message, self.status, None, extra, self.kind, retry)
 
 
-NEVER = (("x-should-retry", "false"),)
+NO_KEY = "The provider refused the key; check TARGET_API_KEY (-k):"
 ERROR_ROWS = (
-    # First match wins. What providers send is theirs to change; what Claude Code does was seen with version 2.1.330.
+    # The first match counts. What providers send is theirs to change; what Claude Code does with
+    # each status was seen with version 2.1.330.
+    ErrorRow("rate", (429,), r"retry in \d", 429),  # Gemini: a rate limit in the words of a quota
     ErrorRow(
         "billing",
         (200, 400, 402, 403, 429, 500),
         BILLING,
         402,
         "The provider's account has no credit:",
-        headers=NEVER,
     ),
-    ErrorRow("billing", (402,), "", 402, "The provider wants payment:", headers=NEVER),
-    ErrorRow("overflow", (), "", 400, ""),
-    ErrorRow(
-        "auth",
-        (401,),
-        "",
-        401,
-        "The provider refused the key; mend TARGET_API_KEY (-k):",
-        headers=NEVER,
-    ),
-    ErrorRow(
-        "auth",
-        (400, 403),
-        BAD_KEY,
-        401,
-        "The provider refused the key; mend TARGET_API_KEY (-k):",
-        headers=NEVER,
-    ),  # Gemini
+    ErrorRow("billing", (402,), "", 402, "The provider wants payment:"),
+    # One status and one text for all of them: every version of Claude Code compacts by it.
+    ErrorRow("overflow", (), "", 400),
+    ErrorRow("auth", (401,), "", 401, NO_KEY),
+    ErrorRow("auth", (400, 403), BAD_KEY, 401, NO_KEY),  # Gemini
     ErrorRow(
         "model",
         (400, 404, 410, 422),
         NO_MODEL,
         404,
-        "The provider has no such model; mend TARGET_MODEL (-m):",
-        headers=NEVER,
+        "The provider has no such model; check TARGET_MODEL (-m):",
     ),
+    # The same request may succeed the next time.
     ErrorRow(
-        "sampling",
-        (400, 422, 500),
-        SAMPLING,
-        500,
-        "The model produced a malformed tool call:",
-        retry=True,
-        type="api_error",
+        "sampling", (400, 422, 500), SAMPLING, 500, "The model produced a malformed tool call:"
     ),
+    # OpenRouter: none of its providers takes images, or tools
     ErrorRow(
         "request", (404,), "No endpoints found that", 424, "The provider refused the request:"
-    ),  # OpenRouter: images, tools
+    ),
     ErrorRow(
         "path",
         (404, 405),
         "",
         404,
-        "The provider has no such address or model; check TARGET_API_BASE (-b) and TARGET_MODEL (-m):",
-        headers=NEVER,
+        "The provider has no such address or model;"
+        " check TARGET_API_BASE (-b) and TARGET_MODEL (-m):",
     ),
-    ErrorRow(
-        "model",
-        (410,),
-        "",
-        404,
-        "The model is gone; choose another TARGET_MODEL (-m):",
-        headers=NEVER,
-    ),
-    ErrorRow("policy", (403,), "", 403, "The provider forbids this request:", headers=NEVER),
-    ErrorRow(
-        "overloaded",
-        (200, 429, 500, 503),
-        OVERLOADED,
-        529,
-        "The provider is overloaded:",
-        retry=True,
-    ),
-    ErrorRow("rate", (429,), "", 429, "", retry=True),
-    ErrorRow("size", (413,), "", 413, "The provider says that the request is too large:"),
+    ErrorRow("model", (410,), "", 404, "The model is gone; choose another TARGET_MODEL (-m):"),
+    ErrorRow("policy", (403,), "", 403, "The provider forbids this request:"),
+    ErrorRow("overloaded", (200, 429, 500, 503), OVERLOADED, 529, "The provider is overloaded:"),
+    ErrorRow("rate", (429,), "", 429),
+    ErrorRow("size", (413,), "", 413, "The request is too large for the provider:"),
     ErrorRow("request", (500,), PERMANENT_500, 424, "The provider cannot take this request:"),
-    ErrorRow("timeout", (408, 504, 522, 524), "", 504, "The provider took too long:", retry=True),
-    ErrorRow("overloaded", (503, 529), "", 529, "The provider is overloaded:", retry=True),
-    ErrorRow("server", tuple(range(500, 600)), "", 502, "The provider failed:", retry=True),
+    ErrorRow("timeout", (408, 504, 522, 524), "", 504, "The provider took too long:"),
+    ErrorRow("overloaded", (503, 529), "", 529, "The provider is overloaded:"),
+    ErrorRow("server", tuple(range(500, 600)), "", 502, "The provider failed:"),
     ErrorRow("request", (), "", 424, "The provider refused the request:"),
 )
 
 
 def error_in_reply(body):
-    """The UpstreamError that a reply with HTTP 200 holds, or None. body: a chunk, or a whole reply, as a dict.
+    """The UpstreamError that a reply with HTTP 200 holds, or None. body: a chunk or a whole reply.
 
-    {error:..} (vLLM, OpenRouter, llama.cpp), x_groq.error, base_resp.status_code (MiniMax), {code, error:"text"} (xAI).
+    {error:..} (vLLM, OpenRouter, llama.cpp), x_groq.error, base_resp.status_code (MiniMax),
+    {code, error:".."} (xAI).
     """
     error = body.get("error") or as_dict(body.get("x_groq")).get("error")
-    base = as_dict(body.get("base_resp"))
-    if error is None and base.get("status_code") in (None, 0):
+    if not error and not as_dict(body.get("base_resp")).get("status_code"):
         return None
-    if not error and not base.get("status_code"):
-        return None
-    source = {"error": error} if error else body
-    if isinstance(error, str) and body.get("code"):
-        source = body
-    code = as_dict(error).get("code") if isinstance(error, dict) else None
-    status = (
-        int(code) if isinstance(code, (int, str)) and re.match(r"[45]\d\d$", str(code)) else 500
-    )
-    raw = compact_json(source)
-    kind = str(as_dict(error).get("type", ""))
-    if status == 500 and ("rate_limit" in raw or "rate limit" in raw.lower()):
-        status = 429
-    elif status == 500 and (is_overflow(200, raw) or kind == "invalid_request_error"):
-        status = 400
+    is_whole = not error or isinstance(error, str) and body.get("code")
+    raw = compact_json(body if is_whole else {"error": error})
+    code = str(as_dict(error).get("code"))[:4]
+    status = int(code) if re.match(r"[45]\d\d\Z", code) else 500
+    if status == 500:
+        words = head_and_tail(raw)
+        if re.search("(?i)rate[_ ]limit", words):
+            status = 429
+        elif is_overflow(200, words) or as_dict(error).get("type") == "invalid_request_error":
+            status = 400
     return upstream_error(status, {}, raw)
 
 
-# ======================================================================================================
+# ==================================================================================================
 # 3  Settings: one row a setting; command line > environment > .env > Claude's settings > default
-# ======================================================================================================
+# ==================================================================================================
 
 
 class SettingError(Exception):
     """A setting that cannot be used; the message names it, its origin and what is allowed."""
 
 
+# A new setting is a row of SETTINGS: its flag, its lines in the README, in --help, in the template
+# of .env and on the status page follow from it. An empty value always means the default, so a row
+# whose empty value means something has "" as its default.
+
+# ---- parsers: a string -> the value; ValueError says what is allowed -----------------------------
+
+
 def parse_text(value):
-    """Any text without line breaks."""
+    """A string without line breaks: it may become a header's value."""
     if "\n" in value or "\r" in value:
         raise ValueError("one line of text")
     return value.strip()
 
 
 def parse_flag(value):
-    """true or false (also 1/0, yes/no, on/off)."""
-    known = {
-        "true": True,
-        "1": True,
-        "yes": True,
-        "on": True,
-        "false": False,
-        "0": False,
-        "no": False,
-        "off": False,
-        "": False,
-    }
-    if value.strip().lower() not in known:
+    """A bool, from true or false (also 1/0, yes/no, on/off); empty is false."""
+    word = value.strip().lower()
+    if word not in ("true", "1", "yes", "on", "false", "0", "no", "off", ""):
         raise ValueError("true or false")
-    return known[value.strip().lower()]
+    return word in ("true", "1", "yes", "on")
 
 
 def parse_port(value):
-    """A port number; 0 takes a free one."""
+    """A port number, 0 to 65535; 0 takes a free one."""
     if not re.match(r"\d{1,5}$", value.strip()) or int(value) > 65535:
         raise ValueError("a port number, 0 to 65535")
     return int(value)
 
 
 def parse_count(value):
-    """A whole number, 0 or more."""
+    """A whole number, 0 or more; at most 12 digits, which is more tokens, or MB, than there are."""
     if not re.match(r"\d{1,12}$", value.strip()):
         raise ValueError("a whole number, 0 or more")
     return int(value)
 
 
 def parse_seconds(value):
-    """A number of seconds above 0."""
+    """A number of seconds above 0, as a float; a socket takes no timeout of centuries."""
     try:
         number = float(value)
     except ValueError:
@@ -692,89 +737,116 @@ def parse_seconds(value):
 
 
 def parse_choice(*allowed):
-    """A parser that takes one of the given words, in any case."""
+    """A parser that takes one of the given words, in any case, and gives it in lower case.
+
+    An empty word may be among them; it is not told as allowed, since it means the default.
+    """
 
     def parse(value):
         if value.strip().lower() not in allowed:
-            raise ValueError("one of " + ", ".join(word or "(empty)" for word in allowed))
+            raise ValueError("one of " + ", ".join(filter(None, allowed)))
         return value.strip().lower()
 
     return parse
 
 
+def parse_profile(value):
+    """The name of a row of PROFILES (section 4), "default", or empty for none.
+
+    Checked here, so that a typing error in a live .env is refused as any other, and the old
+    settings stay.
+    """
+    return parse_choice("", "default", *(row.name for row in PROFILES))(value)
+
+
 def parse_json_object(value):
-    """A JSON object."""
-    if not value.strip():
-        return {}
-    try:
-        parsed = json.loads(value)
-    except ValueError:
-        parsed = None
+    """A dict, from a JSON object; empty is {}.
+
+    A null in it is a value of its own: it takes a field or header away that ccfix would send.
+    """
+    parsed = json_or_none(value) if value.strip() else {}
     if not isinstance(parsed, dict):
         raise ValueError('a JSON object, such as {"name": "value"}')
     return parsed
 
 
 def parse_names(value):
-    """Names separated by commas or spaces, in lower case."""
+    """A tuple of names in lower case, from names separated by commas or spaces; empty is ()."""
     return tuple(re.split(r"[,\s]+", value.strip().lower())) if value.strip() else ()
 
 
 def parse_address(value):
-    """An http or https URL; the scheme may be missing, as people paste it."""
+    """An http or https URL, or "" for an empty value.
+
+    The scheme may be missing, as people paste it: then it is https, but http for localhost, for an
+    IP address, and where a port follows a bare name. Fragments make no sense in a base URL.
+    """
     value = value.strip()
     if not value:
         return ""
     if "://" not in value:
-        local = re.match(r"(localhost|127\.|\[|\d+\.\d+\.\d+\.\d+|[\w-]+:\d)", value)
-        value = ("http://" if local else "https://") + value
+        is_local = re.match(r"(localhost|127\.|\[|\d+\.\d+\.\d+\.\d+|[\w-]+:\d)", value)
+        value = ("http://" if is_local else "https://") + value
     try:
         parts = urllib.parse.urlsplit(value)
-        good = (
-            parts.scheme in ("http", "https")
-            and parts.hostname
-            and (parts.port or 1)
-            and not parts.fragment
-        )
-    except ValueError:
-        good = False
-    if not good or re.search(r"[\s\x00-\x1f]", value):
+        is_good = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1)
+    except ValueError:  # a port that is not a number, brackets that are not closed
+        is_good = False
+    if not is_good or parts.fragment or re.search(r"[\s\x00-\x1f]", value):
         raise ValueError("an address such as https://api.example.com/v1")
     return value
 
 
 def parse_base_url(value):
-    """The base of an OpenAI-compatible API; a pasted /chat/completions or trailing slash is taken off.
+    """The base of an API; a pasted /chat/completions or trailing slash is taken off.
 
-    A host alone gets /v1, since that is where every known server has its API; a path that is there is kept.
+    A host alone gets /v1, since that is where every known server has its API; a path that is there
+    is kept, and so is a query (Azure's api-version).
     """
     parts = urllib.parse.urlsplit(parse_address(value))
     if not parts.netloc:
         return ""
-    path = re.sub(r"(/chat/completions|/messages|/completions|/responses)?/*$", "", parts.path)
+    path = parts.path.rstrip("/")
+    path = re.sub(r"/((chat/)?completions|messages|responses)$", "", path).rstrip("/")
     return urllib.parse.urlunsplit((parts.scheme, parts.netloc, path or "/v1", parts.query, ""))
 
 
-class Setting(NamedTuple):
-    """A row: env is the name in the environment and .env; flags: on the command line; claude: the key under "env"
-    in ~/.claude/settings.json; secret: never shown; const: the value that a flag without one sets.
-    """
+# ---- the table -----------------------------------------------------------------------------------
 
-    env: str
-    default: str
-    help: str
-    parse: object = parse_text
-    flags: tuple = ()
-    claude: str = ""
-    secret: bool = False
-    const: str = ""
+
+class Setting(NamedTuple):
+    """A setting: a line of the README's table, an attribute of Settings, perhaps flags."""
+
+    env: str  # name in the environment and in .env
+    default: str  # as a user would write it
+    help: str  # for --help, the README, the status page and the template of .env
+    parse: object = parse_text  # string -> value; raises ValueError, saying what is allowed
+    flags: tuple = ()  # on the command line
+    claude: str = ""  # key under "env" in ~/.claude/settings.json from which it may come
+    secret: bool = False  # its value is never shown
+    const: str = ""  # the value that a flag sets that takes none
 
     @property
     def name(self):
+        """The attribute of Settings."""
         return self.env.lower()
 
 
+def own_target(name, model, whose):
+    """The three settings of a model besides the main one, with its own base URL and key.
+
+    name: the end of their names; model: what the model is for; whose: words after "base URL".
+    """
+    return (
+        Setting("TARGET_MODEL_" + name, "", model),
+        Setting("TARGET_API_BASE_" + name, "", "base URL " + whose, parse_base_url),
+        Setting("TARGET_API_KEY_" + name, "", "key " + whose, secret=True),
+    )
+
+
 SETTINGS = (
+    # The main target. 300 s: a local model may read a first request of 17,000 tokens for minutes
+    # before its first byte. Two retries: Claude Code itself makes ten more.
     Setting(
         "TARGET_API_KEY",
         "",
@@ -802,38 +874,37 @@ SETTINGS = (
         "tries again, before the first content, after connection failures and 408, 429 and 5xx",
         parse_count,
     ),
+    # auto goes by the end of the base URL's path (ANTHROPIC_PATHS).
     Setting(
         "TARGET_FORMAT",
         "auto",
         "what the provider speaks: auto, openai or anthropic",
         parse_choice("auto", "openai", "anthropic"),
     ),
-    Setting("TARGET_MODEL_OPUS", "", "model for Claude's opus family"),
-    Setting("TARGET_API_BASE_OPUS", "", "base URL for the opus family", parse_base_url),
-    Setting("TARGET_API_KEY_OPUS", "", "key for the opus family", secret=True),
-    Setting("TARGET_MODEL_SONNET", "", "model for Claude's sonnet family"),
-    Setting("TARGET_API_BASE_SONNET", "", "base URL for the sonnet family", parse_base_url),
-    Setting("TARGET_API_KEY_SONNET", "", "key for the sonnet family", secret=True),
-    Setting("TARGET_MODEL_HAIKU", "", "model for Claude's haiku family"),
-    Setting("TARGET_API_BASE_HAIKU", "", "base URL for the haiku family", parse_base_url),
-    Setting("TARGET_API_KEY_HAIKU", "", "key for the haiku family", secret=True),
-    Setting(
-        "TARGET_MODEL_FALLBACK",
-        "",
+    # Other targets. A base URL of its own never gets the main key; what is empty is the main
+    # target's.
+    *own_target("OPUS", "model for Claude's opus family", "for the opus family"),
+    *own_target("SONNET", "model for Claude's sonnet family", "for the sonnet family"),
+    *own_target("HAIKU", "model for Claude's haiku family", "for the haiku family"),
+    *own_target(
+        "FALLBACK",
         "model that takes over when the main one is down or out of quota",
+        "of the fallback model",
     ),
-    Setting("TARGET_API_BASE_FALLBACK", "", "base URL of the fallback model", parse_base_url),
-    Setting("TARGET_API_KEY_FALLBACK", "", "key of the fallback model", secret=True),
-    Setting(
-        "TARGET_MODEL_IMAGE", "", "model for requests with images, where the main one takes none"
+    *own_target(
+        "IMAGE",
+        "model for requests with images, where the main one takes none",
+        "of the image model",
     ),
-    Setting("TARGET_API_BASE_IMAGE", "", "base URL of the image model", parse_base_url),
-    Setting("TARGET_API_KEY_IMAGE", "", "key of the image model", secret=True),
+    # What is special about the main target: PROFILE goes with its base URL, the limits with its
+    # model.
     Setting(
         "PROFILE",
         "",
-        "force a provider row by name (see the provider table); empty: found by host and model",
+        "provider row of the main base URL (see the provider table); empty: by host and model",
+        parse_profile,
     ),
+    # For what nobody foresaw. Headers often hold a key, so none of them is shown.
     Setting(
         "EXTRA_BODY",
         "",
@@ -848,14 +919,19 @@ SETTINGS = (
         secret=True,
     ),
     Setting(
-        "MAX_OUTPUT", "0", "the model's output limit in tokens; 0: as known or learned", parse_count
+        "MAX_OUTPUT",
+        "0",
+        "the main model's output limit in tokens; 0: as known or learned",
+        parse_count,
     ),
     Setting(
         "MAX_CONTEXT",
         "0",
-        "the model's context window in tokens; 0: as known or learned",
+        "the main model's context window in tokens; 0: as known or learned",
         parse_count,
     ),
+    # The disguise. Claude Code's own settings fill it, so that requests tell what its user chose.
+    # Eight of the large providers answer 400 or 422 to any field that they do not know: hence auto.
     Setting(
         "DISGUISE_MODEL",
         "",
@@ -872,9 +948,11 @@ SETTINGS = (
     Setting(
         "ATTACH_FIELDS",
         "auto",
-        "attach the two disguise fields to requests: auto (where unknown fields are tolerated), always, never",
+        "attach the two disguise fields to requests: auto (where unknown fields are tolerated),"
+        " always, never",
         parse_choice("auto", "always", "never"),
     ),
+    # This proxy. Without a key it answers to loopback names alone: a web page must not reach it.
     Setting(
         "PROXY_HOST",
         "127.0.0.1",
@@ -885,20 +963,24 @@ SETTINGS = (
         "PROXY_PORT", "8080", "port to listen on; 0 takes a free one", parse_port, ("-p", "--port")
     ),
     Setting(
-        "ANTHROPIC_API_KEY",
+        "ANTHROPIC_API_KEY",  # the name under which the original had it
         "",
         "the proxy's own key, which clients must send; empty: no check",
         secret=True,
     ),
+    # A web page may give its own name the address 127.0.0.1, but not choose the Host that is sent.
     Setting(
         "ALLOWED_HOSTS",
         "",
         "further Host names to answer to when there is no proxy key, for containers",
         parse_names,
     ),
+    # Web search, a tool that Anthropic's servers run and other providers have not.
     Setting(
         "SEARCH_URL", "", "SearXNG-style JSON endpoint for Claude Code's web search", parse_address
     ),
+    # What is kept on disk: nothing, unless it is asked for, and all of it in CACHE_DIR. "prefix"
+    # leaves out of the key what differs between sessions alone; see the cache's own section.
     Setting(
         "CACHE_ENABLED",
         "false",
@@ -919,11 +1001,13 @@ SETTINGS = (
         "CACHE_MAX_MB", "256", "size of the store; the least recently used go first", parse_count
     ),
     Setting("LEDGER", "false", "keep the request ledger in the cache folder", parse_flag),
+    # Nothing is known about prices here: they change weekly, and a wrong sum is worse than none.
     Setting(
         "PRICES",
         "",
         "JSON, or a file of it: model -> {input, output, cache_read} per million tokens",
     ),
+    # What is written for people. Keys are hidden in all three.
     Setting(
         "LOG_LEVEL",
         "info",
@@ -943,6 +1027,7 @@ SETTINGS = (
         "write each exchange there as one JSON file, keys hidden",
         flags=("--record",),
     ),
+    # TLS to the provider, for companies whose proxy has a certificate of its own.
     Setting(
         "CA_BUNDLE",
         "",
@@ -950,6 +1035,7 @@ SETTINGS = (
         flags=("--ca-bundle",),
     ),
     Setting("CLIENT_CERT", "", "client certificate: cert.pem, or cert.pem,key.pem"),
+    # The last resort; the start warns about it.
     Setting(
         "INSECURE",
         "false",
@@ -962,11 +1048,15 @@ SETTINGS = (
 BY_ENV = {row.env: row for row in SETTINGS}
 
 
-class Settings(object):
-    """Values of all settings as attributes (lower-case names), and where each came from in `origins`.
+class Settings:
+    """The values of all settings, as attributes in lower case; `origins`: where each came from.
 
-    layers: [(origin, {ENV_NAME: text})], most important first. Raises SettingError. An empty text in the
-    environment or .env counts as not set, so that `TARGET_API_KEY=` in a template means the default.
+    Never changed once made: who holds a Settings sees the same values through a whole request, and
+    a changed .env makes a new one.
+
+    layers: [(origin, {ENV_NAME: string})], most important first. Raises SettingError. An empty
+    string in the environment or .env counts as not set, so that `TARGET_API_KEY=` in a template
+    means the default.
     """
 
     def __init__(self, layers=()):
@@ -1000,64 +1090,83 @@ class Settings(object):
         )
 
     def shown(self):
-        """[{name, value, origin, help}] for the status page and `check`; secrets only as set or not set."""
-        rows = []
-        for row in SETTINGS:
-            value = getattr(self, row.name)
-            if row.secret:
-                value = "set" if value else "not set"
-            elif isinstance(value, (dict, tuple, bool)):
-                value = compact_json(value) if value or value is False else ""
-            elif isinstance(value, float):
-                value = "%g" % value
-            rows.append(
-                {
-                    "name": row.env,
-                    "value": without_password(str(value)),
-                    "origin": self.origins[row.name],
-                    "help": row.help,
-                }
-            )
-        return rows
+        """[{name, value, origin, help}], strings, for the status page and `check`.
+
+        A secret's value is only "set" or "not set".
+        """
+        return [
+            {
+                "name": row.env,
+                "value": without_password(self.shown_value(row)),
+                "origin": self.origins[row.name],
+                "help": row.help,
+            }
+            for row in SETTINGS
+        ]
+
+    def shown_value(self, row):
+        """A setting's value as a user would write it, without secrets."""
+        value = getattr(self, row.name)
+        if row.secret:
+            return "set" if value else "not set"
+        if isinstance(value, (dict, tuple, bool)):
+            return compact_json(value) if value or value is False else ""
+        return "%g" % value if isinstance(value, float) else str(value)
 
 
 def without_password(url):
-    """A URL (or any text) without the user and password that an address may carry."""
+    """A URL, or any string with URLs in it, without the users and passwords in them.
+
+    "https://me:secret@host/v1" -> "https://host/v1"; also "me:secret@host" where the scheme is
+    missing. A port ("http://host:8080/@x") is not a password.
+    """
     # A password may hold @ and /, as people write it; and the // may be missing its colon.
-    user = r"(\w+://)(?:[^\s/?#@:]*:(?!\d+/)[^\s?#]*|[^\s/?#@]+)@|\b[^\s/:@]{1,99}:[^\s/:@]{1,99}@"
-    return re.sub(user, lambda found: found.group(1) or "", url)
+    user = (
+        r"(?<=://)(?:[^\s/?#@:]{0,999}:(?!\d+/)[^\s?#]{0,999}|[^\s/?#@]{1,999})@"
+        r"|\b[^\s/:@]{1,99}:[^\s/:@]{1,99}@"
+    )
+    return re.sub(user, "", url)
+
+
+# ---- .env and Claude Code's settings -------------------------------------------------------------
 
 
 def dotenv(source):
-    """{name: value} of a .env file's text, read as people write it: export, quotes, comments, CRLF, BOM, spaces.
+    """{name: value} of a .env file's text, as people write it: export, quotes, comments, CRLF, BOM.
 
-    Double quotes know \\n, \\", \\\\; single quotes are literal; a bare value ends at " #". Lines without "=" are skipped.
+    Double quotes know \\n, \\t, \\", \\$ and \\\\; single quotes are literal; a bare value ends at
+    " #". Lines without "=" are skipped; of two lines with a name the last counts.
     """
     found = {}
     for line in source.lstrip("\ufeff").splitlines():
-        match = re.match(r"\s*(?:export\s+|set\s+)?([A-Za-z_][\w.]*)\s*=\s*(.*?)\s*$", line)
-        if not match:
-            continue
-        name, value = match.groups()
-        quoted = re.match(r"\"((?:[^\"\\]|\\.)*)\"|'([^']*)'", value)
-        if quoted and quoted.group(1) is not None:
-            value = re.sub(
-                r"\\(.)",
-                lambda m: {"n": "\n", "t": "\t"}.get(
-                    m.group(1), m.group(1) if m.group(1) in "\"\\$" else m.group(0)
-                ),
-                quoted.group(1),
-            )
-        elif quoted:
-            value = quoted.group(2)
-        else:
-            value = re.sub(r"(^|\s)#.*$", "", value).rstrip()
-        found[name] = value
+        match = re.match(r"\s*(?:(?:export|set)\s+)?([A-Za-z_][\w.]*)\s*=(.*)", line)
+        if match:
+            found[match.group(1)] = dotenv_value(match.group(2).strip())
     return found
 
 
+def dotenv_value(value):
+    """What a .env line says after its "=", without quotes or comment.
+
+    A quote that is not closed is part of the value; an escape that is not known keeps its
+    backslash, as in "C:\\dir".
+    """
+    quoted = re.match(r'"((?:[^"\\]|\\.)*)"|\'([^\']*)\'', value)
+    if not quoted:
+        return re.sub(r"(^|\s)#.*", "", value).rstrip()
+    if quoted.group(1) is None:
+        return quoted.group(2)
+    known = {"n": "\n", "t": "\t", '"': '"', "\\": "\\", "$": "$"}
+    return re.sub(
+        r"\\(.)", lambda escape: known.get(escape.group(1), escape.group()), quoted.group(1)
+    )
+
+
 def claude_layer(source):
-    """The settings that ~/.claude/settings.json gives (its text), by our names; a file that is no JSON gives none."""
+    """{ENV_NAME: string} that the text of ~/.claude/settings.json gives.
+
+    Values that are not strings, and a file that is not JSON, give nothing: it is not ours.
+    """
     env = as_dict(as_dict(json_or_none(source)).get("env"))
     return {
         row.env: env[row.claude]
@@ -1066,154 +1175,205 @@ def claude_layer(source):
     }
 
 
-def settings_table():
-    """The README's table of settings, in Markdown."""
-    lines = ["| setting | flag | default | meaning |", "| --- | --- | --- | --- |"]
-    for row in SETTINGS:
-        flags = " ".join("`%s`" % name for name in row.flags)
-        lines.append(
-            "| `%s` | %s | %s | %s |"
-            % (row.env, flags, "`%s`" % row.default if row.default else "", row.help)
-        )
-    return "\n".join(lines)
-
-
 def env_template(values=()):
-    """A commented .env with every setting; values: {ENV_NAME: text} are filled in, the rest are commented out."""
+    """A commented .env with every setting, for `init`.
+
+    values: {ENV_NAME: string} to fill in; the others are commented out, with their defaults.
+    """
     values, lines = dict(values), ["# ccfix settings; an empty value means the default", ""]
     for row in SETTINGS:
-        lines += ["# " + row.help[0].upper() + row.help[1:]]
+        line = "#%s=%s" % (row.env, row.default)
         if row.env in values:
-            lines += ["%s=%s" % (row.env, quote_value(values[row.env]))]
-        else:
-            lines += ["#%s=%s" % (row.env, row.default)]
+            line = "%s=%s" % (row.env, quote_value(values[row.env]))
+        lines += ["# " + row.help[0].upper() + row.help[1:], line]
     return "\n".join(lines) + "\n"
 
 
 def quote_value(value):
-    """value as .env text that `dotenv` reads back the same."""
+    """value as .env text that `dotenv` reads back the same; in quotes only where it needs them."""
     if re.match(r"[\w@%+=:,./-]*$", value):
         return value
     return '"%s"' % value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
 
 
-# ======================================================================================================
+# ==================================================================================================
 # 4  Providers: one row a provider, showing only how it differs from the default
-# ======================================================================================================
+# ==================================================================================================
 
 
 class Profile(NamedTuple):
-    """How to talk to a provider. A converter asks `profile.x`, never who the provider is; a lesson replaces fields."""
+    """How to talk to a provider, or to some of its models.
 
-    name: str = "default"
-    title: str = "any other"
+    A converter asks `profile.x`, never who the provider is; a lesson replaces fields. The defaults
+    send the least, and suit a provider that nobody knows. In brackets: who made a field necessary.
+    """
+
+    name: str = "default"  # as PROFILE and the README's table say it
+    title: str = "any other"  # for people
     hosts: tuple = ()  # ends of host names; ":11434" is a port on this machine
-    models: str = ""  # pattern of model names; empty: all
+    models: str = ""  # pattern at the start of a model's name, with or without "owner/"; "": all
     format: str = "chat"  # what it speaks: a row of FORMATS
-    untouched: bool = False  # Anthropic itself: the request goes on as it came
+    untouched: bool = False  # the request goes on as it came [Anthropic itself]
     native_blocks: bool = False  # takes every block of Anthropic's, and signs its own thinking
     searches: bool = False  # runs Anthropic's web search tool itself
-    strict: bool = False  # rejects unknown fields: nothing is attached
-    max_tokens: str = "max_tokens"  # name of the output limit
+    strict: bool = False  # refuses unknown fields, so nothing is attached [OpenAI and seven others]
+    max_tokens: str = "max_tokens"  # name of the output limit [OpenAI: max_completion_tokens]
     max_output: int = 0  # output limit in tokens; 0: not known
-    context: int = 0  # context window in tokens; 0: not known
+    context: int = 0  # context window in tokens, prompt and output together; 0: not known
     density: float = 0.34  # most tokens that a byte of the client's request was seen to make
     never: tuple = ()  # fields that are never sent
-    body: tuple = ()  # (field, value) sent with every request
-    headers: tuple = ()  # (name, value) sent with every request
-    key_header: str = "authorization"  # header of the key; authorization means "Bearer KEY"
-    usage_option: bool = True  # wants stream_options.include_usage
-    always_stream: bool = False  # asked as a stream even when the client wants none
+    body: tuple = ()  # (field, value) sent with every request [Z.ai, MiniMax]
+    headers: tuple = ()  # (name, value) sent with every request [Copilot, OpenRouter]
+    key_header: str = "authorization"  # "authorization" means "Bearer KEY" [api-key: Azure]
+    usage_option: bool = True  # wants stream_options.include_usage [Mistral sends usage unasked]
+    always_stream: bool = False  # asked as a stream even when the client wants none [DashScope]
     tool_choice: tuple = ("none", "required", "named")  # forms it takes besides auto
     parallel: bool = True  # knows parallel_tool_calls
-    max_tools: int = 0
-    tool_ids: str = (
-        "short"  # short: at most 40 characters; nine: 9 letters and digits; kimi: functions.NAME:N
-    )
-    schema: tuple = ()  # JSON schema keywords that it rejects
-    typed_schema: bool = False  # every property needs a type
-    images: bool = True
+    max_tools: int = 0  # how many it takes; 0: any number [OpenAI, Groq: 128; xAI: 200]
+    # short: at most 40 characters [OpenAI]; nine: 9 letters and digits [Mistral]; kimi:
+    # functions.NAME:N
+    tool_ids: str = "short"
+    schema: tuple = ()  # JSON schema keywords that it rejects [Gemini]
+    typed_schema: bool = False  # every property needs a type [Kimi]
+    images: bool = True  # takes images
     image_urls: bool = True  # fetches http(s) images itself
-    files: bool = False  # takes PDF as a file part
+    files: bool = False  # takes PDF as a file part [OpenAI, OpenRouter]
     json_format: str = ""  # response_format it takes: json_schema, json_object or none
     system_role: bool = True  # takes a system message
-    user_after_tool: bool = True  # takes a user message right after a tool message
-    reasoning_field: str = ""  # field in which earlier reasoning goes back; empty: it must not
-    reasoning_always: bool = False  # in every assistant turn, not only in those with tool calls
-    placeholder: str = ""  # sent in place of reasoning that was not kept; empty: nothing
+    user_after_tool: bool = True  # takes a user message right after a tool message [not Mistral]
+    # Field (of REASONING_FIELDS) in which earlier reasoning goes back; empty: it must not. By
+    # default in assistant turns with tool calls, with reasoning_always in every one [Kimi, Z.ai,
+    # MiniMax].
+    reasoning_field: str = ""
+    reasoning_always: bool = False
+    placeholder: str = (
+        ""  # in place of reasoning that was not kept; empty: nothing [DeepSeek, Gemini]
+    )
     reasoning: str = ""  # how thinking is asked for: a row of REASONING; empty: not at all
     efforts: tuple = ()  # effort words it takes, weakest first
-    effort_with_tools: str = ""  # the only effort that it takes beside tools
+    effort_with_tools: str = (
+        ""  # the only effort that it takes beside tools [none: gpt-5.4 and later]
+    )
     betas: tuple = ()  # anthropic-beta flags that are not passed on (Anthropic's form only)
-    scope: str = ""  # whose reasoning state this is (set by profile_for): host of the base URL
-    source: str = ""
-    tried: bool = False  # on a real server
+    scope: str = ""  # whose reasoning state this is: host of the base URL (set by profile_for)
+    tried: bool = False  # on a real server; all else is from documentation and reports
 
 
 DEFAULT = Profile()
-NO_SAMPLING = ("temperature", "top_p", "stop")
-OPENAI = DEFAULT._replace(
-    hosts=("api.openai.com",), strict=True, files=True, max_tools=128, json_format="json_schema"
+LOW_TO_HIGH = ("low", "medium", "high")
+NOT_KEPT = "(the reasoning of this step was not kept)"
+GEMINI_SKIP = "skip_thought_signature_validator"  # Google's own word for "there is none"
+
+# openai-openapi's openapi.json. "Unrecognized request argument supplied": langchain_dart issue 712.
+OPENAI = Profile(
+    "openai",
+    "OpenAI, other models",
+    ("api.openai.com",),
+    strict=True,
+    files=True,
+    max_tools=128,
+    json_format="json_schema",
 )
+# cline's openai-compatible.ts: the new name of the output limit for these models alone, since older
+# servers of others know only max_tokens. Temperature and stop are refused (openai-openapi).
 OPENAI_REASONING = OPENAI._replace(
+    name="openai-reasoning",
+    title="OpenAI o-series, gpt-5",
+    models=r"o\d|gpt-5",
     max_tokens="max_completion_tokens",
-    never=NO_SAMPLING,
+    never=("temperature", "top_p", "stop"),
     reasoning="effort",
-    efforts=("low", "medium", "high"),
+    efforts=LOW_TO_HIGH,
 )
+# openai-python issue 1354. The key has a header of its own; PDF parts are refused on chat
+# (pydantic-ai).
 AZURE = dict(
-    hosts=("openai.azure.com", "cognitiveservices.azure.com"),
-    key_header="api-key",
-    files=False,
-    source="openai-python issue 1354",
+    hosts=("openai.azure.com", "cognitiveservices.azure.com"), key_header="api-key", files=False
 )
-KIMI_HOSTS = ("api.moonshot.ai", "api.moonshot.cn", "api.kimi.com")
+# kimi-cli's kosong/chat_provider/kimi.py. Sampling is fixed ("only 1 is allowed for this model"), a
+# nested property without a type is refused, image URLs are not fetched (vercel/ai). Reasoning goes
+# back, but no placeholder: its maker asked clients to stop that (cc-switch's claude.rs).
+MOONSHOT = Profile(
+    "kimi",
+    "Kimi (Moonshot)",
+    ("api.moonshot.ai", "api.moonshot.cn", "api.kimi.com"),
+    never=("temperature", "top_p"),
+    tool_choice=("none",),
+    tool_ids="kimi",
+    typed_schema=True,
+    image_urls=False,
+    reasoning_field="reasoning_content",
+    reasoning_always=True,
+    reasoning="thinking",
+)
+# pydantic-ai's models/zai.py. Without tool_stream a large call is minutes of silence (opencrabs).
+ZAI = Profile(
+    "zai",
+    "Z.ai GLM",
+    ("api.z.ai", "open.bigmodel.cn"),
+    body=(("tool_stream", True),),
+    tool_choice=("none",),
+    json_format="json_object",
+    reasoning_field="reasoning_content",
+    reasoning_always=True,
+    reasoning="thinking",
+)
+# groq-python. "property 'x' is unsupported", also in messages: musistudio/llms PR 64.
+GROQ = Profile(
+    "groq",
+    "Groq, other models",
+    ("api.groq.com",),
+    strict=True,
+    max_tools=128,
+    json_format="json_object",
+)
+# Model servers on the user's own machine: JSON by grammar; images as data, since Ollama fetches
+# none.
 LOCAL = DEFAULT._replace(json_format="json_schema", image_urls=False)
 NATIVE = DEFAULT._replace(
     format="anthropic", native_blocks=True, files=True, json_format="json_schema"
 )
-NOT_KEPT = "(the reasoning of this step was not kept)"
-GEMINI_SKIP = "skip_thought_signature_validator"  # Google's own word for "there is none"
+# docs.anthropic.com/en/api/messages
+ANTHROPIC = NATIVE._replace(
+    name="anthropic-api",
+    title="Anthropic itself",
+    hosts=("api.anthropic.com",),
+    untouched=True,
+    searches=True,
+)
 
 PROFILES = (
-    # Order matters within a host: the first row whose model pattern fits is taken.
+    # Order matters within a host: the first row whose model pattern fits is taken. Above each row
+    # stands where its facts are from: documents and threads of 2026, hardly ever a trial.
+    #
+    # Tools beside any effort but none are refused, from 5.5 on even where none is sent:
+    # openai-openapi issue 541, litellm PR 34569.
     OPENAI_REASONING._replace(
         name="openai-gpt5-tools",
         title="OpenAI gpt-5.4 and later",
         models=r"gpt-5\.([4-9]|\d\d)|gpt-[6-9]",
         efforts=("none", "low", "medium", "high", "xhigh"),
         effort_with_tools="none",
-        source="openai-openapi issue 541, litellm PR 34569",
     ),
+    # pydantic-ai's profiles/openai.py
     OPENAI_REASONING._replace(
         name="openai-gpt5.1",
         title="OpenAI gpt-5.1 to 5.3",
         models=r"gpt-5\.[1-3]",
         efforts=("none", "low", "medium", "high"),
-        source="openai-openapi openapi.json, pydantic-ai profiles/openai.py",
     ),
+    OPENAI_REASONING,
+    OPENAI,
     OPENAI_REASONING._replace(
-        name="openai-reasoning",
-        title="OpenAI o-series, gpt-5",
-        models=r"o\d|gpt-5",
-        source="openai-openapi openapi.json, cline openai-compatible.ts",
-    ),
-    OPENAI._replace(
-        name="openai",
-        title="OpenAI, other models",
-        source="openai-openapi openapi.json, langchain_dart issue 712",
-    ),
-    OPENAI_REASONING._replace(
-        name="azure-reasoning",
-        title="Azure OpenAI, o-series and gpt-5",
-        models=r"o\d|gpt-5",
-        **AZURE,
+        name="azure-reasoning", title="Azure OpenAI, o-series and gpt-5", **AZURE
     ),
     OPENAI._replace(name="azure", title="Azure OpenAI", **AZURE),
-    DEFAULT._replace(
-        name="deepseek",
-        title="DeepSeek",
-        hosts=("api.deepseek.com",),
+    # api-docs.deepseek.com/guides/thinking_mode. A turn with tool calls but without its reasoning
+    # is a 400, also where there was none to keep: hence the placeholder (opencode issue 24722).
+    Profile(
+        "deepseek",
+        "DeepSeek",
+        ("api.deepseek.com",),
         images=False,
         json_format="json_object",
         tool_choice=("none",),
@@ -1221,165 +1381,107 @@ PROFILES = (
         placeholder=NOT_KEPT,
         reasoning="thinking",
         efforts=("low", "high", "max"),
-        source="api-docs.deepseek.com/guides/thinking_mode",
     ),
-    DEFAULT._replace(
-        name="dashscope",
-        title="Qwen on DashScope",
-        hosts=(
-            "dashscope.aliyuncs.com",
-            "dashscope-intl.aliyuncs.com",
-            "dashscope-us.aliyuncs.com",
-        ),
+    # Thinking must be off where no stream is asked for: langchain4j issue 3974. PDF parts are
+    # refused: pydantic-ai's providers/alibaba.py.
+    Profile(
+        "dashscope",
+        "Qwen on DashScope",
+        ("dashscope.aliyuncs.com", "dashscope-intl.aliyuncs.com", "dashscope-us.aliyuncs.com"),
         always_stream=True,
         json_format="json_object",
         reasoning="enable_thinking",
-        source="langchain4j issue 3974, pydantic-ai providers/alibaba.py",
     ),
-    DEFAULT._replace(
+    # Thinking cannot be disabled, and has three strengths: aihubmix's guide to Kimi K3.1.
+    MOONSHOT._replace(
         name="kimi-k3",
         title="Kimi K3",
-        hosts=KIMI_HOSTS,
         models=r"kimi-k3",
-        never=("temperature", "top_p"),
-        tool_choice=("none",),
-        tool_ids="kimi",
-        typed_schema=True,
-        image_urls=False,
-        reasoning_field="reasoning_content",
-        reasoning_always=True,
         reasoning="effort",
         efforts=("low", "high", "max"),
-        source="aihubmix guide to Kimi K3.1",
     ),
-    DEFAULT._replace(
-        name="kimi",
-        title="Kimi (Moonshot)",
-        hosts=KIMI_HOSTS,
-        never=("temperature", "top_p"),
-        tool_choice=("none",),
-        tool_ids="kimi",
-        typed_schema=True,
-        image_urls=False,
-        reasoning_field="reasoning_content",
-        reasoning_always=True,
-        reasoning="thinking",
-        source="kimi-cli kosong/chat_provider/kimi.py",
-    ),
-    DEFAULT._replace(
+    MOONSHOT,
+    # Thinking cannot be disabled: pydantic-ai's profiles/zai.py.
+    ZAI._replace(
         name="glm-5.3",
         title="Z.ai GLM-5.2 and later",
-        hosts=("api.z.ai", "open.bigmodel.cn"),
         models=r"glm-(5\.[2-9]|[6-9])",
-        body=(("tool_stream", True),),
-        tool_choice=("none",),
-        json_format="json_object",
-        reasoning_field="reasoning_content",
-        reasoning_always=True,
         reasoning="effort",
         efforts=("low", "high", "max"),
-        source="pydantic-ai profiles/zai.py",
     ),
-    DEFAULT._replace(
-        name="zai",
-        title="Z.ai GLM",
-        hosts=("api.z.ai", "open.bigmodel.cn"),
-        body=(("tool_stream", True),),
-        tool_choice=("none",),
-        json_format="json_object",
-        reasoning_field="reasoning_content",
-        reasoning_always=True,
-        reasoning="thinking",
-        source="pydantic-ai models/zai.py",
-    ),
-    DEFAULT._replace(
-        name="minimax",
-        title="MiniMax",
-        hosts=("api.minimax.io", "api.minimaxi.com", "api.minimax.chat"),
+    ZAI,
+    # platform.minimax.io/docs/api-reference. Without reasoning_split, <think> stands in the
+    # content.
+    Profile(
+        "minimax",
+        "MiniMax",
+        ("api.minimax.io", "api.minimaxi.com", "api.minimax.chat"),
         body=(("reasoning_split", True),),
         tool_choice=("none",),
         reasoning_field="reasoning_details",
         reasoning_always=True,
         reasoning="adaptive",
-        source="platform.minimax.io/docs/api-reference",
     ),
-    DEFAULT._replace(
-        name="mistral",
-        title="Mistral",
-        hosts=("api.mistral.ai",),
+    # Extra inputs are a 422: eca issue 231. "Unexpected role 'user' after role 'tool'":
+    # datapizza-ai issue 98. Ids: gptel issue 1203. Usage comes unasked, on the finish chunk
+    # (vercel/ai).
+    Profile(
+        "mistral",
+        "Mistral",
+        ("api.mistral.ai",),
         strict=True,
         tool_ids="nine",
         user_after_tool=False,
         usage_option=False,
         json_format="json_schema",
-        source="eca issue 231, datapizza-ai issue 98, gptel issue 1203",
     ),
-    DEFAULT._replace(
+    # models.dev
+    GROQ._replace(
         name="groq-gpt-oss",
         title="Groq, gpt-oss",
-        hosts=("api.groq.com",),
         models=r"openai/gpt-oss",
-        strict=True,
-        max_tools=128,
         max_output=65536,
         context=131072,
         images=False,
         json_format="json_schema",
         reasoning="effort",
-        efforts=("low", "medium", "high"),
-        source="groq-python, models.dev",
+        efforts=LOW_TO_HIGH,
     ),
-    DEFAULT._replace(
-        name="groq",
-        title="Groq, other models",
-        hosts=("api.groq.com",),
-        strict=True,
-        max_tools=128,
-        json_format="json_object",
-        source="groq-python, llms PR 64",
-    ),
-    DEFAULT._replace(
-        name="xai",
-        title="xAI",
-        hosts=("api.x.ai",),
+    GROQ,
+    # "Argument not supported on this model": uni-api issue 105. vercel/ai's
+    # xai-chat-language-model.ts: no stop on chat.
+    Profile(
+        "xai",
+        "xAI",
+        ("api.x.ai",),
         strict=True,
         never=("stop",),
         max_tools=200,
         json_format="json_schema",
-        source="uni-api issue 105, vercel/ai xai-chat-language-model.ts",
     ),
-    DEFAULT._replace(
-        name="gemini",
-        title="Gemini",
-        hosts=("generativelanguage.googleapis.com", "aiplatform.googleapis.com"),
+    # "Unknown name" for schema keywords: zed issue 44875. A call without its thought_signature is a
+    # 400: opensquilla issue 225.
+    Profile(
+        "gemini",
+        "Gemini",
+        ("generativelanguage.googleapis.com", "aiplatform.googleapis.com"),
         strict=True,
-        schema=(
-            "additionalProperties",
-            "const",
-            "exclusiveMinimum",
-            "exclusiveMaximum",
-            "pattern",
-            "default",
-            "propertyNames",
-            "patternProperties",
-            "format",
-            "not",
-            "if",
-            "then",
-            "else",
-            "examples",
+        schema=tuple(
+            "additionalProperties const exclusiveMinimum exclusiveMaximum pattern default format"
+            " not propertyNames patternProperties if then else examples".split()
         ),
         json_format="json_schema",
         reasoning_field="google",
         placeholder=GEMINI_SKIP,
         reasoning="effort",
-        efforts=("low", "medium", "high"),
-        source="zed issue 44875, opensquilla issue 225",
+        efforts=LOW_TO_HIGH,
     ),
-    DEFAULT._replace(
-        name="openrouter",
-        title="OpenRouter",
-        hosts=("openrouter.ai",),
+    # openrouter.ai/docs/use-cases/reasoning-tokens: the details must come back as they came, and in
+    # order. An effort of max is a 400 (cc-switch), so the strongest word here is xhigh.
+    Profile(
+        "openrouter",
+        "OpenRouter",
+        ("openrouter.ai",),
         files=True,
         reasoning_field="reasoning_details",
         reasoning_always=True,
@@ -1387,12 +1489,13 @@ PROFILES = (
         efforts=("minimal", "low", "medium", "high", "xhigh"),
         json_format="json_schema",
         headers=(("X-Title", "ccfix"),),
-        source="openrouter.ai/docs/use-cases/reasoning-tokens",
     ),
-    DEFAULT._replace(
-        name="cerebras",
-        title="Cerebras",
-        hosts=("api.cerebras.ai",),
+    # Refuses reasoning_content, takes reasoning: opencode issue 6648, and Empryo PR 209, which
+    # tried each field.
+    Profile(
+        "cerebras",
+        "Cerebras",
+        ("api.cerebras.ai",),
         strict=True,
         parallel=False,
         images=False,
@@ -1400,61 +1503,51 @@ PROFILES = (
         context=131072,
         json_format="json_schema",
         reasoning_field="reasoning",
-        source="opencode issue 6648, Empryo PR 209",
     ),
-    DEFAULT._replace(
-        name="nim",
-        title="NVIDIA NIM",
-        hosts=("integrate.api.nvidia.com",),
-        strict=True,
-        reasoning="kwargs",
-        source="free-claude-code issue 127, CLIProxyAPI issue 4149",
-    ),
-    DEFAULT._replace(
-        name="fireworks",
-        title="Fireworks",
-        hosts=("api.fireworks.ai",),
+    # free-claude-code issue 127. A thinking field is a 400, chat_template_kwargs is not:
+    # CLIProxyAPI issue 4149.
+    Profile("nim", "NVIDIA NIM", ("integrate.api.nvidia.com",), strict=True, reasoning="kwargs"),
+    # "Extra inputs are not permitted": midscene issue 1322
+    Profile(
+        "fireworks",
+        "Fireworks",
+        ("api.fireworks.ai",),
         strict=True,
         json_format="json_schema",
         reasoning="effort",
-        efforts=("low", "medium", "high"),
-        source="midscene issue 1322",
+        efforts=LOW_TO_HIGH,
     ),
-    DEFAULT._replace(
-        name="together",
-        title="Together",
-        hosts=("api.together.xyz", "api.together.ai"),
+    # docs.together.ai/docs/glm-5.3-quickstart
+    Profile(
+        "together",
+        "Together",
+        ("api.together.xyz", "api.together.ai"),
         json_format="json_schema",
-        source="docs.together.ai/docs/glm-5.3-quickstart",
     ),
-    DEFAULT._replace(
-        name="siliconflow",
-        title="SiliconFlow",
-        hosts=("api.siliconflow.cn", "api.siliconflow.com"),
+    # models.dev
+    Profile(
+        "siliconflow",
+        "SiliconFlow",
+        ("api.siliconflow.cn", "api.siliconflow.com"),
         json_format="json_object",
         reasoning="enable_thinking",
-        source="models.dev",
     ),
-    DEFAULT._replace(
-        name="ark",
-        title="Volcengine Ark",
-        hosts=("volces.com", "bytepluses.com"),
-        reasoning="thinking",
-        source="openclaude issue 331",
-    ),
-    DEFAULT._replace(
-        name="mimo",
-        title="Xiaomi MiMo",
-        hosts=("xiaomimimo.com",),
+    # openclaude issue 331; cc-switch's presets
+    Profile("ark", "Volcengine Ark", ("volces.com", "bytepluses.com"), reasoning="thinking"),
+    # cc-switch's proxy/providers/claude.rs
+    Profile(
+        "mimo",
+        "Xiaomi MiMo",
+        ("xiaomimimo.com",),
         reasoning_field="reasoning_content",
         placeholder=NOT_KEPT,
         reasoning="thinking",
-        source="cc-switch proxy/providers/claude.rs",
     ),
-    DEFAULT._replace(
-        name="copilot",
-        title="GitHub Copilot",
-        hosts=("githubcopilot.com",),
+    # copilot-api's api-config.ts: the headers of Copilot's own clients
+    Profile(
+        "copilot",
+        "GitHub Copilot",
+        ("githubcopilot.com",),
         strict=True,
         max_tools=128,
         headers=(
@@ -1463,8 +1556,8 @@ PROFILES = (
             ("Openai-Intent", "conversation-edits"),
             ("Copilot-Vision-Request", "true"),
         ),
-        source="copilot-api api-config.ts",
     ),
+    # ollama's openai/openai.go: tool_choice is not read, reasoning comes back as `reasoning`
     LOCAL._replace(
         name="ollama",
         title="Ollama",
@@ -1474,61 +1567,28 @@ PROFILES = (
         reasoning_always=True,
         reasoning="effort",
         efforts=("none", "low", "medium", "high", "max"),
-        source="ollama openai/openai.go",
     ),
+    # lmstudio-ai/docs, openai-compat/tools.mdx
+    LOCAL._replace(name="lmstudio", title="LM Studio", hosts=(":1234",)),
+    # sglang issue 20678, and its error texts
+    LOCAL._replace(name="sglang", title="SGLang", hosts=(":30000",), reasoning="kwargs"),
+    # a real server, as it answers in the tests
     LOCAL._replace(
-        name="lmstudio",
-        title="LM Studio",
-        hosts=(":1234",),
-        source="lmstudio-ai/docs openai-compat/tools.mdx",
+        name="llamacpp", title="llama.cpp server", hosts=(":8080",), reasoning="kwargs", tried=True
     ),
-    LOCAL._replace(
-        name="sglang",
-        title="SGLang",
-        hosts=(":30000",),
-        reasoning="kwargs",
-        source="sglang issue 20678, its error texts",
-    ),
-    LOCAL._replace(
-        name="llamacpp",
-        title="llama.cpp server",
-        hosts=(":8080",),
-        reasoning="kwargs",
-        source="llama.cpp's server as it answered in the tests here",
-        tried=True,
-    ),
-    LOCAL._replace(
-        name="vllm",
-        title="vLLM",
-        hosts=(":8000",),
-        reasoning="kwargs",
-        source="vllm chat_completion/protocol.py",
-    ),
-    DEFAULT._replace(
-        name="litellm",
-        title="LiteLLM gateway",
-        hosts=(":4000",),
-        strict=True,
-        source="litellm issues 32086 and 17343",
-    ),
-    DEFAULT._replace(name="demo", title="the embedded demo model", source="this file"),
-    NATIVE._replace(
-        name="anthropic-api",
-        title="Anthropic itself",
-        hosts=("api.anthropic.com",),
-        untouched=True,
-        searches=True,
-        source="docs.anthropic.com/en/api/messages",
-    ),
-    NATIVE._replace(
-        name="anthropic",
-        title="anything else that speaks Anthropic",
-        source="llama.cpp's /v1/messages",
-        tried=True,
-    ),
+    # vllm's chat_completion/protocol.py
+    LOCAL._replace(name="vllm", title="vLLM", hosts=(":8000",), reasoning="kwargs"),
+    # litellm issues 32086 and 17343. Strict, for the sake of the providers behind it.
+    Profile("litellm", "LiteLLM gateway", (":4000",), strict=True),
+    # set by --demo, whose server stands in this file
+    Profile("demo", "the embedded demo model"),
+    ANTHROPIC,
+    # Tried: llama.cpp's /v1/messages.
+    NATIVE._replace(name="anthropic", title="anything else that speaks Anthropic", tried=True),
 )
 
-# The `owned_by` of a /models answer tells a server that its address does not.
+# `owned_by` in a /models answer -> the profile: it tells a server that its address does not, such
+# as vLLM on a port of the user's choice.
 OWNERS = {
     "vllm": "vllm",
     "llamacpp": "llamacpp",
@@ -1536,107 +1596,95 @@ OWNERS = {
     "library": "ollama",
     "organization_owner": "lmstudio",
 }
+# Ends of base URLs where providers speak Anthropic: DeepSeek, Kimi, Z.ai, DashScope, MiniMax; Ark;
+# Kimi.
 ANTHROPIC_PATHS = re.compile(
-    r"/anthropic(/v1)?$|/api/(coding|compatible|plan)(/v1)?$|api\.kimi\.com/coding(/v1)?$", re.I
+    r"(/anthropic|/api/(coding|compatible|plan)|api\.kimi\.com/coding)(/v1)?$", re.I
 )
 LOOPBACK = re.compile(
     r"(localhost|127\.\d+\.\d+\.\d+|::1|0\.0\.0\.0|host\.docker\.internal)$", re.I
 )
 
 
-def is_loopback(base):
-    """Whether a base URL is on this machine: no key is needed there, and no proxy is on the way."""
-    return bool(LOOPBACK.match(urllib.parse.urlsplit(base).hostname or ""))
+def is_loopback(where):
+    """Whether a URL, or a bare host name, is on this machine. The one rule for that.
+
+    host.docker.internal is this machine as a container sees it. Used for the rows whose host is a
+    port (here), for targets that need no key or whose models can be listed unasked (Commands), and
+    for addresses that no proxy is on the way to (Upstream).
+    """
+    host = urllib.parse.urlsplit(where).hostname if "//" in where else where
+    return bool(LOOPBACK.match(host or ""))
+
+
+def family_of(model_name):
+    """The family (opus, sonnet, haiku) that a model name says, or "".
+
+    Its word stands alone: claude-opus-5-5, "Opus 4.8", ccfix-opus, but not my-opusculum.
+    """
+    words = re.split("[^a-z]+", model_name.lower())
+    return next((family for family in FAMILIES if family in words), "")
+
+
+def without_mark(model):
+    """A model's name without [1m], Claude Code's mark of a long window: no provider knows it."""
+    return re.sub(r"\[1m\]$", "", model)
 
 
 def profile_for(base, model, forced="", format="auto", owner=""):
     """The Profile of a base URL and model. The platform decides before the model name does.
 
-    forced: a row's name, or a server family such as "openai" (its first fitting row); owner: `owned_by` of a
-    model list. Raises SettingError for a name that no row has.
+    forced: a row's name (PROFILE), taken whatever base and model are; format: TARGET_FORMAT; owner:
+    `owned_by` of the server's model list.
     """
     parts = urllib.parse.urlsplit(base)
     host, port = (parts.hostname or "").lower(), parts.port
     name = forced or OWNERS.get(owner, "")
     if format == "anthropic" or (format == "auto" and not forced and ANTHROPIC_PATHS.search(base)):
         name = "anthropic"
-    rows = [row for row in PROFILES if row.name == name or not name and serves(row, host, port)]
-    if name == "anthropic":
-        rows = [row for row in PROFILES if row.format == name and serves(row, host, port)] or rows
-    elif format != "auto":
-        rows = [row for row in rows if row.format != "anthropic"]
-    if name and not rows and name != "default":
-        known = ", ".join(row.name for row in PROFILES)
-        raise SettingError("PROFILE is %r; allowed: %s" % (name, known))
-    short = model.rsplit("/", 1)[-1]
-    fits = (
+    rows = [
         row
-        for row in rows
-        if re.match(row.models, model, re.I) or re.match(row.models, short, re.I)
-    )
-    return next(fits, rows[0] if forced and rows else DEFAULT)._replace(scope=host)
-
-
-def family_of(model):
-    """The family whose word stands in a model's name, or ""."""
-    return next((word for word in re.split(r"[^a-z]+", model.lower()) if word in FAMILIES), "")
-
-
-def serves(row, host, port):
-    """Whether a row's hosts include the host, or the port on this machine."""
-    return any(
-        (
-            (port == int(end[1:]) and LOOPBACK.match(host))
-            if end[:1] == ":"
-            else (host == end or host.endswith("." + end))
-        )
-        for end in row.hosts
-    )
-
-
-def profiles_table():
-    """The README's table of providers, in Markdown: what differs from the default, and whether a real server was tried."""
-    lines = [
-        "| profile | provider | differs in | source | tried on a real server |",
-        "| --- | --- | --- | --- | --- |",
+        for row in PROFILES
+        if (row.name == name if name else any(serves(end, host, port) for end in row.hosts))
     ]
-    for row in PROFILES:
-        if row.name == "demo":
-            continue  # nobody's provider
-        fields = [
-            field
-            for field in Profile._fields
-            if getattr(row, field) != getattr(DEFAULT, field)
-            and field not in ("name", "title", "hosts", "models", "source", "tried", "scope")
-        ]
-        lines.append(
-            "| `%s` | %s | %s | %s | %s |"
-            % (
-                row.name,
-                row.title,
-                ", ".join(fields) or "nothing",
-                row.source,
-                "yes" if row.tried else "no",
-            )
-        )
-    return "\n".join(lines)
+    if name == "anthropic":  # Anthropic itself takes more than others that speak the same
+        rows = [ANTHROPIC] if serves(ANTHROPIC.hosts[0], host, port) else rows
+    elif format == "openai":
+        rows = [row for row in rows if row.format != "anthropic"]
+    names = model, model.rpartition("/")[2]
+    fitting = [row for row in rows if any(re.match(row.models, each, re.I) for each in names)]
+    found = (fitting or (rows if forced else []) or [DEFAULT])[0]
+    return found._replace(scope=host)
+
+
+def serves(end, host, port):
+    """Whether an entry of Profile.hosts means the host, or the port on this machine.
+
+    An entry means its subdomains too, but "openrouter.ai" is not "evilopenrouter.ai".
+    """
+    if end[:1] == ":":
+        return port == int(end[1:]) and is_loopback(host)
+    return ("." + host).endswith("." + end)
+
+
+# ---- how thinking is asked for -------------------------------------------------------------------
 
 
 def effort_fields(level, profile):
-    """reasoning_effort as the provider words it."""
+    """reasoning_effort as the provider words it; nothing where it has no word for the level."""
     word = effort_word(level, profile.efforts)
     return {"reasoning_effort": word} if word else {}
 
 
 def thinking_fields(level, profile):
-    """thinking: {type}, and the effort beside it unless it is off (both together are a 400 at DeepSeek)."""
+    """thinking: {type}, and the effort beside it unless it is off (both are a 400 at DeepSeek)."""
     if level == "off":
         return {"thinking": {"type": "disabled"}}
     return dict(effort_fields(level, profile), thinking={"type": "enabled"})
 
 
 REASONING = {
-    # style: (level, profile) -> body fields. level: off, low, medium, high, xhigh, max. The rows of PROFILES name the sources.
+    # style: (level, profile) -> fields of the body. level: off, low, medium, high, xhigh or max.
     "effort": effort_fields,
     "thinking": thinking_fields,
     "adaptive": lambda level, profile: {
@@ -1646,15 +1694,19 @@ REASONING = {
     "openrouter": lambda level, profile: {
         "reasoning": {"effort": "none" if level == "off" else effort_word(level, profile.efforts)}
     },
+    # For chat templates: Qwen and GLM read the first, DeepSeek and Kimi the second.
     "kwargs": lambda level, profile: {
         "chat_template_kwargs": {"enable_thinking": level != "off", "thinking": level != "off"}
     },
 }
-LEVELS = ("off", "none", "minimal", "low", "medium", "high", "xhigh", "max")
+LEVELS = ("off", "none", "minimal", "low", "medium", "high", "xhigh", "max")  # weakest first
 
 
 def effort_word(level, words):
-    """The word for a level: the first that is at least as strong, else the strongest; off is "none" or nothing."""
+    """The word for a level: the first that is at least as strong, else the strongest.
+
+    off is "none" where the provider knows that word, else "" (as if nothing had been asked).
+    """
     if level == "off" or not words:
         return "none" if "none" in words else ""
     wanted = LEVELS.index(level)
@@ -2048,7 +2100,7 @@ def clean_assistant(blocks, profile, recall, counter):
         elif not is_our_thinking(block):
             said.append(block)
     if profile.reasoning_field and (calls or profile.reasoning_always):
-        if profile.reasoning_field == "reasoning_details" and not calls:
+        if REASONING_FIELDS.get(profile.reasoning_field) == "parts" and not calls:
             text = "".join(block_text(block) for block in said)
             notes = [as_dict(recall(text_key(profile.scope, text)))]
         said = bring_back(said, thoughts, profile, notes, [call_id for call_id, _ in calls])
@@ -2065,7 +2117,8 @@ def bring_back(said, thoughts, profile, notes, call_ids):
     refuse a field that they do not know, so nothing goes back unless the profile names a field.
     """
     states = [state for state in (read_state(block, profile.scope) for block in thoughts) if state]
-    if profile.reasoning_field == "google":
+    shape = REASONING_FIELDS.get(profile.reasoning_field)
+    if shape == "opaque":
         known = {}
         for state in states:
             known.update(as_dict(state.get("google")))
@@ -2076,7 +2129,7 @@ def bring_back(said, thoughts, profile, notes, call_ids):
             add_note(block, google=next(signatures)) if block.get("type") == "tool_use" else block
             for block in said
         ]
-    if profile.reasoning_field == "reasoning_details":
+    if shape == "parts":
         # What is remembered is whole; a signature holds what had come when its block was closed.
         kept = (note["details"] for note in notes + states[::-1] if note.get("details"))
         details = next(kept, None)
@@ -4120,7 +4173,7 @@ def start_event(index, block):
 def delta_event(index, kind, text):
     """A delta of a block of `kind`, a key of BLOCKS."""
     row = BLOCKS[kind]
-    delta = {"type": row.delta, row.delta_field: text}
+    delta = {"type": row.delta, row.piece: text}
     return {"type": "content_block_delta", "index": index, "delta": delta}
 
 
@@ -4502,7 +4555,7 @@ class ChatReader:
                 writer.said.append(text)
             yield delta_event(writer.index, "text", text)
             return
-        if not REASONING_KEYS.isdisjoint(delta):
+        if not REASONING_FIELDS.keys().isdisjoint(delta):
             yield from self.feed_reasoning(delta)
         if text:
             yield from self.feed_text(text)
@@ -4535,14 +4588,17 @@ class ChatReader:
     def feed_reasoning(self, delta):
         """Reasoning from the first field that holds any (chutes.ai sends the same in two); opaque
         details are kept for the next turn and shown where no plain field has the text."""
-        field = next((field for field in REASONING_FIELDS if delta.get(field)), None)
-        if field:
-            yield from self.scan("thinking", delta[field])
-        for part in as_list(delta.get("reasoning_details")):
-            if isinstance(part, dict):
-                keep_detail(self.writer.details, part)
-                if field is None:
-                    yield from self.scan("thinking", part.get("text") or part.get("summary"))
+        shown = False
+        for field, shape in REASONING_FIELDS.items():
+            value = delta.get(field)
+            if shape == "string" and value and not shown:
+                yield from self.scan("thinking", value)
+                shown = True
+            for part in as_list(value) if shape == "parts" else ():
+                if isinstance(part, dict):
+                    keep_detail(self.writer.details, part)
+                    if not shown:
+                        yield from self.scan("thinking", part.get("text") or part.get("summary"))
 
     def feed_text(self, content):
         """Content text, or a list of parts (Mistral's thinking, Anthropic-like relays)."""
@@ -4649,9 +4705,8 @@ class ChatReader:
         """
         reason = str(choice["finish_reason"])
         if reason in FINISH_ERRORS:
-            kind, sentence = FINISH_ERRORS[reason]
-            status = 529 if kind == "overloaded_error" else 502
-            raise UpstreamError(sentence, status, kind, retry=True)
+            status, sentence = FINISH_ERRORS[reason]
+            raise UpstreamError(sentence, status, retry=True)
         self.ended = True
         self.reason = self.reason if self.reason == "content_filter" else reason
         self.writer.cut = STOP_REASONS.get(self.reason) == "max_tokens"
@@ -4731,7 +4786,6 @@ class ChatReader:
 
 FULL_WINDOW = "model_context_window_exceeded"  # a finish_reason of relays of Anthropic's models
 PLAIN_FRAGMENT = frozenset(("index", "function"))
-REASONING_KEYS = frozenset(REASONING_FIELDS + ("reasoning_details",))
 
 
 def cut_error(has_content):
@@ -4904,9 +4958,9 @@ _escape = json.dumps
 DELTA_TEMPLATES = {
     # delta type: (its field, the event as sent); the hot path writes from this, with one escape
     row.delta: (
-        row.delta_field,
+        row.piece,
         'event: content_block_delta\ndata: {"type":"content_block_delta","index":%%d,'
-        '"delta":{"type":"%s","%s":%%s}}\n\n' % (row.delta, row.delta_field),
+        '"delta":{"type":"%s","%s":%%s}}\n\n' % (row.delta, row.piece),
     )
     for row in BLOCKS.values()
     if row.delta
@@ -4990,7 +5044,7 @@ def unfold(message, new_id=None):
         else:
             yield start_event(index, dict(block, **row.empty))
             value = block.get(row.field)
-            if row.delta_field == "partial_json":
+            if row.piece == "partial_json":
                 value = compact_json(value or {})
             if value:
                 yield delta_event(index, kind, value)
@@ -5199,8 +5253,7 @@ def learn_files(text, profile, body, sent):
 def learn_output_limit(text, profile, body, sent):
     """The output limit that an error names. Claude Code asks for 32,000 to 128,000 tokens, and few
     models give that many."""
-    found = re.match(OUTPUT_LIMIT, text)
-    limit = int(found.group(1)) if found else 0
+    limit = output_limit(text)
     return {"max_output": limit} if 0 < limit < positive_int(sent, profile.max_tokens) else {}
 
 
@@ -5219,7 +5272,7 @@ def learn_fields(text, profile, body, sent):
         elif last in ("max_tokens", "max_completion_tokens") and last in sent:
             longer = "max_completion_tokens"
             changes["max_tokens"] = longer if last == "max_tokens" else "max_tokens"
-        elif last in REASONING_KEYS and last not in sent:
+        elif last in REASONING_FIELDS and last not in sent:
             changes["reasoning_field"] = ""
         elif last in SCHEMA_WORDS and last not in sent and last not in profile.schema:
             changes["schema"] = tuple(profile.schema) + (last,)
@@ -7034,15 +7087,10 @@ def plan_for(settings, family, profile_of):
 
     base = own("target_api_base") or settings.target_api_base
     main_key = settings.target_api_key if base == settings.target_api_base else ""
-    model = strip_window(own("target_model") or settings.target_model)
+    model = without_mark(own("target_model") or settings.target_model)
     mine = bool(own("target_model") or own("target_api_base"))
     key = own("target_api_key") or main_key
     return Plan(family if mine else "", model, base, key, profile_of(base, model))
-
-
-def strip_window(name):
-    """A model's name without [1m], Claude Code's own mark of a large window."""
-    return re.sub(r"\[1m\]\Z", "", name)
 
 
 def upstream_headers(plan, settings, client_headers=()):
@@ -7235,7 +7283,7 @@ class Proxy:
         PROFILE and TARGET_FORMAT are about the main base, MAX_OUTPUT and MAX_CONTEXT about the main
         model there; a family of its own goes elsewhere.
         """
-        main = settings.target_api_base, strip_window(settings.target_model)
+        main = settings.target_api_base, without_mark(settings.target_model)
 
         def profile(base, model):
             found = self.found.get((base, model), {})
@@ -7482,7 +7530,7 @@ class Exchange:
         self.settings = settings or proxy.settings()
         self.id = id or proxy.new_id()
         self.stream = body.get("stream") is True
-        self.asked = strip_window(str(body.get("model") or ""))  # the model that the client named
+        self.asked = without_mark(str(body.get("model") or ""))  # the model that the client named
         self.shown = self.settings.disguise_model or self.asked or self.settings.target_model
         with_images = bool(self.settings.target_model_image) and has_images(body)
         profile_of = proxy.profile_of(self.settings)
@@ -7887,7 +7935,7 @@ def whole_reply(raw, start, plan):
     if start == b"<":
         raise UpstreamError(
             "%s answered with a web page (%s) instead of a completion; check TARGET_API_BASE (-b)."
-            % (base, readable_text(raw.decode("utf-8", "replace"))),
+            % (base, error_fields(raw)[0]),
             kind="path",
         )
     body = json_or_none(raw)
@@ -10017,7 +10065,7 @@ def session_variables(address, key, settings, plan):
     The model's name is the target's own: Claude Code obeys CLAUDE_CODE_MAX_CONTEXT_TOKENS only for names that it does
     not know, and the proxy routes by family words; a target named like a Claude model goes by another name.
     """
-    known = any(word in plan.model.lower() for word in FAMILIES + ("claude",))
+    known = family_of(plan.model) or "claude" in plan.model.lower()
     found = {
         "ANTHROPIC_BASE_URL": address,
         "ANTHROPIC_AUTH_TOKEN": key,
@@ -11440,7 +11488,6 @@ def main(argv=None):
     try:
         command, options = command_line(argv)
         config = config_of(command, options)
-        profile_for(config().target_api_base, config().target_model, config().profile)
         return command.act(config, options)
     except (Usage, SettingError) as e:
         return complain(str(e))

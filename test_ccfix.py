@@ -269,9 +269,9 @@ def answered(answer, *messages, **fields):
     return ccfix.fold(events)
 
 
-# ======================================================================================================
+# ==================================================================================================
 # 2  Errors
-# ======================================================================================================
+# ==================================================================================================
 
 
 def provider_error(status, body, headers=None):
@@ -288,26 +288,30 @@ OVERFLOWS = (
     # (who, the text, prompt, maximum). 0: the text does not tell it.
     (
         "OpenAI",
-        "This model's maximum context length is 8192 tokens. However, your messages resulted in 10050 tokens. Please reduce the length of the messages.",
+        "This model's maximum context length is 8192 tokens. However, your messages resulted in "
+        "10050 tokens. Please reduce the length of the messages.",
         10050,
         8192,
     ),
     (
         "OpenAI with tools",
-        "This model's maximum context length is 128000 tokens. However, your messages resulted in 130050 tokens (120000 in the messages, 10050 in the functions)."
+        "This model's maximum context length is 128000 tokens. However, your messages resulted "
+        "in 130050 tokens (120000 in the messages, 10050 in the functions)."
         " Please reduce the length of the messages or functions.",
         130050,
         128000,
     ),
     (
         "gpt-5",
-        "Input tokens exceed the configured limit of 272000 tokens. Your messages resulted in 280123 tokens. Please reduce the length of the messages.",
+        "Input tokens exceed the configured limit of 272000 tokens. Your messages resulted in "
+        "280123 tokens. Please reduce the length of the messages.",
         280123,
         272000,
     ),
     (
         "OpenAI, no numbers",
-        "Your input exceeds the context window of this model. Please adjust your input and try again.",
+        "Your input exceeds the context window of this model. Please adjust your input and try "
+        "again.",
         0,
         0,
     ),
@@ -319,19 +323,22 @@ OVERFLOWS = (
     ),
     (
         "Together",
-        "Input validation error: The input (41000 tokens) is longer than the model's context length (32768 tokens).",
+        "Input validation error: The input (41000 tokens) is longer than the model's context "
+        "length (32768 tokens).",
         41000,
         32768,
     ),
     (
         "llama.cpp, text",
-        "request (70123 tokens) exceeds the available context size (65536 tokens), try increasing it",
+        "request (70123 tokens) exceeds the available context size (65536 tokens), try "
+        "increasing it",
         70123,
         65536,
     ),
     (
         "LM Studio",
-        "Trying to keep the first 9001 tokens when context the overflows. However, the model is loaded with context length of only 4096 tokens, which is not enough.",
+        "Trying to keep the first 9001 tokens when context the overflows. However, the model is "
+        "loaded with context length of only 4096 tokens, which is not enough.",
         9001,
         4096,
     ),
@@ -370,7 +377,8 @@ OVERFLOWS = (
     ("Groq", "Please reduce the length of the messages or completion.", 0, 0),
     (
         "Mistral",
-        "Prompt contains 40000 tokens and 0 draft tokens, too large for model with 32768 maximum context length",
+        "Prompt contains 40000 tokens and 0 draft tokens, too large for model with 32768 "
+        "maximum context length",
         40000,
         32768,
     ),
@@ -394,39 +402,48 @@ OVERFLOWS = (
     ("GitHub Models", "Request body too large for gpt-4.1 model. Max size: 8000 tokens.", 0, 8000),
     (
         "LiteLLM",
-        "litellm.ContextWindowExceededError: litellm.BadRequestError: ContextWindowExceededError: OpenAIException - This model's maximum context length is 8192 tokens."
+        "litellm.ContextWindowExceededError: litellm.BadRequestError: "
+        "ContextWindowExceededError: OpenAIException - This model's maximum context length is "
+        "8192 tokens."
         " However, your messages resulted in 10050 tokens.",
         10050,
         8192,
     ),
 )
 BOTH = (
-    # (who, the text, (prompt, output, maximum)): prompt and output together do not fit; a smaller output does
+    # (who, the text, (prompt, output, maximum)): prompt and output together do not fit, but would
+    # with a smaller output
     (
         "OpenAI-likes",
-        "This model's maximum context length is 32768 tokens. However, you requested 42000 tokens (10000 in the messages, 32000 in the completion).",
+        "This model's maximum context length is 32768 tokens. However, you requested 42000 "
+        "tokens (10000 in the messages, 32000 in the completion).",
         (10000, 32000, 32768),
     ),
     (
         "vLLM 2026",
-        "This model's maximum context length is 32768 tokens. However, you requested 32000 output tokens and your prompt contains at least 10000 input tokens, for a total"
-        " of at least 42000 tokens. Please reduce the length of the input prompt or the number of requested output tokens.",
+        "This model's maximum context length is 32768 tokens. However, you requested 32000 "
+        "output tokens and your prompt contains at least 10000 input tokens, for a total"
+        " of at least 42000 tokens. Please reduce the length of the input prompt or the number "
+        "of requested output tokens.",
         (10000, 32000, 32768),
     ),
     (
         "SGLang",
-        "Requested token count exceeds the model's maximum context length of 32768 tokens. You requested a total of 42000 tokens: 10000 tokens from the input messages"
+        "Requested token count exceeds the model's maximum context length of 32768 tokens. You "
+        "requested a total of 42000 tokens: 10000 tokens from the input messages"
         " and 32000 tokens for the completion.",
         (10000, 32000, 32768),
     ),
     (
         "OpenRouter",
-        "This endpoint's maximum context length is 32768 tokens. However, you requested about 42000 tokens (10000 of text input, 0 of tool input, 32000 in the output).",
+        "This endpoint's maximum context length is 32768 tokens. However, you requested about "
+        "42000 tokens (10000 of text input, 0 of tool input, 32000 in the output).",
         (10000, 32000, 32768),
     ),
     (
         "Anthropic-style",
-        "input length and `max_tokens` exceed context limit: 10000 + 32000 > 32768, decrease input length or `max_tokens` and try again",
+        "input length and `max_tokens` exceed context limit: 10000 + 32000 > 32768, decrease "
+        "input length or `max_tokens` and try again",
         (10000, 32000, 32768),
     ),
 )
@@ -434,19 +451,22 @@ NOT_OVERFLOW = (
     # (status, text, the type that it is instead)
     (
         400,
-        "Invalid 'messages[11].tool_calls[0].id': string too long. Expected a string with maximum length 40, but got a string with length 50 instead.",
+        "Invalid 'messages[11].tool_calls[0].id': string too long. Expected a string with "
+        "maximum length 40, but got a string with length 50 instead.",
         "invalid_request_error",
     ),
     (
         400,
-        "litellm.ContextWindowExceededError: Invalid 'messages[1].tool_calls[0].id': string too long.",
+        "litellm.ContextWindowExceededError: Invalid 'messages[1].tool_calls[0].id': string too "
+        "long.",
         "invalid_request_error",
     ),
     (429, "Rate limit reached: too many tokens per minute", "rate_limit_error"),
     (429, "Request too many: the context size limit is per minute", "rate_limit_error"),
     (
         400,
-        "max_tokens is too large: 64000. This model supports at most 4096 completion tokens, whereas you provided 64000.",
+        "max_tokens is too large: 64000. This model supports at most 4096 completion tokens, "
+        "whereas you provided 64000.",
         "invalid_request_error",
     ),
     (
@@ -456,18 +476,21 @@ NOT_OVERFLOW = (
     ),
     (
         400,
-        "`max_completion_tokens` must be less than or equal to `40960`, the maximum value for `max_completion_tokens` is less than the `context_window` for this model",
+        "`max_completion_tokens` must be less than or equal to `40960`, the maximum value for "
+        "`max_completion_tokens` is less than the `context_window` for this model",
         "invalid_request_error",
     ),
     (401, "the prompt is too long", "authentication_error"),
     (
         400,
-        "messages.0.content.1.image.source.base64: image exceeds 5 MB maximum: 7340032 bytes > 5242880 bytes",
+        "messages.0.content.1.image.source.base64: image exceeds 5 MB maximum: 7340032 bytes > "
+        "5242880 bytes",
         "invalid_request_error",
     ),
     (
         400,
-        "Invalid 'tools': array too long. Expected an array with maximum length 128, but got an array with length 141 instead.",
+        "Invalid 'tools': array too long. Expected an array with maximum length 128, but got an "
+        "array with length 141 instead.",
         "invalid_request_error",
     ),
     (500, "the pool exceeded the maximum number of connections", "api_error"),
@@ -476,7 +499,8 @@ NOT_OVERFLOW = (
 
 
 class TestOverflow(unittest.TestCase):
-    """One text by which every version of Claude Code compacts: `prompt is too long: N tokens > M maximum`, HTTP 400."""
+    """One text by which every version of Claude Code compacts, with HTTP 400:
+    `prompt is too long: N tokens > M maximum`."""
 
     def test_all_texts_in_the_usual_envelopes(self):
         for who, text, prompt, limit in OVERFLOWS:
@@ -556,8 +580,16 @@ class TestOverflow(unittest.TestCase):
             )
 
     def test_one_request_above_the_tokens_per_minute_is_overflow_too(self):
-        groq = "Request too large for model `m` in organization `o` service tier `on_demand` on tokens per minute (TPM): Limit 6000, Requested 9123, please reduce your message size"
-        openai = "Request too large for gpt-4o in organization org-x on tokens per min (TPM): Limit 30000, Requested 44870. The input or output tokens must be reduced in order to run successfully."
+        groq = (
+            "Request too large for model `m` in organization `o` service tier `on_demand` on "
+            "tokens per minute (TPM): Limit 6000, Requested 9123, please reduce your message "
+            "size"
+        )
+        openai = (
+            "Request too large for gpt-4o in organization org-x on tokens per min (TPM): Limit "
+            "30000, Requested 44870. The input or output tokens must be reduced in order to run "
+            "successfully."
+        )
         self.assertEqual(
             provider_error(
                 413, {"error": {"message": groq, "code": "rate_limit_exceeded"}}
@@ -590,7 +622,7 @@ class TestOverflow(unittest.TestCase):
         self.assertEqual(ccfix.room_after(full, ccfix.DEFAULT, 40000), ({}, 0))
 
 
-KEYS = "The provider refused the key; mend TARGET_API_KEY (-k): "
+KEYS = "The provider refused the key; check TARGET_API_KEY (-k): "
 ERRORS = (
     # (name, status, body, headers, (status, type, message part), x-should-retry, retry-after)
     (
@@ -736,7 +768,8 @@ ERRORS = (
         429,
         {
             "error": {
-                "message": "You exceeded your current quota, please check your plan and billing details.",
+                "message": "You exceeded your current quota, please check your plan and billing "
+                "details.",
                 "code": "insufficient_quota",
             }
         },
@@ -796,7 +829,7 @@ ERRORS = (
         "2",
     ),
     (
-        "a date is not understood",
+        "a date alone says nothing: our own clock may be wrong",
         429,
         {"error": {"message": "slow down"}},
         {"retry-after": "Wed, 21 Oct 2026 07:28:00 GMT"},
@@ -830,7 +863,8 @@ ERRORS = (
                     "code": 429,
                     "status": "RESOURCE_EXHAUSTED",
                     "message": "You exceeded your current quota, please check your plan and"
-                    " billing details.\n* Quota exceeded for metric: generate_content_free_tier_requests, limit: 10\nPlease retry in 36.2s.",
+                    " billing details.\n* Quota exceeded for metric: "
+                    "generate_content_free_tier_requests, limit: 10\nPlease retry in 36.2s.",
                 }
             }
         ],
@@ -910,7 +944,8 @@ ERRORS = (
     (
         "a page of 502",
         502,
-        "<html><head><title>502 Bad Gateway</title></head><body><h1>502 Bad Gateway</h1><p>secret stuff</p></body></html>",
+        "<html><head><title>502 Bad Gateway</title></head><body><h1>502 Bad "
+        "Gateway</h1><p>secret stuff</p></body></html>",
         {},
         (502, "api_error", "502 Bad Gateway"),
         None,
@@ -1000,7 +1035,8 @@ ERRORS = (
         404,
         {
             "error": {
-                "message": "This model is only supported in v1/responses and not in v1/chat/completions."
+                "message": "This model is only supported in v1/responses and not in "
+                "v1/chat/completions."
             }
         },
         {},
@@ -1073,6 +1109,37 @@ class TestUpstreamErrors(unittest.TestCase):
                 )
                 self.assertTrue(error.message)
                 self.assertNotIn("<", error.message.replace("<x>", ""))
+
+    def test_retry_after_as_a_date_counts_from_the_date_of_the_reply(self):
+        date = "Wed, 21 Oct 2026 07:28:00 GMT"
+        rows = (
+            # (Retry-After, Date, the retry-after that the client gets)
+            ("Wed, 21 Oct 2026 07:28:30 GMT", date, "30"),
+            ("Wed, 21 Oct 2026 10:28:00 GMT", date, "10800"),
+            ("Thu, 22 Oct 2026 00:00:00 GMT", "Wed, 21 Oct 2026 23:59:59 GMT", "1"),
+            ("Wed Oct 21 07:28:30 2026", date, "30"),  # asctime's form, which RFC 9110 still allows
+            ("Wednesday, 21-Oct-26 07:28:30 GMT", date, "30"),  # RFC 850's
+            (date, date, None),
+            ("Wed, 21 Oct 2026 07:27:00 GMT", date, None),
+            ("Wed, 21 Oct 2026 07:28:30 GMT", None, None),
+            ("Wed, 21 Oct 2026 07:28:30 GMT", "yesterday", None),
+            ("Wed, 21 Oct 2026 07:28:30 GMT", " ", None),
+            ("soon", date, None),
+            ("Wed, 99 Oct 2026 07:28:30 GMT", date, None),
+            ("Wed, 21 Oct 99999 07:28:30 GMT", date, None),
+            ("Wed, 21 Oct 2026 " + "9" * 5000, date, None),
+            (",,,", date, None),
+            ("30", date, "30"),
+            ("-5", date, None),
+        )
+        for after, now, wanted in rows:
+            with self.subTest(after, date=now):
+                headers = email.message.Message()
+                headers["Retry-After"] = after
+                if now is not None:
+                    headers["Date"] = now
+                error = provider_error(429, {"error": {"message": "slow down"}}, headers)
+                self.assertEqual(error.headers.get("retry-after"), wanted)
 
     def test_no_error_of_a_provider_is_a_plain_400_but_overflow(self):
         """Claude Code sends a 400 up to six times."""
@@ -1195,9 +1262,102 @@ class TestUpstreamErrors(unittest.TestCase):
         self.assertFalse(provider_error(429, "insufficient_quota").retry)
 
 
-# ======================================================================================================
+class ScannedText:
+    """Stands for the module re: notes each pattern, and how many characters it is run on."""
+
+    def __init__(self):
+        self.patterns, self.lengths = set(), []
+
+    def __getattr__(self, name):
+        def run(pattern, *arguments, **flags):
+            text = arguments[1] if name == "sub" else arguments[0]
+            self.patterns.add(pattern)
+            self.lengths.append(len(text))
+            return getattr(re, name)(pattern, *arguments, **flags)
+
+        return run if callable(getattr(re, name)) else getattr(re, name)
+
+
+def most_steps(items):
+    """How many ways there are, at most, in which a parsed pattern can be tried at one place."""
+    total = 1
+    for code, value in items:
+        name = str(code)
+        if name in ("MAX_REPEAT", "MIN_REPEAT"):
+            least, most, inner = value
+            total *= (int(most) - least + 1) * most_steps(inner)
+        elif name == "BRANCH":
+            total *= sum(most_steps(branch) for branch in value[1])
+        elif name in ("SUBPATTERN", "ASSERT", "ASSERT_NOT"):
+            total *= most_steps(value[-1])
+    return total
+
+
+class TestHostileErrors(unittest.TestCase):
+    """A provider's words cost no more time than their length; 4,000 characters are searched."""
+
+    STATUSES = (200, 400, 401, 404, 413, 429, 500, 503)
+
+    def patterns(self):
+        """The patterns that errors are searched with."""
+        scanned = ScannedText()
+        with mock.patch.object(ccfix, "re", scanned):
+            for status in self.STATUSES:
+                for text in ("x", "max_tokens", "context length", "<html><title>x</title>"):
+                    provider_error(status, text)
+            ccfix.error_in_reply({"error": {"message": "x"}})
+        return scanned.patterns
+
+    def test_no_pattern_has_an_open_or_nested_repetition(self):
+        parser = getattr(re, "_parser", None) or importlib.import_module("sre_parse")
+        patterns = self.patterns()
+        self.assertGreater(len(patterns), 30)
+        for pattern in patterns:
+            with self.subTest(pattern):
+                # MAXREPEAT is a huge number, so an open repetition is far above the limit.
+                self.assertLess(most_steps(parser.parse(pattern)), 8000)
+
+    def test_a_megabyte_costs_what_4000_characters_cost(self):
+        words = sorted({w for p in self.patterns() for w in re.findall("[A-Za-z ]{4,}", p)})
+        soup = " 1 ".join(words) + ' {"n_ctx": 1 '
+        for seed in ("1", '"', " ", "{", "[", "<", "<h1>", "a\\n", "\u4f60", "exceed", soup):
+            for status in self.STATUSES:
+                costs = []
+                for size in (4000, 1 << 20):
+                    text = (seed * (size // len(seed) + 1))[:size]
+                    for body in (text, json.dumps({"error": {"message": text, "code": text}})):
+                        scanned = ScannedText()
+                        with mock.patch.object(ccfix, "re", scanned):
+                            error = provider_error(status, body)
+                        self.assertLessEqual(max(scanned.lengths + [0]), 4000)
+                        costs.append(sum(scanned.lengths))
+                        self.assertLessEqual(len(error.text), 4000)
+                        self.assertLess(len(error.message), 4200)
+                with self.subTest(seed[:20], status=status):
+                    self.assertLess(costs[2], costs[0] * 1.5 + 40000)
+                    self.assertLess(costs[3], costs[1] * 1.5 + 40000)
+
+    def test_front_and_end_of_long_words_are_searched(self):
+        for text in ("prompt is too long" + " x" * 9000, "x " * 9000 + "prompt is too long"):
+            self.assertEqual(provider_error(400, text).kind, "overflow")
+        body = {"error": {"message": "context length " * 900, "n_prompt_tokens": 9, "n_ctx": 7}}
+        self.assertEqual(
+            provider_error(400, body).message, "prompt is too long: 9 tokens > 7 maximum"
+        )
+
+    def test_a_number_without_end_is_no_trouble(self):
+        for text in (
+            "9" * 400,
+            "[%s]" % ("9" * 400),
+        ):  # int() of a megabyte of digits takes minutes
+            self.assertIsNone(ccfix.json_or_none(text))
+        error = provider_error(400, "prompt is too long: %s tokens > 8 maximum" % ("9" * 100000))
+        self.assertEqual(error.kind, "overflow")
+
+
+# ==================================================================================================
 # 3  Settings
-# ======================================================================================================
+# ==================================================================================================
 
 DOTENV = (
     # (line, name, value)
@@ -1229,6 +1389,7 @@ DOTENV = (
     ("export\tA=b", "b"),
     ('A="\u4f60"', "\u4f60"),
     ("A=\"open", '"open'),
+    ("A=x" + " " * 100000 + "y", "x" + " " * 100000 + "y"),
 )
 
 
@@ -1324,7 +1485,8 @@ class TestLayers(unittest.TestCase):
 
     def test_claude_settings_give_the_disguise(self):
         layer = ccfix.claude_layer(
-            '{"env": {"ANTHROPIC_MODEL": "Opus 4.8[1m]", "ANTHROPIC_BASE_URL": "https://x", "ANTHROPIC_API_KEY": "no", "OTHER": "no"}, "model": "no"}'
+            '{"env": {"ANTHROPIC_MODEL": "Opus 4.8[1m]", "ANTHROPIC_BASE_URL": "https://x",'
+            ' "ANTHROPIC_API_KEY": "no", "OTHER": "no"}, "model": "no"}'
         )
         self.assertEqual(
             layer, {"DISGUISE_MODEL": "Opus 4.8[1m]", "DISGUISE_API_BASE": "https://x"}
@@ -1391,6 +1553,8 @@ class TestLayers(unittest.TestCase):
             ("TARGET_MODEL", "a\nb", "one line"),
             ("LOG_LEVEL", "loud", "debug, info, warning, error"),
             ("CACHE_KEY_MODE", "x", "prefix, full, none"),
+            ("PROFILE", "bogus", "default, openai-gpt5-tools, "),
+            ("EXTRA_BODY", "[" * 100000, "JSON object"),
         )
         for name, value, allowed in rows:
             with self.subTest(name, value=value):
@@ -1424,7 +1588,8 @@ class TestLayers(unittest.TestCase):
             ("https://open.bigmodel.cn/api/paas/v4", "https://open.bigmodel.cn/api/paas/v4"),
             ("https://api.deepseek.com/anthropic", "https://api.deepseek.com/anthropic"),
             (
-                "https://x.openai.azure.com/openai/deployments/d/chat/completions?api-version=2024-06-01",
+                "https://x.openai.azure.com/openai/deployments/d/chat/completions"
+                "?api-version=2024-06-01",
                 "https://x.openai.azure.com/openai/deployments/d?api-version=2024-06-01",
             ),
             ("https://api.z.ai/api/anthropic/v1/messages", "https://api.z.ai/api/anthropic/v1"),
@@ -1456,15 +1621,15 @@ class TestLayers(unittest.TestCase):
     def test_names_and_flags_are_used_once(self):
         envs, flags = [s.env for s in ccfix.SETTINGS], [f for s in ccfix.SETTINGS for f in s.flags]
         self.assertEqual((len(set(envs)), len(set(flags))), (len(envs), len(flags)))
-        table = ccfix.settings_table()
+        table = settings_table()
         for setting in ccfix.SETTINGS:
             self.assertIn("| `%s` |" % setting.env, table)
             self.assertTrue(setting.help and "\n" not in setting.help and "|" not in setting.help)
 
 
-# ======================================================================================================
+# ==================================================================================================
 # 4  Providers
-# ======================================================================================================
+# ==================================================================================================
 
 FOUND = (
     # (base URL, model, profile)
@@ -1558,8 +1723,8 @@ class TestProfiles(unittest.TestCase):
             ccfix.profile_for("https://api.z.ai/api/anthropic", "x", format="openai").name, "zai"
         )
         with self.assertRaises(ccfix.SettingError) as caught:
-            ccfix.profile_for("https://x/v1", "x", forced="kimmi")
-        for word in ("PROFILE", "kimmi", "kimi-k3"):
+            ccfix.Settings([(".env", {"PROFILE": "kimmi"})])
+        for word in ("PROFILE", "kimmi", ".env", "kimi-k3", "default"):
             self.assertIn(word, str(caught.exception))
 
     def test_state_belongs_to_the_host(self):
@@ -1572,7 +1737,7 @@ class TestProfiles(unittest.TestCase):
         self.assertEqual(len(set(names)), len(names))
         for profile in ccfix.PROFILES:
             with self.subTest(profile.name):
-                self.assertTrue(profile.title and profile.source)
+                self.assertTrue(profile.title)
                 self.assertIn(profile.reasoning, ("",) + tuple(ccfix.REASONING))
                 self.assertTrue(set(profile.efforts) <= set(ccfix.LEVELS))
                 self.assertEqual(
@@ -1580,10 +1745,7 @@ class TestProfiles(unittest.TestCase):
                 )
                 self.assertTrue(set(profile.tool_choice) <= {"none", "required", "named"})
                 self.assertIn(profile.json_format, ("", "json_object", "json_schema"))
-                self.assertIn(
-                    profile.reasoning_field,
-                    ("", "reasoning_content", "reasoning", "reasoning_details", "google"),
-                )
+                self.assertIn(profile.reasoning_field, ("",) + tuple(ccfix.REASONING_FIELDS))
                 self.assertTrue(
                     not profile.reasoning
                     or profile.efforts
@@ -1595,7 +1757,7 @@ class TestProfiles(unittest.TestCase):
                 )
 
     def test_the_table_shows_every_row_truthfully(self):
-        lines = ccfix.profiles_table().splitlines()
+        lines = profiles_table().splitlines()
         rows = [row for row in ccfix.PROFILES if row.name != "demo"]
         self.assertEqual(len(lines), 2 + len(rows))
         for line, profile in zip(lines[2:], rows):
@@ -1608,6 +1770,11 @@ class TestProfiles(unittest.TestCase):
             ("http://127.5.5.5/v1", True),
             ("http://[::1]:80/v1", True),
             ("http://host.docker.internal:1/v1", True),
+            ("localhost", True),
+            ("::1", True),
+            ("LOCALHOST", True),
+            ("localhost.evil.com", False),
+            ("", False),
             ("https://localhost.evil.com/v1", False),
             ("http://10.0.0.1/v1", False),
             ("https://api.openai.com/v1", False),
@@ -10076,6 +10243,8 @@ class TestRouting(unittest.TestCase):
             ("Opus 4.8[1m]", ("big", "9", "Bearer K")),
             ("", ("m", "9", "Bearer K")),
             ("anthropic/claude-OPUS", ("big", "9", "Bearer K")),
+            ("my-opusculum", ("m", "9", "Bearer K")),
+            ("haikus-5", ("m", "9", "Bearer K")),
         )
         for asked, wanted in rows:
             with self.subTest(asked):
@@ -10090,6 +10259,33 @@ class TestRouting(unittest.TestCase):
                     ),
                     wanted,
                 )
+
+    def test_whose_profile_and_limits_the_users_own_are(self):
+        """PROFILE is about the main base URL; MAX_CONTEXT and MAX_OUTPUT about the main model there."""
+        proxy, _ = proxy_with(
+            hello,
+            TARGET_MODEL="m[1m]",
+            PROFILE="mistral",
+            MAX_CONTEXT="50000",
+            MAX_OUTPUT="4000",
+            TARGET_MODEL_IMAGE="m",
+            TARGET_API_BASE_FALLBACK="http://127.0.0.1:7/v1",
+            **self.FAMILIES,
+        )
+        rows = (
+            # (family, (profile, context, max_output))
+            ("", ("mistral", 50000, 4000)),
+            ("image", ("mistral", 50000, 4000)),  # the same model at the same base URL
+            ("opus", ("mistral", 0, 0)),  # another model there
+            ("sonnet", ("default", 0, 0)),  # elsewhere
+            ("haiku", ("default", 0, 0)),
+            ("fallback", ("default", 0, 0)),  # the same name elsewhere
+        )
+        settings = proxy.settings()
+        for family, wanted in rows:
+            with self.subTest(family):
+                got = ccfix.plan_for(settings, family, proxy.profile_of(settings)).profile
+                self.assertEqual((got.name, got.context, got.max_output), wanted)
 
     def test_a_base_of_its_own_never_gets_the_main_key(self):
         for family in ("OPUS", "SONNET", "HAIKU"):
@@ -13105,6 +13301,7 @@ class TestRun(CommandsCase):
             ("qwen/qwen3:free", "qwen/qwen3:free"),
             ("anthropic/claude-sonnet-4.5", "ccfix-main"),
             ("tiny-opus", "ccfix-main"),
+            ("my-opusculum", "my-opusculum"),
         ):
             self.assertEqual(self.environment(plan=self.plan(model))["ANTHROPIC_MODEL"], shown)
 
@@ -13806,6 +14003,92 @@ def readme_commands(text):
     return [shlex.split(start.group(1), comments=True) for start in starts if start]
 
 
+def markdown_table(*rows):
+    """A table of Markdown; rows: tuples of cells, the head first."""
+    rows = rows[:1] + (("---",) * len(rows[0]),) + rows[1:]
+    return "\n".join("| %s |" % " | ".join(cells) for cells in rows)
+
+
+def settings_table():
+    """The README's table of settings."""
+    rows = [
+        (
+            "`%s`" % row.env,
+            " ".join("`%s`" % flag for flag in row.flags),
+            "`%s`" % row.default if row.default else "",
+            row.help,
+        )
+        for row in ccfix.SETTINGS
+    ]
+    return markdown_table(("setting", "flag", "default", "meaning"), *rows)
+
+
+def profiles_table():
+    """The README's table of providers: what differs from the default, and what was really tried."""
+    about = ("name", "title", "hosts", "models", "tried", "scope")
+    rows = []
+    for row in ccfix.PROFILES:
+        fields = [
+            field
+            for field in ccfix.Profile._fields
+            if field not in about and getattr(row, field) != getattr(ccfix.DEFAULT, field)
+        ]
+        differs = ", ".join(fields) or "nothing"
+        rows.append(("`%s`" % row.name, row.title, differs, "yes" if row.tried else "no"))
+    rows = [row for row in rows if row[0] != "`demo`"]  # nobody's provider
+    return markdown_table(("profile", "provider", "differs in", "tried on a real server"), *rows)
+
+
+README_TABLES = {"settings": settings_table, "providers": profiles_table}
+
+
+def write_tables(path):
+    """Write the tables of the README (at path) anew, between their markers; says what it wrote."""
+    with open(path, encoding="utf-8") as file:
+        text = file.read()
+    for name, table in README_TABLES.items():
+        front, marker, rest = text.partition("<!-- %s -->\n" % name)
+        end = "\n<!-- /%s -->" % name
+        if not marker or end not in rest:
+            raise SystemExit("%s has no markers for the table of %s" % (path, name))
+        text = front + marker + table() + end + rest.partition(end)[2]
+        print("%s: the table of %s, %d rows" % (path, name, table().count("\n") - 1))
+    with open(path, "w", encoding="utf-8", newline="\n") as file:
+        file.write(text)
+
+
+class TestTables(unittest.TestCase):
+    """python3 test_ccfix.py --tables writes the tables of the README."""
+
+    def written(self, text):
+        """(the README at the end, what was said) when it held `text`."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "README.md")
+            with open(path, "w", encoding="utf-8", newline="") as file:
+                file.write(text)
+            with mock.patch("sys.stdout", io.StringIO()) as said:
+                write_tables(path)
+            with open(path, encoding="utf-8", newline="") as file:
+                return file.read(), said.getvalue()
+
+    def test_only_what_stands_between_the_markers_is_written(self):
+        text = "a \u4f60\n<!-- providers -->\nold\n<!-- /providers -->\nb\n"
+        text += "<!-- settings -->\n\n\n<!-- /settings -->\nc\n"
+        made, said = self.written(text)
+        front, rest = made.split("<!-- providers -->\n" + profiles_table(), 1)
+        middle, end = rest.split("<!-- settings -->\n" + settings_table(), 1)
+        self.assertEqual(front, "a \u4f60\n")
+        self.assertEqual(middle, "\n<!-- /providers -->\nb\n")
+        self.assertEqual(end, "\n<!-- /settings -->\nc\n")
+        self.assertEqual(self.written(made)[0], made)
+        self.assertIn("the table of settings, %d rows" % len(ccfix.SETTINGS), said)
+        self.assertIn("the table of providers, %d rows" % (len(ccfix.PROFILES) - 1), said)
+
+    def test_a_readme_without_the_markers_is_left_alone(self):
+        with self.assertRaises(SystemExit):
+            self.written("nothing\n<!-- settings -->\n")
+
+
 class TestReadme(unittest.TestCase):
     """The README says what is true."""
 
@@ -13821,10 +14104,10 @@ class TestReadme(unittest.TestCase):
         return found.group(1)
 
     def test_table_of_settings_is_current(self):
-        self.assertEqual(self.between("settings"), ccfix.settings_table())
+        self.assertEqual(self.between("settings"), settings_table())
 
     def test_table_of_providers_is_current(self):
-        self.assertEqual(self.between("providers"), ccfix.profiles_table())
+        self.assertEqual(self.between("providers"), profiles_table())
 
     def test_every_setting_named_exists(self):
         known = set(ccfix.BY_ENV)
@@ -13985,7 +14268,7 @@ class TestHouse(unittest.TestCase):
 
     def test_only_the_standard_library_is_imported(self):
         allowed = set(
-            """argparse ast base64 ctypes collections contextlib difflib functools getpass hashlib hmac http io itertools json math operator os platform
+            """argparse ast base64 ctypes collections contextlib difflib email functools getpass hashlib hmac http io itertools json math operator os platform
             random re secrets select selectors shlex shutil signal socket socketserver sqlite3 ssl stat string subprocess sys tempfile textwrap threading time traceback
             typing urllib uuid webbrowser zlib""".split()
         )
@@ -14298,7 +14581,10 @@ class Counted(unittest.TextTestResult):
 
 
 def main():
-    """Run all tests; the last line is `N passed, N failed, N skipped`."""
+    """Run all tests; the last line is `N passed, N failed, N skipped`. --tables: see write_tables."""
+    if "--tables" in sys.argv[1:]:
+        write_tables(README)
+        return 0
     runner = unittest.TextTestRunner(resultclass=Counted, verbosity=2 if "-v" in sys.argv else 1)
     names = [name for name in sys.argv[1:] if not name.startswith("-")]
     loader, module = unittest.defaultTestLoader, sys.modules[__name__]
