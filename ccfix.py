@@ -9051,316 +9051,326 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
 # 13  Status page: what a browser sees at /
 # ======================================================================================================
 
+# The page is one answer without a dependency: style and script are inside, and the policy below
+# lets the browser load nothing else. It holds no data: its script polls GET /stats (Proxy.status),
+# so the key that guards the API guards the figures too, and an open page survives a restart.
+#
+# Every string in /stats may come from somebody else: a model name from a client, an error from a
+# provider. They enter the document through textContent and append() only, which never parse
+# markup; a test searches PAGE for all other ways. `sync` rebuilds only what has changed, so a poll
+# takes away neither the keyboard's focus nor a selection, and opened details stay open.
+#
+# A figure that is not known is a dash or is left out, never 0: `cost` is null as long as no request
+# had a price, and where only some had one, the tile says how many had none.
+
 PAGE = r"""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta name="referrer" content="no-referrer">
 <title>ccfix</title>
 <link rel="icon" href="data:,">
 <style nonce="{nonce}">
-:root { --page: #f5f6f7; --card: #fff; --line: #dfe3e6; --ink: #1b2126; --soft: #5b666f; --accent: #0b6b78;
-        --pale: #6db1b9; --grey: #8a949c; --bad: #b3261e; --mono: ui-monospace, Menlo, Consolas, monospace; }
-@media (prefers-color-scheme: dark) {
-  :root { --page: #121517; --card: #1a1f22; --line: #2e363b; --ink: #e4e8ea; --soft: #98a4ac; --accent: #5cc0cd;
-          --pale: #35808a; --grey: #66727a; --bad: #ff8a80; }
+:root {
+  color-scheme: light dark;
+  --page: #f5f6f7; --card: #fff; --line: #dfe3e6; --ink: #1b2126; --soft: #5b666f;
+  --accent: #0b6b78; --pale: #6db1b9; --grey: #8a949c; --bad: #b3261e;
 }
-* { box-sizing: border-box; }
+@media (prefers-color-scheme: dark) {
+  :root {
+    --page: #121517; --card: #1a1f22; --line: #2e363b; --ink: #e4e8ea; --soft: #98a4ac;
+    --accent: #5cc0cd; --pale: #35808a; --grey: #66727a; --bad: #ff8a80;
+  }
+}
+* { margin: 0; }
 [hidden] { display: none !important; }
-body { margin: 0; background: var(--page); color: var(--ink); font: 15px/1.5 system-ui, -apple-system, "Segoe UI", sans-serif;
-       font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
-body > header, main { max-width: 1120px; margin: 0 auto; padding: 0 20px; }
-body > header { display: flex; flex-wrap: wrap; align-items: baseline; gap: 2px 10px; padding-top: 24px; }
-h1 { margin: 0; font-size: 22px; letter-spacing: -.01em; }
+body {
+  max-width: 1080px; margin: 0 auto; padding: 24px 16px 72px;
+  background: var(--page); color: var(--ink); font: 15px/1.5 system-ui, sans-serif;
+  font-variant-numeric: tabular-nums; overflow-wrap: anywhere;
+}
+h1 { font-size: 22px; }
 h2 { margin: 32px 0 10px; font-size: 16px; }
-h3 { margin: 0; font-size: 13px; font-weight: 500; color: var(--soft); }
-p { margin: 0; }
-small, .soft, th, dt { color: var(--soft); font-size: 13px; font-weight: 400; }
-code, pre { font-family: var(--mono); font-size: 13px; }
-#state { margin-left: auto; color: var(--soft); font-size: 13px; }
-#state::before { content: ""; display: inline-block; width: 8px; height: 8px; margin-right: 7px; border-radius: 50%;
-                 background: var(--grey); }
-#state.live::before { background: var(--accent); }
-#state.lost { color: var(--bad); }
-#state.lost::before { background: var(--bad); }
-.card { min-width: 0; padding: 14px 16px; background: var(--card); border: 1px solid var(--line); border-radius: 8px; }
-.grid { display: grid; gap: 12px; }
-.two { grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr)); }
-.bar { display: flex; flex-wrap: wrap; align-items: center; gap: 8px; }
-.bar > :first-child { margin-right: auto; }
-.bad { color: var(--bad); }
-button, input { font: inherit; font-size: 13px; padding: 5px 12px; color: inherit; background: var(--card);
-                border: 1px solid var(--line); border-radius: 6px; }
+button, input {
+  padding: 5px 12px; border: 1px solid var(--line); border-radius: 6px;
+  background: var(--card); color: inherit; font: inherit;
+}
 button { cursor: pointer; }
-button:hover { border-color: var(--accent); color: var(--accent); }
-:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
-#key-form { display: flex; flex-wrap: wrap; gap: 10px; align-items: center; margin: 32px 0; }
-#key-form input { flex: 1 1 200px; min-width: 0; }
-#flow { display: grid; grid-template-columns: fit-content(45%) auto minmax(0, 1fr); gap: 28px; align-items: start;
-        margin-top: 18px; }
-#flow strong { display: block; font-size: 19px; font-weight: 600; line-height: 1.35; }
-#flow > span { margin-top: 14px; color: var(--accent); font-size: 22px; }
-ul { margin: 8px 0 0; padding: 0; list-style: none; }
+button:hover { border-color: var(--accent); }
+h3, th, dt, small, button, input, pre, code, .soft { font-size: 13px; font-weight: 400; }
+h3, th, dt, small, .soft { color: var(--soft); }
+.accent { --dot: var(--accent); }
+.pale { --dot: var(--pale); }
+.grey { --dot: var(--grey); }
+.bad { --dot: var(--bad); color: var(--bad); }
+#state::before, .key::before {
+  content: ""; display: inline-block; width: 9px; height: 9px; margin: 0 4px 0 5px;
+  border-radius: 3px; background: var(--dot);
+}
+.card {
+  padding: 14px 16px; border: 1px solid var(--line);
+  border-radius: 8px; background: var(--card);
+}
+.grid {
+  display: grid; gap: 12px; margin-top: 12px;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, var(--least, 400px)), 1fr));
+}
+#tiles { --least: 140px; }
+#plots { --least: 250px; }
+.bar {
+  display: flex; flex-wrap: wrap; justify-content: space-between; align-items: center; gap: 4px 6px;
+}
+#key-form { margin-top: 32px; }
+#key-form input { flex: 1 1 200px; }
+#flow { display: flex; flex-wrap: wrap; gap: 0 28px; margin-top: 18px; }
+#flow > :last-child { flex: 1 1 300px; }
+#flow strong { display: block; font-size: 19px; }
+#flow > span { align-self: center; color: var(--accent); font-size: 22px; }
+ul { padding: 0; list-style: none; }
+li, pre, .pairs { margin-top: 6px; }
 ul:empty, dl:empty { display: none; }
-#lessons li { margin-top: 6px; }
-#tiles { grid-template-columns: repeat(auto-fit, minmax(130px, 1fr)); margin: 12px 0 0; }
-#tiles dd { margin: 0; }
-#tiles dt + dd { font-size: 24px; font-weight: 600; line-height: 1.3; }
-#plots { grid-template-columns: repeat(auto-fit, minmax(min(100%, 250px), 1fr)); margin-top: 12px; }
-figure { margin: 0; }
-figcaption { margin-bottom: 8px; }
-svg { display: block; width: 100%; height: 72px; border-bottom: 1px solid var(--line); }
-svg .a { fill: var(--accent); }
-svg .b { fill: var(--pale); }
-svg .c { fill: var(--grey); }
-svg .hover { fill: transparent; }
-svg g:hover .hover { fill: var(--accent); fill-opacity: .12; }
-.axis { display: flex; justify-content: space-between; margin-top: 4px; color: var(--soft); font-size: 12px; }
-.key::before { content: ""; display: inline-block; width: 9px; height: 9px; margin: 0 4px 0 9px; border-radius: 2px; }
-.key.a::before { background: var(--accent); }
-.key.b::before { background: var(--pale); }
-.key.c::before { background: var(--grey); }
-pre { margin: 8px 0 0; white-space: pre-wrap; }
-.card.scroll { overflow-x: auto; padding: 2px 0; }
+dt + dd { font-size: 24px; font-weight: 600; }
+svg {
+  display: block; width: 100%; height: 72px; margin: 8px 0 4px;
+  border-bottom: 1px solid var(--line);
+}
+rect { fill: var(--dot, transparent); }
+g:hover .hover { fill: var(--accent); fill-opacity: .12; }
+pre { white-space: pre-wrap; }
+.scroll { padding: 2px 0; overflow-x: auto; }
 table { width: 100%; border-collapse: collapse; }
 th, td { padding: 7px 12px; text-align: left; vertical-align: baseline; }
-th { white-space: nowrap; }
-tbody tr { border-top: 1px solid var(--line); }
+td { border-top: 1px solid var(--line); }
 td small, li small { display: block; }
-td small.bad { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 2; overflow: hidden; }
-#requests-none { padding: 10px 16px; }
+td small.bad { max-height: 3em; overflow: hidden; }
+thead:only-child::after { content: "No request yet."; display: block; padding: 7px 12px; }
 .n { text-align: right; white-space: nowrap; }
-.name { min-width: 130px; }
-#requests tr[data-id] { cursor: pointer; }
-#requests tr[data-id]:hover { background: var(--page); }
-#requests button { padding: 0; border: 0; background: none; font-size: 15px; white-space: nowrap; }
-#requests button::before { content: "\203a"; display: inline-block; width: 14px; color: var(--soft); }
-#requests button[aria-expanded=true]::before { transform: rotate(90deg) translateY(4px); }
-#requests .detail, #requests .detail td { border-top: 0; padding-top: 0; }
-dl.pairs { display: grid; grid-template-columns: fit-content(40%) minmax(0, 1fr); gap: 3px 16px; align-items: baseline;
-           margin: 8px 0 0; }
-dl.pairs div { display: contents; }
-dl.pairs dd { margin: 0; white-space: pre-wrap; }
-#requests dl.pairs { margin: 0; padding: 10px 12px; background: var(--page); border-radius: 6px; }
-#settings .changed { color: var(--accent); font-size: 13px; }
-#message { position: fixed; left: 20px; right: 20px; bottom: 20px; width: fit-content; margin: 0 auto; padding: 10px 18px;
-           border-radius: 8px; background: var(--ink); color: var(--page); font-size: 14px; }
-#message:empty { padding: 0; }
-main { padding-bottom: 72px; }
-@media (max-width: 700px) {
-  body > header, main { padding-left: 12px; padding-right: 12px; }
-  #flow { grid-template-columns: 1fr; gap: 2px; }
-  #flow > span { margin: 4px 0; transform: rotate(90deg); justify-self: start; line-height: 1; }
-  #tiles { grid-template-columns: 1fr 1fr; }
-  .card { padding: 12px; }
-  th, td { padding: 7px 6px; }
-  .wide { display: none; }
-  .name { min-width: 0; }
-  dl.pairs { gap: 3px 10px; }
-  #settings thead { display: none; }
-  #settings tr { display: flex; flex-wrap: wrap; gap: 0 12px; justify-content: space-between; padding: 7px 6px; }
-  #settings td { padding: 0; }
-  #settings td:first-child { flex: 1 0 100%; }
+.name { width: 40%; }
+[data-id] { cursor: pointer; }
+[data-id]:hover { background: var(--page); }
+[data-id] button { padding: 0; border: 0; background: none; font-size: 15px; white-space: nowrap; }
+[data-id] button::before { content: "\25b8"; display: inline-block; width: 14px; }
+[data-id] [aria-expanded=true]::before { content: "\25be"; }
+.detail td { padding-top: 0; border-top: 0; }
+.pairs { display: grid; grid-template-columns: fit-content(40%) 1fr; gap: 3px 16px; }
+.pairs div { display: contents; }
+.pairs dd { font: inherit; white-space: pre-wrap; }
+.detail .pairs { margin: 0; padding: 10px 12px; border-radius: 6px; background: var(--page); }
+.changed { color: var(--accent); font-size: 13px; }
+#message {
+  position: fixed; inset: auto 20px 20px; width: fit-content; margin: 0 auto;
+  border-radius: 8px; background: var(--ink); color: var(--page);
 }
-@media (prefers-reduced-motion: no-preference) { #requests button::before { transition: transform .12s; } }
+#message:not(:empty) { padding: 10px 18px; }
+@media (max-width: 700px) {
+  #flow > span { transform: rotate(90deg); }
+  th, td { padding: 7px 6px; }
+  .wide, #settings thead { display: none; }
+  #settings tr { display: flex; flex-wrap: wrap; justify-content: space-between; }
+  #settings td:first-child { width: 100%; }
+  #settings td + td { padding-top: 0; border: 0; }
+}
 </style>
 </head>
 <body>
-<header>
-  <h1 id="name">ccfix</h1> <span class="soft" id="version"></span> <span id="state">connecting</span>
+<header class="bar">
+  <h1>ccfix <small id="version"></small></h1> <small id="state" class="grey">connecting</small>
 </header>
-<main>
-  <noscript>This page needs JavaScript; the same numbers are at /stats as JSON.</noscript>
-  <form id="key-form" class="card" hidden>
-    <label for="key">This proxy asks for its key.</label>
-    <input id="key" type="password" autocomplete="off" required pattern="\s*[!-~]+\s*" title="letters, digits and signs">
-    <button>Show the status</button>
-  </form>
-  <div id="content" hidden>
-    <section class="card" id="flow" aria-label="Which model answers">
-      <div><h3>Claude Code sees</h3><strong id="disguise"></strong><span class="soft" id="disguise-base"></span></div>
-      <span aria-hidden="true">&rarr;</span>
-      <div><h3>The answers come from</h3><strong id="target"></strong><span class="soft" id="target-base"></span>
-        <ul id="routes" class="soft"></ul></div>
-    </section>
-    <dl id="tiles" class="grid" aria-label="Totals since the start">
-      <div class="card"><dt>Requests</dt><dd id="requests-total"></dd><dd class="soft" id="active-total"></dd></div>
-      <div class="card"><dt>Errors</dt><dd id="errors-total"></dd></div>
-      <div class="card"><dt>Tokens in</dt><dd id="input-total"></dd></div>
-      <div class="card"><dt>Tokens out</dt><dd id="output-total"></dd></div>
-      <div class="card"><dt>Prompt cache read</dt><dd id="read-total"></dd><dd class="soft" id="share-total"></dd></div>
-      <div class="card"><dt>Cost</dt><dd id="cost-total"></dd><dd class="soft" id="cost-hint">set PRICES to see it</dd></div>
-    </dl>
-    <section id="plots" class="grid" aria-label="The last hour"></section>
-
-    <h2>Connect</h2>
-    <section id="connect" class="grid two" aria-label="How to connect"></section>
-
-    <h2>Last requests</h2>
-    <section class="card scroll" aria-label="Last requests">
-      <table id="requests"><thead><tr></tr></thead><tbody></tbody></table>
-      <p class="soft" id="requests-none">No request yet.</p>
-    </section>
-
-    <div class="grid two">
-      <section aria-labelledby="cache-title">
-        <h2 id="cache-title">Response cache</h2>
-        <div class="card">
-          <div class="bar"><p id="cache-mode"></p><button type="button" id="cache-expired">Clear expired</button>
-            <button type="button" id="cache-clear">Clear</button></div>
-          <p class="bad" id="cache-error"></p><dl id="cache-text" class="pairs"></dl>
-        </div>
-      </section>
-      <section aria-labelledby="lessons-title">
-        <h2 id="lessons-title">Lessons learned</h2>
-        <div class="card">
-          <div class="bar"><p id="lessons-count"></p><button type="button" id="lessons-forget">Forget all</button></div>
-          <ul id="lessons"></ul>
-        </div>
-      </section>
+<noscript>This page needs JavaScript; the same numbers are at /stats as JSON.</noscript>
+<form id="key-form" class="card bar" hidden>
+  <label for="key">This proxy asks for its key.</label>
+  <input id="key" type="password" autocomplete="off" required
+    pattern="\s*[!-~]+\s*" title="letters, digits and signs">
+  <button>Show the status</button>
+</form>
+<main id="content" hidden>
+  <div class="card" id="flow">
+    <div>
+      <h3>Claude Code sees</h3>
+      <strong id="disguise"></strong><small id="disguise-base"></small>
     </div>
+    <span aria-hidden="true">&rarr;</span>
+    <div>
+      <h3>The answers come from</h3>
+      <strong id="target"></strong><small id="target-base"></small>
+      <ul id="routes" class="soft"></ul>
+    </div>
+  </div>
+  <dl id="tiles" class="grid" aria-label="Totals since the start">
+    <div class="card">
+      <dt>Requests</dt><dd id="requests-total"></dd><dd class="soft" id="active"></dd>
+    </div>
+    <div class="card"><dt>Errors</dt><dd id="errors-total"></dd></div>
+    <div class="card"><dt>Tokens in</dt><dd id="input-total"></dd></div>
+    <div class="card"><dt>Tokens out</dt><dd id="output-total"></dd></div>
+    <div class="card">
+      <dt>Prompt cache read</dt><dd id="cache_read-total"></dd><dd class="soft" id="share"></dd>
+    </div>
+    <div class="card">
+      <dt>Cost</dt><dd id="cost-total"></dd><dd class="soft" id="cost-hint"></dd>
+    </div>
+  </dl>
+  <section id="plots" class="grid"></section>
 
-    <h2>Settings</h2>
-    <section class="card scroll" aria-label="Settings">
-      <table id="settings">
-        <thead><tr><th scope="col">Name</th><th scope="col">Value</th><th scope="col">From</th></tr></thead>
-        <tbody></tbody>
-      </table>
+  <h2>Connect</h2>
+  <div id="connect" class="grid"></div>
+
+  <h2>Last requests</h2>
+  <div class="card scroll"><table id="requests"></table></div>
+
+  <div class="grid">
+    <section>
+      <h2>Response cache</h2>
+      <div class="card">
+        <div class="bar">
+          <p id="cache-mode"></p>
+          <span>
+            <button id="cache-expired">Clear expired</button>
+            <button id="cache-clear">Clear</button>
+          </span>
+        </div>
+        <p class="bad" id="cache-error"></p>
+        <dl id="cache-text" class="pairs"></dl>
+      </div>
+    </section>
+    <section>
+      <h2>Lessons learned</h2>
+      <div class="card">
+        <div class="bar">
+          <p id="lessons-count"></p>
+          <button id="lessons-forget">Forget all</button>
+        </div>
+        <ul id="lessons"></ul>
+      </div>
     </section>
   </div>
+
+  <h2>Settings</h2>
+  <div class="card scroll">
+    <table id="settings">
+      <thead>
+        <tr><th>Name</th><th>Value</th><th>From</th></tr>
+      </thead>
+      <tbody></tbody>
+    </table>
+  </div>
 </main>
-<p id="message" role="status" aria-live="polite"></p>
+<p id="message" role="status"></p>
 <script nonce="{nonce}">
 "use strict";
-// Flow: refresh() -> call("stats") -> show(stats) -> one function for each section. Text enters by textContent only.
-const POLL_MS = 2000, GIVE_UP_MS = 10000, MESSAGE_MS = 10000, MINUTES = 60, KEY = "ccfix-key";
+// refresh() -> call("stats") -> show(stats) -> one function a section.
+const POLL_MS = 2000, PATIENCE_MS = 10000;
 const NONE = "\u2013", DOT = " \u00b7 ";
-const page = { key: recallKey(), polling: false, timer: 0, messageTimer: 0, opened: new Set(), stats: {} };
+let polling = false, pollTimer, messageTimer;
 
 // -- DOM
 const byId = id => document.getElementById(id);
-const put = (id, text) => { const node = byId(id); if (node.textContent !== text) node.textContent = text; };
-
+function put(id, text) {
+  if (byId(id).textContent !== text) byId(id).textContent = text;
+}
 function fill(node, attributes, children) {
   for (const name in attributes) node.setAttribute(name, attributes[name]);
-  node.append(...children);      // append turns strings into text nodes, so markup in them stays text
+  node.append(...children);
   return node;
 }
-const el = (tag, attributes, ...children) => fill(document.createElement(tag), attributes, children);
+const el = (tag, attributes, ...children) =>
+  fill(document.createElement(tag), attributes, children);
 const svg = (tag, attributes, ...children) =>
   fill(document.createElementNS("http://www.w3.org/2000/svg", tag), attributes, children);
 
-// Make parent's children show items. A child whose item is as before stays as it is: it keeps focus, selection and tooltip.
+// Make parent's children show items; a child whose item is as before stays as it is.
 function sync(parent, items, build) {
-  const wanted = new Map(items.map(item => [JSON.stringify(item), item]));
-  const kept = new Map();
-  for (const child of Array.from(parent.children)) {
-    if (wanted.has(child.key) && !kept.has(child.key)) kept.set(child.key, child);
-    else child.remove();
-  }
-  let next = parent.firstElementChild;
-  wanted.forEach((item, key) => {
-    const child = kept.get(key) || build(item);
+  const kept = new Map([...parent.children].map(child => [child.key, child]));
+  const keys = items.map(item => JSON.stringify(item));
+  kept.forEach((child, key) => keys.includes(key) || child.remove());
+  keys.forEach((key, index) => {
+    const child = kept.get(key) || build(items[index]), there = parent.children[index];
     child.key = key;
-    if (child === next) next = next.nextElementSibling;
-    else parent.insertBefore(child, next);
+    if (child !== there) parent.insertBefore(child, there);
   });
 }
 
-// -- Numbers as text; null or absent is a dash
-const shown = format => value => typeof value === "number" && isFinite(value) ? format(value) : NONE;
-const number = shown(value => value.toLocaleString("en-US"));
-const percent = shown(value => Math.round(value * 100) + " %");
-const cost = shown(value => value.toFixed(value < 1 ? 4 : 2));       // no currency: PRICES does not name one
-const clock = shown(time => new Date(time * 1000).toLocaleTimeString("en-GB"));
-const moment = shown(time => new Date(time * 1000).toLocaleString("en-GB"));
-const scaled = (step, units) => shown(value => {
+// -- Numbers as text; what is not known (null, 0 / 0) is a dash
+const orDash = format => value => Number.isFinite(value) ? format(value) : NONE;
+const number = orDash(value => value.toLocaleString("en-US"));
+const percent = orDash(value => Math.round(value * 100) + " %");
+const money = orDash(value => value.toFixed(value < 1 ? 4 : 2));  // PRICES names no currency
+const clock = orDash(time => new Date(time * 1000).toLocaleTimeString("en-GB"));
+const compact = orDash(value => {
   let power = 0;
-  while (value >= step && power < units.length - 1) { value /= step; power += 1; }
-  return (power && value < 100 ? value.toFixed(1) : Math.round(value)) + units[power];
+  for (; value >= 1000 && power < 3; power += 1) value /= 1000;
+  const text = power && value < 100 ? value.toFixed(1) : Math.round(value);
+  return text + ["", "k", "M", "G"][power];
 });
-const compact = scaled(1000, ["", "k", "M", "G"]);
-const bytes = scaled(1024, [" bytes", " KB", " MB", " GB"]);
-const duration = shown(ms => ms < 1000 ? Math.round(ms) + " ms" : ms < 60000 ? (ms / 1000).toFixed(1) + " s" : span(ms / 1000));
-const span = shown(seconds => {      // the two largest units
-  const units = [["d", 86400, 1e9], ["h", 3600, 24], ["min", 60, 60], ["s", 1, 60]];
-  const parts = units.map(([unit, size, limit]) => [Math.floor(seconds / size) % limit, unit]);
-  const first = parts.findIndex(part => part[0]);
-  return first < 0 ? "0 s" : parts.slice(first, first + 2).filter(part => part[0]).map(part => part.join(" ")).join(" ");
+const bytes = orDash(value => compact(value).replace(/[kMG]?$/, " $&B"));
+const span = orDash(seconds => {  // in its two largest units
+  const parts = [["d", 86400], ["h", 3600], ["min", 60], ["s", 1]].map(([unit, size]) => {
+    const amount = Math.floor(seconds / size);
+    seconds -= amount * size;
+    return amount && amount + " " + unit;
+  });
+  return parts.filter(Boolean).slice(0, 2).join(" ") || "0 s";
 });
-const joined = (...texts) => texts.filter(Boolean).join(DOT);
+const duration = orDash(ms =>
+  ms < 1000 ? Math.round(ms) + " ms"
+    : ms < 60000 ? (ms / 1000).toFixed(1) + " s" : span(ms / 1000));
+const list = (...texts) => texts.filter(Boolean).join(DOT);
 const count = (amount, one, many) => number(amount) + " " + (amount === 1 ? one : many);
-// "input" leaves out what was read from the cache, as in Anthropic's usage
-function readShare(row) {
-  const all = (row.input || 0) + (row.cache_read || 0);
-  return all ? (row.cache_read || 0) / all : null;
-}
+// "input" leaves out what was read from the cache, as in Anthropic's usage.
+const readShare = row => row.cache_read / (row.input + row.cache_read);
 
 // -- Talking to the proxy
-function recallKey() {
-  try { return sessionStorage.getItem(KEY) || ""; } catch (error) { return ""; }      // storage may be forbidden
-}
-function keepKey(key) {
-  page.key = key;
-  try { sessionStorage.setItem(KEY, key); } catch (error) { return; }
-}
-// The JSON of an answer; throws an Error with .status (0: no answer) and a message to show.
+let memory = {};  // keeps the key: as long as the tab, or the page where storage is forbidden
+try { memory = sessionStorage; } catch (error) { }
+
+// The JSON of an answer; throws an Error with a message to show, and the status if there was one.
 async function call(path, method) {
-  const headers = page.key ? { "x-api-key": page.key } : {};
-  let response, body;
-  try {
-    response = await fetch(path, { method, headers, cache: "no-store", signal: AbortSignal.timeout(GIVE_UP_MS) });
-  } catch (error) { throw Object.assign(new Error("the proxy does not answer"), { status: 0 }); }
-  try { body = await response.json(); } catch (error) { body = {}; }
+  const headers = memory.ccfixKey ? { "x-api-key": memory.ccfixKey } : {};
+  const options = { method, headers, cache: "no-store", signal: AbortSignal.timeout(PATIENCE_MS) };
+  const response = await fetch(path, options).catch(() => {
+    throw new Error("the proxy does not answer");
+  });
+  const body = await response.json().catch(() => ({}));
   if (response.ok) return body;
-  const message = body.error && body.error.message || "the proxy answered " + response.status;
+  const message = body.error ? body.error.message : "the proxy answered " + response.status;
   throw Object.assign(new Error(message), { status: response.status });
 }
 function tell(text) {
   put("message", text);
-  clearTimeout(page.messageTimer);
-  page.messageTimer = setTimeout(put, MESSAGE_MS, "message", "");
+  clearTimeout(messageTimer);
+  messageTimer = setTimeout(put, PATIENCE_MS, "message", "");
 }
-function setState(name, text) { byId("state").className = name; put("state", text); }
-
+function setState(color, text) {
+  byId("state").className = color;
+  put("state", text);
+}
 async function refresh() {
-  if (page.polling || document.hidden) return;
-  clearTimeout(page.timer);
-  page.polling = true;
-  let again = true;
-  try { show(await call("stats")); }
-  catch (error) {
-    again = error.status !== 401;      // do not knock on with a wrong key: wait for the form
-    if (!again) askForKey();
-    else lose(error.message);
-  }
-  page.polling = false;
-  if (again) page.timer = setTimeout(refresh, POLL_MS);
+  if (polling || document.hidden) return;
+  clearTimeout(pollTimer);
+  polling = true;
+  try { show(await call("stats")); } catch (error) { lose(error); }
+  polling = false;
+  // Do not knock on with a wrong key: wait for the form.
+  if (byId("key-form").hidden) pollTimer = setTimeout(refresh, POLL_MS);
 }
-function lose(message) {
-  if (byId("state").className === "live") tell("Not up to date: " + message + ".");
-  setState("lost", message);
+function lose({ status, message }) {
+  if (status === 401) return askForKey();
+  if (byId("state").className === "accent") tell("Not up to date: " + message + ".");
+  setState("bad", message);
 }
 function askForKey() {
-  if (page.key) tell("That key was not accepted.");
-  keepKey("");
+  if (memory.ccfixKey) tell("That key was not accepted.");
+  memory.ccfixKey = "";
   byId("key-form").hidden = false;
   byId("content").hidden = true;
-  setState("", "locked");
+  setState("grey", "locked");
   byId("key").focus();
 }
-async function act(path, done) {
+async function copy(source) {
   try {
-    const answer = await call(path, "POST");
-    tell(done + (typeof answer.removed === "number" ? ": " + number(answer.removed) + " removed." : "."));
-  } catch (error) { tell("Not done: " + error.message); }
-  refresh();
-}
-async function copy(text, source) {
-  try { await navigator.clipboard.writeText(text); tell("Copied."); }
-  catch (error) {      // no clipboard outside https and localhost: select it for the user
+    await navigator.clipboard.writeText(source.textContent);
+    tell("Copied.");
+  } catch (error) {  // no clipboard outside https and localhost: select it for the user
     getSelection().selectAllChildren(source);
     tell("Selected: press Ctrl+C or Cmd+C.");
   }
@@ -9368,179 +9378,196 @@ async function copy(text, source) {
 
 // -- Sections
 function show(stats) {
-  page.stats = stats;
   byId("key-form").hidden = true;
   byId("content").hidden = false;
-  setState("live", joined(stats.demo && "demo", "up " + span(stats.uptime_s), stats.address));
+  setState("accent", list(stats.demo && "demo", "up " + span(stats.uptime_s), stats.address));
+  put("version", stats.version);
   showModels(stats);
-  showTotals(stats.totals || {});
+  showTotals(stats.totals);
   showPlots(stats);
-  sync(byId("connect"), Object.entries(stats.connect || {}), shellCard);
-  showRequests();
-  showCache(stats.cache || {});
-  showLessons(stats.lessons || []);
-  sync(byId("settings").tBodies[0], stats.settings || [], settingRow);
+  sync(byId("connect"), Object.entries(stats.connect), shellCard);
+  sync(byId("requests"), ["head", ...stats.requests],
+    row => row === "head" ? headRow() : requestRow(row));
+  showCache(stats.cache);
+  showLessons(stats.lessons);
+  sync(byId("settings").tBodies[0], stats.settings, settingRow);
 }
 const pair = ([name, text]) => el("div", {}, el("dt", {}, name), el("dd", {}, text));
-function showModels(stats) {
-  const target = stats.target || {}, disguise = stats.disguise || {};
-  document.title = (target.model ? target.model + " - " : "") + (stats.name || "ccfix");
-  put("name", stats.name || "ccfix");
-  put("version", stats.version || "");
+function showModels({ target, disguise, routes }) {
+  document.title = target.model + " - ccfix";
   put("disguise", disguise.model || "the name it asks for");
-  put("disguise-base", disguise.api_base || "");
-  put("target", target.model || NONE);
-  put("target-base", joined(target.api_base, target.profile && "profile " + target.profile, target.format));
-  sync(byId("routes"), stats.routes || [],
-       route => el("li", {}, route.family + " \u2192 " + route.model + " at " + route.api_base));
+  put("disguise-base", disguise.api_base);
+  put("target", target.model);
+  put("target-base", list(target.api_base, "profile " + target.profile, target.format));
+  sync(byId("routes"), routes,
+    row => el("li", {}, row.family + " \u2192 " + row.model + " at " + row.api_base));
 }
 function showTotals(totals) {
-  for (const name of ["requests", "errors", "input", "output"]) put(name + "-total", number(totals[name]));
+  for (const name of ["requests", "errors", "input", "output", "cache_read"])
+    put(name + "-total", number(totals[name]));
   byId("errors-total").className = totals.errors ? "bad" : "";
-  put("active-total", totals.active ? number(totals.active) + " running now" : "");
-  put("read-total", number(totals.cache_read));
-  put("share-total", readShare(totals) === null ? "" : percent(readShare(totals)) + " of the input");
-  put("cost-total", cost(totals.cost));
-  byId("cost-hint").hidden = typeof totals.cost === "number";
+  put("active", number(totals.active) + " running now");
+  put("share", percent(readShare(totals)) + " of the input");
+  put("cost-total", money(totals.cost));
+  put("cost-hint", totals.cost === null ? "no price known: set PRICES" : totals.unpriced
+    ? count(totals.unpriced, "request", "requests") + " without a price" : "");
 }
 function shellCard([shell, lines]) {
-  const name = shell === "powershell" ? "PowerShell" : shell, text = lines.join("\n"), code = el("code", {}, text);
-  const button = el("button", { type: "button", "aria-label": "Copy the lines for " + name }, "Copy");
-  button.addEventListener("click", () => copy(text, code));
-  return el("div", { class: "card" }, el("div", { class: "bar" }, el("h3", {}, name), button), el("pre", {}, code));
+  const code = el("code", {}, lines.join("\n"));
+  const button = el("button", { "aria-label": "Copy the lines for " + shell }, "Copy");
+  button.addEventListener("click", () => copy(code));
+  const bar = el("div", { class: "bar" }, el("h3", {}, shell), button);
+  return el("div", { class: "card" }, bar, el("pre", {}, code));
 }
 
-// A plot stacks its parts (class, name, value of a series row) in one bar a minute.
+// Plots: title, format, top of the scale (0: the highest bar), parts of the bar of a minute;
+// parts: class, name, value of a row of stats.series.
 const PLOTS = [
-  { title: "Tokens a minute", format: compact,
-    parts: [["a", "in", row => row.input], ["b", "cached", row => row.cache_read], ["c", "out", row => row.output]] },
-  { title: "Latency to first content", format: duration, parts: [["a", "", row => row.first_ms]] },
-  { title: "Cache-read share of input", format: percent, top: 1, parts: [["a", "", readShare]] },
-  { title: "Cost a minute", format: cost, parts: [["a", "", row => row.cost]] },
+  ["Tokens a minute", compact, 0, [
+    ["accent", "in", row => row.input],
+    ["pale", "cached", row => row.cache_read],
+    ["grey", "out", row => row.output],
+  ]],
+  ["Latency to first content", duration, 0, [["accent", "", row => row.first_ms]]],
+  ["Cache-read share of input", percent, 1, [["accent", "", readShare]]],
+  ["Cost a minute", money, 0, [["accent", "", row => row.cost]]],
 ];
-function showPlots(stats) {
-  const now = Math.floor(stats.time / 60), series = stats.series || [];
-  const recent = series.filter(row => row.t / 60 > now - MINUTES && row.t / 60 <= now).sort((a, b) => a.t - b.t);
-  const barsOf = plot => recent.map(row => bar(plot, row)).filter(one => one.sum !== null);
-  const plots = PLOTS.map((plot, index) => ({ index, now, bars: barsOf(plot) }));
-  sync(byId("plots"), plots.filter(plot => PLOTS[plot.index].format !== cost || plot.bars.length), plotFigure);
+function showPlots({ series, totals }) {
+  const plots = PLOTS.map(([title, , , parts], index) => {
+    const bars = series.map((row, x) => ({ x, t: row.t, values: parts.map(part => part[2](row)) }));
+    return { title, index, bars: bars.filter(bar => Number.isFinite(bar.values[0])) };
+  });
+  const shown = totals.cost === null ? plots.slice(0, -1) : plots;
+  sync(byId("plots"), shown, plot => plotFigure(plot, series.length));
 }
-function bar(plot, row) {
-  const values = plot.parts.map(part => part[2](row)), known = values.filter(value => typeof value === "number");
-  return { t: row.t, values: values.map(value => value || 0), sum: known.length ? known.reduce((a, b) => a + b) : null };
+function plotFigure({ title, index, bars }, minutes) {
+  const [, format, top, parts] = PLOTS[index];
+  const sums = bars.map(bar => bar.values.reduce((a, b) => a + b)), peak = Math.max(...sums);
+  const summary = !bars.length ? "nothing yet"
+    : "last " + format(sums.at(-1)) + ", peak " + format(peak);
+  const label = title + " in the last hour: " + summary, scale = 96 / (top || peak || 1);
+  const box = { viewBox: "0 0 " + minutes + " 100", preserveAspectRatio: "none" };
+  const drawing = svg("svg", { ...box, role: "img", "aria-label": label },
+    ...bars.map(bar => barShape(bar, parts, format, scale)));
+  const keys = parts.filter(part => part[1])
+    .map(([color, name]) => el("span", { class: "key " + color }, name));
+  const axis = [["1 h ago"], keys, ["now"]].map(texts => el("span", {}, ...texts));
+  return el("div", { class: "card" }, el("h3", {}, title), el("small", {}, summary), drawing,
+    el("div", { class: "bar soft" }, ...axis));
 }
-function plotFigure({ index, now, bars }) {
-  const { title, format, parts, top } = PLOTS[index];
-  const peak = Math.max(0, ...bars.map(one => one.sum)), last = bars.length ? bars[bars.length - 1].sum : null;
-  const summary = bars.length ? "last " + format(last) + ", peak " + format(peak) : "nothing yet";
-  const drawn = svg("svg", { viewBox: "0 0 " + MINUTES + " 100", preserveAspectRatio: "none", role: "img",
-                             "aria-label": title + " in the last hour: " + summary },
-                    ...bars.map(one => barShape(one, parts, format, MINUTES - 1 - (now - one.t / 60), 96 / (top || peak || 1))));
-  const keys = parts.filter(part => part[1]).map(part => el("span", { class: "key " + part[0] }, part[1]));
-  return el("figure", { class: "card" }, el("figcaption", {}, el("h3", {}, title), el("small", {}, summary)), drawn,
-            el("div", { class: "axis" }, el("span", {}, "1 h ago"), el("span", {}, ...keys), el("span", {}, "now")));
-}
-function barShape(one, parts, format, x, scale) {
-  const texts = parts.map((part, index) => format(one.values[index]) + " " + part[1]);
-  const group = svg("g", {}, svg("title", {}, clock(one.t) + DOT + texts.join(", ")),
-                    svg("rect", { class: "hover", x, y: 0, width: 1, height: 100 }));
+function barShape({ x, t, values }, parts, format, scale) {
+  const texts = parts.map((part, index) => format(values[index]) + " " + part[1]);
+  const group = svg("g", {}, svg("title", {}, clock(t) + DOT + texts.join(", ")),
+    svg("rect", { class: "hover", x, width: 1, height: 100 }));
   let y = 100;
-  parts.forEach((part, index) => {
-    const height = one.values[index] * scale;
+  parts.forEach(([color], index) => {
+    const height = values[index] * scale;
     y -= height;
-    group.append(svg("rect", { class: part[0], x: x + 0.1, y, width: 0.8, height }));
+    group.append(svg("rect", { class: color, x: x + 0.1, y, width: 0.8, height }));
   });
   return group;
 }
 
-// Columns of the table: title, class, cell. "wide" ones are left out on a phone, where the details have them.
+// The table: title, class, cell. A phone leaves out what is "wide"; the details have it.
 const COLUMNS = [
-  ["Time", "", row => el("button", { type: "button", "aria-expanded": page.opened.has(row.id) }, clock(row.time))],
+  ["Time", "", row => el("button", { "aria-expanded": false }, clock(row.time))],
   ["Model", "name", modelCell],
-  ["Status", "n", row => el("span", { class: failed(row) ? "bad" : "" }, String(row.status || NONE))],
+  ["Status", "n", ({ status, error }) =>
+    el("span", { class: status >= 400 || error ? "bad" : "" }, status || NONE)],
   ["In", "n wide", row => number(row.input)],
   ["Cache read", "n wide", row => number(row.cache_read)],
   ["Out", "n wide", row => number(row.output)],
   ["First", "n wide", row => duration(row.first_ms)],
   ["Total", "n", row => duration(row.total_ms)],
 ];
+// What a click on a row shows, where there is something to show.
 const DETAILS = [
   ["Error", row => row.error],
   ["Prefix cache lost", row => row.broke],
-  ["Lessons", row => (row.lessons || []).join("\n")],
+  ["Lessons", row => row.lessons.join("\n")],
   ["Asked for", row => row.asked],
   ["Called", row => row.model],
-  ["When", row => moment(row.time)],
-  ["Tokens", row => joined(number(row.input) + " in", number(row.cache_read) + " cache read", number(row.output) + " out")],
-  ["Latency", row => joined(duration(row.first_ms) + " to first content", duration(row.total_ms) + " in all")],
-  ["Cost", row => typeof row.cost === "number" ? cost(row.cost) : ""],
-  ["Bytes", row => joined(bytes(row.bytes_in) + " in", bytes(row.bytes_out) + " out")],
-  ["Mode", row => joined(row.stream ? "streamed" : "whole", retries(row), row.cache && "cache " + row.cache)],
+  ["When", row => new Date(row.time * 1000).toLocaleString("en-GB")],
+  ["Tokens", row => list(number(row.input) + " in", number(row.cache_read) + " cache read",
+    number(row.output) + " out")],
+  ["Latency", row => list(duration(row.first_ms) + " to first content",
+    duration(row.total_ms) + " in all")],
+  ["Cost", row => row.cost === null ? "" : money(row.cost)],
+  ["Bytes", row => list(bytes(row.bytes_in) + " in", bytes(row.bytes_out) + " out")],
+  ["Mode", row => list(row.stream ? "streamed" : "whole", retries(row),
+    row.cache && "cache " + row.cache)],
   ["Session", row => row.session],
   ["Id", row => row.id],
 ];
-const failed = row => row.status >= 400 || Boolean(row.error);
 const retries = row => row.retries && count(row.retries, "retry", "retries");
-const lessons = row => row.lessons && row.lessons.length && count(row.lessons.length, "lesson", "lessons");
 function modelCell(row) {
-  const notes = joined(row.cache === "hit" && "answered from the cache", retries(row), lessons(row),
-                       row.broke && "prefix cache lost");
-  const cell = el("span", {}, row.model || row.asked || NONE);
-  if (row.error) cell.append(el("small", { class: "bad" }, String(row.error)));
-  if (notes) cell.append(el("small", {}, notes));
-  return cell;
+  const learned = row.lessons.length;
+  const notes = list(row.cache === "hit" && "answered from the cache", retries(row),
+    learned && count(learned, "lesson", "lessons"), row.broke && "prefix cache lost");
+  const lines = [el("small", { class: "bad" }, row.error || ""), el("small", {}, notes)];
+  return el("span", {}, row.model || row.asked || NONE, ...lines.filter(line => line.textContent));
 }
-function showRequests() {
-  const rows = page.stats.requests || [];
-  byId("requests-none").hidden = rows.length > 0;
-  byId("requests").hidden = !rows.length;
-  const lines = rows.map(row => page.opened.has(row.id) ? [{ row }, { detail: row }] : [{ row }]);
-  sync(byId("requests").tBodies[0], lines.flat(), line => line.row ? requestRow(line.row) : detailRow(line.detail));
+function headRow() {
+  const cells = COLUMNS.map(([title, kind]) => el("th", { class: kind }, title));
+  return el("thead", {}, el("tr", {}, ...cells));
 }
+// A request is a tbody of its own, which takes the details in when its row is clicked.
 function requestRow(row) {
-  const line = el("tr", { "data-id": row.id }, ...COLUMNS.map(([, kind, cell]) => el("td", { class: kind }, cell(row))));
+  const cells = COLUMNS.map(([, kind, cell]) => el("td", { class: kind }, cell(row)));
+  const line = el("tr", { "data-id": row.id }, ...cells), body = el("tbody", {}, line);
   line.addEventListener("click", () => {
-    if (!page.opened.delete(row.id)) page.opened.add(row.id);
-    line.querySelector("button").setAttribute("aria-expanded", page.opened.has(row.id));
-    showRequests();
+    const details = line.nextElementSibling;
+    if (details) details.remove();
+    else body.append(detailRow(row));
+    line.querySelector("button").setAttribute("aria-expanded", !details);
   });
-  return line;
+  return body;
 }
 function detailRow(row) {
   const pairs = DETAILS.map(([name, text]) => [name, text(row)]).filter(([, text]) => text);
-  const list = el("dl", { class: "pairs" }, ...pairs.map(pair));
-  return el("tr", { class: "detail" }, el("td", { colspan: COLUMNS.length }, list));
+  const details = el("dl", { class: "pairs" }, ...pairs.map(pair));
+  return el("tr", { class: "detail" }, el("td", { colspan: COLUMNS.length }, details));
 }
 function showCache(cache) {
-  put("cache-mode", cache.enabled ? "On, key mode " + cache.mode + ", kept for " + span(cache.ttl) : "Off (CACHE_ENABLED)");
-  put("cache-error", cache.error ? String(cache.error) : "");
+  put("cache-mode", !cache.enabled ? "Off (CACHE_ENABLED)"
+    : "On, key mode " + cache.mode + ", kept for " + span(cache.ttl));
+  put("cache-error", cache.error || "");
   sync(byId("cache-text"), !cache.enabled ? [] : [
-    ["Hit rate", joined(percent(cache.hit_rate), number(cache.hits) + " hits, " + number(cache.misses) + " misses")],
-    ["Kept", joined(count(cache.entries, "entry", "entries"), bytes(cache.bytes))],
+    ["Hit rate", list(percent(cache.hit_rate),
+      number(cache.hits) + " hits, " + number(cache.misses) + " misses")],
+    ["Kept", list(count(cache.entries, "entry", "entries"), bytes(cache.bytes))],
     ["So far", number(cache.inserts) + " stored, " + number(cache.evictions) + " evicted"],
     ["Saved", duration(cache.saved_ms) + " of waiting"],
   ], pair);
 }
-function showLessons(rows) {
-  put("lessons-count", rows.length ? count(rows.length, "lesson", "lessons") : "Nothing had to be learned yet.");
-  byId("lessons-forget").hidden = !rows.length;
-  sync(byId("lessons"), rows, row => el("li", {}, row.text, el("small", {}, row.model + " at " + row.upstream)));
+function showLessons(lessons) {
+  const many = lessons.length;
+  put("lessons-count", many ? count(many, "lesson", "lessons") : "Nothing had to be learned yet.");
+  byId("lessons-forget").hidden = !many;
+  sync(byId("lessons"), lessons,
+    row => el("li", {}, row.text, el("small", {}, row.model + " at " + row.upstream)));
 }
-function settingRow(row) {
-  const kind = row.origin && row.origin !== "default" ? "changed" : "soft", value = row.value;
-  return el("tr", {}, el("td", {}, el("code", {}, row.name), el("small", { class: "wide" }, row.help || "")),
-            el("td", {}, value === null || value === undefined || value === "" ? NONE : String(value)),
-            el("td", { class: kind }, row.origin || NONE));
+function settingRow({ name, help, value, origin }) {
+  return el("tr", {},
+    el("td", {}, el("code", {}, name), el("small", { class: "wide" }, help)),
+    el("td", {}, value || NONE),
+    el("td", { class: origin === "default" ? "soft" : "changed" }, origin));
 }
 
 // -- Start
-byId("requests").tHead.rows[0].append(...COLUMNS.map(([title, kind]) => el("th", { scope: "col", class: kind }, title)));
-byId("cache-clear").addEventListener("click", () => act("cache/clear", "Cache cleared"));
-byId("cache-expired").addEventListener("click", () => act("cache/clear-expired", "Expired entries cleared"));
-byId("lessons-forget").addEventListener("click", () => act("lessons/forget", "Lessons forgotten"));
+function onPress(id, path, done) {
+  byId(id).addEventListener("click", async () => {
+    try { tell(done + ": " + number((await call(path, "POST")).removed) + " removed."); }
+    catch (error) { tell("Not done: " + error.message); }
+    refresh();
+  });
+}
+onPress("cache-clear", "cache/clear", "Cache cleared");
+onPress("cache-expired", "cache/clear-expired", "Expired entries cleared");
+onPress("lessons-forget", "lessons/forget", "Lessons forgotten");
 byId("key-form").addEventListener("submit", event => {
   event.preventDefault();
-  keepKey(byId("key").value.trim());
+  memory.ccfixKey = byId("key").value.trim();
   byId("key").value = "";
   refresh();
 });
@@ -9553,15 +9580,23 @@ refresh();
 
 
 def status_page(nonce):
-    """The status page as bytes. It holds no data: its script reads GET /stats; nonce is a fresh one for each answer."""
+    """The status page, for GET / of a browser -> bytes.
+
+    nonce: a fresh random string for each answer, the same as in `page_policy`.
+    """
     return PAGE.replace("{nonce}", nonce).encode("ascii")
 
 
 def page_policy(nonce):
-    """Content-Security-Policy of the page: its own style and script, calls to this server, and nothing else."""
+    """The Content-Security-Policy of the page (https://www.w3.org/TR/CSP3/) -> string.
+
+    It allows the page's own style and script, by their nonce, and calls to this server. img-src is
+    for the empty icon alone, without which a browser asks for /favicon.ico. frame-ancestors keeps
+    other sites from showing the page, and its buttons, in a frame of theirs.
+    """
     return (
-        "default-src 'none'; script-src 'nonce-{0}'; style-src 'nonce-{0}'; connect-src 'self'; img-src data:; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        "default-src 'none'; script-src 'nonce-{0}'; style-src 'nonce-{0}'; connect-src 'self'; "
+        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     ).format(nonce)
 
 

@@ -12266,7 +12266,7 @@ class TestStatusPage(unittest.TestCase):
     def test_ids_that_the_script_asks_for_exist_once(self):
         ids = re.findall(r"\sid=\"([\w-]+)\"", self.page)
         self.assertEqual(len(ids), len(set(ids)))
-        asked = set(re.findall(r"(?:byId|put)\(\"([\w-]+)\"", self.page))
+        asked = set(re.findall(r"(?:byId|put|onPress)\(\"([\w-]+)\"", self.page))
         self.assertLessEqual(asked, set(ids))
         self.assertLessEqual(
             {
