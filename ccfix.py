@@ -10493,724 +10493,592 @@ def claude_files(home):
     return [file_text(place) for place in places]
 
 
-# ---- check: what the target can do, through the code that serves ---------------------------------------
+# ---- check: what the target can do, through the code that serves ---------------------------------
+#
+# A row of CHECKS is a name and a function, which asks one thing of the target and returns a Verdict.
+# It asks through the Proxy and Exchange that serve Claude Code, so a row shows what Claude Code
+# would get, with everything that ccfix does for it except second tries. A ProxyError on the way is
+# a verdict as well. Each docstring says what the row proves, and what Claude Code does without it
+# (seen with Claude Code 2.1.330).
 
-ROW_SECONDS, LONG_SECONDS = (
-    60,
-    180,
-)  # for one question; for a long prompt, which a small machine reads slowly
+ROW_SECONDS, LONG_SECONDS = 60, 180  # for one question; for a long prompt on a small machine
 ANSWER_TOKENS = 400  # enough for a model that thinks before it calls a tool
-FIRST_REQUEST = 13000  # tokens of Claude Code's first request
+FIRST_REQUEST = 13000  # tokens of Claude Code's first request, by its own count
+# Tokens of a context window. Below the first, hardly a file fits in beside that request; up to the
+# second, a conversation is compacted often: Claude Code keeps 33,000 tokens free.
 LEAST_CONTEXT, GOOD_CONTEXT = 20000, 64000
 CODE_WORD = "ZEBRA-42"
 
+# The tool of all rows about tools, described as Claude Code describes its own.
 WEATHER = {
     "name": "get_weather",
     "description": "The weather of today at a place.",
     "input_schema": {
         "type": "object",
-        "properties": {"place": {"type": "string", "description": "a city"}},
+        "properties": {"place": {"type": "string"}},
         "required": ["place"],
         "additionalProperties": False,
     },
 }
+# name -> arguments of Tester.ask. Several rows look at these answers, so each is asked only once.
+QUESTIONS = {
+    "plain": {"content": "Reply with the one word: pong", "stream": False},
+    "count": {"content": "Count from 1 to 30 in digits, separated by blanks."},
+    "tool": {"content": "What is the weather in Paris? Use the tool.", "tools": [WEATHER]},
+}
+# A PNG in base64. 64 x 64 pixels, since some vision models refuse a picture of under 28.
+RED_SQUARE = (
+    "iVBORw0KGgoAAAANSUhEUgAAAEAAAABAAQMAAACQp+OdAAAAA1BMVEX/AAAZ4gk3AAAAD0lEQVR42mNgGAWj"
+    "gHwAAAJAAAHgTR1EAAAAAElFTkSuQmCC"
+)
 
-Verdict = collections.namedtuple("Verdict", "status seen fix")
-Verdict.__doc__ = """What a row of `check` found. status: ok, fail or skip; seen: in a few words; fix: what to do, or ""."""
-
+# kind of a ProxyError -> what to do. The other kinds have no fix that helps in general.
 ADVICE = {
-    # kind of an UpstreamError -> what to do
-    "auth": "set the right key: TARGET_API_KEY in .env or the environment, or -k KEY",
+    "auth": "set the right key: -k KEY, or TARGET_API_KEY in the environment or .env",
     "billing": "add credit at the provider, or choose another one",
     "policy": "ask the provider what this key may use",
     "model": "choose one of the provider's models: -m NAME, or TARGET_MODEL",
     "path": "check the base URL (-b, TARGET_API_BASE): most end in /v1",
-    "overflow": "choose a model with a larger context window, or raise the server's (llama.cpp: -c, vLLM: --max-model-len)",
-    "timeout": "the server is overloaded or loads its model: try again; for a slow one raise TARGET_TIMEOUT",
-    "rate": "wait until the provider's limit allows more, or ask it for a higher one",
+    "overflow": "choose a model with a larger context window, or raise the server's (llama.cpp: -c, "
+    "vLLM: --max-model-len, Ollama: OLLAMA_CONTEXT_LENGTH=65536)",
+    "timeout": "try again; for a server that is always slow, raise TARGET_TIMEOUT",
+    "rate": "wait until the provider's limit allows more, or ask for a higher one",
     "overloaded": "try again later, or set TARGET_MODEL_FALLBACK",
-    "server": "try again later; if it stays, the server's own log has the reason",
-    "cut": "try again; if it stays, look at the server's log and at proxies between",
-    "sampling": "choose a model that is better at tools",
+    "server": "try again later; if it persists, see the server's own log",
+    "cut": "try again; if it persists, see the server's log, and look for proxies in between",
 }
+TRAINED = "choose a model that was trained for tools"
+# profile -> what makes tools work there, where a model trained for them is not enough
 NO_TOOLS = {
-    # profile -> what makes tools work there
-    "vllm": "start vLLM with --enable-auto-tool-choice and the --tool-call-parser of the model",
-    "sglang": "start SGLang with the --tool-call-parser of the model",
-    "llamacpp": "start llama-server with --jinja, and take a model that was trained for tools",
-    "ollama": "take a model with the mark 'tools' in Ollama's library",
-    "lmstudio": "take a model with the hammer sign in LM Studio",
+    "vllm": "start vLLM with --enable-auto-tool-choice and the model's --tool-call-parser",
+    "sglang": "start SGLang with the model's --tool-call-parser",
+    "llamacpp": "start llama-server with --jinja, or " + TRAINED,
+    "ollama": "choose a model that Ollama's library tags with 'tools'",
+    "lmstudio": "choose a model with the hammer sign in LM Studio",
 }
+
+# What a row found. status: ok, fail or skip (it cannot tell); seen: in a few words; fix: what to do.
+Verdict = collections.namedtuple("Verdict", "status seen fix")
 
 
 def ok(seen):
     return Verdict("ok", seen, "")
 
 
+def skip(seen):
+    return Verdict("skip", seen, "")
+
+
 def fail(seen, fix=""):
     return Verdict("fail", seen, fix)
 
 
-def brief(text):
-    """A model's words in quotes, on one short line."""
-    return ascii(text[:40]) + ("..." if len(text) > 40 else "")
-
-
 def failure(error):
-    """The Verdict of a ProxyError; where its message ends with advice, that is the fix."""
+    """The Verdict of a ProxyError that a request to the target ended with."""
+    # The message of a connection error has its own advice: "... (Connection refused): check that ..."
     seen, parenthesis, advice = error.message.partition("): ")
     if error.kind == "connect" and parenthesis:
         return fail(seen + ")", advice)
     return fail(error.message, ADVICE.get(error.kind, ""))
 
 
-class Answer(object):
-    """A finished answer: message (Anthropic's), usage (the provider's own, {} if it told none), plan, and the seconds at which
-    the first content and the end came; pieces: deltas of text and thinking."""
+def quote(text):
+    """The beginning of a model's words, in quotes, on one line."""
+    return ascii(text[:40]) + ("..." if len(text) > 40 else "")
 
-    def __init__(self, exchange, events, seconds):
-        self.message, self.plan, self.usage = fold(events), exchange.plan, exchange.translator.usage
-        marks = [at for at, event in zip(seconds, events) if event["type"] == "content_block_delta"]
-        self.first, self.last, self.pieces = (
-            (marks[0], marks[-1], len(marks)) if marks else (0, 0, 0)
-        )
-        self.tokens = exchange.translator.usage_now()
+
+class Answer:
+    """What the target answered to one question. Raises ProxyError, like Exchange.events."""
+
+    def __init__(self, exchange):
+        events, began = [], time.monotonic()
+        self.marks = []  # seconds after which each piece of text, thinking or arguments came
+        for event in filter(None, exchange.events()):
+            events.append(event)
+            if event["type"] == "content_block_delta":
+                self.marks.append(time.monotonic() - began)
+        if exchange.broken_by():
+            raise exchange.error
+        self.message = fold(events)  # Anthropic's message (dict)
+        self.plan = exchange.plan  # with the lessons learned on the way
+        self.usage = exchange.translator.usage  # the provider's own; {} if it told none
+        self.tokens = exchange.translator.usage_now()  # Anthropic's usage; estimated if need be
+        self.text = "".join(block["text"] for block in self.blocks("text")).strip()
 
     def blocks(self, kind):
         return [block for block in self.message["content"] if block["type"] == kind]
 
-    def text(self):
-        return "".join(block["text"] for block in self.blocks("text")).strip()
+    def prompt_tokens(self):
+        """Tokens of the prompt, whether read anew, from a cache or into one."""
+        return sum(count for name, count in self.tokens.items() if name != "output_tokens")
 
-    def read(self):
-        """Prompt tokens, however they were paid for."""
-        return sum(
-            self.tokens[name]
-            for name in ("input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens")
-        )
+    def calls(self):
+        """The tool calls that fit WEATHER; Claude Code answers any other with an error."""
+        return [
+            block
+            for block in self.blocks("tool_use")
+            if block["name"] == WEATHER["name"] and isinstance(block["input"].get("place"), str)
+        ]
 
 
-class Tester(object):
-    """What the rows of `check` share: a proxy that tries nothing twice, and what it was told so far.
+class Tester:
+    """What the rows share: a Proxy that tries nothing twice, and what the target has said so far.
 
-    asked: the model name that is asked for, whose family decides where it goes. Nothing of what is set may hide or mend
-    what the target does: the settings are changed for that.
+    settings is changed, so that nothing in it hides or repairs what the target does. asked: the
+    model name that Claude Code would ask for; its family decides where requests go. models: the
+    names that the provider lists, once a row has looked. To be closed.
     """
 
     def __init__(self, settings, asked="ccfix-check"):
         self.settings, self.asked, self.models, self.known = settings, asked, [], {}
-        (
-            settings.target_retries,
-            settings.target_model_fallback,
-            settings.cache_enabled,
-            settings.record_dir,
-        ) = (0, "", False, "")
-        self.nowhere = open(os.devnull, "w")
-        self.proxy = Proxy(
-            lambda: settings,
-            Log(settings, sys.stderr if settings.log_level == "debug" else self.nowhere),
-        )
+        settings.target_retries, settings.target_model_fallback = 0, ""
+        settings.cache_enabled, settings.record_dir = False, ""
+        out = sys.stderr if settings.log_level == "debug" else io.StringIO()
+        self.proxy = Proxy(lambda: settings, Log(settings, out))
 
+    @property
     def plan(self):
-        return plan_request(self.settings, self.asked, False, self.proxy.profile_of(self.settings))
+        """Where requests go, and how. Each time anew: a probe or a lesson changes the profile."""
+        profile_of = self.proxy.profile_of(self.settings)
+        return plan_request(self.settings, self.asked, False, profile_of)
 
-    def open(self, method, url, body=None, limit=ROW_SECONDS):
-        """(status, bytes) of a plain request to the provider. Raises ProxyError."""
-        data = None if body is None else compact_json(body).encode()
-        reply = self.proxy.upstream(self.settings).open(
-            method,
-            url,
-            upstream_headers(self.plan(), self.settings, {}),
-            data,
-            patience(limit),
-            limit,
-        )
-        try:
-            return reply.status, reply.read(4 << 20)
-        finally:
-            reply.close()
+    def ask(self, content="", limit=ROW_SECONDS, **fields):
+        """The Answer to a user's content (string or blocks), within `limit` seconds.
 
-    def ask(self, content, limit=ROW_SECONDS, **fields):
-        """The Answer to a user's content, or to a list of messages, as an Anthropic request. Raises ProxyError."""
-        messages = (
-            content
-            if isinstance(content, list) and "role" in content[0]
-            else [{"role": "user", "content": content}]
-        )
-        body = dict(
-            {
-                "model": self.asked,
-                "max_tokens": ANSWER_TOKENS,
-                "stream": True,
-                "messages": messages,
-            },
-            **fields,
-        )
+        fields: further fields of the request, or others instead. Raises ProxyError.
+        """
+        body = {"model": self.asked, "max_tokens": ANSWER_TOKENS, "stream": True}
+        body["messages"] = [{"role": "user", "content": content}]
+        body.update(fields)
         exchange = Exchange(self.proxy, body, {}, patience(limit))
         exchange.bytes_in = len(compact_json(body))
-        events, marks, began = [], [], time.monotonic()
         try:
-            for event in exchange.events():
-                if event is not None:
-                    events.append(event)
-                    marks.append(time.monotonic() - began)
-        except Dropped as dropped:
+            return Answer(exchange)
+        except Dropped as dropped:  # a stream that broke off: here, just another error
             raise dropped.args[0]
-        if exchange.broken_by():
-            raise exchange.error
-        return Answer(exchange, events, marks)
 
-    def once(self, name, ask):
-        """ask() -> Answer, asked only once: several rows look at it. What it raised is raised again."""
+    def once(self, name):
+        """The Answer to one of QUESTIONS. What it raised the first time it raises each time."""
         if name not in self.known:
             try:
-                self.known[name] = ask()
+                self.known[name] = self.ask(**QUESTIONS[name])
             except ProxyError as error:
                 self.known[name] = error
         if isinstance(self.known[name], ProxyError):
             raise self.known[name]
         return self.known[name]
 
-    def plain(self):
-        return self.once("plain", lambda: self.ask("Reply with the one word: pong", stream=False))
-
-    def counting(self):
-        return self.once(
-            "stream",
-            lambda: self.ask(
-                "Count from 1 to 30 in digits, separated by blanks. Write nothing else."
-            ),
-        )
-
-    def calling(self):
-        return self.once(
-            "tool", lambda: self.ask("What is the weather in Paris? Use the tool.", tools=[WEATHER])
-        )
+    def plain_error(self):
+        """The ProxyError that the plain question ends with, or None."""
+        try:
+            self.once("plain")
+        except ProxyError as error:
+            return error
 
     def close(self):
         if self.proxy.wires:
             self.proxy.wires[1].close()
         if self.proxy.store:
             self.proxy.store.close()
-        self.nowhere.close()
 
 
 def models_url(plan):
-    """Where a provider lists its models."""
-    parts = urllib.parse.urlsplit(plan.base)
-    path = (
-        re.sub(r"/v1$", "", parts.path) + "/v1"
-        if plan.profile.format == "anthropic"
-        else parts.path
-    ) + "/models"
-    return urllib.parse.urlunsplit((parts.scheme, parts.netloc, path, parts.query, ""))
+    """Where a provider lists its models: beside the address that requests go to."""
+    url = endpoint(plan.base, plan.profile.format, "models")
+    return url.replace("/chat/completions", "/models")
 
 
-TLS_WORDS = {
-    False: ", TLS verified",
-    True: ", TLS NOT verified (INSECURE): anyone on the way can read the key",
-}
+# The first four rows. Where one of them fails, the rest would only say the same again.
 
 
 def is_reachable(tester):
-    """Name, network, proxy and TLS: any HTTP answer will do."""
-    plan = tester.plan()
-    status, raw = tester.open("GET", models_url(plan), limit=20)
-    tester.models = model_names(as_dict(json_or_none(raw))) if status == 200 else []
-    way = tester.proxy.upstream(tester.settings).route(plan.base)
-    tester.proxy.probe(plan, patience(10))
-    return ok(
-        host_port(way.host, way.port)
-        + " answers"
-        + (TLS_WORDS[tester.settings.insecure] if way.scheme == "https" else "")
-        + (", through the proxy " + host_port(*way.proxy) if way.proxy else "")
-        + "; profile "
-        + tester.plan().profile.name
-    )
+    """Name, network, proxy and TLS work: any HTTP answer will do.
+
+    Otherwise Claude Code says "API Error" after three minutes of trying again.
+    """
+    plan, upstream = tester.plan, tester.proxy.upstream(tester.settings)
+    headers = upstream_headers(plan, tester.settings, {})
+    tester.models = model_names(get_json(upstream, models_url(plan), 20, headers))
+    tester.proxy.probe(plan, patience(10))  # tells a local server's kind, and so its profile
+    way = upstream.route(plan.base)
+    seen = host_port(way.host, way.port) + " answers"
+    if way.scheme == "https":
+        seen += ", TLS %s" % ("NOT verified (INSECURE)" if tester.settings.insecure else "verified")
+    if way.proxy:
+        seen += ", through the proxy " + host_port(*way.proxy)
+    return ok("%s; profile %s" % (seen, tester.plan.profile.name))
+
+
+def judge_plain(tester, kinds, seen):
+    """The Verdict by the plain question: `seen` if it was answered, else whether it failed with
+    one of these kinds of errors; another row tells of the others."""
+    error = tester.plain_error()
+    if error is None:
+        return ok(seen)
+    if error.kind in kinds:
+        return failure(error)
+    return skip("unknown: the question failed otherwise, see below")
 
 
 def takes_key(tester):
-    """The key, proved by a question: many providers list their models to everyone."""
-    try:
-        tester.plain()
-    except ProxyError as error:
-        if error.kind in ("auth", "billing", "policy", "connect"):
-            return failure(error)
-        return Verdict("skip", "not to be told: the question failed otherwise, see below", "")
-    return ok("accepted" if tester.plan().key else "none given, none needed")
+    """The key holds. A question proves it, since many providers list their models to everyone.
+
+    Otherwise every turn ends with an error about the login (401, 403) or the credit (402).
+    """
+    seen = "accepted" if tester.plan.key else "none given, none needed"
+    return judge_plain(tester, ("auth", "billing", "policy", "connect"), seen)
 
 
 def has_model(tester):
-    plan, kind = tester.plan(), ""
-    try:
-        tester.plain()
-    except ProxyError as error:
-        kind = error.kind
-    if not kind:
-        return ok(
-            plan.model
-            + (
-                ""
-                if plan.model in tester.models or not tester.models
-                else " answers, though the provider does not list it"
-            )
-        )
-    if kind not in ("model", "path") or plan.model in tester.models:
-        return Verdict(
-            "skip",
-            plan.model + (" is listed" if plan.model in tester.models else ": not to be told"),
-            "",
-        )
-    import difflib
+    """The provider knows the model; otherwise the fix has names from its list.
 
-    near = difflib.get_close_matches(plan.model, tester.models, 4, 0.4)
-    near += [
-        name for name in tester.models if plan.model.lower() in name.lower() and name not in near
-    ]
-    shown = near or tester.models
-    fix = "-m with one of: " + shorten(", ".join(shown[:12]), 300) if shown else ADVICE["model"]
-    if kind == "path":
-        return fail(
-            "the provider has no such address, or no model %s" % plan.model,
-            ADVICE["path"] + "; or " + fix,
-        )
-    return fail("the provider has no model %s" % plan.model, fix)
+    Without it, Claude Code says that the selected model may not exist (404).
+    """
+    model = tester.plan.model
+    kinds = () if model in tester.models else ("model", "path")
+    verdict = judge_plain(tester, kinds, model)
+    if verdict.status != "fail":
+        return verdict
+    import difflib  # nothing else needs it, and a start should not wait for it
+
+    near = difflib.get_close_matches(model, tester.models, 12, 0.3) or tester.models[:12]
+    fix = "-m with one of: " + shorten(", ".join(near), 300) if near else ADVICE["model"]
+    if tester.plain_error().kind == "model":
+        return fail("the provider has no model " + model, fix)
+    return fail("no such address, or no model " + model, ADVICE["path"] + "; or " + fix)
 
 
 def answers_plainly(tester):
-    answer = tester.plain()
-    if answer.text():
-        return ok("%s, %d tokens" % (brief(answer.text()), answer.tokens["output_tokens"]))
+    """A whole answer, without streaming: what Claude Code asks for after a stream has failed."""
+    return judge_text(tester.once("plain"))
+
+
+def judge_text(answer):
+    """The Verdict of an answer that should be text."""
+    if answer.text:
+        return ok("%s, %d tokens" % (quote(answer.text), answer.tokens["output_tokens"]))
+    if answer.blocks("tool_use"):
+        return fail("a tool call instead of text", TRAINED)
     if answer.blocks("thinking"):
         return ok("thinking only, within %d tokens" % ANSWER_TOKENS)
-    return fail(
-        "an empty answer",
-        "choose another model, or look at the server's log: its chat template may not fit",
-    )
+    fix = "choose another model, or see the server's log: its chat template may not fit"
+    return fail("an empty answer", fix)
+
+
+# The stream.
 
 
 def streams(tester):
-    answer = tester.counting()
-    if not answer.pieces:
+    """The answer comes in pieces. In one piece it works as well, but nothing is seen for long."""
+    answer = tester.once("count")
+    if not answer.marks:
         return fail("an empty stream", ADVICE["server"])
-    if answer.pieces == 1 and answer.tokens["output_tokens"] > 8:
-        return ok(
-            "all in one piece: nothing is seen before the end (the server, or a proxy between, holds it back)"
-        )
-    return ok("%d pieces in %.1f s" % (answer.pieces, answer.last))
+    if len(answer.marks) == 1 and answer.tokens["output_tokens"] > 8:
+        return ok("all in one piece, at the end: the server, or a proxy in between, holds it back")
+    return ok("%d pieces in %.1f s" % (len(answer.marks), answer.marks[-1]))
 
 
 def tells_usage(tester):
-    usage = tester.counting().usage
-    prompt, output = positive_int(usage, "prompt_tokens", "input_tokens"), positive_int(
-        usage, "completion_tokens", "output_tokens"
+    """The stream tells token counts. Claude Code adds them up to know when to compact; where there
+    are none, ccfix sends estimates in their place."""
+    usage = tester.once("count").usage
+    told = (
+        positive_int(usage, "prompt_tokens", "input_tokens"),
+        positive_int(usage, "completion_tokens", "output_tokens"),
     )
-    if prompt and output:
-        return ok("%d in, %d out" % (prompt, output))
-    return fail(
-        "none: token counts are estimates, so the context shown and when it is compacted are too",
-        "turn on usage in the server's streams",
-    )
+    if all(told):
+        return ok("%d in, %d out" % told)
+    seen = "none: token counts are estimates, so compaction may come early or late"
+    return fail(seen, "turn on usage in the server's streams")
 
 
-def calls_of(answer):
-    """The answer's tool calls that fit the tool."""
-    return [
-        block
-        for block in answer.blocks("tool_use")
-        if block["name"] == "get_weather" and isinstance(block["input"].get("place"), str)
-    ]
+def is_fast(tester):
+    """How long a user waits, and how fast the answer comes then; for a person to judge."""
+    answer = tester.once("count")
+    first, last = (answer.marks or [0])[0], (answer.marks or [0])[-1]
+    seen = "first content after %.2f s" % first
+    if last > first:
+        seen += ", then %.0f tokens/s" % ((answer.tokens["output_tokens"] - 1) / (last - first))
+    return ok(seen)
 
 
-def no_call(tester, answer):
-    """The Verdict where a tool call was expected."""
-    said = (
-        "a call that does not fit the tool: " + compact_json(answer.blocks("tool_use")[0]["input"])
-        if answer.blocks("tool_use")
-        else "text instead of a call: " + brief(answer.text())
-    )
-    return fail(
-        said, NO_TOOLS.get(tester.plan().profile.name, "choose a model that was trained for tools")
-    )
+# Tools: without them Claude Code reads no file and runs no command, it only talks.
 
 
 def calls_tool(tester):
-    answer = tester.calling()
-    found = calls_of(answer)
-    return (
-        ok("%s(%s)" % (found[0]["name"], compact_json(found[0]["input"])))
-        if found
-        else no_call(tester, answer)
-    )
+    """The model calls a tool when it is told to."""
+    return judge_call(tester, tester.once("tool"))
+
+
+def judge_call(tester, answer):
+    """The Verdict of an answer that should call WEATHER."""
+    if answer.calls():
+        return ok("get_weather(%s)" % compact_json(answer.calls()[0]["input"]))
+    seen = "text instead of a call: " + quote(answer.text)
+    if answer.blocks("tool_use"):
+        call = answer.blocks("tool_use")[0]
+        seen = "a call that does not fit the tool: " + compact_json(call["input"])
+    return fail(seen, NO_TOOLS.get(tester.plan.profile.name, TRAINED))
 
 
 def calls_forced_tool(tester):
-    answer = tester.ask(
-        "Good morning! I am in Rome.",
-        tools=[WEATHER],
-        tool_choice={"type": "tool", "name": "get_weather"},
-    )
-    if calls_of(answer):
+    """tool_choice is obeyed; the words alone would not lead to a call."""
+    choice = {"type": "tool", "name": WEATHER["name"]}
+    answer = tester.ask("Good morning! I am in Rome.", tools=[WEATHER], tool_choice=choice)
+    if answer.calls():
         return ok("called when told to")
-    return no_call(tester, answer)._replace(
-        fix="Claude Code does without it, but for --json-schema and a few side requests"
-    )
+    fix = "Claude Code does without it, but for --json-schema and a few side requests"
+    return judge_call(tester, answer)._replace(fix=fix)
 
 
 def calls_in_parallel(tester):
-    answer = tester.ask(
-        "What is the weather in Paris, and what is it in Rome? Call the tool for both cities at once.",
-        tools=[WEATHER],
-    )
-    found = calls_of(answer)
-    return (
-        ok("%d calls in one answer" % len(found))
-        if len(found) > 1
-        else fail("%d call in one answer: work takes more turns" % len(found))
-    )
+    """One answer has two calls. Claude Code then runs both at once; otherwise, turn by turn."""
+    question = "What is the weather in Paris, and what in Rome? Call the tool for both at once."
+    calls = len(tester.ask(question, tools=[WEATHER]).calls())
+    if calls > 1:
+        return ok("%d calls in one answer" % calls)
+    return fail("%d call in one answer: work takes more turns" % calls)
 
 
 def takes_result(tester):
-    """A whole tool turn: the call that it made, or one in its place, and the result."""
-    question = {"role": "user", "content": "What is the weather in Paris? Use the tool."}
-    try:
-        content = tester.calling().message["content"] if calls_of(tester.calling()) else None
-    except ProxyError:
-        content = None
-    content = content or [
-        {
-            "type": "tool_use",
-            "id": "toolu_0123456789abcdef",
-            "name": "get_weather",
-            "input": {"place": "Paris"},
-        }
+    """A whole tool turn: the model's own call, with all that came with it, and a result.
+
+    Otherwise each piece of work ends after its first tool call. The call must be the model's own:
+    some providers refuse one without the reasoning that they had sent with it.
+    """
+    answer = tester.once("tool")
+    if not answer.calls():
+        return skip("not tried: there is no call to answer")
+    result = {"type": "tool_result", "content": "11 degrees, heavy rain"}
+    results = [dict(result, tool_use_id=call["id"]) for call in answer.blocks("tool_use")]
+    messages = [
+        {"role": "user", "content": QUESTIONS["tool"]["content"]},
+        {"role": "assistant", "content": answer.message["content"]},
+        {"role": "user", "content": results},
     ]
-    results = [
-        {"type": "tool_result", "tool_use_id": block["id"], "content": "11 degrees, heavy rain"}
-        for block in content
-        if block["type"] == "tool_use"
-    ]
-    answer = tester.ask(
-        [question, {"role": "assistant", "content": content}, {"role": "user", "content": results}],
-        tools=[WEATHER],
-    )
-    if answer.text():
-        return ok(brief(answer.text()))
-    if answer.blocks("tool_use"):
-        return fail(
-            "the model calls again instead of answering",
-            "choose a model that was trained for tools",
-        )
-    return (
-        ok("thinking only, within %d tokens" % ANSWER_TOKENS)
-        if answer.blocks("thinking")
-        else fail("an empty answer", ADVICE["server"])
-    )
+    return judge_text(tester.ask(tools=[WEATHER], messages=messages))
+
+
+# What not every model can do.
 
 
 def thinks(tester):
+    """Reasoning is shown. Claude Code shows it too, and sends it back; it works without."""
     answer = tester.ask(
         "How many times is the letter r in strawberry? Think first.",
         max_tokens=1200,
         thinking={"type": "enabled", "budget_tokens": 1024},
-        output_config={"effort": "low"},
     )
-    thought = "".join(block["thinking"] for block in answer.blocks("thinking"))
-    return (
-        ok("%d characters" % len(thought))
-        if thought
-        else Verdict("skip", "none shown; the model or the provider does without", "")
-    )
-
-
-def red_square(size=64):
-    """A PNG in base64."""
-
-    def part(kind, data):
-        return (
-            len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
-        )
-
-    rows = (b"\0" + b"\xff\0\0" * size) * size
-    head = size.to_bytes(4, "big") * 2 + b"\x08\x02\0\0\0"
-    png = (
-        b"\x89PNG\r\n\x1a\n"
-        + part(b"IHDR", head)
-        + part(b"IDAT", zlib.compress(rows))
-        + part(b"IEND", b"")
-    )
-    return base64.b64encode(png).decode()
+    size = sum(len(block["thinking"]) for block in answer.blocks("thinking"))
+    if size:
+        return ok("%d characters" % size)
+    return skip("none shown; the model or the provider does without")
 
 
 def sees(tester):
-    mend = "for pictures name a model that sees: TARGET_MODEL_IMAGE"
-    if not tester.plan().profile.images:
-        return fail("the provider is known to take no images", mend)
-    picture = {
-        "type": "image",
-        "source": {"type": "base64", "media_type": "image/png", "data": red_square()},
-    }
-    answer = tester.ask(
-        [
-            picture,
-            {
-                "type": "text",
-                "text": "Which colour is this picture? Answer with the name of the colour.",
-            },
-        ]
-    )
-    if not answer.plan.profile.images:
-        return fail("the provider refused the image", mend)
-    return (
-        ok("it saw the colour")
-        if "red" in answer.text().lower()
-        else fail("it did not see a red square: " + brief(answer.text()), mend)
-    )
+    """The model tells the colour of a picture. Some servers drop images without a word."""
+    source = {"type": "base64", "media_type": "image/png", "data": RED_SQUARE}
+    question = "Which colour is this picture? Answer with the name of the colour."
+    answer = tester.ask([{"type": "image", "source": source}, {"type": "text", "text": question}])
+    if "red" in answer.text.lower():
+        return ok("it saw the colour")
+    seen = "it did not see a red square: " + quote(answer.text)
+    if not answer.plan.profile.images:  # known before, or a lesson: ccfix left the picture out
+        seen = "the provider is known to take no images, or refused the image"
+    return fail(seen, "for pictures name a model that sees: TARGET_MODEL_IMAGE")
+
+
+# The context window, and what is remembered of it.
+
+
+def fill_prompt(count):
+    """`count` different lines of some 16 tokens."""
+    line = "%d. The cat sat on the mat and looked at the rain for a while.\n"
+    return "".join(line % number for number in range(count))
 
 
 def holds_context(tester):
-    """The context window: as the provider tells it, else by one prompt of the size of Claude Code's first request."""
-    if (
-        tester.plan().profile.name == "ollama"
-    ):  # it tells the window of loaded models only: now the model is
-        tester.proxy.probe(tester.plan(), patience(10))
-    window = tester.plan().profile.context
-    if window:
-        seen = "%d tokens" % window
-        if window < LEAST_CONTEXT:
-            return fail(
-                seen + "; Claude Code's first request alone has %d" % FIRST_REQUEST,
-                (
-                    ADVICE["overflow"]
-                    if tester.plan().profile.name != "ollama"
-                    else "raise it: OLLAMA_CONTEXT_LENGTH=65536 ollama serve"
-                ),
-            )
-        return ok(
-            seen
-            + (": small, so conversations are compacted often" if window < GOOD_CONTEXT else "")
-        )
-    lines = "\n".join(
-        "%d. The cat sat on the mat and looked at the rain for a while." % number
-        for number in range(900)
-    )
-    answer = tester.ask(
-        "The code word is %s.\n%s\nWhat is the code word at the top?" % (CODE_WORD, lines),
-        LONG_SECONDS,
-    )
-    if answer.usage and answer.read() < FIRST_REQUEST // 2:
-        return fail(
-            "the server cut the prompt to %d tokens without a word" % answer.read(),
-            ADVICE["overflow"],
-        )
-    seen = "took a prompt of %d tokens" % answer.read() + (
-        "" if CODE_WORD in answer.text() else ", but forgot its beginning"
-    )
-    return ok(
-        seen + "; the limit is not told: set MAX_CONTEXT so that Claude Code compacts in time"
-    )
+    """The context window holds Claude Code's first request and some work.
+
+    Its size is what the provider tells; where it tells nothing, a prompt as long is tried.
+    Otherwise the first turn ends with "Prompt is too long", or, where a server cuts prompts without
+    a word, as Ollama did at 4,096 tokens, with an answer to another question.
+    """
+    if tester.plan.profile.name == "ollama":
+        tester.proxy.probe(tester.plan, patience(10))  # it tells only the window of loaded models
+    window = tester.plan.profile.context
+    if not window:
+        return takes_long_prompt(tester)
+    if window < LEAST_CONTEXT:
+        seen = "%d tokens; Claude Code's first request alone has %d" % (window, FIRST_REQUEST)
+        return fail(seen, ADVICE["overflow"])
+    small = ": small, so conversations are compacted often" if window < GOOD_CONTEXT else ""
+    return ok("%d tokens%s" % (window, small))
+
+
+def takes_long_prompt(tester):
+    """The Verdict of `holds_context` for a window of unknown size."""
+    prompt = "The code word is %s.\n%sWhat is the code word at the top?"
+    answer = tester.ask(prompt % (CODE_WORD, fill_prompt(900)), LONG_SECONDS)
+    size = answer.prompt_tokens()
+    if answer.usage and size < FIRST_REQUEST // 2:
+        return fail("the server cut the prompt to %d tokens, silently" % size, ADVICE["overflow"])
+    memory = "" if CODE_WORD in answer.text else ", but forgot its beginning"
+    limit = "the limit is not told: set MAX_CONTEXT so that Claude Code compacts in time"
+    return ok("took a prompt of %d tokens%s; %s" % (size, memory, limit))
 
 
 def caches_prefix(tester):
-    system = "You are a terse clerk. " + " ".join(
-        "Rule %d: keep the file of case %d in drawer %d." % (n, n * 7, n % 13) for n in range(170)
-    )
-    answers = [
-        tester.ask(text, LONG_SECONDS, system=system, max_tokens=16)
-        for text in ("Say yes.", "Say no.")
-    ]
-    read = answers[1].tokens["cache_read_input_tokens"]
-    return (
-        ok("%d of %d tokens" % (read, answers[1].read()))
-        if read
-        else fail("none told: each turn may be read, and paid, anew")
-    )
+    """Of two prompts with one beginning, the second reads it from a cache, and says so.
+
+    Claude Code sends the whole conversation each turn, which without a cache is slow and dear.
+    """
+    system = "You are a terse clerk.\n" + fill_prompt(170)  # most caches begin at 1,024 tokens
+    for question in ("Say yes.", "Say no."):
+        answer = tester.ask(question, LONG_SECONDS, system=system, max_tokens=16)
+    cached = answer.tokens["cache_read_input_tokens"]
+    if cached:
+        return ok("%d of %d tokens" % (cached, answer.prompt_tokens()))
+    return fail("none told: each turn may be read, and paid, anew")
 
 
-def is_fast(tester):
-    answer = tester.counting()
-    rate = (
-        (answer.tokens["output_tokens"] - 1) / (answer.last - answer.first)
-        if answer.last > answer.first
-        else 0
-    )
-    return ok(
-        "first content after %.2f s" % answer.first
-        + (", then %.0f tokens/s" % rate if rate else "")
-    )
-
-
-# Rows of a server that speaks Anthropic: what it writes, byte for byte, and how it refuses.
+# A server that speaks Anthropic itself: what it writes, byte for byte.
 
 
 def orders_events(tester):
-    plan = tester.plan()
-    body = {
-        "model": plan.model,
-        "max_tokens": ANSWER_TOKENS,
-        "stream": True,
-        "messages": [{"role": "user", "content": "Say hello."}],
-    }
-    status, raw = tester.open("POST", endpoint(plan.base, "anthropic"), body)
-    if status != 200:
-        return failure(upstream_error(status, {}, raw))
+    """The events of a stream come as Anthropic's do.
+
+    Claude Code gives up a stream that lacks some, and asks again without streaming; ccfix repairs
+    only what it must read itself.
+    """
+    body = {"model": tester.plan.model, "max_tokens": ANSWER_TOKENS, "stream": True}
+    body["messages"] = [{"role": "user", "content": "Say hello."}]
+    url = endpoint(tester.plan.base, "anthropic")
+    headers = upstream_headers(tester.plan, tester.settings, {})
+    data, wait = compact_json(body).encode(), patience(ROW_SECONDS)
+    upstream = tester.proxy.upstream(tester.settings)
+    with contextlib.closing(upstream.open("POST", url, headers, data, wait)) as reply:
+        raw = reply.read(4 << 20)
+    if reply.status != 200:
+        return failure(upstream_error(reply.status, {}, raw))
     wrong = grammar_fault(raw.decode("utf-8", "replace"))
-    return (
-        fail(wrong, "Claude Code needs Anthropic's event order; report it to the server's makers")
-        if wrong
-        else ok("as Anthropic's")
-    )
+    fix = "Claude Code needs Anthropic's event order; report it to the server's makers"
+    return fail(wrong, fix) if wrong else ok("as Anthropic's")
 
 
 def grammar_fault(text):
-    """What is wrong with an Anthropic event stream, or "": its event lines, the order, the block indexes."""
-    shape, index = [], -1
+    """What is wrong with an Anthropic event stream, or "": its events' names, order and indexes.
+
+    What Claude Code skips is allowed: comments, pings, a `[DONE]` at the end. An event without its
+    name in an `event:` line it does not see at all.
+    https://docs.anthropic.com/en/docs/build-with-claude/streaming
+    """
+    shape, index = "", -1
     for part in re.split(r"\r?\n\r?\n", text):
-        data = "\n".join(re.findall(r"^data: ?(.*?)\r?$", part, re.M))
-        name = re.search(r"^event: ?(.*?)\r?$", part, re.M)
+        fields = dict(re.findall(r"^(event|data): ?(.*?)\r?$", part, re.M))
+        data = fields.get("data") or "[DONE]"
         event = as_dict(json_or_none(data))
-        kind = str(event.get("type") or "")
-        if not data or kind == "ping" or data == "[DONE]":
+        kind = str(event.get("type"))
+        if data == "[DONE]" or kind == "ping":
             continue
-        if not name or name.group(1) != kind:
+        if fields.get("event") != kind:
             return "an event without its own name in an `event:` line: " + ascii(part[:60])
         if kind == "error":
             return "an error in the stream: " + error_fields(data)[0]
         index += kind == "content_block_start"
         if kind.startswith("content_block_") and event.get("index") != index:
-            return "%s with index %s where %d was due" % (kind, ascii(event.get("index")), index)
-        shape.append(kind)
-    order = r"message_start (content_block_start (content_block_delta )*content_block_stop )*message_delta message_stop $"
-    return (
-        ""
-        if re.match(order, " ".join(shape) + " ")
-        else "events out of order: " + shorten(" ".join(shape) or "none", 200)
-    )
-
-
-def refuses_well(tester):
-    plan = tester.plan()
-    status, raw = tester.open(
-        "POST",
-        endpoint(plan.base, "anthropic"),
-        {"model": plan.model, "max_tokens": 16, "messages": []},
-    )
-    error = as_dict(as_dict(json_or_none(raw)).get("error"))
-    if 400 <= status < 500 and error.get("type") and error.get("message"):
-        return ok("HTTP %d, %s" % (status, error["type"]))
-    return fail(
-        "a request without messages got HTTP %d and %s" % (status, ascii(raw[:60])[1:]),
-        "errors must be {type: error, error: {type, message}}",
-    )
+            return "%s with index %a where %d was due" % (kind, event.get("index"), index)
+        shape += kind + " "
+    block = "content_block_start (content_block_delta )*content_block_stop "
+    if re.match("message_start (%s)*message_delta message_stop $" % block, shape):
+        return ""
+    return "events out of order: " + shorten(shape or "none", 200)
 
 
 CHECKS = (
-    # (name, required: Claude Code cannot work without it, function(tester) -> Verdict, formats it applies to)
-    ("reachable", True, is_reachable, ""),
-    ("key accepted", True, takes_key, ""),
-    ("model exists", True, has_model, ""),
-    ("plain reply", True, answers_plainly, ""),
-    ("stream", True, streams, ""),
+    # (name, required: Claude Code cannot work without it, function(tester) -> Verdict,
+    # and, where it is of use for one format only, the format)
+    ("reachable", True, is_reachable),
+    ("key accepted", True, takes_key),
+    ("model exists", True, has_model),
+    ("plain reply", True, answers_plainly),
+    ("stream", True, streams),
     ("event order", True, orders_events, "anthropic"),
-    ("errors", False, refuses_well, "anthropic"),
-    ("usage in stream", False, tells_usage, ""),
-    ("tool call", True, calls_tool, ""),
-    ("forced tool choice", False, calls_forced_tool, ""),
-    ("parallel tools", False, calls_in_parallel, ""),
-    ("tool result turn", True, takes_result, ""),
-    ("thinking", False, thinks, ""),
-    ("image", False, sees, ""),
-    ("long prompt", True, holds_context, ""),
-    ("cached tokens", False, caches_prefix, ""),
-    ("speed", False, is_fast, ""),
+    ("usage in stream", False, tells_usage),
+    ("tool call", True, calls_tool),
+    ("forced tool choice", False, calls_forced_tool),
+    ("parallel tools", False, calls_in_parallel),
+    ("tool result turn", True, takes_result),
+    ("thinking", False, thinks),
+    ("image", False, sees),
+    ("long prompt", True, holds_context),
+    ("cached tokens", False, caches_prefix),
+    ("speed", False, is_fast),
 )
-GATES = 4  # rows without which the rest would only say the same again
+GATES = 4  # the first rows, without which the rest is not tried
 MARKS = {"ok": "ok", "skip": "--", "fail": "no"}
 
 
-def run_checks(tester, announce=lambda name: None):
-    """Try the rows of CHECKS in turn -> (name, required, Verdict, ms) as each is done; announce(name) before."""
+def run_checks(tester, progress=False):
+    """Try the rows of CHECKS in turn -> (name, required, Verdict, ms) as each is done.
+
+    progress: show on a terminal which row is under way; its own line then covers that. Secrets are
+    hidden in what comes out, since a provider may repeat a key in its error.
+    """
     blocked = ""
-    for number, (name, required, look, formats) in enumerate(CHECKS):
-        if formats not in ("", tester.plan().profile.format):
+    for number, (name, required, look, *formats) in enumerate(CHECKS):
+        if formats and tester.plan.profile.format not in formats:
             continue
+        if progress and sys.stdout.isatty():
+            sys.stdout.write("...  %s\r" % name)
+            sys.stdout.flush()
         began = time.monotonic()
-        if blocked:
-            verdict = Verdict("skip", "not tried: first \"%s\" must work" % blocked, "")
-        else:
-            announce(name)
-            try:
-                verdict = look(tester)
-            except ProxyError as error:
-                verdict = failure(error)
+        try:
+            verdict = skip('not tried: first "%s" must work' % blocked) if blocked else look(tester)
+        except ProxyError as error:
+            verdict = failure(error)
         if verdict.status == "fail" and number < GATES:
             blocked = blocked or name
-        secrets = tester.settings.secrets()
-        yield name, required, Verdict(*[redact(part, secrets) for part in verdict]), round(
-            (time.monotonic() - began) * 1000
-        )
-
-
-def announce(name):
-    """On a terminal, show which row is under way; its own line then covers this one."""
-    if sys.stdout.isatty():
-        sys.stdout.write("...  %s\r" % name)
-        sys.stdout.flush()
+        verdict = Verdict(*redact(verdict, tester.settings.secrets()))
+        yield name, required, verdict, round((time.monotonic() - began) * 1000)
 
 
 def check(config, options):
-    """Try the target and print what works, with a fix for what does not -> 0 if Claude Code can work with it, else 1."""
+    """Try the target, print what works and a fix for what does not -> exit code.
+
+    It is 0 where all required rows hold, so that Claude Code can work with the target, else 1. With
+    --json everything is one object, at the end.
+    """
     if not options.base_url:
         find_target(config)
-    family = options.family
-    tester = Tester(config(), "claude-" + family if family else "ccfix-check")
-    plan, rows, failed_rows = tester.plan(), [], []
-    show = (lambda *lines: None) if options.json else say
-    show("%s at %s" % (plan.model, without_password(plan.base)))
-    for name, required, verdict, ms in run_checks(
-        tester, (lambda name: None) if options.json else announce
-    ):
+    tester = Tester(config(), "claude-" + options.family if options.family else "ccfix-check")
+    show = (lambda line: None) if options.json else say
+    plan, rows, bad = tester.plan, [], []
+    base = without_password(plan.base)
+    show("%s at %s" % (plan.model, base))
+    for name, required, verdict, ms in run_checks(tester, not options.json):
         rows.append(dict(verdict._asdict(), name=name, required=required, ms=ms))
+        mark = MARKS[verdict.status]
         if required and verdict.status == "fail":
-            failed_rows.append(name)
-        show(
-            "%-4s %-18s  %s"
-            % (
-                "FAIL" if required and verdict.status == "fail" else MARKS[verdict.status],
-                name,
-                verdict.seen,
-            )
-        )
+            bad.append(name)
+            mark = "FAIL"
+        show("%-4s %-18s  %s" % (mark, name, verdict.seen))
         if verdict.fix:
             show("     %-18s  fix: %s" % ("", verdict.fix))
-    lessons = [
-        lesson_text(field, value)
-        for changes in tester.proxy.lessons.values()
-        for field, value in changes.items()
-    ]
     tester.close()
+    learned = tester.proxy.lessons.values()
+    lessons = [lesson_text(*change) for changes in learned for change in changes.items()]
     for lesson in lessons:
         show("     learned on the way: " + lesson)
     if options.json:
-        say(
-            json.dumps(
-                {
-                    "ok": not failed_rows,
-                    "model": plan.model,
-                    "api_base": without_password(plan.base),
-                    "profile": plan.profile.name,
-                    "checks": rows,
-                    "lessons": lessons,
-                },
-                indent=1,
-            )
-        )
-    show(
-        "Claude Code cannot work with it: " + ", ".join(failed_rows)
-        if failed_rows
-        else "Claude Code can work with it."
-    )
-    return 1 if failed_rows else 0
+        report = {"ok": not bad, "model": plan.model, "api_base": base}
+        report.update(profile=plan.profile.name, checks=rows, lessons=lessons)
+        say(json.dumps(report, indent=1))
+    elif bad:
+        say("Claude Code cannot work with it: " + ", ".join(bad))
+    else:
+        say("Claude Code can work with it.")
+    return 1 if bad else 0
 
 
 # ---- init: a .env, and the lines for Claude Code ---------------------------------------------------------
