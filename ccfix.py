@@ -10495,7 +10495,7 @@ def claude_files(home):
 
 # ---- check: what the target can do, through the code that serves ---------------------------------
 #
-# A row of CHECKS is a name and a function, which asks one thing of the target and returns a Verdict.
+# A row of CHECKS is a name and a function that asks one thing of the target and returns a Verdict.
 # It asks through the Proxy and Exchange that serve Claude Code, so a row shows what Claude Code
 # would get, with everything that ccfix does for it except second tries. A ProxyError on the way is
 # a verdict as well. Each docstring says what the row proves, and what Claude Code does without it
@@ -10539,8 +10539,8 @@ ADVICE = {
     "policy": "ask the provider what this key may use",
     "model": "choose one of the provider's models: -m NAME, or TARGET_MODEL",
     "path": "check the base URL (-b, TARGET_API_BASE): most end in /v1",
-    "overflow": "choose a model with a larger context window, or raise the server's (llama.cpp: -c, "
-    "vLLM: --max-model-len, Ollama: OLLAMA_CONTEXT_LENGTH=65536)",
+    "overflow": "choose a model with a larger context window, or raise the server's "
+    "(llama.cpp: -c, vLLM: --max-model-len, Ollama: OLLAMA_CONTEXT_LENGTH=65536)",
     "timeout": "try again; for a server that is always slow, raise TARGET_TIMEOUT",
     "rate": "wait until the provider's limit allows more, or ask for a higher one",
     "overloaded": "try again later, or set TARGET_MODEL_FALLBACK",
@@ -10557,25 +10557,29 @@ NO_TOOLS = {
     "lmstudio": "choose a model with the hammer sign in LM Studio",
 }
 
-# What a row found. status: ok, fail or skip (it cannot tell); seen: in a few words; fix: what to do.
+# What a row found. status: ok, fail, or skip where it cannot tell; seen: what, in a few words; fix:
+# what to do about it, or "".
 Verdict = collections.namedtuple("Verdict", "status seen fix")
 
 
 def ok(seen):
+    """The row holds."""
     return Verdict("ok", seen, "")
 
 
 def skip(seen):
+    """The row cannot tell, and is no reason to doubt the target."""
     return Verdict("skip", seen, "")
 
 
 def fail(seen, fix=""):
+    """The row does not hold; whether Claude Code can work all the same is said in CHECKS."""
     return Verdict("fail", seen, fix)
 
 
 def failure(error):
     """The Verdict of a ProxyError that a request to the target ended with."""
-    # The message of a connection error has its own advice: "... (Connection refused): check that ..."
+    # A connection error brings its own advice: "... (Connection refused): check that ..."
     seen, parenthesis, advice = error.message.partition("): ")
     if error.kind == "connect" and parenthesis:
         return fail(seen + ")", advice)
@@ -10603,14 +10607,13 @@ class Answer:
         self.plan = exchange.plan  # with the lessons learned on the way
         self.usage = exchange.translator.usage  # the provider's own; {} if it told none
         self.tokens = exchange.translator.usage_now()  # Anthropic's usage; estimated if need be
+        # Tokens of the prompt, whether they were read anew, from a cache or into one.
+        names = [name for name in self.tokens if name.endswith("input_tokens")]
+        self.prompt = sum(self.tokens[name] for name in names)
         self.text = "".join(block["text"] for block in self.blocks("text")).strip()
 
     def blocks(self, kind):
         return [block for block in self.message["content"] if block["type"] == kind]
-
-    def prompt_tokens(self):
-        """Tokens of the prompt, whether read anew, from a cache or into one."""
-        return sum(count for name, count in self.tokens.items() if name != "output_tokens")
 
     def calls(self):
         """The tool calls that fit WEATHER; Claude Code answers any other with an error."""
@@ -10619,6 +10622,12 @@ class Answer:
             for block in self.blocks("tool_use")
             if block["name"] == WEATHER["name"] and isinstance(block["input"].get("place"), str)
         ]
+
+
+def question_body(model, content):
+    """The body of an Anthropic request with one user message."""
+    messages = [{"role": "user", "content": content}]
+    return {"model": model, "max_tokens": ANSWER_TOKENS, "stream": True, "messages": messages}
 
 
 class Tester:
@@ -10630,7 +10639,8 @@ class Tester:
     """
 
     def __init__(self, settings, asked="ccfix-check"):
-        self.settings, self.asked, self.models, self.known = settings, asked, [], {}
+        self.settings, self.asked, self.models = settings, asked, []
+        self.known = {}  # name of a question -> its Answer, or the ProxyError that it ended with
         settings.target_retries, settings.target_model_fallback = 0, ""
         settings.cache_enabled, settings.record_dir = False, ""
         out = sys.stderr if settings.log_level == "debug" else io.StringIO()
@@ -10647,9 +10657,7 @@ class Tester:
 
         fields: further fields of the request, or others instead. Raises ProxyError.
         """
-        body = {"model": self.asked, "max_tokens": ANSWER_TOKENS, "stream": True}
-        body["messages"] = [{"role": "user", "content": content}]
-        body.update(fields)
+        body = dict(question_body(self.asked, content), **fields)
         exchange = Exchange(self.proxy, body, {}, patience(limit))
         exchange.bytes_in = len(compact_json(body))
         try:
@@ -10676,6 +10684,7 @@ class Tester:
             return error
 
     def close(self):
+        """Close the connections that are kept alive, and the file of lessons."""
         if self.proxy.wires:
             self.proxy.wires[1].close()
         if self.proxy.store:
@@ -10741,6 +10750,7 @@ def has_model(tester):
         return verdict
     import difflib  # nothing else needs it, and a start should not wait for it
 
+    # At 0.3 "sonnet" is still like "anthropic/claude-sonnet-4.5".
     near = difflib.get_close_matches(model, tester.models, 12, 0.3) or tester.models[:12]
     fix = "-m with one of: " + shorten(", ".join(near), 300) if near else ADVICE["model"]
     if tester.plain_error().kind == "model":
@@ -10795,6 +10805,7 @@ def tells_usage(tester):
 def is_fast(tester):
     """How long a user waits, and how fast the answer comes then; for a person to judge."""
     answer = tester.once("count")
+    # The first content is at `first` already, so that one token less came in between.
     first, last = (answer.marks or [0])[0], (answer.marks or [0])[-1]
     seen = "first content after %.2f s" % first
     if last > first:
@@ -10878,7 +10889,7 @@ def thinks(tester):
 def sees(tester):
     """The model tells the colour of a picture. Some servers drop images without a word."""
     source = {"type": "base64", "media_type": "image/png", "data": RED_SQUARE}
-    question = "Which colour is this picture? Answer with the name of the colour."
+    question = "Which colour is this picture?"
     answer = tester.ask([{"type": "image", "source": source}, {"type": "text", "text": question}])
     if "red" in answer.text.lower():
         return ok("it saw the colour")
@@ -10917,10 +10928,14 @@ def holds_context(tester):
 
 
 def takes_long_prompt(tester):
-    """The Verdict of `holds_context` for a window of unknown size."""
+    """The Verdict of `holds_context` for a window of unknown size.
+
+    900 lines are some 14,000 tokens, as much as Claude Code's first request. The code word is at
+    the top, since that is where servers cut. A provider that counts far fewer tokens has cut it.
+    """
     prompt = "The code word is %s.\n%sWhat is the code word at the top?"
     answer = tester.ask(prompt % (CODE_WORD, fill_prompt(900)), LONG_SECONDS)
-    size = answer.prompt_tokens()
+    size = answer.prompt
     if answer.usage and size < FIRST_REQUEST // 2:
         return fail("the server cut the prompt to %d tokens, silently" % size, ADVICE["overflow"])
     memory = "" if CODE_WORD in answer.text else ", but forgot its beginning"
@@ -10938,7 +10953,7 @@ def caches_prefix(tester):
         answer = tester.ask(question, LONG_SECONDS, system=system, max_tokens=16)
     cached = answer.tokens["cache_read_input_tokens"]
     if cached:
-        return ok("%d of %d tokens" % (cached, answer.prompt_tokens()))
+        return ok("%d of %d tokens" % (cached, answer.prompt))
     return fail("none told: each turn may be read, and paid, anew")
 
 
@@ -10948,16 +10963,14 @@ def caches_prefix(tester):
 def orders_events(tester):
     """The events of a stream come as Anthropic's do.
 
-    Claude Code gives up a stream that lacks some, and asks again without streaming; ccfix repairs
-    only what it must read itself.
+    Claude Code gives up a stream that lacks some, and asks again without streaming. Here nothing of
+    ccfix is in between: an Exchange would show the events as ccfix writes them.
     """
-    body = {"model": tester.plan.model, "max_tokens": ANSWER_TOKENS, "stream": True}
-    body["messages"] = [{"role": "user", "content": "Say hello."}]
-    url = endpoint(tester.plan.base, "anthropic")
-    headers = upstream_headers(tester.plan, tester.settings, {})
-    data, wait = compact_json(body).encode(), patience(ROW_SECONDS)
-    upstream = tester.proxy.upstream(tester.settings)
-    with contextlib.closing(upstream.open("POST", url, headers, data, wait)) as reply:
+    plan, upstream = tester.plan, tester.proxy.upstream(tester.settings)
+    url, headers = endpoint(plan.base, "anthropic"), upstream_headers(plan, tester.settings, {})
+    data = compact_json(question_body(plan.model, "Say hello.")).encode()
+    reply = upstream.open("POST", url, headers, data, patience(ROW_SECONDS))
+    with contextlib.closing(reply):
         raw = reply.read(4 << 20)
     if reply.status != 200:
         return failure(upstream_error(reply.status, {}, raw))
@@ -10974,21 +10987,17 @@ def grammar_fault(text):
     https://docs.anthropic.com/en/docs/build-with-claude/streaming
     """
     shape, index = "", -1
-    for part in re.split(r"\r?\n\r?\n", text):
-        fields = dict(re.findall(r"^(event|data): ?(.*?)\r?$", part, re.M))
-        data = fields.get("data") or "[DONE]"
+    for name, data in re.findall(r"^(?:event: ?(.*?)\r?\n)?data: ?(\{.*)", text, re.M):
         event = as_dict(json_or_none(data))
         kind = str(event.get("type"))
-        if data == "[DONE]" or kind == "ping":
-            continue
-        if fields.get("event") != kind:
-            return "an event without its own name in an `event:` line: " + ascii(part[:60])
+        if name != kind:
+            return "an event without its own name in an `event:` line: " + ascii(data[:60])
         if kind == "error":
             return "an error in the stream: " + error_fields(data)[0]
         index += kind == "content_block_start"
         if kind.startswith("content_block_") and event.get("index") != index:
             return "%s with index %a where %d was due" % (kind, event.get("index"), index)
-        shape += kind + " "
+        shape += kind + " " if kind != "ping" else ""
     block = "content_block_start (content_block_delta )*content_block_stop "
     if re.match("message_start (%s)*message_delta message_stop $" % block, shape):
         return ""
@@ -11030,8 +11039,7 @@ def run_checks(tester, progress=False):
         if formats and tester.plan.profile.format not in formats:
             continue
         if progress and sys.stdout.isatty():
-            sys.stdout.write("...  %s\r" % name)
-            sys.stdout.flush()
+            print("...  " + name, end="\r", flush=True)
         began = time.monotonic()
         try:
             verdict = skip('not tried: first "%s" must work' % blocked) if blocked else look(tester)
@@ -11058,10 +11066,9 @@ def check(config, options):
     show("%s at %s" % (plan.model, base))
     for name, required, verdict, ms in run_checks(tester, not options.json):
         rows.append(dict(verdict._asdict(), name=name, required=required, ms=ms))
-        mark = MARKS[verdict.status]
         if required and verdict.status == "fail":
             bad.append(name)
-            mark = "FAIL"
+        mark = "FAIL" if name in bad else MARKS[verdict.status]
         show("%-4s %-18s  %s" % (mark, name, verdict.seen))
         if verdict.fix:
             show("     %-18s  fix: %s" % ("", verdict.fix))
