@@ -9047,9 +9047,9 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
             self.proxy.log("debug", "connection failed:\n" + traceback.format_exc())
 
 
-# ======================================================================================================
+# ==================================================================================================
 # 13  Status page: what a browser sees at /
-# ======================================================================================================
+# ==================================================================================================
 
 # The page is one answer without a dependency: style and script are inside, and the policy below
 # lets the browser load nothing else. It holds no data: its script polls GET /stats (Proxy.status),

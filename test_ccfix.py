@@ -12329,7 +12329,8 @@ class Faulty(ccfix.DemoModel):
             lambda body: len(json.dumps(body)) > 20000,
             400,
             {
-                "message": "This model's maximum context length is 8192 tokens. However, your messages resulted in 15000 tokens."
+                "message": "This model's maximum context length is 8192 tokens. "
+                "However, your messages resulted in 15000 tokens."
             },
         ),
     }
@@ -12365,9 +12366,12 @@ class Faulty(ccfix.DemoModel):
     def reply(self, text, content_type="application/json"):
         fault = self.server.proxy
         if fault == "empty" and content_type.endswith("stream"):
-            text = 'data: {"choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}\n\ndata: [DONE]\n\n'
+            choice = {"index": 0, "delta": {}, "finish_reason": "stop"}
+            text = "data: %s\n\ndata: [DONE]\n\n" % json.dumps({"choices": [choice]})
         elif fault == "empty" and "choices" in text:
-            text = '{"choices":[{"index":0,"message":{"role":"assistant","content":""},"finish_reason":"stop"}]}'
+            message = {"role": "assistant", "content": ""}
+            choice = {"index": 0, "message": message, "finish_reason": "stop"}
+            text = json.dumps({"choices": [choice]})
         if fault == "no usage":
             text = re.sub(r'data: \{"choices":\[\],"usage.*?\n\n', "", text)
         if fault == "cuts prompts":
@@ -12636,12 +12640,15 @@ class TestCheck(CommandsCase):
             ),
             ("path", "model exists", "fail", "no such address", "most end in /v1"),
             ("server", "plain reply", "fail", "worker died", "server's own log"),
+            ("server", "key accepted", "skip", "failed otherwise, see below", ""),
+            ("server", "model exists", "skip", "failed otherwise, see below", ""),
             ("html", "plain reply", "fail", "a web page (Welcome to nginx)", "most end in /v1"),
             ("html", "stream", "skip", "not tried", ""),
             ("empty", "plain reply", "fail", "empty", ""),
             ("stream refused", "stream", "fail", "no streams today", "server's own log"),
             ("no usage", "usage in stream", "fail", "estimates", "turn on usage"),
             ("no tools", "tool call", "fail", "text instead of a call", "trained for tools"),
+            ("no tools", "tool result turn", "skip", "no call to answer", ""),
             ("tools refused", "tool call", "fail", "no tools at all", ""),
             ("results refused", "tool result turn", "fail", "role tool is odd", ""),
             ("image refused", "image", "fail", "refused the image", "TARGET_MODEL_IMAGE"),
@@ -12718,32 +12725,15 @@ class TestCheck(CommandsCase):
         )
 
     @unittest.skipUnless(shutil.which("openssl"), "needs the openssl command")
-    def test_an_untrusted_certificate_is_named_and_a_ca_bundle_mends_it(self):
+    def test_an_untrusted_certificate_is_named_and_a_ca_bundle_fixes_it(self):
         self.write(
             "cnf",
-            "[req]\ndistinguished_name=dn\n[dn]\n[v3]\nsubjectAltName=IP:127.0.0.1\nbasicConstraints=critical,CA:true\n",
+            "[req]\ndistinguished_name=dn\n[dn]\n[v3]\nsubjectAltName=IP:127.0.0.1\n"
+            "basicConstraints=critical,CA:true\n",
         )
+        made = "openssl req -x509 -newkey rsa:2048 -nodes -days 3 -subj /CN=127.0.0.1 -config cnf"
         subprocess.check_call(
-            [
-                "openssl",
-                "req",
-                "-x509",
-                "-newkey",
-                "rsa:2048",
-                "-nodes",
-                "-days",
-                "3",
-                "-subj",
-                "/CN=127.0.0.1",
-                "-config",
-                "cnf",
-                "-extensions",
-                "v3",
-                "-keyout",
-                "key.pem",
-                "-out",
-                "cert.pem",
-            ],
+            made.split() + "-extensions v3 -keyout key.pem -out cert.pem".split(),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
@@ -12779,6 +12769,33 @@ class TestCheck(CommandsCase):
         self.assertIn("FAIL key accepted", out)
         self.assertIn("Claude Code cannot work with it: key accepted", out)
         self.assertNotIn("sk-very-secret", out)
+
+    def test_a_terminal_is_shown_which_row_is_under_way_and_a_program_only_json(self):
+        class Terminal(io.StringIO):
+            def isatty(self):
+                return True
+
+        for more in ([], ["--json"]):
+            with contextlib.redirect_stdout(Terminal()) as out:
+                self.assertEqual(ccfix.main(["check", "--demo"] + more), 0)
+            if more:
+                json.loads(out.getvalue())
+            else:
+                self.assertIn("...  tool call\rok   tool call ", out.getvalue())
+
+    def test_the_picture_is_a_red_png(self):
+        data = base64.b64decode(ccfix.RED_SQUARE)
+        self.assertEqual((data[:8], data[16:24]), (b"\x89PNG\r\n\x1a\n", b"\0\0\0\x40" * 2))
+        chunks, rest = {}, data[8:]
+        while rest:
+            size, kind = int.from_bytes(rest[:4], "big"), rest[4:8]
+            chunks[kind], crc = rest[8 : 8 + size], int.from_bytes(
+                rest[8 + size : 12 + size], "big"
+            )
+            self.assertEqual(zlib.crc32(rest[4 : 8 + size]), crc)
+            rest = rest[12 + size :]
+        self.assertEqual(chunks[b"PLTE"], b"\xff\0\0")  # one colour, and each pixel is of it
+        self.assertEqual(zlib.decompress(chunks[b"IDAT"]), bytes(9 * 64))
 
     def test_an_anthropic_server_is_checked_in_the_same_way(self):
         settings = settings_of(
