@@ -73,9 +73,10 @@ from typing import NamedTuple
 __version__ = "1.0.0"
 __all__ = [
     "main",
-    "to_openai",
+    "normalize",
+    "FORMATS",
     "sse_payloads",
-    "StreamTranslator",
+    "MessageWriter",
     "encode_event",
     "fold",
     "unfold",
@@ -120,19 +121,29 @@ FINISH_ERRORS = {
     "abort": ("api_error", "The model server aborted the reply."),
 }
 
+
+class BlockKind(NamedTuple):
+    """A kind of content block. empty: its fields in content_block_start, besides the type; field: the
+    one that its deltas fill; delta, delta_field: type and field of a delta, "" where it has none;
+    tokens: what one costs where that has nothing to do with its length."""
+
+    empty: dict
+    field: str = ""
+    delta: str = ""
+    delta_field: str = ""
+    tokens: int = 0
+
+
 BLOCKS = {
-    # kind: (content_block of content_block_start, delta type, field of the delta and of the finished block)
-    "text": ({"type": "text", "text": ""}, "text_delta", "text"),
-    "thinking": (
-        {"type": "thinking", "thinking": "", "signature": ""},
-        "thinking_delta",
-        "thinking",
+    # A kind that is missing here goes through whole, in content_block_start.
+    "text": BlockKind({"text": ""}, "text", "text_delta", "text"),
+    "thinking": BlockKind(
+        {"thinking": "", "signature": ""}, "thinking", "thinking_delta", "thinking"
     ),
-    "tool_use": (
-        {"type": "tool_use", "id": "", "name": "", "input": {}},
-        "input_json_delta",
-        "partial_json",
-    ),
+    "tool_use": BlockKind({"input": {}}, "input", "input_json_delta", "partial_json"),
+    "server_tool_use": BlockKind({"input": {}}, "input", "input_json_delta", "partial_json"),
+    "image": BlockKind({}, tokens=1500),
+    "document": BlockKind({}, tokens=1500),
 }
 
 ERROR_TYPES = {
@@ -162,6 +173,7 @@ FAMILIES = ("opus", "sonnet", "haiku")
 # Models reply in these fields, in this order of trust; the first that holds text counts (both are sent by some).
 REASONING_FIELDS = ("reasoning_content", "reasoning", "reasoning_text")
 
+TOKEN_MARKER = re.compile(r"\s*<total_tokens>[^<]*</total_tokens>\s*\Z")  # Claude Code's countdown
 BILLING_LINE = "x-anthropic-billing-header:"  # first system block of Claude Code; changes, and describes the client
 
 
@@ -1087,7 +1099,10 @@ class Profile(NamedTuple):
     title: str = "any other"
     hosts: tuple = ()  # ends of host names; ":11434" is a port on this machine
     models: str = ""  # pattern of model names; empty: all
-    format: str = "openai"  # what it speaks: openai or anthropic
+    format: str = "chat"  # what it speaks: a row of FORMATS
+    untouched: bool = False  # Anthropic itself: the request goes on as it came
+    native_blocks: bool = False  # takes every block of Anthropic's, and signs its own thinking
+    searches: bool = False  # runs Anthropic's web search tool itself
     strict: bool = False  # rejects unknown fields: nothing is attached
     max_tokens: str = "max_tokens"  # name of the output limit
     max_output: int = 0  # output limit in tokens; 0: not known
@@ -1144,6 +1159,9 @@ AZURE = dict(
 )
 KIMI_HOSTS = ("api.moonshot.ai", "api.moonshot.cn", "api.kimi.com")
 LOCAL = DEFAULT._replace(json_format="json_schema", image_urls=False)
+NATIVE = DEFAULT._replace(
+    format="anthropic", native_blocks=True, files=True, json_format="json_schema"
+)
 NOT_KEPT = "(the reasoning of this step was not kept)"
 GEMINI_SKIP = "skip_thought_signature_validator"  # Google's own word for "there is none"
 
@@ -1484,11 +1502,18 @@ PROFILES = (
         source="litellm issues 32086 and 17343",
     ),
     DEFAULT._replace(name="demo", title="the embedded demo model", source="this file"),
-    DEFAULT._replace(
+    NATIVE._replace(
+        name="anthropic-api",
+        title="Anthropic itself",
+        hosts=("api.anthropic.com",),
+        untouched=True,
+        searches=True,
+        source="docs.anthropic.com/en/api/messages",
+    ),
+    NATIVE._replace(
         name="anthropic",
-        title="anything that speaks Anthropic",
-        format="anthropic",
-        source="docs.anthropic.com/en/api/messages, llama.cpp's /v1/messages",
+        title="anything else that speaks Anthropic",
+        source="llama.cpp's /v1/messages",
         tried=True,
     ),
 )
@@ -1521,31 +1546,30 @@ def profile_for(base, model, forced="", format="auto", owner=""):
     model list. Raises SettingError for a name that no row has.
     """
     parts = urllib.parse.urlsplit(base)
+    host, port = (parts.hostname or "").lower(), parts.port
     name = forced or OWNERS.get(owner, "")
     if format == "anthropic" or (format == "auto" and not forced and ANTHROPIC_PATHS.search(base)):
         name = "anthropic"
-    host, port = (parts.hostname or "").lower(), parts.port
-    rows = (
-        [row for row in PROFILES if row.name == name]
-        if name
-        else [row for row in PROFILES if row.hosts and serves(row, host, port)]
-    )
+    rows = [row for row in PROFILES if row.name == name or not name and serves(row, host, port)]
+    if name == "anthropic":
+        rows = [row for row in PROFILES if row.format == name and serves(row, host, port)] or rows
+    elif format != "auto":
+        rows = [row for row in rows if row.format != "anthropic"]
     if name and not rows and name != "default":
-        raise SettingError(
-            "PROFILE is %r; allowed: %s" % (name, ", ".join(row.name for row in PROFILES))
-        )
+        known = ", ".join(row.name for row in PROFILES)
+        raise SettingError("PROFILE is %r; allowed: %s" % (name, known))
     short = model.rsplit("/", 1)[-1]
-    found = next(
-        (
-            row
-            for row in rows
-            if not row.models
-            or re.match(row.models, model, re.I)
-            or re.match(row.models, short, re.I)
-        ),
-        rows[0] if forced and rows else DEFAULT,
+    fits = (
+        row
+        for row in rows
+        if re.match(row.models, model, re.I) or re.match(row.models, short, re.I)
     )
-    return found._replace(scope=host)
+    return next(fits, rows[0] if forced and rows else DEFAULT)._replace(scope=host)
+
+
+def family_of(model):
+    """The family whose word stands in a model's name, or ""."""
+    return next((word for word in re.split(r"[^a-z]+", model.lower()) if word in FAMILIES), "")
 
 
 def serves(row, host, port):
@@ -1630,21 +1654,12 @@ def effort_word(level, words):
 
 
 def thinking_level(body):
-    """How much thinking an Anthropic request asks for: off, low ... max, or "" where it leaves it open.
-
-    The last turn's own output_config counts before the body's; budgets by the usual steps of 4,000 and 16,000 tokens.
-    """
+    """How much thinking a normalized request asks for: off, low ... max, or "" where it leaves it
+    open; budgets by the usual steps of 4,000 and 16,000 tokens."""
     thinking = as_dict(body.get("thinking"))
     if thinking.get("type") == "disabled":
         return "off"
-    efforts = [
-        as_dict(as_dict(turn).get("output_config")).get("effort")
-        for turn in as_list(body.get("messages"))
-    ]
-    effort = next(
-        (e for e in reversed(efforts) if e in LEVELS),
-        as_dict(body.get("output_config")).get("effort"),
-    )
+    effort = as_dict(body.get("output_config")).get("effort")
     if isinstance(effort, str) and effort in LEVELS:
         return "off" if effort == "none" else effort
     budget = thinking.get("budget_tokens")
@@ -1654,108 +1669,118 @@ def thinking_level(body):
 
 
 # ======================================================================================================
-# 5  Request: Anthropic body -> OpenAI body
+# 5  Normalize: an Anthropic request -> the Anthropic request that this provider can take
 # ======================================================================================================
 
 NO_OUTPUT = "(no output)"
 NO_RESULT = "(no result: the call was interrupted)"
-BRIDGE = "I have the results of the tools."
-CONTINUE = "Continue."
-TOKEN_MARKER = re.compile(r"\s*<total_tokens>[^<]*</total_tokens>\s*$")
+LOADED = "These tools are loaded and can be called now: "
 REMINDER = "<system-reminder>\n%s\n</system-reminder>"
-STATE_MARK = "ccfix1."
+STATE_MARK = "ccfix1."  # begins every signature that this program writes
+THOUGHTS = ("thinking", "redacted_thinking")
+PLACEHOLDER_TOOL = "DeferredToolPlaceholder"  # Claude Code's; it cannot be called
+PERSONAL = ("metadata", "safeguards")  # device id, home folder, git state: never passed on
+MAX_REFS = 200  # $ref resolved in one schema: schemas that name each other grow without end
+MAX_SCHEMA_DEPTH = 40
 
 
-def to_openai(body, model, profile, attach=None, recall=None, memo=None, room=0):
-    """The chat-completions body for an Anthropic Messages body, a new dict; never edits body.
+def normalize(body, profile, recall=None, memo=None, room=0):
+    """The Messages request that a provider of this profile can take: Anthropic in, Anthropic out.
 
-    attach: extra fields (the disguise), left out for strict providers by the caller; recall(tool_use_id) -> what is
-    remembered of that call: {"arguments", "reasoning", "details", "google"}, any of them missing; memo: dict in which
-    converted tools are kept between calls; room: output tokens that fit this time (0: not known).
-    Raises BadRequest for a body that is no Messages request.
+    What every provider needs is done here, once for all formats; a format only writes the result in
+    its own words. A new dict; `body` is never edited, and what need not change stays the same object.
+
+    recall(tool_use_id) -> what is remembered of a call: {"arguments", "reasoning", "details",
+    "google", "scope"}, any of them missing. memo: a dict in which cleaned tools are kept between
+    calls. room: output tokens that fit this time (0: not known).
+
+    A block of the result may have a key "ccfix" for what has no place in Anthropic's form: on
+    tool_use {"arguments": the model's own JSON text, "google": Gemini's thought signature}, on
+    thinking {"details": opaque reasoning to be sent back as it is}. Raises BadRequest for a body
+    without messages.
     """
     check_messages(body)
-    recall = recall or (lambda call_id: {})
-    tools = openai_tools(body, profile, {} if memo is None else memo)
-    sent = {"model": model, "messages": openai_messages(body, profile, recall)}
-    if tools:
-        sent["tools"] = tools
-    sent.update(choice_fields(body, profile, tools))
-    sent.update(sampling_fields(body, profile, room))
-    sent.update(format_fields(body, profile, sent["messages"]))
-    sent.update(reasoning_fields(body, profile, tools))
-    if wants_stream(body, profile):
-        sent["stream"] = True
-        if profile.usage_option:
-            sent["stream_options"] = {"include_usage": True}
-    sent.update(profile.body)
-    sent.update(attach or {})
-    for field in profile.never:
-        sent.pop(field, None)
-    return sent
+    clean = {key: value for key, value in body.items() if key not in PERSONAL}
+    if body.get("system"):
+        clean["system"] = clean_system(body["system"])
+    if is_number(body.get("max_tokens")):
+        limits = [limit for limit in (profile.max_output, room) if limit > 0]
+        clean["max_tokens"] = min([max(1, int(body["max_tokens"]))] + limits)
+    if profile.untouched:
+        clean["messages"] = without_our_thinking(body["messages"])
+        return clean
+    turns = split_turns(body["messages"])
+    if not profile.system_role and clean.get("system"):
+        leading = {"type": "text", "text": system_text(clean.pop("system"))}
+        turns = join_turns([("user", [leading], None)] * bool(leading["text"]) + turns)
+    clean["messages"] = normalize_turns(turns, profile, recall or (lambda call_id: {}))
+    effort = turn_effort(body["messages"])
+    if effort:
+        clean["output_config"] = dict(as_dict(body.get("output_config")), effort=effort)
+    for field in ("tools", "tool_choice"):
+        clean.pop(field, None)
+    clean.update(normalize_tools(body, profile, {} if memo is None else memo))
+    ask_for_format(clean, profile)
+    return clean
+
+
+# ---- what the body holds ---------------------------------------------------------------------------
 
 
 def is_number(value):
-    """Whether a value is a number that can be sent: 1e400 is read as infinity, which is no JSON."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e12
+    """Whether a value is a number that can be sent: 1e400 is read as infinity, which JSON lacks."""
+    is_real = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_real and abs(value) < 1e12
 
 
 def is_content(value):
-    """Whether a value is a text, or a list of blocks."""
-    return (
-        isinstance(value, str)
-        or isinstance(value, list)
-        and all(isinstance(part, (dict, str)) for part in value)
-    )
+    """Whether a value is a string, or a list of blocks."""
+    if isinstance(value, list):
+        return all(isinstance(part, (dict, str)) for part in value)
+    return isinstance(value, str)
+
+
+def is_tool_list(value):
+    return isinstance(value, list) and all(isinstance(tool, dict) for tool in value)
 
 
 FIELD_CHECKS = (
     # field, what may stand there (nothing and null always may), in words
-    ("model", lambda value: isinstance(value, str), "a text"),
+    ("model", lambda value: isinstance(value, str), "a string"),
     ("max_tokens", lambda value: is_number(value) and value > 0, "a number above 0"),
-    ("system", is_content, "a text or a list of blocks"),
-    (
-        "tools",
-        lambda value: isinstance(value, list) and all(isinstance(tool, dict) for tool in value),
-        "a list of tools",
-    ),
+    ("system", is_content, "a string or a list of blocks"),
+    ("tools", is_tool_list, "a list of tools"),
     ("tool_choice", lambda value: isinstance(value, dict), "an object with a type"),
     ("thinking", lambda value: isinstance(value, dict), "an object with a type"),
     ("output_config", lambda value: isinstance(value, dict), "an object"),
     ("temperature", is_number, "a number"),
     ("top_p", is_number, "a number"),
-    ("stop_sequences", lambda value: isinstance(value, list), "a list of texts"),
+    ("stop_sequences", lambda value: isinstance(value, list), "a list of strings"),
     ("stream", lambda value: isinstance(value, bool), "true or false"),
 )
+ROLES = ("user", "assistant", "system", "developer")
 
 
 def check_request(body):
-    """Raises BadRequest, which names the field, for a body that is no Messages request. Unknown fields and blocks are fine."""
-    for field, fits, words in FIELD_CHECKS:
+    """Raise BadRequest, which names the field, for a body that is not a Messages request.
+
+    Unknown fields and blocks are fine: newer clients send them.
+    """
+    for field, fits, wanted in FIELD_CHECKS:
         if body.get(field) is not None and not fits(body[field]):
-            raise BadRequest("%s: must be %s" % (field, words))
+            raise BadRequest("%s: must be %s" % (field, wanted))
     check_messages(body)
     for position, message in enumerate(body["messages"]):
-        if not isinstance(message, dict) or message.get("role") not in (
-            "user",
-            "assistant",
-            "system",
-            "developer",
-        ):
+        if not isinstance(message, dict) or message.get("role") not in ROLES:
             raise BadRequest("messages.%d.role: must be user, assistant or system" % position)
         if not is_content(message.get("content")):
-            raise BadRequest("messages.%d.content: must be a text or a list of blocks" % position)
+            raise BadRequest("messages.%d.content: must be a string or a list of blocks" % position)
 
 
 def check_messages(body):
-    """Raises BadRequest for a body without messages."""
+    """Raise BadRequest for a body without messages."""
     if not isinstance(body.get("messages"), list) or not body["messages"]:
         raise BadRequest("messages: a list with at least one message is required")
-
-
-def wants_stream(body, profile):
-    """Whether the provider is asked for a stream."""
-    return body.get("stream") is True or profile.always_stream
 
 
 def as_blocks(content):
@@ -1772,235 +1797,359 @@ def as_blocks(content):
 
 
 def block_text(block):
-    """A block's `text` as text, whatever the client put there."""
+    """A block's `text` as a string, whatever the client put there."""
     value = block.get("text")
     return value if isinstance(value, str) else "" if value is None else str(value)
+
+
+def text_block(text):
+    return {"type": "text", "text": text}
+
+
+def walk_blocks(messages):
+    """(role, block) of every content block, those inside tool results too; outer ones first."""
+    for message in as_list(messages):
+        message = as_dict(message)
+        stack = [message.get("content")]
+        while stack:
+            for block in as_list(stack.pop()):
+                if isinstance(block, dict):
+                    yield message.get("role"), block
+                    stack.append(block.get("content"))
+
+
+def has_images(body):
+    """Whether any message, or tool result in one, holds an image."""
+    return any(block.get("type") == "image" for _, block in walk_blocks(body.get("messages")))
+
+
+def used_ids(body):
+    """Tool ids that the conversation has already used."""
+    return {
+        block.get("id")
+        for role, block in walk_blocks(body.get("messages"))
+        if block.get("type") == "tool_use" and isinstance(block.get("id"), str)
+    }
+
+
+def turn_effort(messages):
+    """The effort that the latest turn asks for by its own output_config, or "".
+
+    Claude Code sends it on system turns, which are folded here (beta per-turn-control-2026-07-01).
+    """
+    found = (
+        as_dict(as_dict(turn).get("output_config")).get("effort") for turn in reversed(messages)
+    )
+    return next((effort for effort in found if isinstance(effort, str) and effort in LEVELS), "")
+
+
+def estimate_tokens(body):
+    """About how many input tokens a request has: 4 ASCII characters a token, 1.5 others."""
+    total, stack = 0, [body.get("system"), body.get("messages"), body.get("tools")]
+    while stack:
+        value = stack.pop()
+        if isinstance(value, str):
+            wide = 0 if is_ascii(value) else len(value.encode("utf-8", "replace")) - len(value)
+            total += (len(value) - wide // 2) // 4 + wide // 3 + 1
+        elif isinstance(value, dict):
+            source = as_dict(value.get("source"))
+            kind = BLOCKS.get(str(value.get("type")))
+            if kind and kind.tokens and source and source.get("type") != "text":
+                total += kind.tokens
+                continue
+            stack.extend(value.values())
+            total += len(value)
+        elif isinstance(value, list):
+            stack.extend(value)
+        elif value is not None:
+            total += 1
+    return total
+
+
+def is_ascii(value):
+    """Whether a string is ASCII (str.isascii is new in 3.7)."""
+    try:
+        value.encode("ascii")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 # ---- system text, and who says what ------------------------------------------------------------------
 
 
+def clean_system(system):
+    """The system prompt in its own shape, without the billing line.
+
+    The line changes with each version and request, so it would cost the provider's whole prefix
+    cache, and it describes the client.
+    """
+    if isinstance(system, str):
+        return strip_billing_line(system)
+    kept = []
+    for block in as_blocks(system):
+        text = strip_billing_line(block_text(block))
+        if text.strip():
+            kept.append(block if text == block.get("text") else dict(block, text=text))
+    return kept
+
+
+def strip_billing_line(text):
+    if not text.startswith(BILLING_LINE):
+        return text
+    return text.partition("\n")[2]
+
+
 def system_text(system):
-    """The system prompt as one text, without the billing line: it changes, and would cost the provider's whole prefix cache."""
+    """The system prompt as one string."""
     texts = [block_text(block) for block in as_blocks(system)]
-    texts = [re.sub(r"\A%s[^\n]*\n?" % BILLING_LINE, "", part) for part in texts]
-    return "\n\n".join(part for part in texts if part.strip())
+    return "\n\n".join(text for text in texts if text.strip())
 
 
 def split_turns(messages):
-    """[(role, blocks)] with roles user and assistant in turn; turns that say nothing are gone, neighbours of one role joined.
+    """[(role, blocks, message)]: user and assistant in turn, without turns that say nothing.
 
-    A role:system turn becomes user text where it stands: moved to the front, each new one would rewrite the prefix.
-    A message that is wholly a <total_tokens> marker is dropped, as the client prunes it from the history later.
+    message: the client's own, where the turn is one message as it came, else None. A system turn
+    becomes user text where it stands: moved to the front, each new one would rewrite the prefix. A
+    turn that is wholly a <total_tokens> marker goes, as the client removes it from the history later.
     """
-    said = []
-    for message in messages:
-        message = as_dict(message)
+    turns = []
+    for message in map(as_dict, messages):
         role, blocks = message.get("role"), as_blocks(message.get("content"))
         if role in ("system", "developer"):
-            text = "\n\n".join(filter(None, map(block_text, blocks)))
-            blocks = (
-                []
-                if TOKEN_MARKER.match(text) or not text.strip()
-                else [{"type": "text", "text": REMINDER % text.strip()}]
-            )
+            text = "\n\n".join(filter(None, map(block_text, blocks))).strip()
+            blocks = [text_block(REMINDER % text)] if text and not TOKEN_MARKER.match(text) else []
         role = "assistant" if role == "assistant" else "user"
-        said.append((role, [block for block in blocks if is_meant(block, role)]))
-    said = join_turns(said)
+        said = [block for block in blocks if says_something(block, role)]
+        turns.append((role, said, message if message.get("role") == role else None))
+    turns = join_turns(turns)
     return join_turns(
-        (role, blocks)
-        for role, blocks in said
-        if role == "user" or any(block.get("type") not in THOUGHTS for block in blocks)
+        [
+            turn
+            for turn in turns
+            if turn[0] == "user" or any(block.get("type") not in THOUGHTS for block in turn[1])
+        ]
     )
 
 
-def join_turns(pairs):
-    """[(role, blocks)] without empty turns, neighbours of one role joined."""
+def join_turns(turns):
+    """The turns without empty ones, neighbors of one role joined."""
     joined = []
-    for role, blocks in pairs:
-        if joined and joined[-1][0] == role:
-            joined[-1][1].extend(blocks)
+    for role, blocks, message in turns:
+        if joined and joined[-1][0] == role and blocks:
+            joined[-1] = (role, joined[-1][1] + blocks, None)
         elif blocks:
-            joined.append((role, list(blocks)))
+            joined.append((role, blocks, message))
     return joined
 
 
-THOUGHTS = ("thinking", "redacted_thinking")
-
-
-def is_meant(block, role):
+def says_something(block, role):
     """Whether a block says anything: empty text does not, nor a token marker."""
-    if block.get("type") == "text":
-        text = block_text(block)
-        return bool(text.strip()) and not (role == "user" and TOKEN_MARKER.match(text))
-    return True
+    if block.get("type") != "text":
+        return True
+    text = block_text(block)
+    return bool(text.strip()) and not (role == "user" and TOKEN_MARKER.match(text))
 
 
-def openai_messages(body, profile, recall):
-    """All messages: one leading system message, then turns; tool messages directly after their calls."""
-    text, said = system_text(body.get("system")), split_turns(body["messages"])
-    messages = [{"role": "system", "content": text}] if text and profile.system_role else []
-    if text and not profile.system_role:
-        said = join_turns([("user", [{"type": "text", "text": text}])] + said)
-    ids, calls, counter = {}, [], [0]
-    for role, blocks in said:
+def without_our_thinking(messages):
+    """The messages without the thinking blocks that this program signed: the provider would refuse
+    the signature. A turn that held nothing else goes."""
+    kept = []
+    for message in messages:
+        content = as_dict(message).get("content")
+        if isinstance(content, list) and any(is_our_thinking(as_dict(block)) for block in content):
+            content = [block for block in content if not is_our_thinking(as_dict(block))]
+            message = dict(message, content=content)
+        if content != [] or as_dict(message).get("role") == "system":
+            kept.append(message)
+    return kept
+
+
+# ---- turns -------------------------------------------------------------------------------------------
+
+
+def normalize_turns(turns, profile, recall):
+    """The messages of a conversation whose calls are all answered, in the order of the calls."""
+    messages, calls, counter = [], [], 0
+    for role, blocks, message in turns:
         if role == "assistant":
-            messages += tool_messages(calls, {}, profile)[0]
-            message, calls = assistant_message(blocks, profile, recall, ids, counter)
-            messages.append(message)
+            blocks, calls = clean_assistant(blocks, profile, recall, counter)
+            counter += len(calls)
         else:
-            messages += user_messages(blocks, calls, profile)
-            calls = []
-    messages += tool_messages(calls, {}, profile)[0]
-    if not messages or messages[-1]["role"] in ("system", "assistant"):
-        # Few providers go on with an assistant's text, several refuse it: asking in words works everywhere.
-        messages.append({"role": "user", "content": CONTINUE})
+            blocks, calls = answer_calls(clean_blocks(blocks, profile), calls), []
+        content = message and message["content"]
+        if blocks and (as_blocks(content) if isinstance(content, str) else content) == blocks:
+            messages.append(message)
+        elif blocks:
+            messages.append({"role": role, "content": blocks})
+    if calls:
+        messages.append({"role": "user", "content": answer_calls([], calls)})
     return messages
 
 
-# ---- the assistant's turns ---------------------------------------------------------------------------
+def answer_calls(blocks, calls):
+    """A user turn's blocks after calls [(client's id, id sent)]: results in their order, the rest.
+
+    A call without a result gets one that says so; a result without a call is told in words:
+    providers refuse both.
+    """
+    results, rest, wanted = {}, [], {call_id for call_id, _ in calls}
+    for block in blocks:
+        call_id = str(block.get("tool_use_id") or "")
+        if block.get("type") != "tool_result":
+            rest.append(block)
+        elif call_id in wanted and call_id not in results:
+            results[call_id] = block
+        else:
+            rest += [text_block("[result of an earlier tool call]")] + result_blocks(block)
+    answers = []
+    for call_id, sent_id in calls:
+        result = results.get(call_id) or {"type": "tool_result", "content": NO_RESULT}
+        same = result.get("tool_use_id") == sent_id
+        answers.append(result if same else dict(result, tool_use_id=sent_id))
+    return answers + rest
 
 
-class Call(NamedTuple):
-    """A call that waits for its result: the client's id, the id and name sent to the provider."""
+def result_blocks(block):
+    """The content of a tool_result in words that stand for themselves: an error says so."""
+    blocks = as_blocks(block.get("content"))
+    blocks = [part for part in blocks if part.get("type") != "text" or block_text(part)]
+    if not any(part.get("type") != "text" or block_text(part).strip() for part in blocks):
+        blocks = [text_block(NO_OUTPUT)]
+    return [text_block("Error:")] + blocks if block.get("is_error") is True else blocks
 
-    id: str
-    sent_id: str
-    name: str
 
-
-def assistant_message(blocks, profile, recall, ids, counter):
-    """(OpenAI assistant message, [Call]) of one assistant turn."""
-    texts, calls, tool_calls, notes = [], [], [], []
+def clean_assistant(blocks, profile, recall, counter):
+    """(blocks, [(client's id, id sent)]) of an assistant turn. counter: calls so far."""
+    said, calls, notes, thoughts = [], [], [], []
     for block in blocks:
         kind = block.get("type")
-        if kind == "text":
-            texts.append(block_text(block))
-        elif kind == "tool_use":
-            call = Call(
-                str(block.get("id") or ""),
-                sent_id(block, profile, ids, counter),
-                short_name(str(block.get("name") or "tool")),
-            )
-            known = recall(call.id)
-            notes.append(known if known.get("scope") == profile.scope else {})
-            calls.append(call)
-            tool_calls.append(
-                {
-                    "id": call.sent_id,
-                    "type": "function",
-                    "function": {
-                        "name": call.name,
-                        "arguments": argument_text(block.get("input"), known.get("arguments")),
-                    },
-                }
-            )
+        if kind == "tool_use":
+            note = as_dict(recall(str(block.get("id") or ""))) if not profile.native_blocks else {}
+            call = clean_call(block, profile, note.get("arguments"), counter + len(calls))
+            calls.append((str(block.get("id") or ""), call["id"]))
+            notes.append(note if note.get("scope") == profile.scope else {})
+            said.append(call)
         elif kind not in THOUGHTS:
-            texts.append(foreign_text(block))
-    message = {"role": "assistant", "content": "\n\n".join(texts)}
-    if profile.reasoning_field == "reasoning_details" and not calls:
-        notes.append(recall(text_key(profile.scope, "".join(texts))))
-    if profile.reasoning_field and (tool_calls or profile.reasoning_always):
-        message.update(replayed(blocks, profile, notes, calls, tool_calls))
-    if tool_calls:
-        message["tool_calls"] = tool_calls
-    return message, calls
+            said += clean_blocks([block], profile)
+        elif not profile.native_blocks:
+            thoughts.append(block)
+        elif not is_our_thinking(block):
+            said.append(block)
+    if profile.reasoning_field and (calls or profile.reasoning_always):
+        if profile.reasoning_field == "reasoning_details" and not calls:
+            text = "".join(block_text(block) for block in said)
+            notes = [as_dict(recall(text_key(profile.scope, text)))]
+        said = bring_back(said, thoughts, profile, notes, [call_id for call_id, _ in calls])
+    return said, calls
+
+
+def bring_back(said, thoughts, profile, notes, call_ids):
+    """An assistant turn with its earlier reasoning, which some providers insist on: from the
+    signatures of its thinking blocks, else from what is remembered of its calls."""
+    states = [state for state in (read_state(block, profile.scope) for block in thoughts) if state]
+    if profile.reasoning_field == "google":
+        known = {}
+        for state in states:
+            known.update(as_dict(state.get("google")))
+        found = [known.get(i) or note.get("google") for i, note in zip(call_ids, notes)]
+        found[:1] = [found[0] or profile.placeholder] if found else []  # Gemini checks the first
+        signatures = iter(found)
+        return [
+            add_note(block, google=next(signatures)) if block.get("type") == "tool_use" else block
+            for block in said
+        ]
+    if profile.reasoning_field == "reasoning_details":
+        # What is remembered is whole; a signature holds what had come when its block was closed.
+        kept = (note["details"] for note in notes + states[::-1] if note.get("details"))
+        details = next(kept, None)
+        thinking = dict(thinking_block(""), ccfix={"details": details}) if details else None
+    else:
+        text = "".join(state["text"] for state in states)
+        text = text or next((note["reasoning"] for note in notes if note.get("reasoning")), "")
+        thinking = thinking_block(text or profile.placeholder)
+    return [thinking] + said if thinking and (thinking["thinking"] or "ccfix" in thinking) else said
+
+
+def thinking_block(text):
+    return {"type": "thinking", "thinking": text, "signature": ""}
+
+
+def add_note(block, **note):
+    """The block with what only a format can write, see normalize; the same block for nothing."""
+    note = {key: value for key, value in note.items() if value}
+    return dict(block, ccfix=dict(block.get("ccfix", ()), **note)) if note else block
+
+
+def clean_call(block, profile, original, number):
+    """A tool_use block with an id and a name that the provider takes, and an object as input.
+
+    original: the arguments as the model wrote them. The client echoes a call with defaults added and
+    keys in another order, which would break the provider's prefix cache. What the client could not
+    parse comes back as {"__unparsedToolInput": {"raw"}} and is turned back.
+    """
+    value = as_dict(block.get("input"))
+    raw = as_dict(value.get("__unparsedToolInput")).get("raw")
+    if isinstance(raw, str):
+        parsed = json_or_none(raw)
+        value = parsed if isinstance(parsed, dict) else {"unparsed": raw}
+    name = short_name(str(block.get("name") or "tool"))
+    wanted = {"id": sent_id(block, name, profile.tool_ids, number), "name": name, "input": value}
+    if any(block.get(key) != part for key, part in wanted.items()):
+        block = dict(block, **wanted)
+    return add_note(block, arguments=original if says_the_same(original, value) else "")
+
+
+def says_the_same(original, value):
+    """Whether JSON text holds the same arguments as the client's echo, which adds defaults, makes
+    numbers of strings and drops null."""
+    known = json_or_none(original) if isinstance(original, str) else None
+    return isinstance(known, dict) and all(
+        part is None or key in value and (value[key] == part or str(value[key]) == str(part))
+        for key, part in known.items()
+    )
+
+
+def sent_id(block, name, form, number):
+    """The tool-call id for the provider, made of the client's id alone (for Kimi: of name and number).
+
+    form: see Profile.tool_ids. number: calls before this one in the conversation.
+    """
+    given = str(block.get("id") or "call_%d" % number)
+    if form == "kimi":  # its chat template expects functions.NAME:N
+        return "functions.%s:%d" % (name, number)
+    if form == "nine":
+        return given if re.match(r"[A-Za-z0-9]{9}\Z", given) else short_hash(given, 9)
+    if len(given) > 40 or not re.match(r"[A-Za-z0-9_.:-]+\Z", given):
+        return "call_" + short_hash(given, 24)
+    return given
+
+
+def short_hash(text, length):
+    return hashlib.sha1(text.encode("utf-8", "replace")).hexdigest()[:length]
+
+
+def short_name(name):
+    """A tool name that every API takes ([A-Za-z0-9_-]{1,64}): MCP names may be longer; the end is
+    then a hash of the whole."""
+    if re.match(r"[A-Za-z0-9_-]{1,64}\Z", name):
+        return name
+    return re.sub(r"[^A-Za-z0-9_-]", "_", name)[:55] + "_" + short_hash(name, 8)
+
+
+# ---- reasoning state in signatures: Claude Code echoes a signature as it is ----------------------------
 
 
 def text_key(scope, text):
     """Under which name the reasoning of a turn without calls is remembered."""
-    return (
-        "text" + hashlib.sha1((scope + "\n" + text.strip()).encode("utf-8", "replace")).hexdigest()
-    )
-
-
-def sent_id(block, profile, ids, counter):
-    """The tool-call id for the provider, made of the client's id alone (or, for Kimi, of name and position)."""
-    given = str(block.get("id") or "call_%d" % counter[0])
-    if (
-        profile.tool_ids == "kimi"
-    ):  # its chat template expects functions.NAME:N, counted through the conversation
-        ids[given] = "functions.%s:%d" % (short_name(str(block.get("name"))), counter[0])
-    elif profile.tool_ids == "nine" and not re.match(r"[A-Za-z0-9]{9}$", given):
-        ids[given] = hashlib.sha1(given.encode("utf-8", "replace")).hexdigest()[:9]
-    elif len(given) > 40 or not re.match(r"[A-Za-z0-9_.:-]+$", given):
-        ids[given] = "call_" + hashlib.sha1(given.encode("utf-8", "replace")).hexdigest()[:24]
-    counter[0] += 1
-    return ids.get(given, given)
-
-
-def short_name(name):
-    """A tool name that OpenAI's API takes ([A-Za-z0-9_-]{1,64}): MCP names may be longer; the end is a hash of all."""
-    if re.match(r"[A-Za-z0-9_-]{1,64}$", name):
-        return name
-    clean = re.sub(r"[^A-Za-z0-9_-]", "_", name)
-    return clean[:55] + "_" + hashlib.sha1(name.encode("utf-8", "replace")).hexdigest()[:8]
-
-
-def argument_text(value, original):
-    """Arguments as JSON text: the model's own bytes where they are remembered and still say the same.
-
-    The client echoes a call with defaults added and keys in another order, which would break the provider's prefix
-    cache. What the client could not parse comes back as {"__unparsedToolInput": {"raw"}} and is turned back.
-    """
-    value = as_dict(value)
-    raw = as_dict(value.get("__unparsedToolInput")).get("raw")
-    if isinstance(raw, str):
-        return raw if json_or_none(raw) is not None else compact_json({"unparsed": raw})
-    if isinstance(original, str):
-        known = json_or_none(original)
-        if isinstance(known, dict) and all(
-            key in value and (value[key] == part or str(value[key]) == str(part))
-            for key, part in known.items()
-            if part is not None
-        ):
-            return original
-    return compact_json(value)
-
-
-def replayed(blocks, profile, notes, calls, tool_calls):
-    """The fields that bring earlier reasoning back: from the thinking blocks' signatures, else by tool-call id."""
-    states = [
-        state
-        for state in (
-            read_state(block, profile.scope) for block in blocks if block.get("type") in THOUGHTS
-        )
-        if state is not None
-    ]
-    if profile.reasoning_field == "google":
-        known = {
-            key: value for state in states for key, value in as_dict(state.get("google")).items()
-        }
-        for position, (call, note) in enumerate(zip(calls, notes)):
-            signature = (
-                known.get(call.id)
-                or note.get("google")
-                or (profile.placeholder if position == 0 else "")
-            )
-            if signature:
-                tool_calls[position]["extra_content"] = {"google": {"thought_signature": signature}}
-        return {}
-    if profile.reasoning_field == "reasoning_details":
-        # What is remembered is whole; a signature holds what had come when its block was closed.
-        details = next(
-            (known["details"] for known in notes + states[::-1] if known.get("details")), None
-        )
-        return {"reasoning_details": details} if details else {}
-    text = "".join(state.get("text", "") for state in states) or next(
-        (note["reasoning"] for note in notes if note.get("reasoning")), ""
-    )
-    text = text or (profile.placeholder if tool_calls or profile.reasoning_always else "")
-    return {profile.reasoning_field: text} if text else {}
+    return "text_" + short_hash(scope + "\n" + text.strip(), 40)
 
 
 def write_state(scope, state):
-    """A thinking block's signature that carries state (a dict) for the provider `scope`, and nobody else."""
-    packed = (
-        base64.urlsafe_b64encode(zlib.compress(compact_json(state).encode(), 1)).decode()
-        if state
-        else ""
-    )
-    return STATE_MARK + base64.urlsafe_b64encode(scope.encode()).decode() + "." + packed
+    """A thinking block's signature that carries state (a dict) for the provider `scope` alone."""
+    packed = zlib.compress(compact_json(state).encode(), 1) if state else b""
+    parts = [base64.urlsafe_b64encode(part).decode() for part in (scope.encode(), packed)]
+    return STATE_MARK + ".".join(parts)
 
 
 def read_state(block, scope):
@@ -2008,305 +2157,250 @@ def read_state(block, scope):
     mark = block.get("signature") if block.get("type") == "thinking" else block.get("data")
     if not isinstance(mark, str) or not mark.startswith(write_state(scope, {})):
         return None
-    state = {}
     try:
         packed = mark[len(STATE_MARK) :].split(".", 1)[1]
-        if packed:
-            state = as_dict(json.loads(zlib.decompress(base64.urlsafe_b64decode(packed)).decode()))
-    except (ValueError, zlib.error, IndexError):
+        data = zlib.decompress(base64.urlsafe_b64decode(packed)) if packed else b"{}"
+        state = as_dict(json.loads(data.decode()))
+    except (ValueError, zlib.error):
         return None
     text = block.get("thinking")
-    state["text"] = text if isinstance(text, str) else ""
-    return state
+    return dict(state, text=text if isinstance(text, str) else "")
+
+
+def is_our_thinking(block):
+    """Whether this program signed a block of reasoning."""
+    return str(block.get("signature") or block.get("data")).startswith(STATE_MARK)
+
+
+# ---- content blocks ------------------------------------------------------------------------------------
+
+
+def clean_blocks(blocks, profile):
+    """The blocks with what the provider has no form for in words; unchanged ones are the same objects."""
+    return [part for block in blocks for part in clean_block(block, profile)]
+
+
+def clean_block(block, profile):
+    """One block as a list of blocks that the provider takes."""
+    kind, source = block.get("type"), as_dict(block.get("source"))
+    if kind == "text":
+        return [block]
+    if kind == "tool_result":
+        return [clean_result(block, profile)]
+    if kind == "image":
+        note = image_note(source, profile)
+        return [text_block(note)] if note else [block]
+    if kind == "document" and source.get("type") in ("base64", "url", "file"):
+        takes = profile.files and (source["type"] == "base64" or profile.native_blocks)
+        return [block if takes else text_block(document_note(block, source))]
+    if profile.native_blocks:
+        return [block]
+    if kind == "document":
+        return document_blocks(block, source, profile)
+    return [text_block(foreign_text(block))]
+
+
+def clean_result(block, profile):
+    """A tool_result with clean blocks; tool_reference blocks become the names of the loaded tools."""
+    if not isinstance(block.get("content"), (list, dict)):
+        return block
+    blocks = as_blocks(block["content"])
+    loaded = [part for part in blocks if part.get("type") == "tool_reference"]
+    content = clean_blocks([part for part in blocks if part not in loaded], profile)
+    if loaded:
+        names = [short_name(str(part.get("tool_name"))) for part in loaded]
+        content.append(text_block(LOADED + ", ".join(names)))
+    return block if content == block["content"] else dict(block, content=content)
+
+
+def image_note(source, profile):
+    """What is said in place of an image that cannot be passed on; "" where it can."""
+    kind, url = source.get("type"), source.get("url")
+    if not profile.images:
+        return "[an image was here; this model takes no images]"
+    if kind == "base64" and isinstance(source.get("data"), str):
+        return ""
+    is_url = kind == "url" and isinstance(url, str)
+    if is_url and profile.image_urls or kind == "file" and profile.native_blocks:
+        return ""
+    return "[an image was here that could not be passed on%s]" % (": " + url if is_url else "")
+
+
+def document_note(block, source):
+    """What is said in place of a PDF, with what the model can do about it."""
+    where = " at %s" % source["url"] if isinstance(source.get("url"), str) else ""
+    return (
+        "[a PDF document (%s)%s was here; this model cannot read PDF files. Convert it to text (for"
+        " example with pdftotext), or read single pages as images.]" % (title_of(block), where)
+    )
+
+
+def document_blocks(block, source, profile):
+    """A document that is text, under its title."""
+    if source.get("type") == "text":
+        return [text_block("[document: %s]\n%s" % (title_of(block), source.get("data")))]
+    if source.get("type") == "content":
+        inner = clean_blocks(as_blocks(source.get("content")), profile)
+        return [text_block("[document: %s]" % title_of(block))] + inner
+    return [text_block(document_note(block, source))]
+
+
+def title_of(document):
+    return str(document.get("title") or "document")
 
 
 def foreign_text(block):
-    """A block that OpenAI's API has no form for, as text the model can read."""
+    """A block that only Anthropic's API has a form for, as text that the model can read."""
     kind = str(block.get("type"))
+    if kind == "search_result":
+        inner = "\n".join(block_text(part) for part in as_blocks(block.get("content")))
+        return "[search result: %s - %s]\n%s" % (block.get("title"), block.get("source"), inner)
     if kind == "server_tool_use":
         return "[%s: %s]" % (block.get("name"), compact_json(as_dict(block.get("input"))))
     if kind.endswith("_tool_result"):
-        found = [
-            "%s - %s" % (hit.get("title"), hit.get("url"))
-            for hit in as_list(block.get("content"))
-            if isinstance(hit, dict)
-        ]
+        hits = [hit for hit in as_list(block.get("content")) if isinstance(hit, dict)]
+        found = ["%s - %s" % (hit.get("title"), hit.get("url")) for hit in hits]
         return "\n".join(["[%s]" % kind] + found)
-    return block_text(block) or "[a block of kind %s, which this model cannot be shown]" % kind[:60]
-
-
-# ---- the user's turns and tool results ---------------------------------------------------------------
-
-
-def user_messages(blocks, calls, profile):
-    """Tool messages in the order of the calls, then one user message with everything else of the turn."""
-    results, rest, open_ids = {}, [], {call.id for call in calls}
-    for block in blocks:
-        answers = str(block.get("tool_use_id") or "")
-        if block.get("type") != "tool_result":
-            rest += parts_of(block, profile)
-        elif answers in open_ids and answers not in results:
-            results[answers] = block
-        else:
-            rest += ["[result of an earlier tool call]"] + result_parts(block, profile)
-    messages, pictures = tool_messages(calls, results, profile)
-    rest = pictures + rest
-    if rest:
-        if messages and not profile.user_after_tool:
-            messages.append({"role": "assistant", "content": BRIDGE})
-        messages.append({"role": "user", "content": join_parts(rest)})
-    return messages
-
-
-def tool_messages(calls, results, profile):
-    """([tool message], [parts that tool messages cannot hold]); a call without a result gets a note instead."""
-    messages, pictures = [], []
-    for call in calls:
-        block = results.get(call.id)
-        parts = [NO_RESULT] if block is None else result_parts(block, profile)
-        shown = [part for part in parts if isinstance(part, str)]
-        images = [part for part in parts if not isinstance(part, str)]
-        if images:
-            pictures += ["[from the result of %s:]" % call.name] + images
-            shown = shown or ["(see the next message)"]
-        messages.append(
-            {"role": "tool", "tool_call_id": call.sent_id, "content": "\n".join(shown) or NO_OUTPUT}
-        )
-    return messages, pictures
-
-
-def result_parts(block, profile):
-    """The parts of a tool_result; an error says so, and tool_reference blocks name the tools that were loaded."""
-    blocks = as_blocks(block.get("content"))
-    loaded = [
-        short_name(str(part.get("tool_name")))
-        for part in blocks
-        if part.get("type") == "tool_reference"
-    ]
-    parts = [
-        part
-        for inner in blocks
-        if inner.get("type") != "tool_reference"
-        for part in parts_of(inner, profile)
-        if part != ""
-    ]
-    if loaded:
-        parts.append("These tools are loaded and can be called now: " + ", ".join(loaded))
-    if not any(part.strip() if isinstance(part, str) else part for part in parts):
-        parts = [NO_OUTPUT]
-    return ["Error:"] + parts if block.get("is_error") is True else parts
-
-
-def parts_of(block, profile):
-    """A block as a list of parts: text as str, an image or file as OpenAI's part dict."""
-    kind = block.get("type")
-    if kind == "text":
-        return [block_text(block)]
-    if kind == "image":
-        return [image_part(as_dict(block.get("source")), profile)]
-    if kind == "document":
-        return document_parts(block, as_dict(block.get("source")), profile)
-    if kind == "search_result":
-        inner = "\n".join(block_text(part) for part in as_blocks(block.get("content")))
-        return ["[search result: %s - %s]\n%s" % (block.get("title"), block.get("source"), inner)]
-    return [foreign_text(block)]
-
-
-def image_part(source, profile):
-    """An image as an image_url part, or a note where the model takes none."""
-    kind, data, url = source.get("type"), source.get("data"), source.get("url")
-    if not profile.images:
-        return "[an image was here; this model takes no images]"
-    if kind == "base64" and isinstance(data, str):
-        return {
-            "type": "image_url",
-            "image_url": {
-                "url": "data:%s;base64,%s" % (source.get("media_type") or "image/png", data)
-            },
-        }
-    if kind == "url" and isinstance(url, str) and profile.image_urls:
-        return {"type": "image_url", "image_url": {"url": url}}
-    return "[an image was here that could not be passed on%s]" % (
-        ": %s" % url if kind == "url" and isinstance(url, str) else ""
+    return block_text(block) or (
+        "[a block of kind %s, which this model cannot be shown]" % kind[:60]
     )
 
 
-def document_parts(block, source, profile):
-    """A document: its text; a PDF as a file part where the profile takes one, else a note that says what to do."""
-    title, kind, data = (
-        str(block.get("title") or "document"),
-        source.get("type"),
-        source.get("data"),
-    )
-    if kind == "text":
-        return ["[document: %s]\n%s" % (title, data)]
-    if kind == "content":
-        return ["[document: %s]" % title] + [
-            part for inner in as_blocks(source.get("content")) for part in parts_of(inner, profile)
-        ]
-    if kind == "base64" and isinstance(data, str) and profile.files:
-        name = title if title.lower().endswith(".pdf") else title + ".pdf"
-        url = "data:%s;base64,%s" % (source.get("media_type") or "application/pdf", data)
-        return [{"type": "file", "file": {"filename": name, "file_data": url}}]
-    where = " at %s" % source["url"] if isinstance(source.get("url"), str) else ""
-    return [
-        "[a PDF document (%s)%s was here; this model cannot read PDF files. Convert it to text (for example with pdftotext), or read"
-        " single pages as images.]" % (title, where)
-    ]
+# ---- tools ---------------------------------------------------------------------------------------------
 
 
-def join_parts(parts):
-    """Message content of parts: one plain string unless there is an image or a file in it."""
-    if all(isinstance(part, str) for part in parts):
-        return "\n\n".join(part for part in parts if part) or NO_OUTPUT
-    content = []
-    for part in parts:
-        if not isinstance(part, str):
-            content.append(part)
-        elif content and content[-1]["type"] == "text":
-            content[-1] = {"type": "text", "text": content[-1]["text"] + "\n\n" + part}
-        elif part:
-            content.append({"type": "text", "text": part})
-    return content
-
-
-# ---- tools -------------------------------------------------------------------------------------------
-
-PLACEHOLDER_TOOL = "DeferredToolPlaceholder"
+def is_function(tool):
+    """Whether a tool is run by the client; the others are run by Anthropic's servers (web_search_*)."""
+    return "input_schema" in tool or tool.get("type") in (None, "custom")
 
 
 def offered_tools(body):
-    """The client's function tools in an order that only ever grows at its end: those that are always there by name,
-    then the deferred ones as the conversation's tool_reference blocks name them. Server tools are not functions.
+    """The client's function tools in an order that only ever grows at its end: those that are always
+    there by name, then the deferred ones as the conversation's tool_reference blocks name them.
+
+    The client itself sends them in another order with each request (seen with 2.1.330).
     """
     tools = {}
     for tool in as_list(body.get("tools")):
         name = as_dict(tool).get("name")
-        if (
-            isinstance(name, str)
-            and name
-            and name != PLACEHOLDER_TOOL
-            and ("input_schema" in tool or tool.get("type") in (None, "custom"))
-        ):
+        if isinstance(name, str) and name and name != PLACEHOLDER_TOOL and is_function(tool):
             tools[name] = tool
     fixed = sorted(name for name in tools if not tools[name].get("defer_loading"))
     if len(fixed) == len(tools):
         return [tools[name] for name in fixed]
-    order = {name: position for position, name in enumerate(referenced_tools(body))}
-    deferred = sorted(
-        (name for name in tools if tools[name].get("defer_loading")),
-        key=lambda name: (order.get(name, len(order)), name),
-    )
+    named = [
+        str(block.get("tool_name"))
+        for _, block in walk_blocks(body.get("messages"))
+        if block.get("type") == "tool_reference"
+    ]
+    order = {name: -place for place, name in enumerate(reversed(named))}  # its first appearance
+    deferred = sorted(set(tools) - set(fixed), key=lambda name: (order.get(name, 1), name))
     return [tools[name] for name in fixed + deferred]
 
 
-def referenced_tools(body):
-    """Names in tool_reference blocks, in order of first appearance."""
-    names = {}
-    for message in as_list(body.get("messages")):
-        for block in as_list(as_dict(message).get("content")):
-            if isinstance(block, dict) and block.get("type") == "tool_result":
-                for part in as_list(block.get("content")):
-                    if isinstance(part, dict) and part.get("type") == "tool_reference":
-                        names.setdefault(str(part.get("tool_name")))
-    return list(names)
+def tool_names(body):
+    """{name sent to the provider: (the client's name, schema)} of the offered tools."""
+    return {
+        short_name(tool["name"]): (tool["name"], as_dict(tool.get("input_schema")))
+        for tool in offered_tools(body)
+    }
 
 
-def openai_tools(body, profile, memo):
-    """OpenAI's tools for the client's, at most as many as the provider takes (those at the end are the rarest)."""
+def normalize_tools(body, profile, memo):
+    """{"tools", "tool_choice"} as the provider takes them, at most as many as it takes: those at the
+    end are the rarest. {} where there are none."""
     tools = offered_tools(body)
-    return [openai_tool(tool, profile, memo) for tool in tools[: profile.max_tools or len(tools)]]
+    tools = [clean_tool(tool, profile, memo) for tool in tools[: profile.max_tools or len(tools)]]
+    if profile.native_blocks:
+        tools += [tool for tool in as_list(body.get("tools")) if not is_function(as_dict(tool))]
+    if not tools:
+        return {}
+    choice, names = as_dict(body.get("tool_choice")), {tool.get("name") for tool in tools}
+    kind, name = choice.get("type"), short_name(str(choice.get("name")))
+    form = {"none": "none", "any": "required", "tool": "named"}.get(str(kind))
+    if form and (form not in profile.tool_choice or form == "named" and name not in names):
+        choice = {key: value for key, value in choice.items() if key not in ("type", "name")}
+        choice["type"] = "auto"
+    elif form == "named":
+        choice = dict(choice, name=name)
+    return dict({"tools": tools}, **{"tool_choice": choice} if choice else {})
 
 
-def openai_tool(tool, profile, memo):
-    """One tool, converted; memo keeps (tool, rules, converted), as cleaning the same schemas again costs more than comparing."""
+def clean_tool(tool, profile, memo):
+    """One tool with a schema that the provider takes. memo keeps (tool, rules, clean tool) by name,
+    as cleaning the same schemas again costs more than comparing them."""
     rules = (profile.schema, profile.typed_schema)
     known = memo.get(tool["name"])
     if known and known[1] == rules and known[0] == tool:
         return known[2]
-    schema = clean_schema(as_dict(tool.get("input_schema")), profile, {None: [MAX_REFS]}, 0)
+    schema = clean_schema(as_dict(tool.get("input_schema")), profile)
     schema["type"] = "object"
     schema["properties"] = as_dict(schema.get("properties"))
-    function = {
-        "name": short_name(tool["name"]),
-        "description": str(tool.get("description") or ""),
-        "parameters": schema,
-    }
+    clean = {key: value for key, value in tool.items() if key != "defer_loading"}
+    clean.update(name=short_name(tool["name"]), input_schema=schema)
     if len(memo) > 2000:
         memo.clear()
-    memo[tool["name"]] = (tool, rules, {"type": "function", "function": function})
-    return {
-        "type": "function",
-        "function": function,
-    }  # not memo's: another thread may have put its own there
+    memo[tool["name"]] = (tool, rules, clean)
+    return clean  # not the memo's: another thread may have put its own there
 
 
-MAX_REFS = 200
+def clean_schema(schema, profile, defs=None, depth=0):
+    """A JSON schema that all providers take: $schema and format:uri gone, $ref replaced by what it
+    names, type lists split, without the keywords in profile.schema.
 
-
-def ref_name(schema):
-    """The last part of a schema's $ref."""
-    return schema["$ref"].rsplit("/", 1)[-1]
-
-
-def resolve_ref(schema, defs):
-    """What a schema's $ref names, with what stands beside the $ref; any object where it names nothing known (or itself)."""
-    defs[None][0] -= 1
-    found = as_dict(defs.get(ref_name(schema))) if defs[None][0] >= 0 else {}
-    beside = {key: value for key, value in schema.items() if key != "$ref"}
-    return dict(found or {"type": "object"}, **beside)
-
-
-def clean_schema(schema, profile, defs, depth):
-    """A JSON schema that all providers take: $schema and format:uri gone, $ref replaced by what it names, type lists split.
-
-    defs: what a $ref may name; under None, [how many more may be replaced]: schemas that name each other grow without end.
+    defs: what a $ref may name; under None, [how many more may be resolved].
     """
+    defs = {None: [MAX_REFS]} if defs is None else defs
     for key in ("$defs", "definitions"):
         if key in schema:
             defs = dict(defs, **as_dict(schema[key]))
     if isinstance(schema.get("$ref"), str):
-        return clean_schema(
-            resolve_ref(schema, defs),
-            profile,
-            {name: part for name, part in defs.items() if name != ref_name(schema)},
-            depth + 1,
-        )
+        name = schema["$ref"].rsplit("/", 1)[-1]
+        inner = {key: part for key, part in defs.items() if key != name}
+        return clean_schema(resolve_ref(schema, name, defs), profile, inner, depth + 1)
     clean = {}
     for key, value in schema.items():
-        if key in ("$schema", "$defs", "definitions", "$id", "$comment") or (
-            key == "format" and value == "uri"
-        ):
+        if key in DROPPED_KEYWORDS or (key == "format" and value == "uri"):
             continue
-        if key in profile.schema:
-            if key == "const":
-                clean["enum"] = [value]
-            continue
-        clean[key] = clean_part(key, value, profile, defs, depth)
+        if key not in profile.schema:
+            clean[key] = clean_part(key, value, profile, defs, depth)
+        elif key == "const":
+            clean["enum"] = [value]
     split_type(clean)
     if profile.typed_schema and depth and not {"type", "anyOf", "oneOf", "allOf"} & set(clean):
         clean["type"] = "object" if "properties" in clean else "string"
     return clean
 
 
+DROPPED_KEYWORDS = ("$schema", "$defs", "definitions", "$id", "$comment")
+SCHEMA_MAPS = ("properties", "patternProperties")
+SUBSCHEMAS = ("items", "additionalProperties", "not", "propertyNames", "contains")
+SCHEMA_LISTS = ("anyOf", "oneOf", "allOf", "prefixItems", "items")
+
+
+def resolve_ref(schema, name, defs):
+    """What a schema's $ref names, with what stands beside the $ref; any object where it names
+    nothing known, or itself."""
+    defs[None][0] -= 1
+    found = as_dict(defs.get(name)) if defs[None][0] >= 0 else {}
+    beside = {key: value for key, value in schema.items() if key != "$ref"}
+    return dict(found or {"type": "object"}, **beside)
+
+
 def clean_part(key, value, profile, defs, depth):
     """The value of one schema keyword, cleaned where it holds schemas itself."""
-    if depth > 40:
+
+    def clean(part):
+        return clean_schema(part, profile, defs, depth + 1) if isinstance(part, dict) else part
+
+    if depth > MAX_SCHEMA_DEPTH:
         return {} if isinstance(value, dict) else value
-    if key in ("properties", "patternProperties") and isinstance(value, dict):
-        return {
-            name: clean_schema(part, profile, defs, depth + 1) if isinstance(part, dict) else part
-            for name, part in value.items()
-        }
-    if key in ("items", "additionalProperties", "not", "propertyNames", "contains") and isinstance(
-        value, dict
-    ):
-        return clean_schema(value, profile, defs, depth + 1)
-    if key in ("anyOf", "oneOf", "allOf", "prefixItems", "items") and isinstance(value, list):
-        return [
-            clean_schema(part, profile, defs, depth + 1) if isinstance(part, dict) else part
-            for part in value
-        ]
+    if key in SCHEMA_MAPS and isinstance(value, dict):
+        return {name: clean(part) for name, part in value.items()}
+    if key in SUBSCHEMAS and isinstance(value, dict):
+        return clean(value)
+    if key in SCHEMA_LISTS and isinstance(value, list):
+        return [clean(part) for part in value]
     return value
 
 
@@ -2320,117 +2414,276 @@ def split_type(schema):
             schema["anyOf"] = [{"type": kind} for kind in kinds]
 
 
-# ---- the other fields --------------------------------------------------------------------------------
+# ---- the form of the reply -----------------------------------------------------------------------------
 
 
-def choice_fields(body, profile, tools):
+def wanted_schema(body):
+    """The JSON schema that the reply must fit (output_config.format, or the older output_format),
+    or None."""
+    wanted = as_dict(as_dict(body.get("output_config")).get("format") or body.get("output_format"))
+    schema = wanted.get("schema")
+    is_schema = wanted.get("type") == "json_schema" and isinstance(schema, dict)
+    return schema if is_schema else None
+
+
+def ask_for_format(body, profile):
+    """Clean the schema of the reply in `body`; where the provider knows no such schema, ask for it
+    in words at the end of the last turn."""
+    schema = wanted_schema(body)
+    if schema is None:
+        return
+    schema = clean_schema(schema, profile)
+    wanted = {"type": "json_schema", "schema": schema}
+    body["output_config"] = dict(as_dict(body.get("output_config")), format=wanted)
+    if profile.json_format == "json_schema":
+        return
+    wish = "Reply with one JSON object that fits this JSON schema, and nothing else:\n"
+    wish = text_block(wish + compact_json(schema))
+    messages, last = body["messages"], as_dict(body["messages"][-1:] and body["messages"][-1])
+    if last.get("role") == "user":
+        messages[-1] = dict(last, content=as_blocks(last["content"]) + [wish])
+    else:
+        messages.append({"role": "user", "content": [wish]})
+
+
+# ======================================================================================================
+# 6  Formats out: a normalized request -> what goes over the wire
+# ======================================================================================================
+
+BRIDGE = "I have the results of the tools."
+CONTINUE = "Continue."
+MAX_STOPS = 4  # stop sequences; OpenAI and vLLM take no more
+
+
+class Format(NamedTuple):
+    """An API that providers speak; a row of FORMATS. Nothing else knows which format is in use.
+
+    write(normalized body, model, profile, attach) -> request body, a new dict; attach: the two
+    disguise fields or {}. reader(writer, profile) -> reader of the reply (section 8). headers(key,
+    profile, client_headers) -> headers of the format's own. path, models_path, count_path: behind the
+    base URL; "/v1/..." stands in place of a base's own /v1; "": the format has no such endpoint.
+    relays: the provider's own events reach the client, so that their order matters (see `check`).
+    """
+
+    name: str
+    path: str
+    models_path: str
+    count_path: str
+    headers: object
+    write: object
+    reader: object
+    relays: bool = False
+
+
+def endpoint(base, path):
+    """The URL of a format's path at a base URL; the base's query (Azure's api-version) stays."""
+    parts = urllib.parse.urlsplit(base)
+    start = re.sub(r"/v1\Z", "", parts.path) if path.startswith("/v1/") else parts.path
+    return urllib.parse.urlunsplit((parts.scheme, parts.netloc, start + path, parts.query, ""))
+
+
+# ---- chat: OpenAI's chat completions -------------------------------------------------------------------
+
+
+def chat_headers(key, profile, client_headers):
+    """The key in the header that the provider wants it in."""
+    if not key:
+        return {}
+    bearer = profile.key_header == "authorization"
+    return {"Authorization": "Bearer " + key} if bearer else {profile.key_header: key}
+
+
+def write_chat(body, model, profile, attach=()):
+    """The chat-completions request for a normalized body
+    (https://platform.openai.com/docs/api-reference/chat/create)."""
+    sent = {"model": model, "messages": chat_messages(body, profile)}
+    tools = [chat_tool(tool) for tool in as_list(body.get("tools")) if is_function(tool)]
+    if tools:
+        sent["tools"] = tools
+        sent.update(choice_fields(as_dict(body.get("tool_choice")), profile))
+    sent.update(sampling_fields(body, profile))
+    schema = wanted_schema(body)
+    if schema is not None and profile.json_format:
+        sent["response_format"] = {"type": profile.json_format}
+        if profile.json_format == "json_schema":
+            sent["response_format"]["json_schema"] = {"name": "reply", "schema": schema}
+    level = thinking_level(body)
+    if tools and profile.effort_with_tools:
+        sent["reasoning_effort"] = profile.effort_with_tools
+    elif level and profile.reasoning:
+        sent.update(REASONING[profile.reasoning](level, profile))
+    if body.get("stream") is True or profile.always_stream:
+        sent["stream"] = True
+        if profile.usage_option:
+            sent["stream_options"] = {"include_usage": True}
+    sent.update(profile.body)
+    sent.update(attach)
+    for field in profile.never:
+        sent.pop(field, None)
+    return sent
+
+
+def chat_messages(body, profile):
+    """One leading system message, then turns; tool messages directly after their calls."""
+    text = system_text(body.get("system"))
+    messages, names = [{"role": "system", "content": text}] if text else [], {}
+    for message in body["messages"]:
+        blocks = as_blocks(message["content"])
+        if message["role"] == "assistant":
+            messages.append(assistant_message(blocks, profile))
+            names = {block["id"]: block["name"] for block in blocks if block["type"] == "tool_use"}
+        else:
+            messages += user_messages(blocks, names, profile)
+    if not messages or messages[-1]["role"] in ("system", "assistant"):
+        # Few providers go on with an assistant's text, several refuse it: words work everywhere.
+        messages.append({"role": "user", "content": CONTINUE})
+    return messages
+
+
+def assistant_message(blocks, profile):
+    """An assistant turn; its thinking goes back in the provider's own field."""
+    texts = [block_text(block) for block in blocks if block["type"] == "text"]
+    message = {"role": "assistant", "content": "\n\n".join(texts)}
+    for block in blocks:
+        if block["type"] == "thinking":
+            details = as_dict(block.get("ccfix")).get("details")
+            message[profile.reasoning_field] = details or block["thinking"]
+    calls = [chat_call(block) for block in blocks if block["type"] == "tool_use"]
+    return dict(message, tool_calls=calls) if calls else message
+
+
+def chat_call(block):
+    """A tool_use block as a tool call; the model's own argument text where it is remembered."""
+    note = block.get("ccfix", {})
+    arguments = note.get("arguments") or compact_json(block["input"])
+    function = {"name": block["name"], "arguments": arguments}
+    call = {"id": block["id"], "type": "function", "function": function}
+    if note.get("google"):
+        call["extra_content"] = {"google": {"thought_signature": note["google"]}}
+    return call
+
+
+def user_messages(blocks, names, profile):
+    """Tool messages, then one user message with everything else of the turn. names: {call id: tool}.
+
+    A tool message holds text only: images and files of a result follow in the user message.
+    """
+    messages, media, rest = [], [], []
+    for block in blocks:
+        if block["type"] != "tool_result":
+            rest.append(chat_part(block))
+            continue
+        parts = [chat_part(part) for part in result_blocks(block)]
+        texts = [part for part in parts if isinstance(part, str)]
+        others = [part for part in parts if not isinstance(part, str)]
+        if others:
+            media += ["[from the result of %s:]" % names.get(block["tool_use_id"])] + others
+            texts = texts or ["(see the next message)"]
+        content = "\n".join(texts)
+        messages.append({"role": "tool", "tool_call_id": block["tool_use_id"], "content": content})
+    if media or rest:
+        if messages and not profile.user_after_tool:
+            messages.append({"role": "assistant", "content": BRIDGE})
+        messages.append({"role": "user", "content": join_parts(media + rest)})
+    return messages
+
+
+def chat_part(block):
+    """A block as a part of a message: text as str, an image or a file as OpenAI's dict."""
+    source = as_dict(block.get("source"))
+    if block["type"] == "image":
+        url = source.get("url") if source.get("type") == "url" else data_url(source, "image/png")
+        return {"type": "image_url", "image_url": {"url": url}}
+    if block["type"] == "document":
+        name = title_of(block)
+        name = name if name.lower().endswith(".pdf") else name + ".pdf"
+        file = {"filename": name, "file_data": data_url(source, "application/pdf")}
+        return {"type": "file", "file": file}
+    return block_text(block)
+
+
+def data_url(source, media_type):
+    return "data:%s;base64,%s" % (source.get("media_type") or media_type, source["data"])
+
+
+def join_parts(parts):
+    """Message content of parts: one plain string unless there is an image or a file among them."""
+    if all(isinstance(part, str) for part in parts):
+        return "\n\n".join(part for part in parts if part) or NO_OUTPUT
+    content = []
+    for part in parts:
+        if not isinstance(part, str):
+            content.append(part)
+        elif content and content[-1]["type"] == "text":
+            content[-1] = text_block(content[-1]["text"] + "\n\n" + part)
+        elif part:
+            content.append(text_block(part))
+    return content
+
+
+def chat_tool(tool):
+    function = {"name": tool["name"], "description": str(tool.get("description") or "")}
+    return {"type": "function", "function": dict(function, parameters=tool["input_schema"])}
+
+
+def choice_fields(choice, profile):
     """tool_choice and parallel_tool_calls; nothing for auto, which is every provider's default."""
-    choice = as_dict(body.get("tool_choice"))
     kind, fields = choice.get("type"), {}
-    if not tools:
-        return fields
-    name = short_name(str(choice.get("name")))
-    if kind == "none" and "none" in profile.tool_choice:
-        fields["tool_choice"] = "none"
-    elif kind == "any" and "required" in profile.tool_choice:
-        fields["tool_choice"] = "required"
-    elif (
-        kind == "tool"
-        and "named" in profile.tool_choice
-        and any(tool["function"]["name"] == name for tool in tools)
-    ):
-        fields["tool_choice"] = {"type": "function", "function": {"name": name}}
+    if kind in ("none", "any"):
+        fields["tool_choice"] = "required" if kind == "any" else "none"
+    elif kind == "tool":
+        fields["tool_choice"] = {"type": "function", "function": {"name": choice["name"]}}
     if choice.get("disable_parallel_tool_use") is True and profile.parallel:
         fields["parallel_tool_calls"] = False
     return fields
 
 
-def sampling_fields(body, profile, room):
-    """The output limit (clamped to what is known), temperature, top_p and at most four stop texts."""
+def sampling_fields(body, profile):
+    """The output limit, temperature, top_p and stop sequences."""
     fields = {}
-    wanted = body.get("max_tokens")
-    if is_number(wanted):
-        fields[profile.max_tokens] = min(
-            [max(1, int(wanted))] + [limit for limit in (profile.max_output, room) if limit > 0]
-        )
+    if is_number(body.get("max_tokens")):
+        fields[profile.max_tokens] = body["max_tokens"]
     for name in ("temperature", "top_p"):
         if is_number(body.get(name)):
             fields[name] = body[name]
-    stops = [stop for stop in as_list(body.get("stop_sequences")) if isinstance(stop, str) and stop]
+    stops = [stop for stop in as_list(body.get("stop_sequences")) if stop and isinstance(stop, str)]
     if stops:
-        fields["stop"] = stops[:4]  # OpenAI and vLLM take no more
+        fields["stop"] = stops[:MAX_STOPS]
     return fields
 
 
-def format_fields(body, profile, messages):
-    """response_format for output_config.format; where the profile has none, the wish is put in words instead."""
-    wanted = as_dict(as_dict(body.get("output_config")).get("format") or body.get("output_format"))
-    schema = wanted.get("schema")
-    if wanted.get("type") != "json_schema" or not isinstance(schema, dict):
-        return {}
-    clean = clean_schema(schema, profile, {None: [MAX_REFS]}, 0)
-    if profile.json_format == "json_schema":
-        return {
-            "response_format": {
-                "type": "json_schema",
-                "json_schema": {"name": "reply", "schema": clean},
-            }
-        }
-    wish = (
-        "Reply with one JSON object that fits this JSON schema, and nothing else:\n"
-        + compact_json(clean)
-    )
-    if isinstance(messages[-1]["content"], str):
-        messages[-1]["content"] += "\n\n" + wish
-    else:
-        messages[-1]["content"].append({"type": "text", "text": wish})
-    return {"response_format": {"type": "json_object"}} if profile.json_format else {}
+# ---- anthropic: Anthropic's Messages -------------------------------------------------------------------
 
 
-def reasoning_fields(body, profile, tools):
-    """The fields that ask for thinking, in the provider's words; nothing where the request leaves it open."""
-    if tools and profile.effort_with_tools:
-        return {"reasoning_effort": profile.effort_with_tools}
-    level = thinking_level(body)
-    return REASONING[profile.reasoning](level, profile) if level and profile.reasoning else {}
+def anthropic_headers(key, profile, client_headers):
+    """The client's version and beta flags, and the key in both forms that such providers take."""
+    betas = re.split(r"[,\s]+", client_headers.get("anthropic-beta") or "")
+    betas = [flag for flag in betas if flag and flag not in profile.betas]
+    headers = {"anthropic-version": client_headers.get("anthropic-version") or "2023-06-01"}
+    if betas:
+        headers["anthropic-beta"] = ",".join(betas)
+    if key:
+        headers["x-api-key"] = key
+    return dict(headers, **chat_headers(key, profile, client_headers))
 
 
-def estimate_tokens(body):
-    """About how many input tokens a request has: 4 ASCII characters a token, 1.5 others, 1,500 an image."""
-    total, stack = 0, [body.get("system"), body.get("messages"), body.get("tools")]
-    while stack:
-        value = stack.pop()
-        if isinstance(value, str):
-            wide = len(value.encode("utf-8", "replace")) - len(value) if not is_ascii(value) else 0
-            total += (len(value) - wide // 2) // 4 + wide // 3 + 1
-        elif isinstance(value, dict):
-            if (
-                value.get("type") in ("image", "document")
-                and isinstance(value.get("source"), dict)
-                and value["source"].get("type") != "text"
-            ):
-                total += 1500
-            else:
-                stack.extend(value.values())
-                total += len(value)
-        elif isinstance(value, list):
-            stack.extend(value)
-        elif value is not None:
-            total += 1
-    return total
+def write_anthropic(body, model, profile, attach=()):
+    """The Messages request for a normalized body: itself, but for the model's name and what the
+    provider was found to refuse."""
+    sent = {key: value for key, value in body.items() if key not in profile.never}
+    sent["model"] = model
+    return without_keys(sent, "cache_control") if "cache_control" in profile.never else sent
 
 
-def is_ascii(value):
-    """Whether a text is ASCII (str.isascii is new in 3.7)."""
-    try:
-        value.encode("ascii")
-    except UnicodeEncodeError:
-        return False
-    return True
+def without_keys(value, name):
+    """A copy of a JSON value without the dict entries of one name."""
+    if isinstance(value, dict):
+        return {key: without_keys(part, name) for key, part in value.items() if key != name}
+    return [without_keys(part, name) for part in value] if isinstance(value, list) else value
 
 
 # ======================================================================================================
-# 6  Tool text: arguments mended against the tool's schema; tool calls that a model wrote as text
+# 7  Tool text: arguments mended against the tool's schema; tool calls that a model wrote as text
 # ======================================================================================================
 
 EMPTY_MEANS_ABSENT = (
@@ -3632,18 +3885,20 @@ class TextCalls(object):
 
 
 # ======================================================================================================
-# 7  Stream: SSE bytes -> chunks -> Anthropic events -> SSE bytes
+# 8  Stream in: SSE bytes -> payloads -> a reader -> MessageWriter -> Anthropic events -> SSE bytes
 # ======================================================================================================
 
-MAX_LINE = 32 << 20  # a longer SSE line is no model's work
+MAX_LINE = 32 << 20  # a longer SSE line is not a model's work
 
 
 def sse_payloads(blocks):
-    """Data strings of an SSE stream that comes in bytes, split anywhere; None after each block ("no more for now").
+    """Data strings of an SSE stream that comes in bytes, split anywhere; None after each block ("no
+    more for now").
 
-    Knows LF and CRLF, comments, several data lines in one event, data lines without the blank line between, a BOM,
-    `event: error`, and llama.cpp's old `error: {..}` line (both come out as {"error": ..}). An event that the end of
-    the stream cuts off is dropped when it is no JSON, as a browser would.
+    Knows LF and CRLF, comments, several data lines in one event, data lines without the blank line
+    between, a BOM, `event: error`, and llama.cpp's older `error: {..}` line (both come out as
+    {"error": ..}). An event that the end of the stream cuts off is dropped when it is not valid JSON,
+    as a browser would (https://html.spec.whatwg.org/multipage/server-sent-events.html).
     """
     rest, data, failed = [], [], False
     for block in blocks:
@@ -3652,11 +3907,7 @@ def sse_payloads(blocks):
             if block:
                 rest.append(block)
             if len(rest) % 64 == 63 and sum(map(len, rest)) > MAX_LINE:
-                raise UpstreamError(
-                    "The provider sent a line of over %d MB; that is no model's reply."
-                    % (MAX_LINE >> 20),
-                    kind="cut",
-                )
+                raise too_long("a line")
             yield None
             continue
         lines = b"".join(rest + [block[:end]]).decode("utf-8", "replace").split("\n")
@@ -3670,45 +3921,50 @@ def sse_payloads(blocks):
                     yield event_payload(data, failed)
                     data = []
                 data.append(line[6:])
-            elif not line:
-                if data:
-                    yield event_payload(data, failed)
-                    data, failed = [], False
-            else:
-                data, failed = other_line(line.lstrip("\ufeff"), data, failed)
+            elif line:
+                failed = read_other_line(line.lstrip("\ufeff"), data, failed)
+            elif data:
+                yield event_payload(data, failed)
+                data, failed = [], False
         yield None
     last = b"".join(rest).decode("utf-8", "replace").strip()
     if last:
-        data, failed = other_line(last, data, failed)
+        failed = read_other_line(last, data, failed)
     if data and (data[-1].strip() == "[DONE]" or json_or_none("\n".join(data)) is not None):
         yield event_payload(data, failed)
         yield None
 
 
+def too_long(what):
+    """The UpstreamError of a reply that no model makes."""
+    message = "The provider sent %s of over %d MB; that is not a model's reply."
+    return UpstreamError(message % (what, MAX_LINE >> 20), kind="cut")
+
+
 def is_whole_event(line):
-    """Whether a data line is an event of its own, so that the next one needs no blank line before it."""
-    return (
-        line[:1] == "{" and line[-1:] == "}" and json_or_none(line) is not None or line == "[DONE]"
-    )
+    """Whether a data line is an event of its own, so that the next one needs no blank line before."""
+    is_object = line[:1] == "{" and line[-1:] == "}" and json_or_none(line) is not None
+    return is_object or line == "[DONE]"
 
 
-def other_line(line, data, failed):
-    """(data, failed) after a line that is neither plain data nor blank."""
+def read_other_line(line, data, failed):
+    """Put a line that is neither plain data nor blank into data -> whether the event is an error."""
     name, _, value = line.partition(":")
-    if name == "data":
-        return data + [value[1:] if value[:1] == " " else value], failed
     if name == "event":
-        return data, value.strip() == "error"
-    if name == "error":
-        return data + [value.strip()], True
-    return data, failed
+        return value.strip() == "error"
+    if name == "data":
+        data.append(value[1:] if value[:1] == " " else value)
+    elif name == "error":
+        data.append(value.strip())
+        return True
+    return failed
 
 
 def event_payload(data, failed):
     """An event's data string; that of a failed event is made an {"error": ..} object if it is none."""
     payload = "\n".join(data)
-    if failed and "error" not in as_dict(json_or_none(payload)):
-        body = json_or_none(payload)
+    body = json_or_none(payload) if failed else None
+    if failed and "error" not in as_dict(body):
         return compact_json({"error": body if isinstance(body, dict) else {"message": payload}})
     return payload
 
@@ -3716,23 +3972,23 @@ def event_payload(data, failed):
 _decode_json = json.JSONDecoder().raw_decode
 
 
-def chunk_of(payload):
-    """The dict in a payload; an empty one for what is no JSON object (a broken line costs that line, not the reply)."""
+def parse_payload(payload):
+    """The dict in a payload; an empty one for what is not a JSON object: a broken line costs that
+    line, not the reply."""
     try:
         return as_dict(_decode_json(payload)[0])
     except (ValueError, RecursionError):
-        body = json_or_none(payload)  # white space before it
-        return as_dict(body)
+        return as_dict(json_or_none(payload))  # there is white space before it
 
 
 # ---- reply text: leading <think>, calls written as text ----------------------------------------------
 
 
-class ThinkTags(object):
+class ThinkTags:
     """Splits a leading <think>..</think> off a reply's text, and the line ends beside the tags.
 
-    feed(text) -> [(kind, text)]. place: "start" (no text yet), "lead" (right after the opening tag), "inside", "after"
-    (right after the closing tag); `done`: only text follows.
+    feed(text) -> [(kind, text)]. place: "start" (no text yet), "lead" (right after the opening tag),
+    "inside", "after" (right after the closing tag); `done`: only text follows.
     """
 
     __slots__ = ("held", "place", "done")
@@ -3759,7 +4015,7 @@ class ThinkTags(object):
         return self.answer(text)
 
     def untagged(self, text):
-        """Text without an opening tag; a closing one tells that the opening one was in the prompt template."""
+        """Text without an opening tag; a closing one tells that the prompt template held the opening."""
         self.done = True
         before, tag, after = text.partition(self.CLOSE)
         return (
@@ -3793,561 +4049,322 @@ class ThinkTags(object):
         return [("text" if self.place == "start" else "thinking", held)] if held else []
 
 
-# ---- the translator ----------------------------------------------------------------------------------
+# ---- the writer: calls in, Anthropic events out --------------------------------------------------------
 
 IDLE, OPEN, DONE, FAILED = "idle", "open", "done", "failed"
-PLAIN_FRAGMENT = frozenset(("index", "function"))
-REASONING_KEYS = frozenset(REASONING_FIELDS + ("reasoning_details",))
+ENDED = (DONE, FAILED)
 MAX_THOUGHT = 4 << 20  # characters; a longer turn's reasoning travels in its thinking block alone
+PING = {"type": "ping"}
 
 
-class Slot(object):
-    """A tool call while it arrives. key: the provider's index or id; stream: its ArgumentStream once the name is known;
-    waiting: fragments that came before the name, or before its turn; google: Gemini's thought signature.
-    """
+def start_event(index, block):
+    return {"type": "content_block_start", "index": index, "content_block": block}
 
-    __slots__ = ("key", "id", "name", "waiting", "stream", "client_id", "google", "closed")
 
-    def __init__(self, key, call_id):
-        self.key, self.id, self.name = key, call_id, ""
-        self.waiting, self.stream, self.client_id, self.google, self.closed = (
-            [],
-            None,
-            "",
-            "",
-            False,
-        )
+def delta_event(index, kind, text):
+    """A delta of a block of `kind`, a key of BLOCKS."""
+    row = BLOCKS[kind]
+    delta = {"type": row.delta, row.delta_field: text}
+    return {"type": "content_block_delta", "index": index, "delta": delta}
+
+
+def signature_event(index, signature):
+    delta = {"type": "signature_delta", "signature": signature}
+    return {"type": "content_block_delta", "index": index, "delta": delta}
+
+
+def stop_event(index):
+    return {"type": "content_block_stop", "index": index}
+
+
+def empty_block(kind, **fields):
+    """The content_block with which a block of `kind`, a key of BLOCKS, starts."""
+    return dict(BLOCKS[kind].empty, type=kind, **fields)
+
+
+def zero_usage(input_tokens=0):
+    return {
+        "input_tokens": input_tokens,
+        "cache_creation_input_tokens": 0,
+        "cache_read_input_tokens": 0,
+        "output_tokens": 0,
+    }
+
+
+class Dropped(Exception):
+    """The connection to the client must end without a word: it then streams the same request again."""
+
+
+class ToolCall:
+    """A tool call while it arrives; see MessageWriter.advance."""
+
+    __slots__ = (
+        "key",
+        "id",
+        "name",
+        "fields",
+        "waiting",
+        "stream",
+        "client_id",
+        "google",
+        "closed",
+    )
+
+    def __init__(self, key, call_id, name="", fields=()):
+        self.key = key  # the provider's index, or id, or None
+        self.id = call_id  # the provider's id, "" until it comes
+        self.name = name  # the name sent by the provider, "" until it comes
+        self.fields = fields  # further fields of the block, from a provider that speaks Anthropic
+        self.waiting = []  # argument fragments that came before the name, or before its turn
+        self.stream = None  # its ArgumentStream, once its block is open
+        self.client_id = ""  # the id that the client is shown
+        self.google = ""  # Gemini's thought signature
+        self.closed = False  # its block is closed
 
     def arguments(self):
         """The argument text as the model wrote it, so far."""
         return (self.stream.raw if self.stream else "") + "".join(self.waiting)
 
+    def is_whole(self):
+        """Whether the arguments so far are whole JSON."""
+        if self.stream and self.stream.complete and not self.waiting:
+            return True
+        return json_or_none(self.arguments()) is not None
 
-class StreamTranslator(object):
-    """OpenAI chunks in, Anthropic event dicts out.
 
-    | state       | feed(chunk)                           | finish()                                   | fail(error)                      |
-    | IDLE        | first content: message_start, OPEN    | raise UpstreamError (the status is free)   | raise it                         |
-    | OPEN        | deltas, stay OPEN                     | finished: close, message_delta, _stop: DONE; | close the block, error: FAILED |
-    |             |                                       | else raise UpstreamError                   | (in a tool call: raise Dropped)  |
-    | DONE/FAILED | RuntimeError (our bug)                | nothing                                    | nothing                          |
+class MessageWriter:
+    """Anthropic's side of every stream: a reader calls, event dicts come out.
 
-    feed and finish raise UpstreamError for an error inside the reply; the caller, who knows whether a retry is still
-    possible, then calls fail(error). Promises: message_start once and first; block indexes 0, 1, 2 ...; one block open
-    at a time; message_delta, then message_stop, once and last; tool input is one JSON object.
+    | state | a block or a delta    | finish()                                | fail(error)              |
+    | ----- | --------------------- | --------------------------------------- | ------------------------ |
+    | IDLE  | message_start: OPEN   | message_start, then as OPEN             | raise it: the HTTP status |
+    |       |                       |                                         | is still free            |
+    | OPEN  | stays OPEN            | closes the block, message_delta,        | closes the block, error  |
+    |       |                       | message_stop: DONE                      | event: FAILED; in a tool |
+    |       |                       |                                         | call raise Dropped       |
+    | DONE, FAILED | RuntimeError   | nothing                                 | nothing                  |
 
-    tools: {name sent to the provider: (the client's name, JSON schema)}; taken: tool ids that the conversation has
-    already used; new_id() -> fresh id part; `begun`: message_start has gone out already, for an earlier try.
-    After the end: `memory` {tool id: what to remember of the call}, `usage_now()`.
+    Promises: message_start once and first; block indexes 0, 1, 2 ...; one block open at a time;
+    message_delta, then message_stop, once and last; the input of a tool is one JSON object.
     """
 
     def __init__(
-        self,
-        message_id,
-        model,
-        profile,
-        input_tokens=0,
-        tools=None,
-        taken=(),
-        new_id=None,
-        begun=False,
+        self, message_id, model, scope="", input_tokens=0, tools=(), taken=(), new_id=None
     ):
-        self.message_id, self.model, self.profile, self.input_tokens = (
-            message_id,
-            model,
-            profile,
-            input_tokens,
-        )
-        self.tools, self.taken, self.new_id = (
-            tools or {},
-            set(taken),
-            new_id or (lambda: "%d" % len(self.taken)),
-        )
-        self.state = OPEN if begun else IDLE
-        self.content = False  # real content went out: no retry any more
-        self.kind, self.index = "", -1  # the open block
-        self.slots, self.late, self.memory, self.blank, self.signed = [], [], {}, "", ""
-        self.tags, self.reason, self.stopped_at, self.ended = ThinkTags(), "", None, False
-        schemas = {name: schema for name, (_, schema) in self.tools.items()}
-        self.calls = {kind: TextCalls(schemas) for kind in ("text", "thinking")} if schemas else {}
-        self.usage, self.written, self.details, self.thought, self.said = {}, 0, [], [], []
+        self.message_id = message_id  # also the request_id of an error event
+        self.model = model  # the name that the client is shown
+        self.scope = scope  # whose reasoning it is: Profile.scope
+        self.input_tokens = input_tokens  # an estimate, until the provider tells
+        self.tools = dict(tools)  # {name sent to the provider: (the client's name, JSON schema)}
+        self.taken = set(taken)  # tool ids that the conversation has used
+        self.new_id = new_id or (lambda: "%d" % len(self.taken))  # -> a fresh part of an id
+        self.head = {}  # fields of message_start that the provider sent itself
+        self.state = IDLE
+        self.content = False  # real content went out: nothing is tried again
+        self.kind = ""  # of the open block, "" for none
+        self.index = -1  # of the block that was opened last
+        self.signing = False  # the open block is thinking that we sign
+        self.calls = []  # ToolCalls in the order in which they began
+        self.cut = False  # the model hit its output limit: the last arguments may be half
+        self.late = []  # (kind, text) that came while a tool call was unfinished
+        self.blank = ""  # white space that waits for text: alone it is no block
+        self.written = 0  # characters of content
+        self.thought = []  # thinking text, for memory
+        self.said = []  # text while there are details, for memory
+        self.details = []  # opaque reasoning that must go back: OpenRouter's reasoning_details
+        self.signed = ""  # JSON of the details that the last signature carried
+        self.memory = {}  # {tool id, or text_key: what to remember}, see normalize; after finish()
 
-    # -- chunks in
-
-    def feed(self, chunk):
-        """Events for one chunk (dict). Raises UpstreamError for an error in it."""
-        if self.state in (DONE, FAILED):
-            raise RuntimeError("feed after the end")
-        if "error" in chunk or "x_groq" in chunk or "base_resp" in chunk:
-            error = error_in_reply(chunk)
-            if error:
-                raise error
-        if chunk.get("usage"):
-            self.usage = as_dict(chunk["usage"])
-        fresh = not self.content  # MiniMax ends with the whole message again
-        for choice in as_list(chunk.get("choices")):
-            choice = as_dict(choice)
-            delta = choice.get("delta")
-            if not isinstance(delta, dict):
-                delta = as_dict(choice.get("message")) if fresh and delta is None else {}
-            text, only_text = delta.get("content"), len(delta) == 1 and "content" in delta
-            if not only_text and not REASONING_KEYS.isdisjoint(delta):
-                yield from self.shown_reasoning(delta)
-            if text:
-                if (
-                    self.kind == "text"
-                    and self.tags.done
-                    and not self.slots
-                    and isinstance(text, str)
-                    and not self.suspicious(text)
-                ):
-                    self.written += len(text)
-                    if self.details:
-                        self.said.append(text)
-                    yield {
-                        "type": "content_block_delta",
-                        "index": self.index,
-                        "delta": {"type": "text_delta", "text": text},
-                    }
-                else:
-                    yield from self.text(text)
-            if not only_text and (
-                delta.get("tool_calls") or delta.get("function_call") or delta.get("refusal")
-            ):
-                more = self.fragment(delta)
-                yield from self.rare(delta) if more is None else self.arguments(more)
-            if choice.get("finish_reason"):
-                self.note_finish(choice)
-            if choice.get("usage"):
-                self.usage = as_dict(choice["usage"])
-        if "x_groq" in chunk and as_dict(chunk["x_groq"]).get("usage"):
-            self.usage = as_dict(chunk["x_groq"]["usage"])
-
-    def suspicious(self, text):
-        """Whether text may hold the start of a call written as text."""
-        calls = self.calls.get("text")
-        return calls is not None and (calls.held or calls.TRIGGER(text))
-
-    def shown_reasoning(self, delta):
-        """What a delta holds of reasoning."""
-        field = next((field for field in REASONING_FIELDS if delta.get(field)), None)
-        if field:
-            yield from self.reasoning(delta[field])
-        if "reasoning_details" in delta:
-            yield from self.reasoning_parts(as_list(delta["reasoning_details"]), field is not None)
-
-    def reasoning(self, text):
-        """Reasoning text, from whichever field."""
-        if isinstance(text, str):
-            yield from self.scanned("thinking", text)
-
-    def reasoning_parts(self, parts, known):
-        """OpenRouter's reasoning_details: kept whole for the next turn; shown where no plain field has the text."""
-        for part in parts:
-            if isinstance(part, dict):
-                keep_detail(self.details, part)
-                shown = part.get("text") or part.get("summary")
-                if shown and not known:
-                    yield from self.reasoning(shown)
-
-    def text(self, content):
-        """Content text, or a list of parts (Mistral's thinking, Anthropic-like relays)."""
-        if isinstance(content, list):
-            for part in content:
-                part = as_dict(part)
-                inner = part.get("thinking")
-                if part.get("type") == "thinking" or inner:
-                    yield from self.reasoning(
-                        "".join(str(as_dict(p).get("text") or "") for p in inner)
-                        if isinstance(inner, list)
-                        else inner
-                    )
-                elif isinstance(part.get("text"), str):
-                    yield from self.text(part["text"])
-        elif isinstance(content, str):
-            pieces = [("text", content)] if self.tags.done else self.tags.feed(content)
-            for kind, piece in pieces:
-                yield from self.scanned(kind, piece)
-
-    def scanned(self, kind, text):
-        """Text or thinking, looked through for calls written as text."""
-        yield from self.flushed(kind)
-        calls = self.calls.get(kind)
-        if calls is None or not (calls.held or calls.TRIGGER(text)):
-            yield from self.say(kind, text)
+    def start(self):
+        """message_start, if it has not gone out: the HTTP status is decided."""
+        if self.state != IDLE:
             return
-        yield from self.found(kind, calls.feed(text))
+        self.state = OPEN
+        message = {"id": self.message_id, "type": "message", "role": "assistant"}
+        message.update({"stop_reason": None, "stop_sequence": None}, **self.head)
+        usage = as_dict(self.head.get("usage"))
+        counted = dict({"input_tokens": self.input_tokens, "output_tokens": 0}, **usage)
+        message.update(
+            model=self.model, content=[], usage=counted if usage else zero_usage(self.input_tokens)
+        )
+        yield {"type": "message_start", "message": message}
 
-    def flushed(self, kind=""):
-        """What the scanners of other kinds still hold: it came before what comes now."""
-        for other, calls in self.calls.items():
-            if other != kind and (calls.pending or calls.call):
-                yield from self.found(other, calls.finish())
+    def open_block(self, block, signing=False):
+        """Close what is open and open a block. signing: it is thinking, and its end is signed."""
+        if self.state in ENDED:
+            raise RuntimeError("a block after the end")
+        yield from self.start()
+        yield from self.close_block()
+        self.kind, self.index, self.signing = str(block["type"]), self.index + 1, signing
+        yield start_event(self.index, block)
 
-    def found(self, kind, pieces):
-        """What a TextCalls scanner made of text: text of the same kind, thinking, or calls."""
-        for what, value in pieces:
-            if what == "call":
-                slot = self.new_slot(None, "")
-                slot.name, slot.waiting = value[0], [value[1]]
-                yield from self.advance()
-            else:
-                yield from self.say("thinking" if what == "thinking" else kind, value)
+    def close_block(self):
+        """Close the open block, if any; thinking is signed with what the next turn must bring back."""
+        if self.signing:
+            yield self.sign({})
+        if self.kind:
+            self.kind = ""
+            yield stop_event(self.index)
 
-    def fragment(self, delta):
-        """What a delta adds to the input of the open call, where it holds nothing else; else None. The hot path of tool input."""
-        slot, calls = self.slots[-1] if self.slots else None, delta.get("tool_calls")
-        if (
-            slot
-            and slot.stream
-            and not slot.closed
-            and len(delta) == 1
-            and isinstance(calls, list)
-            and len(calls) == 1
-        ):
-            call = as_dict(calls[0])
-            if call.get("index") == slot.key and PLAIN_FRAGMENT.issuperset(call):
-                function = as_dict(call.get("function"))
-                if len(function) == 1 and isinstance(function.get("arguments"), str):
-                    return slot.stream.feed(function["arguments"])
-        return None
+    def sign(self, state):
+        """The signature_delta with state, and with the opaque reasoning so far."""
+        self.signing = False
+        if self.details:
+            state, self.signed = dict(state, details=self.details), compact_json(self.details)
+        return signature_event(self.index, write_state(self.scope, state))
 
-    def rare(self, delta):
-        """Tool calls, the old function_call, and refusals."""
-        yield from self.flushed()
-        for call in as_list(delta.get("tool_calls")):
-            if isinstance(call, dict):
-                self.tool_delta(call)
-        if isinstance(delta.get("function_call"), dict):
-            self.tool_delta({"index": 0, "function": delta["function_call"]})
-        if self.slots:
-            yield from self.advance()
-        if isinstance(delta.get("refusal"), str):
-            self.reason = "content_filter"
-            yield from self.say("text", delta["refusal"])
+    def has_unsigned(self):
+        """Whether there is opaque reasoning that no signature carries yet."""
+        return bool(self.details) and compact_json(self.details) != self.signed
 
-    def note_finish(self, choice):
-        """Remember why it ended; the stop reason waits for the end, because usage often comes after it."""
-        reason = str(choice["finish_reason"])
-        if reason in FINISH_ERRORS:
-            kind, sentence = FINISH_ERRORS[reason]
-            raise UpstreamError(
-                sentence, 529 if kind == "overloaded_error" else 502, kind, retry=True
-            )
-        self.ended = True
-        self.reason = self.reason if self.reason == "content_filter" else reason
-        if isinstance(choice.get("stop_reason"), str):  # vLLM names the stop text that matched
-            self.stopped_at = choice["stop_reason"]
+    def carry(self, state):
+        """An empty thinking block whose signature carries state: the client echoes it as it is."""
+        yield from self.open_block(empty_block("thinking"))
+        yield self.sign(state)
+        yield from self.close_block()
+
+    def say(self, kind, text):
+        """Text or thinking, in a block of its kind; what comes while a tool call is unfinished waits
+        until after it."""
+        if not text:
+            return
+        if self.calls and not self.calls[-1].closed:
+            if not all(call.closed or call.name and call.is_whole() for call in self.calls):
+                self.late.append((kind, text))
+                return
+            yield from self.advance(ending=True)
+        if self.kind != kind:
+            if not text.strip():
+                self.blank += text
+                return
+            text, self.blank = self.blank + text, ""
+            if kind == "text" and self.kind != "thinking" and self.has_unsigned():
+                yield from self.carry({})
+            yield from self.open_block(empty_block(kind), signing=kind == "thinking")
+        self.content = True
+        self.written += len(text)
+        if kind == "text" and self.details:
+            self.said.append(text)
+        elif kind == "thinking" and self.written < MAX_THOUGHT:
+            self.thought.append(text)
+        yield delta_event(self.index, kind, text)
+
+    def idle(self):
+        """Something that the client counts as life after minutes of pings: an empty delta, in a
+        thinking block of our own if none is open (it gives up after 600 s of pings alone)."""
+        if self.kind not in ("thinking", "tool_use"):
+            yield from self.open_block(empty_block("thinking"), signing=True)
+        yield delta_event(self.index, self.kind, "")
+
+    def fresh(self):
+        """A writer for another try, which goes on where this one's message stands."""
+        new = MessageWriter(self.message_id, self.model, self.scope, self.input_tokens, self.tools)
+        new.taken, new.new_id = self.taken, self.new_id
+        new.state, new.kind, new.index, new.signing = (
+            self.state,
+            self.kind,
+            self.index,
+            self.signing,
+        )
+        return new
 
     # -- tool calls
 
-    def tool_delta(self, call):
-        """Put one tool_calls delta into its slot."""
-        function = as_dict(call.get("function"))
-        name, fragment = function.get("name"), function.get("arguments")
-        slot = self.slot_for(call.get("index"), call.get("id"), name, fragment)
-        if isinstance(name, str) and name and not slot.name:
-            slot.name = name
-        if isinstance(fragment, str):
-            slot.waiting.append(fragment)
-        elif fragment is not None:
-            slot.waiting.append(compact_json(fragment))
-        if "extra_content" in call:
-            signature = as_dict(as_dict(call["extra_content"]).get("google")).get(
-                "thought_signature"
-            )
-            slot.google = signature if isinstance(signature, str) else slot.google
-
-    def slot_for(self, index, call_id, name, fragment):
-        """The slot that a delta belongs to: by index, else by id, else the last one. A different id that comes with a
-        name is a new call even on a used index (Gemini and others count every call 0); without an id another name is,
-        and the same name when whole arguments are followed by more."""
-        call_id = call_id if isinstance(call_id, str) else ""
-        last = self.slots[-1] if self.slots else None
-        if isinstance(index, int):
-            slot = (
-                last
-                if last and last.key == index
-                else next((slot for slot in reversed(self.slots) if slot.key == index), None)
-            )
-        else:
-            slot = next((slot for slot in self.slots if call_id and slot.id == call_id), None) or (
-                None if call_id and name else last
-            )
-        if slot is None or (call_id and slot.id and call_id != slot.id and name):
-            return self.new_slot(index, call_id)
-        if (
-            not call_id
-            and name
-            and slot.name
-            and (
-                name != slot.name
-                or fragment
-                and str(fragment).strip()
-                and slot.arguments().strip() != "{}"
-                and json_or_none(slot.arguments()) is not None
-            )
-        ):
-            return self.new_slot(index, call_id)
-        slot.id = slot.id or call_id
-        return slot
-
-    def new_slot(self, key, call_id):
-        self.slots.append(Slot(key, call_id))
-        return self.slots[-1]
+    def add_call(self, key, call_id, name="", fields=()):
+        """A ToolCall that begins now; its arguments go to `waiting`, then `advance` is due."""
+        self.calls.append(ToolCall(key, call_id, name, fields))
+        return self.calls[-1]
 
     def advance(self, ending=False):
-        """Send what can be sent of the slots, in order: the first unfinished one is live; one that is complete makes
-        way for the next; at the end all are flushed."""
-        cut = self.reason in ("length", "model_length", "max_tokens")
-        for position, slot in enumerate(self.slots):
-            if slot.closed:
+        """Send what can be sent of the calls, in order: the first unfinished one is live; one that is
+        whole makes way for the next; at the end all are flushed."""
+        for call in self.calls:
+            if call.closed:
                 continue
-            last = position == len(self.slots) - 1
-            if not slot.name:
-                if not ending:
-                    return
-                slot.closed = True  # a call without a name cannot be made
-                continue
-            if slot.stream is None:
-                yield from self.open_tool(slot)
-            for fragment in slot.waiting:
-                yield from self.arguments(slot.stream.feed(fragment))
-            slot.waiting = []
-            if not ending and (last or json_or_none(slot.stream.raw) is None):
+            last = call is self.calls[-1]
+            if not call.name and not ending:
                 return
-            yield from self.arguments(slot.stream.finish(cut and ending and last))
+            if not call.name:
+                call.closed = True  # a call without a name cannot be made
+                continue
+            if call.stream is None:
+                yield from self.open_call(call)
+            waiting, call.waiting = call.waiting, []
+            for fragment in waiting:
+                yield from self.arguments(call.stream.feed(fragment))
+            if not ending and (last or not call.is_whole()):
+                return
+            yield from self.arguments(call.stream.finish(self.cut and ending and last))
             yield from self.close_block()
-            slot.closed = True
-            self.memory[slot.client_id] = {
-                key: value
-                for key, value in (("arguments", slot.stream.raw), ("google", slot.google))
-                if value
-            }
+            call.closed = True
+            note = {"arguments": call.stream.raw, "google": call.google}
+            self.memory[call.client_id] = {key: value for key, value in note.items() if value}
 
-    def open_tool(self, slot):
-        """Open the tool_use block of a slot whose name is known."""
-        name, schema = self.offered(slot.name)
-        slot.stream = ArgumentStream(name, schema)
-        slot.client_id = (
-            slot.id
-            if re.match(r"[A-Za-z0-9_-]{1,64}$", slot.id) and slot.id not in self.taken
-            else "toolu_" + self.new_id()
-        )
-        self.taken.add(slot.client_id)
-        if slot.google or (self.unsigned() and self.kind != "thinking"):
-            yield from self.carry({"google": {slot.client_id: slot.google}} if slot.google else {})
-        yield from self.open_block("tool_use", id=slot.client_id, name=name)
+    def open_call(self, call):
+        """Open the block of a call whose name is known, under an id that the conversation lacks."""
+        name, schema = self.offered_tool(call.name)
+        call.stream = ArgumentStream(name, schema)
+        good = re.match(r"[A-Za-z0-9_-]{1,64}\Z", call.id) and call.id not in self.taken
+        call.client_id = call.id if good else "toolu_" + self.new_id()
+        self.taken.add(call.client_id)
+        if call.google or (self.has_unsigned() and self.kind != "thinking"):
+            google = {"google": {call.client_id: call.google}} if call.google else {}
+            yield from self.carry(google)
+        block = dict(call.fields, **empty_block("tool_use", id=call.client_id, name=name))
+        self.content = True
+        yield from self.open_block(block)
 
-    def offered(self, name):
-        """(the client's name, schema) of a tool the model named; a wrong case is forgiven when only one tool fits."""
+    def offered_tool(self, name):
+        """(the client's name, schema) of a tool that the model named; a wrong case is forgiven where
+        only one tool fits."""
         if name in self.tools:
             return self.tools[name]
         fits = [tool for other, tool in self.tools.items() if other.lower() == name.lower()]
         return fits[0] if len(fits) == 1 else (name, {})
 
     def arguments(self, text):
+        """A piece of the open call's input."""
         if text:
             self.written += len(text)
-            yield {
-                "type": "content_block_delta",
-                "index": self.index,
-                "delta": {"type": "input_json_delta", "partial_json": text},
-            }
-
-    # -- blocks out
-
-    def start(self):
-        """message_start, if it has not gone out: the status is decided."""
-        if self.state == IDLE:
-            self.state = OPEN
-            usage = {
-                "input_tokens": self.input_tokens,
-                "cache_creation_input_tokens": 0,
-                "cache_read_input_tokens": 0,
-                "output_tokens": 0,
-            }
-            yield {
-                "type": "message_start",
-                "message": {
-                    "id": self.message_id,
-                    "type": "message",
-                    "role": "assistant",
-                    "model": self.model,
-                    "content": [],
-                    "stop_reason": None,
-                    "stop_sequence": None,
-                    "usage": usage,
-                },
-            }
-
-    def say(self, kind, text):
-        """Text or thinking in a block of its kind. What comes while a tool call is unfinished waits until after it."""
-        if not text:
-            return
-        if self.slots and not self.slots[-1].closed:
-            if any(
-                not slot.closed and (not slot.name or json_or_none(slot.arguments()) is None)
-                for slot in self.slots
-            ):
-                self.late.append((kind, text))
-                return
-            yield from self.advance(ending=True)
-        if self.kind != kind:
-            if not text.strip():
-                self.blank = text  # white space alone is no block
-                return
-            text, self.blank = self.blank + text, ""
-            if kind == "text" and self.kind != "thinking" and self.unsigned():
-                yield from self.carry({})
-            yield from self.open_block(kind)
-        self.written += len(text)
-        if kind == "thinking":
-            if self.written < MAX_THOUGHT:
-                self.thought.append(text)
-        elif self.details:
-            self.said.append(text)
-        _, delta, field = BLOCKS[kind]
-        yield {
-            "type": "content_block_delta",
-            "index": self.index,
-            "delta": {"type": delta, field: text},
-        }
-
-    def open_block(self, kind, **fields):
-        """Close what is open and open a block of `kind`."""
-        yield from self.start()
-        yield from self.close_block()
-        self.content, self.kind, self.index = True, kind, self.index + 1
-        yield {
-            "type": "content_block_start",
-            "index": self.index,
-            "content_block": dict(BLOCKS[kind][0], **fields),
-        }
-
-    def close_block(self):
-        """Close the open block, if any; a thinking block is signed with what the next turn must carry back."""
-        if self.kind == "thinking":
-            yield self.signature({})
-        if self.kind:
-            self.kind = ""
-            yield {"type": "content_block_stop", "index": self.index}
-
-    def carry(self, state):
-        """An empty thinking block that carries state back to us: Claude Code echoes signatures as they are."""
-        yield from self.open_block("thinking")
-        yield self.signature(state)
-        self.kind = ""
-        yield {"type": "content_block_stop", "index": self.index}
-
-    def signature(self, state):
-        """The signature_delta with state, and with the reasoning details so far."""
-        if self.details:
-            state, self.signed = dict(state, details=self.details), compact_json(self.details)
-        return {
-            "type": "content_block_delta",
-            "index": self.index,
-            "delta": {
-                "type": "signature_delta",
-                "signature": write_state(self.profile.scope, state),
-            },
-        }
-
-    def unsigned(self):
-        """Whether there are reasoning details that no thinking block carries yet."""
-        return bool(self.details) and compact_json(self.details) != self.signed
-
-    def idle(self):
-        """Something that the client counts as life after minutes of pings: an empty delta, in a thinking block if none is open."""
-        if self.kind not in ("thinking", "tool_use"):
-            yield from self.open_block("thinking")
-        _, delta, field = BLOCKS[self.kind]
-        yield {
-            "type": "content_block_delta",
-            "index": self.index,
-            "delta": {"type": delta, field: ""},
-        }
+            yield delta_event(self.index, "tool_use", text)
 
     # -- the end
 
-    def done(self):
-        """The provider's [DONE]: the reply is whole even without a finish reason."""
-        self.ended = self.ended or self.state == OPEN or bool(self.usage)
-
-    def finish(self):
-        """The last events. Raises UpstreamError when the reply is not whole, or holds nothing at all."""
-        if self.state in (DONE, FAILED):
+    def finish(self, stop_reason, stop_sequence, usage, event=()):
+        """The last events. event: a provider's own message_delta, whose other fields go along."""
+        if self.state in ENDED:
             return
-        if not self.ended:
-            raise UpstreamError(
-                (
-                    "The provider's reply was cut off before its end."
-                    if self.content
-                    else "The provider closed the connection without an answer."
-                ),
-                kind="cut",
-                retry=True,
-            )
-        if self.reason == "model_context_window_exceeded" and not self.content:
-            raise overflow_error(
-                self.usage_now()["input_tokens"], self.profile.context, self.input_tokens
-            )
-        for kind, text in self.tags.finish():
-            yield from self.scanned(kind, text)
-        for kind, calls in self.calls.items():
-            yield from self.found(kind, calls.finish())
-        if self.slots and not self.content and not any(slot.name for slot in self.slots):
-            raise UpstreamError(
-                "The model made a tool call without a name.", 502, kind="sampling", retry=True
-            )
         yield from self.advance(ending=True)
         late, self.late = self.late, []
         for kind, text in late:
             yield from self.say(kind, text)
-        yield from self.start()  # details that came after the text are not carried: `claude -p` prints what the last block says
+        yield from self.start()
         yield from self.close_block()
         self.state = DONE
         self.keep_memory()
-        yield {
-            "type": "message_delta",
-            "delta": {"stop_reason": self.stop_reason(), "stop_sequence": self.stopped_at},
-            "usage": self.usage_now(),
-        }
+        event = dict({"type": "message_delta"}, **dict(event))
+        ends = {"stop_reason": stop_reason, "stop_sequence": stop_sequence}
+        yield dict(event, delta=dict(as_dict(event.get("delta")), **ends), usage=usage)
         yield {"type": "message_stop"}
 
     def keep_memory(self):
-        """Reasoning belongs to each call of the turn: the client may drop or trim the thinking block. A turn without calls
-        is known by its text."""
-        if self.unsigned() and not self.memory:
-            self.memory[text_key(self.profile.scope, "".join(self.said))] = {}
+        """Reasoning belongs to each call of the turn: the client may drop or trim the thinking block.
+        A turn without calls is known by its text."""
+        if self.has_unsigned() and not self.memory:
+            # Not carried in a block after the text: `claude -p` prints what the last block says.
+            self.memory[text_key(self.scope, "".join(self.said))] = {}
         for note in self.memory.values():
-            note["scope"] = self.profile.scope
+            note["scope"] = self.scope
             if self.thought and self.written < MAX_THOUGHT:
                 note["reasoning"] = "".join(self.thought)
             if self.details:
                 note["details"] = self.details
 
-    def stop_reason(self):
-        cut = (
-            STOP_REASONS.get(self.reason) == "max_tokens"
-            or self.reason == "model_context_window_exceeded"
-        )
-        if any(slot.client_id for slot in self.slots) and not cut:
-            self.stopped_at = None
-            return "tool_use"
-        if cut:
-            return "max_tokens"
-        return (
-            "stop_sequence"
-            if self.stopped_at is not None
-            else STOP_REASONS.get(self.reason, "end_turn")
-        )
-
     def fail(self, error):
-        """Tell the client that the reply broke off, so that it keeps what it has: closed block, error event. In the middle
-        of a tool call raise Dropped instead: the client streams again when the connection just ends. IDLE: raise error.
-        """
-        if self.state in (DONE, FAILED):
+        """Tell the client that the reply broke off, so that it keeps what it has. Raises Dropped in
+        the middle of a tool call: the client asks again when the connection just ends; and the
+        error itself where the HTTP status is still free."""
+        if self.state in ENDED:
             return
         if self.state == IDLE:
             raise error
@@ -4357,59 +4374,313 @@ class StreamTranslator(object):
         yield from self.close_block()
         yield dict(error.body(), request_id=self.message_id)
 
-    def usage_now(self):
-        """Anthropic's usage: input, cache read and cache write are disjoint. Estimates where the provider tells nothing:
-        the client decides by these numbers when to compact."""
-        u = self.usage
-        details, more = as_dict(u.get("prompt_tokens_details")), as_dict(
-            u.get("completion_tokens_details")
-        )
-        prompt = positive_int(u, "prompt_tokens", "input_tokens")
-        output = positive_int(u, "completion_tokens", "output_tokens")
-        read = positive_int(details, "cached_tokens") or positive_int(
-            u, "prompt_cache_hit_tokens", "cached_tokens", "cache_read_input_tokens"
-        )
-        made = positive_int(details, "cache_write_tokens", "created_cache_tokens") or positive_int(
-            u, "cache_creation_input_tokens"
-        )
-        thought = positive_int(more, "reasoning_tokens")
+
+# ---- readers: payloads in, calls on a MessageWriter ----------------------------------------------------
+
+
+class ChatReader:
+    """Reads the chunks of a chat-completions stream; a whole reply is one chunk.
+
+    feed and finish give events, and raise UpstreamError for an error inside the reply; the caller,
+    who knows whether another try is possible, then calls writer.fail(error).
+    """
+
+    def __init__(self, writer, profile):
+        self.writer, self.profile = writer, profile
+        self.raw_usage = {}  # the provider's own usage, as last told
+        self.reason = ""  # finish_reason
+        self.stopped_at = None  # the stop sequence that matched
+        self.ended = False  # the reply is whole
+        self.heard = False  # something of an answer came
+        self.tags = ThinkTags()
+        schemas = {name: schema for name, (_, schema) in writer.tools.items()}
+        kinds = ("text", "thinking") if schemas else ()
+        self.scanners = {kind: TextCalls(schemas) for kind in kinds}  # for calls written as text
+
+    def feed(self, chunk):
+        """Events for one chunk (dict). Raises UpstreamError for an error in it."""
+        if self.writer.state in ENDED:
+            raise RuntimeError("feed after the end")
+        if "error" in chunk or "x_groq" in chunk or "base_resp" in chunk:
+            error = error_in_reply(chunk)
+            if error:
+                raise error
+        fresh = not self.writer.content  # MiniMax ends with the whole message again
+        for choice in as_list(chunk.get("choices")):
+            choice = as_dict(choice)
+            delta = choice.get("delta")
+            if not isinstance(delta, dict):
+                delta = as_dict(choice.get("message")) if fresh and delta is None else {}
+            yield from self.feed_delta(delta)
+            if choice.get("finish_reason"):
+                self.note_finish(choice)
+            if choice.get("usage"):
+                self.raw_usage = as_dict(choice["usage"])
+        usage = chunk.get("usage") or as_dict(chunk.get("x_groq")).get("usage")
+        if usage:
+            self.raw_usage = as_dict(usage)
+
+    def feed_delta(self, delta):
+        """Reasoning, then text, then calls: the order in which they belong together."""
+        text, writer = delta.get("content"), self.writer
         if (
-            thought and positive_int(u, "total_tokens") == prompt + output + thought
-        ):  # xAI counts them apart
-            output += thought
-        if not prompt:
-            prompt = self.input_tokens
-        if not u:
-            output = (self.written + 3) // 4
+            len(delta) == 1 and isinstance(text, str) and self.is_plain(text)
+        ):  # the hot path of text
+            writer.written += len(text)
+            if writer.details:
+                writer.said.append(text)
+            yield delta_event(writer.index, "text", text)
+            return
+        if not REASONING_KEYS.isdisjoint(delta):
+            yield from self.feed_reasoning(delta)
+        if text:
+            yield from self.feed_text(text)
+        if delta.get("tool_calls") or delta.get("function_call") or delta.get("refusal"):
+            piece = self.plain_fragment(delta)
+            yield from self.feed_rare(delta) if piece is None else writer.arguments(piece)
+
+    def is_plain(self, text):
+        """Whether text goes on in the open block without a look at what it says."""
+        writer = self.writer
+        if not text or writer.kind != "text" or writer.calls or not self.tags.done:
+            return False
+        scanner = self.scanners.get("text")
+        return scanner is None or not (scanner.held or scanner.TRIGGER(text))
+
+    def plain_fragment(self, delta):
+        """What a delta adds to the input of the open call, where it holds nothing else; else None.
+        The hot path of tool input."""
+        fragments, calls = delta.get("tool_calls"), self.writer.calls
+        if not calls or len(delta) != 1 or not isinstance(fragments, list) or len(fragments) != 1:
+            return None
+        fragment, call = as_dict(fragments[0]), calls[-1]
+        function = as_dict(fragment.get("function"))
+        known = call.stream and not call.closed and fragment.get("index") == call.key
+        alone = PLAIN_FRAGMENT.issuperset(fragment) and len(function) == 1
+        if known and alone and isinstance(function.get("arguments"), str):
+            return call.stream.feed(function["arguments"])
+        return None
+
+    def feed_reasoning(self, delta):
+        """Reasoning from the first field that holds any; opaque details are kept for the next turn
+        and shown where no plain field has the text."""
+        field = next((field for field in REASONING_FIELDS if delta.get(field)), None)
+        if field:
+            yield from self.scan("thinking", delta[field])
+        for part in as_list(delta.get("reasoning_details")):
+            if isinstance(part, dict):
+                keep_detail(self.writer.details, part)
+                if field is None:
+                    yield from self.scan("thinking", part.get("text") or part.get("summary"))
+
+    def feed_text(self, content):
+        """Content text, or a list of parts (Mistral's thinking, Anthropic-like relays)."""
+        if isinstance(content, str):
+            for kind, piece in ([("text", content)] if self.tags.done else self.tags.feed(content)):
+                yield from self.scan(kind, piece)
+        for part in map(as_dict, as_list(content)):
+            inner = part.get("thinking")
+            if isinstance(inner, list):
+                inner = "".join(str(as_dict(piece).get("text") or "") for piece in inner)
+            if inner or part.get("type") == "thinking":
+                yield from self.scan("thinking", inner)
+            elif isinstance(part.get("text"), str):
+                yield from self.feed_text(part["text"])
+
+    def scan(self, kind, text):
+        """Text or thinking, looked through for calls written as text."""
+        if not text or not isinstance(text, str):
+            return
+        self.heard = self.heard or bool(text.strip())
+        yield from self.flush_scanners(kind)
+        scanner = self.scanners.get(kind)
+        if scanner is None or not (scanner.held or scanner.TRIGGER(text)):
+            yield from self.writer.say(kind, text)
+        else:
+            yield from self.tell_found(kind, scanner.feed(text))
+
+    def flush_scanners(self, kind=""):
+        """What the scanners of other kinds still hold: it came before what comes now."""
+        for other, scanner in self.scanners.items():
+            if other != kind and (scanner.pending or scanner.call):
+                yield from self.tell_found(other, scanner.finish())
+
+    def tell_found(self, kind, pieces):
+        """What a TextCalls scanner made of text: text of the same kind, thinking, or calls."""
+        for what, value in pieces:
+            if what == "call":
+                self.writer.add_call(None, "", value[0]).waiting.append(value[1])
+                yield from self.writer.advance()
+            else:
+                yield from self.writer.say("thinking" if what == "thinking" else kind, value)
+
+    def feed_rare(self, delta):
+        """Tool calls, the older function_call, and refusals."""
+        yield from self.flush_scanners()
+        self.heard = True
+        for call in as_list(delta.get("tool_calls")):
+            if isinstance(call, dict):
+                self.feed_call(call)
+        if isinstance(delta.get("function_call"), dict):
+            self.feed_call({"index": 0, "function": delta["function_call"]})
+        if self.writer.calls:
+            yield from self.writer.advance()
+        if isinstance(delta.get("refusal"), str):
+            self.reason = "content_filter"
+            yield from self.writer.say("text", delta["refusal"])
+
+    def feed_call(self, delta):
+        """Put one tool_calls delta into its call."""
+        function = as_dict(delta.get("function"))
+        name, fragment = function.get("name"), function.get("arguments")
+        call = self.call_for(delta.get("index"), delta.get("id"), name, fragment)
+        if isinstance(name, str) and not call.name:
+            call.name = name
+        if fragment is not None:
+            call.waiting.append(fragment if isinstance(fragment, str) else compact_json(fragment))
+        google = as_dict(as_dict(delta.get("extra_content")).get("google"))
+        if isinstance(google.get("thought_signature"), str):
+            call.google = google["thought_signature"]
+
+    def call_for(self, index, call_id, name, fragment):
+        """The ToolCall that a delta belongs to: by index, else by id, else the last one.
+
+        A different id that comes with a name is a new call even on a used index (Gemini and others
+        count every call 0); without an id another name is, and the same name when whole arguments
+        are followed by more.
+        """
+        call_id, calls = call_id if isinstance(call_id, str) else "", self.writer.calls
+        if isinstance(index, int):
+            found = next((call for call in reversed(calls) if call.key == index), None)
+        else:
+            found = next((call for call in calls if call_id and call.id == call_id), None)
+            found = found or (calls[-1] if calls and not (call_id and name) else None)
+        if found is None or name and self.is_another(found, call_id, name, fragment):
+            return self.writer.add_call(index, call_id)
+        found.id = found.id or call_id
+        return found
+
+    @staticmethod
+    def is_another(call, call_id, name, fragment):
+        """Whether a delta with a name begins a call of its own, though it points at `call`."""
+        if call_id:
+            return bool(call.id) and call_id != call.id
+        if not call.name or name != call.name:
+            return bool(call.name)
+        more = fragment and str(fragment).strip()
+        return bool(more) and call.arguments().strip() != "{}" and call.is_whole()
+
+    def note_finish(self, choice):
+        """Remember why it ended; the stop reason waits for the end, as usage often comes after it."""
+        reason = str(choice["finish_reason"])
+        if reason in FINISH_ERRORS:
+            kind, sentence = FINISH_ERRORS[reason]
+            status = 529 if kind == "overloaded_error" else 502
+            raise UpstreamError(sentence, status, kind, retry=True)
+        self.ended = True
+        self.reason = self.reason if self.reason == "content_filter" else reason
+        self.writer.cut = STOP_REASONS.get(self.reason) == "max_tokens"
+        if isinstance(choice.get("stop_reason"), str):  # vLLM names the stop sequence that matched
+            self.stopped_at = choice["stop_reason"]
+
+    def idle(self):
+        return self.writer.idle()
+
+    def done(self):
+        """The provider's [DONE]: what came is whole even without a finish reason."""
+        self.ended = self.ended or self.heard or bool(self.raw_usage)
+
+    def finish(self):
+        """The last events. Raises UpstreamError when the reply is not whole, or is nothing at all."""
+        if self.writer.state in ENDED:
+            return
+        if not self.ended:
+            raise cut_error(self.writer.content)
+        if self.reason == FULL_WINDOW and not self.writer.content:
+            usage = self.usage()
+            raise overflow_error(
+                usage["input_tokens"], self.profile.context, self.writer.input_tokens
+            )
+        for kind, text in self.tags.finish():
+            yield from self.scan(kind, text)
+        yield from self.flush_scanners()
+        calls = self.writer.calls
+        if calls and not self.writer.content and not any(call.name for call in calls):
+            raise UpstreamError(
+                "The model made a tool call without a name.", 502, kind="sampling", retry=True
+            )
+        yield from self.writer.advance(ending=True)
+        reason = self.stop_reason()
+        stopped_at = self.stopped_at if reason in ("stop_sequence", "max_tokens") else None
+        yield from self.writer.finish(reason, stopped_at, self.usage())
+
+    def stop_reason(self):
+        """Anthropic's stop reason. Any call makes it tool_use, whatever the provider says, unless the
+        reply was cut."""
+        if self.writer.cut or self.reason == FULL_WINDOW:
+            return "max_tokens"
+        if any(call.client_id for call in self.writer.calls):
+            return "tool_use"
+        if self.stopped_at is not None:
+            return "stop_sequence"
+        return STOP_REASONS.get(self.reason, "end_turn")
+
+    def usage(self):
+        """Anthropic's usage: input, cache read and cache write are disjoint. Estimates where the
+        provider tells nothing: the client decides by these numbers when to compact."""
+        told, writer = self.raw_usage, self.writer
+        details = as_dict(told.get("prompt_tokens_details"))
+        prompt = positive_int(told, "prompt_tokens", "input_tokens")
+        output = positive_int(told, "completion_tokens", "output_tokens")
+        read = positive_int(details, "cached_tokens") or positive_int(
+            told, "prompt_cache_hit_tokens", "cached_tokens", "cache_read_input_tokens"
+        )
+        made = positive_int(details, "cache_write_tokens", "created_cache_tokens")
+        made = made or positive_int(told, "cache_creation_input_tokens")
+        thought = positive_int(as_dict(told.get("completion_tokens_details")), "reasoning_tokens")
+        if thought and positive_int(told, "total_tokens") == prompt + output + thought:
+            output += thought  # xAI counts them apart
+        prompt = prompt or writer.input_tokens
+        output = output if told else (writer.written + 3) // 4
         rest = prompt - read - made
-        return {
-            "input_tokens": rest if rest >= 0 else prompt,
-            "cache_creation_input_tokens": made,
-            "cache_read_input_tokens": read,
-            "output_tokens": output,
-        }
+        return dict(
+            zero_usage(rest if rest >= 0 else prompt),
+            cache_creation_input_tokens=made,
+            cache_read_input_tokens=read,
+            output_tokens=output,
+        )
 
 
-class Dropped(Exception):
-    """The connection to the client must end without a word: it then streams the same request again."""
+FULL_WINDOW = "model_context_window_exceeded"  # a finish_reason of relays of Anthropic's models
+PLAIN_FRAGMENT = frozenset(("index", "function"))
+REASONING_KEYS = frozenset(REASONING_FIELDS + ("reasoning_details",))
+
+
+def cut_error(has_content):
+    """The UpstreamError of a reply without an end."""
+    return UpstreamError(
+        (
+            "The provider's reply was cut off before its end."
+            if has_content
+            else "The provider closed the connection without an answer."
+        ),
+        kind="cut",
+        retry=True,
+    )
 
 
 def positive_int(values, *names):
     """The first of the named values that is a positive whole number, else 0."""
-    return next(
-        (values[name] for name in names if isinstance(values.get(name), int) and values[name] > 0),
-        0,
-    )
+    found = (values.get(name) for name in names)
+    return next((value for value in found if isinstance(value, int) and value > 0), 0)
 
 
 def keep_detail(details, part):
-    """Add a reasoning detail; pieces of one entry (same type and index) are joined, as they come split over deltas."""
+    """Add a reasoning detail; pieces of one entry (same type and index) are joined, as they come
+    split over deltas (https://openrouter.ai/docs/use-cases/reasoning-tokens)."""
     last = details[-1] if details else {}
-    if (
-        last.get("type") != part.get("type")
-        or last.get("index") != part.get("index")
-        or "data" in part
-    ):
+    same = last.get("type") == part.get("type") and last.get("index") == part.get("index")
+    if not details or not same or "data" in part:
         details.append(dict(part))
         return
     for key, value in part.items():
@@ -4419,49 +4690,19 @@ def keep_detail(details, part):
             last[key] = value
 
 
-class RelayTranslator(object):
-    """The same shape for a provider that speaks Anthropic itself: events in, the same events out, the model disguised."""
+class MessagesReader:
+    """Reads the events of a provider that speaks Anthropic itself: they go on as they came, under our
+    indexes, with the model's name disguised and the input of tools fixed."""
 
-    def __init__(self, message_id, model, profile, input_tokens=0, begun=False, **_):
-        self.message_id, self.model, self.profile, self.input_tokens = (
-            message_id,
-            model,
-            profile,
-            input_tokens,
-        )
-        self.state, self.content, self.first, self.last, self.ended = (
-            (OPEN if begun else IDLE),
-            False,
-            None,
-            None,
-            False,
-        )
-        self.kind, self.index, self.usage, self.memory, self.written = "", -1, {}, {}, 0
-        self.reason = ""
-
-    def start(self):
-        if self.state == IDLE:
-            self.state = OPEN
-            message = dict(
-                as_dict(as_dict(self.first).get("message")), model=self.model, content=[]
-            )
-            for key, value in (
-                ("id", self.message_id),
-                ("type", "message"),
-                ("role", "assistant"),
-                ("stop_reason", None),
-                ("stop_sequence", None),
-            ):
-                message.setdefault(key, value)
-            message["usage"] = dict(
-                {"input_tokens": self.input_tokens, "output_tokens": 0},
-                **as_dict(message.get("usage")),
-            )
-            yield {"type": "message_start", "message": message}
+    def __init__(self, writer, profile):
+        self.writer, self.profile = writer, profile
+        self.raw_usage = {}  # the provider's usage, added up over its events
+        self.last = {}  # its message_delta
+        self.ended = False  # the reply is whole
 
     def feed(self, event):
         """Events for one event of the provider. Raises UpstreamError for its error event."""
-        if self.state in (DONE, FAILED):
+        if self.writer.state in ENDED:
             raise RuntimeError("feed after the end")
         kind = event.get("type")
         if kind == "error" or "error" in event:
@@ -4470,490 +4711,446 @@ class RelayTranslator(object):
             for part in unfold(event):
                 yield from self.feed(part)
         elif kind == "message_start":
-            self.first = event
-            self.usage.update(as_dict(as_dict(event.get("message")).get("usage")))
+            self.writer.head = as_dict(event.get("message"))
+            self.raw_usage.update(as_dict(self.writer.head.get("usage")))
         elif kind == "message_delta":
             self.ended, self.last = True, event
-            self.reason = as_dict(event.get("delta")).get("stop_reason") or ""
-            self.usage.update(as_dict(event.get("usage")))
+            self.raw_usage.update(as_dict(event.get("usage")))
         elif kind == "message_stop":
             self.ended = True
         elif isinstance(kind, str) and re.match(r"\w+\Z", kind) and kind != "ping":
-            yield from self.block_event(kind, event)
+            yield from self.feed_block(kind, event)
 
-    def block_event(self, kind, event):
-        """An event about a block, numbered as ours are; what belongs to no open block is dropped."""
-        block, part = event.get("content_block"), event.get("delta")
+    def feed_block(self, kind, event):
+        """An event about a block; what belongs to no open block is dropped."""
+        writer, block, delta = self.writer, event.get("content_block"), event.get("delta")
         if kind == "content_block_start" and isinstance(block, dict):
-            yield from self.open_block(str(block.get("type") or "text"), block)
+            yield from self.end_block()
+            if block.get("type") == "tool_use":
+                yield from self.begin_call(event.get("index"), block)
+            else:
+                writer.content = True
+                yield from writer.open_block(dict(block, type=str(block.get("type") or "text")))
         elif kind == "content_block_stop":
-            yield from self.close_block()
-        elif kind == "content_block_delta" and self.kind and isinstance(part, dict):
-            yield event if event.get("index") == self.index else dict(event, index=self.index)
+            yield from self.end_block()
+        elif kind == "content_block_delta" and writer.kind and isinstance(delta, dict):
+            if writer.kind == "tool_use" and delta.get("type") == "input_json_delta":
+                yield from self.feed_arguments(delta.get("partial_json"))
+            else:
+                same = event.get("index") == writer.index
+                yield event if same else dict(event, index=writer.index)
         elif not kind.startswith("content_block"):
-            yield from self.start()
+            yield from writer.start()
             yield event
 
-    def open_block(self, kind, block):
-        yield from self.start()
-        yield from self.close_block()
-        self.content, self.kind, self.index = True, kind, self.index + 1
-        yield {"type": "content_block_start", "index": self.index, "content_block": block}
+    def begin_call(self, index, block):
+        """Open a tool's block; a few servers put its whole input there."""
+        call_id = block.get("id") if isinstance(block.get("id"), str) else ""
+        call = self.writer.add_call(index, call_id, str(block.get("name") or "tool"), block)
+        if block.get("input"):
+            call.waiting.append(compact_json(block["input"]))
+        yield from self.writer.advance()
+
+    def feed_arguments(self, text):
+        if isinstance(text, str):
+            yield from self.writer.arguments(self.writer.calls[-1].stream.feed(text))
+
+    def end_block(self):
+        yield from self.writer.advance(ending=True)
+        yield from self.writer.close_block()
 
     def idle(self):
-        """A sign of life, as the other translator's; a thinking block of our own is signed, so that it is never sent on."""
-        if not self.kind:
-            yield from self.open_block("thinking", BLOCKS["thinking"][0])
-            yield {
-                "type": "content_block_delta",
-                "index": self.index,
-                "delta": {
-                    "type": "signature_delta",
-                    "signature": write_state(self.profile.scope, {}),
-                },
-            }
-        _, delta, field = BLOCKS.get(self.kind, (None, "", ""))
-        yield (
-            {
-                "type": "content_block_delta",
-                "index": self.index,
-                "delta": {"type": delta, field: ""},
-            }
-            if delta
-            else PING
-        )
+        """A sign of life inside the provider's own block, as an empty delta where its kind has any."""
+        row = BLOCKS.get(self.writer.kind)
+        if not self.writer.kind:
+            return self.writer.idle()
+        return [delta_event(self.writer.index, self.writer.kind, "") if row and row.delta else PING]
 
     def done(self):
         """[DONE] means nothing in Anthropic's form."""
 
     def finish(self):
-        if self.state in (DONE, FAILED):
+        """The last events. Raises UpstreamError when the reply is not whole."""
+        if self.writer.state in ENDED:
             return
         if not self.ended:
-            raise UpstreamError(
-                "The provider's reply was cut off before its end.", kind="cut", retry=True
-            )
-        yield from self.start()
-        yield from self.close_block()
-        self.state = DONE
-        if self.last:
-            yield dict(self.last, delta=as_dict(self.last.get("delta")), usage=self.usage_now())
-        yield {"type": "message_stop"}
+            raise cut_error(True)
+        delta = as_dict(self.last.get("delta"))
+        reason = delta.get("stop_reason") or "end_turn"
+        yield from self.writer.finish(reason, delta.get("stop_sequence"), self.usage(), self.last)
 
-    fail = StreamTranslator.fail
-
-    def close_block(self):
-        if self.kind:
-            self.kind = ""
-            yield {"type": "content_block_stop", "index": self.index}
-
-    def usage_now(self):
-        usage = {
-            name: positive_int(self.usage, name)
-            for name in (
-                "input_tokens",
-                "cache_creation_input_tokens",
-                "cache_read_input_tokens",
-                "output_tokens",
-            )
-        }
+    def usage(self):
+        """Anthropic's usage; the estimate where the provider tells no input."""
+        usage = {name: positive_int(self.raw_usage, name) for name in zero_usage()}
         if not usage["input_tokens"] + usage["cache_read_input_tokens"]:
-            usage["input_tokens"] = self.input_tokens
+            usage["input_tokens"] = self.writer.input_tokens
         return usage
 
 
-# ---- events out, fold and unfold ---------------------------------------------------------------------
+FORMATS = {
+    row.name: row
+    for row in (
+        Format(
+            "chat",
+            path="/chat/completions",
+            models_path="/models",
+            count_path="",
+            headers=chat_headers,
+            write=write_chat,
+            reader=ChatReader,
+        ),
+        Format(
+            "anthropic",
+            path="/v1/messages",
+            models_path="/v1/models",
+            count_path="/v1/messages/count_tokens",
+            headers=anthropic_headers,
+            write=write_anthropic,
+            reader=MessagesReader,
+            relays=True,
+        ),
+    )
+}
+
+
+# ---- events out, fold and unfold -----------------------------------------------------------------------
 
 _escape = json.dumps
-DELTAS = {
-    # delta type: (field, the event as sent; the hot path writes from this, with one escape of the text)
-    delta: (
-        field,
-        'event: content_block_delta\ndata: {"type":"content_block_delta","index":%%d,"delta":{"type":"%s","%s":%%s}}\n\n'
-        % (delta, field),
+DELTA_TEMPLATES = {
+    # delta type: (its field, the event as sent); the hot path writes from this, with one escape
+    row.delta: (
+        row.delta_field,
+        'event: content_block_delta\ndata: {"type":"content_block_delta","index":%%d,'
+        '"delta":{"type":"%s","%s":%%s}}\n\n' % (row.delta, row.delta_field),
     )
-    for _, delta, field in BLOCKS.values()
+    for row in BLOCKS.values()
+    if row.delta
 }
 
 
 def encode_event(event):
-    """An event dict as SSE text; the only place that writes "event: ". ASCII only."""
+    """An event dict as SSE text, ASCII only; the only place that writes "event: "."""
     if event["type"] == "content_block_delta":
         try:
-            known = DELTAS[event["delta"]["type"]]
-            return known[1] % (event["index"], _escape(event["delta"][known[0]]))
+            field, template = DELTA_TEMPLATES[event["delta"]["type"]]
+            if len(event["delta"]) == 2:
+                return template % (event["index"], _escape(event["delta"][field]))
         except (KeyError, TypeError):
-            """Not one of the three (a signature), or odd: an Anthropic provider's events are relayed as they are."""
+            """Another kind (a signature), or odd: a provider's own events go on as they are."""
     return "event: %s\ndata: %s\n\n" % (event["type"], compact_json(event))
 
 
-PING = {"type": "ping"}
-
-
 def fold(events):
-    """The finished message that events tell: the unstreamed answer. Raises UpstreamError for an error event."""
-    message, blocks, inputs = {}, {}, {}
+    """The finished message that events tell: the unstreamed answer. Raises UpstreamError for an
+    error event."""
+    message, blocks, pieces = {}, {}, {}
     for event in events:
-        kind = event["type"]
+        kind, index = event["type"], event.get("index")
         if kind == "message_start":
             message = dict(event["message"], usage=dict(event["message"].get("usage") or {}))
         elif kind == "content_block_start":
-            blocks[event["index"]] = dict(event["content_block"])
+            blocks[index], pieces[index] = dict(event["content_block"]), {}
         elif kind == "content_block_delta":
-            add_delta(blocks[event["index"]], event["delta"], inputs.setdefault(event["index"], []))
+            add_delta(blocks[index], event["delta"], pieces[index])
         elif kind == "message_delta":
             message.update(event["delta"])
             message["usage"].update(event["usage"])
         elif kind == "error":
-            raise UpstreamError(
-                event["error"]["message"],
-                529 if event["error"]["type"] == "overloaded_error" else 502,
-                event["error"]["type"],
-            )
-    message["content"] = [
-        finished_block(blocks[index], inputs.get(index, [])) for index in sorted(blocks)
-    ]
+            error = event["error"]
+            status = 529 if error["type"] == "overloaded_error" else 502
+            raise UpstreamError(error["message"], status, error["type"])
+    message["content"] = [finish_block(blocks[index], pieces[index]) for index in sorted(blocks)]
     return message
 
 
 def add_delta(block, delta, pieces):
-    """Put one delta into a block (or, to be joined once, into pieces)."""
-    kind = delta.get("type")
-    if kind == "signature_delta":
-        block["signature"] = delta["signature"]
-    elif kind in DELTAS:
-        pieces.append(delta[DELTAS[kind][0]])
-    elif kind == "citations_delta":
-        block.setdefault("citations", []).append(delta.get("citation"))
+    """Put one delta into a block; strings go to pieces, {field: [str]}, to be joined once. That a
+    kind of block or delta is not known makes no difference."""
+    for field, value in delta.items():
+        if field == "citation":
+            block.setdefault("citations", []).append(value)
+        elif field == "signature" or not isinstance(value, str):
+            block[field] = value
+        elif field != "type":
+            pieces.setdefault(field, []).append(value)
 
 
-def finished_block(block, pieces):
-    """A block with its pieces joined; tool input that is no JSON object is told in the client's own form for that."""
-    whole = "".join(pieces)
-    kind = block.get("type")
-    if kind in ("text", "thinking") and pieces:
-        block[kind] = block.get(kind, "") + whole
-    elif pieces and "input" in block or kind in ("tool_use", "server_tool_use"):
-        parsed = json_or_none(whole) if whole else block.get("input") or {}
-        block["input"] = (
-            parsed
-            if isinstance(parsed, dict)
-            else {"__unparsedToolInput": {"raw": whole, "len": len(whole)}}
-        )
+def finish_block(block, pieces):
+    """A block with its pieces joined; tool input that is not a JSON object is told in the client's
+    own form for that."""
+    for field, parts in pieces.items():
+        whole = "".join(parts)
+        if field != "partial_json":
+            block[field] = str(block.get(field) or "") + whole
+        elif whole:
+            parsed = json_or_none(whole)
+            unparsed = {"__unparsedToolInput": {"raw": whole, "len": len(whole)}}
+            block["input"] = parsed if isinstance(parsed, dict) else unparsed
     return block
 
 
 def unfold(message, new_id=None):
-    """The events that make up a finished message; new_id() gives tool calls fresh ids (a replayed one must not repeat)."""
+    """The events that make up a finished message; new_id() gives tool calls fresh ids (those of a
+    stored answer must not come twice in a conversation)."""
     started = dict(message, content=[], stop_reason=None, stop_sequence=None)
     yield {"type": "message_start", "message": started}
-    for index, block in enumerate(
-        block for block in as_list(message.get("content")) if isinstance(block, dict)
-    ):
+    blocks = [block for block in as_list(message.get("content")) if isinstance(block, dict)]
+    for index, block in enumerate(blocks):
         kind = str(block.get("type"))
-        skeleton, delta, field = BLOCKS.get(kind, (None, "", ""))
-        if kind in ("tool_use", "server_tool_use"):
-            call_id = "toolu_" + new_id() if new_id and kind == "tool_use" else block.get("id")
-            yield {
-                "type": "content_block_start",
-                "index": index,
-                "content_block": dict(block, id=call_id, input={}),
-            }
-            arguments = {
-                "type": "input_json_delta",
-                "partial_json": compact_json(block.get("input") or {}),
-            }
-            yield {"type": "content_block_delta", "index": index, "delta": arguments}
-        elif skeleton is None:
-            yield {"type": "content_block_start", "index": index, "content_block": block}
+        if new_id and kind == "tool_use":
+            block = dict(block, id="toolu_" + new_id())
+        row = BLOCKS.get(kind)
+        if not row or not row.delta:
+            yield start_event(index, block)
         else:
-            yield {"type": "content_block_start", "index": index, "content_block": skeleton}
-            if block.get(field):
-                yield {
-                    "type": "content_block_delta",
-                    "index": index,
-                    "delta": {"type": delta, field: block[field]},
-                }
+            yield start_event(index, dict(block, **row.empty))
+            value = block.get(row.field)
+            if row.delta_field == "partial_json":
+                value = compact_json(value or {})
+            if value:
+                yield delta_event(index, kind, value)
             if block.get("signature"):
-                yield {
-                    "type": "content_block_delta",
-                    "index": index,
-                    "delta": {"type": "signature_delta", "signature": block["signature"]},
-                }
-        yield {"type": "content_block_stop", "index": index}
-    yield {
-        "type": "message_delta",
-        "delta": {
-            "stop_reason": message.get("stop_reason"),
-            "stop_sequence": message.get("stop_sequence"),
-        },
-        "usage": dict(as_dict(message.get("usage"))),
-    }
+                yield signature_event(index, block["signature"])
+        yield stop_event(index)
+    ends = {name: message.get(name) for name in ("stop_reason", "stop_sequence")}
+    yield {"type": "message_delta", "delta": ends, "usage": dict(as_dict(message.get("usage")))}
     yield {"type": "message_stop"}
 
 
 # ======================================================================================================
-# 8  Learning: a provider's error -> a lesson (changes of its profile)
+# 9  Refusals: a provider's error -> a lesson (changes of its profile)
 # ======================================================================================================
 
-# Field names in "no such field" errors, as OpenAI, Groq and Cerebras, Gemini, NIM, Mistral, Fireworks, xAI and others word them.
 FIELD_PATTERNS = (
-    r"Unrecognized request arguments? supplied: ([\w, ]+)",
-    r"property '(?:body\.)?([\w.]+)' is unsupported",
-    r'Unknown name \\*"(\w+)\\*"',
-    r"Unsupported parameter\(s\): ([\w, `']+)",
-    r"""["']?loc["']?:\s*[\[(]\s*["']body["'],\s*["'](\w+)""",
-    r"Extra inputs are not permitted, field: '(\w+)'",
-    r"Unsupported (?:parameter|value): '([\w.\[\]]+)'",
-    r"Argument not supported on this model: (\w+)",
-    r"does not support (?:the )?parameters?:? \[?['`\"]?(\w+)",
+    # Field names in "no such field" errors, as the providers word them.
+    r"Unrecognized request arguments? supplied: ([\w, ]+)",  # OpenAI, Azure
+    r"property '(?:body\.)?([\w.]+)' is unsupported",  # Groq, Cerebras
+    r'Unknown name \\*"(\w+)\\*"',  # Gemini
+    r"Unsupported parameter\(s\): ([\w, `']+)",  # NVIDIA NIM
+    r"""["']?loc["']?:\s*[\[(]\s*["']body["'],\s*["'](\w+)""",  # FastAPI: Mistral, NIM
+    r"Extra inputs are not permitted, field: '(\w+)'",  # Fireworks
+    r"Unsupported (?:parameter|value): '([\w.\[\]]+)'",  # OpenAI's reasoning models
+    r"Argument not supported on this model: (\w+)",  # xAI
+    r"does not support (?:the )?parameters?:? \[?['`\"]?(\w+)",  # xAI, Copilot
     r"Unexpected fields in the request: \{([^}]+)\}",
-    r"invalid (temperature|top_p): only",
-    r"(?:unknown|unexpected|unrecognized|unsupported|invalid) (?:field|parameter|argument|keyword argument|property):? ['`\"]?([\w.]+)",
+    r"invalid (temperature|top_p): only",  # Kimi
+    r"(?:unknown|unexpected|unrecognized|unsupported|invalid) "
+    r"(?:field|parameter|argument|keyword argument|property):? ['`\"]?([\w.]+)",
     r"(\w+): Extra inputs are not permitted",
 )
 SCHEMA_WORDS = (
-    "pattern",
-    "format",
-    "const",
-    "additionalProperties",
-    "exclusiveMinimum",
-    "exclusiveMaximum",
-    "default",
-    "propertyNames",
-    "patternProperties",
-    "anyOf",
-    "oneOf",
-    "allOf",
-    "minLength",
-    "maxLength",
-    "minItems",
-    "maxItems",
-    "not",
-    "examples",
-    "title",
+    "pattern format const additionalProperties exclusiveMinimum exclusiveMaximum default"
+    " propertyNames patternProperties anyOf oneOf allOf minLength maxLength minItems maxItems not"
+    " examples title"
+).split()
+REFUSED = (
+    r"(?i)unsupported|not support|unknown|unrecogni[sz]ed|unexpected|not permitted|not allowed"
+    r"|extra|forbidden|invalid|unavailable"
 )
-REFUSED = r"(?i)unsupported|not support|unknown|unrecogni[sz]ed|unexpected|not permitted|not allowed|extra|forbidden|invalid|unavailable"
-ESSENTIAL = ("model", "messages", "tools", "stream")
+ESSENTIAL = ("model", "messages", "tools", "stream")  # a request without them is another request
+THINKING_FIELDS = (
+    "reasoning_effort",
+    "thinking",
+    "enable_thinking",
+    "reasoning",
+    "chat_template_kwargs",
+)
+
+
+def learn(error, profile, body, sent):
+    """What an UpstreamError teaches about its provider: {profile field: value}; {} for nothing new.
+
+    body: the normalized request; sent: the same as the format wrote it, whose field names the
+    provider's words use. Each rule reads the words and gives the changes that it is sure of.
+    """
+    if error.kind not in ("request", "size", "sampling", "policy") or not error.text:
+        return {}
+    for rule in LESSON_RULES:
+        changes = rule(error.text, profile, body, sent)
+        changes = {key: value for key, value in changes.items() if getattr(profile, key) != value}
+        if changes:
+            return changes
+    return {}
 
 
 def named_fields(text):
-    """Names of request fields that an error text complains of, in snake case."""
+    """Names of request fields that an error complains of, in snake case (Gemini's are in camel)."""
     found = []
     for pattern in FIELD_PATTERNS:
         for match in re.findall(pattern, text, re.I):
-            found += [
-                (
-                    re.sub(r"(?<=[a-z])([A-Z])", lambda m: "_" + m.group(1).lower(), name)
-                    if not name.isupper()
-                    else name
-                )
-                for name in re.findall(r"[\w.]+", match)
-            ]
-    return list(dict.fromkeys(found))
+            found += re.findall(r"[\w.]+", match)
+    return list(dict.fromkeys(name if name.isupper() else snake_case(name) for name in found))
 
 
-def learn_fields(text, profile, sent):
-    """A field that the provider does not know is renamed, or not sent any more."""
-    names = named_fields(text)
-    changes, never = {}, list(profile.never)
-    for name in names:
-        last = name.rsplit(".", 1)[-1]
-        if name.startswith("ANTHROPIC_"):
-            changes["strict"] = True
-        elif last in ("max_tokens", "max_completion_tokens") and last in sent:
-            changes["max_tokens"] = (
-                "max_completion_tokens" if last == "max_tokens" else "max_tokens"
-            )
-        elif last in ("reasoning_content", "reasoning", "reasoning_details") and last not in sent:
-            changes["reasoning_field"] = ""
-        elif last in SCHEMA_WORDS and last not in sent and last not in profile.schema:
-            changes["schema"] = tuple(profile.schema) + (last,)
-        elif last in sent and last not in ESSENTIAL:
-            never.append(last)
-    if len(never) > len(profile.never):
-        changes["never"] = tuple(never)
-    return changes
+def snake_case(name):
+    return re.sub(r"(?<=[a-z])([A-Z])", lambda found: "_" + found.group(1).lower(), name)
 
 
-def learn_output_limit(text, profile, sent):
-    found = re.match(OUTPUT_LIMIT, text)
-    limit = int(found.group(1)) if found else 0
-    return {"max_output": limit} if limit and limit < sent.get(profile.max_tokens, 0) else {}
+TELLING_WORDS = (
+    # Words that mean one thing wherever they stand: (pattern, changes of the profile).
+    (r"messages\.\d+\.role|Unexpected role .?system", {"untouched": False}),  # older Claude models
+    (r"tools with reasoning_effort are not supported", {"effort_with_tools": "none"}),  # gpt-5.4
+    (r"thought_signature", {"reasoning_field": "google", "placeholder": GEMINI_SKIP}),
+    (r"Unexpected role 'user' after role 'tool'", {"user_after_tool": False}),  # Mistral
+    (r"must be a-z, A-Z, 0-9, with a length of 9", {"tool_ids": "nine"}),  # Mistral
+    (r"system.{0,30}role.{0,30}(?:not supported|not enabled|unsupported)", {"system_role": False}),
+    (r"role: system|Developer instruction is not enabled", {"system_role": False}),  # Gemma
+)
 
 
-def learn_choice(text, profile, sent):
-    """A forced tool choice that the provider refuses becomes auto."""
-    choice = sent.get("tool_choice")
-    if not choice or "tool_choice" not in text and "tool choice" not in text.lower():
-        return {}
-    return {
-        "tool_choice": tuple(
-            form for form in profile.tool_choice if form == "none" and choice != "none"
-        )
-    }
+def learn_words(text, profile, body, sent):
+    """What TELLING_WORDS say that the profile does not know yet."""
+    for pattern, changes in TELLING_WORDS:
+        if re.search(pattern, text, re.I) and apply_lesson(profile, changes) != profile:
+            return changes
+    return {}
 
 
-def learn_thinking(text, profile, sent):
+def learn_native(text, profile, body, sent):
+    """What providers that speak Anthropic refuse: newer beta flags, and cache_control."""
+    found = re.search(r"value\(s\) (.+?) for the .?anthropic-beta", text)
+    if found:
+        return {"betas": tuple(profile.betas) + tuple(re.findall(r"[\w-]+", found.group(1)))}
+    if "cache_control" in text and '"cache_control"' in compact_json(sent):
+        return {"never": tuple(profile.never) + ("cache_control",)}
+    return {}
+
+
+def learn_thinking(text, profile, body, sent):
     """Thinking that must be off, or effort that must be none beside tools."""
     if "enable_thinking must be set to false" in text:
         if not sent.get("stream"):
             return {"always_stream": True}
         return {"body": tuple(profile.body) + (("enable_thinking", False),)}
-    if re.search(r"tools with reasoning_effort are not supported", text, re.I):
-        return {"effort_with_tools": "none"}
-    if re.search(r"cannot be disabled when reasoning_effort", text):
+    if "cannot be disabled when reasoning_effort" in text:
         return {"never": tuple(profile.never) + ("reasoning_effort",)}
-    asked = [
-        field
-        for field in (
-            "reasoning_effort",
-            "thinking",
-            "enable_thinking",
-            "reasoning",
-            "chat_template_kwargs",
-        )
-        if field in sent
-    ]
-    named = [field for field in asked if re.search(r"\b%s\b" % field, text)]
-    if (
-        asked
-        and re.search(REFUSED, text)
-        and (
-            named
-            or re.search(
-                r"not support (?:thinking|reasoning)|(?:thinking|reasoning) is not", text, re.I
-            )
-        )
-    ):
+    asked = [field for field in THINKING_FIELDS if field in sent]
+    named = any(re.search(r"\b%s\b" % field, text) for field in asked)
+    named = named or re.search(
+        r"not support (?:thinking|reasoning)|(?:thinking|reasoning) is not", text, re.I
+    )
+    if asked and named and re.search(REFUSED, text):
         return {"reasoning": "", "effort_with_tools": ""}
     return {}
 
 
-def learn_replay(text, profile, sent):
+def learn_reasoning(text, profile, body, sent):
     """Reasoning that must come back with the history."""
-    if "thought_signature" in text:
-        return {"reasoning_field": "google", "placeholder": GEMINI_SKIP}
-    if re.search(
-        r"reasoning_content.{0,80}(?:passed back|missing)|missing.{0,20}reasoning_content",
-        text,
-        re.I,
-    ):
-        known = profile.reasoning_field == "reasoning_content" and profile.placeholder
-        return {
-            "reasoning_field": "reasoning_content",
-            "placeholder": NOT_KEPT,
-            "reasoning_always": bool(known) or profile.reasoning_always,
-        }
-    return {}
+    missing = r"reasoning_content.{0,80}(?:passed back|missing)|missing.{0,20}reasoning_content"
+    if not re.search(missing, text, re.I):
+        return {}
+    known = profile.reasoning_field == "reasoning_content" and profile.placeholder
+    return {
+        "reasoning_field": "reasoning_content",
+        "placeholder": NOT_KEPT,
+        "reasoning_always": bool(known) or profile.reasoning_always,
+    }
 
 
-def learn_images(text, profile, sent):
+def learn_choice(text, profile, body, sent):
+    """A forced tool choice that the provider refuses becomes auto."""
+    choice = sent.get("tool_choice")
+    if not choice or "tool_choice" not in text and "tool choice" not in text.lower():
+        return {}
+    is_none = choice in ("none", {"type": "none"})
+    forms = (form for form in profile.tool_choice if form == "none" and not is_none)
+    return {"tool_choice": tuple(forms)}
+
+
+def learn_max_tools(text, profile, body, sent):
+    """How many tools there may be."""
+    limit = r"maximum (?:number of items is|length) (\d+)"
+    found = re.search(limit, text) if "tools" in text else None
+    too_many = found and len(sent.get("tools", ())) > int(found.group(1))
+    return {"max_tools": int(found.group(1))} if too_many else {}
+
+
+def learn_format(text, profile, body, sent):
+    """A response_format that the provider lacks: the weaker form, then words."""
+    words = r"response_format|json_schema|json_object|structured output"
+    if "response_format" not in sent or not re.search(words, text, re.I):
+        return {}
+    return {"json_format": "json_object" if profile.json_format == "json_schema" else ""}
+
+
+def learn_images(text, profile, body, sent):
     """A model that takes no images: they become notes."""
-    telling = re.search(r"image|vision|multi-?modal|only supports? text", text, re.I) and re.search(
-        r"not support|only supports? text|not a multimodal|unknown variant|unsupported|text.only|cannot|no endpoints found",
-        text,
-        re.I,
+    refused = (
+        r"not support|only supports? text|not a multimodal|unknown variant|unsupported|text.only"
+        r"|cannot|no endpoints found"
     )
-    has_image = any(
-        isinstance(m.get("content"), list)
-        and any(p.get("type") == "image_url" for p in m["content"])
-        for m in sent["messages"]
-    )
-    return {"images": False} if telling and has_image else {}
+    about = re.search(r"image|vision|multi-?modal|only supports? text", text, re.I)
+    telling = about and re.search(refused, text, re.I)
+    return {"images": False} if telling and has_images(body) else {}
 
 
-def learn_files(text, profile, sent):
-    has_file = any(
-        isinstance(m.get("content"), list) and any(p.get("type") == "file" for p in m["content"])
-        for m in sent["messages"]
-    )
-    return (
-        {"files": False}
-        if has_file and re.search(r"\bfile|pdf|unknown variant|content type", text, re.I)
-        else {}
-    )
+def learn_files(text, profile, body, sent):
+    """A model that takes no PDF files: they become notes."""
+    kinds = {str(block.get("type")) for _, block in walk_blocks(body["messages"])}
+    telling = re.search(r"\bfile|pdf|document|unknown variant|content type", text, re.I)
+    return {"files": False} if telling and "document" in kinds else {}
 
 
-def learn_schema(text, profile, sent):
+def learn_output_limit(text, profile, body, sent):
+    """The output limit that an error names."""
+    found = re.match(OUTPUT_LIMIT, text)
+    limit = int(found.group(1)) if found else 0
+    return {"max_output": limit} if 0 < limit < positive_int(sent, profile.max_tokens) else {}
+
+
+def learn_fields(text, profile, body, sent):
+    """A field that the provider does not know is renamed, or not sent any more."""
+    changes, never = {}, list(profile.never)
+    for name in named_fields(text):
+        last = name.rsplit(".", 1)[-1]
+        if name.startswith("ANTHROPIC_"):
+            changes["strict"] = True
+        elif last in ("max_tokens", "max_completion_tokens") and last in sent:
+            longer = "max_completion_tokens"
+            changes["max_tokens"] = longer if last == "max_tokens" else "max_tokens"
+        elif last in REASONING_KEYS and last not in sent:
+            changes["reasoning_field"] = ""
+        elif last in SCHEMA_WORDS and last not in sent and last not in profile.schema:
+            changes["schema"] = tuple(profile.schema) + (last,)
+        elif last in sent and last not in ESSENTIAL:
+            never.append(last)
+    return dict(changes, never=tuple(never)) if len(never) > len(profile.never) else changes
+
+
+def learn_schema(text, profile, body, sent):
     """A JSON schema keyword in a tool that the provider cannot read."""
-    if not sent.get("tools") or not re.search(
-        r"schema|function|tools?\b|parameters|regex|grammar", text, re.I
-    ):
+    about = r"schema|function|tools?\b|parameters|regex|grammar"
+    if not sent.get("tools") or not re.search(about, text, re.I):
         return {}
     if re.search(r"regex|look-?(?:ahead|behind|around)", text, re.I):
         found = ["pattern"]
     else:
         found = re.findall(r"['\"`\[]\$?(%s)['\"`\]]" % "|".join(SCHEMA_WORDS), text)
-    words = tuple(word for word in dict.fromkeys(found) if word not in profile.schema)
-    return {"schema": tuple(profile.schema) + words} if words else {}
+    new = tuple(word for word in dict.fromkeys(found) if word not in profile.schema)
+    return {"schema": tuple(profile.schema) + new} if new else {}
 
 
-def learn_format(text, profile, sent):
-    """A response_format that is not there: the weaker form, then words."""
-    if "response_format" not in sent or not re.search(
-        r"response_format|json_schema|json_object|structured output", text, re.I
-    ):
-        return {}
-    return {"json_format": "json_object" if profile.json_format == "json_schema" else ""}
-
-
-def learn_roles(text, profile, sent):
-    """What may follow what, and how calls are named."""
-    if re.search(r"Unexpected role 'user' after role 'tool'", text):
-        return {"user_after_tool": False}
-    if re.search(r"must be a-z, A-Z, 0-9, with a length of 9", text):
-        return {"tool_ids": "nine"}
-    if re.search(
-        r"system.{0,30}role.{0,30}(?:not supported|not enabled|unsupported)|role: system|Developer instruction is not enabled",
-        text,
-        re.I,
-    ):
-        return {"system_role": False}
-    found = (
-        re.search(r"maximum (?:number of items is|length) (\d+)", text) if "tools" in text else None
-    )
-    return (
-        {"max_tools": int(found.group(1))}
-        if found and len(sent.get("tools", ())) > int(found.group(1))
-        else {}
-    )
-
-
-def learn_native(text, profile, sent):
-    """What providers that speak Anthropic refuse: newer beta flags, role system in the messages, cache_control."""
-    if profile.format != "anthropic":
-        return {}
-    found = re.search(r"value\(s\) (.+?) for the .?anthropic-beta", text)
-    if found:
-        return {"betas": tuple(profile.betas) + tuple(re.findall(r"[\w-]+", found.group(1)))}
-    if re.search(r"messages\.\d+\.role|Unexpected role .?system", text):
-        return {"system_role": False}
-    if "cache_control" in text:
-        return {"never": tuple(profile.never) + ("cache_control",)}
-    return {}
-
-
-def learn_any_field(text, profile, sent):
+def learn_any_field(text, profile, body, sent):
     """Last resort: a field of ours that the text names in quotes and calls wrong in some way."""
     if not re.search(REFUSED, text):
         return {}
     fields = [
         field
         for field in sent
-        if field not in ESSENTIAL
-        and field != profile.max_tokens
+        if field not in ESSENTIAL + (profile.max_tokens,)
         and re.search(r"['\"`(\[]%s\b" % re.escape(field), text)
     ]
     return {"never": tuple(profile.never) + tuple(fields)} if fields else {}
 
 
 LESSON_RULES = (
+    # The first that has something to say is taken: from the surest to the vaguest.
     learn_native,
+    learn_words,
     learn_thinking,
-    learn_replay,
+    learn_reasoning,
     learn_choice,
-    learn_roles,
+    learn_max_tools,
     learn_format,
     learn_images,
     learn_files,
@@ -4964,52 +5161,28 @@ LESSON_RULES = (
 )
 
 
-def learn(error, profile, sent):
-    """What an UpstreamError teaches about its provider: {profile field: value}; {} when no rule fits, or nothing would change.
-
-    sent: the request that was refused. Each rule reads the provider's own words and gives the changes it is sure of.
-    """
-    if error.kind not in ("request", "size", "sampling", "policy") or not error.text:
-        return {}
-    for rule in LESSON_RULES:
-        changes = {
-            field: value
-            for field, value in rule(error.text, profile, sent).items()
-            if getattr(profile, field) != value
-        }
-        if changes:
-            return changes
-    return {}
-
-
 def room_after(error, profile, size):
-    """({profile field: value}, output tokens to ask for) after "prompt and output together do not fit"; ({}, 0) when the
-    prompt alone is too long. size: bytes of the client's request. Some servers (vLLM) stop counting the prompt where it
-    fails to fit; what they tell is then the least it can be."""
+    """({profile field: value}, output tokens to ask for) after "prompt and output together do not
+    fit"; ({}, 0) when the prompt alone is too long. size: bytes of the client's request.
+
+    Some servers (vLLM) stop counting the prompt where it fails to fit; what they tell is then the
+    least that it can be.
+    """
     prompt, output, limit = error.numbers
     if error.kind != "overflow" or not (output and limit) or prompt + 1024 >= limit:
         return {}, 0
     lazy = prompt + output == limit + 1
     room = max(1024, limit - max(prompt + 64, size // 4 if lazy else 0))
-    return {
-        "context": limit,
-        "density": round(max(profile.density, min(16.0, (prompt + 64) / max(size, 1))), 3),
-    }, room
-
-
-def lesson_text(field, value):
-    """A lesson as a sentence for the log and the status page."""
-    if field == "never":
-        return "not sent: " + ", ".join(value)
-    if field == "schema":
-        return "left out of tool schemas: " + ", ".join(value)
-    sentence = LESSON_WORDS.get(field, field + " is now %s")
-    shown = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
-    return sentence % (shown,) if "%s" in sentence else sentence
+    density = max(profile.density, min(16.0, (prompt + 64) / max(size, 1)))
+    return {"context": limit, "density": round(density, 3)}, room
 
 
 LESSON_WORDS = {
+    # profile field: its lesson as a sentence, for the log and the status page
+    "never": "not sent: %s",
+    "schema": "left out of tool schemas: %s",
     "strict": "unknown fields are refused; the disguise is not attached",
+    "untouched": "takes no system turns",
     "max_tokens": "the output limit is called %s",
     "density": "counts up to %s tokens a byte",
     "max_output": "at most %s output tokens",
@@ -5025,23 +5198,26 @@ LESSON_WORDS = {
 }
 
 
+def lesson_text(field, value):
+    """A lesson as a sentence."""
+    sentence = LESSON_WORDS.get(field, field + " is now %s")
+    shown = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+    return sentence % (shown,) if "%s" in sentence else sentence
+
+
 def apply_lesson(profile, changes):
-    """A profile with lessons applied. changes may come from JSON: lists become tuples, unknown fields are ignored."""
+    """A profile with lessons applied. changes may come from JSON: lists become tuples, unknown fields
+    (of another version) are ignored."""
 
-    def frozen(value):
-        return tuple(frozen(part) for part in value) if isinstance(value, (list, tuple)) else value
+    def freeze(value):
+        return tuple(map(freeze, value)) if isinstance(value, (list, tuple)) else value
 
-    return profile._replace(
-        **{
-            field: frozen(value)
-            for field, value in as_dict(changes).items()
-            if field in Profile._fields
-        }
-    )
+    known = {key: freeze(value) for key, value in as_dict(changes).items() if hasattr(profile, key)}
+    return profile._replace(**known)
 
 
 # ======================================================================================================
-# 9  Upstream: connections to the provider, kept alive
+# 10  Upstream: connections to the provider, kept alive
 # ======================================================================================================
 
 READ_SIZE = 16384  # one TLS record; every waiting thread holds one
@@ -5851,7 +6027,7 @@ class Upstream:
 
 
 # ======================================================================================================
-# 10  Cache: stored replies, memory and ledger in SQLite; records
+# 11  Store: stored replies, memory and ledger in SQLite; records
 # ======================================================================================================
 
 KEY_VERSION = 2  # raise it when the rule below changes, so that older entries are never found again
@@ -6924,30 +7100,24 @@ def read_recording(folder):
 
 
 # ======================================================================================================
-# 11  Proxy: joins the above; Anthropic body in, events out; knows no client socket
+# 12  Proxy: joins the above; Anthropic body in, events out; knows no client socket
 # ======================================================================================================
 
 HOLD_SECONDS = 15  # the status waits so long for the first content; then message_start goes out
 PING_SECONDS = 5  # between pings in a silence
 STALLED = 10  # times TARGET_TIMEOUT without content, though bytes come: given up
-SIGN_SECONDS = 240  # of nothing but pings: from now on empty deltas, since the client gives up after 600 s of pings
-MENDS = 3  # lessons a request may cost
+SIGN_SECONDS = 240  # of pings alone; then empty deltas: the client gives up after 600 s of pings
+MAX_LESSONS = 3  # that one request may cost
 LONGEST_WAIT = (
-    20  # seconds of Retry-After that are waited out here; longer ones the client waits itself
+    20  # seconds of Retry-After that are waited here; longer ones the client waits itself
 )
 MEMORY_CALLS = 5000  # tool calls whose arguments and reasoning are remembered
 MEMORY_BYTES = 32 << 20
 SMALL_CONTEXT = 30000  # tokens; below it Claude Code is of no practical use
 FALLBACK_KINDS = (
-    "connect",
-    "timeout",
-    "cut",
-    "overloaded",
-    "server",
-    "rate",
-    "billing",
-    "sampling",
-)
+    "connect timeout cut overloaded server rate billing sampling".split()
+)  # of errors after which another model may do better
+CREATED = "2025-01-01T00:00:00Z"  # of every model; the client wants some date
 
 
 class Plan(NamedTuple):
@@ -6959,126 +7129,70 @@ class Plan(NamedTuple):
     key: str
     profile: Profile
 
+    @property
+    def format(self):
+        """The Format that the provider speaks."""
+        return FORMATS[self.profile.format]
 
-def plan_request(settings, asked, has_images, profile_of):
+    def url(self, path):
+        return endpoint(self.base, path)
+
+
+def plan_request(settings, asked, with_images, profile_of):
     """The Plan for a model name that the client asked for.
 
-    Families are told by their word in the name; a family without settings of its own takes the main ones, and so does
-    any other name. profile_of(base, model) -> Profile. Requests with images go to TARGET_MODEL_IMAGE where the plan
+    A family without settings of its own takes the main ones, and so does a name of no family.
+    profile_of(base, model) -> Profile. Requests with images go to TARGET_MODEL_IMAGE where the plan
     takes none.
     """
-    family = next((word for word in FAMILIES if word in asked.lower()), "")
-    plan = plan_for(settings, family, profile_of)
-    if has_images and settings.target_model_image and not plan.profile.images:
+    plan = plan_for(settings, family_of(asked), profile_of)
+    if with_images and settings.target_model_image and not plan.profile.images:
         return plan_for(settings, "image", profile_of)
     return plan
 
 
 def plan_for(settings, family, profile_of):
-    """The Plan of a family: its own model, base and key where they are set. A base of its own never gets the main key."""
+    """The Plan of a family: its own model, base and key where they are set. A base of its own never
+    gets the main key."""
 
     def own(name):
         return getattr(settings, "%s_%s" % (name, family)) if family else ""
 
     base = own("target_api_base") or settings.target_api_base
-    key = own("target_api_key") or (
-        settings.target_api_key if base == settings.target_api_base else ""
-    )
-    model = re.sub(r"\[1m\]$", "", own("target_model") or settings.target_model)
+    main_key = settings.target_api_key if base == settings.target_api_base else ""
+    model = strip_window(own("target_model") or settings.target_model)
     mine = bool(own("target_model") or own("target_api_base"))
+    key = own("target_api_key") or main_key
     return Plan(family if mine else "", model, base, key, profile_of(base, model))
 
 
-def endpoint(base, format, name="messages"):
-    """The URL that requests go to; the query of the base (Azure's api-version) stays."""
-    parts = urllib.parse.urlsplit(base)
-    path = (
-        re.sub(r"/v1$", "", parts.path) + "/v1/" + name
-        if format == "anthropic"
-        else parts.path + "/chat/completions"
-    )
-    return urllib.parse.urlunsplit((parts.scheme, parts.netloc, path, parts.query, ""))
+def strip_window(name):
+    """A model's name without [1m], Claude Code's own mark of a large window."""
+    return re.sub(r"\[1m\]\Z", "", name)
 
 
-def upstream_headers(plan, settings, client_headers):
-    """Headers for the provider: its key in the form that it wants, its constants, and EXTRA_HEADERS."""
+def upstream_headers(plan, settings, client_headers=()):
+    """Headers for the provider: its format's, its constants, and EXTRA_HEADERS (null removes)."""
     headers = {
         "Content-Type": "application/json",
         "Accept": "application/json, text/event-stream",
-        "User-Agent": "ccfix/" + __version__,
+        "User-Agent": USER_AGENT,
     }
-    if plan.profile.format == "anthropic":
-        betas = [
-            flag
-            for flag in re.split(r"[,\s]+", client_headers.get("anthropic-beta") or "")
-            if flag and flag not in plan.profile.betas
-        ]
-        headers["anthropic-version"] = client_headers.get("anthropic-version") or "2023-06-01"
-        if betas:
-            headers["anthropic-beta"] = ",".join(betas)
-        if plan.key:
-            headers["x-api-key"] = plan.key
-    if plan.key and plan.profile.key_header == "authorization":
-        headers["Authorization"] = "Bearer " + plan.key
-    elif plan.key:
-        headers[plan.profile.key_header] = plan.key
+    headers.update(plan.format.headers(plan.key, plan.profile, client_headers or {}))
     headers.update(plan.profile.headers)
     for name, value in settings.extra_headers.items():
-        headers.pop(next((known for known in headers if known.lower() == name.lower()), name), None)
+        same = next((known for known in headers if known.lower() == name.lower()), name)
+        headers.pop(same, None)
         if value is not None:
             headers[name] = str(value)
     return headers
 
 
-def native_body(body, plan):
-    """The body for a provider that speaks Anthropic: as it came, but for the model, what describes the user's machine,
-    reasoning of other providers, and what the provider was found to refuse."""
-    sent = {
-        key: value
-        for key, value in body.items()
-        if key not in ("metadata", "safeguards") and key not in plan.profile.never
-    }
-    sent["model"] = plan.model
-    if isinstance(body.get("max_tokens"), int) and plan.profile.max_output:
-        sent["max_tokens"] = min(body["max_tokens"], plan.profile.max_output)
-    if isinstance(sent.get("system"), list):
-        sent["system"] = [
-            block
-            for block in sent["system"]
-            if not block_text(as_dict(block)).startswith(BILLING_LINE)
-        ]
-    messages = [native_message(as_dict(message), plan.profile) for message in body["messages"]]
-    sent["messages"] = [
-        message
-        for message in messages
-        if message.get("role") == "system" or message.get("content") not in ([], REMINDER % "")
-    ]
-    return without_keys(sent, "cache_control") if "cache_control" in plan.profile.never else sent
+USER_AGENT = "ccfix/" + __version__
 
 
-def native_message(message, profile):
-    """A message without thinking blocks that this proxy signed for another provider; a role:system turn becomes a reminder
-    where the provider knows no such role."""
-    content = message.get("content")
-    if message.get("role") == "system" and not profile.system_role:
-        text = "\n\n".join(filter(None, map(block_text, as_blocks(content))))
-        return {"role": "user", "content": REMINDER % text}
-    if isinstance(content, list) and any(
-        str(as_dict(block).get("signature")).startswith(STATE_MARK) for block in content
-    ):
-        return dict(
-            message,
-            content=[
-                block
-                for block in content
-                if not str(as_dict(block).get("signature")).startswith(STATE_MARK)
-            ],
-        )
-    return message
-
-
-def with_extra_body(sent, settings):
-    """The body for the provider, changed in place by EXTRA_BODY."""
+def add_extra_body(sent, settings):
+    """The body for the provider, changed in place by EXTRA_BODY (null removes a field)."""
     for name, value in settings.extra_body.items():
         sent.pop(name, None)
         if value is not None:
@@ -7086,72 +7200,49 @@ def with_extra_body(sent, settings):
     return sent
 
 
-def without_keys(value, name):
-    """A copy of a JSON value without the dict entries of one name."""
-    if isinstance(value, dict):
-        return {key: without_keys(part, name) for key, part in value.items() if key != name}
-    return [without_keys(part, name) for part in value] if isinstance(value, list) else value
-
-
-def payload_of(sent):
-    """(the request's JSON bytes, [(label, bytes)] of its parts): encoded once, in pieces, so that the pieces can be compared
-    with those of the session's last request."""
+def encode_request(sent):
+    """(the request's JSON bytes, [(label, bytes)] of its parts): encoded once, in pieces, so that the
+    pieces can be compared with those of the session's last request (see `sections`)."""
     messages, tools = as_list(sent.get("messages")), as_list(sent.get("tools"))
     encoded = [compact_json(message).encode() for message in messages]
-    parts = [
-        ("message %d (%s)" % (position, as_dict(message).get("role")), part)
-        for position, (message, part) in enumerate(zip(messages, encoded))
-    ]
     head = {key: value for key, value in sent.items() if key not in ("messages", "tools")}
-    pieces = [compact_json(head).encode()[:-1], b',"messages":['] + join_pieces(encoded)
-    if tools:
-        names = [compact_json(tool).encode() for tool in tools]
-        pieces += [b'],"tools":['] + join_pieces(names)
-        parts = [
-            (
-                "tool "
-                + str(
-                    as_dict(as_dict(tool).get("function")).get("name") or as_dict(tool).get("name")
-                ),
-                part,
-            )
-            for tool, part in zip(tools, names)
-        ] + parts
+    pieces = [compact_json(head).encode()[:-1], b',"messages":[', b",".join(encoded)]
+    parts = []
     if isinstance(sent.get("system"), (str, list)):
-        parts = [("system", compact_json(sent["system"]).encode())] + parts
-    elif parts and messages and as_dict(messages[0]).get("role") == "system":
-        first = next(
-            position for position, part in enumerate(parts) if part[0].startswith("message 0")
-        )
-        parts[first] = ("system", parts[first][1])
+        parts.append(("system", compact_json(sent["system"]).encode()))
+    if tools:
+        encoded_tools = [compact_json(tool).encode() for tool in tools]
+        pieces += [b'],"tools":[', b",".join(encoded_tools)]
+        parts += [("tool " + name_of(tool), part) for tool, part in zip(tools, encoded_tools)]
+    for number, (message, part) in enumerate(zip(messages, encoded)):
+        role = as_dict(message).get("role")
+        leads = number == 0 and role == "system"
+        parts.append(("system" if leads else "message %d (%s)" % (number, role), part))
     return b"".join(pieces + [b"]}"]), parts
 
 
-def join_pieces(pieces):
-    """The pieces with commas between."""
-    return [part for piece in pieces for part in (b",", piece)][1:]
+def name_of(tool):
+    """The name of a tool as OpenAI or Anthropic writes it."""
+    tool = as_dict(tool)
+    return str(as_dict(tool.get("function")).get("name") or tool.get("name"))
 
 
-class Memory(object):
-    """What is remembered of tool calls, by tool id: a bounded dict, the least recently used go first. Thread-safe."""
+class Memory:
+    """What is remembered of tool calls, by tool id: bounded, the least recently used go first.
+    Thread-safe. store: a Cache that keeps them too, or None."""
 
     def __init__(self, store=None):
-        self.notes, self.size, self.lock, self.store = (
-            collections.OrderedDict(),
-            0,
-            threading.Lock(),
-            store,
-        )
+        self.notes, self.size = collections.OrderedDict(), 0  # id -> (note, size)
+        self.lock, self.store = threading.Lock(), store
 
     def keep(self, notes):
+        """Keep {id: note}."""
         with self.lock:
             for call_id, note in notes.items():
-                size = 200 + sum(
-                    len(part) if isinstance(part, str) else 1000 for part in note.values()
-                )
-                self.size -= self.notes.pop(call_id, (None, 0))[1]
+                sizes = (len(part) if isinstance(part, str) else 1000 for part in note.values())
+                size = 200 + sum(sizes)
+                self.size += size - self.notes.pop(call_id, (None, 0))[1]
                 self.notes[call_id] = (note, size)
-                self.size += size
             while len(self.notes) > MEMORY_CALLS or self.size > MEMORY_BYTES:
                 self.size -= self.notes.popitem(last=False)[1][1]
         if self.store:
@@ -7161,47 +7252,33 @@ class Memory(object):
     def recall(self, call_id):
         """The note of a call, or {}."""
         with self.lock:
-            known = self.notes.get(call_id)
-            if known:
+            if call_id in self.notes:
                 self.notes.move_to_end(call_id)
-        if known or not self.store:
-            return known[0] if known else {}
-        return as_dict(self.store.recall(call_id))
+                return self.notes[call_id][0]
+        return as_dict(self.store.recall(call_id)) if self.store else {}
 
 
-class Flight(object):
-    """A reply that several identical requests wait for."""
-
-    __slots__ = ("landed", "message")
-
-    def __init__(self):
-        self.landed, self.message = threading.Event(), None
-
-
-class Proxy(object):
+class Proxy:
     """What all requests share: settings, connections, lessons, memory, cache and ledger.
 
-    config(): the Settings of now. log(level, text). new_id() -> a fresh hex text.
+    config(): the Settings of now. log(level, text). new_id() -> a fresh hex string. now(): epoch.
     """
 
     def __init__(self, config, log, new_id=lambda: "%024x" % random.getrandbits(96), now=time.time):
         self.config, self.log, self.new_id, self.now = config, log, new_id, now
-        self.started, self.lock, self.active = now(), threading.Lock(), 0
-        self.store, self.memory, self.recorder, self.ledger, self.sessions = (
-            None,
-            Memory(),
-            None,
-            Ledger(now=now),
-            Sessions(),
-        )
+        self.started = now()
+        self.lock = threading.Lock()  # over what follows
+        self.active = 0  # requests under way
+        self.store = None  # a Cache, where the user asked for one
+        self.memory = Memory()
+        self.recorder = None  # a Recorder, with RECORD_DIR
+        self.ledger = Ledger(now=now)
+        self.sessions = Sessions()  # for the explainer of lost prefixes
         self.lessons = {}  # (base, model) -> {profile field: value}
         self.found = {}  # (base, model) -> {"owner", "context"}: what the provider tells of itself
-        self.flights, self.memo, self.rows, self.wires = (
-            {},
-            {},
-            {},
-            None,
-        )  # rows: profile_for's answers
+        self.memo = {}  # cleaned tools, see clean_tool
+        self.rows = {}  # profile_for's answers
+        self.wires = None  # (the TLS settings it was made from, Upstream)
         self.seen = None  # the Settings that store, ledger and recorder were made from
         self.follow(config())
 
@@ -7211,52 +7288,44 @@ class Proxy(object):
         if settings is not self.seen:
             try:
                 self.follow(settings)
-            except ValueError as e:
-                self.log("warning", "PRICES cannot be used, the old ones stay: %s" % e)
+            except ValueError as error:
+                self.log("warning", "PRICES cannot be used, the old ones stay: %s" % error)
         return settings
 
     def follow(self, settings):
-        """Make anew what depends on settings that changed. Raises ValueError for prices that cannot be used."""
+        """Make anew what depends on settings that changed. Raises ValueError for PRICES that cannot
+        be used."""
         with self.lock:
             old, self.seen = self.seen, settings
 
             def changed(*names):
-                return old is None or any(
-                    getattr(old, name) != getattr(settings, name) for name in names
-                )
+                if old is None:
+                    return True
+                return any(getattr(old, name) != getattr(settings, name) for name in names)
 
+            if changed("prices"):  # first: restored rows are counted with them
+                self.ledger.price(prices_from(settings.prices) if settings.prices else {})
             if changed("cache_enabled", "ledger", "cache_dir", "cache_ttl", "cache_max_mb"):
                 self.open_store(settings)
             if changed("record_dir"):
-                self.recorder = (
-                    Recorder(settings.record_dir, settings.secrets(), self.warn)
-                    if settings.record_dir
-                    else None
-                )
-            if changed("prices"):
-                self.ledger.price(prices_from(settings.prices) if settings.prices else {})
+                folder, secrets = settings.record_dir, settings.secrets()
+                self.recorder = Recorder(folder, secrets, self.warn) if folder else None
 
     def open_store(self, settings):
-        """Open the Cache in CACHE_DIR where the user asked for the cache or the ledger, or named the folder: nothing is
-        written otherwise."""
+        """Open the Cache in CACHE_DIR where the user asked for the cache or the ledger, or named the
+        folder: nothing is written otherwise."""
         if self.store:
             self.store.close()
-        wanted = (
-            settings.cache_enabled or settings.ledger or settings.origins["cache_dir"] != "default"
-        )
-        self.store = (
-            Cache(
-                settings.cache_dir, settings.cache_ttl, settings.cache_max_mb << 20, log=self.warn
-            )
-            if wanted
-            else None
-        )
+        named = settings.origins["cache_dir"] != "default"
+        self.store = None
+        if settings.cache_enabled or settings.ledger or named:
+            size = settings.cache_max_mb << 20
+            self.store = Cache(settings.cache_dir, settings.cache_ttl, size, log=self.warn)
         self.memory.store = self.store
         self.ledger.save = self.store.save_row if self.store and settings.ledger else None
         if self.store:
-            self.lessons.update(
-                {tuple(key): as_dict(value) for key, value in self.store.lessons().items()}
-            )
+            for place, changes in self.store.lessons().items():
+                self.lessons[tuple(place)] = as_dict(changes)
             self.ledger.restore(self.store.saved_rows() if settings.ledger else ())
 
     def warn(self, text):
@@ -7267,45 +7336,45 @@ class Proxy(object):
         made = (settings.ca_bundle, settings.client_cert, settings.insecure)
         with self.lock:
             if self.wires is None or self.wires[0] != made:
-                self.wires = (
-                    made,
-                    Upstream(
-                        settings.target_timeout,
-                        ca_bundle=made[0],
-                        client_cert=made[1],
-                        insecure=made[2],
-                    ),
+                upstream = Upstream(
+                    settings.target_timeout,
+                    ca_bundle=settings.ca_bundle,
+                    client_cert=settings.client_cert,
+                    insecure=settings.insecure,
                 )
+                self.wires = (made, upstream)
             return self.wires[1]
 
     def profile_of(self, settings):
-        """(base, model) -> Profile, with what was found and learned, and with the user's own limits."""
+        """(base, model) -> Profile, with what was found and learned, and with the user's own limits.
+
+        PROFILE and TARGET_FORMAT are about the main base, MAX_OUTPUT and MAX_CONTEXT about the main
+        model there; a family of its own goes elsewhere.
+        """
+        main = settings.target_api_base, strip_window(settings.target_model)
 
         def profile(base, model):
             found = self.found.get((base, model), {})
-            key = (
-                base,
-                model,
-                settings.profile,
-                settings.target_format if base == settings.target_api_base else "auto",
-                found.get("owner", ""),
-            )
+            forced = (settings.profile, settings.target_format) if base == main[0] else ("", "auto")
+            key = (base, model) + forced + (found.get("owner", ""),)
             row = self.rows.get(key) or self.rows.setdefault(key, profile_for(*key))
             if found.get("context") and not row.context:
                 row = row._replace(context=found["context"])
             row = apply_lesson(row, self.lessons.get((base, model)))
             limits = {"max_output": settings.max_output, "context": settings.max_context}
-            return row._replace(**{field: value for field, value in limits.items() if value})
+            if (base, model) == main:
+                row = row._replace(**{field: value for field, value in limits.items() if value})
+            return row
 
         return profile
 
     def teach(self, plan, changes):
         """Remember lessons about a plan's provider and model."""
-        key = (plan.base, plan.model)
+        place = (plan.base, plan.model)
         with self.lock:
-            self.lessons[key] = dict(self.lessons.get(key, {}), **changes)
+            self.lessons[place] = dict(self.lessons.get(place, {}), **changes)
         if self.store:
-            self.store.save_lesson(plan.base, plan.model, self.lessons[key])
+            self.store.save_lesson(plan.base, plan.model, self.lessons[place])
         for field, value in changes.items():
             self.log("info", "learned about %s: %s" % (plan.model, lesson_text(field, value)))
 
@@ -7319,23 +7388,20 @@ class Proxy(object):
         return count
 
     def probe(self, plan, wait=None):
-        """Ask the provider once what it tells for free: who it is, and the model's context window. Never raises."""
+        """Ask the provider once what it tells for free: who it is, and the model's context window.
+        Never raises."""
         try:
-            found = ask_provider(
-                self.upstream(self.settings()),
-                plan,
-                upstream_headers(plan, self.settings(), {}),
-                wait,
+            headers = upstream_headers(plan, self.settings())
+            found = ask_provider(self.upstream(self.settings()), plan, headers, wait)
+        except (ProxyError, ClientGone, ValueError, KeyError, TypeError) as error:
+            self.log("debug", "the provider was not asked about itself: %s" % error)
+            return
+        self.found[(plan.base, plan.model)] = found
+        if 0 < found["context"] < SMALL_CONTEXT:
+            self.warn(
+                "%s has a context window of %d tokens; Claude Code's first request alone has about"
+                " 13,000" % (plan.model, found["context"])
             )
-            self.found[(plan.base, plan.model)] = found
-            if 0 < found["context"] < SMALL_CONTEXT:
-                self.log(
-                    "warning",
-                    "%s has a context window of %d tokens; Claude Code's first request alone has about 13,000"
-                    % (plan.model, found["context"]),
-                )
-        except (ProxyError, ClientGone, ValueError, KeyError, TypeError) as e:
-            self.log("debug", "the provider was not asked about itself: %s" % e)
 
     @contextlib.contextmanager
     def counted(self):
@@ -7351,78 +7417,91 @@ class Proxy(object):
     # -- the small endpoints
 
     def models(self, settings):
-        """Anthropic's model list: the families, and the disguise or target, under names that Claude Code accepts."""
-        plans = [
-            (family, plan_for(settings, family, self.profile_of(settings))) for family in FAMILIES
-        ]
-        rows = [("claude-" + family, "%s (%s)" % (plan.model, family)) for family, plan in plans]
+        """Anthropic's model list: the families, and the disguise or target, under names that Claude
+        Code accepts (those that begin with claude or anthropic)."""
         shown = settings.disguise_model or settings.target_model
-        rows.insert(
-            0,
-            (
-                shown if shown.startswith(("claude", "anthropic")) else "claude-" + shown,
-                settings.target_model,
-            ),
-        )
-        data = [
-            {
-                "type": "model",
-                "id": name,
-                "display_name": title,
-                "description": "through ccfix",
-                "created_at": "2025-01-01T00:00:00Z",
-            }
-            for name, title in rows
-        ]
-        return {
-            "data": data,
-            "has_more": False,
-            "first_id": data[0]["id"],
-            "last_id": data[-1]["id"],
-        }
+        named = shown if shown.startswith(("claude", "anthropic")) else "claude-" + shown
+        rows = [(named, settings.target_model)]
+        for family in FAMILIES:
+            model = plan_for(settings, family, self.profile_of(settings)).model
+            rows.append(("claude-" + family, "%s (%s)" % (model, family)))
+        data = [dict(model_row(name, title), description="through ccfix") for name, title in rows]
+        ends = {"first_id": data[0]["id"], "last_id": data[-1]["id"]}
+        return dict({"data": data, "has_more": False}, **ends)
 
     def count_tokens(self, body, headers, wait=None):
-        """{"input_tokens"}: the provider's own count where it speaks Anthropic, else an estimate."""
+        """{"input_tokens"}: the provider's own count where its format has one, else an estimate."""
         if not isinstance(body.get("messages"), list):
             raise BadRequest("messages: a list is required")
         settings = self.settings()
         plan = plan_request(settings, str(body.get("model")), False, self.profile_of(settings))
-        if plan.profile.format == "anthropic":
+        if plan.format.count_path and body["messages"]:
+            sent = plan.format.write(
+                normalize(body, plan.profile, memo=self.memo), plan.model, plan.profile
+            )
+            sent = {key: sent[key] for key in sent if key not in ("max_tokens", "stream")}
             try:
-                reply = self.upstream(settings).open(
-                    "POST",
-                    endpoint(plan.base, "anthropic", "messages/count_tokens"),
+                answer = get_json(
+                    self.upstream(settings),
+                    plan.url(plan.format.count_path),
                     upstream_headers(plan, settings, headers),
-                    compact_json(
-                        {
-                            key: value
-                            for key, value in native_body(body, plan).items()
-                            if key not in ("max_tokens", "stream")
-                        }
-                    ).encode(),
                     wait,
                     timeout=10,
+                    body=sent,
                 )
-                try:
-                    answer = as_dict(json_or_none(reply.read(1 << 20)))
-                finally:
-                    reply.close()
-                if reply.status == 200 and isinstance(answer.get("input_tokens"), int):
+                if isinstance(answer.get("input_tokens"), int):
                     return {"input_tokens": answer["input_tokens"]}
-            except ProxyError as e:
-                self.log("debug", "count_tokens of the provider failed: %s" % e)
+            except ProxyError as error:
+                self.log("debug", "count_tokens of the provider failed: %s" % error)
         return {"input_tokens": estimate_tokens(body)}
 
     def status(self, address=""):
         """What GET /stats tells; the status page shows it."""
         settings = self.settings()
         plan = plan_for(settings, "", self.profile_of(settings))
-        routes = [
-            plan_for(settings, family, self.profile_of(settings))
-            for family in FAMILIES + ("fallback", "image")
-        ]
-        shown = self.store.stats() if self.store and settings.cache_enabled else {}
-        lessons = [
+        has_key = bool(settings.anthropic_api_key)
+        families = FAMILIES + ("fallback", "image")
+        plans = [plan_for(settings, family, self.profile_of(settings)) for family in families]
+        cache = self.store.stats() if self.store and settings.cache_enabled else {}
+        target = {"model": plan.model, "api_base": without_password(plan.base)}
+        return {
+            "name": "ccfix",
+            "version": __version__,
+            "time": self.now(),
+            "uptime_s": round(self.now() - self.started, 1),
+            "address": address,
+            "proxy_key": has_key,
+            "demo": plan.profile.name == "demo",
+            "target": dict(
+                target,
+                profile=plan.profile.name,
+                format=plan.profile.format,
+                context=plan.profile.context,
+                max_output=plan.profile.max_output,
+            ),
+            "disguise": {"model": settings.disguise_model, "api_base": settings.disguise_api_base},
+            "routes": [
+                {"family": row.family, "model": row.model, "api_base": without_password(row.base)}
+                for row in plans
+                if row.family
+            ],
+            "connect": dict(connect_lines(address, has_key)),
+            "totals": dict(self.ledger.totals(), active=self.active),
+            "series": self.ledger.series(),
+            "requests": self.ledger.rows(100),
+            "lessons": self.lesson_rows(),
+            "cache": dict(
+                cache,
+                enabled=settings.cache_enabled,
+                mode=settings.cache_key_mode,
+                ttl=settings.cache_ttl,
+            ),
+            "settings": settings.shown(),
+        }
+
+    def lesson_rows(self):
+        """[{upstream, model, field, value, text}] of all lessons."""
+        return [
             {
                 "upstream": urllib.parse.urlsplit(base).netloc.rpartition("@")[2],
                 "model": model,
@@ -7433,159 +7512,108 @@ class Proxy(object):
             for (base, model), changes in list(self.lessons.items())
             for field, value in changes.items()
         ]
-        return {
-            "name": "ccfix",
-            "version": __version__,
-            "time": self.now(),
-            "uptime_s": round(self.now() - self.started, 1),
-            "address": address,
-            "proxy_key": bool(settings.anthropic_api_key),
-            "demo": plan.profile.name == "demo",
-            "target": {
-                "model": plan.model,
-                "api_base": without_password(plan.base),
-                "profile": plan.profile.name,
-                "format": plan.profile.format,
-                "context": plan.profile.context,
-                "max_output": plan.profile.max_output,
-            },
-            "disguise": {"model": settings.disguise_model, "api_base": settings.disguise_api_base},
-            "routes": [
-                {"family": row.family, "model": row.model, "api_base": without_password(row.base)}
-                for row in routes
-                if row.family
-            ],
-            "connect": dict(connect_lines(address, bool(settings.anthropic_api_key))),
-            "totals": dict(self.ledger.totals(), active=self.active),
-            "series": self.ledger.series(),
-            "requests": self.ledger.rows(100),
-            "lessons": lessons,
-            "cache": dict(
-                shown,
-                enabled=settings.cache_enabled,
-                mode=settings.cache_key_mode,
-                ttl=settings.cache_ttl,
-            ),
-            "settings": settings.shown(),
-        }
+
+
+def model_row(name, title):
+    """A model as Anthropic's list shows it."""
+    return {"type": "model", "id": name, "display_name": title, "created_at": CREATED}
+
+
+def get_json(upstream, url, headers, wait=None, timeout=None, body=None):
+    """The JSON object that a URL answers with (to a POST where there is a body); {} for anything
+    else, and for an error status. Raises ProxyError."""
+    data = None if body is None else compact_json(body).encode()
+    reply = upstream.open("GET" if body is None else "POST", url, headers, data, wait, timeout)
+    try:
+        return as_dict(json_or_none(reply.read(4 << 20))) if reply.status == 200 else {}
+    finally:
+        reply.close()
 
 
 def ask_provider(upstream, plan, headers, wait=None):
-    """{"owner", "context", "models"} from /models, and from /props (llama.cpp) or /api/ps (Ollama) where the owner is known."""
+    """{"owner", "context", "models"} from /models, and from /props (llama.cpp) or /api/ps (Ollama)
+    where the owner is known (see OWNERS)."""
 
     def ask(url):
-        reply = upstream.open("GET", url, headers, None, wait, timeout=5)
-        try:
-            return as_dict(json_or_none(reply.read(4 << 20))) if reply.status == 200 else {}
-        finally:
-            reply.close()
+        return get_json(upstream, url, headers, wait, timeout=5)
 
-    rows = [
-        row
-        for row in as_list(ask(plan.base.partition("?")[0] + "/models").get("data"))
-        if isinstance(row, dict)
-    ]
-    mine = next(
-        (row for row in rows if row.get("id") == plan.model), rows[0] if len(rows) == 1 else {}
-    )
-    top = as_dict(mine.get("top_provider"))
-    limits = as_dict(as_dict(mine.get("capabilities")).get("limits"))
-    context = (
-        positive_int(
-            mine, "max_model_len", "context_length", "context_window", "max_context_length"
-        )
-        or positive_int(limits, "max_prompt_tokens")
-        or positive_int(top, "context_length")
+    rows = as_list(ask(plan.url(plan.format.models_path)).get("data"))
+    rows = [row for row in rows if isinstance(row, dict)]
+    named = next((row for row in rows if row.get("id") == plan.model), None)
+    mine = named or (rows[0] if len(rows) == 1 else {})
+    limits = as_dict(as_dict(mine.get("capabilities")).get("limits"))  # GitHub Copilot
+    context = positive_int(
+        dict(
+            as_dict(mine.get("top_provider")), **dict(limits, **mine)
+        ),  # OpenRouter's top provider
+        "max_model_len",  # vLLM
+        "context_length",
+        "context_window",  # Groq
+        "max_context_length",  # LM Studio
+        "max_prompt_tokens",
     )
     owner = str(mine.get("owned_by") or (rows[0].get("owned_by") if rows else "") or "")
     parts = urllib.parse.urlsplit(plan.base)
-    origin = "%s://%s" % (parts.scheme, parts.netloc)
+    root = "%s://%s" % (parts.scheme, parts.netloc)
     if owner == "llamacpp":
-        context = (
-            positive_int(
-                as_dict(ask(origin + "/props").get("default_generation_settings")), "n_ctx"
-            )
-            or context
-        )
+        settings = as_dict(ask(root + "/props").get("default_generation_settings"))
+        context = positive_int(settings, "n_ctx") or context
     elif OWNERS.get(owner) == "ollama":
-        running = [as_dict(row) for row in as_list(ask(origin + "/api/ps").get("models"))]
-        context = (
-            next(
-                (
-                    positive_int(row, "context_length")
-                    for row in running
-                    if row.get("name") == plan.model
-                ),
-                0,
-            )
-            or context
-        )
+        running = map(as_dict, as_list(ask(root + "/api/ps").get("models")))
+        loaded = next((row for row in running if row.get("name") == plan.model), {})
+        context = positive_int(loaded, "context_length") or context
     return {"owner": owner, "context": context, "models": [str(row.get("id")) for row in rows]}
 
 
 def connect_lines(address, has_key):
     """(shell, the lines to paste) that connect Claude Code to this proxy."""
     key = "YOUR_PROXY_KEY" if has_key else "ccfix"
+    variables = (("ANTHROPIC_BASE_URL", address), ("ANTHROPIC_AUTH_TOKEN", key))
     return (
-        (
-            "bash",
-            [
-                "export ANTHROPIC_BASE_URL=%s" % address,
-                "export ANTHROPIC_AUTH_TOKEN=%s" % key,
-                "claude",
-            ],
-        ),
-        (
-            "powershell",
-            [
-                '$env:ANTHROPIC_BASE_URL="%s"' % address,
-                '$env:ANTHROPIC_AUTH_TOKEN="%s"' % key,
-                "claude",
-            ],
-        ),
+        ("bash", ["export %s=%s" % pair for pair in variables] + ["claude"]),
+        ("powershell", ['$env:%s="%s"' % pair for pair in variables] + ["claude"]),
     )
 
 
-class Exchange(object):
+class Exchange:
     """One client request, from the parsed body to the last event.
 
-    batches() generates SSE text, one piece for all that one read of the provider's reply brought; message() is the
-    unstreamed answer. wait(sock, seconds) waits for the client as well and writes what silence() gives meanwhile.
+    batches() generates SSE text, one piece for all that one read of the provider's reply brought;
+    message() is the unstreamed answer. wait(sock, seconds) waits for the client as well and writes
+    what silence() gives meanwhile.
     """
 
     def __init__(self, proxy, body, headers, wait, clock=time.monotonic, settings=None, id=""):
-        self.proxy, self.body, self.headers, self.wait, self.clock = (
-            proxy,
-            body,
-            headers,
-            wait,
-            clock,
-        )
+        self.proxy, self.body, self.headers, self.wait = proxy, body, headers, wait
+        self.clock = clock  # seconds, monotonic
         self.settings = settings or proxy.settings()
-        self.id, self.stream = id or proxy.new_id(), body.get("stream") is True
-        self.asked = re.sub(r"\[1m\]$", "", str(body.get("model") or ""))
+        self.id = id or proxy.new_id()
+        self.stream = body.get("stream") is True
+        self.asked = strip_window(str(body.get("model") or ""))  # the model that the client named
         self.shown = self.settings.disguise_model or self.asked or self.settings.target_model
         with_images = bool(self.settings.target_model_image) and has_images(body)
-        self.plan = plan_request(
-            self.settings, self.asked, with_images, proxy.profile_of(self.settings)
-        )
-        self.translator, self.cache_state, self.flight, self.key, self.reply = (
-            None,
-            "off",
-            None,
-            None,
-            None,
-        )
-        self.retries, self.mends, self.room, self.learned, self.replies = 0, 0, 0, [], []
+        profile_of = proxy.profile_of(self.settings)
+        self.plan = plan_request(self.settings, self.asked, with_images, profile_of)
+        self.writer = None  # the MessageWriter, and ...
+        self.reader = None  # ... the format's reader of this try
+        self.normalized = self.sent = None  # the request of this try
+        self.error = None  # the last try's
+        self.retries = 0  # tries again because the provider failed
+        self.fixes = 0  # tries again because something was learned
+        self.room = 0  # output tokens to ask for, after an overflow
+        self.learned = []  # what, in sentences
+        self.replies = []  # for the record
+        self.cache_state, self.key = "off", None  # off, miss or hit; the cache key
         self.bytes_in = self.bytes_out = 0
-        self.began = self.last_write = self.last_sign = clock()
-        self.first_ms, self.broke, self.sent = None, "", None
+        self.began = self.last_write = self.last_sign = clock()  # last_sign: of content
+        self.first_ms = None  # until the first content
+        self.broke = ""  # why the provider's prefix cache was lost
 
     # -- what goes out
 
     def batches(self):
-        """SSE text, to be written as it comes; "" where a read of the provider made none. Raises ProxyError only before the first
-        batch, Dropped in the middle."""
+        """SSE text, to be written as it comes. Raises ProxyError only before the first, Dropped in
+        the middle."""
         out = []
         for event in self.events():
             if event is not None:
@@ -7594,23 +7622,16 @@ class Exchange(object):
                 self.last_write = self.last_sign = self.clock()
                 if self.first_ms is None:
                     self.first_ms = (self.last_write - self.began) * 1000
-                text = "".join(out)
+                text, out = "".join(out), []
                 self.bytes_out += len(text)
                 yield text
-                out = []
-            else:
-                yield ""
         if out:
             yield "".join(out)
 
-    def flowing(self):
-        """The provider's Reply while its stream is coming and its content is going out, so that nothing is tried again; else None."""
-        return self.reply if self.reply and self.translator.content else None
-
     def message(self):
         """The whole answer as one message. Raises ProxyError."""
+        events, seen = [], 0
         try:
-            events, seen = [], 0
             for event in self.events():
                 if event is not None:
                     events.append(event)
@@ -7622,212 +7643,161 @@ class Exchange(object):
         return fold(events)
 
     def silence(self):
-        """SSE text to write in a silence, or "": after 15 s message_start, then pings, and after minutes a sign of life."""
+        """SSE text to write in a silence, or "": after 15 s message_start, then pings, and after
+        minutes a sign of life. Raises UpstreamError when the provider only keeps the connection."""
         now = self.clock()
         if now - self.last_sign > STALLED * self.settings.target_timeout:
             raise UpstreamError(
-                "The provider keeps the connection alive, but sent no content for %d s; try again, or raise TARGET_TIMEOUT."
-                % (now - self.last_sign),
+                "The provider keeps the connection alive, but sent no content for %d s; try again,"
+                " or raise TARGET_TIMEOUT." % (now - self.last_sign),
                 504,
                 kind="timeout",
             )
-        if not self.stream or self.translator is None or self.translator.state in (DONE, FAILED):
+        if not self.stream or self.writer is None or self.writer.state in ENDED:
             return ""
-        if self.translator.state == IDLE:
+        if self.writer.state == IDLE:
             if now - self.began < HOLD_SECONDS:
                 return ""
-            events = list(self.translator.start()) + [PING]
+            events = list(self.writer.start()) + [PING]
         elif now - self.last_write < PING_SECONDS:
             return ""
         else:
-            events = (
-                list(self.translator.idle()) if now - self.last_sign >= SIGN_SECONDS else [PING]
-            )
+            silent = now - self.last_sign >= SIGN_SECONDS
+            events = self.reader.idle() if silent else [PING]
         self.last_write = now
         return "".join(map(encode_event, events))
 
     # -- where it comes from
 
     def events(self):
-        """Event dicts, and None where all that has arrived is given: from the cache, a search, or the provider."""
+        """Event dicts, and None where all that has arrived is given: from the cache, a search, or the
+        provider."""
         check_messages(self.body)
-        if is_search(self.body) and not self.plan.profile.scope.endswith(
-            "api.anthropic.com"
-        ):  # which searches itself
-            yield from self.replayed(search_message(self), None)
-            return
+        if is_search(self.body) and not self.plan.profile.searches:
+            return self.unfolded(search_message(self), None)
         hit = self.from_cache() if self.settings.cache_enabled else None
         if hit:
-            yield from self.replayed(hit, self.proxy.new_id)
-        elif self.flight is None:
-            yield from self.from_provider()
-        else:
-            yield from self.kept(self.from_provider())
+            return self.unfolded(hit, self.proxy.new_id)
+        events = self.from_provider()
+        return events if self.key is None else self.stored(events)
 
-    def kept(self, events):
-        """The events, as they come; a complete answer is stored, and given to those who asked the same meanwhile."""
-        seen = []
-        try:
-            for event in events:
-                seen.append(event)
-                yield event
-            self.store_answer([event for event in seen if event is not None])
-        finally:
-            with self.proxy.lock:
-                self.proxy.flights.pop(self.key, None)
-            self.flight.landed.set()
-
-    def replayed(self, message, new_id):
-        """A finished message as events, under today's name and a fresh id, with token counts at zero."""
-        zero = {
-            "input_tokens": 0,
-            "cache_creation_input_tokens": 0,
-            "cache_read_input_tokens": 0,
-            "output_tokens": 0,
-        }
-        events = unfold(dict(message, id="msg_" + self.id, model=self.shown, usage=zero), new_id)
-        if self.translator is not None and self.translator.state == OPEN:
-            next(events)  # message_start has gone out in the silence
-        yield from events
+    def unfolded(self, message, new_id):
+        """A finished message as events, under today's name and a fresh id, with no tokens counted."""
+        told = {"id": "msg_" + self.id, "model": self.shown, "usage": zero_usage()}
+        yield from unfold(dict(message, **told), new_id)
         yield None
 
     def from_provider(self):
-        """Try until an answer comes, mending, waiting and falling back as errors ask for; nothing is tried twice once content went out."""
+        """Try until an answer comes, learning, waiting and falling back as errors ask for; nothing is
+        tried again once content went out."""
         while True:
             try:
                 yield from self.attempt()
                 return
             except UpstreamError as error:
-                error.message = without_secrets(
-                    error.message, self.settings.secrets()
-                )  # some providers quote the key
-                self.error, translator = error, self.translator
-                if translator.content or not self.again(error):
+                error.message = redact(error.message, self.settings.secrets())
+                self.error = error  # some providers quote the key in its message
+                if self.writer.content or not self.again(error):
                     if error.status in (429, 529):
-                        error.headers.setdefault(
-                            "retry-after", "5"
-                        )  # the provider named no time; the client waits longer each time
-                    yield from translator.fail(
-                        self.sized(error)
-                    )  # raises the error where the status is still free
+                        # The provider named no time; the client waits longer each time.
+                        error.headers.setdefault("retry-after", "5")
+                    yield from self.writer.fail(self.sized(error))  # raises it while it can
                     yield None
                     return
 
-    error = None
-
     def sized(self, error):
-        """An overflow error with the numbers that the provider's words left out: the client compacts by them."""
+        """An overflow error with the numbers that the provider's words left out: the client compacts
+        by them."""
         if error.kind != "overflow" or not error.text or (error.numbers[0] and error.numbers[2]):
             return error
-        return overflow_error(
-            error.numbers[0], error.numbers[2], self.bytes_in // 4, self.plan.profile.context
-        )
+        prompt, _, limit = error.numbers
+        return overflow_error(prompt, limit, self.bytes_in // 4, self.plan.profile.context)
 
     def attempt(self):
-        """One request to the provider, translated."""
+        """One request to the provider, and its reply as events."""
         plan, proxy = self.plan, self.proxy
-        begun = self.translator is not None and self.translator.state == OPEN
-        native = plan.profile.format == "anthropic"
-        estimate = self.bytes_in // 4
-        self.translator = (RelayTranslator if native else StreamTranslator)(
-            "msg_" + self.id,
-            self.shown,
-            plan.profile,
-            estimate,
-            tools=None if native else tool_names(self.body),
-            taken=() if native else used_ids(self.body),
-            new_id=proxy.new_id,
-            begun=begun,
+        self.writer = self.writer.fresh() if self.writer else self.new_writer()
+        self.writer.scope = plan.profile.scope
+        self.reader = plan.format.reader(self.writer, plan.profile)
+        self.sent = self.write_request(proxy.memory.recall)
+        data, parts = encode_request(self.sent)
+        if not self.retries + self.fixes and len(parts) > 1:
+            self.broke = self.explain_prefix(parts)
+        url, headers = plan.url(plan.format.path), upstream_headers(
+            plan, self.settings, self.headers
         )
-        self.sent = sent = self.request_body()
-        payload, parts = payload_of(sent)
-        if not self.retries + self.mends and len(parts) > 1:
-            session = "%s %s" % (
-                self.headers.get("x-claude-code-session-id") or "",
-                self.headers.get("x-claude-code-agent-id") or "",
-            )
-            self.broke = (
-                proxy.sessions.compare(session + plan.model, sections(parts))
-                if session.strip()
-                else ""
-            )
-        reply = proxy.upstream(self.settings).open(
-            "POST",
-            endpoint(plan.base, plan.profile.format),
-            upstream_headers(plan, self.settings, self.headers),
-            payload,
-            self.wait,
-            self.settings.target_timeout,
-        )
+        timeout = self.settings.target_timeout
+        upstream = proxy.upstream(self.settings)
+        reply = upstream.open("POST", url, headers, data, self.wait, timeout)
         try:
             if reply.status >= 300:
                 raw = reply.read(1 << 20)
                 self.note_reply(reply, raw)
                 raise refusal(reply, raw, plan)
-            yield from (
-                self.recorded(reply) if proxy.recorder else self.translated(reply, reply.blocks())
-            )
+            yield from self.recorded(reply) if proxy.recorder else self.read(reply, reply.blocks())
         finally:
-            self.reply = None
             reply.close()
-        proxy.memory.keep(self.translator.memory)
+        proxy.memory.keep(self.writer.memory)
 
-    def request_body(self):
-        """The body for the provider, with EXTRA_BODY applied."""
+    def new_writer(self):
+        return MessageWriter(
+            "msg_" + self.id,
+            self.shown,
+            input_tokens=self.bytes_in // 4,
+            tools=tool_names(self.body),
+            taken=used_ids(self.body),
+            new_id=self.proxy.new_id,
+        )
+
+    def write_request(self, recall=None):
+        """The body for the provider, with the disguise attached and EXTRA_BODY applied."""
         plan, settings = self.plan, self.settings
-        if plan.profile.format == "anthropic":
-            sent = native_body(self.body, plan)
-        else:
-            attach = None
-            if settings.attach_fields == "always" or (
-                settings.attach_fields == "auto" and not plan.profile.strict
-            ):
-                attach = {
-                    "ANTHROPIC_BASE_URL": settings.disguise_api_base,
-                    "ANTHROPIC_MODEL": self.shown,
-                }
-            sent = to_openai(
-                self.body,
-                plan.model,
-                plan.profile,
-                attach,
-                self.proxy.memory.recall,
-                self.proxy.memo,
-                self.output_room(),
-            )
-        return with_extra_body(sent, settings)
+        profile, memo = plan.profile, self.proxy.memo
+        self.normalized = normalize(self.body, profile, recall, memo, self.output_room())
+        attach = {
+            "ANTHROPIC_BASE_URL": settings.disguise_api_base,
+            "ANTHROPIC_MODEL": self.shown,
+        }
+        wanted = settings.attach_fields
+        attached = recall and (wanted == "always" or wanted == "auto" and not profile.strict)
+        sent = plan.format.write(self.normalized, plan.model, profile, attach if attached else ())
+        return add_extra_body(sent, settings)
 
     def output_room(self):
-        """Output tokens that fit beside the prompt where the context window is known, else 0. The prompt is taken larger
-        than it is: a third of a token a byte, or what the provider was seen to count."""
+        """Output tokens that fit beside the prompt where the context window is known, else 0. The
+        prompt is taken larger than it is: a third of a token a byte, or what the provider was seen
+        to count."""
         profile = self.plan.profile
         if self.room or not profile.context:
             return self.room
         return max(1024, profile.context - int(self.bytes_in * profile.density) - 64)
 
-    def translated(self, reply, blocks):
-        """Events of a reply with a good status: SSE or JSON, whatever was asked for and whatever its content type says."""
-        translator, head = self.translator, first_bytes(blocks)
-        start = head.lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
+    def explain_prefix(self, parts):
+        """Why this request does not go on where the session's last one stopped, or ""."""
+        names = ("x-claude-code-session-id", "x-claude-code-agent-id")
+        session = " ".join(self.headers.get(name) or "" for name in names)
+        if not session.strip():
+            return ""
+        return self.proxy.sessions.compare(session + self.plan.model, sections(parts))
+
+    def read(self, reply, blocks):
+        """Events of a reply with a good status: SSE or JSON, whatever was asked for and whatever its
+        content type says."""
+        reader, head = self.reader, first_bytes(blocks)
+        start = head.lstrip(BLANK)[:1]
         if start in (b"{", b"[", b"<"):
-            yield from translator.feed(whole_reply(read_all(head, blocks), start, self.plan))
-            translator.ended = True
+            yield from reader.feed(whole_reply(read_all(head, blocks), start, self.plan))
+            reader.ended = True
         else:
-            self.reply = reply
             for payload in sse_payloads(itertools.chain([head], blocks)):
                 if payload is None:
                     yield None
                 elif payload == "[DONE]":
-                    translator.done()
+                    reader.done()
                     break
                 else:
-                    yield from translator.feed(chunk_of(payload))
-            self.reply = None
-            if (
-                not reply.patient
-            ):  # what the end does may take a moment: not in the thread that moves all streams
-                yield None
-        yield from translator.finish()
+                    yield from reader.feed(parse_payload(payload))
+        yield from reader.finish()
         yield None
         reply.finish()
 
@@ -7841,129 +7811,101 @@ class Exchange(object):
                 yield block
 
         try:
-            yield from self.translated(reply, blocks())
+            yield from self.read(reply, blocks())
         finally:
             self.note_reply(reply, b"".join(kept))
 
     def note_reply(self, reply, raw):
+        """Keep a reply for the record, where there is one."""
         if self.proxy.recorder:
-            self.replies.append(
-                {
-                    "status": reply.status,
-                    "headers": dict(reply.headers.items()),
-                    "body": raw.decode("utf-8", "replace"),
-                }
-            )
+            headers, body = dict(reply.headers.items()), raw.decode("utf-8", "replace")
+            self.replies.append({"status": reply.status, "headers": headers, "body": body})
 
     # -- again?
 
     def again(self, error):
-        """Whether to try once more after an error before any content: a lesson was learned, a wait is worth it, or another
-        model takes over."""
-        if self.mends < MENDS and self.mend(error):
-            self.mends += 1
+        """Whether to try once more after an error before any content: a lesson was learned, a wait is
+        worth it, or another model takes over."""
+        if self.learn_from(error):
             return True
         wait = str(error.headers.get("retry-after") or "0")
         wait = int(wait) if wait.isdigit() else 0
         if error.retry and self.retries < self.settings.target_retries and wait <= LONGEST_WAIT:
             self.retries += 1
-            self.proxy.log(
-                "info", "%s: try %d after: %s" % (self.id, self.retries + 1, error.message)
-            )
+            tried = (self.id, self.retries + 1, error.message)
+            self.proxy.log("info", "%s: try %d after: %s" % tried)
             self.wait(None, max(wait, 0.4 * 2**self.retries * random.uniform(0.6, 1.2)))
             return True
-        if (
-            error.kind in FALLBACK_KINDS
-            and self.plan.family != "fallback"
-            and self.settings.target_model_fallback
-        ):
-            self.plan, self.room = (
-                plan_for(self.settings, "fallback", self.proxy.profile_of(self.settings)),
-                0,
-            )
-            self.proxy.log(
-                "warning", "%s: %s takes over after: %s" % (self.id, self.plan.model, error.message)
-            )
-            self.retries = 0
-            return True
-        return False
+        settings = self.settings
+        if error.kind not in FALLBACK_KINDS or not settings.target_model_fallback:
+            return False
+        if self.plan.family == "fallback":
+            return False
+        self.plan = plan_for(settings, "fallback", self.proxy.profile_of(settings))
+        self.room = self.retries = 0
+        told = (self.id, self.plan.model, error.message)
+        self.proxy.log("warning", "%s: %s takes over after: %s" % told)
+        return True
 
-    def mend(self, error):
+    def learn_from(self, error):
         """Learn from an error -> whether there is something new to try."""
-        changes, self.room = (
-            room_after(error, self.plan.profile, self.bytes_in)
-            if self.room == 0
-            else ({}, self.room)
-        )
-        changes = changes or learn(error, self.plan.profile, self.sent or {})
+        if self.fixes >= MAX_LESSONS:
+            return False
+        profile, changes = self.plan.profile, {}
+        if not self.room:
+            changes, self.room = room_after(error, profile, self.bytes_in)
+        changes = changes or learn(error, profile, self.normalized or {}, self.sent or {})
         if not changes:
             return False
+        self.fixes += 1
         self.learned += [lesson_text(field, value) for field, value in changes.items()]
         self.proxy.teach(self.plan, changes)
-        self.plan = self.plan._replace(profile=apply_lesson(self.plan.profile, changes))
+        self.plan = self.plan._replace(profile=apply_lesson(profile, changes))
         if changes.get("images") is False and self.settings.target_model_image:
-            self.plan = plan_for(self.settings, "image", self.proxy.profile_of(self.settings))
+            profile_of = self.proxy.profile_of(self.settings)
+            self.plan = plan_for(self.settings, "image", profile_of)
         return True
 
     # -- cache
 
     def from_cache(self):
-        """A stored answer, or that of an identical request in flight; None: ask the provider (and let others wait for it)."""
-        proxy = self.proxy
-        sent = to_openai(self.body, self.plan.model, self.plan.profile, None, None, proxy.memo)
-        sent = with_extra_body(sent, self.settings)
-        self.key = cache_key(
-            self.body,
-            sent,
-            self.settings.cache_key_mode,
-            "%s %s" % (self.plan.base, self.plan.model),
-        )
+        """A stored answer, or None."""
+        place = "%s %s" % (self.plan.base, self.plan.model)
+        mode = self.settings.cache_key_mode
+        self.key = cache_key(self.body, self.write_request(), mode, place)
         if self.key is None:
             return None
-        self.cache_state = "miss"
-        hit = proxy.store.get(self.key) if proxy.store else None
-        if hit:
-            self.cache_state = "hit"
-            return hit[0]
-        with proxy.lock:
-            flight = proxy.flights.get(self.key)
-            if flight is None:
-                self.flight = proxy.flights[self.key] = Flight()
-                return None
-        self.translator = StreamTranslator(
-            "msg_" + self.id, self.shown, self.plan.profile, self.bytes_in // 4
-        )  # for the pings
-        while not flight.landed.is_set():
-            self.wait(None, 0.05)
-            self.last_sign = self.clock()
-        if flight.message:
-            self.cache_state = "hit"
-        return flight.message
+        hit = self.proxy.store.get(self.key) if self.proxy.store else None
+        self.cache_state = "hit" if hit else "miss"
+        return hit and hit[0]
 
-    def store_answer(self, events):
-        """Store a complete answer; nothing that broke off, was cut by a limit, or is empty."""
-        if not events or events[-1]["type"] != "message_stop":
-            return
-        message = fold(events)
-        if (
-            message.get("stop_reason") in ("end_turn", "tool_use", "stop_sequence")
-            and message["content"]
-        ):
-            self.flight.message = message
-            if (
-                self.proxy.store and self.plan.family != "fallback"
-            ):  # the main model's place is not taken for long
-                self.proxy.store.put(self.key, message, (self.clock() - self.began) * 1000)
+    def stored(self, events):
+        """The events, as they come; a complete answer is stored."""
+        seen = []
+        for event in events:
+            if event is not None:
+                seen.append(event)
+            yield event
+        if seen and seen[-1]["type"] == "message_stop":
+            self.store_answer(fold(seen))
+
+    def store_answer(self, message):
+        """Store an answer, unless it was cut by a limit, or is empty; nor that of the fallback: the
+        main model's place is not taken for long."""
+        whole = message.get("stop_reason") in ("end_turn", "tool_use", "stop_sequence")
+        if whole and message["content"] and self.proxy.store and self.plan.family != "fallback":
+            self.proxy.store.put(self.key, message, (self.clock() - self.began) * 1000)
 
     # -- what is noted
 
     def broken_by(self):
         """What broke the answer off after it had begun, or ""."""
-        return self.error.message if self.error and self.translator.state == FAILED else ""
+        return self.error.message if self.error and self.writer.state == FAILED else ""
 
     def close(self, status, error=""):
-        """Note the exchange in the ledger, the log and the record. status: what the client got; error: its text."""
-        usage = self.translator.usage_now() if self.translator and self.translator.content else {}
+        """Note the exchange in the ledger, the log and the record. status: what the client got; error:
+        its text."""
+        usage = self.reader.usage() if self.reader and self.writer.content else zero_usage()
         row = {
             "time": self.proxy.now(),
             "id": self.id,
@@ -7972,10 +7914,10 @@ class Exchange(object):
             "model": self.plan.model,
             "stream": self.stream,
             "status": status,
-            "input": usage.get("input_tokens", 0),
-            "output": usage.get("output_tokens", 0),
-            "cache_read": usage.get("cache_read_input_tokens", 0),
-            "cache_write": usage.get("cache_creation_input_tokens", 0),
+            "input": usage["input_tokens"],
+            "output": usage["output_tokens"],
+            "cache_read": usage["cache_read_input_tokens"],
+            "cache_write": usage["cache_creation_input_tokens"],
             "first_ms": self.first_ms and round(self.first_ms, 1),
             "total_ms": round((self.clock() - self.began) * 1000, 1),
             "bytes_in": self.bytes_in,
@@ -7987,243 +7929,174 @@ class Exchange(object):
             "broke": self.broke,
         }
         self.proxy.ledger.add(row)
-        self.proxy.log(
-            "error" if status >= 500 else "info",
-            "%(id)s %(asked)s -> %(model)s stream=%(stream)s %(status)s in=%(input)s+%(cache_read)s "
-            "out=%(output)s first=%(first_ms)sms total=%(total_ms)sms cache=%(cache)s" % row
-            + (" retries=%d" % self.retries if self.retries else "")
-            + (" prefix lost: " + self.broke if self.broke else "")
-            + (" error: " + error if error else ""),
-        )
+        self.proxy.log("error" if status >= 500 else "info", row_text(row))
+        headers, secrets = dict(self.headers.items()), self.settings.secrets()
+        seen = {"request": without_person(self.body), "sent": self.sent}
         if self.settings.log_level == "debug":
-            seen = {
-                "headers": dict(self.headers.items()),
-                "request": without_person(self.body),
-                "sent": self.sent,
-                "error": error,
-            }
-            self.proxy.log(
-                "debug",
-                self.id
-                + " "
-                + compact_json(shorten_strings(redact(seen, self.settings.secrets()))),
-            )
+            shown = redact(dict(seen, headers=headers, error=error), secrets)
+            self.proxy.log("debug", self.id + " " + compact_json(shorten_strings(shown)))
         if self.proxy.recorder:
-            self.proxy.recorder.write(
-                {
-                    "time": row["time"],
-                    "id": self.id,
-                    "row": row,
-                    "request": without_person(self.body),
-                    "sent": self.sent,
-                    "client_headers": dict(self.headers.items()),
-                    "replies": self.replies,
-                }
-            )
+            told = dict(seen, time=row["time"], id=self.id, row=row, client_headers=headers)
+            self.proxy.recorder.write(dict(told, replies=self.replies))
+
+
+def row_text(row):
+    """A ledger row as a line of the log."""
+    line = (
+        "%(id)s %(asked)s -> %(model)s stream=%(stream)s %(status)s in=%(input)s+%(cache_read)s"
+        " out=%(output)s first=%(first_ms)sms total=%(total_ms)sms cache=%(cache)s" % row
+    )
+    for name, shown in (("retries", " retries=%s"), ("broke", " prefix lost: %s")):
+        line += shown % row[name] if row[name] else ""
+    return line + (" error: " + row["error"] if row["error"] else "")
 
 
 def without_secrets(text, secrets):
     """text with every secret in it hidden."""
-    for secret in secrets:
-        if len(secret) >= 4:
-            text = text.replace(secret, "<hidden>")
-    return text
+    return redact(text, secrets)
 
 
 def without_person(body):
     """A request for a record, without what tells who and where the user is."""
-    return {
-        key: "<hidden>" if key in ("metadata", "safeguards") else value
-        for key, value in body.items()
-    }
+    return {key: HIDDEN if key in PERSONAL else value for key, value in body.items()}
 
 
 def shorten_strings(value, limit=500):
-    """A JSON value with long texts cut, for the log."""
+    """A JSON value with long strings cut, for the log."""
     if isinstance(value, str):
         return shorten(value, limit)
     if isinstance(value, dict):
         return {key: shorten_strings(part, limit) for key, part in value.items()}
-    return (
-        [shorten_strings(part, limit) for part in value]
-        if isinstance(value, (list, tuple))
-        else value
-    )
+    if isinstance(value, (list, tuple)):
+        return [shorten_strings(part, limit) for part in value]
+    return value
 
 
-def has_images(body):
-    """Whether any message, or tool result in one, holds an image."""
-    stack = [as_dict(message).get("content") for message in as_list(body.get("messages"))]
-    while stack:
-        for block in as_list(stack.pop()):
-            if isinstance(block, dict):
-                if block.get("type") == "image":
-                    return True
-                stack.append(block.get("content"))
-    return False
-
-
-def tool_names(body):
-    """{name sent to the provider: (the client's name, schema)} of the offered tools."""
-    return {
-        short_name(tool["name"]): (tool["name"], as_dict(tool.get("input_schema")))
-        for tool in offered_tools(body)
-    }
-
-
-def used_ids(body):
-    """Tool ids that the conversation has already used."""
-    return {
-        block.get("id")
-        for message in body["messages"]
-        if isinstance(message, dict) and message.get("role") == "assistant"
-        for block in as_list(message.get("content"))
-        if isinstance(block, dict)
-        and block.get("type") == "tool_use"
-        and isinstance(block.get("id"), str)
-    }
+BLANK = b"\xef\xbb\xbf \t\r\n"  # some providers send blank lines while they think
 
 
 def first_bytes(blocks):
-    """The first bytes that are not only white space (some providers send blank lines while they think)."""
+    """The first bytes of a reply that are not only white space."""
     head = b""
     for block in blocks:
         head += block
-        if head.strip(b"\xef\xbb\xbf \t\r\n") or len(head) > 1 << 16:
+        if head.strip(BLANK) or len(head) > 1 << 16:
             break
-    return head.lstrip(b"\xef\xbb\xbf \t\r\n") or head
+    return head.lstrip(BLANK) or head
 
 
 def read_all(head, blocks):
-    """All of a reply that is no stream. Raises UpstreamError when it is far too long."""
+    """All of a reply that is not a stream. Raises UpstreamError when it is far too long."""
     pieces, size = [head], len(head)
     for block in blocks:
         pieces.append(block)
         size += len(block)
         if size > MAX_LINE:
-            raise UpstreamError(
-                "The provider sent JSON of over %d MB; that is no model's reply."
-                % (MAX_LINE >> 20),
-                kind="cut",
-            )
+            raise too_long("JSON")
     return b"".join(pieces)
 
 
 def whole_reply(raw, start, plan):
-    """A reply that is no stream, as the one chunk (or message) that it is. Raises UpstreamError for a page or broken JSON."""
+    """A reply that is not a stream, as the one chunk (or message) that it is. Raises UpstreamError for
+    a web page or broken JSON."""
+    base = without_password(plan.base)
     if start == b"<":
         raise UpstreamError(
             "%s answered with a web page (%s) instead of a completion; check TARGET_API_BASE (-b)."
-            % (without_password(plan.base), readable_text(raw.decode("utf-8", "replace"))),
+            % (base, readable_text(raw.decode("utf-8", "replace"))),
             kind="path",
         )
     body = json_or_none(raw)
-    if isinstance(body, list) and body:
-        body = body[0]
+    body = body[0] if isinstance(body, list) and body else body
     if not isinstance(body, dict):
         raise UpstreamError(
-            "The provider's reply was cut off or is no JSON.", kind="cut", retry=True
+            "The provider's reply was cut off or is not valid JSON.", kind="cut", retry=True
         )
     error = error_in_reply(body)
     if error:
         raise error
     if not body.get("choices") and body.get("type") != "message":
         raise UpstreamError(
-            "%s answered with JSON that is no completion: %s"
-            % (without_password(plan.base), compact_json(body)[:300]),
+            "%s answered with JSON that is not a completion: %s" % (base, compact_json(body)[:300]),
             kind="path",
         )
     return body
 
 
 def refusal(reply, raw, plan):
-    """The UpstreamError of a reply with an error status; a redirect says where the address has moved."""
+    """The UpstreamError of a reply with an error status; a redirect says where the address is now."""
     if reply.status < 400:
         place = (without_password(plan.base), reply.headers.get("location"))
-        return UpstreamError(
-            "%s has moved to %s; mend TARGET_API_BASE (-b)." % place, 404, kind="path"
-        )
+        message = "%s has moved to %s; fix TARGET_API_BASE (-b)." % place
+        return UpstreamError(message, 404, kind="path")
     return upstream_error(reply.status, reply.headers, raw)
 
 
-# ---- web search: a server tool that no other provider has --------------------------------------------
+# ---- web search: a server tool that other providers lack -----------------------------------------------
 
 
 def is_search(body):
     """Whether this is Claude Code's side request for a web search: the server tool and no other."""
-    tools = as_list(body.get("tools"))
-    return bool(tools) and all(
-        str(as_dict(tool).get("type")).startswith("web_search_") for tool in tools
-    )
+    tools = [str(as_dict(tool).get("type")) for tool in as_list(body.get("tools"))]
+    return bool(tools) and all(kind.startswith("web_search_") for kind in tools)
 
 
 def search_message(exchange):
-    """The answer to a web search as a message: real results from SEARCH_URL, or a clear error block; never a model's invention."""
-    texts = [
-        block_text(block)
-        for _, blocks in split_turns(exchange.body["messages"])[-1:]
-        for block in blocks
-        if block.get("type") == "text"
-    ]
+    """The answer to a web search as a message: real results from SEARCH_URL, or a clear error block;
+    never a model's invention, which the client would show as results."""
+    texts = []
+    for _, blocks, _ in split_turns(exchange.body["messages"])[-1:]:
+        texts = [block_text(block) for block in blocks if block.get("type") == "text"]
     query = re.sub(r"(?is)^.*?web search for the query:\s*", "", "\n".join(texts)).strip()[:400]
-    call_id, code, hits = "srvtoolu_" + exchange.proxy.new_id(), "unavailable", []
-    text = "Web search is not configured: set SEARCH_URL in ccfix to a SearXNG address. No search was made."
-    if exchange.settings.search_url:
-        try:
-            hits, text = search_web(exchange, query), ""
-        except (ProxyError, ValueError) as e:
-            text = "The web search failed: %s" % e
-    found = [
-        {
-            "type": "web_search_result",
-            "title": hit["title"],
-            "url": hit["url"],
-            "encrypted_content": "",
-            "page_age": None,
-        }
-        for hit in hits
-    ]
-    if not text:
-        text = (
-            "\n\n".join("%s\n%s\n%s" % (hit["title"], hit["url"], hit["content"]) for hit in hits)
-            or "The search found nothing."
-        )
-        content = found
-    else:
-        content = {"type": "web_search_tool_result_error", "error_code": code}
-    blocks = [
-        {"type": "server_tool_use", "id": call_id, "name": "web_search", "input": {"query": query}},
-        {"type": "web_search_tool_result", "tool_use_id": call_id, "content": content},
-        {"type": "text", "text": text},
-    ]
-    return {
-        "type": "message",
-        "role": "assistant",
-        "content": blocks,
-        "stop_reason": "end_turn",
-        "stop_sequence": None,
-    }
+    call_id = "srvtoolu_" + exchange.proxy.new_id()
+    try:
+        hits = search_web(exchange, query)
+        content = [
+            {
+                "type": "web_search_result",
+                "title": hit["title"],
+                "url": hit["url"],
+                "encrypted_content": "",
+                "page_age": None,
+            }
+            for hit in hits
+        ]
+        text = "\n\n".join("%(title)s\n%(url)s\n%(content)s" % hit for hit in hits)
+        text = text or "The search found nothing."
+    except (ProxyError, ValueError) as error:
+        content = {"type": "web_search_tool_result_error", "error_code": "unavailable"}
+        text = str(error)
+    call = {"type": "server_tool_use", "id": call_id, "name": "web_search"}
+    result = {"type": "web_search_tool_result", "tool_use_id": call_id, "content": content}
+    blocks = [dict(call, input={"query": query}), result, text_block(text)]
+    ends = {"stop_reason": "end_turn", "stop_sequence": None}
+    return dict({"type": "message", "role": "assistant", "content": blocks}, **ends)
 
 
 def search_web(exchange, query):
-    """[{title, url, content}] of SEARCH_URL's JSON answer (SearXNG's form). Raises ProxyError, ValueError."""
+    """[{title, url, content}] of SEARCH_URL's JSON answer (SearXNG's form). Raises ValueError with a
+    sentence for the model."""
     url = exchange.settings.search_url
+    if not url:
+        raise ValueError(
+            "Web search is not configured: set SEARCH_URL in ccfix to a SearXNG address. No search"
+            " was made."
+        )
     url += ("&" if "?" in url else "?") + urllib.parse.urlencode({"q": query, "format": "json"})
-    reply = exchange.proxy.upstream(exchange.settings).open(
-        "GET",
-        url,
-        {"Accept": "application/json", "User-Agent": "ccfix/" + __version__},
-        None,
-        exchange.wait,
-        timeout=30,
-    )
+    headers = {"Accept": "application/json", "User-Agent": USER_AGENT}
+    upstream = exchange.proxy.upstream(exchange.settings)
     try:
-        raw = reply.read(4 << 20)
-    finally:
-        reply.close()
+        reply = upstream.open("GET", url, headers, None, exchange.wait, timeout=30)
+        try:
+            raw = reply.read(4 << 20)
+        finally:
+            reply.close()
+    except ProxyError as error:
+        raise ValueError("The web search failed: %s" % error)
     rows = as_dict(json_or_none(raw)).get("results")
     if reply.status != 200 or not isinstance(rows, list):
-        raise ValueError("SEARCH_URL answered HTTP %d without a list of results" % reply.status)
+        found = "SEARCH_URL answered HTTP %d without a list of results" % reply.status
+        raise ValueError("The web search failed: " + found)
     return [
         {
             "title": str(row.get("title") or row["url"]),
@@ -8236,7 +8109,7 @@ def search_web(exchange, query):
 
 
 # ======================================================================================================
-# 12  HTTP: handler, routes, the one error funnel, server
+# 13  HTTP: handler, routes, the one error funnel, server
 # ======================================================================================================
 
 MAX_BODY_BYTES = 64 << 20
@@ -8906,7 +8779,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 if text:
                     self.write_events(text)
                     pieces += 1
-                if pieces >= SETTLED and exchange.flowing():
+                if pieces >= SETTLED and getattr(exchange, "reply", None):
                     pieces = 0
                     self.server.pump.move(Stream(self, batches, exchange))
                     self.watch.look_at_client()
@@ -9048,7 +8921,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
 
 
 # ==================================================================================================
-# 13  Status page: what a browser sees at /
+# 14  Status page: what a browser sees at /
 # ==================================================================================================
 
 # The page is one answer without a dependency: style and script are inside, and the policy below
@@ -9601,7 +9474,7 @@ def page_policy(nonce):
 
 
 # ======================================================================================================
-# 14  Demo: an embedded model, reached like any other provider
+# 15  Demo: an embedded model, reached like any other provider
 # ======================================================================================================
 
 DEMO_HELP = (
@@ -9760,7 +9633,7 @@ def start_demo():
 
 
 # ======================================================================================================
-# 15  Commands: serve, run, check, init, install, uninstall, open
+# 16  Commands: serve, run, check, init, install, uninstall, open
 # ======================================================================================================
 
 
@@ -10107,7 +9980,7 @@ def local_servers():
     for title, port in LOCAL_SERVERS:
         base = "http://127.0.0.1:%d/v1" % port
         try:
-            answer = get_json(upstream, base + "/models", GLANCE_SECONDS)
+            answer = glance_json(upstream, base + "/models", GLANCE_SECONDS)
         except ProxyError:
             continue
         if (
@@ -10118,7 +9991,7 @@ def local_servers():
     return [row for row in found if row[2]]
 
 
-def get_json(upstream, url, seconds, headers=()):
+def glance_json(upstream, url, seconds, headers=()):
     """The JSON object at a URL; {} for anything else, and for an error status. Raises ProxyError."""
     reply = upstream.open("GET", url, dict(headers), None, patience(seconds), seconds)
     try:
@@ -10197,7 +10070,7 @@ def find_model(config):
     upstream = Upstream(GLANCE_SECONDS, GLANCE_SECONDS)
     try:
         models = model_names(
-            get_json(
+            glance_json(
                 upstream,
                 settings.target_api_base.partition("?")[0] + "/models",
                 GLANCE_SECONDS,
@@ -10605,8 +10478,8 @@ class Answer:
             raise exchange.error
         self.message = fold(events)  # Anthropic's message (dict)
         self.plan = exchange.plan  # with the lessons learned on the way
-        self.usage = exchange.translator.usage  # the provider's own; {} if it told none
-        self.tokens = exchange.translator.usage_now()  # Anthropic's usage; estimated if need be
+        self.usage = exchange.reader.raw_usage  # the provider's own; {} if it told none
+        self.tokens = exchange.reader.usage()  # Anthropic's usage; estimated if need be
         # Tokens of the prompt, whether they were read anew, from a cache or into one.
         names = [name for name in self.tokens if name.endswith("input_tokens")]
         self.prompt = sum(self.tokens[name] for name in names)
@@ -10692,9 +10565,8 @@ class Tester:
 
 
 def models_url(plan):
-    """Where a provider lists its models: beside the address that requests go to."""
-    url = endpoint(plan.base, plan.profile.format, "models")
-    return url.replace("/chat/completions", "/models")
+    """Where a provider lists its models."""
+    return plan.url(plan.format.models_path)
 
 
 # The first four rows. Where one of them fails, the rest would only say the same again.
@@ -10707,7 +10579,7 @@ def is_reachable(tester):
     """
     plan, upstream = tester.plan, tester.proxy.upstream(tester.settings)
     headers = upstream_headers(plan, tester.settings, {})
-    tester.models = model_names(get_json(upstream, models_url(plan), 20, headers))
+    tester.models = model_names(get_json(upstream, models_url(plan), headers, patience(20)))
     tester.proxy.probe(plan, patience(10))  # tells a local server's kind, and so its profile
     way = upstream.route(plan.base)
     seen = host_port(way.host, way.port) + " answers"
@@ -10967,7 +10839,7 @@ def orders_events(tester):
     ccfix is in between: an Exchange would show the events as ccfix writes them.
     """
     plan, upstream = tester.plan, tester.proxy.upstream(tester.settings)
-    url, headers = endpoint(plan.base, "anthropic"), upstream_headers(plan, tester.settings, {})
+    url, headers = plan.url(plan.format.path), upstream_headers(plan, tester.settings, {})
     data = compact_json(question_body(plan.model, "Say hello.")).encode()
     reply = upstream.open("POST", url, headers, data, patience(ROW_SECONDS))
     with contextlib.closing(reply):
@@ -11006,13 +10878,13 @@ def grammar_fault(text):
 
 CHECKS = (
     # (name, required: Claude Code cannot work without it, function(tester) -> Verdict,
-    # and, where it is of use for one format only, the format)
+    # and True where it is of use only for a format whose events are relayed as they come)
     ("reachable", True, is_reachable),
     ("key accepted", True, takes_key),
     ("model exists", True, has_model),
     ("plain reply", True, answers_plainly),
     ("stream", True, streams),
-    ("event order", True, orders_events, "anthropic"),
+    ("event order", True, orders_events, True),
     ("usage in stream", False, tells_usage),
     ("tool call", True, calls_tool),
     ("forced tool choice", False, calls_forced_tool),
@@ -11035,8 +10907,8 @@ def run_checks(tester, progress=False):
     hidden in what comes out, since a provider may repeat a key in its error.
     """
     blocked = ""
-    for number, (name, required, look, *formats) in enumerate(CHECKS):
-        if formats and tester.plan.profile.format not in formats:
+    for number, (name, required, look, *relayed) in enumerate(CHECKS):
+        if relayed and not tester.plan.format.relays:
             continue
         if progress and sys.stdout.isatty():
             print("...  " + name, end="\r", flush=True)
@@ -11144,7 +11016,7 @@ def list_models(values):
     upstream = Upstream(10, 10, settings.ca_bundle, settings.client_cert, settings.insecure)
     try:
         return model_names(
-            get_json(upstream, models_url(plan), 10, upstream_headers(plan, settings, {}))
+            glance_json(upstream, models_url(plan), 10, upstream_headers(plan, settings, {}))
         )
     except ProxyError as e:
         say("ccfix: its models cannot be listed: %s" % e, out=sys.stderr)
@@ -11351,7 +11223,7 @@ def open_page(config, options):
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.proxy_host, settings.proxy_host)
     url, upstream = "http://%s/" % host_port(host, settings.proxy_port), Upstream(3, 3)
     try:
-        running = get_json(upstream, url + "health", 3).get("name") == "ccfix"
+        running = glance_json(upstream, url + "health", 3).get("name") == "ccfix"
     except ProxyError:
         running = False
     finally:
