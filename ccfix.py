@@ -10405,6 +10405,7 @@ RED_SQUARE = (
     "gHwAAAJAAAHgTR1EAAAAAElFTkSuQmCC"
 )
 
+TRAINED = "choose a model that was trained for tools"
 # kind of a ProxyError -> what to do. The other kinds have no fix that helps in general.
 ADVICE = {
     "auth": "set the right key: -k KEY, or TARGET_API_KEY in the environment or .env",
@@ -10419,15 +10420,15 @@ ADVICE = {
     "overloaded": "try again later, or set TARGET_MODEL_FALLBACK",
     "server": "try again later; if it persists, see the server's own log",
     "cut": "try again; if it persists, see the server's log, and look for proxies in between",
+    "sampling": TRAINED,
 }
-TRAINED = "choose a model that was trained for tools"
 # profile -> what makes tools work there, where a model trained for them is not enough
 NO_TOOLS = {
     "vllm": "start vLLM with --enable-auto-tool-choice and the model's --tool-call-parser",
     "sglang": "start SGLang with the model's --tool-call-parser",
-    "llamacpp": "start llama-server with --jinja, or " + TRAINED,
+    "llamacpp": "start llama-server with --jinja, and " + TRAINED,
     "ollama": "choose a model that Ollama's library tags with 'tools'",
-    "lmstudio": "choose a model with the hammer sign in LM Studio",
+    "lmstudio": "choose a model that LM Studio marks with a hammer",
 }
 
 # What a row found. status: ok, fail, or skip where it cannot tell; seen: what, in a few words; fix:
@@ -10557,7 +10558,7 @@ class Tester:
             return error
 
     def close(self):
-        """Close the connections that are kept alive, and the file of lessons."""
+        """Close the connections that are kept alive, and the store."""
         if self.proxy.wires:
             self.proxy.wires[1].close()
         if self.proxy.store:
@@ -10710,7 +10711,7 @@ def calls_forced_tool(tester):
     answer = tester.ask("Good morning! I am in Rome.", tools=[WEATHER], tool_choice=choice)
     if answer.calls():
         return ok("called when told to")
-    fix = "Claude Code does without it, but for --json-schema and a few side requests"
+    fix = "Claude Code needs it only for --json-schema and a few side requests"
     return judge_call(tester, answer)._replace(fix=fix)
 
 
@@ -10755,7 +10756,7 @@ def thinks(tester):
     size = sum(len(block["thinking"]) for block in answer.blocks("thinking"))
     if size:
         return ok("%d characters" % size)
-    return skip("none shown; the model or the provider does without")
+    return skip("none shown: the model does not reason, or the provider hides it")
 
 
 def sees(tester):
@@ -10763,12 +10764,12 @@ def sees(tester):
     source = {"type": "base64", "media_type": "image/png", "data": RED_SQUARE}
     question = "Which colour is this picture?"
     answer = tester.ask([{"type": "image", "source": source}, {"type": "text", "text": question}])
-    if "red" in answer.text.lower():
+    if re.search(r"\bred\b", answer.text, re.I):  # and not "rendered"
         return ok("it saw the colour")
     seen = "it did not see a red square: " + quote(answer.text)
     if not answer.plan.profile.images:  # known before, or a lesson: ccfix left the picture out
         seen = "the provider is known to take no images, or refused the image"
-    return fail(seen, "for pictures name a model that sees: TARGET_MODEL_IMAGE")
+    return fail(seen, "name a model that sees pictures: TARGET_MODEL_IMAGE")
 
 
 # The context window, and what is remembered of it.
@@ -10809,16 +10810,16 @@ def takes_long_prompt(tester):
     answer = tester.ask(prompt % (CODE_WORD, fill_prompt(900)), LONG_SECONDS)
     size = answer.prompt
     if answer.usage and size < FIRST_REQUEST // 2:
-        return fail("the server cut the prompt to %d tokens, silently" % size, ADVICE["overflow"])
+        return fail("the server silently cut the prompt to %d tokens" % size, ADVICE["overflow"])
     memory = "" if CODE_WORD in answer.text else ", but forgot its beginning"
-    limit = "the limit is not told: set MAX_CONTEXT so that Claude Code compacts in time"
+    limit = "the limit is unknown: set MAX_CONTEXT so that Claude Code compacts in time"
     return ok("took a prompt of %d tokens%s; %s" % (size, memory, limit))
 
 
 def caches_prefix(tester):
     """Of two prompts with one beginning, the second reads it from a cache, and says so.
 
-    Claude Code sends the whole conversation each turn, which without a cache is slow and dear.
+    Claude Code sends the whole conversation each turn, which is slow and expensive without a cache.
     """
     system = "You are a terse clerk.\n" + fill_prompt(170)  # most caches begin at 1,024 tokens
     for question in ("Say yes.", "Say no."):
@@ -10826,7 +10827,7 @@ def caches_prefix(tester):
     cached = answer.tokens["cache_read_input_tokens"]
     if cached:
         return ok("%d of %d tokens" % (cached, answer.prompt))
-    return fail("none told: each turn may be read, and paid, anew")
+    return fail("none reported: each turn may be read, and paid for, in full")
 
 
 # A server that speaks Anthropic itself: what it writes, byte for byte.

@@ -12652,9 +12652,9 @@ class TestCheck(CommandsCase):
         for fault, name, status, seen, fix in (
             ("", "tool call", "ok", 'get_weather({"place":"Paris"})', ""),
             ("", "tool result turn", "ok", "The tool answered", ""),
-            ("", "long prompt", "ok", "the limit is not told", ""),
+            ("", "long prompt", "ok", "the limit is unknown", ""),
             ("", "image", "fail", "did not see a red square", "TARGET_MODEL_IMAGE"),
-            ("", "cached tokens", "fail", "none told", ""),
+            ("", "cached tokens", "fail", "none reported", ""),
             ("key", "key accepted", "fail", "Incorrect API key", "TARGET_API_KEY"),
             ("billing", "key accepted", "fail", "Insufficient Balance", "add credit"),
             (
@@ -12808,6 +12808,17 @@ class TestCheck(CommandsCase):
                 json.loads(out.getvalue())
             else:
                 self.assertIn("...  tool call\rok   tool call ", out.getvalue())
+
+    def test_only_the_word_red_shows_that_the_picture_was_seen(self):
+        tester = mock.Mock()
+        for text, status in (
+            ("Red.", "ok"),
+            ("The picture is **red**", "ok"),
+            ("No picture was rendered, so I inferred nothing.", "fail"),
+            ("", "fail"),
+        ):
+            tester.ask.return_value = mock.Mock(text=text)
+            self.assertEqual(ccfix.sees(tester).status, status, text)
 
     def test_the_picture_is_a_red_png(self):
         data = base64.b64decode(ccfix.RED_SQUARE)
