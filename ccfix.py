@@ -8,36 +8,40 @@ One file, standard library only, Python 3.6 to 3.14. Start it, point Claude Code
 
 How a request travels:
 
-    Claude Code --HTTP--> Handler -> Proxy -> to_openai -> Upstream --HTTP--> provider
-                                       |                      |
-    Claude Code <--SSE--- encode_event <- StreamTranslator <- sse_payloads <- blocks
+    Claude Code --HTTP--> Handler -> Proxy -> normalize -> write -> Upstream --HTTP--> provider
+                                       |                    |
+    Claude Code <--SSE--- encode_event <- MessageWriter <- read <- sse_payloads <- blocks
 
-One direction in, one direction out; nothing calls backwards, but for one: whoever waits, waits through
-the client's `wait`, which notices a client that hung up and writes the pings that keep a silent stream alive.
-Each connection has a thread; streams that flow are moved by one thread for all of them, the Pump.
+`normalize` is Anthropic in, Anthropic out: what every provider needs, done once. `write` and `read`
+are the two ends of a *format*, an API that providers speak; each is a row of FORMATS. One direction
+in, one direction out; nothing calls backwards, but for one: whoever waits, waits through the
+client's `wait`, which notices a client that hung up and writes the pings that keep a silent stream
+alive. Each connection has a thread.
 
-Words: a *block* is Anthropic content, a *chunk* an OpenAI stream object, an *event* an Anthropic stream
-event, a *payload* the data string of an SSE event, a *profile* what is special about a provider, a *lesson*
-a change of the profile that the provider's own errors taught us, the *target* the model that is really
-called, the *disguise* the model name that Claude Code is shown.
+Words: a *block* is Anthropic content, a *chunk* an OpenAI stream object, an *event* an Anthropic
+stream event, a *payload* the data string of an SSE event, a *profile* what is special about a
+provider, a *lesson* a change of the profile that the provider's own errors taught us, the *target*
+the model that is really called, the *disguise* the model name that Claude Code is shown.
 
-    1 Vocabulary    tables that both directions share
-    2 Errors        what went wrong, whose fault it is, and how Claude Code is told
-    3 Settings      one row a setting; command line > environment > .env > Claude's settings > default
-    4 Providers     one row a provider: how it differs from the default
-    5 Request       Anthropic body -> OpenAI body
-    6 Tool text     tool calls that a model wrote as text; arguments mended against the tool's schema
-    7 Stream        SSE bytes -> chunks -> Anthropic events -> SSE bytes
-    8 Learning      a provider's error -> a lesson
-    9 Upstream      connections to the provider, kept alive
-   10 Cache         stored replies, memory and ledger in SQLite
-   11 Proxy         joins the above: body in, events out; knows no client socket
-   12 HTTP          handler, routes, the one error funnel, server
-   13 Status page   what a browser sees at /
-   14 Demo          the embedded model
-   15 Commands      serve, run, check, init, install, uninstall, open
+    1 Vocabulary   tables that all sections share
+    2 Errors       what went wrong, whose fault it is, and how Claude Code is told
+    3 Settings     one row a setting; command line > environment > .env > Claude's settings > default
+    4 Providers    one row a provider: how it differs from the default
+    5 Normalize    an Anthropic request -> the Anthropic request that this provider can take
+    6 Formats out  a normalized request -> what goes over the wire
+    7 Tool text    arguments fixed against the tool's schema; calls that a model wrote as text
+    8 Stream in    SSE bytes -> payloads -> a reader -> MessageWriter -> Anthropic events
+    9 Refusals     a provider's error -> a lesson
+   10 Upstream     connections to the provider, kept alive
+   11 Store        stored replies, memory and ledger in SQLite; records
+   12 Proxy        joins the above: body in, events out; knows no client socket
+   13 HTTP         handler, routes, the one error funnel, server
+   14 Page         what a browser sees at /
+   15 Demo         the embedded model
+   16 Commands     serve, run, check, init, install, uninstall, open
 
-Sections 1 to 8 are pure: bytes and dicts in, bytes and dicts out; no sockets, files, clocks or printing.
+Sections 1 to 9 are pure: bytes and dicts in, bytes and dicts out; no sockets, files, clocks or
+printing.
 """
 
 import argparse
@@ -50,7 +54,6 @@ import http.server
 import io
 import itertools
 import json
-import operator
 import os
 import random
 import re
@@ -173,13 +176,20 @@ FAMILIES = ("opus", "sonnet", "haiku")
 # Models reply in these fields, in this order of trust; the first that holds text counts (both are sent by some).
 REASONING_FIELDS = ("reasoning_content", "reasoning", "reasoning_text")
 
-TOKEN_MARKER = re.compile(r"\s*<total_tokens>[^<]*</total_tokens>\s*\Z")  # Claude Code's countdown
 BILLING_LINE = "x-anthropic-billing-header:"  # first system block of Claude Code; changes, and describes the client
+TOKEN_MARKER = re.compile(
+    r"\s*<total_tokens>[^<]*</total_tokens>\s*$"
+)  # Claude Code's counter of what is left
 
 
 def compact_json(value, _encode=json.JSONEncoder(separators=(",", ":")).encode):
     """value as JSON text, ASCII (half a surrogate pair could not be encoded otherwise), without spaces."""
     return _encode(value)
+
+
+def without_billing(text):
+    """A system string without the billing line on top, which would cost every prefix cache."""
+    return text.partition("\n")[2] if text.startswith(BILLING_LINE) else text
 
 
 def as_dict(value):
@@ -1728,35 +1738,35 @@ def normalize(body, profile, recall=None, memo=None, room=0):
 
 
 def is_number(value):
-    """Whether a value is a number that can be sent: 1e400 is read as infinity, which JSON lacks."""
+    """Whether a value is a number that can be sent: 1e400 is read as infinity, which JSON lacks, and
+    True is an int to Python."""
     is_real = isinstance(value, (int, float)) and not isinstance(value, bool)
     return is_real and abs(value) < 1e12
 
 
 def is_content(value):
     """Whether a value is a string, or a list of blocks."""
-    if isinstance(value, list):
-        return all(isinstance(part, (dict, str)) for part in value)
-    return isinstance(value, str)
+    return isinstance(value, str) or is_list_of(value, (dict, str))
 
 
-def is_tool_list(value):
-    return isinstance(value, list) and all(isinstance(tool, dict) for tool in value)
+def is_list_of(value, kinds):
+    """Whether a value is a list of nothing but values of these types."""
+    return isinstance(value, list) and all(isinstance(part, kinds) for part in value)
 
 
 FIELD_CHECKS = (
-    # field, what may stand there (nothing and null always may), in words
-    ("model", lambda value: isinstance(value, str), "a string"),
+    # field, what may stand there: a type or a test (nothing and null always may), in words
+    ("model", str, "a string"),
     ("max_tokens", lambda value: is_number(value) and value > 0, "a number above 0"),
     ("system", is_content, "a string or a list of blocks"),
-    ("tools", is_tool_list, "a list of tools"),
-    ("tool_choice", lambda value: isinstance(value, dict), "an object with a type"),
-    ("thinking", lambda value: isinstance(value, dict), "an object with a type"),
-    ("output_config", lambda value: isinstance(value, dict), "an object"),
+    ("tools", lambda value: is_list_of(value, dict), "a list of tools"),
+    ("tool_choice", dict, "an object with a type"),
+    ("thinking", dict, "an object with a type"),
+    ("output_config", dict, "an object"),
     ("temperature", is_number, "a number"),
     ("top_p", is_number, "a number"),
-    ("stop_sequences", lambda value: isinstance(value, list), "a list of strings"),
-    ("stream", lambda value: isinstance(value, bool), "true or false"),
+    ("stop_sequences", list, "a list of strings"),
+    ("stream", bool, "true or false"),
 )
 ROLES = ("user", "assistant", "system", "developer")
 
@@ -1767,7 +1777,9 @@ def check_request(body):
     Unknown fields and blocks are fine: newer clients send them.
     """
     for field, fits, wanted in FIELD_CHECKS:
-        if body.get(field) is not None and not fits(body[field]):
+        value = body.get(field)
+        good = isinstance(value, fits) if isinstance(fits, type) else fits(value)
+        if value is not None and not good:
             raise BadRequest("%s: must be %s" % (field, wanted))
     check_messages(body)
     for position, message in enumerate(body["messages"]):
@@ -1803,6 +1815,7 @@ def block_text(block):
 
 
 def text_block(text):
+    """A content block of text."""
     return {"type": "text", "text": text}
 
 
@@ -1844,7 +1857,10 @@ def turn_effort(messages):
 
 
 def estimate_tokens(body):
-    """About how many input tokens a request has: 4 ASCII characters a token, 1.5 others."""
+    """About how many input tokens a request has: 4 ASCII characters a token, 1.5 others.
+
+    An image or a document counts as its row of BLOCKS says, whatever its bytes in base64.
+    """
     total, stack = 0, [body.get("system"), body.get("messages"), body.get("tools")]
     while stack:
         value = stack.pop()
@@ -1885,19 +1901,13 @@ def clean_system(system):
     cache, and it describes the client.
     """
     if isinstance(system, str):
-        return strip_billing_line(system)
+        return without_billing(system)
     kept = []
     for block in as_blocks(system):
-        text = strip_billing_line(block_text(block))
+        text = without_billing(block_text(block))
         if text.strip():
             kept.append(block if text == block.get("text") else dict(block, text=text))
     return kept
-
-
-def strip_billing_line(text):
-    if not text.startswith(BILLING_LINE):
-        return text
-    return text.partition("\n")[2]
 
 
 def system_text(system):
@@ -1948,7 +1958,7 @@ def says_something(block, role):
     if block.get("type") != "text":
         return True
     text = block_text(block)
-    return bool(text.strip()) and not (role == "user" and TOKEN_MARKER.match(text))
+    return bool(text.strip()) and not (role != "assistant" and TOKEN_MARKER.match(text))
 
 
 def without_our_thinking(messages):
@@ -1990,8 +2000,9 @@ def normalize_turns(turns, profile, recall):
 def answer_calls(blocks, calls):
     """A user turn's blocks after calls [(client's id, id sent)]: results in their order, the rest.
 
-    A call without a result gets one that says so; a result without a call is told in words:
-    providers refuse both.
+    A call without a result gets one that says so, and a result without a call is told in words:
+    OpenAI, DeepSeek, Mistral and Anthropic all answer 400 to either. Claude Code sends results in the
+    order in which they were ready, and none for a call that the user interrupted.
     """
     results, rest, wanted = {}, [], {call_id for call_id, _ in calls}
     for block in blocks:
@@ -2046,7 +2057,13 @@ def clean_assistant(blocks, profile, recall, counter):
 
 def bring_back(said, thoughts, profile, notes, call_ids):
     """An assistant turn with its earlier reasoning, which some providers insist on: from the
-    signatures of its thinking blocks, else from what is remembered of its calls."""
+    signatures of its thinking blocks, else from what is remembered of its calls.
+
+    said, thoughts: its other blocks, its thinking blocks; notes: what is remembered, one a call.
+    DeepSeek and MiMo answer 400 without it ("must be passed back"), Gemini to a call without its
+    signature; OpenRouter and MiniMax want it back unmodified, once a turn. Groq, Mistral and Cerebras
+    refuse a field that they do not know, so nothing goes back unless the profile names a field.
+    """
     states = [state for state in (read_state(block, profile.scope) for block in thoughts) if state]
     if profile.reasoning_field == "google":
         known = {}
@@ -2072,6 +2089,7 @@ def bring_back(said, thoughts, profile, notes, call_ids):
 
 
 def thinking_block(text):
+    """A thinking block without a signature: only a format's writer sees it."""
     return {"type": "thinking", "thinking": text, "signature": ""}
 
 
@@ -2086,7 +2104,8 @@ def clean_call(block, profile, original, number):
 
     original: the arguments as the model wrote them. The client echoes a call with defaults added and
     keys in another order, which would break the provider's prefix cache. What the client could not
-    parse comes back as {"__unparsedToolInput": {"raw"}} and is turned back.
+    parse comes back as {"__unparsedToolInput": {"raw"}} and is turned back; what is not an object
+    goes up inside one, as servers parse it (Ollama: "invalid tool call arguments").
     """
     value = as_dict(block.get("input"))
     raw = as_dict(value.get("__unparsedToolInput")).get("raw")
@@ -2113,7 +2132,9 @@ def says_the_same(original, value):
 def sent_id(block, name, form, number):
     """The tool-call id for the provider, made of the client's id alone (for Kimi: of name and number).
 
-    form: see Profile.tool_ids. number: calls before this one in the conversation.
+    form: see Profile.tool_ids. number: calls before this one in the conversation. The same id must
+    come out in every later turn, or the provider's prefix cache is lost. OpenAI takes at most 40
+    characters, Mistral exactly nine letters and digits.
     """
     given = str(block.get("id") or "call_%d" % number)
     if form == "kimi":  # its chat template expects functions.NAME:N
@@ -2126,12 +2147,16 @@ def sent_id(block, name, form, number):
 
 
 def short_hash(text, length):
+    """The first hex digits of a string's SHA-1: for names, not for secrets."""
     return hashlib.sha1(text.encode("utf-8", "replace")).hexdigest()[:length]
 
 
 def short_name(name):
-    """A tool name that every API takes ([A-Za-z0-9_-]{1,64}): MCP names may be longer; the end is
-    then a hash of the whole."""
+    """A tool name that every API takes ([A-Za-z0-9_-]{1,64}, OpenAI's rule).
+
+    MCP names may be longer (mcp__SERVER__TOOL, 113 characters were seen), and the client maps other
+    characters itself; the end is then a hash of the whole, so that two long names stay two.
+    """
     if re.match(r"[A-Za-z0-9_-]{1,64}\Z", name):
         return name
     return re.sub(r"[^A-Za-z0-9_-]", "_", name)[:55] + "_" + short_hash(name, 8)
@@ -2146,7 +2171,10 @@ def text_key(scope, text):
 
 
 def write_state(scope, state):
-    """A thinking block's signature that carries state (a dict) for the provider `scope` alone."""
+    """A thinking block's signature that carries state (a dict) for the provider `scope` alone.
+
+    The form: mark, scope in base64, a dot, zlib of the state's JSON in base64 ("" for none).
+    """
     packed = zlib.compress(compact_json(state).encode(), 1) if state else b""
     parts = [base64.urlsafe_b64encode(part).decode() for part in (scope.encode(), packed)]
     return STATE_MARK + ".".join(parts)
@@ -2181,7 +2209,11 @@ def clean_blocks(blocks, profile):
 
 
 def clean_block(block, profile):
-    """One block as a list of blocks that the provider takes."""
+    """One block as a list of blocks that the provider takes.
+
+    Kinds seen from the client: text, image, document, tool_use, tool_result, thinking,
+    redacted_thinking, tool_reference; the others stand in the documentation, or come one day.
+    """
     kind, source = block.get("type"), as_dict(block.get("source"))
     if kind == "text":
         return [block]
@@ -2214,7 +2246,10 @@ def clean_result(block, profile):
 
 
 def image_note(source, profile):
-    """What is said in place of an image that cannot be passed on; "" where it can."""
+    """What is said in place of an image that cannot be passed on; "" where it can.
+
+    Text-only models answer 400 ("Model only support text input"); Ollama and Moonshot fetch no URLs.
+    """
     kind, url = source.get("type"), source.get("url")
     if not profile.images:
         return "[an image was here; this model takes no images]"
@@ -2227,7 +2262,8 @@ def image_note(source, profile):
 
 
 def document_note(block, source):
-    """What is said in place of a PDF, with what the model can do about it."""
+    """What is said in place of a PDF, with what the model can do about it: a coding agent has a
+    shell, and Claude Code's Read tool renders single pages."""
     where = " at %s" % source["url"] if isinstance(source.get("url"), str) else ""
     return (
         "[a PDF document (%s)%s was here; this model cannot read PDF files. Convert it to text (for"
@@ -2246,6 +2282,7 @@ def document_blocks(block, source, profile):
 
 
 def title_of(document):
+    """A document's title, or a word in its place."""
     return str(document.get("title") or "document")
 
 
@@ -2278,7 +2315,8 @@ def offered_tools(body):
     """The client's function tools in an order that only ever grows at its end: those that are always
     there by name, then the deferred ones as the conversation's tool_reference blocks name them.
 
-    The client itself sends them in another order with each request (seen with 2.1.330).
+    The client itself sends them in another order with each request (seen with 2.1.330), which costs
+    a provider's whole prefix cache: tools stand before the conversation in every chat template.
     """
     tools = {}
     for tool in as_list(body.get("tools")):
@@ -2348,7 +2386,9 @@ def clean_schema(schema, profile, defs=None, depth=0):
     """A JSON schema that all providers take: $schema and format:uri gone, $ref replaced by what it
     names, type lists split, without the keywords in profile.schema.
 
-    defs: what a $ref may name; under None, [how many more may be resolved].
+    defs: what a $ref may name; under None, [how many more may be resolved]. Kimi writes nonsense with
+    $schema in a tool, Gemini and several others refuse format:uri and $ref, and most know no list of
+    types; none of it changes what a model writes.
     """
     defs = {None: [MAX_REFS]} if defs is None else defs
     for key in ("$defs", "definitions"):
@@ -2428,7 +2468,7 @@ def wanted_schema(body):
 
 def ask_for_format(body, profile):
     """Clean the schema of the reply in `body`; where the provider knows no such schema, ask for it
-    in words at the end of the last turn."""
+    in words at the end of the last turn (Claude Code asks so for a session's title)."""
     schema = wanted_schema(body)
     if schema is None:
         return
@@ -2524,7 +2564,12 @@ def write_chat(body, model, profile, attach=()):
 
 
 def chat_messages(body, profile):
-    """One leading system message, then turns; tool messages directly after their calls."""
+    """One leading system message, then turns; tool messages directly after their calls.
+
+    Content is a plain string wherever it can be: Groq refuses lists in system messages, Ollama loses
+    the tool_call_id of a tool message whose content is a list. Several system messages, or one that
+    is not the first, are refused by MiniMax (2013) and by most chat templates.
+    """
     text = system_text(body.get("system"))
     messages, names = [{"role": "system", "content": text}] if text else [], {}
     for message in body["messages"]:
@@ -2541,7 +2586,10 @@ def chat_messages(body, profile):
 
 
 def assistant_message(blocks, profile):
-    """An assistant turn; its thinking goes back in the provider's own field."""
+    """An assistant turn; its thinking goes back in the provider's own field.
+
+    Content is "" beside calls, not null: "some gateways reject null" (DeepSeek's own client).
+    """
     texts = [block_text(block) for block in blocks if block["type"] == "text"]
     message = {"role": "assistant", "content": "\n\n".join(texts)}
     for block in blocks:
@@ -2603,6 +2651,7 @@ def chat_part(block):
 
 
 def data_url(source, media_type):
+    """A base64 source as a data: URL; media_type where it names none."""
     return "data:%s;base64,%s" % (source.get("media_type") or media_type, source["data"])
 
 
@@ -2622,12 +2671,17 @@ def join_parts(parts):
 
 
 def chat_tool(tool):
+    """A tool as OpenAI writes it. MiniMax answers 2013 to a function without parameters, so
+    normalize gave each an object schema."""
     function = {"name": tool["name"], "description": str(tool.get("description") or "")}
     return {"type": "function", "function": dict(function, parameters=tool["input_schema"])}
 
 
 def choice_fields(choice, profile):
-    """tool_choice and parallel_tool_calls; nothing for auto, which is every provider's default."""
+    """tool_choice and parallel_tool_calls; nothing for auto, which is every provider's default.
+
+    What the provider does not take became auto in normalize.
+    """
     kind, fields = choice.get("type"), {}
     if kind in ("none", "any"):
         fields["tool_choice"] = "required" if kind == "any" else "none"
@@ -2656,7 +2710,8 @@ def sampling_fields(body, profile):
 
 
 def anthropic_headers(key, profile, client_headers):
-    """The client's version and beta flags, and the key in both forms that such providers take."""
+    """The client's version and beta flags, and the key in both forms that such providers take: some
+    look at x-api-key, some at Authorization, and none refuses the other."""
     betas = re.split(r"[,\s]+", client_headers.get("anthropic-beta") or "")
     betas = [flag for flag in betas if flag and flag not in profile.betas]
     headers = {"anthropic-version": client_headers.get("anthropic-version") or "2023-06-01"}
@@ -3974,7 +4029,7 @@ _decode_json = json.JSONDecoder().raw_decode
 
 def parse_payload(payload):
     """The dict in a payload; an empty one for what is not a JSON object: a broken line costs that
-    line, not the reply."""
+    line, not the reply. What stands behind the object is ignored, as some servers pad there."""
     try:
         return as_dict(_decode_json(payload)[0])
     except (ValueError, RecursionError):
@@ -4058,6 +4113,7 @@ PING = {"type": "ping"}
 
 
 def start_event(index, block):
+    """content_block_start."""
     return {"type": "content_block_start", "index": index, "content_block": block}
 
 
@@ -4069,11 +4125,13 @@ def delta_event(index, kind, text):
 
 
 def signature_event(index, signature):
+    """The delta with which a thinking block is signed, its last."""
     delta = {"type": "signature_delta", "signature": signature}
     return {"type": "content_block_delta", "index": index, "delta": delta}
 
 
 def stop_event(index):
+    """content_block_stop."""
     return {"type": "content_block_stop", "index": index}
 
 
@@ -4083,6 +4141,7 @@ def empty_block(kind, **fields):
 
 
 def zero_usage(input_tokens=0):
+    """Anthropic's usage before anything is known: all four fields, as the client expects."""
     return {
         "input_tokens": input_tokens,
         "cache_creation_input_tokens": 0,
@@ -4096,7 +4155,11 @@ class Dropped(Exception):
 
 
 class ToolCall:
-    """A tool call while it arrives; see MessageWriter.advance."""
+    """A tool call while it arrives; see MessageWriter.advance.
+
+    Providers send its parts in any order: arguments before the name, an id that comes later or never,
+    two calls interleaved. A call becomes a block once its name is known and those before it are whole.
+    """
 
     __slots__ = (
         "key",
@@ -4199,7 +4262,8 @@ class MessageWriter:
         yield start_event(self.index, block)
 
     def close_block(self):
-        """Close the open block, if any; thinking is signed with what the next turn must bring back."""
+        """Close the open block, if any; thinking is signed with what the next turn must bring back:
+        Claude Code echoes a signature as it is, and nothing else that it does not know."""
         if self.signing:
             yield self.sign({})
         if self.kind:
@@ -4257,15 +4321,11 @@ class MessageWriter:
         yield delta_event(self.index, self.kind, "")
 
     def fresh(self):
-        """A writer for another try, which goes on where this one's message stands."""
+        """A writer for another try, which goes on where this one's message stands: message_start, and
+        perhaps a sign of life, have gone out in the silence."""
         new = MessageWriter(self.message_id, self.model, self.scope, self.input_tokens, self.tools)
-        new.taken, new.new_id = self.taken, self.new_id
-        new.state, new.kind, new.index, new.signing = (
-            self.state,
-            self.kind,
-            self.index,
-            self.signing,
-        )
+        for name in ("taken", "new_id", "state", "kind", "index", "signing"):
+            setattr(new, name, getattr(self, name))
         return new
 
     # -- tool calls
@@ -4277,7 +4337,10 @@ class MessageWriter:
 
     def advance(self, ending=False):
         """Send what can be sent of the calls, in order: the first unfinished one is live; one that is
-        whole makes way for the next; at the end all are flushed."""
+        whole makes way for the next; at the end all are flushed.
+
+        Only the last call of a reply that was cut may be half: its input then stays as it came.
+        """
         for call in self.calls:
             if call.closed:
                 continue
@@ -4301,7 +4364,8 @@ class MessageWriter:
             self.memory[call.client_id] = {key: value for key, value in note.items() if value}
 
     def open_call(self, call):
-        """Open the block of a call whose name is known, under an id that the conversation lacks."""
+        """Open the block of a call whose name is known, under an id that the conversation lacks: some
+        providers count from call_0 in each reply, and the client takes equal ids for one call."""
         name, schema = self.offered_tool(call.name)
         call.stream = ArgumentStream(name, schema)
         good = re.match(r"[A-Za-z0-9_-]{1,64}\Z", call.id) and call.id not in self.taken
@@ -4383,6 +4447,10 @@ class ChatReader:
 
     feed and finish give events, and raise UpstreamError for an error inside the reply; the caller,
     who knows whether another try is possible, then calls writer.fail(error).
+
+    A chunk: {"choices": [{"index", "delta": {"content", "reasoning_content", "tool_calls": [{"index",
+    "id", "function": {"name", "arguments"}}]}, "finish_reason"}], "usage"}; any of it may be missing,
+    null, or of another type (https://platform.openai.com/docs/api-reference/chat/streaming).
     """
 
     def __init__(self, writer, profile):
@@ -4398,7 +4466,10 @@ class ChatReader:
         self.scanners = {kind: TextCalls(schemas) for kind in kinds}  # for calls written as text
 
     def feed(self, chunk):
-        """Events for one chunk (dict). Raises UpstreamError for an error in it."""
+        """Events for one chunk (dict). Raises UpstreamError for an error in it.
+
+        All choices count: Copilot puts the text of Claude models in the first and calls in the second.
+        """
         if self.writer.state in ENDED:
             raise RuntimeError("feed after the end")
         if "error" in chunk or "x_groq" in chunk or "base_resp" in chunk:
@@ -4462,8 +4533,8 @@ class ChatReader:
         return None
 
     def feed_reasoning(self, delta):
-        """Reasoning from the first field that holds any; opaque details are kept for the next turn
-        and shown where no plain field has the text."""
+        """Reasoning from the first field that holds any (chutes.ai sends the same in two); opaque
+        details are kept for the next turn and shown where no plain field has the text."""
         field = next((field for field in REASONING_FIELDS if delta.get(field)), None)
         if field:
             yield from self.scan("thinking", delta[field])
@@ -4515,7 +4586,8 @@ class ChatReader:
                 yield from self.writer.say("thinking" if what == "thinking" else kind, value)
 
     def feed_rare(self, delta):
-        """Tool calls, the older function_call, and refusals."""
+        """Tool calls, the older function_call, and refusals (OpenAI's own field for them: shown as
+        text, and the stop reason says so)."""
         yield from self.flush_scanners()
         self.heard = True
         for call in as_list(delta.get("tool_calls")):
@@ -4530,7 +4602,8 @@ class ChatReader:
             yield from self.writer.say("text", delta["refusal"])
 
     def feed_call(self, delta):
-        """Put one tool_calls delta into its call."""
+        """Put one tool_calls delta into its call. Arguments may be an object (some relays), a
+        continuation may repeat the name or hold an empty one (DashScope, Mistral's GLM)."""
         function = as_dict(delta.get("function"))
         name, fragment = function.get("name"), function.get("arguments")
         call = self.call_for(delta.get("index"), delta.get("id"), name, fragment)
@@ -4547,7 +4620,7 @@ class ChatReader:
 
         A different id that comes with a name is a new call even on a used index (Gemini and others
         count every call 0); without an id another name is, and the same name when whole arguments
-        are followed by more.
+        are followed by more. Gemini and Mistral send no index at all, relays of Claude begin with 1.
         """
         call_id, calls = call_id if isinstance(call_id, str) else "", self.writer.calls
         if isinstance(index, int):
@@ -4571,7 +4644,9 @@ class ChatReader:
         return bool(more) and call.arguments().strip() != "{}" and call.is_whole()
 
     def note_finish(self, choice):
-        """Remember why it ended; the stop reason waits for the end, as usage often comes after it."""
+        """Remember why it ended; the stop reason waits for the end, as usage often comes after it,
+        and some (kimi on OpenRouter) send the finish twice. Raises what is not a finish but a failure.
+        """
         reason = str(choice["finish_reason"])
         if reason in FINISH_ERRORS:
             kind, sentence = FINISH_ERRORS[reason]
@@ -4587,7 +4662,8 @@ class ChatReader:
         return self.writer.idle()
 
     def done(self):
-        """The provider's [DONE]: what came is whole even without a finish reason."""
+        """The provider's [DONE]: what came is whole even without a finish reason. By itself it is no
+        answer: vLLM ends a stream with it that broke before its first word."""
         self.ended = self.ended or self.heard or bool(self.raw_usage)
 
     def finish(self):
@@ -4615,8 +4691,8 @@ class ChatReader:
         yield from self.writer.finish(reason, stopped_at, self.usage())
 
     def stop_reason(self):
-        """Anthropic's stop reason. Any call makes it tool_use, whatever the provider says, unless the
-        reply was cut."""
+        """Anthropic's stop reason. Any call makes it tool_use, whatever the provider says (Gemini and
+        older Ollama say "stop"), unless the reply was cut: then its input may be half."""
         if self.writer.cut or self.reason == FULL_WINDOW:
             return "max_tokens"
         if any(call.client_id for call in self.writer.calls):
@@ -4626,8 +4702,10 @@ class ChatReader:
         return STOP_REASONS.get(self.reason, "end_turn")
 
     def usage(self):
-        """Anthropic's usage: input, cache read and cache write are disjoint. Estimates where the
-        provider tells nothing: the client decides by these numbers when to compact."""
+        """Anthropic's usage: input, cache read and cache write are disjoint, while OpenAI's prompt
+        tokens hold all three. Estimates where the provider tells nothing: the client decides by these
+        numbers when to compact. Names: DeepSeek has prompt_cache_hit_tokens, Moonshot cached_tokens,
+        DashScope created_cache_tokens; relays of Claude use Anthropic's own."""
         told, writer = self.raw_usage, self.writer
         details = as_dict(told.get("prompt_tokens_details"))
         prompt = positive_int(told, "prompt_tokens", "input_tokens")
@@ -4692,7 +4770,11 @@ def keep_detail(details, part):
 
 class MessagesReader:
     """Reads the events of a provider that speaks Anthropic itself: they go on as they came, under our
-    indexes, with the model's name disguised and the input of tools fixed."""
+    indexes, with the model's name disguised and the input of tools fixed.
+
+    Events, blocks and deltas of unknown kinds go on too (https://docs.anthropic.com/en/docs/build-with-claude/streaming):
+    a newer client may know them.
+    """
 
     def __init__(self, writer, profile):
         self.writer, self.profile = writer, profile
@@ -4701,7 +4783,10 @@ class MessagesReader:
         self.ended = False  # the reply is whole
 
     def feed(self, event):
-        """Events for one event of the provider. Raises UpstreamError for its error event."""
+        """Events for one event of the provider. Raises UpstreamError for its error event.
+
+        Its own pings are not passed on: this program sends what the silence asks for.
+        """
         if self.writer.state in ENDED:
             raise RuntimeError("feed after the end")
         kind = event.get("type")
@@ -4842,12 +4927,12 @@ def encode_event(event):
 
 def fold(events):
     """The finished message that events tell: the unstreamed answer. Raises UpstreamError for an
-    error event."""
+    error event. fold(unfold(message)) is the message again."""
     message, blocks, pieces = {}, {}, {}
     for event in events:
         kind, index = event["type"], event.get("index")
         if kind == "message_start":
-            message = dict(event["message"], usage=dict(event["message"].get("usage") or {}))
+            message = dict(event["message"], usage=dict(as_dict(event["message"].get("usage"))))
         elif kind == "content_block_start":
             blocks[index], pieces[index] = dict(event["content_block"]), {}
         elif kind == "content_block_delta":
@@ -4960,6 +5045,10 @@ THINKING_FIELDS = (
 def learn(error, profile, body, sent):
     """What an UpstreamError teaches about its provider: {profile field: value}; {} for nothing new.
 
+    Providers refuse a request for one field of many, in words of their own, and a newer client or
+    model brings new fields. So nobody keeps lists: the first refusal is read, the profile changed,
+    the request written anew, and what was learned holds for that base URL and model.
+
     body: the normalized request; sent: the same as the format wrote it, whose field names the
     provider's words use. Each rule reads the words and gives the changes that it is sure of.
     """
@@ -4983,6 +5072,7 @@ def named_fields(text):
 
 
 def snake_case(name):
+    """maxTokens as max_tokens."""
     return re.sub(r"(?<=[a-z])([A-Z])", lambda found: "_" + found.group(1).lower(), name)
 
 
@@ -5007,7 +5097,10 @@ def learn_words(text, profile, body, sent):
 
 
 def learn_native(text, profile, body, sent):
-    """What providers that speak Anthropic refuse: newer beta flags, and cache_control."""
+    """What providers that speak Anthropic refuse: newer beta flags, and cache_control.
+
+    Bedrock and its relays: "Unexpected value(s) `x`, `y` for the `anthropic-beta` header."
+    """
     found = re.search(r"value\(s\) (.+?) for the .?anthropic-beta", text)
     if found:
         return {"betas": tuple(profile.betas) + tuple(re.findall(r"[\w-]+", found.group(1)))}
@@ -5017,7 +5110,12 @@ def learn_native(text, profile, body, sent):
 
 
 def learn_thinking(text, profile, body, sent):
-    """Thinking that must be off, or effort that must be none beside tools."""
+    """Thinking that must be off, or effort words that the model lacks.
+
+    DashScope: "parameter.enable_thinking must be set to false for non-streaming calls"; where it
+    already streams, the model cannot think. DeepSeek: thinking "cannot be disabled when
+    reasoning_effort" is there. Else a field that asks for thinking is named and called wrong.
+    """
     if "enable_thinking must be set to false" in text:
         if not sent.get("stream"):
             return {"always_stream": True}
@@ -5035,7 +5133,11 @@ def learn_thinking(text, profile, body, sent):
 
 
 def learn_reasoning(text, profile, body, sent):
-    """Reasoning that must come back with the history."""
+    """Reasoning that must come back with the history.
+
+    DeepSeek, MiMo: "The reasoning_content in the thinking mode must be passed back to the API." Asked
+    for once, it goes back beside calls; asked for again, in every turn.
+    """
     missing = r"reasoning_content.{0,80}(?:passed back|missing)|missing.{0,20}reasoning_content"
     if not re.search(missing, text, re.I):
         return {}
@@ -5048,7 +5150,8 @@ def learn_reasoning(text, profile, body, sent):
 
 
 def learn_choice(text, profile, body, sent):
-    """A forced tool choice that the provider refuses becomes auto."""
+    """A forced tool choice that the provider refuses becomes auto: thinking models take no other
+    (Qwen, Kimi), and vLLM without a parser takes none."""
     choice = sent.get("tool_choice")
     if not choice or "tool_choice" not in text and "tool choice" not in text.lower():
         return {}
@@ -5058,7 +5161,8 @@ def learn_choice(text, profile, body, sent):
 
 
 def learn_max_tools(text, profile, body, sent):
-    """How many tools there may be."""
+    """How many tools there may be. OpenAI: "Invalid 'tools': array too long. Expected an array with
+    maximum length 128"."""
     limit = r"maximum (?:number of items is|length) (\d+)"
     found = re.search(limit, text) if "tools" in text else None
     too_many = found and len(sent.get("tools", ())) > int(found.group(1))
@@ -5066,7 +5170,7 @@ def learn_max_tools(text, profile, body, sent):
 
 
 def learn_format(text, profile, body, sent):
-    """A response_format that the provider lacks: the weaker form, then words."""
+    """A response_format that the provider lacks: the weaker form (any JSON object), then words."""
     words = r"response_format|json_schema|json_object|structured output"
     if "response_format" not in sent or not re.search(words, text, re.I):
         return {}
@@ -5074,7 +5178,8 @@ def learn_format(text, profile, body, sent):
 
 
 def learn_images(text, profile, body, sent):
-    """A model that takes no images: they become notes."""
+    """A model that takes no images: they become notes, or go to TARGET_MODEL_IMAGE. Only where the
+    request holds one, as the words for it are many."""
     refused = (
         r"not support|only supports? text|not a multimodal|unknown variant|unsupported|text.only"
         r"|cannot|no endpoints found"
@@ -5092,14 +5197,20 @@ def learn_files(text, profile, body, sent):
 
 
 def learn_output_limit(text, profile, body, sent):
-    """The output limit that an error names."""
+    """The output limit that an error names. Claude Code asks for 32,000 to 128,000 tokens, and few
+    models give that many."""
     found = re.match(OUTPUT_LIMIT, text)
     limit = int(found.group(1)) if found else 0
     return {"max_output": limit} if 0 < limit < positive_int(sent, profile.max_tokens) else {}
 
 
 def learn_fields(text, profile, body, sent):
-    """A field that the provider does not know is renamed, or not sent any more."""
+    """A field that the provider does not know is renamed, or not sent any more.
+
+    OpenAI's reasoning models call the output limit max_completion_tokens, everyone else max_tokens.
+    The disguise's two fields are the most likely to be refused; and what stands inside messages or
+    schemas is told from the request's own fields by not being one of them.
+    """
     changes, never = {}, list(profile.never)
     for name in named_fields(text):
         last = name.rsplit(".", 1)[-1]
@@ -5118,7 +5229,9 @@ def learn_fields(text, profile, body, sent):
 
 
 def learn_schema(text, profile, body, sent):
-    """A JSON schema keyword in a tool that the provider cannot read."""
+    """A JSON schema keyword in a tool that the provider cannot read: the schema goes without it, and
+    arguments are checked by the client anyway. Servers that compile a grammar (llama.cpp, xgrammar)
+    stumble over `pattern`, and say so in words about regular expressions."""
     about = r"schema|function|tools?\b|parameters|regex|grammar"
     if not sent.get("tools") or not re.search(about, text, re.I):
         return {}
@@ -6026,309 +6139,216 @@ class Upstream:
             self.drop(wire)
 
 
-# ======================================================================================================
-# 11  Store: stored replies, memory and ledger in SQLite; records
-# ======================================================================================================
+# ==================================================================================================
+# 11  Store: the cache of answers, memory and ledger in one SQLite file; records in a folder
+# ==================================================================================================
 
-KEY_VERSION = 2  # raise it when the rule below changes, so that older entries are never found again
+HIDDEN = "<hidden>"
+SECRET_NAMES = frozenset(
+    "authorization proxy-authorization x-api-key api-key apikey api_key x-goog-api-key "
+    "x-auth-token cookie set-cookie".split()
+)
+SHORTEST_SECRET = 4  # "x" as a key protects nothing, and hiding it would garble every string
 
-# Fields of the converted request that do not decide what a right answer is. `stop` is not among them: it decides where
-# an answer ends. The limits are, because only answers that ended by themselves are ever stored.
+
+def redact(value, secrets=(), longest=None, depth=60):
+    """A copy of a JSON value that may be logged, recorded or shown: keys are hidden here only.
+
+    Secrets (strings) go from every string, and so does the value of every name in SECRET_NAMES,
+    also in [name, value] pairs; a dict under such a name stays, since it is a schema that
+    describes the field. Bytes become strings. Strings are cut to `longest` characters, if given;
+    what lies deeper than `depth` levels is hidden whole.
+    """
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", "replace")
+    if isinstance(value, str):
+        # The longest first: a key may be the beginning of another.
+        for secret in sorted(filter(None, secrets), key=len, reverse=True):
+            if len(secret) >= SHORTEST_SECRET:
+                value = value.replace(secret, HIDDEN)
+        return shorten(value, longest)
+    if not depth:
+        return HIDDEN
+
+    def redact_part(part, name=""):
+        is_secret = str(name).lower() in SECRET_NAMES and not isinstance(part, dict)
+        return HIDDEN if is_secret else redact(part, secrets, longest, depth - 1)
+
+    if isinstance(value, dict):
+        return {redact_part(name): redact_part(part, name) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        name = value[0] if len(value) == 2 and isinstance(value[0], str) else ""
+        return [redact_part(part, name if place else "") for place, part in enumerate(value)]
+    return value
+
+
+def shorten(text, limit=2000):
+    """The string's front, and how much was left out; limit None: all of it."""
+    if limit is None or len(text) <= limit:
+        return text
+    return "%s... (%d more characters)" % (text[:limit], len(text) - limit)
+
+
+def write_file(path, text, mode=0o600):
+    """Write a file, whole or not at all, with these permissions. Raises OSError, ValueError.
+
+    Line ends stay as they are. surrogateescape, because under LC_ALL=C Python 3.6 reads other
+    letters of the command line as halves of surrogate pairs.
+    """
+    part = "%s.%d.part" % (path, os.getpid())
+    try:
+        # O_EXCL: in a shared folder, somebody else's file or link may wait under this name.
+        number = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with open(number, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+            file.write(text)
+        os.chmod(part, mode)
+        os.replace(part, path)
+    except (OSError, ValueError):
+        if os.path.exists(part):
+            os.unlink(part)
+        raise
+
+
+# ---- The key: which requests may share an answer
+
+KEY_VERSION = 3  # raise it when a rule below changes, so that older entries are never found again
+
+# Fields of the request as it is sent that do not decide what a right answer is, or that the parts
+# below cover. `stop` is not among them: it decides where an answer ends. The limits are, because
+# only answers that ended by themselves are ever stored.
 NOT_IN_KEY = frozenset(
-    (
-        "messages",
-        "tools",
-        "stream",
-        "stream_options",
-        "temperature",
-        "top_p",
-        "top_k",
-        "min_p",
-        "seed",
-        "max_tokens",
-        "max_completion_tokens",
-        "max_output_tokens",
-        "user",
-        "metadata",
-        "safety_identifier",
-        "prompt_cache_key",
-        "service_tier",
-        "store",
-        "ANTHROPIC_BASE_URL",
-        "ANTHROPIC_MODEL",
-    )
+    "messages tools system stream stream_options temperature top_p top_k min_p seed max_tokens "
+    "max_completion_tokens max_output_tokens user metadata safety_identifier prompt_cache_key "
+    "service_tier store ANTHROPIC_BASE_URL ANTHROPIC_MODEL".split()
 )
-SHAPE_FIELDS = (
-    "thinking",
-    "output_config",
-    "tool_choice",
-    "stop_sequences",
-)  # of the client's request
-SEND_HINTS = frozenset(
-    ("cache_control", "eager_input_streaming")
-)  # hints on how to send, on tools and blocks
-
-TOTAL_TOKENS = re.compile(r"<total_tokens>[^<\n]{0,80}</total_tokens>")
-MONTH = r"(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]{0,6}\.?"
-DATE_LINE = (  # compiled when a request first needs it: most serve without a cache
-    r"(?i)((?:today.s date|current date|current time|date has changed|today is)[^\n\d]{0,40}?)(?:"
-    r"\d{4}-\d\d-\d\d(?:[T ]\d\d:\d\d(?::\d\d(?:\.\d{1,9})?)?(?: ?Z|[+-]\d\d:?\d\d)?)?|\d{1,2}[/.]\d{1,2}[/.]\d{2,4}|"
-    r"(?:(?:mon|tue|wed|thu|fri|sat|sun)[a-z]{0,6},? )?(?:"
-    + MONTH
-    + r" \d{1,2}(?:st|nd|rd|th)?,? \d{4}|"
-    r"\d{1,2} " + MONTH + r",? \d{4}))"
-)
-DATE_HEADING = "# currentDate\n"
-TIME_WORDS = frozenset(
-    "today tomorrow yesterday tonight now current currently date dates dated day days daily week weeks weekly month "
-    "months monthly year years yearly annual quarter time times timestamp timestamps hour hours clock calendar when "
-    "ago since until old older age latest recent recently new newer newest next last deadline due schedule "
-    "scheduled expire expires expired expiry changelog release releases released version copyright license licence "
-    "morning afternoon evening night noon midnight weekday weekend season birthday anniversary holiday born past future "
-    "upcoming minute minutes monday tuesday wednesday thursday friday saturday sunday january february april june july "
-    "august september october november december "
-    "log journal diary datum tag woche monat jahr uhr heute morgen gestern fecha dia hoy manana ayer jour aujourd "
-    "demain hier giorno oggi domani ieri hoje dzis bugun".split()
-)
-WORD = re.compile(r"[A-Za-z]+")
-NOT_ASCII = re.compile(r"[^\x00-\x7f]")
+SHAPE_FIELDS = ("thinking", "output_config", "tool_choice", "stop_sequences")  # of `body`
+SEND_HINTS = ("cache_control", "eager_input_streaming")  # on tools and blocks: how to send them
+CALL_IDS = ("id", "tool_call_id", "tool_use_id")
 
 
 def cache_key(body, sent, mode, model):
-    """The sha256 (hex) under which an answer is kept, or None where none may be. Never raises on odd shapes.
+    """The sha256 (hex) under which an answer is kept, or None where none may be; never raises.
 
-    body: the client's Anthropic request; sent: the converted OpenAI request; model: the target (put the upstream's
-    host in front where several share one cache). Both modes keep apart what changes an answer's shape: thinking,
-    effort, output format, tool choice, stop sequences and every other field sent, but sampling, limits and stream.
+    body: the client's Anthropic request; sent: the request in the provider's own form, OpenAI's
+    or Anthropic's; model: the target (put the upstream's host in front where several share one
+    cache). Every mode keeps apart what changes an answer's shape: thinking, effort, output
+    format, tool choice, stop sequences and every other field sent, except sampling, limits and
+    stream.
 
-    full    What is sent, tool-call ids numbered in order of appearance, because they are made anew in every run.
-    prefix  System text, tools, model and the conversation up to and with the last user message, without what differs
-            from session to session: billing line, session and call ids, cache_control, text as a string or as a
-            block, order of tools and of parallel results, token counters, signatures, and the dates that the client
-            itself states in its system text and reminders. The rule that makes it safe:
-            1. The whole conversation counts, so "continue", "yes" or "go on" finds an answer only where every earlier
-               turn, the model's own and its thinking included, was the same. The first question has no earlier turns:
-               this is where another session hits.
-            2. Nothing is kept or found while the last user turn has a tool result: the world answered, ask the model.
-            3. Dates are set aside only where the client itself states them, not where a reminder quotes a file, and only
-               while neither the user nor a CLAUDE.md speaks of time; else they count.
-            What is left: an answer may state a date of up to CACHE_TTL ago that nobody asked for.
+    full    What is sent, with tool-call ids numbered in order of appearance: they are new in
+            every run.
+    prefix  System text, tools, model and the conversation up to and with the last user message,
+            without what differs from session to session: billing line, session and call ids,
+            cache_control, string or block form, the order of tools and of parallel results,
+            signatures, and blocks that are nothing but a token counter. What makes it safe:
+            1. The whole conversation counts, so "continue", "yes" or "go on" finds an answer
+               only where every earlier turn, the model's own and its thinking included, was the
+               same. The first question has no earlier turns: there, another session hits.
+            2. Nothing is kept or found while the last user turn has a tool result: the world
+               answered, so the model is asked.
     none    None.
     """
-    parts_of = {"full": full_parts, "prefix": prefix_parts}.get(mode)
-    if not (parts_of and isinstance(body, dict) and isinstance(sent, dict)):
+    find_parts = {"full": full_parts, "prefix": prefix_parts}.get(mode)
+    if not (find_parts and isinstance(body, dict) and isinstance(sent, dict)):
         return None
-    shape = {name: body[name] for name in SHAPE_FIELDS if body.get(name) is not None}
+    shape = [body.get(name) for name in SHAPE_FIELDS]
     settings = {name: value for name, value in sent.items() if name not in NOT_IN_KEY}
     try:
-        parts = parts_of(body, sent)
-        material = canonical([KEY_VERSION, mode, model, shape, settings, parts])
+        parts = find_parts(body, sent)
+        key = json.dumps([KEY_VERSION, mode, model, shape, settings, parts], sort_keys=True)
     except RecursionError:  # nested deeper than we, or json, can follow
         return None
-    return None if parts is None else hashlib.sha256(material.encode("ascii")).hexdigest()
-
-
-def canonical(value):
-    """One JSON text for equal values, whatever the order of their keys."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"))
-
-
-def call_number(call_id, numbers):
-    """The call's number in order of appearance; numbers (id -> int) grows."""
-    return numbers.setdefault(str(call_id), len(numbers))
+    return None if parts is None else hashlib.sha256(key.encode("ascii")).hexdigest()
 
 
 def full_parts(body, sent):
-    """Messages and tools as they are sent, but for the ids of tool calls."""
+    """System text, messages and tools as they are sent, except for the ids of tool calls."""
     numbers = {}
-    return [
-        [number_calls(message, numbers) for message in as_list(sent.get("messages"))],
-        sent.get("tools"),
-    ]
-
-
-def number_calls(message, numbers):
-    """An OpenAI message whose tool-call ids are numbers; a copy."""
-    if not isinstance(message, dict):
-        return message
-    result = dict(message)
-    if "tool_call_id" in result:
-        result["tool_call_id"] = call_number(result["tool_call_id"], numbers)
-    if result.get("tool_calls"):
-        result["tool_calls"] = [
-            dict(call, id=call_number(call.get("id"), numbers)) if isinstance(call, dict) else call
-            for call in as_list(result["tool_calls"])
-        ]
-    return result
-
-
-def blocks_of(content):
-    """Content blocks (dicts) of a string or a list; what is neither counts as an unknown block."""
-    content = [] if content is None else content if isinstance(content, list) else [content]
-    return [
-        (
-            block
-            if isinstance(block, dict)
-            else (
-                {"type": "text", "text": block}
-                if isinstance(block, str)
-                else {"type": None, "value": block}
-            )
-        )
-        for block in content
-    ]
+    messages = [key_part(message, numbers) for message in as_list(sent.get("messages"))]
+    return [sent.get("system"), messages, sent.get("tools")]
 
 
 def prefix_parts(body, sent):
-    """System, tools and conversation, normalised as `cache_key` says; None where no answer may be kept."""
+    """System, conversation and tools as `prefix` counts them; None where no answer may be kept."""
     messages = [message for message in as_list(body.get("messages")) if isinstance(message, dict)]
     if not ends_in_question(messages):
         return None
-    texts = [
-        block.get("text")
-        for message in messages
-        if message.get("role") == "user"
-        for block in blocks_of(message.get("content"))
-        if block.get("type") == "text"
-    ]
-    dated = any(speaks_of_time(own_text(text)) for text in texts if isinstance(text, str))
     numbers = {}
-    turns = [turn_part(message, numbers, dated) for message in messages]
-    system = [
-        without_volatile(without_billing(str(block.get("text", block))), dated)
-        for block in blocks_of(body.get("system"))
-    ]
+    blocks = as_blocks(body.get("system"))
+    system = [dict(block, text=without_billing(block_text(block))) for block in blocks]
+    turns = [prefix_turn(message, numbers) for message in messages]
     return [
-        [text for text in system if text.strip()],
-        [turn for turn in turns if turn[1] or turn[2]],
-        tool_parts(sent),
+        prefix_turn({"role": "system", "content": system}, numbers),
+        [turn for turn in turns if turn["content"] or len(turn) > 2],
+        sorted((key_part(tool, {}, True) for tool in as_list(sent.get("tools"))), key=compact_json),
     ]
 
 
 def ends_in_question(messages):
-    """True where the conversation ends in a user turn without a tool result."""
-    answered = [
-        place for place, message in enumerate(messages) if message.get("role") == "assistant"
-    ]
-    turn = messages[answered[-1] + 1 :] if answered else messages
-    kinds = [
-        str(block.get("type")) for message in turn for block in blocks_of(message.get("content"))
-    ]
-    return any(message.get("role") == "user" for message in turn) and not any(
-        kind.endswith("tool_result") for kind in kinds
-    )
+    """Whether the conversation ends in a user turn without a tool result."""
+    is_asked = False
+    for message in reversed(messages):
+        if message.get("role") == "assistant":
+            break
+        kinds = [str(block.get("type")) for block in as_blocks(message.get("content"))]
+        if any(kind.endswith("tool_result") for kind in kinds):
+            return False
+        is_asked = is_asked or message.get("role") == "user"
+    return is_asked
 
 
-def tool_parts(sent):
-    """The tools sent, in one order, as JSON texts: the client changes their order from request to request."""
-    return sorted(
-        canonical({name: value for name, value in tool.items() if name not in SEND_HINTS})
-        for tool in as_list(sent.get("tools"))
-        if isinstance(tool, dict)
-    )
+def prefix_turn(message, numbers):
+    """An Anthropic message as `prefix` counts it; parallel results in the order of their calls.
+
+    Content is always a list, without blocks that say nothing; other fields (the effort of a turn)
+    stay.
+    """
+    blocks = as_blocks(message.get("content"))
+    blocks = [block for block in blocks if says_something(block, message.get("role"))]
+    turn = key_part(dict(message, content=blocks), numbers, True)
+
+    def call_place(block):
+        is_result = block.get("type") == "tool_result"
+        return block.get("tool_use_id", len(numbers)) if is_result else len(numbers)
+
+    turn["content"].sort(key=call_place)
+    return turn
 
 
-def without_billing(text):
-    return text.partition("\n")[2] if text.startswith(BILLING_LINE) else text
+def key_part(item, numbers, is_loose=False):
+    """What counts of a message, tool call, block or tool, in OpenAI's or Anthropic's form: a copy.
 
-
-def without_volatile(text, dated):
-    """A text that the client wrote itself, without token counters and (unless dated) without today's date."""
-    text = TOTAL_TOKENS.sub("", text)
-    return text if dated else re.sub(DATE_LINE, r"\1<date>", text)
-
-
-def reminders(text):
-    """A text cut at its reminders: [(is reminder, text), ...]. By split, which stays linear on hostile input."""
-    first, *rest = text.split("<system-reminder>")
-    pieces = [(False, first)]
-    for piece in rest:
-        inside, end, after = piece.partition("</system-reminder>")
-        pieces += [(bool(end), inside), (False, after)]
-    return pieces
-
-
-def speaks_of_time(text):
-    """True where the date can matter to the answer, or the text is not ASCII, which our words cannot judge."""
-    return bool(NOT_ASCII.search(text)) or not TIME_WORDS.isdisjoint(
-        map(str.lower, WORD.findall(text))
-    )
-
-
-def own_text(text):
-    """What the user wrote: the text without reminders, but with the CLAUDE.md files in them."""
-    return " ".join(
-        piece.partition(DATE_HEADING)[0] if is_reminder else piece
-        for is_reminder, piece in reminders(text)
-        if not is_reminder or "\nContents of " in piece
-    )
-
-
-def reminder_text(text, dated):
-    """A reminder without the client's own date or counter: it comes first, or under the heading of older clients. What comes
-    later may be a file that the reminder quotes, and counts to the letter."""
-    if TOTAL_TOKENS.sub("", text).strip() == "":
-        return ""
-    before, heading, own = text.rpartition(DATE_HEADING)
-    found = None if dated else re.search(DATE_LINE, own)
-    if not found or own[: found.start()].strip() not in ("", "The"):
-        return text
-    return before + heading + re.sub(DATE_LINE, r"\1<date>", own, 1)
-
-
-def user_text(text, dated):
-    """A user's text, in which only reminders (and a counter standing alone) are normalised."""
-    if TOTAL_TOKENS.sub("", text).strip() == "":
-        return ""
-    if "<system-reminder>" not in text:
-        return text
-    return "<system-reminder>".join(
-        reminder_text(piece, dated) if is_reminder else piece
-        for is_reminder, piece in reminders(text)
-    )
-
-
-def turn_part(message, numbers, dated):
-    """[role, settings, blocks] of one Anthropic message; parallel tool results in the order of their calls."""
-    clean = {"system": without_volatile, "user": user_text}.get(
-        str(message.get("role")), lambda text, dated: text
-    )
-    blocks = [
-        block_part(block, numbers, lambda text: clean(text, dated))
-        for block in blocks_of(message.get("content"))
-    ]
-    results = sorted(
-        (block for block in blocks if block[0] == "tool_result"), key=lambda block: block[1]
-    )
-    others = [block for block in blocks if block[0] != "tool_result" and block[1] != ""]
-    return [message.get("role"), message.get("output_config"), results + others]
-
-
-def block_part(block, numbers, clean):
-    """[kind, what counts...] of one content block. Images and documents count by their bytes."""
-    kind = block.get("type")
-    if kind == "text":
-        return [kind, clean(str(block.get("text")))]
-    if kind == "thinking":
-        return [kind, block.get("thinking") or block.get("signature")]
-    if kind == "tool_use":
-        return [kind, call_number(block.get("id"), numbers), block.get("name"), block.get("input")]
-    if kind == "tool_result":
-        inner = [block_part(part, numbers, str) for part in blocks_of(block.get("content"))]
-        return [
-            kind,
-            call_number(block.get("tool_use_id"), numbers),
-            bool(block.get("is_error")),
-            inner,
-        ]
-    return [kind, {name: value for name, value in block.items() if name not in SEND_HINTS}]
+    numbers: call id -> int, in order of appearance; grows. Only the fields that hold calls are
+    walked: an "id" among a call's arguments, or of a file, decides what the answer is. is_loose:
+    also without what may differ though the model is told the same. A signature counts where it is
+    all there is of a thought; images and documents count by their bytes.
+    """
+    if not isinstance(item, dict):
+        return item
+    hidden = SEND_HINTS if is_loose else ()
+    if is_loose and item.get("thinking"):
+        hidden += ("signature",)
+    if is_loose and not item.get("is_error"):
+        hidden += ("is_error",)
+    result = {name: value for name, value in item.items() if name not in hidden}
+    for name in CALL_IDS:
+        if name in item and (name != "id" or "function" in item or "input" in item):
+            result[name] = numbers.setdefault(str(item[name]), len(numbers))
+    for name in ("content", "tool_calls"):
+        parts = item.get(name)
+        if is_loose and isinstance(parts, str):
+            parts = as_blocks(parts)
+        if isinstance(parts, list):
+            result[name] = [key_part(part, numbers, is_loose) for part in parts]
+    return result
 
 
 # ---- Cache: one SQLite file; no trouble with it ever reaches a request
 
-SCHEMA_VERSION = (
-    20261  # not a small number, so that another program's database is not taken for ours
-)
+# Not a small number, so that another program's database is not taken for ours.
+SCHEMA_VERSION = 20261
+# `used` orders answers by their last use. A counter, because SUM(size) would read every page of
+# the file at each put. `value` is what `pack` made, and the last column of each table.
 SCHEMA = """
 BEGIN IMMEDIATE;
 CREATE TABLE IF NOT EXISTS responses
@@ -6337,91 +6357,84 @@ CREATE INDEX IF NOT EXISTS responses_used ON responses (used);
 CREATE TABLE IF NOT EXISTS counters (name TEXT PRIMARY KEY, value INTEGER);
 INSERT OR IGNORE INTO counters VALUES ('bytes', 0);
 CREATE TRIGGER IF NOT EXISTS more AFTER INSERT ON responses
-    BEGIN UPDATE counters SET value = value + NEW.size WHERE name = 'bytes'; END;
+    BEGIN UPDATE counters SET value = value + NEW.size; END;
 CREATE TRIGGER IF NOT EXISTS less AFTER DELETE ON responses
-    BEGIN UPDATE counters SET value = value - OLD.size WHERE name = 'bytes'; END;
-CREATE TABLE IF NOT EXISTS memory (seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE, value BLOB);
-CREATE TABLE IF NOT EXISTS ledger (seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT, value BLOB);
-CREATE TABLE IF NOT EXISTS lessons (upstream TEXT, model TEXT, value TEXT, PRIMARY KEY (upstream, model));
+    BEGIN UPDATE counters SET value = value - OLD.size; END;
+CREATE TABLE IF NOT EXISTS memory
+    (seq INTEGER PRIMARY KEY, id TEXT UNIQUE, value BLOB);
+CREATE TABLE IF NOT EXISTS ledger
+    (seq INTEGER PRIMARY KEY, id TEXT, value BLOB);
+CREATE TABLE IF NOT EXISTS lessons
+    (upstream TEXT, model TEXT, value TEXT, PRIMARY KEY (upstream, model));
 PRAGMA user_version = %d;
 COMMIT;
 """ % SCHEMA_VERSION
+NEXT_USE = "(SELECT COALESCE(MAX(used), 0) + 1 FROM responses)"
 BUSY_SECONDS = 0.25  # how long a request waits for another process's lock
-SLOW_SECONDS = 0.1  # a trouble that took longer than this ...
-REST_SECONDS = (
-    5  # ... is not met again for so long: waiting requests must not queue up behind each other
-)
+SLOW_SECONDS = 0.1  # a failure that took longer than this ...
+REST_SECONDS = 5  # ... is not met again for so long: requests must not queue up behind each other
 ROW_BYTES = 200  # what a row costs besides its value: key, index, page slack
-MEMORY_ROWS = 20000
-LEDGER_ROWS = 20000
+KEPT_ROWS = 20000  # the newest, in each table but that of the answers
 
 
 def pack(value):
     """Compressed JSON, or None for what JSON cannot hold."""
     try:
-        return zlib.compress(json.dumps(value, separators=(",", ":")).encode("ascii"), 6)
+        return zlib.compress(compact_json(value).encode("ascii"), 6)
     except (TypeError, ValueError, RecursionError):
         return None
 
 
 def unpack(blob):
-    """The value that `packed` made blob of; None for anything else."""
+    """The value that `pack` made blob of; None for anything else."""
     try:
-        return json.loads(zlib.decompress(blob).decode("ascii"))
-    except (TypeError, ValueError, RecursionError, zlib.error):
+        return json_or_none(zlib.decompress(blob))
+    except (TypeError, zlib.error):
         return None
 
 
-def storable(text):
-    """A text that SQLite can hold: a client's id may contain half a surrogate pair."""
-    return str(text).encode("utf-8", "backslashreplace").decode("utf-8")
+def sqlite_text(value):
+    """value as a string that SQLite can hold: a client's id may contain half a surrogate pair."""
+    return str(value).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 class Cache:
-    """Answers by key in `responses.db` in a folder (made 0700, the file 0600), for all threads and several processes.
+    """Answers by key in `responses.db` in a folder, for all threads and several processes.
 
-    folder "" keeps everything in memory. ttl: seconds, 0 keeps nothing; max_bytes: compressed, least recently used go
-    first; log(text) hears of each kind of trouble once. The file is opened at the first use. No method raises: while
-    the database is locked, full, read-only or broken, everything is a miss; a broken file is moved aside.
+    The folder is made 0700, the file 0600. Beside the answers: what is remembered of tool calls,
+    ledger rows, and lessons. folder "" keeps everything in memory. The file is opened at the
+    first use. No method raises: while the database is locked, full, read-only or broken,
+    everything is a miss; a broken file is moved aside.
     """
 
     def __init__(self, folder, ttl, max_bytes, now=time.time, log=None):
         self.path = os.path.join(folder, "responses.db") if folder else ":memory:"
-        self._ttl, self._max_bytes, self._now, self._log = (
-            ttl,
-            max_bytes,
-            now,
-            log or (lambda text: None),
-        )
-        self._lock = threading.RLock()
-        self._db = None
-        self._closed = False
-        self._rest_until = 0
-        self._error = None
-        self._told = set()
-        self._counts = dict.fromkeys(("hits", "misses", "inserts", "evictions", "saved_ms"), 0)
+        self._ttl = ttl  # seconds for which an answer is good; 0 keeps none
+        self._max_bytes = max_bytes  # of compressed answers; the least recently used go first
+        self._now = now  # () -> seconds since the epoch
+        self._log = log or (lambda text: None)  # hears of each kind of trouble once
+        self._lock = threading.RLock()  # all threads share one connection
+        self._db = None  # the connection, while there is one
+        self._closed = False  # for good, by close()
+        self._rest_until = 0  # no use of the database before; see SLOW_SECONDS
+        self._faults = (ImportError, OSError)  # what `_run` meets; _open adds SQLite's own
+        self._error = None  # the last failure, until a put goes well
+        self._told = set()  # what the log has heard
+        self._counts = collections.Counter(hits=0, misses=0, inserts=0, evictions=0, saved_ms=0)
 
     def get(self, key):
         """(message, cost_ms), or None. cost_ms: what the answer truly took upstream."""
         if key is None:
             return None
-        row = self._run(
-            lambda db: db.execute(
-                "SELECT value, cost_ms FROM responses WHERE key = ? AND abs(born - ?) < ?",
-                (key, self._now(), self._ttl),
-            ).fetchone()
-        )
-        message = unpack(row[0]) if row else None
-        if not isinstance(message, dict):
-            return self._count(misses=1)
-        self._run(
-            lambda db: db.execute(
-                "UPDATE responses SET used = (SELECT MAX(used) FROM responses) + 1 WHERE key = ?",
-                (key,),
-            )
-        )
-        self._count(hits=1, saved_ms=row[1])
-        return message, row[1]
+        fresh = "WHERE key = ? AND abs(born - ?) < ?"
+        rows = self._find("responses", fresh, key, self._now(), self._ttl)
+        if not rows or not isinstance(rows[0][-1], dict):
+            self._count(misses=1)
+            return None
+        self._change("UPDATE responses SET used = %s WHERE key = ?" % NEXT_USE, key)
+        cost_ms, message = rows[0][-2:]
+        self._count(hits=1, saved_ms=cost_ms)
+        return message, cost_ms
 
     def put(self, key, message, cost_ms):
         """Keep a complete answer (a dict). One too big for the whole cache is left out."""
@@ -6429,45 +6442,34 @@ class Cache:
         if key is None or value is None or len(value) + ROW_BYTES > self._max_bytes:
             return
         row = (key, len(value) + ROW_BYTES, self._now(), float(cost_ms), value)
-        evicted = self._run(lambda db: self._store(db, row))
+        evicted = self._run(lambda db: self._replace(db, row))
         if evicted is not None:
             self._error = None
             self._count(inserts=1, evictions=evicted)
 
-    def _store(self, db, row):
-        """Replace the row and make room for it, as one transaction -> how many others had to go."""
+    def _replace(self, db, row):
+        """Put a row in and make room for it, as one transaction -> how many others had to go."""
         db.execute("BEGIN IMMEDIATE")
+        # Not INSERT OR REPLACE, which would not fire the trigger that counts.
         db.execute("DELETE FROM responses WHERE key = ?", row[:1])
-        excess = (
-            db.execute("SELECT value FROM counters WHERE name = 'bytes'").fetchone()[0]
-            + row[1]
-            - self._max_bytes
-        )
-        gone = []
-        for key, size in (
-            db.execute("SELECT key, size FROM responses ORDER BY used") if excess > 0 else ()
-        ):
-            gone.append((key,))
-            excess -= size
-            if excess <= 0:
+        db.execute("INSERT INTO responses VALUES (?, ?, ?, %s, ?, ?)" % NEXT_USE, row)
+        evicted = 0
+        oldest = "(SELECT key FROM responses ORDER BY used LIMIT 1)"
+        while db.execute("SELECT value FROM counters").fetchone()[0] > self._max_bytes:
+            if not db.execute("DELETE FROM responses WHERE key = " + oldest).rowcount:
                 break
-        db.executemany("DELETE FROM responses WHERE key = ?", gone)
-        db.execute(
-            "INSERT INTO responses (key, size, born, used, cost_ms, value) VALUES "
-            "(?, ?, ?, COALESCE((SELECT MAX(used) FROM responses), 0) + 1, ?, ?)",
-            row,
-        )
+            evicted += 1
         db.execute("COMMIT")
-        return len(gone)
+        return evicted
 
     def stats(self):
-        """Counts since the start, entries and bytes of now; error: the last trouble, None once a put went well."""
-        entries, size = self._run(
-            lambda db: db.execute(
-                "SELECT COUNT(*), (SELECT value FROM counters WHERE name = 'bytes') FROM responses"
-            ).fetchone(),
-            (0, 0),
-        )
+        """Counts since the start, entries and bytes of now, limits, and the last failure.
+
+        saved_ms: what the answers took upstream that were found here; error: None once a put has
+        gone well again.
+        """
+        figures = "SELECT COUNT(*), (SELECT value FROM counters) FROM responses"
+        entries, size = self._run(lambda db: db.execute(figures).fetchone(), (0, 0))
         with self._lock:
             counts = dict(self._counts, saved_ms=round(self._counts["saved_ms"]))
         asked = counts["hits"] + counts["misses"]
@@ -6483,86 +6485,47 @@ class Cache:
         )
 
     def clear(self):
-        """Forget all answers -> how many. The file shrinks, where no other process is in the way."""
-        count = self._run(lambda db: db.execute("DELETE FROM responses").rowcount, 0)
-        self._run(
-            lambda db: (
-                db.execute("VACUUM"),
-                db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone(),
-            )
-        )
+        """Forget all answers -> how many. The file shrinks if no other process is in the way."""
+        count = self._change("DELETE FROM responses")
+        self._change("VACUUM")
+        self._change("PRAGMA wal_checkpoint(TRUNCATE)")
         return count
 
     def clear_expired(self):
         """Forget answers older than ttl (or from a future that a wrong clock made) -> how many."""
-        return self._run(
-            lambda db: db.execute(
-                "DELETE FROM responses WHERE abs(born - ?) >= ?", (self._now(), self._ttl)
-            ).rowcount,
-            0,
-        )
+        old = "DELETE FROM responses WHERE abs(born - ?) >= ?"
+        return self._change(old, self._now(), self._ttl)
 
-    def remember(self, call_id, value):
-        """Keep the reasoning state (JSON value) that belongs to a tool call; the newest 20,000 stay."""
-        self._append("memory", storable(call_id), value, MEMORY_ROWS)
+    def remember(self, call_id, note):
+        """Keep what belongs to a tool call (a JSON value: its reasoning, say) for later turns."""
+        self._keep("memory", (None, sqlite_text(call_id)), note)
 
     def recall(self, call_id):
         """What `remember` kept, or None."""
-        row = self._run(
-            lambda db: db.execute(
-                "SELECT value FROM memory WHERE id = ?", (storable(call_id),)
-            ).fetchone()
-        )
-        return unpack(row[0]) if row else None
+        rows = self._find("memory", "WHERE id = ?", sqlite_text(call_id))
+        return rows[0][-1] if rows else None
 
     def save_row(self, row):
-        """Keep a ledger row (dict); the newest 20,000 stay. Made to be a Ledger's `save`."""
-        self._append("ledger", storable(row.get("id")), row, LEDGER_ROWS)
+        """Keep a ledger row (dict). Made to be a Ledger's `save`."""
+        self._keep("ledger", (None, sqlite_text(row.get("id"))), row)
 
     def saved_rows(self, count=1000):
         """Saved ledger rows, newest first."""
-        rows = self._run(
-            lambda db: db.execute(
-                "SELECT value FROM ledger ORDER BY seq DESC LIMIT ?", (count,)
-            ).fetchall(),
-            [],
-        )
-        return [row for row in (unpack(blob) for blob, in rows) if row is not None]
+        rows = self._find("ledger", "ORDER BY seq DESC LIMIT ?", count)
+        return [row[-1] for row in rows if isinstance(row[-1], dict)]
 
-    def _append(self, table, row_id, value, limit):
-        """Add a row to a table that keeps its newest `limit` rows."""
-        blob = pack(value)
-        if blob is None:
-            return
-
-        def add(db):
-            db.execute("BEGIN IMMEDIATE")
-            db.execute(
-                "INSERT OR REPLACE INTO %s (id, value) VALUES (?, ?)" % table, (row_id, blob)
-            )
-            db.execute(
-                "DELETE FROM %s WHERE seq <= (SELECT MAX(seq) FROM %s) - ?" % (table, table),
-                (limit,),
-            )
-            db.execute("COMMIT")
-
-        self._run(add)
+    def save_lesson(self, upstream, model, lesson):
+        """Keep what was learned (a dict) about a model of an upstream; replaces the earlier."""
+        self._keep("lessons", (sqlite_text(upstream), sqlite_text(model)), lesson)
 
     def lessons(self):
-        """{(upstream, model): value} of all that `save_lesson` kept."""
-        rows = self._run(
-            lambda db: db.execute("SELECT upstream, model, value FROM lessons").fetchall(), []
-        )
-        return {(upstream, model): json.loads(text) for upstream, model, text in rows}
-
-    def save_lesson(self, upstream, model, value):
-        """Keep what was learned (a JSON value) about a model of an upstream; replaces the earlier."""
-        row = (storable(upstream), storable(model), json.dumps(value))
-        self._run(lambda db: db.execute("INSERT OR REPLACE INTO lessons VALUES (?, ?, ?)", row))
+        """{(upstream, model): lesson} of all that `save_lesson` kept."""
+        rows = self._find("lessons")
+        return {row[:-1]: row[-1] for row in rows if isinstance(row[-1], dict)}
 
     def forget_lessons(self):
         """-> how many lessons there were."""
-        return self._run(lambda db: db.execute("DELETE FROM lessons").rowcount, 0)
+        return self._change("DELETE FROM lessons")
 
     def close(self):
         """Close the file; afterwards everything is a miss."""
@@ -6572,60 +6535,70 @@ class Cache:
 
     def _count(self, **more):
         with self._lock:
-            for name, value in more.items():
-                self._counts[name] += value
+            self._counts.update(more)
+
+    def _find(self, table, condition="", *values):
+        """Rows of a table, as tuples with their value unpacked; a damaged value is None."""
+        query = "SELECT * FROM %s %s" % (table, condition)
+        rows = self._run(lambda db: db.execute(query, values).fetchall(), [])
+        return [row[:-1] + (unpack(row[-1]),) for row in rows]
+
+    def _change(self, statement, *values):
+        """Run a statement -> how many rows it changed."""
+        return self._run(lambda db: db.execute(statement, values).rowcount, 0)
+
+    def _keep(self, table, ids, value):
+        """Put (*ids, value) into a table that keeps its newest KEPT_ROWS.
+
+        An id of None becomes the next `seq`. SQLite's rowid grows with each row, replaced or new.
+        """
+        blob = pack(value)
+        if blob is not None:
+            self._change("INSERT OR REPLACE INTO %s VALUES (?, ?, ?)" % table, *ids, blob)
+            last = "(SELECT MAX(rowid) FROM %s)" % table
+            self._change("DELETE FROM %s WHERE rowid <= %s - ?" % (table, last), KEPT_ROWS)
 
     def _run(self, act, otherwise=None):
-        """act(db), or `otherwise` where the database is in trouble: the only place that meets its errors."""
+        """act(db), or `otherwise` where that fails: all errors of the database end here."""
         with self._lock:
             if self._closed or 0 < self._rest_until - self._now() <= REST_SECONDS:
                 return otherwise
-            start, faults = time.perf_counter(), (ImportError, OSError)
+            start = time.perf_counter()
             try:
-                import sqlite3  # here, not above: it costs a start some 10 ms, and some Pythons are built without it
-
-                faults += (sqlite3.Error,)
-                self._db = self._db or self._opened(sqlite3)
+                if not self._db:
+                    self._open()
                 return act(self._db)
-            except faults as error:
+            except self._faults as error:
                 self._shut()
                 if time.perf_counter() - start > SLOW_SECONDS:
                     self._rest_until = self._now() + REST_SECONDS
-                self._tell(str(error) or type(error).__name__)
-                if (
-                    type(error).__name__ == "DatabaseError"
-                ):  # corrupt; "locked" and "full" are OperationalErrors
-                    self._set_aside(sqlite3)
+                self._tell(error)
+                if is_corruption(error):
+                    self._set_aside()
                 return otherwise
 
-    def _opened(self, sqlite3):
-        """A connection to a database of ours, made where there is none."""
+    def _open(self):
+        """Connect to a database of ours, made where there is none."""
+        import sqlite3  # here: it costs a start some 10 ms, and some Pythons are built without it
+
+        self._faults = (OSError, sqlite3.Error)
         if self.path != ":memory:":
-            os.makedirs(os.path.dirname(self.path) or ".", mode=0o700, exist_ok=True)
-            os.close(
-                os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
-            )  # SQLite gives its side files the same mode
-        db = sqlite3.connect(
+            os.makedirs(os.path.dirname(self.path), mode=0o700, exist_ok=True)
+            # SQLite gives its side files the mode of this one.
+            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
+        db = self._db = sqlite3.connect(
             self.path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
         )
-        try:
-            # In this order: another process makes tables and version in one step, so tables that are seen are marked.
-            tables = db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0]
-            version = db.execute("PRAGMA user_version").fetchone()[0]
-            if tables and version != SCHEMA_VERSION:
-                raise sqlite3.DatabaseError("not a cache of this program or version")
-            for pragma in (
-                "journal_mode = WAL",
-                "synchronous = NORMAL",
-                "journal_size_limit = 4194304",
-            ):
-                db.execute("PRAGMA " + pragma).fetchone()
-            if not tables:
-                db.executescript(SCHEMA)
-        except BaseException:
-            db.close()
-            raise
-        return db
+        # In this order: another process makes tables and version in one step.
+        tables = db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0]
+        version = db.execute("PRAGMA user_version").fetchone()[0]
+        if tables and version != SCHEMA_VERSION:
+            raise sqlite3.DatabaseError("not a cache of this program or version")
+        # WAL: reading goes on while another process writes. NORMAL: power cuts may cost answers.
+        for pragma in "journal_mode = WAL", "synchronous = NORMAL", "journal_size_limit = 4194304":
+            db.execute("PRAGMA " + pragma).fetchone()
+        if not tables:
+            db.executescript(SCHEMA)
 
     def _shut(self):
         """Close the connection; what it had begun is rolled back."""
@@ -6633,302 +6606,263 @@ class Cache:
         try:
             if db:
                 db.close()
-        except (
-            Exception
-        ) as error:  # sqlite3.Error, which has no name here; a file that cannot even be closed
-            self._tell(str(error))
+        except self._faults as error:  # a file that cannot even be closed
+            self._tell(error)
 
-    def _tell(self, text):
-        self._error = text
-        if text not in self._told and len(self._told) < 20:
-            self._told.add(text)
-            self._log("cache %s: %s; requests go on without it" % (self.path, text))
+    def _tell(self, error):
+        """Log a failure, each kind once: every request meets it until somebody fixes it."""
+        self._error = str(error) or type(error).__name__
+        if self._error not in self._told and len(self._told) < 20:
+            self._told.add(self._error)
+            self._log("cache %s: %s; requests go on without it" % (self.path, self._error))
 
-    def _set_aside(self, sqlite3):
+    def _set_aside(self):
         """Move a broken file to responses.db.broken, unless another process has done so by now."""
         try:
-            db = self._opened(sqlite3)
-            try:
-                sound = db.execute("PRAGMA quick_check(1)").fetchone()[0] == "ok"
-            finally:
-                db.close()
-        except (OSError, sqlite3.Error) as error:
-            sound = type(error) is not sqlite3.DatabaseError
+            self._open()
+            sound = self._db.execute("PRAGMA quick_check(1)").fetchone()[0] == "ok"
+        except self._faults as error:
+            sound = not is_corruption(error)
+        self._shut()
         for suffix in () if sound else ("", "-wal", "-shm"):
-            try:
+            # Where it fails there is no such side file; or the next opening fails as well,
+            # and says so.
+            with contextlib.suppress(OSError):
                 os.replace(self.path + suffix, self.path + ".broken" + suffix)
-            except OSError:
-                continue  # there is no such side file; or the next opening meets the same trouble and says so
+
+
+def is_corruption(error):
+    """Whether an error says that the file is broken: "locked" and "full" are OperationalErrors."""
+    return type(error).__name__ == "DatabaseError"
 
 
 # ---- Ledger: what requests took and cost
+#
+# Rows for the list on the status page, sums for its figures and charts. A cost is counted when the
+# row comes: prices that change later do not rewrite what was spent.
 
-PRICE_FIELDS = ("input", "output", "cache_read", "cache_write")
+PRICE_FIELDS = ("input", "output", "cache_read", "cache_write")  # tokens of a row of the ledger
+COUNTED = ("requests", "errors", "unpriced") + PRICE_FIELDS
 KEPT_MINUTES = 1440
 KEPT_SAMPLES = 500  # first-content times kept of a minute, for its median
 
 
 def prices_from(text_or_path):
-    """{model: {input, output, cache_read, cache_write}}, per million tokens, of JSON or of a file that holds it.
+    """{model: {input, output, cache_read, cache_write}} of JSON, or of a file that holds it.
 
-    A model may end in "*". cache_read and cache_write cost as much as input where they are not given.
-    Raises ValueError, with a sentence for the user.
+    Prices are per million tokens, in the user's currency. A model may end in "*". cache_read
+    and cache_write cost as much as input where they are not given. Raises ValueError, with a
+    sentence for the user.
     """
     text = text_or_path.strip()
-    if text and not text.startswith("{"):
-        try:
+    try:
+        if text and not text.startswith("{"):
             with open(text, encoding="utf-8-sig") as file:
                 text = file.read()
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                "PRICES: cannot read the file %r (%s); give JSON or a path" % (text, error)
-            )
-    try:
         table = json.loads(text or "{}")
+    except OSError as error:
+        raise ValueError("PRICES: cannot read %r (%s); give JSON or a path" % (text, error))
     except ValueError as error:
         raise ValueError("PRICES: not JSON (%s)" % error)
     if not isinstance(table, dict):
-        raise ValueError(
-            'PRICES: must be an object such as {"model-name": {"input": 1, "output": 2}}'
-        )
+        example = '{"model-name": {"input": 1, "output": 2}}'
+        raise ValueError("PRICES: must be an object such as " + example)
     return {model: check_price(model, price) for model, price in table.items()}
 
 
 def check_price(model, price):
-    """A whole price row, or ValueError."""
+    """A model's prices as a whole row: {field of PRICE_FIELDS: float}. Raises ValueError."""
+    words = ""
     if "*" in model[:-1]:
-        raise ValueError("PRICES: %r: a * may only stand at the end of a model's name" % model)
-    if not isinstance(price, dict) or not {"input", "output"} <= set(price) <= set(PRICE_FIELDS):
-        raise ValueError(
-            "PRICES: %r needs input and output, and may have cache_read and cache_write" % model
-        )
-    for name, value in price.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1e9:
-            raise ValueError(
-                "PRICES: %r: %s must be a price per million tokens, not %r" % (model, name, value)
-            )
+        words = ": a * may only stand at the end of a model's name"
+    elif not isinstance(price, dict) or not {"input", "output"} <= set(price) <= set(PRICE_FIELDS):
+        words = " needs input and output, and may have cache_read and cache_write"
+    else:
+        for name, value in price.items():
+            if type(value) not in (int, float) or not 0 <= value < 1e9:  # nor NaN, nor true
+                words = ": %s must be a price per million tokens, not %r" % (name, value)
+    if words:
+        raise ValueError("PRICES: %r%s" % (model, words))
     return {name: float(price.get(name, price["input"])) for name in PRICE_FIELDS}
 
 
 class Sums:
-    """Sums over requests; cost counts those whose model has a price."""
-
-    __slots__ = (
-        "requests",
-        "errors",
-        "input",
-        "output",
-        "cache_read",
-        "cache_write",
-        "cost",
-        "unpriced",
-        "first_ms",
-    )
+    """Sums over requests."""
 
     def __init__(self):
-        self.requests = self.errors = self.input = self.output = self.cache_read = (
-            self.cache_write
-        ) = self.unpriced = 0
-        self.cost, self.first_ms = 0.0, []
+        self.counts = collections.Counter(dict.fromkeys(COUNTED, 0))
+        self.cost = 0.0  # of the requests whose model has a price; `unpriced` counts the others
+        self.first_ms = []  # of the first KEPT_SAMPLES requests
 
-    def add(self, failed, tokens, cost):
-        """Count one request; tokens: (input, output, cache_read, cache_write)."""
-        self.requests += 1
-        self.errors += failed
-        self.input += tokens[0]
-        self.output += tokens[1]
-        self.cache_read += tokens[2]
-        self.cache_write += tokens[3]
-        if cost is None:
-            self.unpriced += 1
-        else:
-            self.cost += cost
+    def add(self, row):
+        """Count one request; row: as Ledger.add gives it."""
+        failed = bool(row.get("error")) or (row.get("status") or 0) >= 400
+        row = dict(row, requests=1, errors=failed, unpriced=row["cost"] is None)
+        self.counts.update({name: row.get(name) or 0 for name in COUNTED})
+        self.cost += row["cost"] or 0
+        if row.get("first_ms") is not None and len(self.first_ms) < KEPT_SAMPLES:
+            self.first_ms.append(row["first_ms"])
 
     def figures(self, has_prices):
         """The sums as a dict; cost is None where no request had a price."""
-        result = {name: getattr(self, name) for name in self.__slots__ if name != "first_ms"}
-        priced = has_prices and (self.requests > self.unpriced or not self.requests)
-        return dict(result, cost=round(self.cost, 6) if priced else None)
+        counts = self.counts
+        known = counts["requests"] > counts["unpriced"] or has_prices and not counts["requests"]
+        return dict(counts, cost=round(self.cost, 6) if known else None)
+
+    def median_ms(self):
+        """The median time to the first content, or None."""
+        return sorted(self.first_ms)[len(self.first_ms) // 2] if self.first_ms else None
 
 
 class Ledger:
-    """The last `size` requests, and sums over all of them.
-
-    prices: as `prices_from` gives them; save(row): called for each row, outside the lock (see Cache.save_row).
-    """
+    """The last `size` requests, and sums over all of them."""
 
     def __init__(self, size=1000, prices=None, now=time.time, save=None):
-        self._prices, self._now, self.save = prices or {}, now, save
+        self._prices = prices or {}  # as `prices_from` gives them
+        self._now = now  # () -> seconds since the epoch
+        self.save = save  # save(row), called for each new row, outside the lock; see Cache.save_row
         self._lock = threading.Lock()
-        self._rows = collections.deque(maxlen=size)
+        self._rows = collections.deque(maxlen=size)  # newest last
         self._totals = Sums()
         self._minutes = {}  # minute since the epoch -> Sums
-        self._price_of = {}  # model -> its row of prices or None, as found before
 
     def add(self, row):
-        """Keep a row, with its `cost` added (None where the model's price is unknown) -> the row kept.
+        """Keep a row -> the row kept, with its `cost` (None where the model's price is unknown).
 
-        row: {time, id, session, asked, model, stream, status, input, output, cache_read, cache_write, first_ms,
-        total_ms, bytes_in, bytes_out, retries, lessons, cache, error, broke}; input excludes what came from a cache.
+        row: {time, id, session, asked, model, stream, status, input, output, cache_read,
+        cache_write, first_ms, total_ms, bytes_in, bytes_out, retries, lessons, cache, error,
+        broke}; time: seconds since the epoch; input: tokens, without those that came from a
+        provider's cache.
         """
-        get = row.get
-        tokens = (
-            get("input") or 0,
-            get("output") or 0,
-            get("cache_read") or 0,
-            get("cache_write") or 0,
-        )
-        cost = self._cost(get("model"), tokens) if self._prices else None
-        failed = bool(get("error")) or (get("status") or 0) >= 400
-        minute = int((get("time") or self._now()) // 60)
-        first_ms = get("first_ms")
-        row = dict(row, cost=cost)
-        with self._lock:
-            self._rows.append(row)
-            self._totals.add(failed, tokens, cost)
-            sums = self._minutes.get(minute) or self._new_minute(minute)
-            sums.add(failed, tokens, cost)
-            if first_ms is not None and len(sums.first_ms) < KEPT_SAMPLES:
-                sums.first_ms.append(first_ms)
+        row = self._take(row)
         if self.save:
             self.save(row)
         return row
 
+    def _take(self, row):
+        """Count a row; a cost that it brings along stays, as prices may have changed since."""
+        row = dict(row)
+        if row.get("cost") is None:
+            row["cost"] = self._cost(row)
+        minute = int((row.get("time") or self._now()) // 60)
+        with self._lock:
+            self._rows.append(row)
+            self._totals.add(row)
+            if minute not in self._minutes and len(self._minutes) >= KEPT_MINUTES:
+                del self._minutes[min(self._minutes)]
+            self._minutes.setdefault(minute, Sums()).add(row)
+        return row
+
+    def _cost(self, row):
+        """What a request cost, in the prices' currency; None where its model has no price.
+
+        The model's own price counts, else that of the longest name with a * that fits.
+        """
+        model = str(row.get("model"))
+        fits = [
+            name
+            for name in self._prices
+            if name == model or name.endswith("*") and model.startswith(name[:-1])
+        ]
+        if not fits:
+            return None
+        price = self._prices[max(fits, key=lambda name: (name == model, len(name)))]
+        return sum((row.get(name) or 0) * price[name] for name in PRICE_FIELDS) / 1e6
+
     def price(self, prices):
         """Count with these prices from now on."""
-        self._prices, self._price_of = prices, {}
+        self._prices = prices
 
     def restore(self, rows):
         """Take in rows (newest first) that an earlier run saved, where there are none yet."""
-        save, self.save = self.save, None
         if not self._rows:
             for row in reversed(rows):
-                self.add(row)
-        self.save = save
-
-    def _new_minute(self, minute):
-        if len(self._minutes) >= KEPT_MINUTES:
-            del self._minutes[min(self._minutes)]
-        return self._minutes.setdefault(minute, Sums())
-
-    def _cost(self, model, tokens):
-        """What a request cost, in the prices' currency; None where its model has no price."""
-        price = self._price_of.get(model, ())
-        if price == ():
-            price = self._price(model)
-            if len(self._price_of) < 1000:  # names come from clients
-                self._price_of[model] = price
-        return price and sum(map(operator.mul, tokens, price)) / 1e6
-
-    def _price(self, model):
-        """The model's own prices, else those of the longest name with a * that fits, else None; as PRICE_FIELDS."""
-        fits = [
-            name for name in self._prices if name.endswith("*") and str(model).startswith(name[:-1])
-        ]
-        found = model if model in self._prices else max(fits, key=len, default=None)
-        return found and tuple(self._prices[found][name] for name in PRICE_FIELDS)
+                self._take(row)
 
     def rows(self, count=1000):
         """The last rows, newest first."""
         with self._lock:
-            rows = list(self._rows)
-        return rows[::-1][:count]
+            return list(self._rows)[::-1][:count]
 
     def totals(self):
-        """{requests, errors, input, output, cache_read, cache_write, cost or None, unpriced} since the start."""
+        """COUNTED and the cost (or None), of all requests since the start."""
         with self._lock:
             return self._totals.figures(bool(self._prices))
 
     def series(self, minutes=60):
-        """One dict a minute, oldest first, the running minute last: t (epoch seconds), first_ms (median) and sums."""
+        """One dict a minute, the running minute last: t, first_ms (the median) and the sums.
+
+        t: the minute's start, in seconds since the epoch.
+        """
         last = int(self._now() // 60)
+        result = []
         with self._lock:
-            found = [
-                (minute, self._minutes.get(minute) or Sums())
-                for minute in range(last - minutes + 1, last + 1)
-            ]
-            return [
-                dict(
-                    sums.figures(bool(self._prices)),
-                    t=minute * 60,
-                    first_ms=(
-                        sorted(sums.first_ms)[len(sums.first_ms) // 2] if sums.first_ms else None
-                    ),
-                )
-                for minute, sums in found
-            ]
+            for minute in range(last - minutes + 1, last + 1):
+                sums = self._minutes.get(minute) or Sums()
+                figures = sums.figures(bool(self._prices))
+                result.append(dict(figures, t=minute * 60, first_ms=sums.median_ms()))
+        return result
 
 
 # ---- Why an upstream's prefix cache was lost
-
-GROUPS = {"system": "system", "tool": "tools"}  # first word of a label -> group; else a message
+#
+# Providers keep what they computed of a prompt's front, and bill it at a fraction of the price,
+# while it stays the same to the byte. A client that edits its history or its tools loses that
+# silently: we compare each request with the session's last one, and tell in the ledger what
+# changed.
 
 
 def sections(parts):
-    """{"system": [(label, crc)], "tools": [...], "messages": [...]} of [(label, bytes)], in the order sent.
+    """{"system": [(label, crc)], "tool": [...], "message": [...]} of [(label, bytes)].
 
     Labels: "system", "tool NAME" (one part a tool) and "message 3 (user)", counted from 1.
     """
-    groups = {"system": [], "tools": [], "messages": []}
+    groups = {"system": [], "tool": [], "message": []}
     for label, data in parts:
-        groups[GROUPS.get(label.split(" ")[0], "messages")].append((label, zlib.crc32(data)))
+        groups[label.split(" ")[0]].append((label, zlib.crc32(data)))
     return groups
 
 
-def crcs(listed):
-    return [crc for _, crc in listed]
-
-
 def common_prefix(old, new):
-    """How many sections at the front are the same."""
-    count = 0
-    for (_, before), (_, after) in zip(old, new):
-        if before != after:
-            break
-        count += 1
-    return count
+    """How many sections at the front are the same: what a provider's cache can still use."""
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(old, new))
+    return len(list(same))
 
 
 def why_broken(old, new):
-    """Why `new` (sections) does not go on where `old` stopped, as a text; "" where it does or is a part of it."""
-    reasons = []
-    if crcs(old["system"]) != crcs(new["system"]):
-        reasons.append("system text changed")
-    if crcs(old["tools"]) != crcs(new["tools"]):
-        reasons.append(tools_broken(old["tools"], new["tools"]))
-    return "; ".join(
-        reason for reason in reasons + [messages_broken(old["messages"], new["messages"])] if reason
-    )
+    """Why `new` (sections) does not go on where `old` stopped; "" where it does, or is a part."""
+    system = "" if old["system"] == new["system"] else "system text changed"
+    tools = tools_broken(old["tool"], new["tool"])
+    messages = messages_broken(old["message"], new["message"])
+    return "; ".join(filter(None, (system, tools, messages)))
 
 
 def tools_broken(old, new):
-    """ "tools reordered", or "tools changed" with the names that came, went or changed."""
-    if sorted(crcs(old)) == sorted(crcs(new)):
-        return "tools reordered"
+    """ "tools reordered", or "tools changed" with the names that came, went or changed; or ""."""
+    if sorted(old) == sorted(new):
+        return "" if old == new else "tools reordered"
     before, after = dict(old), dict(new)
+    both = set(before) & set(after)
     changes = (
-        ("added", sorted(set(after) - set(before))),
-        ("removed", sorted(set(before) - set(after))),
-        (
-            "edited",
-            sorted(name for name in before if name in after and before[name] != after[name]),
-        ),
+        ("added", set(after) - both),
+        ("removed", set(before) - both),
+        ("edited", {label for label in both if before[label] != after[label]}),
     )
-    words = [
-        "%s %s"
-        % (
-            verb,
-            ", ".join(label.partition(" ")[2] or label for label in labels[:3])
-            + (" and %d more" % (len(labels) - 3) if len(labels) > 3 else ""),
-        )
-        for verb, labels in changes
-        if labels
-    ]
+    words = ["%s %s" % (verb, tool_list(labels)) for verb, labels in changes if labels]
     return "tools changed" + (" (%s)" % "; ".join(words) if words else "")
 
 
+def tool_list(labels):
+    """The names of at most three tools, and how many more there are."""
+    names = [label.partition(" ")[2] for label in sorted(labels)]
+    return ", ".join(names[:3]) + (" and %d more" % (len(names) - 3) if names[3:] else "")
+
+
 def messages_broken(old, new):
-    """Which message changed, or where the history was cut; "" where one list is the front of the other."""
+    """Which message changed, or where the history was cut.
+
+    "" where one list is the front of the other: a request that goes on, or a side request.
+    """
     same = common_prefix(old, new)
     if same in (len(old), len(new)):
         return ""
@@ -6942,8 +6876,9 @@ def messages_broken(old, new):
 class Sessions:
     """The last sections of each session, least recently used forgotten.
 
-    One session has several lines of requests (main, title, web fetch), so the last few are kept, and a request is
-    compared with the one it shares most messages with. Give subagents a session of their own: session plus agent id.
+    One session has several lines of requests (main, title, web fetch), so the last few are kept,
+    and a request is compared with the one it shares most messages with. Give subagents a session
+    of their own: session plus agent id.
     """
 
     LINES = 4
@@ -6954,7 +6889,7 @@ class Sessions:
         self._lines = collections.OrderedDict()  # session -> [sections, ...], latest last
 
     def compare(self, session, new):
-        """`why_broken` against the session's earlier request of the same line; remembers `new` (sections) in its place."""
+        """`why_broken` against the earlier request of the same line, whose place `new` takes."""
         with self._lock:
             lines = self._lines.pop(session, [])
             related = [line for line in lines if is_related(line, new)]
@@ -6967,107 +6902,45 @@ class Sessions:
 
 
 def is_related(old, new):
-    """True where two requests can be of one line: the same first message, or a history under the same system text."""
-    return common_prefix(old["messages"][:1], new["messages"][:1]) == 1 or (
-        crcs(old["system"]) == crcs(new["system"]) and len(new["messages"]) > 2
-    )  # up to 2: a first question
+    """Whether two requests can be of one line: the same first message, or the same system text.
+
+    The latter only with a history, of more than two messages: a first question is a line of its
+    own.
+    """
+    has_history = len(new["message"]) > 2 and old["system"] == new["system"]
+    return has_history or old["message"][:1] == new["message"][:1]
 
 
 def likeness(old, new):
     """How alike two requests are: (messages shared from the front, same tools)."""
-    return common_prefix(old["messages"], new["messages"]), crcs(old["tools"]) == crcs(new["tools"])
+    return common_prefix(old["message"], new["message"]), old["tool"] == new["tool"]
 
 
-# ---- Record and replay
-
-HIDDEN = "<hidden>"
-SECRET_NAMES = frozenset(
-    (
-        "authorization",
-        "proxy-authorization",
-        "x-api-key",
-        "api-key",
-        "apikey",
-        "api_key",
-        "x-goog-api-key",
-        "x-auth-token",
-        "cookie",
-        "set-cookie",
-    )
-)
-SHORTEST_SECRET = 4  # "x" as a key protects nothing, and hiding it would garble every text
-
-
-def redact(value, secrets=(), depth=60):
-    """A copy of a JSON value without values under SECRET_NAMES (also in [name, value] pairs) and secrets in texts.
-
-    Bytes become text. Deeper than `depth` levels a value is hidden whole.
-    """
-    if isinstance(value, bytes):
-        value = value.decode("utf-8", "replace")
-    if isinstance(value, str):
-        for secret in sorted(
-            (secret for secret in secrets if len(secret or "") >= SHORTEST_SECRET), key=len
-        )[::-1]:
-            value = value.replace(secret, HIDDEN)
-        return value
-    if not depth:
-        return HIDDEN
-    if isinstance(value, dict):
-        return {
-            redact(name, secrets): redact_item(name, item, secrets, depth - 1)
-            for name, item in value.items()
-        }
-    if isinstance(value, (list, tuple)):
-        if len(value) == 2 and isinstance(value[0], str):
-            return [redact(value[0], secrets), redact_item(value[0], value[1], secrets, depth - 1)]
-        return [redact(item, secrets, depth - 1) for item in value]
-    return value
-
-
-def redact_item(name, item, secrets, depth):
-    """The item redacted; hidden where its name says so. A schema that describes such a field stays."""
-    is_secret = str(name).lower() in SECRET_NAMES and not isinstance(item, dict)
-    return HIDDEN if is_secret else redact(item, secrets, depth)
-
-
-def shorten(text, limit=2000):
-    """The text's front and how much was left out."""
-    return (
-        text
-        if len(text) <= limit
-        else "%s... (%d more characters)" % (text[:limit], len(text) - limit)
-    )
+# ---- Records, which `--replay` serves again
 
 
 class Recorder:
-    """Writes each exchange as one JSON file (0600) in a folder (made 0700), redacted. Tells log(text) of trouble once.
+    """Writes each exchange as one JSON file (0600) in a folder (made 0700), redacted.
 
-    exchange: {time, id, ...anything..., replies: [{status, headers, body}, ...]}, one reply a try upstream.
+    exchange: {time, id, ...anything..., replies: [{status, headers, body}, ...]}, one reply a try
+    upstream.
     """
 
     def __init__(self, folder, secrets=(), log=None):
-        self._folder, self._secrets, self._log, self._told = (
-            folder,
-            tuple(secrets),
-            log or (lambda text: None),
-            False,
-        )
+        self._folder, self._secrets = folder, tuple(secrets)
+        self._log = log or (lambda text: None)  # hears of trouble once
+        self._told = False
 
     def write(self, exchange):
         """-> True where the file is whole."""
         try:
             when = exchange.get("time") or time.time()
-            stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime(when)) + "-%06d" % (when % 1 * 1e6)
-            name = "%s-%s" % (stamp, re.sub(r"[^A-Za-z0-9_-]", "_", str(exchange.get("id")))[:60])
+            stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime(when))
+            name = re.sub(r"[^A-Za-z0-9_-]", "_", str(exchange.get("id")))[:60]
+            path = "%s-%06d-%s.json" % (stamp, when % 1 * 1e6, name)
             text = json.dumps(redact(exchange, self._secrets), indent=1, default=str)
             os.makedirs(self._folder, mode=0o700, exist_ok=True)
-            part = os.path.join(self._folder, name + ".part")
-            with open(
-                os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8"
-            ) as file:
-                file.write(text)
-            os.replace(part, os.path.join(self._folder, name + ".json"))
+            write_file(os.path.join(self._folder, path), text)
             return True
         except (OSError, TypeError, ValueError, OverflowError, RecursionError) as error:
             if not self._told:
@@ -7077,25 +6950,21 @@ class Recorder:
 
 
 def read_recording(folder):
-    """[{status, headers (dict), body (str)}] of all exchanges in a folder, in order. Raises ValueError, OSError."""
+    """[{status, headers (dict), body (str)}] of all exchanges in a folder, in order of time.
+
+    Raises ValueError, which names the file, and OSError.
+    """
     replies = []
     for name in sorted(name for name in os.listdir(folder) if name.endswith(".json")):
         try:
             with open(os.path.join(folder, name), encoding="utf-8") as file:
-                found = json.load(file)["replies"]
-            replies += [
-                {
-                    "status": int(reply["status"]),
-                    "headers": dict(reply.get("headers") or {}),
-                    "body": str(reply.get("body") or ""),
-                }
-                for reply in found
-            ]
+                for reply in json.load(file)["replies"]:
+                    status, headers = int(reply["status"]), dict(reply.get("headers") or {})
+                    body = str(reply.get("body") or "")
+                    replies.append({"status": status, "headers": headers, "body": body})
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(
-                "replay: %s is not a recorded exchange (%s: %s)"
-                % (name, type(error).__name__, error)
-            )
+            words = "replay: %s is not a recorded exchange (%s: %s)"
+            raise ValueError(words % (name, type(error).__name__, error))
     return replies
 
 
@@ -7121,7 +6990,11 @@ CREATED = "2025-01-01T00:00:00Z"  # of every model; the client wants some date
 
 
 class Plan(NamedTuple):
-    """Where a request goes. family: whose settings were used ("" main, opus, ..., fallback, image)."""
+    """Where a request goes.
+
+    family: whose settings were used ("" the main ones, opus, ..., fallback, image); model: without
+    [1m]; base: the base URL; key: "" for none; profile: with what was learned.
+    """
 
     family: str
     model: str
@@ -7135,6 +7008,7 @@ class Plan(NamedTuple):
         return FORMATS[self.profile.format]
 
     def url(self, path):
+        """The URL of a path of the format."""
         return endpoint(self.base, path)
 
 
@@ -7153,7 +7027,7 @@ def plan_request(settings, asked, with_images, profile_of):
 
 def plan_for(settings, family, profile_of):
     """The Plan of a family: its own model, base and key where they are set. A base of its own never
-    gets the main key."""
+    gets the main key: it is another company's."""
 
     def own(name):
         return getattr(settings, "%s_%s" % (name, family)) if family else ""
@@ -7202,7 +7076,10 @@ def add_extra_body(sent, settings):
 
 def encode_request(sent):
     """(the request's JSON bytes, [(label, bytes)] of its parts): encoded once, in pieces, so that the
-    pieces can be compared with those of the session's last request (see `sections`)."""
+    pieces can be compared with those of the session's last request (see `sections`).
+
+    Labels: "system", "tool NAME", "message 3 (user)", in the order in which a model reads them.
+    """
     messages, tools = as_list(sent.get("messages")), as_list(sent.get("tools"))
     encoded = [compact_json(message).encode() for message in messages]
     head = {key: value for key, value in sent.items() if key not in ("messages", "tools")}
@@ -7229,7 +7106,11 @@ def name_of(tool):
 
 class Memory:
     """What is remembered of tool calls, by tool id: bounded, the least recently used go first.
-    Thread-safe. store: a Cache that keeps them too, or None."""
+    Thread-safe. store: a Cache that keeps them too, or None.
+
+    The client drops what it does not know, and rewrites arguments; what a provider needs back byte
+    for byte is kept here as well as in signatures (see `normalize` for what a note holds).
+    """
 
     def __init__(self, store=None):
         self.notes, self.size = collections.OrderedDict(), 0  # id -> (note, size)
@@ -7293,8 +7174,8 @@ class Proxy:
         return settings
 
     def follow(self, settings):
-        """Make anew what depends on settings that changed. Raises ValueError for PRICES that cannot
-        be used."""
+        """Make anew what depends on settings that changed: .env is read again while the server runs.
+        Raises ValueError for PRICES that cannot be used."""
         with self.lock:
             old, self.seen = self.seen, settings
 
@@ -7303,13 +7184,15 @@ class Proxy:
                     return True
                 return any(getattr(old, name) != getattr(settings, name) for name in names)
 
-            if changed("prices"):  # first: restored rows are counted with them
-                self.ledger.price(prices_from(settings.prices) if settings.prices else {})
-            if changed("cache_enabled", "ledger", "cache_dir", "cache_ttl", "cache_max_mb"):
-                self.open_store(settings)
-            if changed("record_dir"):
-                folder, secrets = settings.record_dir, settings.secrets()
-                self.recorder = Recorder(folder, secrets, self.warn) if folder else None
+            try:  # prices first: rows that the store gives back are priced by them
+                if changed("prices"):
+                    self.ledger.price(prices_from(settings.prices))
+            finally:
+                if changed("cache_enabled", "ledger", "cache_dir", "cache_ttl", "cache_max_mb"):
+                    self.open_store(settings)
+                if changed("record_dir"):
+                    folder, secrets = settings.record_dir, settings.secrets()
+                    self.recorder = Recorder(folder, secrets, self.warn) if folder else None
 
     def open_store(self, settings):
         """Open the Cache in CACHE_DIR where the user asked for the cache or the ledger, or named the
@@ -7346,7 +7229,8 @@ class Proxy:
             return self.wires[1]
 
     def profile_of(self, settings):
-        """(base, model) -> Profile, with what was found and learned, and with the user's own limits.
+        """A function (base, model) -> Profile, with what was found and learned, and with the user's
+        own limits, which count most.
 
         PROFILE and TARGET_FORMAT are about the main base, MAX_OUTPUT and MAX_CONTEXT about the main
         model there; a family of its own goes elsewhere.
@@ -7389,7 +7273,7 @@ class Proxy:
 
     def probe(self, plan, wait=None):
         """Ask the provider once what it tells for free: who it is, and the model's context window.
-        Never raises."""
+        Never raises: it is asked beside the first request, and nothing depends on the answer."""
         try:
             headers = upstream_headers(plan, self.settings())
             found = ask_provider(self.upstream(self.settings()), plan, headers, wait)
@@ -7418,7 +7302,8 @@ class Proxy:
 
     def models(self, settings):
         """Anthropic's model list: the families, and the disguise or target, under names that Claude
-        Code accepts (those that begin with claude or anthropic)."""
+        Code accepts (those that begin with claude or anthropic), as
+        https://docs.anthropic.com/en/api/models-list has it. There is only one page."""
         shown = settings.disguise_model or settings.target_model
         named = shown if shown.startswith(("claude", "anthropic")) else "claude-" + shown
         rows = [(named, settings.target_model)]
@@ -7430,7 +7315,10 @@ class Proxy:
         return dict({"data": data, "has_more": False}, **ends)
 
     def count_tokens(self, body, headers, wait=None):
-        """{"input_tokens"}: the provider's own count where its format has one, else an estimate."""
+        """{"input_tokens"}: the provider's own count where its format has one, else an estimate.
+
+        Claude Code's /context asks for some 24 counts at once; it works with any number.
+        """
         if not isinstance(body.get("messages"), list):
             raise BadRequest("messages: a list is required")
         settings = self.settings()
@@ -7532,7 +7420,12 @@ def get_json(upstream, url, headers, wait=None, timeout=None, body=None):
 
 def ask_provider(upstream, plan, headers, wait=None):
     """{"owner", "context", "models"} from /models, and from /props (llama.cpp) or /api/ps (Ollama)
-    where the owner is known (see OWNERS)."""
+    where the owner is known (see OWNERS).
+
+    context: tokens, 0 where nothing tells: OpenAI and most clouds do not. llama.cpp's /models has the
+    window that the model was trained with, /props the one that it was started with; Ollama tells it
+    for loaded models only.
+    """
 
     def ask(url):
         return get_json(upstream, url, headers, wait, timeout=5)
@@ -7578,7 +7471,7 @@ def connect_lines(address, has_key):
 class Exchange:
     """One client request, from the parsed body to the last event.
 
-    batches() generates SSE text, one piece for all that one read of the provider's reply brought;
+    body: the client's, checked by check_request; headers: its, by get(). batches() generates SSE text, one piece for all that one read of the provider's reply brought;
     message() is the unstreamed answer. wait(sock, seconds) waits for the client as well and writes
     what silence() gives meanwhile.
     """
@@ -7613,7 +7506,8 @@ class Exchange:
 
     def batches(self):
         """SSE text, to be written as it comes. Raises ProxyError only before the first, Dropped in
-        the middle."""
+        the middle. One write for all that one read brought: a burst costs one wake-up, not fifty.
+        """
         out = []
         for event in self.events():
             if event is not None:
@@ -7644,7 +7538,12 @@ class Exchange:
 
     def silence(self):
         """SSE text to write in a silence, or "": after 15 s message_start, then pings, and after
-        minutes a sign of life. Raises UpstreamError when the provider only keeps the connection."""
+        minutes a sign of life. Raises UpstreamError when the provider only keeps the connection.
+
+        Claude Code 2.1.330 gives up after 360 s without a head, 300 s without a byte and 600 s of
+        pings alone. Until message_start goes out the HTTP status is free, and an error can be one that
+        makes the client do the right thing.
+        """
         now = self.clock()
         if now - self.last_sign > STALLED * self.settings.target_timeout:
             raise UpstreamError(
@@ -7682,14 +7581,15 @@ class Exchange:
         return events if self.key is None else self.stored(events)
 
     def unfolded(self, message, new_id):
-        """A finished message as events, under today's name and a fresh id, with no tokens counted."""
+        """A finished message as events, under today's name and a fresh id, with no tokens counted:
+        none were used."""
         told = {"id": "msg_" + self.id, "model": self.shown, "usage": zero_usage()}
         yield from unfold(dict(message, **told), new_id)
         yield None
 
     def from_provider(self):
         """Try until an answer comes, learning, waiting and falling back as errors ask for; nothing is
-        tried again once content went out."""
+        tried again once content went out: the client would see it twice."""
         while True:
             try:
                 yield from self.attempt()
@@ -7714,7 +7614,7 @@ class Exchange:
         return overflow_error(prompt, limit, self.bytes_in // 4, self.plan.profile.context)
 
     def attempt(self):
-        """One request to the provider, and its reply as events."""
+        """One request to the provider, and its reply as events. Raises UpstreamError."""
         plan, proxy = self.plan, self.proxy
         self.writer = self.writer.fresh() if self.writer else self.new_writer()
         self.writer.scope = plan.profile.scope
@@ -7729,17 +7629,24 @@ class Exchange:
         timeout = self.settings.target_timeout
         upstream = proxy.upstream(self.settings)
         reply = upstream.open("POST", url, headers, data, self.wait, timeout)
+        kept = []  # what came, for the record
         try:
             if reply.status >= 300:
-                raw = reply.read(1 << 20)
-                self.note_reply(reply, raw)
-                raise refusal(reply, raw, plan)
-            yield from self.recorded(reply) if proxy.recorder else self.read(reply, reply.blocks())
+                kept.append(reply.read(1 << 20))
+                raise refusal(reply, kept[0], plan)
+            blocks = reply.blocks()
+            yield from self.read(reply, record_blocks(blocks, kept) if proxy.recorder else blocks)
         finally:
             reply.close()
+            if proxy.recorder:
+                headers, text = dict(reply.headers.items()), b"".join(kept).decode(
+                    "utf-8", "replace"
+                )
+                self.replies.append({"status": reply.status, "headers": headers, "body": text})
         proxy.memory.keep(self.writer.memory)
 
     def new_writer(self):
+        """The MessageWriter of the first try."""
         return MessageWriter(
             "msg_" + self.id,
             self.shown,
@@ -7750,7 +7657,11 @@ class Exchange:
         )
 
     def write_request(self, recall=None):
-        """The body for the provider, with the disguise attached and EXTRA_BODY applied."""
+        """The body for the provider, with the disguise attached and EXTRA_BODY applied.
+
+        recall: see normalize; without it (for the cache key) nothing is attached, as neither decides
+        what a right answer is.
+        """
         plan, settings = self.plan, self.settings
         profile, memo = plan.profile, self.proxy.memo
         self.normalized = normalize(self.body, profile, recall, memo, self.output_room())
@@ -7782,7 +7693,8 @@ class Exchange:
 
     def read(self, reply, blocks):
         """Events of a reply with a good status: SSE or JSON, whatever was asked for and whatever its
-        content type says."""
+        content type says (xAI answers a stream request with a JSON error, DashScope with SSE to all).
+        """
         reader, head = self.reader, first_bytes(blocks)
         start = head.lstrip(BLANK)[:1]
         if start in (b"{", b"[", b"<"):
@@ -7801,31 +7713,11 @@ class Exchange:
         yield None
         reply.finish()
 
-    def recorded(self, reply):
-        """The same, with all that came kept for the record, also where the reply breaks off."""
-        kept = []
-
-        def blocks():
-            for block in reply.blocks():
-                kept.append(block)
-                yield block
-
-        try:
-            yield from self.read(reply, blocks())
-        finally:
-            self.note_reply(reply, b"".join(kept))
-
-    def note_reply(self, reply, raw):
-        """Keep a reply for the record, where there is one."""
-        if self.proxy.recorder:
-            headers, body = dict(reply.headers.items()), raw.decode("utf-8", "replace")
-            self.replies.append({"status": reply.status, "headers": headers, "body": body})
-
     # -- again?
 
     def again(self, error):
         """Whether to try once more after an error before any content: a lesson was learned, a wait is
-        worth it, or another model takes over."""
+        worth it, or another model takes over. Waits where it says so; ClientGone comes through."""
         if self.learn_from(error):
             return True
         wait = str(error.headers.get("retry-after") or "0")
@@ -7903,8 +7795,8 @@ class Exchange:
         return self.error.message if self.error and self.writer.state == FAILED else ""
 
     def close(self, status, error=""):
-        """Note the exchange in the ledger, the log and the record. status: what the client got; error:
-        its text."""
+        """Note the exchange in the ledger, the log and the record. status: what the client got, 499
+        where it left; error: its text."""
         usage = self.reader.usage() if self.reader and self.writer.content else zero_usage()
         row = {
             "time": self.proxy.now(),
@@ -7933,8 +7825,8 @@ class Exchange:
         headers, secrets = dict(self.headers.items()), self.settings.secrets()
         seen = {"request": without_person(self.body), "sent": self.sent}
         if self.settings.log_level == "debug":
-            shown = redact(dict(seen, headers=headers, error=error), secrets)
-            self.proxy.log("debug", self.id + " " + compact_json(shorten_strings(shown)))
+            shown = redact(dict(seen, headers=headers, error=error), secrets, 500)
+            self.proxy.log("debug", self.id + " " + compact_json(shown))
         if self.proxy.recorder:
             told = dict(seen, time=row["time"], id=self.id, row=row, client_headers=headers)
             self.proxy.recorder.write(dict(told, replies=self.replies))
@@ -7951,25 +7843,16 @@ def row_text(row):
     return line + (" error: " + row["error"] if row["error"] else "")
 
 
-def without_secrets(text, secrets):
-    """text with every secret in it hidden."""
-    return redact(text, secrets)
-
-
 def without_person(body):
-    """A request for a record, without what tells who and where the user is."""
+    """A request for a record or the log, without what tells who and where the user is."""
     return {key: HIDDEN if key in PERSONAL else value for key, value in body.items()}
 
 
-def shorten_strings(value, limit=500):
-    """A JSON value with long strings cut, for the log."""
-    if isinstance(value, str):
-        return shorten(value, limit)
-    if isinstance(value, dict):
-        return {key: shorten_strings(part, limit) for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [shorten_strings(part, limit) for part in value]
-    return value
+def record_blocks(blocks, kept):
+    """The blocks, as they come; each is put into kept too."""
+    for block in blocks:
+        kept.append(block)
+        yield block
 
 
 BLANK = b"\xef\xbb\xbf \t\r\n"  # some providers send blank lines while they think
@@ -7998,7 +7881,8 @@ def read_all(head, blocks):
 
 def whole_reply(raw, start, plan):
     """A reply that is not a stream, as the one chunk (or message) that it is. Raises UpstreamError for
-    a web page or broken JSON."""
+    a web page or broken JSON. start: its first byte. A web page comes from a login portal, or from a
+    base URL without its /v1."""
     base = without_password(plan.base)
     if start == b"<":
         raise UpstreamError(
@@ -8036,7 +7920,8 @@ def refusal(reply, raw, plan):
 
 
 def is_search(body):
-    """Whether this is Claude Code's side request for a web search: the server tool and no other."""
+    """Whether this is Claude Code's side request for a web search: the server tool and no other. It
+    asks "Perform a web search for the query: ..." and reads the results from the blocks."""
     tools = [str(as_dict(tool).get("type")) for tool in as_list(body.get("tools"))]
     return bool(tools) and all(kind.startswith("web_search_") for kind in tools)
 
@@ -8074,8 +7959,8 @@ def search_message(exchange):
 
 
 def search_web(exchange, query):
-    """[{title, url, content}] of SEARCH_URL's JSON answer (SearXNG's form). Raises ValueError with a
-    sentence for the model."""
+    """[{title, url, content}] of SEARCH_URL's JSON answer (SearXNG's form, at most ten). Raises
+    ValueError with a sentence for the model. https://docs.searxng.org/dev/search_api.html"""
     url = exchange.settings.search_url
     if not url:
         raise ValueError(
@@ -8688,7 +8573,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.began_reply:
             self.close_connection = True
             return
-        error.message = without_secrets(error.message, self.proxy.settings().secrets())
+        error.message = redact(error.message, self.proxy.settings().secrets())
         # Claude Code shows its own words for a 404, and asks twice; 424 it asks once, and shows ours.
         hidden = (
             error.status == 404
@@ -9663,7 +9548,7 @@ class Log(object):
     def __call__(self, level, text):
         if self.LEVELS.index(level) < self.least:
             return
-        text = without_secrets(text, self.secrets)
+        text = redact(text, self.secrets)
         safe = re.sub(
             r"[\x00-\x1f\x7f-\x9f]",
             lambda m: (
@@ -11058,7 +10943,7 @@ def init(config, options):
     )
     settings = Settings([("init", values)])
     try:
-        write_private(path, env_template(values))
+        write_file(path, env_template(values))
     except OSError as e:
         raise Usage("%s cannot be written: %s" % (path, e.strerror or e))
     say(
@@ -11088,26 +10973,6 @@ def init(config, options):
         )
     )
     return 0
-
-
-def write_private(path, text):
-    """Write a file, whole or not at all, that only the user can read. Raises OSError."""
-    part = "%s.%d.part" % (path, os.getpid())
-    try:
-        # surrogateescape: under LC_ALL=C, Python 3.6 reads other letters of the command line as such
-        with open(
-            os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600),
-            "w",
-            encoding="utf-8",
-            errors="surrogateescape",
-            newline="\n",
-        ) as file:
-            file.write(text)
-        os.replace(part, path)
-    except OSError:
-        if os.path.exists(part):
-            os.unlink(part)
-        raise
 
 
 # ---- install, uninstall, open ----------------------------------------------------------------------------
@@ -11165,7 +11030,7 @@ def install(config, options):
     try:
         os.makedirs(folder, exist_ok=True)
         for name, text in files.items():
-            place_program(os.path.join(folder, name), text)
+            write_file(os.path.join(folder, name), text, 0o755)
     except OSError as e:
         raise Usage(
             "cannot install in %s: %s; --dir DIR takes another folder" % (folder, e.strerror or e)
@@ -11186,15 +11051,6 @@ def install(config, options):
             out=sys.stderr,
         )
     return 0
-
-
-def place_program(path, text):
-    """Write an executable file at once, so that a running one is never half a file."""
-    part = "%s.%d.part" % (path, os.getpid())
-    with open(part, "w", encoding="utf-8", newline="") as file:
-        file.write(text)
-    os.chmod(part, 0o755)
-    os.replace(part, path)
 
 
 def uninstall(config, options):

@@ -8165,7 +8165,7 @@ class TestProxies(UpstreamCase):
 
 
 # ======================================================================================================
-# 10  Cache, ledger, records
+# 10  Store: cache, ledger, records
 # ======================================================================================================
 
 DATED = "<system-reminder>\n# currentDate\nToday's date is 2026-11-22.\n</system-reminder>\n"
@@ -8184,6 +8184,16 @@ CALLED = [
         ],
     }
 ]
+
+
+COUNTER = "<total_tokens>%d</total_tokens>"
+
+
+def called_with(arguments):
+    return {
+        "role": "assistant",
+        "content": [{"type": "tool_use", "id": "toolu_1", "name": "Read", "input": arguments}],
+    }
 
 
 def results(first, second, **more):
@@ -8221,7 +8231,7 @@ def question(*messages, **fields):
     return copy.deepcopy(body)
 
 
-def converted(body):
+def in_openai_form(body):
     """A rough stand-in for to_openai: what of the request is sent besides the messages."""
     sent = {
         "model": "target",
@@ -8229,14 +8239,28 @@ def converted(body):
         "max_tokens": body.get("max_tokens"),
         "temperature": 1,
         "messages": [{"role": "user", "content": json.dumps(body.get("messages"))}],
-        "tools": body.get("tools"),
+        "tools": [
+            {"type": "function", "function": {"name": tool["name"], "parameters": tool}}
+            for tool in without_hints(body.get("tools"))
+        ],
     }
     sent.update(body.get("sent", {}))
     return sent
 
 
-def key_of(body, mode="prefix", model="target"):
-    return ccfix.cache_key(body, converted(body), mode, model)
+def without_hints(tools):
+    return [{name: tool[name] for name in tool if name != "cache_control"} for tool in tools or ()]
+
+
+def in_anthropic_form(body):
+    """The request as it is passed on."""
+    sent = {name: value for name, value in body.items() if name not in ("metadata", "sent")}
+    sent.update(body.get("sent", {}), model="target")
+    return sent
+
+
+def key_of(body, mode="prefix", model="target", sent_form=in_openai_form):
+    return ccfix.cache_key(body, sent_form(body), mode, model)
 
 
 def assistant(text, *more):
@@ -8289,16 +8313,28 @@ SHARED = (  # name, one request, another that may be answered alike
         HELLO,
         question(DATED + "Edit hello.txt please", metadata={"user_id": '{"session_id":"two"}'}),
     ),
-    ("date", HELLO, question(DATED.replace("11-22", "11-23") + "Edit hello.txt please")),
     (
-        "date in words",
-        question("<system-reminder>Today's date: Sunday, November 22, 2026</system-reminder> Edit"),
-        question("<system-reminder>Today's date: 1 Dec 2026</system-reminder> Edit"),
+        "token counter in a system turn",
+        question("Edit", system_turn("<total_tokens>5</total_tokens>\n")),
+        question("Edit", system_turn("<total_tokens>6</total_tokens>")),
     ),
     (
-        "date in a system turn",
-        question("Edit", system_turn("Env\nToday's date is 2026-11-22.")),
-        question("Edit", system_turn("Env\nToday's date is 2027-01-01.")),
+        "hints on how to send within a result",
+        question(
+            "a", *CALLED + [results(("toolu_1", "xy"), ("toolu_2", "z")), assistant("B"), "go on"]
+        ),
+        question(
+            "a",
+            *CALLED
+            + [
+                results(
+                    ("toolu_1", [{"type": "text", "text": "xy", "cache_control": {}}]),
+                    ("toolu_2", "z"),
+                ),
+                assistant("B"),
+                "go on",
+            ],
+        ),
     ),
     (
         "string or block list, moving cache_control",
@@ -8459,6 +8495,61 @@ SEPARATE = tuple(
         question("a", assistant("B", {"type": "redacted_thinking", "data": "7"}), "Tell it"),
         question("a", assistant("B", {"type": "redacted_thinking", "data": "8"}), "Tell it"),
     ),
+    ("date", HELLO, question(DATED.replace("11-22", "11-23") + "Edit hello.txt please")),
+    (
+        "date in words",
+        question("<system-reminder>Today's date: Sunday, November 22, 2026</system-reminder> Edit"),
+        question("<system-reminder>Today's date: 1 Dec 2026</system-reminder> Edit"),
+    ),
+    (
+        "date in a system turn",
+        question("Edit", system_turn("Env\nToday's date is 2026-11-22.")),
+        question("Edit", system_turn("Env\nToday's date is 2027-01-01.")),
+    ),
+    (
+        "counter in a tool's result",
+        question(
+            "a",
+            *CALLED + [results(("toolu_1", COUNTER % 5), ("toolu_2", "y")), assistant("B"), "c"],
+        ),
+        question(
+            "a",
+            *CALLED + [results(("toolu_1", COUNTER % 6), ("toolu_2", "y")), assistant("B"), "c"],
+        ),
+    ),
+    (
+        "billing line in the user's own words",
+        question("x-anthropic-billing-header: a;\nWhat is it?"),
+        question("x-anthropic-billing-header: b;\nWhat is it?"),
+    ),
+    (
+        "an id that is a call's argument",
+        question(
+            "a",
+            called_with({"id": "one"}),
+            results(("toolu_1", "x"), ("t", "y")),
+            assistant("B"),
+            "c",
+        ),
+        question(
+            "a",
+            called_with({"id": "two"}),
+            results(("toolu_1", "x"), ("t", "y")),
+            assistant("B"),
+            "c",
+        ),
+    ),
+    (
+        "file by its id",
+        question({"role": "user", "content": [{"type": "file", "id": "one"}]}),
+        question({"role": "user", "content": [{"type": "file", "id": "two"}]}),
+    ),
+    (
+        "a system block that is no text",
+        question("a", system=[{"type": "document", "source": {"data": "one"}}]),
+        question("a", system=[{"type": "document", "source": {"data": "two"}}]),
+    ),
+    ("system text or system turn", question("a", system="b"), question(system_turn("b"), "a")),
     (
         "asks for the date",
         question(DATED + "What day is it?"),
@@ -8603,23 +8694,28 @@ NOT_KEPT = (
 )
 
 
+SENT_FORMS = (in_openai_form, in_anthropic_form)
+
+
 class TestCacheKey(unittest.TestCase):
     def test_same_question_in_another_session_has_the_same_prefix_key(self):
-        for name, one, other in SHARED:
-            with self.subTest(name):
-                self.assertEqual(len(key_of(one)), 64)
-                self.assertEqual(key_of(one), key_of(other))
+        for (name, one, other), sent_form in itertools.product(SHARED, SENT_FORMS):
+            with self.subTest(name, form=sent_form.__name__):
+                key = key_of(one, sent_form=sent_form)
+                self.assertEqual(len(key), 64)
+                self.assertEqual(key, key_of(other, sent_form=sent_form))
 
     def test_no_answer_is_shared_where_it_could_be_wrong(self):
-        for name, one, other in SEPARATE:
-            with self.subTest(name):
-                self.assertIsNotNone(key_of(one))
-                self.assertNotEqual(key_of(one), key_of(other))
+        for (name, one, other), sent_form in itertools.product(SEPARATE, SENT_FORMS):
+            with self.subTest(name, form=sent_form.__name__):
+                key = key_of(one, sent_form=sent_form)
+                self.assertIsNotNone(key)
+                self.assertNotEqual(key, key_of(other, sent_form=sent_form))
 
     def test_prefix_keeps_nothing_after_a_tool_result(self):
-        for name, body in NOT_KEPT:
-            with self.subTest(name):
-                self.assertIsNone(key_of(body))
+        for (name, body), sent_form in itertools.product(NOT_KEPT, SENT_FORMS):
+            with self.subTest(name, form=sent_form.__name__):
+                self.assertIsNone(key_of(body, sent_form=sent_form))
 
     def test_mode_and_model_are_part_of_the_key(self):
         keys = [key_of(HELLO, mode, model) for mode in ("prefix", "full") for model in ("a", "b")]
@@ -8664,12 +8760,50 @@ class TestCacheKey(unittest.TestCase):
         ):
             self.assertNotEqual(key(**fields), base, fields)
 
+    def test_full_key_of_a_request_that_is_passed_on(self):
+        def key(call="toolu_1", other="toolu_2", answer="toolu_1", argument="x", **fields):
+            calls = [
+                {"type": "tool_use", "id": call, "name": "f", "input": {"id": argument}},
+                {"type": "tool_use", "id": other, "name": "f", "input": {}},
+            ]
+            answers = [{"type": "tool_result", "tool_use_id": answer, "content": "y"}]
+            sent = {
+                "model": "m",
+                "messages": [
+                    {"role": "assistant", "content": calls},
+                    {"role": "user", "content": answers},
+                ],
+            }
+            sent.update(fields)
+            return ccfix.cache_key({}, sent, "full", "m")
+
+        base = key()
+        for fields in (
+            {"call": "z", "answer": "z"},
+            {"stream": True},
+            {"max_tokens": 5, "top_k": 1},
+            {"metadata": {"user_id": "me"}},
+        ):
+            self.assertEqual(key(**fields), base, fields)
+        for fields in (
+            {"answer": "toolu_2"},
+            {"argument": "toolu_2"},
+            {"system": "a"},
+            {"tools": []},
+            {"thinking": {"type": "disabled"}},
+            {"context_management": {"edits": []}},
+        ):
+            self.assertNotEqual(key(**fields), base, fields)
+        self.assertNotEqual(key(system="a"), key(system="b"))
+
     def test_key_leaves_its_arguments_alone(self):
-        body, sent = copy.deepcopy(HELLO), converted(HELLO)
-        before = json.dumps([body, sent])
-        for mode in "prefix", "full":
-            ccfix.cache_key(body, sent, mode, "m")
-        self.assertEqual(json.dumps([body, sent]), before)
+        body = question("a", *CALLED + [results(("toolu_1", "x"), ("toolu_2", "y")), "c"])
+        body["messages"].insert(-1, assistant("B"))
+        for sent in in_openai_form(body), in_anthropic_form(body):
+            before = json.dumps([body, sent])
+            for mode in "prefix", "full":
+                self.assertIsNotNone(ccfix.cache_key(body, sent, mode, "m"))
+            self.assertEqual(json.dumps([body, sent]), before)
 
     def test_odd_shapes_never_raise(self):
         deep = []
@@ -8733,7 +8867,7 @@ class TestCacheKey(unittest.TestCase):
         start = time.perf_counter()
         for text in texts:
             key_of(question(text, {"role": "system", "content": text}))
-        self.assertLess(time.perf_counter() - start, 4)
+        self.assertLess(time.perf_counter() - start, 10)  # measured: 0.02
 
 
 class Clock:
@@ -8874,11 +9008,14 @@ class TestCache(CacheCase):
         self.assertEqual(self.told, [])
 
     def test_memory_is_bounded(self):
-        for number in range(12):
-            self.cache._append("memory", str(number), number, 10)
+        with mock.patch.object(ccfix, "KEPT_ROWS", 10):
+            for number in range(12):
+                self.cache.remember(str(number), number)
+                self.cache.save_row({"id": "same", "input": number})
         self.assertEqual(
             [self.cache.recall(str(number)) for number in (0, 1, 2, 11)], [None, None, 2, 11]
         )
+        self.assertEqual([row["input"] for row in self.cache.saved_rows()], list(range(11, 1, -1)))
 
     def test_lessons_are_kept_and_forgotten(self):
         self.cache.save_lesson("host", "m", {"drop": ["x"]})
@@ -8952,8 +9089,9 @@ class TestCacheFaults(CacheCase):
         start = time.perf_counter()
         for _ in range(50):
             self.cache.put("j", {"a": 1}, 1)
+        # One after the other would be 50 times BUSY_SECONDS: 12.5 s.
         self.assertLess(
-            time.perf_counter() - start, 2, "fifty requests must not wait one after the other"
+            time.perf_counter() - start, 8, "fifty requests must not wait one after the other"
         )
         self.assertEqual((len(self.told), "locked" in self.told[0]), (1, True))
         self.assertIn("locked", self.cache.stats()["error"])
@@ -9242,11 +9380,32 @@ class TestLedger(unittest.TestCase):
         )
         self.assertEqual(len(self.ledger.series()), 60)
 
-    def test_minutes_and_names_are_bounded(self):
+    def test_minutes_are_bounded(self):
         for number in range(2000):
             self.ledger.add({"time": number * 60, "model": "gpt-%d" % number})
-        self.assertEqual((len(self.ledger._minutes), len(self.ledger._price_of)), (1440, 1000))
+        self.assertEqual(len(self.ledger._minutes), 1440)
         self.assertEqual(self.ledger.add({"model": "gpt-late", "input": 1})["cost"], 9e-6)
+
+    def test_restored_rows_keep_their_cost(self):
+        saved = [
+            {"id": 3, "model": "gpt-4", "input": 1000000, "cost": 0.5},
+            {"id": 2, "model": "gpt-4", "input": 1000000, "cost": None},
+            {"id": 1, "model": "unknown", "input": 5},
+        ]
+        told = []
+        self.ledger.save = told.append
+        self.ledger.restore(saved)
+        self.assertEqual([row["cost"] for row in self.ledger.rows()], [0.5, 9.0, None])
+        totals = self.ledger.totals()
+        self.assertEqual((totals["cost"], totals["unpriced"]), (9.5, 1))
+        self.ledger.restore(saved)
+        self.assertEqual((self.ledger.totals()["requests"], told), (3, []))
+        without_prices = ccfix.Ledger(now=self.clock)
+        without_prices.restore(saved[:1])
+        self.assertEqual(without_prices.totals()["cost"], 0.5)
+        without_prices = ccfix.Ledger(now=self.clock)
+        without_prices.restore(saved[1:])
+        self.assertIsNone(without_prices.totals()["cost"])
 
     def test_adding_is_cheap(self):
         row = {
@@ -9416,6 +9575,23 @@ class TestRecorder(unittest.TestCase):
     def test_long_text_is_cut(self):
         self.assertEqual(ccfix.shorten("abc", 3), "abc")
         self.assertEqual(ccfix.shorten("abcde", 3), "abc... (2 more characters)")
+        self.assertEqual(
+            ccfix.redact({"a": ["b" * 9, 5], "c": "12345sk-12345"}, ["sk-12345"], 10),
+            {"a": ["b" * 9, 5], "c": "12345<hidd... (3 more characters)"},
+            "what is cut first could show half of a key",
+        )
+
+    def test_a_file_is_written_whole_or_not_at_all(self):
+        path = os.path.join(self.top, "file")
+        ccfix.write_file(path, "one\r\n\n")
+        ccfix.write_file(path, "two\r\n\n", 0o755)
+        with self.assertRaises(ValueError):
+            ccfix.write_file(path, u"half of a pair: \ud800")
+        with open(path, "rb") as file:
+            self.assertEqual(file.read(), b"two\r\n\n")
+        self.assertEqual(os.listdir(self.top), ["file"])
+        if os.name != "nt":
+            self.assertEqual(stat.S_IMODE(os.stat(path).st_mode), 0o755)
 
     def test_replies_come_back_in_order_of_time(self):
         recorder = ccfix.Recorder(self.folder, ["sk-12345"])
@@ -9475,7 +9651,7 @@ class TestRecorder(unittest.TestCase):
 
 
 # ======================================================================================================
-# 10  Cache: sessions
+# 10  Store: sessions
 # ======================================================================================================
 
 # A session in the shape of the real client's: (what the user says, how many calls the model makes before it answers)
@@ -9614,7 +9790,7 @@ class CachedCase(unittest.TestCase):
 
 class TestCacheSession(CachedCase):
     def sessions(self, mode):
-        """The first session, the same on the same day, and on another: states of each; answers are checked."""
+        """States of the first session, the same again, and on another day; checks the answers."""
         proxy = self.proxy(session_reply, mode)
         found = [
             client_session(proxy, date, name)
@@ -9629,7 +9805,7 @@ class TestCacheSession(CachedCase):
         asked = [state for _, calls in SESSION for state in ["hit"] + ["off"] * calls]
         self.assertEqual(first, ["miss" if state == "hit" else state for state in asked])
         self.assertEqual(again, asked)
-        self.assertEqual(another_day, asked[:-1] + ["miss"])  # the last question asks for the date
+        self.assertEqual(another_day, first, "the date stands in the first turn, and counts")
 
     def test_full_mode_hits_every_request_again_on_the_same_day(self):
         first, again, another_day = self.sessions("full")
@@ -9638,7 +9814,7 @@ class TestCacheSession(CachedCase):
     def test_a_new_session_hits_with_the_same_first_question(self):
         for mode, date, state in (
             ("prefix", "2026-11-22", "hit"),
-            ("prefix", "2026-11-23", "hit"),
+            ("prefix", "2026-11-23", "miss"),
             ("full", "2026-11-22", "hit"),
             ("full", "2026-11-23", "miss"),
         ):
@@ -12512,9 +12688,7 @@ class TestCommandLine(CommandsCase):
             self.assertEqual(self.main("check", "--demo")[0], 0)
 
     def test_an_init_that_cannot_write_says_so(self):
-        with mock.patch.object(
-            ccfix, "write_private", side_effect=OSError(13, "Permission denied")
-        ):
+        with mock.patch.object(ccfix, "write_file", side_effect=OSError(13, "Permission denied")):
             self.assertEqual(
                 self.main("init", "-b", "http://127.0.0.1:1", "-m", "m")[0::2],
                 (2, "ccfix: .env cannot be written: Permission denied\n"),
@@ -13457,11 +13631,37 @@ class TestFollowing(unittest.TestCase):
         self.assertEqual(again.ledger.totals()["input"], 1000000)
         self.assertEqual(len(again.store.saved_rows()), 1, "and are not saved twice")
 
+    def test_a_restart_keeps_what_requests_cost(self):
+        lines = (
+            "LEDGER=true",
+            "CACHE_DIR=" + os.path.join(self.folder, "c"),
+            'PRICES={"dear": {"input": 2, "output": 4}}',
+        )
+        config = self.config(*lines)
+        costs = []
+        for _ in range(3):
+            proxy = ccfix.Proxy(config, mock.Mock())
+            costs.append(proxy.status("")["totals"]["cost"])
+            proxy.ledger.add({"model": "dear", "input": 1000000})
+            proxy.store.close()
+        self.assertEqual(costs, [0.0, 2.0, 4.0])
+
+    def test_requests_without_a_price_are_priced_after_a_restart(self):
+        lines = ["LEDGER=true", "CACHE_DIR=" + os.path.join(self.folder, "c")]
+        costs = []
+        for more in (), ('PRICES={"dear": {"input": 2, "output": 4}}',), ():
+            proxy = ccfix.Proxy(self.config(*lines + list(more)), mock.Mock())
+            proxy.ledger.add({"model": "dear", "input": 1000000})
+            costs.append(proxy.ledger.totals()["cost"])
+            proxy.store.close()
+        self.assertEqual(costs, [None, 4.0, 2.0], "the last run knows one price, as it was saved")
+
     def test_broken_prices_keep_the_old_ones(self):
         config = self.config("PRICES={}")
         proxy = ccfix.Proxy(config, mock.Mock())
-        self.change("PRICES={broken}")
+        self.change("PRICES={broken}", "RECORD_DIR=" + os.path.join(self.folder, "r"))
         proxy.settings()
+        self.assertIsNotNone(proxy.recorder, "other changes are followed all the same")
         self.assertIn("PRICES cannot be used", proxy.log.call_args[0][1])
 
     def test_a_log_file_that_cannot_be_written_is_told_at_the_start(self):
@@ -13501,13 +13701,13 @@ class TestFollowing(unittest.TestCase):
 
     def test_a_private_file_is_written_whole_or_not_at_all(self):
         path = os.path.join(self.folder, "file")
-        ccfix.write_private(
+        ccfix.write_file(
             path, "K\udcc3\udca9"
         )  # as Python 3.6 reads the command line under LC_ALL=C
         with open(path, "rb") as file:
             self.assertEqual(file.read(), "K\u00e9".encode("utf-8"))
         with self.assertRaises(OSError):
-            ccfix.write_private(self.folder, "x")
+            ccfix.write_file(self.folder, "x")
         self.assertEqual(
             [
                 name
