@@ -8853,320 +8853,330 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
             self.proxy.log("debug", "connection failed:\n" + traceback.format_exc())
 
 
-# ======================================================================================================
+# ==================================================================================================
 # 14  Status page: what a browser sees at /
-# ======================================================================================================
+# ==================================================================================================
+
+# The page is one answer without a dependency: style and script are inside, and the policy below
+# lets the browser load nothing else. It holds no data: its script polls GET /stats (Proxy.status),
+# so the key that guards the API guards the figures too, and an open page survives a restart.
+#
+# Every string in /stats may come from somebody else: a model name from a client, an error from a
+# provider. They enter the document through textContent and append() only, which never parse
+# markup; a test searches PAGE for all other ways. `sync` rebuilds only what has changed, so a poll
+# takes away neither the keyboard's focus nor a selection, and opened details stay open.
+#
+# A figure that is not known is a dash or is left out, never 0: `cost` is null as long as no request
+# had a price, and where only some had one, the tile says how many had none.
 
 PAGE = r"""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta name="referrer" content="no-referrer">
 <title>ccfix</title>
 <link rel="icon" href="data:,">
 <style nonce="{nonce}">
-:root { --page: #f5f6f7; --card: #fff; --line: #dfe3e6; --ink: #1b2126; --soft: #5b666f; --accent: #0b6b78;
-        --pale: #6db1b9; --grey: #8a949c; --bad: #b3261e; --mono: ui-monospace, Menlo, Consolas, monospace; }
-@media (prefers-color-scheme: dark) {
-  :root { --page: #121517; --card: #1a1f22; --line: #2e363b; --ink: #e4e8ea; --soft: #98a4ac; --accent: #5cc0cd;
-          --pale: #35808a; --grey: #66727a; --bad: #ff8a80; }
+:root {
+  color-scheme: light dark;
+  --page: #f5f6f7; --card: #fff; --line: #dfe3e6; --ink: #1b2126; --soft: #5b666f;
+  --accent: #0b6b78; --pale: #6db1b9; --grey: #8a949c; --bad: #b3261e;
 }
-* { box-sizing: border-box; }
+@media (prefers-color-scheme: dark) {
+  :root {
+    --page: #121517; --card: #1a1f22; --line: #2e363b; --ink: #e4e8ea; --soft: #98a4ac;
+    --accent: #5cc0cd; --pale: #35808a; --grey: #66727a; --bad: #ff8a80;
+  }
+}
+* { margin: 0; }
 [hidden] { display: none !important; }
-body { margin: 0; background: var(--page); color: var(--ink); font: 15px/1.5 system-ui, -apple-system, "Segoe UI", sans-serif;
-       font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
-body > header, main { max-width: 1120px; margin: 0 auto; padding: 0 20px; }
-body > header { display: flex; flex-wrap: wrap; align-items: baseline; gap: 2px 10px; padding-top: 24px; }
-h1 { margin: 0; font-size: 22px; letter-spacing: -.01em; }
+body {
+  max-width: 1080px; margin: 0 auto; padding: 24px 16px 72px;
+  background: var(--page); color: var(--ink); font: 15px/1.5 system-ui, sans-serif;
+  font-variant-numeric: tabular-nums; overflow-wrap: anywhere;
+}
+h1 { font-size: 22px; }
 h2 { margin: 32px 0 10px; font-size: 16px; }
-h3 { margin: 0; font-size: 13px; font-weight: 500; color: var(--soft); }
-p { margin: 0; }
-small, .soft, th, dt { color: var(--soft); font-size: 13px; font-weight: 400; }
-code, pre { font-family: var(--mono); font-size: 13px; }
-#state { margin-left: auto; color: var(--soft); font-size: 13px; }
-#state::before { content: ""; display: inline-block; width: 8px; height: 8px; margin-right: 7px; border-radius: 50%;
-                 background: var(--grey); }
-#state.live::before { background: var(--accent); }
-#state.lost { color: var(--bad); }
-#state.lost::before { background: var(--bad); }
-.card { min-width: 0; padding: 14px 16px; background: var(--card); border: 1px solid var(--line); border-radius: 8px; }
-.grid { display: grid; gap: 12px; }
-.two { grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr)); }
-.bar { display: flex; flex-wrap: wrap; align-items: center; gap: 8px; }
-.bar > :first-child { margin-right: auto; }
-.bad { color: var(--bad); }
-button, input { font: inherit; font-size: 13px; padding: 5px 12px; color: inherit; background: var(--card);
-                border: 1px solid var(--line); border-radius: 6px; }
+button, input {
+  padding: 5px 12px; border: 1px solid var(--line); border-radius: 6px;
+  background: var(--card); color: inherit; font: inherit;
+}
 button { cursor: pointer; }
-button:hover { border-color: var(--accent); color: var(--accent); }
-:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
-#key-form { display: flex; flex-wrap: wrap; gap: 10px; align-items: center; margin: 32px 0; }
-#key-form input { flex: 1 1 200px; min-width: 0; }
-#flow { display: grid; grid-template-columns: fit-content(45%) auto minmax(0, 1fr); gap: 28px; align-items: start;
-        margin-top: 18px; }
-#flow strong { display: block; font-size: 19px; font-weight: 600; line-height: 1.35; }
-#flow > span { margin-top: 14px; color: var(--accent); font-size: 22px; }
-ul { margin: 8px 0 0; padding: 0; list-style: none; }
+button:hover { border-color: var(--accent); }
+h3, th, dt, small, button, input, pre, code, .soft { font-size: 13px; font-weight: 400; }
+h3, th, dt, small, .soft { color: var(--soft); }
+.accent { --dot: var(--accent); }
+.pale { --dot: var(--pale); }
+.grey { --dot: var(--grey); }
+.bad { --dot: var(--bad); color: var(--bad); }
+#state::before, .key::before {
+  content: ""; display: inline-block; width: 9px; height: 9px; margin: 0 4px 0 5px;
+  border-radius: 3px; background: var(--dot);
+}
+.card {
+  padding: 14px 16px; border: 1px solid var(--line);
+  border-radius: 8px; background: var(--card);
+}
+.grid {
+  display: grid; gap: 12px; margin-top: 12px;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, var(--least, 400px)), 1fr));
+}
+#tiles { --least: 140px; }
+#plots { --least: 250px; }
+.bar {
+  display: flex; flex-wrap: wrap; justify-content: space-between; align-items: center; gap: 4px 6px;
+}
+#key-form { margin-top: 32px; }
+#key-form input { flex: 1 1 200px; }
+#flow { display: flex; flex-wrap: wrap; gap: 0 28px; margin-top: 18px; }
+#flow > :last-child { flex: 1 1 300px; }
+#flow strong { display: block; font-size: 19px; }
+#flow > span { align-self: center; color: var(--accent); font-size: 22px; }
+ul { padding: 0; list-style: none; }
+li, pre, .pairs { margin-top: 6px; }
 ul:empty, dl:empty { display: none; }
-#lessons li { margin-top: 6px; }
-#tiles { grid-template-columns: repeat(auto-fit, minmax(130px, 1fr)); margin: 12px 0 0; }
-#tiles dd { margin: 0; }
-#tiles dt + dd { font-size: 24px; font-weight: 600; line-height: 1.3; }
-#plots { grid-template-columns: repeat(auto-fit, minmax(min(100%, 250px), 1fr)); margin-top: 12px; }
-figure { margin: 0; }
-figcaption { margin-bottom: 8px; }
-svg { display: block; width: 100%; height: 72px; border-bottom: 1px solid var(--line); }
-svg .a { fill: var(--accent); }
-svg .b { fill: var(--pale); }
-svg .c { fill: var(--grey); }
-svg .hover { fill: transparent; }
-svg g:hover .hover { fill: var(--accent); fill-opacity: .12; }
-.axis { display: flex; justify-content: space-between; margin-top: 4px; color: var(--soft); font-size: 12px; }
-.key::before { content: ""; display: inline-block; width: 9px; height: 9px; margin: 0 4px 0 9px; border-radius: 2px; }
-.key.a::before { background: var(--accent); }
-.key.b::before { background: var(--pale); }
-.key.c::before { background: var(--grey); }
-pre { margin: 8px 0 0; white-space: pre-wrap; }
-.card.scroll { overflow-x: auto; padding: 2px 0; }
+dt + dd { font-size: 24px; font-weight: 600; }
+svg {
+  display: block; width: 100%; height: 72px; margin: 8px 0 4px;
+  border-bottom: 1px solid var(--line);
+}
+rect { fill: var(--dot, transparent); }
+g:hover .hover { fill: var(--accent); fill-opacity: .12; }
+pre { white-space: pre-wrap; }
+.scroll { padding: 2px 0; overflow-x: auto; }
 table { width: 100%; border-collapse: collapse; }
 th, td { padding: 7px 12px; text-align: left; vertical-align: baseline; }
-th { white-space: nowrap; }
-tbody tr { border-top: 1px solid var(--line); }
+td { border-top: 1px solid var(--line); }
 td small, li small { display: block; }
-td small.bad { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 2; overflow: hidden; }
-#requests-none { padding: 10px 16px; }
+td small.bad { max-height: 3em; overflow: hidden; }
+thead:only-child::after { content: "No request yet."; display: block; padding: 7px 12px; }
 .n { text-align: right; white-space: nowrap; }
-.name { min-width: 130px; }
-#requests tr[data-id] { cursor: pointer; }
-#requests tr[data-id]:hover { background: var(--page); }
-#requests button { padding: 0; border: 0; background: none; font-size: 15px; white-space: nowrap; }
-#requests button::before { content: "\203a"; display: inline-block; width: 14px; color: var(--soft); }
-#requests button[aria-expanded=true]::before { transform: rotate(90deg) translateY(4px); }
-#requests .detail, #requests .detail td { border-top: 0; padding-top: 0; }
-dl.pairs { display: grid; grid-template-columns: fit-content(40%) minmax(0, 1fr); gap: 3px 16px; align-items: baseline;
-           margin: 8px 0 0; }
-dl.pairs div { display: contents; }
-dl.pairs dd { margin: 0; white-space: pre-wrap; }
-#requests dl.pairs { margin: 0; padding: 10px 12px; background: var(--page); border-radius: 6px; }
-#settings .changed { color: var(--accent); font-size: 13px; }
-#message { position: fixed; left: 20px; right: 20px; bottom: 20px; width: fit-content; margin: 0 auto; padding: 10px 18px;
-           border-radius: 8px; background: var(--ink); color: var(--page); font-size: 14px; }
-#message:empty { padding: 0; }
-main { padding-bottom: 72px; }
-@media (max-width: 700px) {
-  body > header, main { padding-left: 12px; padding-right: 12px; }
-  #flow { grid-template-columns: 1fr; gap: 2px; }
-  #flow > span { margin: 4px 0; transform: rotate(90deg); justify-self: start; line-height: 1; }
-  #tiles { grid-template-columns: 1fr 1fr; }
-  .card { padding: 12px; }
-  th, td { padding: 7px 6px; }
-  .wide { display: none; }
-  .name { min-width: 0; }
-  dl.pairs { gap: 3px 10px; }
-  #settings thead { display: none; }
-  #settings tr { display: flex; flex-wrap: wrap; gap: 0 12px; justify-content: space-between; padding: 7px 6px; }
-  #settings td { padding: 0; }
-  #settings td:first-child { flex: 1 0 100%; }
+.name { width: 40%; }
+[data-id] { cursor: pointer; }
+[data-id]:hover { background: var(--page); }
+[data-id] button { padding: 0; border: 0; background: none; font-size: 15px; white-space: nowrap; }
+[data-id] button::before { content: "\25b8"; display: inline-block; width: 14px; }
+[data-id] [aria-expanded=true]::before { content: "\25be"; }
+.detail td { padding-top: 0; border-top: 0; }
+.pairs { display: grid; grid-template-columns: fit-content(40%) 1fr; gap: 3px 16px; }
+.pairs div { display: contents; }
+.pairs dd { font: inherit; white-space: pre-wrap; }
+.detail .pairs { margin: 0; padding: 10px 12px; border-radius: 6px; background: var(--page); }
+.changed { color: var(--accent); font-size: 13px; }
+#message {
+  position: fixed; inset: auto 20px 20px; width: fit-content; margin: 0 auto;
+  border-radius: 8px; background: var(--ink); color: var(--page);
 }
-@media (prefers-reduced-motion: no-preference) { #requests button::before { transition: transform .12s; } }
+#message:not(:empty) { padding: 10px 18px; }
+@media (max-width: 700px) {
+  #flow > span { transform: rotate(90deg); }
+  th, td { padding: 7px 6px; }
+  .wide, #settings thead { display: none; }
+  #settings tr { display: flex; flex-wrap: wrap; justify-content: space-between; }
+  #settings td:first-child { width: 100%; }
+  #settings td + td { padding-top: 0; border: 0; }
+}
 </style>
 </head>
 <body>
-<header>
-  <h1 id="name">ccfix</h1> <span class="soft" id="version"></span> <span id="state">connecting</span>
+<header class="bar">
+  <h1>ccfix <small id="version"></small></h1> <small id="state" class="grey">connecting</small>
 </header>
-<main>
-  <noscript>This page needs JavaScript; the same numbers are at /stats as JSON.</noscript>
-  <form id="key-form" class="card" hidden>
-    <label for="key">This proxy asks for its key.</label>
-    <input id="key" type="password" autocomplete="off" required pattern="\s*[!-~]+\s*" title="letters, digits and signs">
-    <button>Show the status</button>
-  </form>
-  <div id="content" hidden>
-    <section class="card" id="flow" aria-label="Which model answers">
-      <div><h3>Claude Code sees</h3><strong id="disguise"></strong><span class="soft" id="disguise-base"></span></div>
-      <span aria-hidden="true">&rarr;</span>
-      <div><h3>The answers come from</h3><strong id="target"></strong><span class="soft" id="target-base"></span>
-        <ul id="routes" class="soft"></ul></div>
-    </section>
-    <dl id="tiles" class="grid" aria-label="Totals since the start">
-      <div class="card"><dt>Requests</dt><dd id="requests-total"></dd><dd class="soft" id="active-total"></dd></div>
-      <div class="card"><dt>Errors</dt><dd id="errors-total"></dd></div>
-      <div class="card"><dt>Tokens in</dt><dd id="input-total"></dd></div>
-      <div class="card"><dt>Tokens out</dt><dd id="output-total"></dd></div>
-      <div class="card"><dt>Prompt cache read</dt><dd id="read-total"></dd><dd class="soft" id="share-total"></dd></div>
-      <div class="card"><dt>Cost</dt><dd id="cost-total"></dd><dd class="soft" id="cost-hint">set PRICES to see it</dd></div>
-    </dl>
-    <section id="plots" class="grid" aria-label="The last hour"></section>
-
-    <h2>Connect</h2>
-    <section id="connect" class="grid two" aria-label="How to connect"></section>
-
-    <h2>Last requests</h2>
-    <section class="card scroll" aria-label="Last requests">
-      <table id="requests"><thead><tr></tr></thead><tbody></tbody></table>
-      <p class="soft" id="requests-none">No request yet.</p>
-    </section>
-
-    <div class="grid two">
-      <section aria-labelledby="cache-title">
-        <h2 id="cache-title">Response cache</h2>
-        <div class="card">
-          <div class="bar"><p id="cache-mode"></p><button type="button" id="cache-expired">Clear expired</button>
-            <button type="button" id="cache-clear">Clear</button></div>
-          <p class="bad" id="cache-error"></p><dl id="cache-text" class="pairs"></dl>
-        </div>
-      </section>
-      <section aria-labelledby="lessons-title">
-        <h2 id="lessons-title">Lessons learned</h2>
-        <div class="card">
-          <div class="bar"><p id="lessons-count"></p><button type="button" id="lessons-forget">Forget all</button></div>
-          <ul id="lessons"></ul>
-        </div>
-      </section>
+<noscript>This page needs JavaScript; the same numbers are at /stats as JSON.</noscript>
+<form id="key-form" class="card bar" hidden>
+  <label for="key">This proxy asks for its key.</label>
+  <input id="key" type="password" autocomplete="off" required
+    pattern="\s*[!-~]+\s*" title="letters, digits and signs">
+  <button>Show the status</button>
+</form>
+<main id="content" hidden>
+  <div class="card" id="flow">
+    <div>
+      <h3>Claude Code sees</h3>
+      <strong id="disguise"></strong><small id="disguise-base"></small>
     </div>
+    <span aria-hidden="true">&rarr;</span>
+    <div>
+      <h3>The answers come from</h3>
+      <strong id="target"></strong><small id="target-base"></small>
+      <ul id="routes" class="soft"></ul>
+    </div>
+  </div>
+  <dl id="tiles" class="grid" aria-label="Totals since the start">
+    <div class="card">
+      <dt>Requests</dt><dd id="requests-total"></dd><dd class="soft" id="active"></dd>
+    </div>
+    <div class="card"><dt>Errors</dt><dd id="errors-total"></dd></div>
+    <div class="card"><dt>Tokens in</dt><dd id="input-total"></dd></div>
+    <div class="card"><dt>Tokens out</dt><dd id="output-total"></dd></div>
+    <div class="card">
+      <dt>Prompt cache read</dt><dd id="cache_read-total"></dd><dd class="soft" id="share"></dd>
+    </div>
+    <div class="card">
+      <dt>Cost</dt><dd id="cost-total"></dd><dd class="soft" id="cost-hint"></dd>
+    </div>
+  </dl>
+  <section id="plots" class="grid"></section>
 
-    <h2>Settings</h2>
-    <section class="card scroll" aria-label="Settings">
-      <table id="settings">
-        <thead><tr><th scope="col">Name</th><th scope="col">Value</th><th scope="col">From</th></tr></thead>
-        <tbody></tbody>
-      </table>
+  <h2>Connect</h2>
+  <div id="connect" class="grid"></div>
+
+  <h2>Last requests</h2>
+  <div class="card scroll"><table id="requests"></table></div>
+
+  <div class="grid">
+    <section>
+      <h2>Response cache</h2>
+      <div class="card">
+        <div class="bar">
+          <p id="cache-mode"></p>
+          <span>
+            <button id="cache-expired">Clear expired</button>
+            <button id="cache-clear">Clear</button>
+          </span>
+        </div>
+        <p class="bad" id="cache-error"></p>
+        <dl id="cache-text" class="pairs"></dl>
+      </div>
+    </section>
+    <section>
+      <h2>Lessons learned</h2>
+      <div class="card">
+        <div class="bar">
+          <p id="lessons-count"></p>
+          <button id="lessons-forget">Forget all</button>
+        </div>
+        <ul id="lessons"></ul>
+      </div>
     </section>
   </div>
+
+  <h2>Settings</h2>
+  <div class="card scroll">
+    <table id="settings">
+      <thead>
+        <tr><th>Name</th><th>Value</th><th>From</th></tr>
+      </thead>
+      <tbody></tbody>
+    </table>
+  </div>
 </main>
-<p id="message" role="status" aria-live="polite"></p>
+<p id="message" role="status"></p>
 <script nonce="{nonce}">
 "use strict";
-// Flow: refresh() -> call("stats") -> show(stats) -> one function for each section. Text enters by textContent only.
-const POLL_MS = 2000, GIVE_UP_MS = 10000, MESSAGE_MS = 10000, MINUTES = 60, KEY = "ccfix-key";
+// refresh() -> call("stats") -> show(stats) -> one function a section.
+const POLL_MS = 2000, PATIENCE_MS = 10000;
 const NONE = "\u2013", DOT = " \u00b7 ";
-const page = { key: recallKey(), polling: false, timer: 0, messageTimer: 0, opened: new Set(), stats: {} };
+let polling = false, pollTimer, messageTimer;
 
 // -- DOM
 const byId = id => document.getElementById(id);
-const put = (id, text) => { const node = byId(id); if (node.textContent !== text) node.textContent = text; };
-
+function put(id, text) {
+  if (byId(id).textContent !== text) byId(id).textContent = text;
+}
 function fill(node, attributes, children) {
   for (const name in attributes) node.setAttribute(name, attributes[name]);
-  node.append(...children);      // append turns strings into text nodes, so markup in them stays text
+  node.append(...children);
   return node;
 }
-const el = (tag, attributes, ...children) => fill(document.createElement(tag), attributes, children);
+const el = (tag, attributes, ...children) =>
+  fill(document.createElement(tag), attributes, children);
 const svg = (tag, attributes, ...children) =>
   fill(document.createElementNS("http://www.w3.org/2000/svg", tag), attributes, children);
 
-// Make parent's children show items. A child whose item is as before stays as it is: it keeps focus, selection and tooltip.
+// Make parent's children show items; a child whose item is as before stays as it is.
 function sync(parent, items, build) {
-  const wanted = new Map(items.map(item => [JSON.stringify(item), item]));
-  const kept = new Map();
-  for (const child of Array.from(parent.children)) {
-    if (wanted.has(child.key) && !kept.has(child.key)) kept.set(child.key, child);
-    else child.remove();
-  }
-  let next = parent.firstElementChild;
-  wanted.forEach((item, key) => {
-    const child = kept.get(key) || build(item);
+  const kept = new Map([...parent.children].map(child => [child.key, child]));
+  const keys = items.map(item => JSON.stringify(item));
+  kept.forEach((child, key) => keys.includes(key) || child.remove());
+  keys.forEach((key, index) => {
+    const child = kept.get(key) || build(items[index]), there = parent.children[index];
     child.key = key;
-    if (child === next) next = next.nextElementSibling;
-    else parent.insertBefore(child, next);
+    if (child !== there) parent.insertBefore(child, there);
   });
 }
 
-// -- Numbers as text; null or absent is a dash
-const shown = format => value => typeof value === "number" && isFinite(value) ? format(value) : NONE;
-const number = shown(value => value.toLocaleString("en-US"));
-const percent = shown(value => Math.round(value * 100) + " %");
-const cost = shown(value => value.toFixed(value < 1 ? 4 : 2));       // no currency: PRICES does not name one
-const clock = shown(time => new Date(time * 1000).toLocaleTimeString("en-GB"));
-const moment = shown(time => new Date(time * 1000).toLocaleString("en-GB"));
-const scaled = (step, units) => shown(value => {
+// -- Numbers as text; what is not known (null, 0 / 0) is a dash
+const orDash = format => value => Number.isFinite(value) ? format(value) : NONE;
+const number = orDash(value => value.toLocaleString("en-US"));
+const percent = orDash(value => Math.round(value * 100) + " %");
+const money = orDash(value => value.toFixed(value < 1 ? 4 : 2));  // PRICES names no currency
+const clock = orDash(time => new Date(time * 1000).toLocaleTimeString("en-GB"));
+const compact = orDash(value => {
   let power = 0;
-  while (value >= step && power < units.length - 1) { value /= step; power += 1; }
-  return (power && value < 100 ? value.toFixed(1) : Math.round(value)) + units[power];
+  for (; value >= 1000 && power < 3; power += 1) value /= 1000;
+  const text = power && value < 100 ? value.toFixed(1) : Math.round(value);
+  return text + ["", "k", "M", "G"][power];
 });
-const compact = scaled(1000, ["", "k", "M", "G"]);
-const bytes = scaled(1024, [" bytes", " KB", " MB", " GB"]);
-const duration = shown(ms => ms < 1000 ? Math.round(ms) + " ms" : ms < 60000 ? (ms / 1000).toFixed(1) + " s" : span(ms / 1000));
-const span = shown(seconds => {      // the two largest units
-  const units = [["d", 86400, 1e9], ["h", 3600, 24], ["min", 60, 60], ["s", 1, 60]];
-  const parts = units.map(([unit, size, limit]) => [Math.floor(seconds / size) % limit, unit]);
-  const first = parts.findIndex(part => part[0]);
-  return first < 0 ? "0 s" : parts.slice(first, first + 2).filter(part => part[0]).map(part => part.join(" ")).join(" ");
+const bytes = orDash(value => compact(value).replace(/[kMG]?$/, " $&B"));
+const span = orDash(seconds => {  // in its two largest units
+  const parts = [["d", 86400], ["h", 3600], ["min", 60], ["s", 1]].map(([unit, size]) => {
+    const amount = Math.floor(seconds / size);
+    seconds -= amount * size;
+    return amount && amount + " " + unit;
+  });
+  return parts.filter(Boolean).slice(0, 2).join(" ") || "0 s";
 });
-const joined = (...texts) => texts.filter(Boolean).join(DOT);
+const duration = orDash(ms =>
+  ms < 1000 ? Math.round(ms) + " ms"
+    : ms < 60000 ? (ms / 1000).toFixed(1) + " s" : span(ms / 1000));
+const list = (...texts) => texts.filter(Boolean).join(DOT);
 const count = (amount, one, many) => number(amount) + " " + (amount === 1 ? one : many);
-// "input" leaves out what was read from the cache, as in Anthropic's usage
-function readShare(row) {
-  const all = (row.input || 0) + (row.cache_read || 0);
-  return all ? (row.cache_read || 0) / all : null;
-}
+// "input" leaves out what was read from the cache, as in Anthropic's usage.
+const readShare = row => row.cache_read / (row.input + row.cache_read);
 
 // -- Talking to the proxy
-function recallKey() {
-  try { return sessionStorage.getItem(KEY) || ""; } catch (error) { return ""; }      // storage may be forbidden
-}
-function keepKey(key) {
-  page.key = key;
-  try { sessionStorage.setItem(KEY, key); } catch (error) { return; }
-}
-// The JSON of an answer; throws an Error with .status (0: no answer) and a message to show.
+let memory = {};  // keeps the key: as long as the tab, or the page where storage is forbidden
+try { memory = sessionStorage; } catch (error) { }
+
+// The JSON of an answer; throws an Error with a message to show, and the status if there was one.
 async function call(path, method) {
-  const headers = page.key ? { "x-api-key": page.key } : {};
-  let response, body;
-  try {
-    response = await fetch(path, { method, headers, cache: "no-store", signal: AbortSignal.timeout(GIVE_UP_MS) });
-  } catch (error) { throw Object.assign(new Error("the proxy does not answer"), { status: 0 }); }
-  try { body = await response.json(); } catch (error) { body = {}; }
+  const headers = memory.ccfixKey ? { "x-api-key": memory.ccfixKey } : {};
+  const options = { method, headers, cache: "no-store", signal: AbortSignal.timeout(PATIENCE_MS) };
+  const response = await fetch(path, options).catch(() => {
+    throw new Error("the proxy does not answer");
+  });
+  const body = await response.json().catch(() => ({}));
   if (response.ok) return body;
-  const message = body.error && body.error.message || "the proxy answered " + response.status;
+  const message = body.error ? body.error.message : "the proxy answered " + response.status;
   throw Object.assign(new Error(message), { status: response.status });
 }
 function tell(text) {
   put("message", text);
-  clearTimeout(page.messageTimer);
-  page.messageTimer = setTimeout(put, MESSAGE_MS, "message", "");
+  clearTimeout(messageTimer);
+  messageTimer = setTimeout(put, PATIENCE_MS, "message", "");
 }
-function setState(name, text) { byId("state").className = name; put("state", text); }
-
+function setState(color, text) {
+  byId("state").className = color;
+  put("state", text);
+}
 async function refresh() {
-  if (page.polling || document.hidden) return;
-  clearTimeout(page.timer);
-  page.polling = true;
-  let again = true;
-  try { show(await call("stats")); }
-  catch (error) {
-    again = error.status !== 401;      // do not knock on with a wrong key: wait for the form
-    if (!again) askForKey();
-    else lose(error.message);
-  }
-  page.polling = false;
-  if (again) page.timer = setTimeout(refresh, POLL_MS);
+  if (polling || document.hidden) return;
+  clearTimeout(pollTimer);
+  polling = true;
+  try { show(await call("stats")); } catch (error) { lose(error); }
+  polling = false;
+  // Do not knock on with a wrong key: wait for the form.
+  if (byId("key-form").hidden) pollTimer = setTimeout(refresh, POLL_MS);
 }
-function lose(message) {
-  if (byId("state").className === "live") tell("Not up to date: " + message + ".");
-  setState("lost", message);
+function lose({ status, message }) {
+  if (status === 401) return askForKey();
+  if (byId("state").className === "accent") tell("Not up to date: " + message + ".");
+  setState("bad", message);
 }
 function askForKey() {
-  if (page.key) tell("That key was not accepted.");
-  keepKey("");
+  if (memory.ccfixKey) tell("That key was not accepted.");
+  memory.ccfixKey = "";
   byId("key-form").hidden = false;
   byId("content").hidden = true;
-  setState("", "locked");
+  setState("grey", "locked");
   byId("key").focus();
 }
-async function act(path, done) {
+async function copy(source) {
   try {
-    const answer = await call(path, "POST");
-    tell(done + (typeof answer.removed === "number" ? ": " + number(answer.removed) + " removed." : "."));
-  } catch (error) { tell("Not done: " + error.message); }
-  refresh();
-}
-async function copy(text, source) {
-  try { await navigator.clipboard.writeText(text); tell("Copied."); }
-  catch (error) {      // no clipboard outside https and localhost: select it for the user
+    await navigator.clipboard.writeText(source.textContent);
+    tell("Copied.");
+  } catch (error) {  // no clipboard outside https and localhost: select it for the user
     getSelection().selectAllChildren(source);
     tell("Selected: press Ctrl+C or Cmd+C.");
   }
@@ -9174,179 +9184,196 @@ async function copy(text, source) {
 
 // -- Sections
 function show(stats) {
-  page.stats = stats;
   byId("key-form").hidden = true;
   byId("content").hidden = false;
-  setState("live", joined(stats.demo && "demo", "up " + span(stats.uptime_s), stats.address));
+  setState("accent", list(stats.demo && "demo", "up " + span(stats.uptime_s), stats.address));
+  put("version", stats.version);
   showModels(stats);
-  showTotals(stats.totals || {});
+  showTotals(stats.totals);
   showPlots(stats);
-  sync(byId("connect"), Object.entries(stats.connect || {}), shellCard);
-  showRequests();
-  showCache(stats.cache || {});
-  showLessons(stats.lessons || []);
-  sync(byId("settings").tBodies[0], stats.settings || [], settingRow);
+  sync(byId("connect"), Object.entries(stats.connect), shellCard);
+  sync(byId("requests"), ["head", ...stats.requests],
+    row => row === "head" ? headRow() : requestRow(row));
+  showCache(stats.cache);
+  showLessons(stats.lessons);
+  sync(byId("settings").tBodies[0], stats.settings, settingRow);
 }
 const pair = ([name, text]) => el("div", {}, el("dt", {}, name), el("dd", {}, text));
-function showModels(stats) {
-  const target = stats.target || {}, disguise = stats.disguise || {};
-  document.title = (target.model ? target.model + " - " : "") + (stats.name || "ccfix");
-  put("name", stats.name || "ccfix");
-  put("version", stats.version || "");
+function showModels({ target, disguise, routes }) {
+  document.title = target.model + " - ccfix";
   put("disguise", disguise.model || "the name it asks for");
-  put("disguise-base", disguise.api_base || "");
-  put("target", target.model || NONE);
-  put("target-base", joined(target.api_base, target.profile && "profile " + target.profile, target.format));
-  sync(byId("routes"), stats.routes || [],
-       route => el("li", {}, route.family + " \u2192 " + route.model + " at " + route.api_base));
+  put("disguise-base", disguise.api_base);
+  put("target", target.model);
+  put("target-base", list(target.api_base, "profile " + target.profile, target.format));
+  sync(byId("routes"), routes,
+    row => el("li", {}, row.family + " \u2192 " + row.model + " at " + row.api_base));
 }
 function showTotals(totals) {
-  for (const name of ["requests", "errors", "input", "output"]) put(name + "-total", number(totals[name]));
+  for (const name of ["requests", "errors", "input", "output", "cache_read"])
+    put(name + "-total", number(totals[name]));
   byId("errors-total").className = totals.errors ? "bad" : "";
-  put("active-total", totals.active ? number(totals.active) + " running now" : "");
-  put("read-total", number(totals.cache_read));
-  put("share-total", readShare(totals) === null ? "" : percent(readShare(totals)) + " of the input");
-  put("cost-total", cost(totals.cost));
-  byId("cost-hint").hidden = typeof totals.cost === "number";
+  put("active", number(totals.active) + " running now");
+  put("share", percent(readShare(totals)) + " of the input");
+  put("cost-total", money(totals.cost));
+  put("cost-hint", totals.cost === null ? "no price known: set PRICES" : totals.unpriced
+    ? count(totals.unpriced, "request", "requests") + " without a price" : "");
 }
 function shellCard([shell, lines]) {
-  const name = shell === "powershell" ? "PowerShell" : shell, text = lines.join("\n"), code = el("code", {}, text);
-  const button = el("button", { type: "button", "aria-label": "Copy the lines for " + name }, "Copy");
-  button.addEventListener("click", () => copy(text, code));
-  return el("div", { class: "card" }, el("div", { class: "bar" }, el("h3", {}, name), button), el("pre", {}, code));
+  const code = el("code", {}, lines.join("\n"));
+  const button = el("button", { "aria-label": "Copy the lines for " + shell }, "Copy");
+  button.addEventListener("click", () => copy(code));
+  const bar = el("div", { class: "bar" }, el("h3", {}, shell), button);
+  return el("div", { class: "card" }, bar, el("pre", {}, code));
 }
 
-// A plot stacks its parts (class, name, value of a series row) in one bar a minute.
+// Plots: title, format, top of the scale (0: the highest bar), parts of the bar of a minute;
+// parts: class, name, value of a row of stats.series.
 const PLOTS = [
-  { title: "Tokens a minute", format: compact,
-    parts: [["a", "in", row => row.input], ["b", "cached", row => row.cache_read], ["c", "out", row => row.output]] },
-  { title: "Latency to first content", format: duration, parts: [["a", "", row => row.first_ms]] },
-  { title: "Cache-read share of input", format: percent, top: 1, parts: [["a", "", readShare]] },
-  { title: "Cost a minute", format: cost, parts: [["a", "", row => row.cost]] },
+  ["Tokens a minute", compact, 0, [
+    ["accent", "in", row => row.input],
+    ["pale", "cached", row => row.cache_read],
+    ["grey", "out", row => row.output],
+  ]],
+  ["Latency to first content", duration, 0, [["accent", "", row => row.first_ms]]],
+  ["Cache-read share of input", percent, 1, [["accent", "", readShare]]],
+  ["Cost a minute", money, 0, [["accent", "", row => row.cost]]],
 ];
-function showPlots(stats) {
-  const now = Math.floor(stats.time / 60), series = stats.series || [];
-  const recent = series.filter(row => row.t / 60 > now - MINUTES && row.t / 60 <= now).sort((a, b) => a.t - b.t);
-  const barsOf = plot => recent.map(row => bar(plot, row)).filter(one => one.sum !== null);
-  const plots = PLOTS.map((plot, index) => ({ index, now, bars: barsOf(plot) }));
-  sync(byId("plots"), plots.filter(plot => PLOTS[plot.index].format !== cost || plot.bars.length), plotFigure);
+function showPlots({ series, totals }) {
+  const plots = PLOTS.map(([title, , , parts], index) => {
+    const bars = series.map((row, x) => ({ x, t: row.t, values: parts.map(part => part[2](row)) }));
+    return { title, index, bars: bars.filter(bar => Number.isFinite(bar.values[0])) };
+  });
+  const shown = totals.cost === null ? plots.slice(0, -1) : plots;
+  sync(byId("plots"), shown, plot => plotFigure(plot, series.length));
 }
-function bar(plot, row) {
-  const values = plot.parts.map(part => part[2](row)), known = values.filter(value => typeof value === "number");
-  return { t: row.t, values: values.map(value => value || 0), sum: known.length ? known.reduce((a, b) => a + b) : null };
+function plotFigure({ title, index, bars }, minutes) {
+  const [, format, top, parts] = PLOTS[index];
+  const sums = bars.map(bar => bar.values.reduce((a, b) => a + b)), peak = Math.max(...sums);
+  const summary = !bars.length ? "nothing yet"
+    : "last " + format(sums.at(-1)) + ", peak " + format(peak);
+  const label = title + " in the last hour: " + summary, scale = 96 / (top || peak || 1);
+  const box = { viewBox: "0 0 " + minutes + " 100", preserveAspectRatio: "none" };
+  const drawing = svg("svg", { ...box, role: "img", "aria-label": label },
+    ...bars.map(bar => barShape(bar, parts, format, scale)));
+  const keys = parts.filter(part => part[1])
+    .map(([color, name]) => el("span", { class: "key " + color }, name));
+  const axis = [["1 h ago"], keys, ["now"]].map(texts => el("span", {}, ...texts));
+  return el("div", { class: "card" }, el("h3", {}, title), el("small", {}, summary), drawing,
+    el("div", { class: "bar soft" }, ...axis));
 }
-function plotFigure({ index, now, bars }) {
-  const { title, format, parts, top } = PLOTS[index];
-  const peak = Math.max(0, ...bars.map(one => one.sum)), last = bars.length ? bars[bars.length - 1].sum : null;
-  const summary = bars.length ? "last " + format(last) + ", peak " + format(peak) : "nothing yet";
-  const drawn = svg("svg", { viewBox: "0 0 " + MINUTES + " 100", preserveAspectRatio: "none", role: "img",
-                             "aria-label": title + " in the last hour: " + summary },
-                    ...bars.map(one => barShape(one, parts, format, MINUTES - 1 - (now - one.t / 60), 96 / (top || peak || 1))));
-  const keys = parts.filter(part => part[1]).map(part => el("span", { class: "key " + part[0] }, part[1]));
-  return el("figure", { class: "card" }, el("figcaption", {}, el("h3", {}, title), el("small", {}, summary)), drawn,
-            el("div", { class: "axis" }, el("span", {}, "1 h ago"), el("span", {}, ...keys), el("span", {}, "now")));
-}
-function barShape(one, parts, format, x, scale) {
-  const texts = parts.map((part, index) => format(one.values[index]) + " " + part[1]);
-  const group = svg("g", {}, svg("title", {}, clock(one.t) + DOT + texts.join(", ")),
-                    svg("rect", { class: "hover", x, y: 0, width: 1, height: 100 }));
+function barShape({ x, t, values }, parts, format, scale) {
+  const texts = parts.map((part, index) => format(values[index]) + " " + part[1]);
+  const group = svg("g", {}, svg("title", {}, clock(t) + DOT + texts.join(", ")),
+    svg("rect", { class: "hover", x, width: 1, height: 100 }));
   let y = 100;
-  parts.forEach((part, index) => {
-    const height = one.values[index] * scale;
+  parts.forEach(([color], index) => {
+    const height = values[index] * scale;
     y -= height;
-    group.append(svg("rect", { class: part[0], x: x + 0.1, y, width: 0.8, height }));
+    group.append(svg("rect", { class: color, x: x + 0.1, y, width: 0.8, height }));
   });
   return group;
 }
 
-// Columns of the table: title, class, cell. "wide" ones are left out on a phone, where the details have them.
+// The table: title, class, cell. A phone leaves out what is "wide"; the details have it.
 const COLUMNS = [
-  ["Time", "", row => el("button", { type: "button", "aria-expanded": page.opened.has(row.id) }, clock(row.time))],
+  ["Time", "", row => el("button", { "aria-expanded": false }, clock(row.time))],
   ["Model", "name", modelCell],
-  ["Status", "n", row => el("span", { class: failed(row) ? "bad" : "" }, String(row.status || NONE))],
+  ["Status", "n", ({ status, error }) =>
+    el("span", { class: status >= 400 || error ? "bad" : "" }, status || NONE)],
   ["In", "n wide", row => number(row.input)],
   ["Cache read", "n wide", row => number(row.cache_read)],
   ["Out", "n wide", row => number(row.output)],
   ["First", "n wide", row => duration(row.first_ms)],
   ["Total", "n", row => duration(row.total_ms)],
 ];
+// What a click on a row shows, where there is something to show.
 const DETAILS = [
   ["Error", row => row.error],
   ["Prefix cache lost", row => row.broke],
-  ["Lessons", row => (row.lessons || []).join("\n")],
+  ["Lessons", row => row.lessons.join("\n")],
   ["Asked for", row => row.asked],
   ["Called", row => row.model],
-  ["When", row => moment(row.time)],
-  ["Tokens", row => joined(number(row.input) + " in", number(row.cache_read) + " cache read", number(row.output) + " out")],
-  ["Latency", row => joined(duration(row.first_ms) + " to first content", duration(row.total_ms) + " in all")],
-  ["Cost", row => typeof row.cost === "number" ? cost(row.cost) : ""],
-  ["Bytes", row => joined(bytes(row.bytes_in) + " in", bytes(row.bytes_out) + " out")],
-  ["Mode", row => joined(row.stream ? "streamed" : "whole", retries(row), row.cache && "cache " + row.cache)],
+  ["When", row => new Date(row.time * 1000).toLocaleString("en-GB")],
+  ["Tokens", row => list(number(row.input) + " in", number(row.cache_read) + " cache read",
+    number(row.output) + " out")],
+  ["Latency", row => list(duration(row.first_ms) + " to first content",
+    duration(row.total_ms) + " in all")],
+  ["Cost", row => row.cost === null ? "" : money(row.cost)],
+  ["Bytes", row => list(bytes(row.bytes_in) + " in", bytes(row.bytes_out) + " out")],
+  ["Mode", row => list(row.stream ? "streamed" : "whole", retries(row),
+    row.cache && "cache " + row.cache)],
   ["Session", row => row.session],
   ["Id", row => row.id],
 ];
-const failed = row => row.status >= 400 || Boolean(row.error);
 const retries = row => row.retries && count(row.retries, "retry", "retries");
-const lessons = row => row.lessons && row.lessons.length && count(row.lessons.length, "lesson", "lessons");
 function modelCell(row) {
-  const notes = joined(row.cache === "hit" && "answered from the cache", retries(row), lessons(row),
-                       row.broke && "prefix cache lost");
-  const cell = el("span", {}, row.model || row.asked || NONE);
-  if (row.error) cell.append(el("small", { class: "bad" }, String(row.error)));
-  if (notes) cell.append(el("small", {}, notes));
-  return cell;
+  const learned = row.lessons.length;
+  const notes = list(row.cache === "hit" && "answered from the cache", retries(row),
+    learned && count(learned, "lesson", "lessons"), row.broke && "prefix cache lost");
+  const lines = [el("small", { class: "bad" }, row.error || ""), el("small", {}, notes)];
+  return el("span", {}, row.model || row.asked || NONE, ...lines.filter(line => line.textContent));
 }
-function showRequests() {
-  const rows = page.stats.requests || [];
-  byId("requests-none").hidden = rows.length > 0;
-  byId("requests").hidden = !rows.length;
-  const lines = rows.map(row => page.opened.has(row.id) ? [{ row }, { detail: row }] : [{ row }]);
-  sync(byId("requests").tBodies[0], lines.flat(), line => line.row ? requestRow(line.row) : detailRow(line.detail));
+function headRow() {
+  const cells = COLUMNS.map(([title, kind]) => el("th", { class: kind }, title));
+  return el("thead", {}, el("tr", {}, ...cells));
 }
+// A request is a tbody of its own, which takes the details in when its row is clicked.
 function requestRow(row) {
-  const line = el("tr", { "data-id": row.id }, ...COLUMNS.map(([, kind, cell]) => el("td", { class: kind }, cell(row))));
+  const cells = COLUMNS.map(([, kind, cell]) => el("td", { class: kind }, cell(row)));
+  const line = el("tr", { "data-id": row.id }, ...cells), body = el("tbody", {}, line);
   line.addEventListener("click", () => {
-    if (!page.opened.delete(row.id)) page.opened.add(row.id);
-    line.querySelector("button").setAttribute("aria-expanded", page.opened.has(row.id));
-    showRequests();
+    const details = line.nextElementSibling;
+    if (details) details.remove();
+    else body.append(detailRow(row));
+    line.querySelector("button").setAttribute("aria-expanded", !details);
   });
-  return line;
+  return body;
 }
 function detailRow(row) {
   const pairs = DETAILS.map(([name, text]) => [name, text(row)]).filter(([, text]) => text);
-  const list = el("dl", { class: "pairs" }, ...pairs.map(pair));
-  return el("tr", { class: "detail" }, el("td", { colspan: COLUMNS.length }, list));
+  const details = el("dl", { class: "pairs" }, ...pairs.map(pair));
+  return el("tr", { class: "detail" }, el("td", { colspan: COLUMNS.length }, details));
 }
 function showCache(cache) {
-  put("cache-mode", cache.enabled ? "On, key mode " + cache.mode + ", kept for " + span(cache.ttl) : "Off (CACHE_ENABLED)");
-  put("cache-error", cache.error ? String(cache.error) : "");
+  put("cache-mode", !cache.enabled ? "Off (CACHE_ENABLED)"
+    : "On, key mode " + cache.mode + ", kept for " + span(cache.ttl));
+  put("cache-error", cache.error || "");
   sync(byId("cache-text"), !cache.enabled ? [] : [
-    ["Hit rate", joined(percent(cache.hit_rate), number(cache.hits) + " hits, " + number(cache.misses) + " misses")],
-    ["Kept", joined(count(cache.entries, "entry", "entries"), bytes(cache.bytes))],
+    ["Hit rate", list(percent(cache.hit_rate),
+      number(cache.hits) + " hits, " + number(cache.misses) + " misses")],
+    ["Kept", list(count(cache.entries, "entry", "entries"), bytes(cache.bytes))],
     ["So far", number(cache.inserts) + " stored, " + number(cache.evictions) + " evicted"],
     ["Saved", duration(cache.saved_ms) + " of waiting"],
   ], pair);
 }
-function showLessons(rows) {
-  put("lessons-count", rows.length ? count(rows.length, "lesson", "lessons") : "Nothing had to be learned yet.");
-  byId("lessons-forget").hidden = !rows.length;
-  sync(byId("lessons"), rows, row => el("li", {}, row.text, el("small", {}, row.model + " at " + row.upstream)));
+function showLessons(lessons) {
+  const many = lessons.length;
+  put("lessons-count", many ? count(many, "lesson", "lessons") : "Nothing had to be learned yet.");
+  byId("lessons-forget").hidden = !many;
+  sync(byId("lessons"), lessons,
+    row => el("li", {}, row.text, el("small", {}, row.model + " at " + row.upstream)));
 }
-function settingRow(row) {
-  const kind = row.origin && row.origin !== "default" ? "changed" : "soft", value = row.value;
-  return el("tr", {}, el("td", {}, el("code", {}, row.name), el("small", { class: "wide" }, row.help || "")),
-            el("td", {}, value === null || value === undefined || value === "" ? NONE : String(value)),
-            el("td", { class: kind }, row.origin || NONE));
+function settingRow({ name, help, value, origin }) {
+  return el("tr", {},
+    el("td", {}, el("code", {}, name), el("small", { class: "wide" }, help)),
+    el("td", {}, value || NONE),
+    el("td", { class: origin === "default" ? "soft" : "changed" }, origin));
 }
 
 // -- Start
-byId("requests").tHead.rows[0].append(...COLUMNS.map(([title, kind]) => el("th", { scope: "col", class: kind }, title)));
-byId("cache-clear").addEventListener("click", () => act("cache/clear", "Cache cleared"));
-byId("cache-expired").addEventListener("click", () => act("cache/clear-expired", "Expired entries cleared"));
-byId("lessons-forget").addEventListener("click", () => act("lessons/forget", "Lessons forgotten"));
+function onPress(id, path, done) {
+  byId(id).addEventListener("click", async () => {
+    try { tell(done + ": " + number((await call(path, "POST")).removed) + " removed."); }
+    catch (error) { tell("Not done: " + error.message); }
+    refresh();
+  });
+}
+onPress("cache-clear", "cache/clear", "Cache cleared");
+onPress("cache-expired", "cache/clear-expired", "Expired entries cleared");
+onPress("lessons-forget", "lessons/forget", "Lessons forgotten");
 byId("key-form").addEventListener("submit", event => {
   event.preventDefault();
-  keepKey(byId("key").value.trim());
+  memory.ccfixKey = byId("key").value.trim();
   byId("key").value = "";
   refresh();
 });
@@ -9359,15 +9386,23 @@ refresh();
 
 
 def status_page(nonce):
-    """The status page as bytes. It holds no data: its script reads GET /stats; nonce is a fresh one for each answer."""
+    """The status page, for GET / of a browser -> bytes.
+
+    nonce: a fresh random string for each answer, the same as in `page_policy`.
+    """
     return PAGE.replace("{nonce}", nonce).encode("ascii")
 
 
 def page_policy(nonce):
-    """Content-Security-Policy of the page: its own style and script, calls to this server, and nothing else."""
+    """The Content-Security-Policy of the page (https://www.w3.org/TR/CSP3/) -> string.
+
+    It allows the page's own style and script, by their nonce, and calls to this server. img-src is
+    for the empty icon alone, without which a browser asks for /favicon.ico. frame-ancestors keeps
+    other sites from showing the page, and its buttons, in a frame of theirs.
+    """
     return (
-        "default-src 'none'; script-src 'nonce-{0}'; style-src 'nonce-{0}'; connect-src 'self'; img-src data:; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        "default-src 'none'; script-src 'nonce-{0}'; style-src 'nonce-{0}'; connect-src 'self'; "
+        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     ).format(nonce)
 
 
@@ -10264,206 +10299,203 @@ def claude_files(home):
     return [file_text(place) for place in places]
 
 
-# ---- check: what the target can do, through the code that serves ---------------------------------------
+# ---- check: what the target can do, through the code that serves ---------------------------------
+#
+# A row of CHECKS is a name and a function that asks one thing of the target and returns a Verdict.
+# It asks through the Proxy and Exchange that serve Claude Code, so a row shows what Claude Code
+# would get, with everything that ccfix does for it except second tries. A ProxyError on the way is
+# a verdict as well. Each docstring says what the row proves, and what Claude Code does without it
+# (seen with Claude Code 2.1.330).
 
-ROW_SECONDS, LONG_SECONDS = (
-    60,
-    180,
-)  # for one question; for a long prompt, which a small machine reads slowly
+ROW_SECONDS, LONG_SECONDS = 60, 180  # for one question; for a long prompt on a small machine
 ANSWER_TOKENS = 400  # enough for a model that thinks before it calls a tool
-FIRST_REQUEST = 13000  # tokens of Claude Code's first request
+FIRST_REQUEST = 13000  # tokens of Claude Code's first request, by its own count
+# Tokens of a context window. Below the first, hardly a file fits in beside that request; up to the
+# second, a conversation is compacted often: Claude Code keeps 33,000 tokens free.
 LEAST_CONTEXT, GOOD_CONTEXT = 20000, 64000
 CODE_WORD = "ZEBRA-42"
 
+# The tool of all rows about tools, described as Claude Code describes its own.
 WEATHER = {
     "name": "get_weather",
     "description": "The weather of today at a place.",
     "input_schema": {
         "type": "object",
-        "properties": {"place": {"type": "string", "description": "a city"}},
+        "properties": {"place": {"type": "string"}},
         "required": ["place"],
         "additionalProperties": False,
     },
 }
+# name -> arguments of Tester.ask. Several rows look at these answers, so each is asked only once.
+QUESTIONS = {
+    "plain": {"content": "Reply with the one word: pong", "stream": False},
+    "count": {"content": "Count from 1 to 30 in digits, separated by blanks."},
+    "tool": {"content": "What is the weather in Paris? Use the tool.", "tools": [WEATHER]},
+}
+# A PNG in base64. 64 x 64 pixels, since some vision models refuse a picture of under 28.
+RED_SQUARE = (
+    "iVBORw0KGgoAAAANSUhEUgAAAEAAAABAAQMAAACQp+OdAAAAA1BMVEX/AAAZ4gk3AAAAD0lEQVR42mNgGAWj"
+    "gHwAAAJAAAHgTR1EAAAAAElFTkSuQmCC"
+)
 
-Verdict = collections.namedtuple("Verdict", "status seen fix")
-Verdict.__doc__ = """What a row of `check` found. status: ok, fail or skip; seen: in a few words; fix: what to do, or ""."""
-
+TRAINED = "choose a model that was trained for tools"
+# kind of a ProxyError -> what to do. The other kinds have no fix that helps in general.
 ADVICE = {
-    # kind of an UpstreamError -> what to do
-    "auth": "set the right key: TARGET_API_KEY in .env or the environment, or -k KEY",
+    "auth": "set the right key: -k KEY, or TARGET_API_KEY in the environment or .env",
     "billing": "add credit at the provider, or choose another one",
     "policy": "ask the provider what this key may use",
     "model": "choose one of the provider's models: -m NAME, or TARGET_MODEL",
     "path": "check the base URL (-b, TARGET_API_BASE): most end in /v1",
-    "overflow": "choose a model with a larger context window, or raise the server's (llama.cpp: -c, vLLM: --max-model-len)",
-    "timeout": "the server is overloaded or loads its model: try again; for a slow one raise TARGET_TIMEOUT",
-    "rate": "wait until the provider's limit allows more, or ask it for a higher one",
+    "overflow": "choose a model with a larger context window, or raise the server's "
+    "(llama.cpp: -c, vLLM: --max-model-len, Ollama: OLLAMA_CONTEXT_LENGTH=65536)",
+    "timeout": "try again; for a server that is always slow, raise TARGET_TIMEOUT",
+    "rate": "wait until the provider's limit allows more, or ask for a higher one",
     "overloaded": "try again later, or set TARGET_MODEL_FALLBACK",
-    "server": "try again later; if it stays, the server's own log has the reason",
-    "cut": "try again; if it stays, look at the server's log and at proxies between",
-    "sampling": "choose a model that is better at tools",
+    "server": "try again later; if it persists, see the server's own log",
+    "cut": "try again; if it persists, see the server's log, and look for proxies in between",
+    "sampling": TRAINED,
 }
+# profile -> what makes tools work there, where a model trained for them is not enough
 NO_TOOLS = {
-    # profile -> what makes tools work there
-    "vllm": "start vLLM with --enable-auto-tool-choice and the --tool-call-parser of the model",
-    "sglang": "start SGLang with the --tool-call-parser of the model",
-    "llamacpp": "start llama-server with --jinja, and take a model that was trained for tools",
-    "ollama": "take a model with the mark 'tools' in Ollama's library",
-    "lmstudio": "take a model with the hammer sign in LM Studio",
+    "vllm": "start vLLM with --enable-auto-tool-choice and the model's --tool-call-parser",
+    "sglang": "start SGLang with the model's --tool-call-parser",
+    "llamacpp": "start llama-server with --jinja, and " + TRAINED,
+    "ollama": "choose a model that Ollama's library tags with 'tools'",
+    "lmstudio": "choose a model that LM Studio marks with a hammer",
 }
+
+# What a row found. status: ok, fail, or skip where it cannot tell; seen: what, in a few words; fix:
+# what to do about it, or "".
+Verdict = collections.namedtuple("Verdict", "status seen fix")
 
 
 def ok(seen):
+    """The row holds."""
     return Verdict("ok", seen, "")
 
 
+def skip(seen):
+    """The row cannot tell, and is no reason to doubt the target."""
+    return Verdict("skip", seen, "")
+
+
 def fail(seen, fix=""):
+    """The row does not hold; whether Claude Code can work all the same is said in CHECKS."""
     return Verdict("fail", seen, fix)
 
 
-def brief(text):
-    """A model's words in quotes, on one short line."""
-    return ascii(text[:40]) + ("..." if len(text) > 40 else "")
-
-
 def failure(error):
-    """The Verdict of a ProxyError; where its message ends with advice, that is the fix."""
+    """The Verdict of a ProxyError that a request to the target ended with."""
+    # A connection error brings its own advice: "... (Connection refused): check that ..."
     seen, parenthesis, advice = error.message.partition("): ")
     if error.kind == "connect" and parenthesis:
         return fail(seen + ")", advice)
     return fail(error.message, ADVICE.get(error.kind, ""))
 
 
-class Answer(object):
-    """A finished answer: message (Anthropic's), usage (the provider's own, {} if it told none), plan, and the seconds at which
-    the first content and the end came; pieces: deltas of text and thinking."""
+def quote(text):
+    """The beginning of a model's words, in quotes, on one line."""
+    return ascii(text[:40]) + ("..." if len(text) > 40 else "")
 
-    def __init__(self, exchange, events, seconds):
-        self.message, self.plan, self.usage = fold(events), exchange.plan, exchange.reader.raw_usage
-        marks = [at for at, event in zip(seconds, events) if event["type"] == "content_block_delta"]
-        self.first, self.last, self.pieces = (
-            (marks[0], marks[-1], len(marks)) if marks else (0, 0, 0)
-        )
-        self.tokens = exchange.reader.usage()
+
+class Answer:
+    """What the target answered to one question. Raises ProxyError, like Exchange.events."""
+
+    def __init__(self, exchange):
+        events, began = [], time.monotonic()
+        self.marks = []  # seconds after which each piece of text, thinking or arguments came
+        for event in filter(None, exchange.events()):
+            events.append(event)
+            if event["type"] == "content_block_delta":
+                self.marks.append(time.monotonic() - began)
+        if exchange.broken_by():
+            raise exchange.error
+        self.message = fold(events)  # Anthropic's message (dict)
+        self.plan = exchange.plan  # with the lessons learned on the way
+        self.usage = exchange.reader.raw_usage  # the provider's own; {} if it told none
+        self.tokens = exchange.reader.usage()  # Anthropic's usage; estimated if need be
+        # Tokens of the prompt, whether they were read anew, from a cache or into one.
+        names = [name for name in self.tokens if name.endswith("input_tokens")]
+        self.prompt = sum(self.tokens[name] for name in names)
+        self.text = "".join(block["text"] for block in self.blocks("text")).strip()
 
     def blocks(self, kind):
         return [block for block in self.message["content"] if block["type"] == kind]
 
-    def text(self):
-        return "".join(block["text"] for block in self.blocks("text")).strip()
-
-    def read(self):
-        """Prompt tokens, however they were paid for."""
-        return sum(
-            self.tokens[name]
-            for name in ("input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens")
-        )
+    def calls(self):
+        """The tool calls that fit WEATHER; Claude Code answers any other with an error."""
+        return [
+            block
+            for block in self.blocks("tool_use")
+            if block["name"] == WEATHER["name"] and isinstance(block["input"].get("place"), str)
+        ]
 
 
-class Tester(object):
-    """What the rows of `check` share: a proxy that tries nothing twice, and what it was told so far.
+def question_body(model, content):
+    """The body of an Anthropic request with one user message."""
+    messages = [{"role": "user", "content": content}]
+    return {"model": model, "max_tokens": ANSWER_TOKENS, "stream": True, "messages": messages}
 
-    asked: the model name that is asked for, whose family decides where it goes. Nothing of what is set may hide or mend
-    what the target does: the settings are changed for that.
+
+class Tester:
+    """What the rows share: a Proxy that tries nothing twice, and what the target has said so far.
+
+    settings is changed, so that nothing in it hides or repairs what the target does. asked: the
+    model name that Claude Code would ask for; its family decides where requests go. models: the
+    names that the provider lists, once a row has looked. To be closed.
     """
 
     def __init__(self, settings, asked="ccfix-check"):
-        self.settings, self.asked, self.models, self.known = settings, asked, [], {}
-        (
-            settings.target_retries,
-            settings.target_model_fallback,
-            settings.cache_enabled,
-            settings.record_dir,
-        ) = (0, "", False, "")
-        self.nowhere = open(os.devnull, "w")
-        self.proxy = Proxy(
-            lambda: settings,
-            Log(settings, sys.stderr if settings.log_level == "debug" else self.nowhere),
-        )
+        self.settings, self.asked, self.models = settings, asked, []
+        self.known = {}  # name of a question -> its Answer, or the ProxyError that it ended with
+        settings.target_retries, settings.target_model_fallback = 0, ""
+        settings.cache_enabled, settings.record_dir = False, ""
+        out = sys.stderr if settings.log_level == "debug" else io.StringIO()
+        self.proxy = Proxy(lambda: settings, Log(settings, out))
 
+    @property
     def plan(self):
-        return plan_request(self.settings, self.asked, False, self.proxy.profile_of(self.settings))
+        """Where requests go, and how. Each time anew: a probe or a lesson changes the profile."""
+        profile_of = self.proxy.profile_of(self.settings)
+        return plan_request(self.settings, self.asked, False, profile_of)
 
-    def open(self, method, url, body=None, limit=ROW_SECONDS):
-        """(status, bytes) of a plain request to the provider. Raises ProxyError."""
-        data = None if body is None else compact_json(body).encode()
-        reply = self.proxy.upstream(self.settings).open(
-            method,
-            url,
-            upstream_headers(self.plan(), self.settings, {}),
-            data,
-            patience(limit),
-            limit,
-        )
-        try:
-            return reply.status, reply.read(4 << 20)
-        finally:
-            reply.close()
+    def ask(self, content="", limit=ROW_SECONDS, **fields):
+        """The Answer to a user's content (string or blocks), within `limit` seconds.
 
-    def ask(self, content, limit=ROW_SECONDS, **fields):
-        """The Answer to a user's content, or to a list of messages, as an Anthropic request. Raises ProxyError."""
-        messages = (
-            content
-            if isinstance(content, list) and "role" in content[0]
-            else [{"role": "user", "content": content}]
-        )
-        body = dict(
-            {
-                "model": self.asked,
-                "max_tokens": ANSWER_TOKENS,
-                "stream": True,
-                "messages": messages,
-            },
-            **fields,
-        )
+        fields: further fields of the request, or others instead. Raises ProxyError.
+        """
+        body = dict(question_body(self.asked, content), **fields)
         exchange = Exchange(self.proxy, body, {}, patience(limit))
         exchange.bytes_in = len(compact_json(body))
-        events, marks, began = [], [], time.monotonic()
         try:
-            for event in exchange.events():
-                if event is not None:
-                    events.append(event)
-                    marks.append(time.monotonic() - began)
-        except Dropped as dropped:
+            return Answer(exchange)
+        except Dropped as dropped:  # a stream that broke off: here, just another error
             raise dropped.args[0]
-        if exchange.broken_by():
-            raise exchange.error
-        return Answer(exchange, events, marks)
 
-    def once(self, name, ask):
-        """ask() -> Answer, asked only once: several rows look at it. What it raised is raised again."""
+    def once(self, name):
+        """The Answer to one of QUESTIONS. What it raised the first time it raises each time."""
         if name not in self.known:
             try:
-                self.known[name] = ask()
+                self.known[name] = self.ask(**QUESTIONS[name])
             except ProxyError as error:
                 self.known[name] = error
         if isinstance(self.known[name], ProxyError):
             raise self.known[name]
         return self.known[name]
 
-    def plain(self):
-        return self.once("plain", lambda: self.ask("Reply with the one word: pong", stream=False))
-
-    def counting(self):
-        return self.once(
-            "stream",
-            lambda: self.ask(
-                "Count from 1 to 30 in digits, separated by blanks. Write nothing else."
-            ),
-        )
-
-    def calling(self):
-        return self.once(
-            "tool", lambda: self.ask("What is the weather in Paris? Use the tool.", tools=[WEATHER])
-        )
+    def plain_error(self):
+        """The ProxyError that the plain question ends with, or None."""
+        try:
+            self.once("plain")
+        except ProxyError as error:
+            return error
 
     def close(self):
+        """Close the connections that are kept alive, and the store."""
         if self.proxy.wires:
             self.proxy.wires[1].close()
         if self.proxy.store:
             self.proxy.store.close()
-        self.nowhere.close()
 
 
 def models_url(plan):
@@ -10471,511 +10503,395 @@ def models_url(plan):
     return plan.url(plan.format.models_path)
 
 
-TLS_WORDS = {
-    False: ", TLS verified",
-    True: ", TLS NOT verified (INSECURE): anyone on the way can read the key",
-}
+# The first four rows. Where one of them fails, the rest would only say the same again.
 
 
 def is_reachable(tester):
-    """Name, network, proxy and TLS: any HTTP answer will do."""
-    plan = tester.plan()
-    status, raw = tester.open("GET", models_url(plan), limit=20)
-    tester.models = model_names(as_dict(json_or_none(raw))) if status == 200 else []
-    way = tester.proxy.upstream(tester.settings).route(plan.base)
-    tester.proxy.probe(plan, patience(10))
-    return ok(
-        host_port(way.host, way.port)
-        + " answers"
-        + (TLS_WORDS[tester.settings.insecure] if way.scheme == "https" else "")
-        + (", through the proxy " + host_port(*way.proxy) if way.proxy else "")
-        + "; profile "
-        + tester.plan().profile.name
-    )
+    """Name, network, proxy and TLS work: any HTTP answer will do.
+
+    Otherwise Claude Code says "API Error" after three minutes of trying again.
+    """
+    plan, upstream = tester.plan, tester.proxy.upstream(tester.settings)
+    headers = upstream_headers(plan, tester.settings, {})
+    tester.models = model_names(get_json(upstream, models_url(plan), headers, patience(20)))
+    tester.proxy.probe(plan, patience(10))  # tells a local server's kind, and so its profile
+    way = upstream.route(plan.base)
+    seen = host_port(way.host, way.port) + " answers"
+    if way.scheme == "https":
+        seen += ", TLS %s" % ("NOT verified (INSECURE)" if tester.settings.insecure else "verified")
+    if way.proxy:
+        seen += ", through the proxy " + host_port(*way.proxy)
+    return ok("%s; profile %s" % (seen, tester.plan.profile.name))
+
+
+def judge_plain(tester, kinds, seen):
+    """The Verdict by the plain question: `seen` if it was answered, else whether it failed with
+    one of these kinds of errors; another row tells of the others."""
+    error = tester.plain_error()
+    if error is None:
+        return ok(seen)
+    if error.kind in kinds:
+        return failure(error)
+    return skip("unknown: the question failed otherwise, see below")
 
 
 def takes_key(tester):
-    """The key, proved by a question: many providers list their models to everyone."""
-    try:
-        tester.plain()
-    except ProxyError as error:
-        if error.kind in ("auth", "billing", "policy", "connect"):
-            return failure(error)
-        return Verdict("skip", "not to be told: the question failed otherwise, see below", "")
-    return ok("accepted" if tester.plan().key else "none given, none needed")
+    """The key holds. A question proves it, since many providers list their models to everyone.
+
+    Otherwise every turn ends with an error about the login (401, 403) or the credit (402).
+    """
+    seen = "accepted" if tester.plan.key else "none given, none needed"
+    return judge_plain(tester, ("auth", "billing", "policy", "connect"), seen)
 
 
 def has_model(tester):
-    plan, kind = tester.plan(), ""
-    try:
-        tester.plain()
-    except ProxyError as error:
-        kind = error.kind
-    if not kind:
-        return ok(
-            plan.model
-            + (
-                ""
-                if plan.model in tester.models or not tester.models
-                else " answers, though the provider does not list it"
-            )
-        )
-    if kind not in ("model", "path") or plan.model in tester.models:
-        return Verdict(
-            "skip",
-            plan.model + (" is listed" if plan.model in tester.models else ": not to be told"),
-            "",
-        )
-    import difflib
+    """The provider knows the model; otherwise the fix has names from its list.
 
-    near = difflib.get_close_matches(plan.model, tester.models, 4, 0.4)
-    near += [
-        name for name in tester.models if plan.model.lower() in name.lower() and name not in near
-    ]
-    shown = near or tester.models
-    fix = "-m with one of: " + shorten(", ".join(shown[:12]), 300) if shown else ADVICE["model"]
-    if kind == "path":
-        return fail(
-            "the provider has no such address, or no model %s" % plan.model,
-            ADVICE["path"] + "; or " + fix,
-        )
-    return fail("the provider has no model %s" % plan.model, fix)
+    Without it, Claude Code says that the selected model may not exist (404).
+    """
+    model = tester.plan.model
+    kinds = () if model in tester.models else ("model", "path")
+    verdict = judge_plain(tester, kinds, model)
+    if verdict.status != "fail":
+        return verdict
+    import difflib  # nothing else needs it, and a start should not wait for it
+
+    # At 0.3 "sonnet" is still like "anthropic/claude-sonnet-4.5".
+    near = difflib.get_close_matches(model, tester.models, 12, 0.3) or tester.models[:12]
+    fix = "-m with one of: " + shorten(", ".join(near), 300) if near else ADVICE["model"]
+    if tester.plain_error().kind == "model":
+        return fail("the provider has no model " + model, fix)
+    return fail("no such address, or no model " + model, ADVICE["path"] + "; or " + fix)
 
 
 def answers_plainly(tester):
-    answer = tester.plain()
-    if answer.text():
-        return ok("%s, %d tokens" % (brief(answer.text()), answer.tokens["output_tokens"]))
+    """A whole answer, without streaming: what Claude Code asks for after a stream has failed."""
+    return judge_text(tester.once("plain"))
+
+
+def judge_text(answer):
+    """The Verdict of an answer that should be text."""
+    if answer.text:
+        return ok("%s, %d tokens" % (quote(answer.text), answer.tokens["output_tokens"]))
+    if answer.blocks("tool_use"):
+        return fail("a tool call instead of text", TRAINED)
     if answer.blocks("thinking"):
         return ok("thinking only, within %d tokens" % ANSWER_TOKENS)
-    return fail(
-        "an empty answer",
-        "choose another model, or look at the server's log: its chat template may not fit",
-    )
+    fix = "choose another model, or see the server's log: its chat template may not fit"
+    return fail("an empty answer", fix)
+
+
+# The stream.
 
 
 def streams(tester):
-    answer = tester.counting()
-    if not answer.pieces:
+    """The answer comes in pieces. In one piece it works as well, but nothing is seen for long."""
+    answer = tester.once("count")
+    if not answer.marks:
         return fail("an empty stream", ADVICE["server"])
-    if answer.pieces == 1 and answer.tokens["output_tokens"] > 8:
-        return ok(
-            "all in one piece: nothing is seen before the end (the server, or a proxy between, holds it back)"
-        )
-    return ok("%d pieces in %.1f s" % (answer.pieces, answer.last))
+    if len(answer.marks) == 1 and answer.tokens["output_tokens"] > 8:
+        return ok("all in one piece, at the end: the server, or a proxy in between, holds it back")
+    return ok("%d pieces in %.1f s" % (len(answer.marks), answer.marks[-1]))
 
 
 def tells_usage(tester):
-    usage = tester.counting().usage
-    prompt, output = positive_int(usage, "prompt_tokens", "input_tokens"), positive_int(
-        usage, "completion_tokens", "output_tokens"
+    """The stream tells token counts. Claude Code adds them up to know when to compact; where there
+    are none, ccfix sends estimates in their place."""
+    usage = tester.once("count").usage
+    told = (
+        positive_int(usage, "prompt_tokens", "input_tokens"),
+        positive_int(usage, "completion_tokens", "output_tokens"),
     )
-    if prompt and output:
-        return ok("%d in, %d out" % (prompt, output))
-    return fail(
-        "none: token counts are estimates, so the context shown and when it is compacted are too",
-        "turn on usage in the server's streams",
-    )
+    if all(told):
+        return ok("%d in, %d out" % told)
+    seen = "none: token counts are estimates, so compaction may come early or late"
+    return fail(seen, "turn on usage in the server's streams")
 
 
-def calls_of(answer):
-    """The answer's tool calls that fit the tool."""
-    return [
-        block
-        for block in answer.blocks("tool_use")
-        if block["name"] == "get_weather" and isinstance(block["input"].get("place"), str)
-    ]
+def is_fast(tester):
+    """How long a user waits, and how fast the answer comes then; for a person to judge."""
+    answer = tester.once("count")
+    # The first content is at `first` already, so that one token less came in between.
+    first, last = (answer.marks or [0])[0], (answer.marks or [0])[-1]
+    seen = "first content after %.2f s" % first
+    if last > first:
+        seen += ", then %.0f tokens/s" % ((answer.tokens["output_tokens"] - 1) / (last - first))
+    return ok(seen)
 
 
-def no_call(tester, answer):
-    """The Verdict where a tool call was expected."""
-    said = (
-        "a call that does not fit the tool: " + compact_json(answer.blocks("tool_use")[0]["input"])
-        if answer.blocks("tool_use")
-        else "text instead of a call: " + brief(answer.text())
-    )
-    return fail(
-        said, NO_TOOLS.get(tester.plan().profile.name, "choose a model that was trained for tools")
-    )
+# Tools: without them Claude Code reads no file and runs no command, it only talks.
 
 
 def calls_tool(tester):
-    answer = tester.calling()
-    found = calls_of(answer)
-    return (
-        ok("%s(%s)" % (found[0]["name"], compact_json(found[0]["input"])))
-        if found
-        else no_call(tester, answer)
-    )
+    """The model calls a tool when it is told to."""
+    return judge_call(tester, tester.once("tool"))
+
+
+def judge_call(tester, answer):
+    """The Verdict of an answer that should call WEATHER."""
+    if answer.calls():
+        return ok("get_weather(%s)" % compact_json(answer.calls()[0]["input"]))
+    seen = "text instead of a call: " + quote(answer.text)
+    if answer.blocks("tool_use"):
+        call = answer.blocks("tool_use")[0]
+        seen = "a call that does not fit the tool: " + compact_json(call["input"])
+    return fail(seen, NO_TOOLS.get(tester.plan.profile.name, TRAINED))
 
 
 def calls_forced_tool(tester):
-    answer = tester.ask(
-        "Good morning! I am in Rome.",
-        tools=[WEATHER],
-        tool_choice={"type": "tool", "name": "get_weather"},
-    )
-    if calls_of(answer):
+    """tool_choice is obeyed; the words alone would not lead to a call."""
+    choice = {"type": "tool", "name": WEATHER["name"]}
+    answer = tester.ask("Good morning! I am in Rome.", tools=[WEATHER], tool_choice=choice)
+    if answer.calls():
         return ok("called when told to")
-    return no_call(tester, answer)._replace(
-        fix="Claude Code does without it, but for --json-schema and a few side requests"
-    )
+    fix = "Claude Code needs it only for --json-schema and a few side requests"
+    return judge_call(tester, answer)._replace(fix=fix)
 
 
 def calls_in_parallel(tester):
-    answer = tester.ask(
-        "What is the weather in Paris, and what is it in Rome? Call the tool for both cities at once.",
-        tools=[WEATHER],
-    )
-    found = calls_of(answer)
-    return (
-        ok("%d calls in one answer" % len(found))
-        if len(found) > 1
-        else fail("%d call in one answer: work takes more turns" % len(found))
-    )
+    """One answer has two calls. Claude Code then runs both at once; otherwise, turn by turn."""
+    question = "What is the weather in Paris, and what in Rome? Call the tool for both at once."
+    calls = len(tester.ask(question, tools=[WEATHER]).calls())
+    if calls > 1:
+        return ok("%d calls in one answer" % calls)
+    return fail("%d call in one answer: work takes more turns" % calls)
 
 
 def takes_result(tester):
-    """A whole tool turn: the call that it made, or one in its place, and the result."""
-    question = {"role": "user", "content": "What is the weather in Paris? Use the tool."}
-    try:
-        content = tester.calling().message["content"] if calls_of(tester.calling()) else None
-    except ProxyError:
-        content = None
-    content = content or [
-        {
-            "type": "tool_use",
-            "id": "toolu_0123456789abcdef",
-            "name": "get_weather",
-            "input": {"place": "Paris"},
-        }
+    """A whole tool turn: the model's own call, with all that came with it, and a result.
+
+    Otherwise each piece of work ends after its first tool call. The call must be the model's own:
+    some providers refuse one without the reasoning that they had sent with it.
+    """
+    answer = tester.once("tool")
+    if not answer.calls():
+        return skip("not tried: there is no call to answer")
+    result = {"type": "tool_result", "content": "11 degrees, heavy rain"}
+    results = [dict(result, tool_use_id=call["id"]) for call in answer.blocks("tool_use")]
+    messages = [
+        {"role": "user", "content": QUESTIONS["tool"]["content"]},
+        {"role": "assistant", "content": answer.message["content"]},
+        {"role": "user", "content": results},
     ]
-    results = [
-        {"type": "tool_result", "tool_use_id": block["id"], "content": "11 degrees, heavy rain"}
-        for block in content
-        if block["type"] == "tool_use"
-    ]
-    answer = tester.ask(
-        [question, {"role": "assistant", "content": content}, {"role": "user", "content": results}],
-        tools=[WEATHER],
-    )
-    if answer.text():
-        return ok(brief(answer.text()))
-    if answer.blocks("tool_use"):
-        return fail(
-            "the model calls again instead of answering",
-            "choose a model that was trained for tools",
-        )
-    return (
-        ok("thinking only, within %d tokens" % ANSWER_TOKENS)
-        if answer.blocks("thinking")
-        else fail("an empty answer", ADVICE["server"])
-    )
+    return judge_text(tester.ask(tools=[WEATHER], messages=messages))
+
+
+# What not every model can do.
 
 
 def thinks(tester):
+    """Reasoning is shown. Claude Code shows it too, and sends it back; it works without."""
     answer = tester.ask(
         "How many times is the letter r in strawberry? Think first.",
         max_tokens=1200,
         thinking={"type": "enabled", "budget_tokens": 1024},
-        output_config={"effort": "low"},
     )
-    thought = "".join(block["thinking"] for block in answer.blocks("thinking"))
-    return (
-        ok("%d characters" % len(thought))
-        if thought
-        else Verdict("skip", "none shown; the model or the provider does without", "")
-    )
-
-
-def red_square(size=64):
-    """A PNG in base64."""
-
-    def part(kind, data):
-        return (
-            len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
-        )
-
-    rows = (b"\0" + b"\xff\0\0" * size) * size
-    head = size.to_bytes(4, "big") * 2 + b"\x08\x02\0\0\0"
-    png = (
-        b"\x89PNG\r\n\x1a\n"
-        + part(b"IHDR", head)
-        + part(b"IDAT", zlib.compress(rows))
-        + part(b"IEND", b"")
-    )
-    return base64.b64encode(png).decode()
+    size = sum(len(block["thinking"]) for block in answer.blocks("thinking"))
+    if size:
+        return ok("%d characters" % size)
+    return skip("none shown: the model does not reason, or the provider hides it")
 
 
 def sees(tester):
-    mend = "for pictures name a model that sees: TARGET_MODEL_IMAGE"
-    if not tester.plan().profile.images:
-        return fail("the provider is known to take no images", mend)
-    picture = {
-        "type": "image",
-        "source": {"type": "base64", "media_type": "image/png", "data": red_square()},
-    }
-    answer = tester.ask(
-        [
-            picture,
-            {
-                "type": "text",
-                "text": "Which colour is this picture? Answer with the name of the colour.",
-            },
-        ]
-    )
-    if not answer.plan.profile.images:
-        return fail("the provider refused the image", mend)
-    return (
-        ok("it saw the colour")
-        if "red" in answer.text().lower()
-        else fail("it did not see a red square: " + brief(answer.text()), mend)
-    )
+    """The model tells the colour of a picture. Some servers drop images without a word."""
+    source = {"type": "base64", "media_type": "image/png", "data": RED_SQUARE}
+    question = "Which colour is this picture?"
+    answer = tester.ask([{"type": "image", "source": source}, {"type": "text", "text": question}])
+    if re.search(r"\bred\b", answer.text, re.I):  # and not "rendered"
+        return ok("it saw the colour")
+    seen = "it did not see a red square: " + quote(answer.text)
+    if not answer.plan.profile.images:  # known before, or a lesson: ccfix left the picture out
+        seen = "the provider is known to take no images, or refused the image"
+    return fail(seen, "name a model that sees pictures: TARGET_MODEL_IMAGE")
+
+
+# The context window, and what is remembered of it.
+
+
+def fill_prompt(count):
+    """`count` different lines of some 16 tokens."""
+    line = "%d. The cat sat on the mat and looked at the rain for a while.\n"
+    return "".join(line % number for number in range(count))
 
 
 def holds_context(tester):
-    """The context window: as the provider tells it, else by one prompt of the size of Claude Code's first request."""
-    if (
-        tester.plan().profile.name == "ollama"
-    ):  # it tells the window of loaded models only: now the model is
-        tester.proxy.probe(tester.plan(), patience(10))
-    window = tester.plan().profile.context
-    if window:
-        seen = "%d tokens" % window
-        if window < LEAST_CONTEXT:
-            return fail(
-                seen + "; Claude Code's first request alone has %d" % FIRST_REQUEST,
-                (
-                    ADVICE["overflow"]
-                    if tester.plan().profile.name != "ollama"
-                    else "raise it: OLLAMA_CONTEXT_LENGTH=65536 ollama serve"
-                ),
-            )
-        return ok(
-            seen
-            + (": small, so conversations are compacted often" if window < GOOD_CONTEXT else "")
-        )
-    lines = "\n".join(
-        "%d. The cat sat on the mat and looked at the rain for a while." % number
-        for number in range(900)
-    )
-    answer = tester.ask(
-        "The code word is %s.\n%s\nWhat is the code word at the top?" % (CODE_WORD, lines),
-        LONG_SECONDS,
-    )
-    if answer.usage and answer.read() < FIRST_REQUEST // 2:
-        return fail(
-            "the server cut the prompt to %d tokens without a word" % answer.read(),
-            ADVICE["overflow"],
-        )
-    seen = "took a prompt of %d tokens" % answer.read() + (
-        "" if CODE_WORD in answer.text() else ", but forgot its beginning"
-    )
-    return ok(
-        seen + "; the limit is not told: set MAX_CONTEXT so that Claude Code compacts in time"
-    )
+    """The context window holds Claude Code's first request and some work.
+
+    Its size is what the provider tells; where it tells nothing, a prompt as long is tried.
+    Otherwise the first turn ends with "Prompt is too long", or, where a server cuts prompts without
+    a word, as Ollama did at 4,096 tokens, with an answer to another question.
+    """
+    if tester.plan.profile.name == "ollama":
+        tester.proxy.probe(tester.plan, patience(10))  # it tells only the window of loaded models
+    window = tester.plan.profile.context
+    if not window:
+        return takes_long_prompt(tester)
+    if window < LEAST_CONTEXT:
+        seen = "%d tokens; Claude Code's first request alone has %d" % (window, FIRST_REQUEST)
+        return fail(seen, ADVICE["overflow"])
+    small = ": small, so conversations are compacted often" if window < GOOD_CONTEXT else ""
+    return ok("%d tokens%s" % (window, small))
+
+
+def takes_long_prompt(tester):
+    """The Verdict of `holds_context` for a window of unknown size.
+
+    900 lines are some 14,000 tokens, as much as Claude Code's first request. The code word is at
+    the top, since that is where servers cut. A provider that counts far fewer tokens has cut it.
+    """
+    prompt = "The code word is %s.\n%sWhat is the code word at the top?"
+    answer = tester.ask(prompt % (CODE_WORD, fill_prompt(900)), LONG_SECONDS)
+    size = answer.prompt
+    if answer.usage and size < FIRST_REQUEST // 2:
+        return fail("the server silently cut the prompt to %d tokens" % size, ADVICE["overflow"])
+    memory = "" if CODE_WORD in answer.text else ", but forgot its beginning"
+    limit = "the limit is unknown: set MAX_CONTEXT so that Claude Code compacts in time"
+    return ok("took a prompt of %d tokens%s; %s" % (size, memory, limit))
 
 
 def caches_prefix(tester):
-    system = "You are a terse clerk. " + " ".join(
-        "Rule %d: keep the file of case %d in drawer %d." % (n, n * 7, n % 13) for n in range(170)
-    )
-    answers = [
-        tester.ask(text, LONG_SECONDS, system=system, max_tokens=16)
-        for text in ("Say yes.", "Say no.")
-    ]
-    read = answers[1].tokens["cache_read_input_tokens"]
-    return (
-        ok("%d of %d tokens" % (read, answers[1].read()))
-        if read
-        else fail("none told: each turn may be read, and paid, anew")
-    )
+    """Of two prompts with one beginning, the second reads it from a cache, and says so.
+
+    Claude Code sends the whole conversation each turn, which is slow and expensive without a cache.
+    """
+    system = "You are a terse clerk.\n" + fill_prompt(170)  # most caches begin at 1,024 tokens
+    for question in ("Say yes.", "Say no."):
+        answer = tester.ask(question, LONG_SECONDS, system=system, max_tokens=16)
+    cached = answer.tokens["cache_read_input_tokens"]
+    if cached:
+        return ok("%d of %d tokens" % (cached, answer.prompt))
+    return fail("none reported: each turn may be read, and paid for, in full")
 
 
-def is_fast(tester):
-    answer = tester.counting()
-    rate = (
-        (answer.tokens["output_tokens"] - 1) / (answer.last - answer.first)
-        if answer.last > answer.first
-        else 0
-    )
-    return ok(
-        "first content after %.2f s" % answer.first
-        + (", then %.0f tokens/s" % rate if rate else "")
-    )
-
-
-# Rows of a server that speaks Anthropic: what it writes, byte for byte, and how it refuses.
+# A server that speaks Anthropic itself: what it writes, byte for byte.
 
 
 def orders_events(tester):
-    plan = tester.plan()
-    body = {
-        "model": plan.model,
-        "max_tokens": ANSWER_TOKENS,
-        "stream": True,
-        "messages": [{"role": "user", "content": "Say hello."}],
-    }
-    status, raw = tester.open("POST", plan.url(plan.format.path), body)
-    if status != 200:
-        return failure(upstream_error(status, {}, raw))
+    """The events of a stream come as Anthropic's do.
+
+    Claude Code gives up a stream that lacks some, and asks again without streaming. Here nothing of
+    ccfix is in between: an Exchange would show the events as ccfix writes them.
+    """
+    plan, upstream = tester.plan, tester.proxy.upstream(tester.settings)
+    url, headers = plan.url(plan.format.path), upstream_headers(plan, tester.settings, {})
+    data = compact_json(question_body(plan.model, "Say hello.")).encode()
+    reply = upstream.open("POST", url, headers, data, patience(ROW_SECONDS))
+    with contextlib.closing(reply):
+        raw = reply.read(4 << 20)
+    if reply.status != 200:
+        return failure(upstream_error(reply.status, {}, raw))
     wrong = grammar_fault(raw.decode("utf-8", "replace"))
-    return (
-        fail(wrong, "Claude Code needs Anthropic's event order; report it to the server's makers")
-        if wrong
-        else ok("as Anthropic's")
-    )
+    fix = "Claude Code needs Anthropic's event order; report it to the server's makers"
+    return fail(wrong, fix) if wrong else ok("as Anthropic's")
 
 
 def grammar_fault(text):
-    """What is wrong with an Anthropic event stream, or "": its event lines, the order, the block indexes."""
-    shape, index = [], -1
-    for part in re.split(r"\r?\n\r?\n", text):
-        data = "\n".join(re.findall(r"^data: ?(.*?)\r?$", part, re.M))
-        name = re.search(r"^event: ?(.*?)\r?$", part, re.M)
+    """What is wrong with an Anthropic event stream, or "": its events' names, order and indexes.
+
+    What Claude Code skips is allowed: comments, pings, a `[DONE]` at the end. An event without its
+    name in an `event:` line it does not see at all.
+    https://docs.anthropic.com/en/docs/build-with-claude/streaming
+    """
+    shape, index = "", -1
+    for name, data in re.findall(r"^(?:event: ?(.*?)\r?\n)?data: ?(\{.*)", text, re.M):
         event = as_dict(json_or_none(data))
-        kind = str(event.get("type") or "")
-        if not data or kind == "ping" or data == "[DONE]":
-            continue
-        if not name or name.group(1) != kind:
-            return "an event without its own name in an `event:` line: " + ascii(part[:60])
+        kind = str(event.get("type"))
+        if name != kind:
+            return "an event without its own name in an `event:` line: " + ascii(data[:60])
         if kind == "error":
             return "an error in the stream: " + error_fields(data)[0]
         index += kind == "content_block_start"
         if kind.startswith("content_block_") and event.get("index") != index:
-            return "%s with index %s where %d was due" % (kind, ascii(event.get("index")), index)
-        shape.append(kind)
-    order = r"message_start (content_block_start (content_block_delta )*content_block_stop )*message_delta message_stop $"
-    return (
-        ""
-        if re.match(order, " ".join(shape) + " ")
-        else "events out of order: " + shorten(" ".join(shape) or "none", 200)
-    )
-
-
-def refuses_well(tester):
-    plan = tester.plan()
-    status, raw = tester.open(
-        "POST",
-        plan.url(plan.format.path),
-        {"model": plan.model, "max_tokens": 16, "messages": []},
-    )
-    error = as_dict(as_dict(json_or_none(raw)).get("error"))
-    if 400 <= status < 500 and error.get("type") and error.get("message"):
-        return ok("HTTP %d, %s" % (status, error["type"]))
-    return fail(
-        "a request without messages got HTTP %d and %s" % (status, ascii(raw[:60])[1:]),
-        "errors must be {type: error, error: {type, message}}",
-    )
+            return "%s with index %a where %d was due" % (kind, event.get("index"), index)
+        shape += kind + " " if kind != "ping" else ""
+    block = "content_block_start (content_block_delta )*content_block_stop "
+    if re.match("message_start (%s)*message_delta message_stop $" % block, shape):
+        return ""
+    return "events out of order: " + shorten(shape or "none", 200)
 
 
 CHECKS = (
-    # (name, required: Claude Code cannot work without it, function(tester) -> Verdict, formats it applies to)
-    ("reachable", True, is_reachable, ""),
-    ("key accepted", True, takes_key, ""),
-    ("model exists", True, has_model, ""),
-    ("plain reply", True, answers_plainly, ""),
-    ("stream", True, streams, ""),
-    ("event order", True, orders_events, "anthropic"),
-    ("errors", False, refuses_well, "anthropic"),
-    ("usage in stream", False, tells_usage, ""),
-    ("tool call", True, calls_tool, ""),
-    ("forced tool choice", False, calls_forced_tool, ""),
-    ("parallel tools", False, calls_in_parallel, ""),
-    ("tool result turn", True, takes_result, ""),
-    ("thinking", False, thinks, ""),
-    ("image", False, sees, ""),
-    ("long prompt", True, holds_context, ""),
-    ("cached tokens", False, caches_prefix, ""),
-    ("speed", False, is_fast, ""),
+    # (name, required: Claude Code cannot work without it, function(tester) -> Verdict,
+    # and True where it is of use only for a format whose events are relayed as they come)
+    ("reachable", True, is_reachable),
+    ("key accepted", True, takes_key),
+    ("model exists", True, has_model),
+    ("plain reply", True, answers_plainly),
+    ("stream", True, streams),
+    ("event order", True, orders_events, True),
+    ("usage in stream", False, tells_usage),
+    ("tool call", True, calls_tool),
+    ("forced tool choice", False, calls_forced_tool),
+    ("parallel tools", False, calls_in_parallel),
+    ("tool result turn", True, takes_result),
+    ("thinking", False, thinks),
+    ("image", False, sees),
+    ("long prompt", True, holds_context),
+    ("cached tokens", False, caches_prefix),
+    ("speed", False, is_fast),
 )
-GATES = 4  # rows without which the rest would only say the same again
+GATES = 4  # the first rows, without which the rest is not tried
 MARKS = {"ok": "ok", "skip": "--", "fail": "no"}
 
 
-def run_checks(tester, announce=lambda name: None):
-    """Try the rows of CHECKS in turn -> (name, required, Verdict, ms) as each is done; announce(name) before."""
+def run_checks(tester, progress=False):
+    """Try the rows of CHECKS in turn -> (name, required, Verdict, ms) as each is done.
+
+    progress: show on a terminal which row is under way; its own line then covers that. Secrets are
+    hidden in what comes out, since a provider may repeat a key in its error.
+    """
     blocked = ""
-    for number, (name, required, look, relayed) in enumerate(CHECKS):
-        if relayed and not tester.plan().format.relays:
+    for number, (name, required, look, *relayed) in enumerate(CHECKS):
+        if relayed and not tester.plan.format.relays:
             continue
+        if progress and sys.stdout.isatty():
+            print("...  " + name, end="\r", flush=True)
         began = time.monotonic()
-        if blocked:
-            verdict = Verdict("skip", "not tried: first \"%s\" must work" % blocked, "")
-        else:
-            announce(name)
-            try:
-                verdict = look(tester)
-            except ProxyError as error:
-                verdict = failure(error)
+        try:
+            verdict = skip('not tried: first "%s" must work' % blocked) if blocked else look(tester)
+        except ProxyError as error:
+            verdict = failure(error)
         if verdict.status == "fail" and number < GATES:
             blocked = blocked or name
-        secrets = tester.settings.secrets()
-        yield name, required, Verdict(*[redact(part, secrets) for part in verdict]), round(
-            (time.monotonic() - began) * 1000
-        )
-
-
-def announce(name):
-    """On a terminal, show which row is under way; its own line then covers this one."""
-    if sys.stdout.isatty():
-        sys.stdout.write("...  %s\r" % name)
-        sys.stdout.flush()
+        verdict = Verdict(*redact(verdict, tester.settings.secrets()))
+        yield name, required, verdict, round((time.monotonic() - began) * 1000)
 
 
 def check(config, options):
-    """Try the target and print what works, with a fix for what does not -> 0 if Claude Code can work with it, else 1."""
+    """Try the target, print what works and a fix for what does not -> exit code.
+
+    It is 0 where all required rows hold, so that Claude Code can work with the target, else 1. With
+    --json everything is one object, at the end.
+    """
     if not options.base_url:
         find_target(config)
-    family = options.family
-    tester = Tester(config(), "claude-" + family if family else "ccfix-check")
-    plan, rows, failed_rows = tester.plan(), [], []
-    show = (lambda *lines: None) if options.json else say
-    show("%s at %s" % (plan.model, without_password(plan.base)))
-    for name, required, verdict, ms in run_checks(
-        tester, (lambda name: None) if options.json else announce
-    ):
+    tester = Tester(config(), "claude-" + options.family if options.family else "ccfix-check")
+    show = (lambda line: None) if options.json else say
+    plan, rows, bad = tester.plan, [], []
+    base = without_password(plan.base)
+    show("%s at %s" % (plan.model, base))
+    for name, required, verdict, ms in run_checks(tester, not options.json):
         rows.append(dict(verdict._asdict(), name=name, required=required, ms=ms))
         if required and verdict.status == "fail":
-            failed_rows.append(name)
-        show(
-            "%-4s %-18s  %s"
-            % (
-                "FAIL" if required and verdict.status == "fail" else MARKS[verdict.status],
-                name,
-                verdict.seen,
-            )
-        )
+            bad.append(name)
+        mark = "FAIL" if name in bad else MARKS[verdict.status]
+        show("%-4s %-18s  %s" % (mark, name, verdict.seen))
         if verdict.fix:
             show("     %-18s  fix: %s" % ("", verdict.fix))
-    lessons = [
-        lesson_text(field, value)
-        for changes in tester.proxy.lessons.values()
-        for field, value in changes.items()
-    ]
     tester.close()
+    learned = tester.proxy.lessons.values()
+    lessons = [lesson_text(*change) for changes in learned for change in changes.items()]
     for lesson in lessons:
         show("     learned on the way: " + lesson)
     if options.json:
-        say(
-            json.dumps(
-                {
-                    "ok": not failed_rows,
-                    "model": plan.model,
-                    "api_base": without_password(plan.base),
-                    "profile": plan.profile.name,
-                    "checks": rows,
-                    "lessons": lessons,
-                },
-                indent=1,
-            )
-        )
-    show(
-        "Claude Code cannot work with it: " + ", ".join(failed_rows)
-        if failed_rows
-        else "Claude Code can work with it."
-    )
-    return 1 if failed_rows else 0
+        report = {"ok": not bad, "model": plan.model, "api_base": base}
+        report.update(profile=plan.profile.name, checks=rows, lessons=lessons)
+        say(json.dumps(report, indent=1))
+    elif bad:
+        say("Claude Code cannot work with it: " + ", ".join(bad))
+    else:
+        say("Claude Code can work with it.")
+    return 1 if bad else 0
 
 
 # ---- init: a .env, and the lines for Claude Code ---------------------------------------------------------

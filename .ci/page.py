@@ -1,5 +1,6 @@
 """The status page in a real browser (Debian's chromium), while requests go through a demo ccfix."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ import threading
 
 from harness import HERE, ccfix, check, get, post, run_table
 
+PRICE = {"input": 100, "output": 500}  # any price will do
 HOSTILE = "<img src=x onerror=alert(1)>"
 
 
@@ -46,7 +48,9 @@ def question(text, model=HOSTILE):
 
 
 def while_requests_go_through():
-    with ccfix(None, "--demo", "--cache") as url:
+    """With prices, but for another model than the one that answers: no cost is known."""
+    prices = json.dumps({"another": PRICE})
+    with ccfix(None, "--demo", "--cache", env={"PRICES": prices}) as url:
         for text in ("one", "two", "one", "think"):
             post(url + "/v1/messages", question(text))
         ended = threading.Event()
@@ -69,8 +73,15 @@ def while_requests_go_through():
 
 
 def with_a_proxy_key():
-    with ccfix(None, "--demo", env={"ANTHROPIC_API_KEY": "page-key"}) as url:
-        post(url + "/v1/messages", question("one"), {"x-api-key": "page-key"})
+    """Before a demo, as an Anthropic server of two models, of which one has a price."""
+    env = {"ANTHROPIC_API_KEY": "page-key", "TARGET_FORMAT": "anthropic"}
+    env.update(TARGET_MODEL_HAIKU="no-price", PRICES=json.dumps({"scripted-model": PRICE}))
+    with ccfix(None, "--demo") as demo, ccfix(demo + "/v1", env=env) as url:
+        for model in (HOSTILE, "claude-haiku-4-5"):
+            post(url + "/v1/messages", question("one", model), {"x-api-key": "page-key"})
+        rows = get(url + "/stats", {"x-api-key": "page-key"}).body["requests"]
+        costs = [row["cost"] is None for row in rows]
+        check("cost: known for one of two requests", costs == [True, False], rows)
         check("stats need the key", get(url + "/stats").status == 401)
         browse(url, "--key", "page-key")
 

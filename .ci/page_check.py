@@ -337,6 +337,24 @@ class PageCheck:
 
         return settled(differences)
 
+    def cost_is_a_figure_only_where_it_is_known(self):
+        """Without a price there is neither a figure nor a plot; with some, it is told how many had none."""
+
+        def differences():
+            totals = self.stats()["totals"]
+            known, unpriced = totals["cost"] is not None, totals["unpriced"]
+            hint = self.browser.text("#cost-hint")
+            found = {
+                "a figure": bool(re.search(r"\d", self.browser.text("#cost-total"))) == known,
+                "a plot": ("Cost a minute" in self.browser.text("#plots")) == known,
+                "a hint": ("PRICES" in hint) != known,
+                "how many had no price": not known
+                or hint.partition(" request")[0] == (str(unpriced) if unpriced else ""),
+            }
+            return ["%s: %s, %r" % (name, totals, hint) for name, fits in found.items() if not fits]
+
+        return settled(differences)
+
     def every_request_has_its_row(self):
         """Here too: rows are shown that /stats had before and after, and none that it had neither before nor after."""
         before = {row["id"] for row in self.stats()["requests"]}
@@ -435,6 +453,7 @@ class PageCheck:
         policy_is_strict_and_its_nonce_fresh,
         numbers_appear,
         totals_are_those_of_stats,
+        cost_is_a_figure_only_where_it_is_known,
         every_request_has_its_row,
         plots_have_bars,
         lessons_and_settings_are_listed,
