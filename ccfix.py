@@ -1849,14 +1849,12 @@ def check_messages(body):
 
 def as_blocks(content):
     """Message content of any shape as a list of block dicts."""
-    if isinstance(content, str):
-        return [{"type": "text", "text": content}] if content else []
-    if isinstance(content, dict):
-        return [content]
+    if isinstance(content, (str, dict)):
+        content = [content] if content else []
     return [
-        {"type": "text", "text": part} if isinstance(part, str) else part
+        text_block(part) if isinstance(part, str) else part
         for part in as_list(content)
-        if isinstance(part, (dict, str))
+        if isinstance(part, (str, dict))
     ]
 
 
@@ -1871,30 +1869,22 @@ def text_block(text):
     return {"type": "text", "text": text}
 
 
-def walk_blocks(messages):
-    """(role, block) of every content block, those inside tool results too; outer ones first."""
-    for message in as_list(messages):
-        message = as_dict(message)
-        stack = [message.get("content")]
+def find_blocks(body, kind):
+    """The request's content blocks of a kind, outer ones first, then those in tool results."""
+    for message in as_list(body.get("messages")):
+        stack = [as_dict(message).get("content")]
         while stack:
             for block in as_list(stack.pop()):
                 if isinstance(block, dict):
-                    yield message.get("role"), block
                     stack.append(block.get("content"))
-
-
-def has_images(body):
-    """Whether any message, or tool result in one, holds an image."""
-    return any(block.get("type") == "image" for _, block in walk_blocks(body.get("messages")))
+                    if block.get("type") == kind:
+                        yield block
 
 
 def used_ids(body):
     """Tool ids that the conversation has already used."""
-    return {
-        block.get("id")
-        for role, block in walk_blocks(body.get("messages"))
-        if block.get("type") == "tool_use" and isinstance(block.get("id"), str)
-    }
+    ids = (block.get("id") for block in find_blocks(body, "tool_use"))
+    return {call_id for call_id in ids if isinstance(call_id, str)}
 
 
 def turn_effort(messages):
@@ -1917,7 +1907,9 @@ def estimate_tokens(body):
     while stack:
         value = stack.pop()
         if isinstance(value, str):
-            wide = 0 if is_ascii(value) else len(value.encode("utf-8", "replace")) - len(value)
+            wide = len(value.encode("utf-8", "replace")) - len(
+                value
+            )  # about 2 for each of the others
             total += (len(value) - wide // 2) // 4 + wide // 3 + 1
         elif isinstance(value, dict):
             source = as_dict(value.get("source"))
@@ -1932,15 +1924,6 @@ def estimate_tokens(body):
         elif value is not None:
             total += 1
     return total
-
-
-def is_ascii(value):
-    """Whether a string is ASCII (str.isascii is new in 3.7)."""
-    try:
-        value.encode("ascii")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 # ---- system text, and who says what ------------------------------------------------------------------
@@ -1984,13 +1967,10 @@ def split_turns(messages):
         role = "assistant" if role == "assistant" else "user"
         said = [block for block in blocks if says_something(block, role)]
         turns.append((role, said, message if message.get("role") == role else None))
-    turns = join_turns(turns)
     return join_turns(
-        [
-            turn
-            for turn in turns
-            if turn[0] == "user" or any(block.get("type") not in THOUGHTS for block in turn[1])
-        ]
+        turn
+        for turn in join_turns(turns)
+        if turn[0] == "user" or any(block.get("type") not in THOUGHTS for block in turn[1])
     )
 
 
@@ -2005,12 +1985,15 @@ def join_turns(turns):
     return joined
 
 
+def is_blank(block):
+    """Whether a block is text that shows nothing."""
+    return block.get("type") == "text" and not block_text(block).strip()
+
+
 def says_something(block, role):
-    """Whether a block says anything: empty text does not, nor a token marker."""
-    if block.get("type") != "text":
-        return True
-    text = block_text(block)
-    return bool(text.strip()) and not (role != "assistant" and TOKEN_MARKER.match(text))
+    """Whether a block says anything: empty text does not, nor a token marker of the client's."""
+    marker = role != "assistant" and TOKEN_MARKER.match(block_text(block))
+    return not (marker or is_blank(block))
 
 
 def without_our_thinking(messages):
@@ -2075,10 +2058,8 @@ def answer_calls(blocks, calls):
 
 def result_blocks(block):
     """The content of a tool_result in words that stand for themselves: an error says so."""
-    blocks = as_blocks(block.get("content"))
-    blocks = [part for part in blocks if part.get("type") != "text" or block_text(part)]
-    if not any(part.get("type") != "text" or block_text(part).strip() for part in blocks):
-        blocks = [text_block(NO_OUTPUT)]
+    blocks = [part for part in as_blocks(block.get("content")) if not is_blank(part)]
+    blocks = blocks or [text_block(NO_OUTPUT)]
     return [text_block("Error:")] + blocks if block.get("is_error") is True else blocks
 
 
@@ -2086,23 +2067,22 @@ def clean_assistant(blocks, profile, recall, counter):
     """(blocks, [(client's id, id sent)]) of an assistant turn. counter: calls so far."""
     said, calls, notes, thoughts = [], [], [], []
     for block in blocks:
-        kind = block.get("type")
+        kind, call_id = block.get("type"), str(block.get("id") or "")
         if kind == "tool_use":
-            note = as_dict(recall(str(block.get("id") or ""))) if not profile.native_blocks else {}
+            note = {} if profile.native_blocks else as_dict(recall(call_id))
             call = clean_call(block, profile, note.get("arguments"), counter + len(calls))
-            calls.append((str(block.get("id") or ""), call["id"]))
+            calls.append((call_id, call["id"]))
             notes.append(note if note.get("scope") == profile.scope else {})
             said.append(call)
         elif kind not in THOUGHTS:
-            said += clean_blocks([block], profile)
+            said += clean_block(block, profile)
         elif not profile.native_blocks:
             thoughts.append(block)
         elif not is_our_thinking(block):
             said.append(block)
     if profile.reasoning_field and (calls or profile.reasoning_always):
         if REASONING_FIELDS.get(profile.reasoning_field) == "parts" and not calls:
-            text = "".join(block_text(block) for block in said)
-            notes = [as_dict(recall(text_key(profile.scope, text)))]
+            notes = [as_dict(recall(text_key(profile.scope, "".join(map(block_text, said)))))]
         said = bring_back(said, thoughts, profile, notes, [call_id for call_id, _ in calls])
     return said, calls
 
@@ -2116,29 +2096,31 @@ def bring_back(said, thoughts, profile, notes, call_ids):
     signature; OpenRouter and MiniMax want it back unmodified, once a turn. Groq, Mistral and Cerebras
     refuse a field that they do not know, so nothing goes back unless the profile names a field.
     """
-    states = [state for state in (read_state(block, profile.scope) for block in thoughts) if state]
+    states = list(filter(None, (read_state(block, profile.scope) for block in thoughts)))
     shape = REASONING_FIELDS.get(profile.reasoning_field)
     if shape == "opaque":
-        known = {}
-        for state in states:
-            known.update(as_dict(state.get("google")))
-        found = [known.get(i) or note.get("google") for i, note in zip(call_ids, notes)]
-        found[:1] = [found[0] or profile.placeholder] if found else []  # Gemini checks the first
-        signatures = iter(found)
-        return [
-            add_note(block, google=next(signatures)) if block.get("type") == "tool_use" else block
-            for block in said
-        ]
+        return sign_calls(said, states, profile, notes, call_ids)
     if shape == "parts":
         # What is remembered is whole; a signature holds what had come when its block was closed.
-        kept = (note["details"] for note in notes + states[::-1] if note.get("details"))
-        details = next(kept, None)
-        thinking = dict(thinking_block(""), ccfix={"details": details}) if details else None
-    else:
-        text = "".join(state["text"] for state in states)
-        text = text or next((note["reasoning"] for note in notes if note.get("reasoning")), "")
-        thinking = thinking_block(text or profile.placeholder)
-    return [thinking] + said if thinking and (thinking["thinking"] or "ccfix" in thinking) else said
+        kept = [note["details"] for note in notes + states[::-1] if note.get("details")]
+        return [add_note(thinking_block(""), details=kept[0])] + said if kept else said
+    kept = ["".join(state["text"] for state in states)] + [note.get("reasoning") for note in notes]
+    text = next(filter(None, kept), profile.placeholder)
+    return [thinking_block(text)] + said if text else said
+
+
+def sign_calls(said, states, profile, notes, call_ids):
+    """The turn with Gemini's thought signatures on its calls; Gemini checks the first call's."""
+    known = {}
+    for state in states:
+        known.update(as_dict(state.get("google")))
+    found = [known.get(call_id) or note.get("google") for call_id, note in zip(call_ids, notes)]
+    found[:1] = [found[0] or profile.placeholder] if found else []
+    found = iter(found)
+    return [
+        add_note(block, google=next(found)) if block.get("type") == "tool_use" else block
+        for block in said
+    ]
 
 
 def thinking_block(text):
@@ -2267,21 +2249,16 @@ def clean_block(block, profile):
     Kinds seen from the client: text, image, document, tool_use, tool_result, thinking,
     redacted_thinking, tool_reference; the others stand in the documentation, or come one day.
     """
-    kind, source = block.get("type"), as_dict(block.get("source"))
-    if kind == "text":
-        return [block]
+    kind = block.get("type")
     if kind == "tool_result":
         return [clean_result(block, profile)]
     if kind == "image":
-        note = image_note(source, profile)
+        note = image_note(as_dict(block.get("source")), profile)
         return [text_block(note)] if note else [block]
-    if kind == "document" and source.get("type") in ("base64", "url", "file"):
-        takes = profile.files and (source["type"] == "base64" or profile.native_blocks)
-        return [block if takes else text_block(document_note(block, source))]
-    if profile.native_blocks:
-        return [block]
     if kind == "document":
-        return document_blocks(block, source, profile)
+        return clean_document(block, as_dict(block.get("source")), profile)
+    if kind == "text" or profile.native_blocks:
+        return [block]
     return [text_block(foreign_text(block))]
 
 
@@ -2303,35 +2280,39 @@ def image_note(source, profile):
 
     Text-only models answer 400 ("Model only support text input"); Ollama and Moonshot fetch no URLs.
     """
-    kind, url = source.get("type"), source.get("url")
     if not profile.images:
         return "[an image was here; this model takes no images]"
-    if kind == "base64" and isinstance(source.get("data"), str):
-        return ""
-    is_url = kind == "url" and isinstance(url, str)
-    if is_url and profile.image_urls or kind == "file" and profile.native_blocks:
+    url = source.get("url") if source.get("type") == "url" else None
+    is_url = isinstance(url, str)
+    passes = {
+        "base64": isinstance(source.get("data"), str),
+        "url": is_url and profile.image_urls,
+        "file": profile.native_blocks,
+    }
+    if passes.get(str(source.get("type"))):
         return ""
     return "[an image was here that could not be passed on%s]" % (": " + url if is_url else "")
 
 
-def document_note(block, source):
-    """What is said in place of a PDF, with what the model can do about it: a coding agent has a
-    shell, and Claude Code's Read tool renders single pages."""
-    where = " at %s" % source["url"] if isinstance(source.get("url"), str) else ""
-    return (
-        "[a PDF document (%s)%s was here; this model cannot read PDF files. Convert it to text (for"
-        " example with pdftotext), or read single pages as images.]" % (title_of(block), where)
-    )
-
-
-def document_blocks(block, source, profile):
-    """A document that is text, under its title."""
-    if source.get("type") == "text":
-        return [text_block("[document: %s]\n%s" % (title_of(block), source.get("data")))]
-    if source.get("type") == "content":
+def clean_document(block, source, profile):
+    """A document as a list of blocks: text under its title, a PDF as it is, else what the model can
+    do about it: a coding agent has a shell, and Claude Code's Read tool renders single pages."""
+    form, title = source.get("type"), title_of(block)
+    is_file = form in ("base64", "url", "file")
+    takes_file = profile.files and (profile.native_blocks or form == "base64")
+    if takes_file if is_file else profile.native_blocks:
+        return [block]
+    if form == "text":
+        return [text_block("[document: %s]\n%s" % (title, source.get("data")))]
+    if form == "content":
         inner = clean_blocks(as_blocks(source.get("content")), profile)
-        return [text_block("[document: %s]" % title_of(block))] + inner
-    return [text_block(document_note(block, source))]
+        return [text_block("[document: %s]" % title)] + inner
+    where = " at %s" % source["url"] if isinstance(source.get("url"), str) else ""
+    note = (
+        "[a PDF document (%s)%s was here; this model cannot read PDF files. Convert it to text (for"
+        " example with pdftotext), or read single pages as images.]"
+    )
+    return [text_block(note % (title, where))]
 
 
 def title_of(document):
@@ -2343,17 +2324,15 @@ def foreign_text(block):
     """A block that only Anthropic's API has a form for, as text that the model can read."""
     kind = str(block.get("type"))
     if kind == "search_result":
-        inner = "\n".join(block_text(part) for part in as_blocks(block.get("content")))
+        inner = "\n".join(map(block_text, as_blocks(block.get("content"))))
         return "[search result: %s - %s]\n%s" % (block.get("title"), block.get("source"), inner)
     if kind == "server_tool_use":
         return "[%s: %s]" % (block.get("name"), compact_json(as_dict(block.get("input"))))
     if kind.endswith("_tool_result"):
-        hits = [hit for hit in as_list(block.get("content")) if isinstance(hit, dict)]
+        hits = filter(None, map(as_dict, as_list(block.get("content"))))
         found = ["%s - %s" % (hit.get("title"), hit.get("url")) for hit in hits]
         return "\n".join(["[%s]" % kind] + found)
-    return block_text(block) or (
-        "[a block of kind %s, which this model cannot be shown]" % kind[:60]
-    )
+    return block_text(block) or "[a block of kind %s, which this model cannot be shown]" % kind[:60]
 
 
 # ---- tools ---------------------------------------------------------------------------------------------
@@ -2379,11 +2358,7 @@ def offered_tools(body):
     fixed = sorted(name for name in tools if not tools[name].get("defer_loading"))
     if len(fixed) == len(tools):
         return [tools[name] for name in fixed]
-    named = [
-        str(block.get("tool_name"))
-        for _, block in walk_blocks(body.get("messages"))
-        if block.get("type") == "tool_reference"
-    ]
+    named = [str(block.get("tool_name")) for block in find_blocks(body, "tool_reference")]
     order = {name: -place for place, name in enumerate(reversed(named))}  # its first appearance
     deferred = sorted(set(tools) - set(fixed), key=lambda name: (order.get(name, 1), name))
     return [tools[name] for name in fixed + deferred]
@@ -2397,6 +2372,9 @@ def tool_names(body):
     }
 
 
+CHOICE_FORMS = {"none": "none", "any": "required", "tool": "named"}
+
+
 def normalize_tools(body, profile, memo):
     """{"tools", "tool_choice"} as the provider takes them, at most as many as it takes: those at the
     end are the rarest. {} where there are none."""
@@ -2406,15 +2384,18 @@ def normalize_tools(body, profile, memo):
         tools += [tool for tool in as_list(body.get("tools")) if not is_function(as_dict(tool))]
     if not tools:
         return {}
-    choice, names = as_dict(body.get("tool_choice")), {tool.get("name") for tool in tools}
-    kind, name = choice.get("type"), short_name(str(choice.get("name")))
-    form = {"none": "none", "any": "required", "tool": "named"}.get(str(kind))
-    if form and (form not in profile.tool_choice or form == "named" and name not in names):
-        choice = {key: value for key, value in choice.items() if key not in ("type", "name")}
-        choice["type"] = "auto"
-    elif form == "named":
-        choice = dict(choice, name=name)
-    return dict({"tools": tools}, **{"tool_choice": choice} if choice else {})
+    choice = clean_choice(as_dict(body.get("tool_choice")), tools, profile)
+    return {"tools": tools, "tool_choice": choice} if choice else {"tools": tools}
+
+
+def clean_choice(choice, tools, profile):
+    """The tool choice, or auto where the provider does not take its form, or the tool is not there."""
+    form, name = CHOICE_FORMS.get(str(choice.get("type"))), short_name(str(choice.get("name")))
+    is_missing = form == "named" and all(tool.get("name") != name for tool in tools)
+    if form and form not in profile.tool_choice or is_missing:
+        rest = {key: value for key, value in choice.items() if key != "name"}
+        return dict(rest, type="auto")
+    return dict(choice, name=name) if form == "named" else choice
 
 
 def clean_tool(tool, profile, memo):
@@ -2735,10 +2716,10 @@ def choice_fields(choice, profile):
 
     What the provider does not take became auto in normalize.
     """
-    kind, fields = choice.get("type"), {}
-    if kind in ("none", "any"):
-        fields["tool_choice"] = "required" if kind == "any" else "none"
-    elif kind == "tool":
+    form, fields = CHOICE_FORMS.get(str(choice.get("type"))), {}
+    if form:
+        fields["tool_choice"] = form
+    if form == "named":
         fields["tool_choice"] = {"type": "function", "function": {"name": choice["name"]}}
     if choice.get("disable_parallel_tool_use") is True and profile.parallel:
         fields["parallel_tool_calls"] = False
@@ -5083,7 +5064,7 @@ SCHEMA_WORDS = (
     " examples title"
 ).split()
 REFUSED = (
-    r"(?i)unsupported|not support|unknown|unrecogni[sz]ed|unexpected|not permitted|not allowed"
+    r"unsupported|not support|unknown|unrecogni[sz]ed|unexpected|not permitted|not allowed"
     r"|extra|forbidden|invalid|unavailable"
 )
 ESSENTIAL = ("model", "messages", "tools", "stream")  # a request without them is another request
@@ -5104,16 +5085,24 @@ def learn(error, profile, body, sent):
     the request written anew, and what was learned holds for that base URL and model.
 
     body: the normalized request; sent: the same as the format wrote it, whose field names the
-    provider's words use. Each rule reads the words and gives the changes that it is sure of.
+    provider's words use.
     """
     if error.kind not in ("request", "size", "sampling", "policy") or not error.text:
         return {}
-    for rule in LESSON_RULES:
-        changes = rule(error.text, profile, body, sent)
+    for words, lesson in LESSON_RULES:
+        found = re.search(words, error.text, re.I)
+        if not found:
+            continue
+        changes = lesson if isinstance(lesson, dict) else lesson(found, profile, body, sent)
         changes = {key: value for key, value in changes.items() if getattr(profile, key) != value}
         if changes:
             return changes
     return {}
+
+
+def never_send(profile, *fields):
+    """The lesson that these fields of a request are not sent any more; {} for no field."""
+    return {"never": profile.never + fields} if fields else {}
 
 
 def named_fields(text):
@@ -5127,11 +5116,153 @@ def named_fields(text):
 
 def snake_case(name):
     """maxTokens as max_tokens."""
-    return re.sub(r"(?<=[a-z])([A-Z])", lambda found: "_" + found.group(1).lower(), name)
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
 
 
-TELLING_WORDS = (
-    # Words that mean one thing wherever they stand: (pattern, changes of the profile).
+def learn_betas(found, profile, body, sent):
+    """Newer beta flags: Bedrock and its relays name those that they do not know."""
+    return {"betas": profile.betas + tuple(re.findall(r"[\w-]+", found.group(1)))}
+
+
+def learn_cache_marks(found, profile, body, sent):
+    """Cache marks, which some relays of Anthropic's API refuse; they stand on blocks and tools."""
+    return never_send(profile, "cache_control") if '"cache_control"' in compact_json(sent) else {}
+
+
+def learn_no_thinking(found, profile, body, sent):
+    """DashScope thinks in streams alone; where it already streams, the model cannot think."""
+    if not sent.get("stream"):
+        return {"always_stream": True}
+    return {"body": profile.body + (("enable_thinking", False),)}
+
+
+def learn_no_effort(found, profile, body, sent):
+    """DeepSeek: an effort beside thinking that is off."""
+    return never_send(profile, "reasoning_effort") if "reasoning_effort" in sent else {}
+
+
+def learn_thinking(found, profile, body, sent):
+    """A field that asks for thinking is named and called wrong, or thinking itself is."""
+    asked = [field for field in THINKING_FIELDS if field in sent]
+    no_thinking = r"not support (?:thinking|reasoning)|(?:thinking|reasoning) is not"
+    named = re.search(r"\b(?:%s)\b" % "|".join(asked), found.string)
+    if asked and (named or re.search(no_thinking, found.string, re.I)):
+        return {"reasoning": "", "effort_with_tools": ""}
+    return {}
+
+
+def learn_reasoning(found, profile, body, sent):
+    """Reasoning must come back with the history. Asked for once, it goes back beside calls; asked
+    for again, in every turn."""
+    again = profile.reasoning_field == "reasoning_content" and bool(profile.placeholder)
+    return {
+        "reasoning_field": "reasoning_content",
+        "placeholder": NOT_KEPT,
+        "reasoning_always": again or profile.reasoning_always,
+    }
+
+
+def learn_choice(found, profile, body, sent):
+    """A forced tool choice that the provider refuses becomes auto: thinking models take no other
+    (Qwen, Kimi), and vLLM without a parser takes none."""
+    choice = sent.get("tool_choice")
+    keeps_none = choice not in ("none", {"type": "none"})
+    forms = tuple(form for form in profile.tool_choice if form == "none" and keeps_none)
+    return {"tool_choice": forms} if choice else {}
+
+
+def learn_max_tools(found, profile, body, sent):
+    """How many tools there may be."""
+    limit = int(found.group(1))
+    too_many = "tools" in found.string and len(sent.get("tools", ())) > limit
+    return {"max_tools": limit} if too_many else {}
+
+
+def learn_format(found, profile, body, sent):
+    """A response_format that the provider lacks: the weaker form (any JSON object), then words."""
+    weaker = "json_object" if profile.json_format == "json_schema" else ""
+    return {"json_format": weaker} if "response_format" in sent else {}
+
+
+def learn_images(found, profile, body, sent):
+    """A model that takes no images: they become notes, or go to TARGET_MODEL_IMAGE. Only where the
+    request holds one, as the words for it are many."""
+    refused = (
+        r"not support|only supports? text|not a multimodal|unknown variant|unsupported|text.only"
+        r"|cannot|no endpoints found"
+    )
+    telling = re.search(refused, found.string, re.I) and any(find_blocks(body, "image"))
+    return {"images": False} if telling else {}
+
+
+def learn_files(found, profile, body, sent):
+    """A model that takes no PDF files: they become notes."""
+    return {"files": False} if any(find_blocks(body, "document")) else {}
+
+
+def learn_output_limit(found, profile, body, sent):
+    """The output limit that an error names. Claude Code asks for 32,000 to 128,000 tokens, and few
+    models give that many."""
+    limit = output_limit(found.string)
+    return {"max_output": limit} if 0 < limit < positive_int(sent, profile.max_tokens) else {}
+
+
+def learn_fields(found, profile, body, sent):
+    """A field that the provider does not know is renamed, or not sent any more.
+
+    OpenAI's reasoning models call the output limit max_completion_tokens, everyone else max_tokens.
+    The disguise's two fields are the most likely to be refused; and what stands inside messages or
+    schemas is told from the request's own fields by not being one of them.
+    """
+    changes, refused = {}, []
+    for name in named_fields(found.string):
+        last = name.rsplit(".", 1)[-1]
+        if name.startswith("ANTHROPIC_"):
+            changes["strict"] = True
+        elif last in OTHER_LIMIT and last in sent:
+            changes["max_tokens"] = OTHER_LIMIT[last]
+        elif last in REASONING_FIELDS and last not in sent:
+            changes["reasoning_field"] = ""
+        elif last in SCHEMA_WORDS and last not in sent and last not in profile.schema:
+            changes["schema"] = profile.schema + (last,)
+        elif last in sent and last not in ESSENTIAL:
+            refused.append(last)
+    return dict(changes, **never_send(profile, *refused))
+
+
+def learn_schema(found, profile, body, sent):
+    """A JSON schema keyword in a tool that the provider cannot read: the schema goes without it, and
+    arguments are checked by the client anyway. Servers that compile a grammar (llama.cpp, xgrammar)
+    stumble over `pattern`, and say so in words about regular expressions."""
+    words = re.findall(r"['\"`\[]\$?(%s)['\"`\]]" % "|".join(SCHEMA_WORDS), found.string)
+    if re.search(r"regex|look-?(?:ahead|behind|around)", found.string, re.I):
+        words = ["pattern"]
+    new = tuple(word for word in dict.fromkeys(words) if word not in profile.schema)
+    return {"schema": profile.schema + new} if sent.get("tools") else {}
+
+
+def learn_any_field(found, profile, body, sent):
+    """Last resort: a field of ours that the text names in quotes and calls wrong in some way."""
+    free = (field for field in sent if field not in ESSENTIAL + (profile.max_tokens,))
+    quoted = r"['\"`(\[]%s\b"
+    return never_send(
+        profile, *(field for field in free if re.search(quoted % re.escape(field), found.string))
+    )
+
+
+OTHER_LIMIT = {
+    # the two names of the output limit
+    "max_tokens": "max_completion_tokens",
+    "max_completion_tokens": "max_tokens",
+}
+LESSON_RULES = (
+    # (pattern of the provider's words, in any case; lesson): changes of the profile, or a function of
+    # (match, profile, body, sent) that gives them, {} where it is not sure. The first that changes
+    # anything is taken: from the surest to the vaguest. See learn for body and sent.
+    #
+    # "Unexpected value(s) `x`, `y` for the `anthropic-beta` header." (Bedrock)
+    (r"value\(s\) (.+?) for the .?anthropic-beta", learn_betas),
+    (r"cache_control", learn_cache_marks),
     (r"messages\.\d+\.role|Unexpected role .?system", {"untouched": False}),  # older Claude models
     (r"tools with reasoning_effort are not supported", {"effort_with_tools": "none"}),  # gpt-5.4
     (r"thought_signature", {"reasoning_field": "google", "placeholder": GEMINI_SKIP}),
@@ -5139,191 +5270,23 @@ TELLING_WORDS = (
     (r"must be a-z, A-Z, 0-9, with a length of 9", {"tool_ids": "nine"}),  # Mistral
     (r"system.{0,30}role.{0,30}(?:not supported|not enabled|unsupported)", {"system_role": False}),
     (r"role: system|Developer instruction is not enabled", {"system_role": False}),  # Gemma
-)
-
-
-def learn_words(text, profile, body, sent):
-    """What TELLING_WORDS say that the profile does not know yet."""
-    for pattern, changes in TELLING_WORDS:
-        if re.search(pattern, text, re.I) and apply_lesson(profile, changes) != profile:
-            return changes
-    return {}
-
-
-def learn_native(text, profile, body, sent):
-    """What providers that speak Anthropic refuse: newer beta flags, and cache_control.
-
-    Bedrock and its relays: "Unexpected value(s) `x`, `y` for the `anthropic-beta` header."
-    """
-    found = re.search(r"value\(s\) (.+?) for the .?anthropic-beta", text)
-    if found:
-        return {"betas": tuple(profile.betas) + tuple(re.findall(r"[\w-]+", found.group(1)))}
-    if "cache_control" in text and '"cache_control"' in compact_json(sent):
-        return {"never": tuple(profile.never) + ("cache_control",)}
-    return {}
-
-
-def learn_thinking(text, profile, body, sent):
-    """Thinking that must be off, or effort words that the model lacks.
-
-    DashScope: "parameter.enable_thinking must be set to false for non-streaming calls"; where it
-    already streams, the model cannot think. DeepSeek: thinking "cannot be disabled when
-    reasoning_effort" is there. Else a field that asks for thinking is named and called wrong.
-    """
-    if "enable_thinking must be set to false" in text:
-        if not sent.get("stream"):
-            return {"always_stream": True}
-        return {"body": tuple(profile.body) + (("enable_thinking", False),)}
-    if "cannot be disabled when reasoning_effort" in text:
-        return {"never": tuple(profile.never) + ("reasoning_effort",)}
-    asked = [field for field in THINKING_FIELDS if field in sent]
-    named = any(re.search(r"\b%s\b" % field, text) for field in asked)
-    named = named or re.search(
-        r"not support (?:thinking|reasoning)|(?:thinking|reasoning) is not", text, re.I
-    )
-    if asked and named and re.search(REFUSED, text):
-        return {"reasoning": "", "effort_with_tools": ""}
-    return {}
-
-
-def learn_reasoning(text, profile, body, sent):
-    """Reasoning that must come back with the history.
-
-    DeepSeek, MiMo: "The reasoning_content in the thinking mode must be passed back to the API." Asked
-    for once, it goes back beside calls; asked for again, in every turn.
-    """
-    missing = r"reasoning_content.{0,80}(?:passed back|missing)|missing.{0,20}reasoning_content"
-    if not re.search(missing, text, re.I):
-        return {}
-    known = profile.reasoning_field == "reasoning_content" and profile.placeholder
-    return {
-        "reasoning_field": "reasoning_content",
-        "placeholder": NOT_KEPT,
-        "reasoning_always": bool(known) or profile.reasoning_always,
-    }
-
-
-def learn_choice(text, profile, body, sent):
-    """A forced tool choice that the provider refuses becomes auto: thinking models take no other
-    (Qwen, Kimi), and vLLM without a parser takes none."""
-    choice = sent.get("tool_choice")
-    if not choice or "tool_choice" not in text and "tool choice" not in text.lower():
-        return {}
-    is_none = choice in ("none", {"type": "none"})
-    forms = (form for form in profile.tool_choice if form == "none" and not is_none)
-    return {"tool_choice": tuple(forms)}
-
-
-def learn_max_tools(text, profile, body, sent):
-    """How many tools there may be. OpenAI: "Invalid 'tools': array too long. Expected an array with
-    maximum length 128"."""
-    limit = r"maximum (?:number of items is|length) (\d+)"
-    found = re.search(limit, text) if "tools" in text else None
-    too_many = found and len(sent.get("tools", ())) > int(found.group(1))
-    return {"max_tools": int(found.group(1))} if too_many else {}
-
-
-def learn_format(text, profile, body, sent):
-    """A response_format that the provider lacks: the weaker form (any JSON object), then words."""
-    words = r"response_format|json_schema|json_object|structured output"
-    if "response_format" not in sent or not re.search(words, text, re.I):
-        return {}
-    return {"json_format": "json_object" if profile.json_format == "json_schema" else ""}
-
-
-def learn_images(text, profile, body, sent):
-    """A model that takes no images: they become notes, or go to TARGET_MODEL_IMAGE. Only where the
-    request holds one, as the words for it are many."""
-    refused = (
-        r"not support|only supports? text|not a multimodal|unknown variant|unsupported|text.only"
-        r"|cannot|no endpoints found"
-    )
-    about = re.search(r"image|vision|multi-?modal|only supports? text", text, re.I)
-    telling = about and re.search(refused, text, re.I)
-    return {"images": False} if telling and has_images(body) else {}
-
-
-def learn_files(text, profile, body, sent):
-    """A model that takes no PDF files: they become notes."""
-    kinds = {str(block.get("type")) for _, block in walk_blocks(body["messages"])}
-    telling = re.search(r"\bfile|pdf|document|unknown variant|content type", text, re.I)
-    return {"files": False} if telling and "document" in kinds else {}
-
-
-def learn_output_limit(text, profile, body, sent):
-    """The output limit that an error names. Claude Code asks for 32,000 to 128,000 tokens, and few
-    models give that many."""
-    limit = output_limit(text)
-    return {"max_output": limit} if 0 < limit < positive_int(sent, profile.max_tokens) else {}
-
-
-def learn_fields(text, profile, body, sent):
-    """A field that the provider does not know is renamed, or not sent any more.
-
-    OpenAI's reasoning models call the output limit max_completion_tokens, everyone else max_tokens.
-    The disguise's two fields are the most likely to be refused; and what stands inside messages or
-    schemas is told from the request's own fields by not being one of them.
-    """
-    changes, never = {}, list(profile.never)
-    for name in named_fields(text):
-        last = name.rsplit(".", 1)[-1]
-        if name.startswith("ANTHROPIC_"):
-            changes["strict"] = True
-        elif last in ("max_tokens", "max_completion_tokens") and last in sent:
-            longer = "max_completion_tokens"
-            changes["max_tokens"] = longer if last == "max_tokens" else "max_tokens"
-        elif last in REASONING_FIELDS and last not in sent:
-            changes["reasoning_field"] = ""
-        elif last in SCHEMA_WORDS and last not in sent and last not in profile.schema:
-            changes["schema"] = tuple(profile.schema) + (last,)
-        elif last in sent and last not in ESSENTIAL:
-            never.append(last)
-    return dict(changes, never=tuple(never)) if len(never) > len(profile.never) else changes
-
-
-def learn_schema(text, profile, body, sent):
-    """A JSON schema keyword in a tool that the provider cannot read: the schema goes without it, and
-    arguments are checked by the client anyway. Servers that compile a grammar (llama.cpp, xgrammar)
-    stumble over `pattern`, and say so in words about regular expressions."""
-    about = r"schema|function|tools?\b|parameters|regex|grammar"
-    if not sent.get("tools") or not re.search(about, text, re.I):
-        return {}
-    if re.search(r"regex|look-?(?:ahead|behind|around)", text, re.I):
-        found = ["pattern"]
-    else:
-        found = re.findall(r"['\"`\[]\$?(%s)['\"`\]]" % "|".join(SCHEMA_WORDS), text)
-    new = tuple(word for word in dict.fromkeys(found) if word not in profile.schema)
-    return {"schema": tuple(profile.schema) + new} if new else {}
-
-
-def learn_any_field(text, profile, body, sent):
-    """Last resort: a field of ours that the text names in quotes and calls wrong in some way."""
-    if not re.search(REFUSED, text):
-        return {}
-    fields = [
-        field
-        for field in sent
-        if field not in ESSENTIAL + (profile.max_tokens,)
-        and re.search(r"['\"`(\[]%s\b" % re.escape(field), text)
-    ]
-    return {"never": tuple(profile.never) + tuple(fields)} if fields else {}
-
-
-LESSON_RULES = (
-    # The first that has something to say is taken: from the surest to the vaguest.
-    learn_native,
-    learn_words,
-    learn_thinking,
-    learn_reasoning,
-    learn_choice,
-    learn_max_tools,
-    learn_format,
-    learn_images,
-    learn_files,
-    learn_output_limit,
-    learn_fields,
-    learn_schema,
-    learn_any_field,
+    # "parameter.enable_thinking must be set to false for non-streaming calls" (DashScope)
+    (r"enable_thinking must be set to false", learn_no_thinking),
+    (r"cannot be disabled when reasoning_effort", learn_no_effort),  # DeepSeek, of thinking
+    (REFUSED, learn_thinking),
+    # "The reasoning_content in the thinking mode must be passed back to the API." (DeepSeek, MiMo)
+    (r"reasoning_content.{0,80}(?:passed back|missing)", learn_reasoning),
+    (r"missing.{0,20}reasoning_content", learn_reasoning),
+    (r"tool[_ ]choice", learn_choice),
+    # "Invalid 'tools': array too long. Expected an array with maximum length 128" (OpenAI)
+    (r"maximum (?:number of items is|length) (\d+)", learn_max_tools),
+    (r"response_format|json_schema|json_object|structured output", learn_format),
+    (r"image|vision|multi-?modal|only supports? text", learn_images),
+    (r"\bfile|pdf|document|unknown variant|content type", learn_files),
+    (r"", learn_output_limit),
+    (r"", learn_fields),
+    (r"schema|function|tools?\b|parameters|regex|grammar", learn_schema),
+    (REFUSED, learn_any_field),
 )
 
 
@@ -7532,7 +7495,7 @@ class Exchange:
         self.stream = body.get("stream") is True
         self.asked = without_mark(str(body.get("model") or ""))  # the model that the client named
         self.shown = self.settings.disguise_model or self.asked or self.settings.target_model
-        with_images = bool(self.settings.target_model_image) and has_images(body)
+        with_images = bool(self.settings.target_model_image) and any(find_blocks(body, "image"))
         profile_of = proxy.profile_of(self.settings)
         self.plan = plan_request(self.settings, self.asked, with_images, profile_of)
         self.writer = None  # the MessageWriter, and ...
