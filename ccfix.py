@@ -2217,11 +2217,10 @@ def write_state(scope, state):
 
 def read_state(block, scope):
     """The state in a thinking block that came from `scope`, with its text; None for any other block."""
-    mark = block.get("signature") if block.get("type") == "thinking" else block.get("data")
-    if not isinstance(mark, str) or not mark.startswith(write_state(scope, {})):
+    if not str(block.get("signature")).startswith(write_state(scope, {})):
         return None
     try:
-        packed = mark[len(STATE_MARK) :].split(".", 1)[1]
+        packed = block["signature"][len(STATE_MARK) :].split(".", 1)[1]
         data = zlib.decompress(base64.urlsafe_b64decode(packed)) if packed else b"{}"
         state = as_dict(json.loads(data.decode()))
     except (ValueError, zlib.error):
@@ -2232,7 +2231,7 @@ def read_state(block, scope):
 
 def is_our_thinking(block):
     """Whether this program signed a block of reasoning."""
-    return str(block.get("signature") or block.get("data")).startswith(STATE_MARK)
+    return str(block.get("signature")).startswith(STATE_MARK)
 
 
 # ---- content blocks ------------------------------------------------------------------------------------
@@ -4080,7 +4079,6 @@ class ThinkTags:
     "inside", "after" (right after the closing tag); `done`: only text follows.
     """
 
-    __slots__ = ("held", "place", "done")
     OPEN, CLOSE = "<think>", "</think>"
 
     def __init__(self):
@@ -4195,18 +4193,6 @@ class ToolCall:
     two calls interleaved. A call becomes a block once its name is known and those before it are whole.
     """
 
-    __slots__ = (
-        "key",
-        "id",
-        "name",
-        "fields",
-        "waiting",
-        "stream",
-        "client_id",
-        "google",
-        "closed",
-    )
-
     def __init__(self, key, call_id, name="", fields=()):
         self.key = key  # the provider's index, or id, or None
         self.id = call_id  # the provider's id, "" until it comes
@@ -4277,13 +4263,12 @@ class MessageWriter:
         if self.state != IDLE:
             return
         self.state = OPEN
+        usage = as_dict(self.head.get("usage"))
+        if usage:
+            usage = dict({"input_tokens": self.input_tokens, "output_tokens": 0}, **usage)
         message = {"id": self.message_id, "type": "message", "role": "assistant"}
         message.update({"stop_reason": None, "stop_sequence": None}, **self.head)
-        usage = as_dict(self.head.get("usage"))
-        counted = dict({"input_tokens": self.input_tokens, "output_tokens": 0}, **usage)
-        message.update(
-            model=self.model, content=[], usage=counted if usage else zero_usage(self.input_tokens)
-        )
+        message.update(model=self.model, content=[], usage=usage or zero_usage(self.input_tokens))
         yield {"type": "message_start", "message": message}
 
     def open_block(self, block, signing=False):
@@ -4476,11 +4461,47 @@ class MessageWriter:
 # ---- readers: payloads in, calls on a MessageWriter ----------------------------------------------------
 
 
-class ChatReader:
-    """Reads the chunks of a chat-completions stream; a whole reply is one chunk.
+class Reader:
+    """What the readers of all formats share: the calls of a provider's reply on a MessageWriter.
 
     feed and finish give events, and raise UpstreamError for an error inside the reply; the caller,
-    who knows whether another try is possible, then calls writer.fail(error).
+    who knows whether another try is possible, then calls writer.fail(error). A format has its own
+    read(payload) and end(), generators of events, and usage().
+    """
+
+    def __init__(self, writer, profile):
+        self.writer, self.profile = writer, profile
+        self.raw_usage = {}  # the provider's own usage, as last told
+        self.ended = False  # the reply is whole
+
+    def feed(self, payload):
+        """Events for one payload (dict). Raises UpstreamError for an error in it."""
+        if self.writer.state in ENDED:
+            raise RuntimeError("feed after the end")
+        return self.read(payload)
+
+    def idle(self):
+        """A sign of life for a client that has waited for minutes; see MessageWriter.idle."""
+        return self.writer.idle()
+
+    def done(self):
+        """The provider's [DONE], which means nothing unless a format knows it."""
+
+    def finish(self):
+        """The last events. Raises UpstreamError when the reply is not whole, or is nothing at all."""
+        if self.writer.state in ENDED:
+            return ()
+        if not self.ended:
+            raise UpstreamError(CUT if self.writer.content else EMPTY, kind="cut", retry=True)
+        return self.end()
+
+
+CUT = "The provider's reply was cut off before its end."
+EMPTY = "The provider closed the connection without an answer."
+
+
+class ChatReader(Reader):
+    """Reads the chunks of a chat-completions stream; a whole reply is one chunk.
 
     A chunk: {"choices": [{"index", "delta": {"content", "reasoning_content", "tool_calls": [{"index",
     "id", "function": {"name", "arguments"}}]}, "finish_reason"}], "usage"}; any of it may be missing,
@@ -4488,29 +4509,26 @@ class ChatReader:
     """
 
     def __init__(self, writer, profile):
-        self.writer, self.profile = writer, profile
-        self.raw_usage = {}  # the provider's own usage, as last told
+        Reader.__init__(self, writer, profile)
         self.reason = ""  # finish_reason
         self.stopped_at = None  # the stop sequence that matched
-        self.ended = False  # the reply is whole
         self.heard = False  # something of an answer came
         self.tags = ThinkTags()
         schemas = {name: schema for name, (_, schema) in writer.tools.items()}
         kinds = ("text", "thinking") if schemas else ()
         self.scanners = {kind: TextCalls(schemas) for kind in kinds}  # for calls written as text
 
-    def feed(self, chunk):
-        """Events for one chunk (dict). Raises UpstreamError for an error in it.
+    def read(self, chunk):
+        """Events for one chunk. Raises UpstreamError for an error in it.
 
         All choices count: Copilot puts the text of Claude models in the first and calls in the second.
         """
-        if self.writer.state in ENDED:
-            raise RuntimeError("feed after the end")
         if "error" in chunk or "x_groq" in chunk or "base_resp" in chunk:
             error = error_in_reply(chunk)
             if error:
                 raise error
         fresh = not self.writer.content  # MiniMax ends with the whole message again
+        usage = chunk.get("usage") or as_dict(chunk.get("x_groq")).get("usage")
         for choice in as_list(chunk.get("choices")):
             choice = as_dict(choice)
             delta = choice.get("delta")
@@ -4519,22 +4537,15 @@ class ChatReader:
             yield from self.feed_delta(delta)
             if choice.get("finish_reason"):
                 self.note_finish(choice)
-            if choice.get("usage"):
-                self.raw_usage = as_dict(choice["usage"])
-        usage = chunk.get("usage") or as_dict(chunk.get("x_groq")).get("usage")
+            usage = usage or choice.get("usage")  # Moonshot
         if usage:
             self.raw_usage = as_dict(usage)
 
     def feed_delta(self, delta):
         """Reasoning, then text, then calls: the order in which they belong together."""
-        text, writer = delta.get("content"), self.writer
-        if (
-            len(delta) == 1 and isinstance(text, str) and self.is_plain(text)
-        ):  # the hot path of text
-            writer.written += len(text)
-            if writer.details:
-                writer.said.append(text)
-            yield delta_event(writer.index, "text", text)
+        text = delta.get("content")
+        if len(delta) == 1 and isinstance(text, str) and self.is_plain(text):
+            yield from self.writer.say("text", text)  # the hot path of text
             return
         if not REASONING_FIELDS.keys().isdisjoint(delta):
             yield from self.feed_reasoning(delta)
@@ -4542,12 +4553,12 @@ class ChatReader:
             yield from self.feed_text(text)
         if delta.get("tool_calls") or delta.get("function_call") or delta.get("refusal"):
             piece = self.plain_fragment(delta)
-            yield from self.feed_rare(delta) if piece is None else writer.arguments(piece)
+            yield from self.feed_rare(delta) if piece is None else self.writer.arguments(piece)
 
     def is_plain(self, text):
         """Whether text goes on in the open block without a look at what it says."""
         writer = self.writer
-        if not text or writer.kind != "text" or writer.calls or not self.tags.done:
+        if writer.kind != "text" or writer.calls or not self.tags.done:
             return False
         scanner = self.scanners.get("text")
         return scanner is None or not (scanner.held or scanner.TRIGGER(text))
@@ -4632,8 +4643,7 @@ class ChatReader:
                 self.feed_call(call)
         if isinstance(delta.get("function_call"), dict):
             self.feed_call({"index": 0, "function": delta["function_call"]})
-        if self.writer.calls:
-            yield from self.writer.advance()
+        yield from self.writer.advance()
         if isinstance(delta.get("refusal"), str):
             self.reason = "content_filter"
             yield from self.writer.say("text", delta["refusal"])
@@ -4675,7 +4685,7 @@ class ChatReader:
         """Whether a delta with a name begins a call of its own, though it points at `call`."""
         if call_id:
             return bool(call.id) and call_id != call.id
-        if not call.name or name != call.name:
+        if name != call.name:
             return bool(call.name)
         more = fragment and str(fragment).strip()
         return bool(more) and call.arguments().strip() != "{}" and call.is_whole()
@@ -4694,37 +4704,27 @@ class ChatReader:
         if isinstance(choice.get("stop_reason"), str):  # vLLM names the stop sequence that matched
             self.stopped_at = choice["stop_reason"]
 
-    def idle(self):
-        return self.writer.idle()
-
     def done(self):
         """The provider's [DONE]: what came is whole even without a finish reason. By itself it is no
         answer: vLLM ends a stream with it that broke before its first word."""
         self.ended = self.ended or self.heard or bool(self.raw_usage)
 
-    def finish(self):
-        """The last events. Raises UpstreamError when the reply is not whole, or is nothing at all."""
-        if self.writer.state in ENDED:
-            return
-        if not self.ended:
-            raise cut_error(self.writer.content)
-        if self.reason == FULL_WINDOW and not self.writer.content:
-            usage = self.usage()
-            raise overflow_error(
-                usage["input_tokens"], self.profile.context, self.writer.input_tokens
-            )
+    def end(self):
+        """The last events: what was held back, then the writer's own."""
+        writer = self.writer
+        if self.reason == FULL_WINDOW and not writer.content:
+            prompt = self.usage()["input_tokens"]
+            raise overflow_error(prompt, self.profile.context, writer.input_tokens)
         for kind, text in self.tags.finish():
             yield from self.scan(kind, text)
         yield from self.flush_scanners()
-        calls = self.writer.calls
-        if calls and not self.writer.content and not any(call.name for call in calls):
-            raise UpstreamError(
-                "The model made a tool call without a name.", 502, kind="sampling", retry=True
-            )
-        yield from self.writer.advance(ending=True)
+        if writer.calls and not writer.content and not any(call.name for call in writer.calls):
+            nameless = "The model made a tool call without a name."
+            raise UpstreamError(nameless, kind="sampling", retry=True)
+        yield from writer.advance(ending=True)
         reason = self.stop_reason()
         stopped_at = self.stopped_at if reason in ("stop_sequence", "max_tokens") else None
-        yield from self.writer.finish(reason, stopped_at, self.usage())
+        yield from writer.finish(reason, stopped_at, self.usage())
 
     def stop_reason(self):
         """Anthropic's stop reason. Any call makes it tool_use, whatever the provider says (Gemini and
@@ -4742,44 +4742,31 @@ class ChatReader:
         tokens hold all three. Estimates where the provider tells nothing: the client decides by these
         numbers when to compact. Names: DeepSeek has prompt_cache_hit_tokens, Moonshot cached_tokens,
         DashScope created_cache_tokens; relays of Claude use Anthropic's own."""
-        told, writer = self.raw_usage, self.writer
-        details = as_dict(told.get("prompt_tokens_details"))
-        prompt = positive_int(told, "prompt_tokens", "input_tokens")
+        told, writer = dict(self.raw_usage), self.writer
+        for group in ("prompt_tokens_details", "completion_tokens_details"):
+            told.update(item for item in as_dict(told.get(group)).items() if item[1])
+        prompt = positive_int(told, "prompt_tokens", "input_tokens") or writer.input_tokens
         output = positive_int(told, "completion_tokens", "output_tokens")
-        read = positive_int(details, "cached_tokens") or positive_int(
-            told, "prompt_cache_hit_tokens", "cached_tokens", "cache_read_input_tokens"
+        read = positive_int(
+            told, "cached_tokens", "prompt_cache_hit_tokens", "cache_read_input_tokens"
         )
-        made = positive_int(details, "cache_write_tokens", "created_cache_tokens")
-        made = made or positive_int(told, "cache_creation_input_tokens")
-        thought = positive_int(as_dict(told.get("completion_tokens_details")), "reasoning_tokens")
+        made = positive_int(
+            told, "cache_write_tokens", "created_cache_tokens", "cache_creation_input_tokens"
+        )
+        thought = positive_int(told, "reasoning_tokens")
         if thought and positive_int(told, "total_tokens") == prompt + output + thought:
             output += thought  # xAI counts them apart
-        prompt = prompt or writer.input_tokens
-        output = output if told else (writer.written + 3) // 4
         rest = prompt - read - made
         return dict(
             zero_usage(rest if rest >= 0 else prompt),
             cache_creation_input_tokens=made,
             cache_read_input_tokens=read,
-            output_tokens=output,
+            output_tokens=output if told else (writer.written + 3) // 4,
         )
 
 
 FULL_WINDOW = "model_context_window_exceeded"  # a finish_reason of relays of Anthropic's models
 PLAIN_FRAGMENT = frozenset(("index", "function"))
-
-
-def cut_error(has_content):
-    """The UpstreamError of a reply without an end."""
-    return UpstreamError(
-        (
-            "The provider's reply was cut off before its end."
-            if has_content
-            else "The provider closed the connection without an answer."
-        ),
-        kind="cut",
-        retry=True,
-    )
 
 
 def positive_int(values, *names):
@@ -4803,33 +4790,27 @@ def keep_detail(details, part):
             last[key] = value
 
 
-class MessagesReader:
+class MessagesReader(Reader):
     """Reads the events of a provider that speaks Anthropic itself: they go on as they came, under our
     indexes, with the model's name disguised and the input of tools fixed.
 
-    Events, blocks and deltas of unknown kinds go on too (https://docs.anthropic.com/en/docs/build-with-claude/streaming):
-    a newer client may know them.
+    Events, blocks and deltas of unknown kinds go on too: a newer client may know them
+    (https://docs.anthropic.com/en/docs/build-with-claude/streaming).
     """
 
-    def __init__(self, writer, profile):
-        self.writer, self.profile = writer, profile
-        self.raw_usage = {}  # the provider's usage, added up over its events
-        self.last = {}  # its message_delta
-        self.ended = False  # the reply is whole
+    last = {}  # its message_delta
 
-    def feed(self, event):
+    def read(self, event):
         """Events for one event of the provider. Raises UpstreamError for its error event.
 
         Its own pings are not passed on: this program sends what the silence asks for.
         """
-        if self.writer.state in ENDED:
-            raise RuntimeError("feed after the end")
         kind = event.get("type")
         if kind == "error" or "error" in event:
             raise error_in_reply(event) or UpstreamError("The provider reported an error.")
         if kind == "message":  # a whole message in answer to a stream request
             for part in unfold(event):
-                yield from self.feed(part)
+                yield from self.read(part)
         elif kind == "message_start":
             self.writer.head = as_dict(event.get("message"))
             self.raw_usage.update(as_dict(self.writer.head.get("usage")))
@@ -4839,9 +4820,9 @@ class MessagesReader:
         elif kind == "message_stop":
             self.ended = True
         elif isinstance(kind, str) and re.match(r"\w+\Z", kind) and kind != "ping":
-            yield from self.feed_block(kind, event)
+            yield from self.read_block(kind, event)
 
-    def feed_block(self, kind, event):
+    def read_block(self, kind, event):
         """An event about a block; what belongs to no open block is dropped."""
         writer, block, delta = self.writer, event.get("content_block"), event.get("delta")
         if kind == "content_block_start" and isinstance(block, dict):
@@ -4855,7 +4836,9 @@ class MessagesReader:
             yield from self.end_block()
         elif kind == "content_block_delta" and writer.kind and isinstance(delta, dict):
             if writer.kind == "tool_use" and delta.get("type") == "input_json_delta":
-                yield from self.feed_arguments(delta.get("partial_json"))
+                text = delta.get("partial_json")
+                text = text if isinstance(text, str) else ""
+                yield from writer.arguments(writer.calls[-1].stream.feed(text))
             else:
                 same = event.get("index") == writer.index
                 yield event if same else dict(event, index=writer.index)
@@ -4871,11 +4854,8 @@ class MessagesReader:
             call.waiting.append(compact_json(block["input"]))
         yield from self.writer.advance()
 
-    def feed_arguments(self, text):
-        if isinstance(text, str):
-            yield from self.writer.arguments(self.writer.calls[-1].stream.feed(text))
-
     def end_block(self):
+        """Close the open block; a tool's input is first made whole."""
         yield from self.writer.advance(ending=True)
         yield from self.writer.close_block()
 
@@ -4886,18 +4866,11 @@ class MessagesReader:
             return self.writer.idle()
         return [delta_event(self.writer.index, self.writer.kind, "") if row and row.delta else PING]
 
-    def done(self):
-        """[DONE] means nothing in Anthropic's form."""
-
-    def finish(self):
-        """The last events. Raises UpstreamError when the reply is not whole."""
-        if self.writer.state in ENDED:
-            return
-        if not self.ended:
-            raise cut_error(True)
+    def end(self):
+        """The last events, with what the provider's message_delta says beside the stop reason."""
         delta = as_dict(self.last.get("delta"))
         reason = delta.get("stop_reason") or "end_turn"
-        yield from self.writer.finish(reason, delta.get("stop_sequence"), self.usage(), self.last)
+        return self.writer.finish(reason, delta.get("stop_sequence"), self.usage(), self.last)
 
     def usage(self):
         """Anthropic's usage; the estimate where the provider tells no input."""
@@ -4934,8 +4907,6 @@ FORMATS = {
 
 
 # ---- events out, fold and unfold -----------------------------------------------------------------------
-
-_escape = json.dumps
 DELTA_TEMPLATES = {
     # delta type: (its field, the event as sent); the hot path writes from this, with one escape
     row.delta: (
@@ -4954,7 +4925,7 @@ def encode_event(event):
         try:
             field, template = DELTA_TEMPLATES[event["delta"]["type"]]
             if len(event["delta"]) == 2:
-                return template % (event["index"], _escape(event["delta"][field]))
+                return template % (event["index"], json.dumps(event["delta"][field]))
         except (KeyError, TypeError):
             """Another kind (a signature), or odd: a provider's own events go on as they are."""
     return "event: %s\ndata: %s\n\n" % (event["type"], compact_json(event))
