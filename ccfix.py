@@ -223,6 +223,16 @@ def as_list(value):
     return value if isinstance(value, list) else []
 
 
+def as_str(value):
+    """value if it is a string, else an empty one."""
+    return value if isinstance(value, str) else ""
+
+
+def omit(values, names):
+    """A copy of a dict without the keys in names."""
+    return {key: value for key, value in values.items() if key not in names}
+
+
 MAX_DIGITS = 300  # of a whole number; Python before 3.11 takes 20 s for a million, hours for more
 
 
@@ -1750,7 +1760,8 @@ def normalize(body, profile, recall=None, memo=None, room=0):
     """The Messages request that a provider of this profile can take: Anthropic in, Anthropic out.
 
     What every provider needs is done here, once for all formats; a format only writes the result in
-    its own words. A new dict; `body` is never edited, and what need not change stays the same object.
+    its own words. A new dict; `body` is never edited, and what need not change stays the same
+    object.
 
     recall(tool_use_id) -> what is remembered of a call: {"arguments", "reasoning", "details",
     "google", "scope"}, any of them missing. memo: a dict in which cleaned tools are kept between
@@ -1762,7 +1773,7 @@ def normalize(body, profile, recall=None, memo=None, room=0):
     without messages.
     """
     check_messages(body)
-    clean = {key: value for key, value in body.items() if key not in PERSONAL}
+    clean = omit(body, PERSONAL)
     if body.get("system"):
         clean["system"] = clean_system(body["system"])
     if is_number(body.get("max_tokens")):
@@ -1773,14 +1784,13 @@ def normalize(body, profile, recall=None, memo=None, room=0):
         return clean
     turns = split_turns(body["messages"])
     if not profile.system_role and clean.get("system"):
-        leading = {"type": "text", "text": system_text(clean.pop("system"))}
+        leading = text_block(system_text(clean.pop("system")))
         turns = join_turns([("user", [leading], None)] * bool(leading["text"]) + turns)
     clean["messages"] = normalize_turns(turns, profile, recall or (lambda call_id: {}))
     effort = turn_effort(body["messages"])
     if effort:
         clean["output_config"] = dict(as_dict(body.get("output_config")), effort=effort)
-    for field in ("tools", "tool_choice"):
-        clean.pop(field, None)
+    clean = omit(clean, ("tools", "tool_choice"))
     clean.update(normalize_tools(body, profile, {} if memo is None else memo))
     ask_for_format(clean, profile)
     return clean
@@ -1890,12 +1900,12 @@ def used_ids(body):
 def turn_effort(messages):
     """The effort that the latest turn asks for by its own output_config, or "".
 
-    Claude Code sends it on system turns, which are folded here (beta per-turn-control-2026-07-01).
+    Claude Code sends it on system turns, which are folded here (beta
+    per-turn-control-2026-07-01).
     """
-    found = (
-        as_dict(as_dict(turn).get("output_config")).get("effort") for turn in reversed(messages)
-    )
-    return next((effort for effort in found if isinstance(effort, str) and effort in LEVELS), "")
+    configs = (as_dict(as_dict(turn).get("output_config")) for turn in reversed(messages))
+    efforts = (as_str(config.get("effort")) for config in configs)
+    return next((effort for effort in efforts if effort in LEVELS), "")
 
 
 def estimate_tokens(body):
@@ -2217,21 +2227,21 @@ def write_state(scope, state):
 
 def read_state(block, scope):
     """The state in a thinking block that came from `scope`, with its text; None for any other block."""
-    if not str(block.get("signature")).startswith(write_state(scope, {})):
+    mark = as_str(block.get("signature"))
+    if not mark.startswith(write_state(scope, {})):
         return None
     try:
-        packed = block["signature"][len(STATE_MARK) :].split(".", 1)[1]
+        packed = mark[len(STATE_MARK) :].split(".", 1)[1]
         data = zlib.decompress(base64.urlsafe_b64decode(packed)) if packed else b"{}"
         state = as_dict(json.loads(data.decode()))
     except (ValueError, zlib.error):
         return None
-    text = block.get("thinking")
-    return dict(state, text=text if isinstance(text, str) else "")
+    return dict(state, text=as_str(block.get("thinking")))
 
 
 def is_our_thinking(block):
     """Whether this program signed a block of reasoning."""
-    return str(block.get("signature")).startswith(STATE_MARK)
+    return as_str(block.get("signature")).startswith(STATE_MARK)
 
 
 # ---- content blocks ------------------------------------------------------------------------------------
@@ -2392,8 +2402,7 @@ def clean_choice(choice, tools, profile):
     form, name = CHOICE_FORMS.get(str(choice.get("type"))), short_name(str(choice.get("name")))
     is_missing = form == "named" and all(tool.get("name") != name for tool in tools)
     if form and form not in profile.tool_choice or is_missing:
-        rest = {key: value for key, value in choice.items() if key != "name"}
-        return dict(rest, type="auto")
+        return dict(omit(choice, ("name",)), type="auto")
     return dict(choice, name=name) if form == "named" else choice
 
 
@@ -2405,9 +2414,8 @@ def clean_tool(tool, profile, memo):
     if known and known[1] == rules and known[0] == tool:
         return known[2]
     schema = clean_schema(as_dict(tool.get("input_schema")), profile)
-    schema["type"] = "object"
-    schema["properties"] = as_dict(schema.get("properties"))
-    clean = {key: value for key, value in tool.items() if key != "defer_loading"}
+    schema.update(type="object", properties=as_dict(schema.get("properties")))
+    clean = omit(tool, ("defer_loading",))
     clean.update(name=short_name(tool["name"]), input_schema=schema)
     if len(memo) > 2000:
         memo.clear()
@@ -2415,66 +2423,71 @@ def clean_tool(tool, profile, memo):
     return clean  # not the memo's: another thread may have put its own there
 
 
-def clean_schema(schema, profile, defs=None, depth=0):
+def clean_schema(schema, profile):
     """A JSON schema that all providers take: $schema and format:uri gone, $ref replaced by what it
     names, type lists split, without the keywords in profile.schema.
 
-    defs: what a $ref may name; under None, [how many more may be resolved]. Kimi writes nonsense with
-    $schema in a tool, Gemini and several others refuse format:uri and $ref, and most know no list of
-    types; none of it changes what a model writes.
+    Kimi writes nonsense with $schema in a tool, Gemini and several others refuse format:uri and
+    $ref, and most know no list of types; none of it changes what a model writes.
     """
-    defs = {None: [MAX_REFS]} if defs is None else defs
-    for key in ("$defs", "definitions"):
-        if key in schema:
-            defs = dict(defs, **as_dict(schema[key]))
-    if isinstance(schema.get("$ref"), str):
+    return SchemaCleaner(profile).clean(schema, {}, 0)
+
+
+class SchemaCleaner:
+    """Cleans one schema. defs: {name: schema} that a $ref may name where it stands; depth: schemas
+    around it."""
+
+    def __init__(self, profile):
+        self.profile, self.refs = profile, MAX_REFS
+
+    def clean(self, schema, defs, depth):
+        """A schema, or one inside another; a new dict."""
+        for key in ("$defs", "definitions"):
+            defs = dict(defs, **as_dict(schema.get(key)))
+        if isinstance(schema.get("$ref"), str):
+            return self.resolve(schema, defs, depth)
+        clean = {}
+        for key, value in schema.items():
+            if key in DROPPED_KEYWORDS or (key == "format" and value == "uri"):
+                continue
+            if key not in self.profile.schema:
+                clean[key] = self.clean_part(key, value, defs, depth)
+            elif key == "const":
+                clean["enum"] = [value]
+        split_type(clean)
+        if self.profile.typed_schema and depth and TYPE_WORDS.isdisjoint(clean):
+            clean["type"] = "object" if "properties" in clean else "string"
+        return clean
+
+    def resolve(self, schema, defs, depth):
+        """What a schema's $ref names, with what stands beside the $ref; any object where it names
+        nothing known, or itself."""
         name = schema["$ref"].rsplit("/", 1)[-1]
-        inner = {key: part for key, part in defs.items() if key != name}
-        return clean_schema(resolve_ref(schema, name, defs), profile, inner, depth + 1)
-    clean = {}
-    for key, value in schema.items():
-        if key in DROPPED_KEYWORDS or (key == "format" and value == "uri"):
-            continue
-        if key not in profile.schema:
-            clean[key] = clean_part(key, value, profile, defs, depth)
-        elif key == "const":
-            clean["enum"] = [value]
-    split_type(clean)
-    if profile.typed_schema and depth and not {"type", "anyOf", "oneOf", "allOf"} & set(clean):
-        clean["type"] = "object" if "properties" in clean else "string"
-    return clean
+        self.refs -= 1
+        found = as_dict(defs.get(name)) if self.refs >= 0 else {}
+        found = dict(found or {"type": "object"}, **omit(schema, ("$ref",)))
+        return self.clean(found, omit(defs, (name,)), depth + 1)
+
+    def clean_part(self, key, value, defs, depth):
+        """The value of one keyword, cleaned where it holds schemas itself."""
+
+        def clean(part):
+            return self.clean(part, defs, depth + 1) if isinstance(part, dict) else part
+
+        if depth > MAX_SCHEMA_DEPTH:
+            return {} if isinstance(value, dict) else value
+        if key in SCHEMA_MAPS:
+            return {name: clean(part) for name, part in as_dict(value).items()}
+        if key in SCHEMA_LISTS and isinstance(value, list):
+            return [clean(part) for part in value]
+        return clean(value) if key in SUBSCHEMAS else value
 
 
 DROPPED_KEYWORDS = ("$schema", "$defs", "definitions", "$id", "$comment")
+TYPE_WORDS = frozenset(("type", "anyOf", "oneOf", "allOf"))  # keywords that say a value's type
 SCHEMA_MAPS = ("properties", "patternProperties")
 SUBSCHEMAS = ("items", "additionalProperties", "not", "propertyNames", "contains")
 SCHEMA_LISTS = ("anyOf", "oneOf", "allOf", "prefixItems", "items")
-
-
-def resolve_ref(schema, name, defs):
-    """What a schema's $ref names, with what stands beside the $ref; any object where it names
-    nothing known, or itself."""
-    defs[None][0] -= 1
-    found = as_dict(defs.get(name)) if defs[None][0] >= 0 else {}
-    beside = {key: value for key, value in schema.items() if key != "$ref"}
-    return dict(found or {"type": "object"}, **beside)
-
-
-def clean_part(key, value, profile, defs, depth):
-    """The value of one schema keyword, cleaned where it holds schemas itself."""
-
-    def clean(part):
-        return clean_schema(part, profile, defs, depth + 1) if isinstance(part, dict) else part
-
-    if depth > MAX_SCHEMA_DEPTH:
-        return {} if isinstance(value, dict) else value
-    if key in SCHEMA_MAPS and isinstance(value, dict):
-        return {name: clean(part) for name, part in value.items()}
-    if key in SUBSCHEMAS and isinstance(value, dict):
-        return clean(value)
-    if key in SCHEMA_LISTS and isinstance(value, list):
-        return [clean(part) for part in value]
-    return value
 
 
 def split_type(schema):
@@ -2483,20 +2496,22 @@ def split_type(schema):
         kinds = [kind for kind in schema.pop("type") if kind != "null"]
         if len(kinds) == 1:
             schema["type"] = kinds[0]
-        elif kinds and "anyOf" not in schema:
-            schema["anyOf"] = [{"type": kind} for kind in kinds]
+        elif kinds:
+            schema.setdefault("anyOf", [{"type": kind} for kind in kinds])
 
 
 # ---- the form of the reply -----------------------------------------------------------------------------
+
+
+WISH = "Reply with one JSON object that fits this JSON schema, and nothing else:\n"
 
 
 def wanted_schema(body):
     """The JSON schema that the reply must fit (output_config.format, or the older output_format),
     or None."""
     wanted = as_dict(as_dict(body.get("output_config")).get("format") or body.get("output_format"))
-    schema = wanted.get("schema")
-    is_schema = wanted.get("type") == "json_schema" and isinstance(schema, dict)
-    return schema if is_schema else None
+    schema = wanted.get("schema") if wanted.get("type") == "json_schema" else None
+    return schema if isinstance(schema, dict) else None
 
 
 def ask_for_format(body, profile):
@@ -2510,13 +2525,10 @@ def ask_for_format(body, profile):
     body["output_config"] = dict(as_dict(body.get("output_config")), format=wanted)
     if profile.json_format == "json_schema":
         return
-    wish = "Reply with one JSON object that fits this JSON schema, and nothing else:\n"
-    wish = text_block(wish + compact_json(schema))
-    messages, last = body["messages"], as_dict(body["messages"][-1:] and body["messages"][-1])
-    if last.get("role") == "user":
-        messages[-1] = dict(last, content=as_blocks(last["content"]) + [wish])
-    else:
-        messages.append({"role": "user", "content": [wish]})
+    messages, said = body["messages"], []
+    if messages and messages[-1]["role"] == "user":
+        said = as_blocks(messages.pop()["content"])
+    messages.append({"role": "user", "content": said + [text_block(WISH + compact_json(schema))]})
 
 
 # ======================================================================================================
@@ -2541,10 +2553,10 @@ class Format(NamedTuple):
     name: str
     path: str
     models_path: str
-    count_path: str
     headers: object
     write: object
     reader: object
+    count_path: str = ""
     relays: bool = False
 
 
@@ -2591,9 +2603,7 @@ def write_chat(body, model, profile, attach=()):
             sent["stream_options"] = {"include_usage": True}
     sent.update(profile.body)
     sent.update(attach)
-    for field in profile.never:
-        sent.pop(field, None)
-    return sent
+    return omit(sent, profile.never)
 
 
 def chat_messages(body, profile):
@@ -2745,11 +2755,11 @@ def sampling_fields(body, profile):
 def anthropic_headers(key, profile, client_headers):
     """The client's version and beta flags, and the key in both forms that such providers take: some
     look at x-api-key, some at Authorization, and none refuses the other."""
-    betas = re.split(r"[,\s]+", client_headers.get("anthropic-beta") or "")
-    betas = [flag for flag in betas if flag and flag not in profile.betas]
+    flags = re.findall(r"[^,\s]+", client_headers.get("anthropic-beta") or "")
+    betas = ",".join(flag for flag in flags if flag not in profile.betas)
     headers = {"anthropic-version": client_headers.get("anthropic-version") or "2023-06-01"}
     if betas:
-        headers["anthropic-beta"] = ",".join(betas)
+        headers["anthropic-beta"] = betas
     if key:
         headers["x-api-key"] = key
     return dict(headers, **chat_headers(key, profile, client_headers))
@@ -2758,8 +2768,7 @@ def anthropic_headers(key, profile, client_headers):
 def write_anthropic(body, model, profile, attach=()):
     """The Messages request for a normalized body: itself, but for the model's name and what the
     provider was found to refuse."""
-    sent = {key: value for key, value in body.items() if key not in profile.never}
-    sent["model"] = model
+    sent = dict(omit(body, profile.never), model=model)
     return without_keys(sent, "cache_control") if "cache_control" in profile.never else sent
 
 
@@ -3985,8 +3994,8 @@ def sse_payloads(blocks):
 
     Knows LF and CRLF, comments, several data lines in one event, data lines without the blank line
     between, a BOM, `event: error`, and llama.cpp's older `error: {..}` line (both come out as
-    {"error": ..}). An event that the end of the stream cuts off is dropped when it is not valid JSON,
-    as a browser would (https://html.spec.whatwg.org/multipage/server-sent-events.html).
+    {"error": ..}). An event that the end of the stream cuts off is dropped when it is not valid
+    JSON, as a browser would (https://html.spec.whatwg.org/multipage/server-sent-events.html).
     """
     rest, data, failed = [], [], False
     for block in blocks:
@@ -3998,7 +4007,7 @@ def sse_payloads(blocks):
                 raise too_long("a line")
             yield None
             continue
-        lines = b"".join(rest + [block[:end]]).decode("utf-8", "replace").split("\n")
+        lines = to_string(b"".join(rest + [block[:end]])).split("\n")
         rest = [block[end:]] if end < len(block) else []
         lines.pop()
         for line in lines:
@@ -4015,7 +4024,7 @@ def sse_payloads(blocks):
                 yield event_payload(data, failed)
                 data, failed = [], False
         yield None
-    last = b"".join(rest).decode("utf-8", "replace").strip()
+    last = to_string(b"".join(rest)).strip()
     if last:
         failed = read_other_line(last, data, failed)
     if data and (data[-1].strip() == "[DONE]" or json_or_none("\n".join(data)) is not None):
@@ -4053,7 +4062,7 @@ def event_payload(data, failed):
     payload = "\n".join(data)
     body = json_or_none(payload) if failed else None
     if failed and "error" not in as_dict(body):
-        return compact_json({"error": body if isinstance(body, dict) else {"message": payload}})
+        return compact_json({"error": as_dict(body) or {"message": payload}})
     return payload
 
 
@@ -4654,13 +4663,11 @@ class ChatReader(Reader):
         function = as_dict(delta.get("function"))
         name, fragment = function.get("name"), function.get("arguments")
         call = self.call_for(delta.get("index"), delta.get("id"), name, fragment)
-        if isinstance(name, str) and not call.name:
-            call.name = name
+        call.name = call.name or as_str(name)
         if fragment is not None:
             call.waiting.append(fragment if isinstance(fragment, str) else compact_json(fragment))
         google = as_dict(as_dict(delta.get("extra_content")).get("google"))
-        if isinstance(google.get("thought_signature"), str):
-            call.google = google["thought_signature"]
+        call.google = as_str(google.get("thought_signature")) or call.google
 
     def call_for(self, index, call_id, name, fragment):
         """The ToolCall that a delta belongs to: by index, else by id, else the last one.
@@ -4669,7 +4676,7 @@ class ChatReader(Reader):
         count every call 0); without an id another name is, and the same name when whole arguments
         are followed by more. Gemini and Mistral send no index at all, relays of Claude begin with 1.
         """
-        call_id, calls = call_id if isinstance(call_id, str) else "", self.writer.calls
+        call_id, calls = as_str(call_id), self.writer.calls
         if isinstance(index, int):
             found = next((call for call in reversed(calls) if call.key == index), None)
         else:
@@ -4836,8 +4843,7 @@ class MessagesReader(Reader):
             yield from self.end_block()
         elif kind == "content_block_delta" and writer.kind and isinstance(delta, dict):
             if writer.kind == "tool_use" and delta.get("type") == "input_json_delta":
-                text = delta.get("partial_json")
-                text = text if isinstance(text, str) else ""
+                text = as_str(delta.get("partial_json"))
                 yield from writer.arguments(writer.calls[-1].stream.feed(text))
             else:
                 same = event.get("index") == writer.index
@@ -4848,8 +4854,8 @@ class MessagesReader(Reader):
 
     def begin_call(self, index, block):
         """Open a tool's block; a few servers put its whole input there."""
-        call_id = block.get("id") if isinstance(block.get("id"), str) else ""
-        call = self.writer.add_call(index, call_id, str(block.get("name") or "tool"), block)
+        name = str(block.get("name") or "tool")
+        call = self.writer.add_call(index, as_str(block.get("id")), name, block)
         if block.get("input"):
             call.waiting.append(compact_json(block["input"]))
         yield from self.writer.advance()
@@ -4887,7 +4893,6 @@ FORMATS = {
             "chat",
             path="/chat/completions",
             models_path="/models",
-            count_path="",
             headers=chat_headers,
             write=write_chat,
             reader=ChatReader,
@@ -4969,14 +4974,14 @@ def add_delta(block, delta, pieces):
 def finish_block(block, pieces):
     """A block with its pieces joined; tool input that is not a JSON object is told in the client's
     own form for that."""
-    for field, parts in pieces.items():
-        whole = "".join(parts)
-        if field != "partial_json":
-            block[field] = str(block.get(field) or "") + whole
-        elif whole:
-            parsed = json_or_none(whole)
-            unparsed = {"__unparsedToolInput": {"raw": whole, "len": len(whole)}}
-            block["input"] = parsed if isinstance(parsed, dict) else unparsed
+    pieces = {field: "".join(parts) for field, parts in pieces.items()}
+    written = pieces.pop("partial_json", "")
+    for field, text in pieces.items():
+        block[field] = str(block.get(field) or "") + text
+    if written:
+        parsed = json_or_none(written)
+        unparsed = {"__unparsedToolInput": {"raw": written, "len": len(written)}}
+        block["input"] = parsed if isinstance(parsed, dict) else unparsed
     return block
 
 
@@ -4985,27 +4990,30 @@ def unfold(message, new_id=None):
     stored answer must not come twice in a conversation)."""
     started = dict(message, content=[], stop_reason=None, stop_sequence=None)
     yield {"type": "message_start", "message": started}
-    blocks = [block for block in as_list(message.get("content")) if isinstance(block, dict)]
-    for index, block in enumerate(blocks):
-        kind = str(block.get("type"))
-        if new_id and kind == "tool_use":
+    for index, block in enumerate(filter(None, map(as_dict, as_list(message.get("content"))))):
+        if new_id and block.get("type") == "tool_use":
             block = dict(block, id="toolu_" + new_id())
-        row = BLOCKS.get(kind)
-        if not row or not row.delta:
-            yield start_event(index, block)
-        else:
-            yield start_event(index, dict(block, **row.empty))
-            value = block.get(row.field)
-            if row.piece == "partial_json":
-                value = compact_json(value or {})
-            if value:
-                yield delta_event(index, kind, value)
-            if block.get("signature"):
-                yield signature_event(index, block["signature"])
-        yield stop_event(index)
+        yield from unfold_block(index, block)
     ends = {name: message.get(name) for name in ("stop_reason", "stop_sequence")}
     yield {"type": "message_delta", "delta": ends, "usage": dict(as_dict(message.get("usage")))}
     yield {"type": "message_stop"}
+
+
+def unfold_block(index, block):
+    """The events of one finished block, as its row of BLOCKS says."""
+    kind = str(block.get("type"))
+    row = BLOCKS.get(kind)
+    if row and row.delta:
+        yield start_event(index, dict(block, **row.empty))
+        value = block.get(row.field)
+        value = compact_json(value or {}) if row.field == "input" else value
+        if value:
+            yield delta_event(index, kind, value)
+        if block.get("signature"):
+            yield signature_event(index, block["signature"])
+    else:
+        yield start_event(index, block)
+    yield stop_event(index)
 
 
 # ======================================================================================================
