@@ -1740,9 +1740,9 @@ def thinking_level(body):
     return ""
 
 
-# ======================================================================================================
+# ==================================================================================================
 # 5  Normalize: an Anthropic request -> the Anthropic request that this provider can take
-# ======================================================================================================
+# ==================================================================================================
 
 NO_OUTPUT = "(no output)"
 NO_RESULT = "(no result: the call was interrupted)"
@@ -1796,12 +1796,12 @@ def normalize(body, profile, recall=None, memo=None, room=0):
     return clean
 
 
-# ---- what the body holds ---------------------------------------------------------------------------
+# ---- what the body holds -------------------------------------------------------------------------
 
 
 def is_number(value):
-    """Whether a value is a number that can be sent: 1e400 is read as infinity, which JSON lacks, and
-    True is an int to Python."""
+    """Whether a value is a number that can be sent: 1e400 is read as infinity, which JSON lacks,
+    and True is an int to Python."""
     is_real = isinstance(value, (int, float)) and not isinstance(value, bool)
     return is_real and abs(value) < 1e12
 
@@ -1936,7 +1936,7 @@ def estimate_tokens(body):
     return total
 
 
-# ---- system text, and who says what ------------------------------------------------------------------
+# ---- system text, and who says what --------------------------------------------------------------
 
 
 def clean_system(system):
@@ -1966,7 +1966,8 @@ def split_turns(messages):
 
     message: the client's own, where the turn is one message as it came, else None. A system turn
     becomes user text where it stands: moved to the front, each new one would rewrite the prefix. A
-    turn that is wholly a <total_tokens> marker goes, as the client removes it from the history later.
+    turn that is wholly a <total_tokens> marker goes, as the client removes it from the history
+    later.
     """
     turns = []
     for message in map(as_dict, messages):
@@ -2020,7 +2021,7 @@ def without_our_thinking(messages):
     return kept
 
 
-# ---- turns -------------------------------------------------------------------------------------------
+# ---- turns ---------------------------------------------------------------------------------------
 
 
 def normalize_turns(turns, profile, recall):
@@ -2046,8 +2047,8 @@ def answer_calls(blocks, calls):
     """A user turn's blocks after calls [(client's id, id sent)]: results in their order, the rest.
 
     A call without a result gets one that says so, and a result without a call is told in words:
-    OpenAI, DeepSeek, Mistral and Anthropic all answer 400 to either. Claude Code sends results in the
-    order in which they were ready, and none for a call that the user interrupted.
+    OpenAI, DeepSeek, Mistral and Anthropic all answer 400 to either. Claude Code sends results in
+    the order in which they were ready, and none for a call that the user interrupted.
     """
     results, rest, wanted = {}, [], {call_id for call_id, _ in calls}
     for block in blocks:
@@ -2103,8 +2104,9 @@ def bring_back(said, thoughts, profile, notes, call_ids):
 
     said, thoughts: its other blocks, its thinking blocks; notes: what is remembered, one a call.
     DeepSeek and MiMo answer 400 without it ("must be passed back"), Gemini to a call without its
-    signature; OpenRouter and MiniMax want it back unmodified, once a turn. Groq, Mistral and Cerebras
-    refuse a field that they do not know, so nothing goes back unless the profile names a field.
+    signature; OpenRouter and MiniMax want it back unmodified, once a turn. Groq, Mistral and
+    Cerebras refuse a field that they do not know, so nothing goes back unless the profile names a
+    field.
     """
     states = list(filter(None, (read_state(block, profile.scope) for block in thoughts)))
     shape = REASONING_FIELDS.get(profile.reasoning_field)
@@ -2147,10 +2149,10 @@ def add_note(block, **note):
 def clean_call(block, profile, original, number):
     """A tool_use block with an id and a name that the provider takes, and an object as input.
 
-    original: the arguments as the model wrote them. The client echoes a call with defaults added and
-    keys in another order, which would break the provider's prefix cache. What the client could not
-    parse comes back as {"__unparsedToolInput": {"raw"}} and is turned back; what is not an object
-    goes up inside one, as servers parse it (Ollama: "invalid tool call arguments").
+    original: the arguments as the model wrote them. The client echoes a call with defaults added
+    and keys in another order, which would break the provider's prefix cache. What the client could
+    not parse comes back as {"__unparsedToolInput": {"raw"}} and is turned back; what is not an
+    object goes up inside one, as servers parse it (Ollama: "invalid tool call arguments").
     """
     value = as_dict(block.get("input"))
     raw = as_dict(value.get("__unparsedToolInput")).get("raw")
@@ -2175,7 +2177,8 @@ def says_the_same(original, value):
 
 
 def sent_id(block, name, form, number):
-    """The tool-call id for the provider, made of the client's id alone (for Kimi: of name and number).
+    """The tool-call id for the provider, made of the client's id alone (for Kimi: of name and
+    number).
 
     form: see Profile.tool_ids. number: calls before this one in the conversation. The same id must
     come out in every later turn, or the provider's prefix cache is lost. OpenAI takes at most 40
@@ -2207,7 +2210,7 @@ def short_name(name):
     return re.sub(r"[^A-Za-z0-9_-]", "_", name)[:55] + "_" + short_hash(name, 8)
 
 
-# ---- reasoning state in signatures: Claude Code echoes a signature as it is ----------------------------
+# ---- reasoning state in signatures: Claude Code echoes a signature as it is ----------------------
 
 
 def text_key(scope, text):
@@ -2226,7 +2229,8 @@ def write_state(scope, state):
 
 
 def read_state(block, scope):
-    """The state in a thinking block that came from `scope`, with its text; None for any other block."""
+    """The state in a thinking block that came from `scope`, with its text; None for any other
+    block."""
     mark = as_str(block.get("signature"))
     if not mark.startswith(write_state(scope, {})):
         return None
@@ -2244,11 +2248,12 @@ def is_our_thinking(block):
     return as_str(block.get("signature")).startswith(STATE_MARK)
 
 
-# ---- content blocks ------------------------------------------------------------------------------------
+# ---- content blocks ------------------------------------------------------------------------------
 
 
 def clean_blocks(blocks, profile):
-    """The blocks with what the provider has no form for in words; unchanged ones are the same objects."""
+    """The blocks with what the provider has no form for in words; unchanged ones are the same
+    objects."""
     return [part for block in blocks for part in clean_block(block, profile)]
 
 
@@ -2272,7 +2277,8 @@ def clean_block(block, profile):
 
 
 def clean_result(block, profile):
-    """A tool_result with clean blocks; tool_reference blocks become the names of the loaded tools."""
+    """A tool_result with clean blocks; tool_reference blocks become the names of the loaded
+    tools."""
     if not isinstance(block.get("content"), (list, dict)):
         return block
     blocks = as_blocks(block["content"])
@@ -2287,7 +2293,8 @@ def clean_result(block, profile):
 def image_note(source, profile):
     """What is said in place of an image that cannot be passed on; "" where it can.
 
-    Text-only models answer 400 ("Model only support text input"); Ollama and Moonshot fetch no URLs.
+    Text-only models answer 400 ("Model only support text input"); Ollama and Moonshot fetch no
+    URLs.
     """
     if not profile.images:
         return "[an image was here; this model takes no images]"
@@ -2344,17 +2351,19 @@ def foreign_text(block):
     return block_text(block) or "[a block of kind %s, which this model cannot be shown]" % kind[:60]
 
 
-# ---- tools ---------------------------------------------------------------------------------------------
+# ---- tools ---------------------------------------------------------------------------------------
 
 
 def is_function(tool):
-    """Whether a tool is run by the client; the others are run by Anthropic's servers (web_search_*)."""
+    """Whether a tool is run by the client; the others are run by Anthropic's servers
+    (web_search_*)."""
     return "input_schema" in tool or tool.get("type") in (None, "custom")
 
 
 def offered_tools(body):
-    """The client's function tools in an order that only ever grows at its end: those that are always
-    there by name, then the deferred ones as the conversation's tool_reference blocks name them.
+    """The client's function tools in an order that only ever grows at its end: those that are
+    always there by name, then the deferred ones as the conversation's tool_reference blocks name
+    them.
 
     The client itself sends them in another order with each request (seen with 2.1.330), which costs
     a provider's whole prefix cache: tools stand before the conversation in every chat template.
@@ -2385,8 +2394,8 @@ CHOICE_FORMS = {"none": "none", "any": "required", "tool": "named"}
 
 
 def normalize_tools(body, profile, memo):
-    """{"tools", "tool_choice"} as the provider takes them, at most as many as it takes: those at the
-    end are the rarest. {} where there are none."""
+    """{"tools", "tool_choice"} as the provider takes them, at most as many as it takes: those at
+    the end are the rarest. {} where there are none."""
     tools = offered_tools(body)
     tools = [clean_tool(tool, profile, memo) for tool in tools[: profile.max_tools or len(tools)]]
     if profile.native_blocks:
@@ -2398,7 +2407,8 @@ def normalize_tools(body, profile, memo):
 
 
 def clean_choice(choice, tools, profile):
-    """The tool choice, or auto where the provider does not take its form, or the tool is not there."""
+    """The tool choice, or auto where the provider does not take its form, or the tool is not
+    there."""
     form, name = CHOICE_FORMS.get(str(choice.get("type"))), short_name(str(choice.get("name")))
     is_missing = form == "named" and all(tool.get("name") != name for tool in tools)
     if form and form not in profile.tool_choice or is_missing:
@@ -2500,7 +2510,7 @@ def split_type(schema):
             schema.setdefault("anyOf", [{"type": kind} for kind in kinds])
 
 
-# ---- the form of the reply -----------------------------------------------------------------------------
+# ---- the form of the reply -----------------------------------------------------------------------
 
 
 WISH = "Reply with one JSON object that fits this JSON schema, and nothing else:\n"
@@ -2531,9 +2541,9 @@ def ask_for_format(body, profile):
     messages.append({"role": "user", "content": said + [text_block(WISH + compact_json(schema))]})
 
 
-# ======================================================================================================
+# ==================================================================================================
 # 6  Formats out: a normalized request -> what goes over the wire
-# ======================================================================================================
+# ==================================================================================================
 
 BRIDGE = "I have the results of the tools."
 CONTINUE = "Continue."
@@ -2545,9 +2555,10 @@ class Format(NamedTuple):
 
     write(normalized body, model, profile, attach) -> request body, a new dict; attach: the two
     disguise fields or {}. reader(writer, profile) -> reader of the reply (section 8). headers(key,
-    profile, client_headers) -> headers of the format's own. path, models_path, count_path: behind the
-    base URL; "/v1/..." stands in place of a base's own /v1; "": the format has no such endpoint.
-    relays: the provider's own events reach the client, so that their order matters (see `check`).
+    profile, client_headers) -> headers of the format's own. path, models_path, count_path: behind
+    the base URL; "/v1/..." stands in place of a base's own /v1; "": the format has no such
+    endpoint. relays: the provider's own events reach the client, so that their order matters (see
+    `check`).
     """
 
     name: str
@@ -2567,7 +2578,7 @@ def endpoint(base, path):
     return urllib.parse.urlunsplit((parts.scheme, parts.netloc, start + path, parts.query, ""))
 
 
-# ---- chat: OpenAI's chat completions -------------------------------------------------------------------
+# ---- chat: OpenAI's chat completions -------------------------------------------------------------
 
 
 def chat_headers(key, profile, client_headers):
@@ -2609,9 +2620,9 @@ def write_chat(body, model, profile, attach=()):
 def chat_messages(body, profile):
     """One leading system message, then turns; tool messages directly after their calls.
 
-    Content is a plain string wherever it can be: Groq refuses lists in system messages, Ollama loses
-    the tool_call_id of a tool message whose content is a list. Several system messages, or one that
-    is not the first, are refused by MiniMax (2013) and by most chat templates.
+    Content is a plain string wherever it can be: Groq refuses lists in system messages, Ollama
+    loses the tool_call_id of a tool message whose content is a list. Several system messages, or
+    one that is not the first, are refused by MiniMax (2013) and by most chat templates.
     """
     text = system_text(body.get("system"))
     messages, names = [{"role": "system", "content": text}] if text else [], {}
@@ -2655,7 +2666,8 @@ def chat_call(block):
 
 
 def user_messages(blocks, names, profile):
-    """Tool messages, then one user message with everything else of the turn. names: {call id: tool}.
+    """Tool messages, then one user message with everything else of the turn. names: {call id:
+    tool}.
 
     A tool message holds text only: images and files of a result follow in the user message.
     """
@@ -2749,7 +2761,7 @@ def sampling_fields(body, profile):
     return fields
 
 
-# ---- anthropic: Anthropic's Messages -------------------------------------------------------------------
+# ---- anthropic: Anthropic's Messages -------------------------------------------------------------
 
 
 def anthropic_headers(key, profile, client_headers):
@@ -3981,9 +3993,9 @@ class TextCalls(object):
                 self.fences.pop()
 
 
-# ======================================================================================================
+# ==================================================================================================
 # 8  Stream in: SSE bytes -> payloads -> a reader -> MessageWriter -> Anthropic events -> SSE bytes
-# ======================================================================================================
+# ==================================================================================================
 
 MAX_LINE = 32 << 20  # a longer SSE line is not a model's work
 
@@ -4039,13 +4051,15 @@ def too_long(what):
 
 
 def is_whole_event(line):
-    """Whether a data line is an event of its own, so that the next one needs no blank line before."""
+    """Whether a data line is an event of its own, so that the next one needs no blank line
+    before."""
     is_object = line[:1] == "{" and line[-1:] == "}" and json_or_none(line) is not None
     return is_object or line == "[DONE]"
 
 
 def read_other_line(line, data, failed):
-    """Put a line that is neither plain data nor blank into data -> whether the event is an error."""
+    """Put a line that is neither plain data nor blank into data -> whether the event is an
+    error."""
     name, _, value = line.partition(":")
     if name == "event":
         return value.strip() == "error"
@@ -4058,7 +4072,8 @@ def read_other_line(line, data, failed):
 
 
 def event_payload(data, failed):
-    """An event's data string; that of a failed event is made an {"error": ..} object if it is none."""
+    """An event's data string; that of a failed event is made an {"error": ..} object if it is
+    none."""
     payload = "\n".join(data)
     body = json_or_none(payload) if failed else None
     if failed and "error" not in as_dict(body):
@@ -4078,14 +4093,14 @@ def parse_payload(payload):
         return as_dict(json_or_none(payload))  # there is white space before it
 
 
-# ---- reply text: leading <think>, calls written as text ----------------------------------------------
+# ---- reply text: leading <think>, calls written as text ------------------------------------------
 
 
 class ThinkTags:
     """Splits a leading <think>..</think> off a reply's text, and the line ends beside the tags.
 
-    feed(text) -> [(kind, text)]. place: "start" (no text yet), "lead" (right after the opening tag),
-    "inside", "after" (right after the closing tag); `done`: only text follows.
+    feed(text) -> [(kind, text)]. place: "start" (no text yet), "lead" (right after the opening
+    tag), "inside", "after" (right after the closing tag); `done`: only text follows.
     """
 
     OPEN, CLOSE = "<think>", "</think>"
@@ -4111,7 +4126,8 @@ class ThinkTags:
         return self.answer(text)
 
     def untagged(self, text):
-        """Text without an opening tag; a closing one tells that the prompt template held the opening."""
+        """Text without an opening tag; a closing one tells that the prompt template held the
+        opening."""
         self.done = True
         before, tag, after = text.partition(self.CLOSE)
         return (
@@ -4121,7 +4137,8 @@ class ThinkTags:
         )
 
     def thought(self, text):
-        """Text inside the tags; the beginning of a closing tag, and line ends, wait for what follows."""
+        """Text inside the tags; the beginning of a closing tag, and line ends, wait for what
+        follows."""
         before, tag, after = text.partition(self.CLOSE)
         if tag:
             self.place = "after"
@@ -4145,7 +4162,7 @@ class ThinkTags:
         return [("text" if self.place == "start" else "thinking", held)] if held else []
 
 
-# ---- the writer: calls in, Anthropic events out --------------------------------------------------------
+# ---- the writer: calls in, Anthropic events out --------------------------------------------------
 
 IDLE, OPEN, DONE, FAILED = "idle", "open", "done", "failed"
 ENDED = (DONE, FAILED)
@@ -4192,14 +4209,16 @@ def zero_usage(input_tokens=0):
 
 
 class Dropped(Exception):
-    """The connection to the client must end without a word: it then streams the same request again."""
+    """The connection to the client must end without a word: it then streams the same request
+    again."""
 
 
 class ToolCall:
     """A tool call while it arrives; see MessageWriter.advance.
 
-    Providers send its parts in any order: arguments before the name, an id that comes later or never,
-    two calls interleaved. A call becomes a block once its name is known and those before it are whole.
+    Providers send its parts in any order: arguments before the name, an id that comes later or
+    never, two calls interleaved. A call becomes a block once its name is known and those before it
+    are whole.
     """
 
     def __init__(self, key, call_id, name="", fields=()):
@@ -4227,14 +4246,14 @@ class ToolCall:
 class MessageWriter:
     """Anthropic's side of every stream: a reader calls, event dicts come out.
 
-    | state | a block or a delta    | finish()                                | fail(error)              |
-    | ----- | --------------------- | --------------------------------------- | ------------------------ |
-    | IDLE  | message_start: OPEN   | message_start, then as OPEN             | raise it: the HTTP status |
-    |       |                       |                                         | is still free            |
-    | OPEN  | stays OPEN            | closes the block, message_delta,        | closes the block, error  |
-    |       |                       | message_stop: DONE                      | event: FAILED; in a tool |
-    |       |                       |                                         | call raise Dropped       |
-    | DONE, FAILED | RuntimeError   | nothing                                 | nothing                  |
+    | state        | a block or a delta  | finish()            | fail(error)                 |
+    | ------------ | ------------------- | ------------------- | --------------------------- |
+    | IDLE         | message_start: OPEN | message_start, then | raises it: the HTTP status  |
+    |              |                     | as OPEN             | is still free               |
+    | OPEN         | stays OPEN          | closes the block,   | closes the block, error     |
+    |              |                     | message_delta,      | event: FAILED; in the input |
+    |              |                     | message_stop: DONE  | of a tool: raises Dropped   |
+    | DONE, FAILED | raises RuntimeError | nothing             | nothing                     |
 
     Promises: message_start once and first; block indexes 0, 1, 2 ...; one block open at a time;
     message_delta, then message_stop, once and last; the input of a tool is one JSON object.
@@ -4316,8 +4335,8 @@ class MessageWriter:
         yield from self.close_block()
 
     def say(self, kind, text):
-        """Text or thinking, in a block of its kind; what comes while a tool call is unfinished waits
-        until after it."""
+        """Text or thinking, in a block of its kind; what comes while a tool call is unfinished
+        waits until after it."""
         if not text:
             return
         if self.calls and not self.calls[-1].closed:
@@ -4349,8 +4368,8 @@ class MessageWriter:
         yield delta_event(self.index, self.kind, "")
 
     def fresh(self):
-        """A writer for another try, which goes on where this one's message stands: message_start, and
-        perhaps a sign of life, have gone out in the silence."""
+        """A writer for another try, which goes on where this one's message stands: message_start,
+        and perhaps a sign of life, have gone out in the silence."""
         new = MessageWriter(self.message_id, self.model, self.scope, self.input_tokens, self.tools)
         for name in ("taken", "new_id", "state", "kind", "index", "signing"):
             setattr(new, name, getattr(self, name))
@@ -4364,8 +4383,8 @@ class MessageWriter:
         return self.calls[-1]
 
     def advance(self, ending=False):
-        """Send what can be sent of the calls, in order: the first unfinished one is live; one that is
-        whole makes way for the next; at the end all are flushed.
+        """Send what can be sent of the calls, in order: the first unfinished one is live; one that
+        is whole makes way for the next; at the end all are flushed.
 
         Only the last call of a reply that was cut may be half: its input then stays as it came.
         """
@@ -4392,8 +4411,9 @@ class MessageWriter:
             self.memory[call.client_id] = {key: value for key, value in note.items() if value}
 
     def open_call(self, call):
-        """Open the block of a call whose name is known, under an id that the conversation lacks: some
-        providers count from call_0 in each reply, and the client takes equal ids for one call."""
+        """Open the block of a call whose name is known, under an id that the conversation lacks:
+        some providers count from call_0 in each reply, and the client takes equal ids for one
+        call."""
         name, schema = self.offered_tool(call.name)
         call.stream = ArgumentStream(name, schema)
         good = re.match(r"[A-Za-z0-9_-]{1,64}\Z", call.id) and call.id not in self.taken
@@ -4407,8 +4427,8 @@ class MessageWriter:
         yield from self.open_block(block)
 
     def offered_tool(self, name):
-        """(the client's name, schema) of a tool that the model named; a wrong case is forgiven where
-        only one tool fits."""
+        """(the client's name, schema) of a tool that the model named; a wrong case is forgiven
+        where only one tool fits."""
         if name in self.tools:
             return self.tools[name]
         fits = [tool for other, tool in self.tools.items() if other.lower() == name.lower()]
@@ -4440,8 +4460,8 @@ class MessageWriter:
         yield {"type": "message_stop"}
 
     def keep_memory(self):
-        """Reasoning belongs to each call of the turn: the client may drop or trim the thinking block.
-        A turn without calls is known by its text."""
+        """Reasoning belongs to each call of the turn: the client may drop or trim the thinking
+        block. A turn without calls is known by its text."""
         if self.has_unsigned() and not self.memory:
             # Not carried in a block after the text: `claude -p` prints what the last block says.
             self.memory[text_key(self.scope, "".join(self.said))] = {}
@@ -4467,7 +4487,7 @@ class MessageWriter:
         yield dict(error.body(), request_id=self.message_id)
 
 
-# ---- readers: payloads in, calls on a MessageWriter ----------------------------------------------------
+# ---- readers: payloads in, calls on a MessageWriter ----------------------------------------------
 
 
 class Reader:
@@ -4497,7 +4517,8 @@ class Reader:
         """The provider's [DONE], which means nothing unless a format knows it."""
 
     def finish(self):
-        """The last events. Raises UpstreamError when the reply is not whole, or is nothing at all."""
+        """The last events. Raises UpstreamError when the reply is not whole, or is nothing at
+        all."""
         if self.writer.state in ENDED:
             return ()
         if not self.ended:
@@ -4512,9 +4533,10 @@ EMPTY = "The provider closed the connection without an answer."
 class ChatReader(Reader):
     """Reads the chunks of a chat-completions stream; a whole reply is one chunk.
 
-    A chunk: {"choices": [{"index", "delta": {"content", "reasoning_content", "tool_calls": [{"index",
-    "id", "function": {"name", "arguments"}}]}, "finish_reason"}], "usage"}; any of it may be missing,
-    null, or of another type (https://platform.openai.com/docs/api-reference/chat/streaming).
+    A chunk: {"choices": [{"index", "delta": {"content", "reasoning_content", "tool_calls":
+    [{"index", "id", "function": {"name", "arguments"}}]}, "finish_reason"}], "usage"}; any of it
+    may be missing, null, or of another type
+    (https://platform.openai.com/docs/api-reference/chat/streaming).
     """
 
     def __init__(self, writer, profile):
@@ -4530,7 +4552,8 @@ class ChatReader(Reader):
     def read(self, chunk):
         """Events for one chunk. Raises UpstreamError for an error in it.
 
-        All choices count: Copilot puts the text of Claude models in the first and calls in the second.
+        All choices count: Copilot puts the text of Claude models in the first and calls in the
+        second.
         """
         if "error" in chunk or "x_groq" in chunk or "base_resp" in chunk:
             error = error_in_reply(chunk)
@@ -4674,7 +4697,8 @@ class ChatReader(Reader):
 
         A different id that comes with a name is a new call even on a used index (Gemini and others
         count every call 0); without an id another name is, and the same name when whole arguments
-        are followed by more. Gemini and Mistral send no index at all, relays of Claude begin with 1.
+        are followed by more. Gemini and Mistral send no index at all, relays of Claude begin with
+        1.
         """
         call_id, calls = as_str(call_id), self.writer.calls
         if isinstance(index, int):
@@ -4699,7 +4723,8 @@ class ChatReader(Reader):
 
     def note_finish(self, choice):
         """Remember why it ended; the stop reason waits for the end, as usage often comes after it,
-        and some (kimi on OpenRouter) send the finish twice. Raises what is not a finish but a failure.
+        and some (kimi on OpenRouter) send the finish twice. Raises what is not a finish but a
+        failure.
         """
         reason = str(choice["finish_reason"])
         if reason in FINISH_ERRORS:
@@ -4712,8 +4737,8 @@ class ChatReader(Reader):
             self.stopped_at = choice["stop_reason"]
 
     def done(self):
-        """The provider's [DONE]: what came is whole even without a finish reason. By itself it is no
-        answer: vLLM ends a stream with it that broke before its first word."""
+        """The provider's [DONE]: what came is whole even without a finish reason. By itself it is
+        no answer: vLLM ends a stream with it that broke before its first word."""
         self.ended = self.ended or self.heard or bool(self.raw_usage)
 
     def end(self):
@@ -4734,8 +4759,8 @@ class ChatReader(Reader):
         yield from writer.finish(reason, stopped_at, self.usage())
 
     def stop_reason(self):
-        """Anthropic's stop reason. Any call makes it tool_use, whatever the provider says (Gemini and
-        older Ollama say "stop"), unless the reply was cut: then its input may be half."""
+        """Anthropic's stop reason. Any call makes it tool_use, whatever the provider says (Gemini
+        and older Ollama say "stop"), unless the reply was cut: then its input may be half."""
         if self.writer.cut or self.reason == FULL_WINDOW:
             return "max_tokens"
         if any(call.client_id for call in self.writer.calls):
@@ -4746,9 +4771,9 @@ class ChatReader(Reader):
 
     def usage(self):
         """Anthropic's usage: input, cache read and cache write are disjoint, while OpenAI's prompt
-        tokens hold all three. Estimates where the provider tells nothing: the client decides by these
-        numbers when to compact. Names: DeepSeek has prompt_cache_hit_tokens, Moonshot cached_tokens,
-        DashScope created_cache_tokens; relays of Claude use Anthropic's own."""
+        tokens hold all three. Estimates where the provider tells nothing: the client decides by
+        these numbers when to compact. Names: DeepSeek has prompt_cache_hit_tokens, Moonshot
+        cached_tokens, DashScope created_cache_tokens; relays of Claude use Anthropic's own."""
         told, writer = dict(self.raw_usage), self.writer
         for group in ("prompt_tokens_details", "completion_tokens_details"):
             told.update(item for item in as_dict(told.get(group)).items() if item[1])
@@ -4798,8 +4823,8 @@ def keep_detail(details, part):
 
 
 class MessagesReader(Reader):
-    """Reads the events of a provider that speaks Anthropic itself: they go on as they came, under our
-    indexes, with the model's name disguised and the input of tools fixed.
+    """Reads the events of a provider that speaks Anthropic itself: they go on as they came, under
+    our indexes, with the model's name disguised and the input of tools fixed.
 
     Events, blocks and deltas of unknown kinds go on too: a newer client may know them
     (https://docs.anthropic.com/en/docs/build-with-claude/streaming).
@@ -4866,7 +4891,8 @@ class MessagesReader(Reader):
         yield from self.writer.close_block()
 
     def idle(self):
-        """A sign of life inside the provider's own block, as an empty delta where its kind has any."""
+        """A sign of life inside the provider's own block, as an empty delta where its kind has
+        any."""
         row = BLOCKS.get(self.writer.kind)
         if not self.writer.kind:
             return self.writer.idle()
@@ -4911,7 +4937,7 @@ FORMATS = {
 }
 
 
-# ---- events out, fold and unfold -----------------------------------------------------------------------
+# ---- events out, fold and unfold -----------------------------------------------------------------
 DELTA_TEMPLATES = {
     # delta type: (its field, the event as sent); the hot path writes from this, with one escape
     row.delta: (
@@ -5016,9 +5042,9 @@ def unfold_block(index, block):
     yield stop_event(index)
 
 
-# ======================================================================================================
+# ==================================================================================================
 # 9  Refusals: a provider's error -> a lesson (changes of its profile)
-# ======================================================================================================
+# ==================================================================================================
 
 FIELD_PATTERNS = (
     # Field names in "no such field" errors, as the providers word them.
@@ -5210,9 +5236,9 @@ def learn_fields(found, profile, body, sent):
 
 
 def learn_schema(found, profile, body, sent):
-    """A JSON schema keyword in a tool that the provider cannot read: the schema goes without it, and
-    arguments are checked by the client anyway. Servers that compile a grammar (llama.cpp, xgrammar)
-    stumble over `pattern`, and say so in words about regular expressions."""
+    """A JSON schema keyword in a tool that the provider cannot read: the schema goes without it,
+    and arguments are checked by the client anyway. Servers that compile a grammar (llama.cpp,
+    xgrammar) stumble over `pattern`, and say so in words about regular expressions."""
     words = re.findall(r"['\"`\[]\$?(%s)['\"`\]]" % "|".join(SCHEMA_WORDS), found.string)
     if re.search(r"regex|look-?(?:ahead|behind|around)", found.string, re.I):
         words = ["pattern"]
@@ -5235,7 +5261,8 @@ OTHER_LIMIT = {
     "max_completion_tokens": "max_tokens",
 }
 LESSON_RULES = (
-    # (pattern of the provider's words, in any case; lesson): changes of the profile, or a function of
+    # (pattern of the provider's words, in any case; lesson): changes of the profile, or a function
+    # of
     # (match, profile, body, sent) that gives them, {} where it is not sure. The first that changes
     # anything is taken: from the surest to the vaguest. See learn for body and sent.
     #
@@ -5314,8 +5341,8 @@ def lesson_text(field, value):
 
 
 def apply_lesson(profile, changes):
-    """A profile with lessons applied. changes may come from JSON: lists become tuples, unknown fields
-    (of another version) are ignored."""
+    """A profile with lessons applied. changes may come from JSON: lists become tuples, unknown
+    fields (of another version) are ignored."""
 
     def freeze(value):
         return tuple(map(freeze, value)) if isinstance(value, (list, tuple)) else value
