@@ -1747,6 +1747,12 @@ def thinking_level(body):
 NO_OUTPUT = "(no output)"
 NO_RESULT = "(no result: the call was interrupted)"
 LOADED = "These tools are loaded and can be called now: "
+
+
+NO_PDF = (
+    "[a PDF document (%s)%s was here; this model cannot read PDF files. Convert it to text (for"
+    " example with pdftotext), or read single pages as images.]"
+)
 REMINDER = "<system-reminder>\n%s\n</system-reminder>"
 STATE_MARK = "ccfix1."  # begins every signature that this program writes
 THOUGHTS = ("thinking", "redacted_thinking")
@@ -2033,11 +2039,10 @@ def normalize_turns(turns, profile, recall):
             counter += len(calls)
         else:
             blocks, calls = answer_calls(clean_blocks(blocks, profile), calls), []
-        content = message and message["content"]
-        if blocks and (as_blocks(content) if isinstance(content, str) else content) == blocks:
-            messages.append(message)
-        elif blocks:
-            messages.append({"role": role, "content": blocks})
+        if blocks:
+            content = message and message["content"]
+            same = blocks == (as_blocks(content) if isinstance(content, str) else content)
+            messages.append(message if same else {"role": role, "content": blocks})
     if calls:
         messages.append({"role": "user", "content": answer_calls([], calls)})
     return messages
@@ -2313,41 +2318,31 @@ def image_note(source, profile):
 def clean_document(block, source, profile):
     """A document as a list of blocks: text under its title, a PDF as it is, else what the model can
     do about it: a coding agent has a shell, and Claude Code's Read tool renders single pages."""
-    form, title = source.get("type"), title_of(block)
+    form, title = source.get("type"), str(block.get("title") or "document")
     is_file = form in ("base64", "url", "file")
     takes_file = profile.files and (profile.native_blocks or form == "base64")
     if takes_file if is_file else profile.native_blocks:
         return [block]
+    heading = "[document: %s]" % title
     if form == "text":
-        return [text_block("[document: %s]\n%s" % (title, source.get("data")))]
+        return [text_block("%s\n%s" % (heading, source.get("data")))]
     if form == "content":
-        inner = clean_blocks(as_blocks(source.get("content")), profile)
-        return [text_block("[document: %s]" % title)] + inner
-    where = " at %s" % source["url"] if isinstance(source.get("url"), str) else ""
-    note = (
-        "[a PDF document (%s)%s was here; this model cannot read PDF files. Convert it to text (for"
-        " example with pdftotext), or read single pages as images.]"
-    )
-    return [text_block(note % (title, where))]
-
-
-def title_of(document):
-    """A document's title, or a word in its place."""
-    return str(document.get("title") or "document")
+        return [text_block(heading)] + clean_blocks(as_blocks(source.get("content")), profile)
+    where = " at %s" % source["url"] if as_str(source.get("url")) else ""
+    return [text_block(NO_PDF % (title, where))]
 
 
 def foreign_text(block):
     """A block that only Anthropic's API has a form for, as text that the model can read."""
-    kind = str(block.get("type"))
+    kind, parts = str(block.get("type")), as_blocks(block.get("content"))
     if kind == "search_result":
-        inner = "\n".join(map(block_text, as_blocks(block.get("content"))))
-        return "[search result: %s - %s]\n%s" % (block.get("title"), block.get("source"), inner)
+        heading = "[search result: %s - %s]\n" % (block.get("title"), block.get("source"))
+        return heading + "\n".join(map(block_text, parts))
     if kind == "server_tool_use":
         return "[%s: %s]" % (block.get("name"), compact_json(as_dict(block.get("input"))))
     if kind.endswith("_tool_result"):
-        hits = filter(None, map(as_dict, as_list(block.get("content"))))
-        found = ["%s - %s" % (hit.get("title"), hit.get("url")) for hit in hits]
-        return "\n".join(["[%s]" % kind] + found)
+        hits = ["%s - %s" % (hit.get("title"), hit.get("url")) for hit in parts]
+        return "\n".join(["[%s]" % kind] + hits)
     return block_text(block) or "[a block of kind %s, which this model cannot be shown]" % kind[:60]
 
 
@@ -2698,7 +2693,7 @@ def chat_part(block):
         url = source.get("url") if source.get("type") == "url" else data_url(source, "image/png")
         return {"type": "image_url", "image_url": {"url": url}}
     if block["type"] == "document":
-        name = title_of(block)
+        name = str(block.get("title") or "document")
         name = name if name.lower().endswith(".pdf") else name + ".pdf"
         file = {"filename": name, "file_data": data_url(source, "application/pdf")}
         return {"type": "file", "file": file}
@@ -2712,17 +2707,12 @@ def data_url(source, media_type):
 
 def join_parts(parts):
     """Message content of parts: one plain string unless there is an image or a file among them."""
-    if all(isinstance(part, str) for part in parts):
-        return "\n\n".join(part for part in parts if part) or NO_OUTPUT
     content = []
-    for part in parts:
-        if not isinstance(part, str):
-            content.append(part)
-        elif content and content[-1]["type"] == "text":
-            content[-1] = text_block(content[-1]["text"] + "\n\n" + part)
-        elif part:
-            content.append(text_block(part))
-    return content
+    for is_string, run in itertools.groupby(parts, lambda part: isinstance(part, str)):
+        content += [text_block("\n\n".join(filter(None, run)))] if is_string else run
+    if len(content) == 1 and content[0]["type"] == "text":
+        return content[0]["text"] or NO_OUTPUT
+    return [part for part in content if part.get("text") != ""]
 
 
 def chat_tool(tool):
@@ -2749,12 +2739,8 @@ def choice_fields(choice, profile):
 
 def sampling_fields(body, profile):
     """The output limit, temperature, top_p and stop sequences."""
-    fields = {}
-    if is_number(body.get("max_tokens")):
-        fields[profile.max_tokens] = body["max_tokens"]
-    for name in ("temperature", "top_p"):
-        if is_number(body.get(name)):
-            fields[name] = body[name]
+    names = {"max_tokens": profile.max_tokens, "temperature": "temperature", "top_p": "top_p"}
+    fields = {names[name]: body[name] for name in names if is_number(body.get(name))}
     stops = [stop for stop in as_list(body.get("stop_sequences")) if stop and isinstance(stop, str)]
     if stops:
         fields["stop"] = stops[:MAX_STOPS]
@@ -4291,12 +4277,12 @@ class MessageWriter:
         if self.state != IDLE:
             return
         self.state = OPEN
-        usage = as_dict(self.head.get("usage"))
-        if usage:
-            usage = dict({"input_tokens": self.input_tokens, "output_tokens": 0}, **usage)
+        told = as_dict(self.head.get("usage"))
+        counted = {"input_tokens": self.input_tokens, "output_tokens": 0}
+        usage = dict(counted, **told) if told else zero_usage(self.input_tokens)
         message = {"id": self.message_id, "type": "message", "role": "assistant"}
         message.update({"stop_reason": None, "stop_sequence": None}, **self.head)
-        message.update(model=self.model, content=[], usage=usage or zero_usage(self.input_tokens))
+        message.update(model=self.model, content=[], usage=usage)
         yield {"type": "message_start", "message": message}
 
     def open_block(self, block, signing=False):
@@ -4383,32 +4369,39 @@ class MessageWriter:
         return self.calls[-1]
 
     def advance(self, ending=False):
-        """Send what can be sent of the calls, in order: the first unfinished one is live; one that
-        is whole makes way for the next; at the end all are flushed.
+        """Send what can be sent of the calls, in order: the first unfinished one is live; one that is
+        whole makes way for the next; at the end all are flushed, and a call without a name, which
+        cannot be made, is left out.
 
         Only the last call of a reply that was cut may be half: its input then stays as it came.
         """
         for call in self.calls:
             if call.closed:
                 continue
-            last = call is self.calls[-1]
             if not call.name and not ending:
                 return
-            if not call.name:
-                call.closed = True  # a call without a name cannot be made
-                continue
-            if call.stream is None:
-                yield from self.open_call(call)
-            waiting, call.waiting = call.waiting, []
-            for fragment in waiting:
-                yield from self.arguments(call.stream.feed(fragment))
-            if not ending and (last or not call.is_whole()):
-                return
-            yield from self.arguments(call.stream.finish(self.cut and ending and last))
-            yield from self.close_block()
+            if call.name:
+                yield from self.send_waiting(call)
+                last = call is self.calls[-1]
+                if not ending and (last or not call.is_whole()):
+                    return
+                yield from self.end_call(call, self.cut and ending and last)
             call.closed = True
-            note = {"arguments": call.stream.raw, "google": call.google}
-            self.memory[call.client_id] = {key: value for key, value in note.items() if value}
+
+    def send_waiting(self, call):
+        """Open the block of a call, if it is not, and send the fragments that waited for it."""
+        if call.stream is None:
+            yield from self.open_call(call)
+        waiting, call.waiting = call.waiting, []
+        for fragment in waiting:
+            yield from self.arguments(call.stream.feed(fragment))
+
+    def end_call(self, call, cut):
+        """The rest of a call's input, and what is to be remembered of it. cut: it may be half."""
+        yield from self.arguments(call.stream.finish(cut))
+        yield from self.close_block()
+        note = {"arguments": call.stream.raw, "google": call.google}
+        self.memory[call.client_id] = {key: value for key, value in note.items() if value}
 
     def open_call(self, call):
         """Open the block of a call whose name is known, under an id that the conversation lacks:
@@ -4597,17 +4590,16 @@ class ChatReader(Reader):
 
     def plain_fragment(self, delta):
         """What a delta adds to the input of the open call, where it holds nothing else; else None.
-        The hot path of tool input."""
-        fragments, calls = delta.get("tool_calls"), self.writer.calls
-        if not calls or len(delta) != 1 or not isinstance(fragments, list) or len(fragments) != 1:
+        The hot path of tool input: hundreds of fragments a call, with a look at nothing else."""
+        call = self.writer.calls[-1] if self.writer.calls else None
+        if call is None or call.closed or not call.stream:
             return None
-        fragment, call = as_dict(fragments[0]), calls[-1]
-        function = as_dict(fragment.get("function"))
-        known = call.stream and not call.closed and fragment.get("index") == call.key
-        alone = PLAIN_FRAGMENT.issuperset(fragment) and len(function) == 1
-        if known and alone and isinstance(function.get("arguments"), str):
-            return call.stream.feed(function["arguments"])
-        return None
+        try:
+            text = delta["tool_calls"][0]["function"]["arguments"]
+        except (LookupError, TypeError):
+            return None
+        plain = {"tool_calls": [{"index": call.key, "function": {"arguments": text}}]}
+        return call.stream.feed(text) if isinstance(text, str) and delta == plain else None
 
     def feed_reasoning(self, delta):
         """Reasoning from the first field that holds any (chutes.ai sends the same in two); opaque
@@ -4618,11 +4610,10 @@ class ChatReader(Reader):
             if shape == "string" and value and not shown:
                 yield from self.scan("thinking", value)
                 shown = True
-            for part in as_list(value) if shape == "parts" else ():
-                if isinstance(part, dict):
-                    keep_detail(self.writer.details, part)
-                    if not shown:
-                        yield from self.scan("thinking", part.get("text") or part.get("summary"))
+            for part in map(as_dict, as_list(value) if shape == "parts" else ()):
+                keep_detail(self.writer.details, part)
+                if not shown:
+                    yield from self.scan("thinking", part.get("text") or part.get("summary"))
 
     def feed_text(self, content):
         """Content text, or a list of parts (Mistral's thinking, Anthropic-like relays)."""
@@ -4670,13 +4661,12 @@ class ChatReader(Reader):
         text, and the stop reason says so)."""
         yield from self.flush_scanners()
         self.heard = True
-        for call in as_list(delta.get("tool_calls")):
-            if isinstance(call, dict):
-                self.feed_call(call)
-        if isinstance(delta.get("function_call"), dict):
-            self.feed_call({"index": 0, "function": delta["function_call"]})
+        older = {"index": 0, "function": as_dict(delta.get("function_call"))}
+        calls = as_list(delta.get("tool_calls")) + [older] * bool(older["function"])
+        for call in filter(None, map(as_dict, calls)):
+            self.feed_call(call)
         yield from self.writer.advance()
-        if isinstance(delta.get("refusal"), str):
+        if as_str(delta.get("refusal")):
             self.reason = "content_filter"
             yield from self.writer.say("text", delta["refusal"])
 
@@ -4798,7 +4788,6 @@ class ChatReader(Reader):
 
 
 FULL_WINDOW = "model_context_window_exceeded"  # a finish_reason of relays of Anthropic's models
-PLAIN_FRAGMENT = frozenset(("index", "function"))
 
 
 def positive_int(values, *names):
@@ -4811,8 +4800,8 @@ def keep_detail(details, part):
     """Add a reasoning detail; pieces of one entry (same type and index) are joined, as they come
     split over deltas (https://openrouter.ai/docs/use-cases/reasoning-tokens)."""
     last = details[-1] if details else {}
-    same = last.get("type") == part.get("type") and last.get("index") == part.get("index")
-    if not details or not same or "data" in part:
+    same = all(last.get(key) == part.get(key) for key in ("type", "index"))
+    if part and (not details or not same or "data" in part):
         details.append(dict(part))
         return
     for key, value in part.items():
