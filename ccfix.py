@@ -4001,10 +4001,13 @@ def sse_payloads(blocks):
         if not end:
             if block:
                 rest.append(block)
+            # The sum is only taken now and then: at every block it would be quadratic.
             if len(rest) % 64 == 63 and sum(map(len, rest)) > MAX_LINE:
                 raise too_long("a line")
             yield None
             continue
+        # Decoded by whole lines, so that no character is cut in two; not splitlines(), which also
+        # splits at U+2028 and the like, and those may stand inside a JSON string.
         lines = to_string(b"".join(rest + [block[:end]])).split("\n")
         rest = [block[end:]] if end < len(block) else []
         lines.pop()
@@ -4095,6 +4098,7 @@ class ThinkTags:
         self.held, self.place, self.done = "", "start", False
 
     def feed(self, text):
+        """The pieces of a reply's next text, each "text" or "thinking"."""
         text, self.held = self.held + text, ""
         if self.place == "start":
             start = text.lstrip()
@@ -4149,6 +4153,11 @@ class ThinkTags:
 
 
 # ---- the writer: calls in, Anthropic events out --------------------------------------------------
+
+# Claude Code needs `event:` lines, message_start, and a start and a stop of each block; it takes
+# pings, comments and unknown event types anywhere. What it does with a stream that breaks off depends
+# on where: an error event after a finished block keeps what there is, and asks the model to resume;
+# a connection that just ends makes it stream the same request again (both seen with 2.1.330).
 
 IDLE, OPEN, DONE, FAILED = "idle", "open", "done", "failed"
 ENDED = (DONE, FAILED)
@@ -4348,7 +4357,8 @@ class MessageWriter:
 
     def idle(self):
         """Something that the client counts as life after minutes of pings: an empty delta, in a
-        thinking block of our own if none is open (it gives up after 600 s of pings alone)."""
+        thinking block of our own if none is open. Claude Code gives up after 600 s of nothing but
+        pings or comments, and asks again without a stream (seen with 2.1.330)."""
         if self.kind not in ("thinking", "tool_use"):
             yield from self.open_block(empty_block("thinking"), signing=True)
         yield delta_event(self.index, self.kind, "")
@@ -4603,7 +4613,12 @@ class ChatReader(Reader):
 
     def feed_reasoning(self, delta):
         """Reasoning from the first field that holds any (chutes.ai sends the same in two); opaque
-        details are kept for the next turn and shown where no plain field has the text."""
+        details are kept for the next turn and shown where no plain field has the text.
+
+        An entry of OpenRouter's reasoning_details is {"type": "reasoning.text" | "reasoning.summary"
+        | "reasoning.encrypted", "text" | "summary" | "data", "signature", "index"}; a signature may
+        come after the text has begun, and opens no block.
+        """
         shown = False
         for field, shape in REASONING_FIELDS.items():
             value = delta.get(field)
@@ -4616,7 +4631,9 @@ class ChatReader(Reader):
                     yield from self.scan("thinking", part.get("text") or part.get("summary"))
 
     def feed_text(self, content):
-        """Content text, or a list of parts (Mistral's thinking, Anthropic-like relays)."""
+        """Content text, or a list of parts: Mistral's Magistral sends [{"type": "thinking", "thinking":
+        [{"type": "text", "text"}]} | {"type": "text", "text"}], relays of Claude {"thinking": string}.
+        """
         if isinstance(content, str):
             for kind, piece in ([("text", content)] if self.tags.done else self.tags.feed(content)):
                 yield from self.scan(kind, piece)
@@ -4777,8 +4794,8 @@ class ChatReader(Reader):
         )
         thought = positive_int(told, "reasoning_tokens")
         if thought and positive_int(told, "total_tokens") == prompt + output + thought:
-            output += thought  # xAI counts them apart
-        rest = prompt - read - made
+            output += thought
+        rest = prompt - read - made  # below 0: this prompt count leaves the cached part out
         return dict(
             zero_usage(rest if rest >= 0 else prompt),
             cache_creation_input_tokens=made,
@@ -4787,7 +4804,10 @@ class ChatReader(Reader):
         )
 
 
-FULL_WINDOW = "model_context_window_exceeded"  # a finish_reason of relays of Anthropic's models
+# A finish_reason of relays of Anthropic's models, and of Z.ai's GLM-5. It is a stop reason of
+# Anthropic's as well, but Claude Code answers it with three requests to go on: so a reply that has
+# content ends as max_tokens, and one that has none is an overflow, upon which the client compacts.
+FULL_WINDOW = "model_context_window_exceeded"
 
 
 def positive_int(values, *names):
@@ -4952,8 +4972,10 @@ def encode_event(event):
 
 
 def fold(events):
-    """The finished message that events tell: the unstreamed answer. Raises UpstreamError for an
-    error event. fold(unfold(message)) is the message again."""
+    """The finished message that events tell: the unstreamed answer, and what the cache stores.
+    Raises UpstreamError for an error event. fold(unfold(message)) is the message again, under
+    fresh tool ids if unfold is given new_id.
+    """
     message, blocks, pieces = {}, {}, {}
     for event in events:
         kind, index = event["type"], event.get("index")
