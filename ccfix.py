@@ -2065,10 +2065,10 @@ def answer_calls(blocks, calls):
         else:
             rest += [text_block("[result of an earlier tool call]")] + result_blocks(block)
     answers = []
-    for call_id, sent_id in calls:
+    for call_id, known_id in calls:
         result = results.get(call_id) or {"type": "tool_result", "content": NO_RESULT}
-        same = result.get("tool_use_id") == sent_id
-        answers.append(result if same else dict(result, tool_use_id=sent_id))
+        same = result.get("tool_use_id") == known_id
+        answers.append(result if same else dict(result, tool_use_id=known_id))
     return answers + rest
 
 
@@ -4061,8 +4061,10 @@ def read_other_line(line, data, failed):
 
 
 def event_payload(data, failed):
-    """An event's data string; that of a failed event is made an {"error": ..} object if it is
-    none."""
+    """An event's data string; that of a failed event is made an {"error": ..} object if it is none.
+
+    Groq and LM Studio send `event: error` with the error's fields alone, or with plain words.
+    """
     payload = "\n".join(data)
     body = json_or_none(payload) if failed else None
     if failed and "error" not in as_dict(body):
@@ -4090,6 +4092,9 @@ class ThinkTags:
 
     feed(text) -> [(kind, text)]. place: "start" (no text yet), "lead" (right after the opening
     tag), "inside", "after" (right after the closing tag); `done`: only text follows.
+
+    Sent by MiniMax without reasoning_split, and by vLLM and LM Studio without a reasoning parser. A
+    tag that stands later in the text is the model talking about tags: it stays.
     """
 
     OPEN, CLOSE = "<think>", "</think>"
@@ -4155,7 +4160,8 @@ class ThinkTags:
 # ---- the writer: calls in, Anthropic events out --------------------------------------------------
 
 # Claude Code needs `event:` lines, message_start, and a start and a stop of each block; it takes
-# pings, comments and unknown event types anywhere. What it does with a stream that breaks off depends
+# pings, comments and unknown event types anywhere. What it does with a stream that breaks off
+# depends
 # on where: an error event after a finished block keeps what there is, and asks the model to resume;
 # a connection that just ends makes it stream the same request again (both seen with 2.1.330).
 
@@ -4379,9 +4385,9 @@ class MessageWriter:
         return self.calls[-1]
 
     def advance(self, ending=False):
-        """Send what can be sent of the calls, in order: the first unfinished one is live; one that is
-        whole makes way for the next; at the end all are flushed, and a call without a name, which
-        cannot be made, is left out.
+        """Send what can be sent of the calls, in order: the first unfinished one is live; one that
+        is whole makes way for the next; at the end all are flushed, and a call without a name,
+        which cannot be made, is left out.
 
         Only the last call of a reply that was cut may be half: its input then stays as it came.
         """
@@ -4431,7 +4437,7 @@ class MessageWriter:
 
     def offered_tool(self, name):
         """(the client's name, schema) of a tool that the model named; a wrong case is forgiven
-        where only one tool fits."""
+        where only one tool fits. A name that no tool has goes on: the client tells the model so."""
         if name in self.tools:
             return self.tools[name]
         fits = [tool for other, tool in self.tools.items() if other.lower() == name.lower()]
@@ -4631,8 +4637,9 @@ class ChatReader(Reader):
                     yield from self.scan("thinking", part.get("text") or part.get("summary"))
 
     def feed_text(self, content):
-        """Content text, or a list of parts: Mistral's Magistral sends [{"type": "thinking", "thinking":
-        [{"type": "text", "text"}]} | {"type": "text", "text"}], relays of Claude {"thinking": string}.
+        """Content text, or a list of parts: Mistral's Magistral sends [{"type": "thinking",
+        "thinking": [{"type": "text", "text"}]} | {"type": "text", "text"}], relays of Claude
+        {"thinking": string}.
         """
         if isinstance(content, str):
             for kind, piece in ([("text", content)] if self.tags.done else self.tags.feed(content)):
@@ -4745,7 +4752,11 @@ class ChatReader(Reader):
 
     def done(self):
         """The provider's [DONE]: what came is whole even without a finish reason. By itself it is
-        no answer: vLLM ends a stream with it that broke before its first word."""
+        no answer: vLLM ends a stream with it that broke before its first word.
+
+        The other way round, a finish reason without [DONE] is a whole reply too; with neither it
+        was cut, and must not look like the end of a turn: Claude Code would take half an answer.
+        """
         self.ended = self.ended or self.heard or bool(self.raw_usage)
 
     def end(self):
@@ -4780,7 +4791,9 @@ class ChatReader(Reader):
         """Anthropic's usage: input, cache read and cache write are disjoint, while OpenAI's prompt
         tokens hold all three. Estimates where the provider tells nothing: the client decides by
         these numbers when to compact. Names: DeepSeek has prompt_cache_hit_tokens, Moonshot
-        cached_tokens, DashScope created_cache_tokens; relays of Claude use Anthropic's own."""
+        cached_tokens, OpenRouter cache_write_tokens, DashScope created_cache_tokens; relays of
+        Claude use Anthropic's own. xAI counts reasoning apart, all others inside the completion.
+        """
         told, writer = dict(self.raw_usage), self.writer
         for group in ("prompt_tokens_details", "completion_tokens_details"):
             told.update(item for item in as_dict(told.get(group)).items() if item[1])
