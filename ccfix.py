@@ -9692,16 +9692,16 @@ def to_ascii(text):
     return text.encode("ascii", "backslashreplace").decode()
 
 
-def say(*lines, **kwargs):
+def say(*lines, out=None):
     """Print lines for a person; out: where to, instead of stdout."""
-    out = kwargs.get("out") or sys.stdout
+    out = out or sys.stdout
     for line in lines:
         out.write(to_ascii(line) + "\n")
     out.flush()
 
 
-def note(message):
-    """Tell a person something beside the output, on stderr."""
+def notify(message):
+    """Tell the user something beside the output: on stderr, so that stdout stays data."""
     say("ccfix: " + message, out=sys.stderr)
 
 
@@ -10066,9 +10066,8 @@ def glance(url, seconds=GLANCE_SECONDS):
 
 def model_names(answer):
     """Model names of a /models answer; those that only embed come last."""
-    rows = [as_dict(row) for row in as_list(answer.get("data"))]
-    names = [str(row["id"]) for row in rows if row.get("id")]
-    return sorted(names, key=lambda name: "embed" in name.lower())
+    names = [as_dict(row).get("id") for row in as_list(answer.get("data"))]
+    return sorted(map(str, filter(None, names)), key=lambda name: "embed" in name.lower())
 
 
 def list_models(settings, seconds=10):
@@ -10081,7 +10080,7 @@ def list_models(settings, seconds=10):
         headers = upstream_headers(plan, settings, {})
         return model_names(fetch(upstream, models_url(plan), seconds, headers))
     except ProxyError as e:
-        note("its models cannot be listed: %s" % e)
+        notify("its models cannot be listed: %s" % e)
         return []
 
 
@@ -10139,7 +10138,7 @@ def find_target(config):
         config.add(config.found, PROXY_PORT="8081")  # llama.cpp's usual port is the proxy's own
     others = shorten(", ".join(name for name in models if name != model), 200)
     said = "nothing is configured; found %s at %s, using its model %s" % (title, base, model)
-    note(said + (" (-m takes another: %s)" % others if others else ""))
+    notify(said + (" (-m takes another: %s)" % others if others else ""))
 
 
 def find_model(config):
@@ -10149,7 +10148,7 @@ def find_model(config):
     if models and settings.target_model not in models:
         config.add(config.found, TARGET_MODEL=models[0])
         base = without_password(settings.target_api_base)
-        note("no model is configured; using %s of %s" % (models[0], base))
+        notify("no model is configured; using %s of %s" % (models[0], base))
 
 
 class ReplayModel(DemoModel):
@@ -10157,8 +10156,7 @@ class ReplayModel(DemoModel):
 
     # They were about the recorded connection, or would set a cookie again.
     NOT_REPEATED = re.compile(
-        r"(?i)content-length|content-encoding|transfer-encoding|connection|keep-alive|date|server"
-        r"|set-cookie\Z"
+        r"(?i)content-(length|encoding)|transfer-encoding|connection|keep-alive|date|server|set-cookie\Z"
     )
     OVER = {
         "status": 400,
@@ -10246,9 +10244,9 @@ def session_variables(address, key, settings, plan):
     }
     for family in FAMILIES:
         own = getattr(settings, "target_model_" + family) or plan.model
-        is_routed = own != plan.model or getattr(settings, "target_api_base_" + family)
+        has_target = own != plan.model or getattr(settings, "target_api_base_" + family)
         name = "ANTHROPIC_DEFAULT_%s_MODEL" % family.upper()
-        found[name] = "ccfix-" + family if is_routed else main_name
+        found[name] = "ccfix-" + family if has_target else main_name
         found[name + "_NAME"] = own
     window, limit = plan.profile.context, plan.profile.max_output
     if not limit and 0 < window < 128000:
@@ -10366,7 +10364,7 @@ def exit_code(child):
         if child.returncode is None:
             os.kill(child.pid, number)
 
-    before = {}
+    # They stay: the program ends soon after its child.
     for name, handler in (
         ("SIGINT", lambda *_: None),
         ("SIGTERM", pass_on),
@@ -10374,27 +10372,23 @@ def exit_code(child):
         ("SIGCONT", lambda *_: continued.append(True)),
     ):
         number = getattr(signal, name, None)  # Windows has two of them
-        if number and signal.getsignal(number) != signal.SIG_IGN:
-            before[number] = signal.signal(number, handler)
-    try:
-        if not hasattr(os, "WUNTRACED"):  # Windows
-            return child.wait()
-        while child.returncode is None:
-            _, status = os.waitpid(child.pid, os.WUNTRACED | os.WCONTINUED)
-            if os.WIFCONTINUED(status):
-                continued.clear()
-            elif os.WIFSTOPPED(status):
-                if not continued:
-                    os.kill(os.getpid(), signal.SIGSTOP)
-                os.kill(child.pid, signal.SIGCONT)
-            elif os.WIFSIGNALED(status):
-                child.returncode = 128 + os.WTERMSIG(status)
-            else:
-                child.returncode = os.WEXITSTATUS(status)
-        return child.returncode
-    finally:
-        for number in before:
-            signal.signal(number, before[number])
+        if number and signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(number, handler)
+    if not hasattr(os, "WUNTRACED"):  # Windows
+        return child.wait()
+    while child.returncode is None:
+        _, status = os.waitpid(child.pid, os.WUNTRACED | os.WCONTINUED)
+        if os.WIFCONTINUED(status):
+            continued.clear()
+        elif os.WIFSTOPPED(status):
+            if not continued:
+                os.kill(os.getpid(), signal.SIGSTOP)
+            os.kill(child.pid, signal.SIGCONT)
+        elif os.WIFSIGNALED(status):
+            child.returncode = 128 + os.WTERMSIG(status)
+        else:
+            child.returncode = os.WEXITSTATUS(status)
+    return child.returncode
 
 
 def run(config, options):
@@ -10429,9 +10423,9 @@ def run_claude(path, running, arguments):
     overrides = settings_overrides(claude_files(running.config.home), environment)
     wanted, rest = claude_settings(arguments, overrides)
     if "disableAutoMode" in as_dict(wanted.get("permissions")):
-        note(WHY_NO_AUTO)
+        notify(WHY_NO_AUTO)
     if settings.insecure:
-        note(INSECURE_WORDS)
+        notify(INSECURE_WORDS)
     with settings_argument(wanted) as more:
         child = subprocess.Popen(claude_command(path) + more + rest, env=environment)
         return exit_code(child)
@@ -11185,8 +11179,8 @@ def choose(title, rows, default=""):
     """One of rows (strings) by its number, or whatever else the user types."""
     say(title, *["  %d  %s" % row for row in enumerate(rows, 1)], out=sys.stderr)
     said = ask_user("number, or another" if rows else "answer", default or ("1" if rows else ""))
-    is_number = re.match(r"\d{1,3}\Z", said) and 0 < int(said) <= len(rows)
-    return rows[int(said) - 1] if is_number else said
+    numbered = {str(number): row for number, row in enumerate(rows, 1)}
+    return numbered.get(said, said)
 
 
 def ask_target(values):
@@ -11221,7 +11215,7 @@ def detect_target(values):
                 " -k KEY and -m MODEL"
             )
         values["TARGET_API_BASE"] = servers[0][1]
-        note("found %s at %s" % servers[0][:2])
+        notify("found %s at %s" % servers[0][:2])
     if "TARGET_MODEL" not in values:
         models = list_models(Settings([("init", values)]))
         if not models:
@@ -11245,7 +11239,7 @@ def init(config, options):
     settings = Settings([("init", values)])
     with usage_errors("%s cannot be written" % path):
         write_file(path, env_template(values))
-    note(INIT_DONE.format(path, program_name()))
+    notify(INIT_DONE.format(path, program_name()))
     key, address = settings.anthropic_api_key, "http://127.0.0.1:%d" % settings.proxy_port
     wanted = session_variables(address, key or "ccfix", settings, target_plan(settings))
     wanted.update(CLAUDE_DEFAULTS)
@@ -11271,36 +11265,36 @@ STUB = (
 
 def install_folders(directory, environ, home, windows):
     """(folder of the programs, folder of the module): the user's own, or both in `directory`."""
-    folder = os.path.join(home, ".local", "bin")
     data = environ.get("XDG_DATA_HOME", "")
     if not os.path.isabs(data):  # the XDG base directory specification says to ignore it then
         data = os.path.join(home, ".local", "share")
+    folder, module_folder = os.path.join(home, ".local", "bin"), os.path.join(data, "ccfix")
     if windows:
         local = environ.get("LOCALAPPDATA") or os.path.join(home, "AppData", "Local")
         folder = os.path.join(local, "Microsoft", "WindowsApps")  # on the PATH from the start
         if folder.lower() not in environ.get("PATH", "").lower().split(";"):
             folder = os.path.join(local, "Programs", "ccfix")
     folder = os.path.abspath(directory or folder)
-    own = directory or windows
-    return folder, os.path.join(folder, "ccfix-module") if own else os.path.join(data, "ccfix")
+    if windows or directory:
+        module_folder = os.path.join(folder, "ccfix-module")
+    return folder, module_folder
 
 
 def installed_files(folder, module_folder, windows):
     """{path: content} of an installation, the module first: no stub is ever without it."""
     with open(os.path.abspath(__file__), encoding="utf-8") as file:
         files = {os.path.join(module_folder, "ccfix.py"): file.read()}
-    # As bytes, and only ASCII: the stub must also work in another locale than this one.
-    place = "os.fsdecode(%r)" % os.fsencode(module_folder)
     for name, arguments in (("ccfix", "[]"), ("ccf", "['open']")):
-        path = os.path.join(folder, name)
         if windows:
             # cmd.exe puts the .cmd file's own folder for %~dp0, and all arguments for %*.
             code = "; ".join(STUB) % ("sys.argv.pop(1)", arguments)
-            line = '@"%s" -c "%s" "%%~dp0ccfix-module" %%*' % (sys.executable, code)
-            files[path + ".cmd"] = "@rem %s\r\n%s\r\n" % (OURS, line)
+            text = '@"%s" -c "%s" "%%~dp0ccfix-module" %%*' % (sys.executable, code)
+            files[os.path.join(folder, name + ".cmd")] = "@rem %s\r\n%s\r\n" % (OURS, text)
         else:
-            code = "\n".join(STUB) % (place, arguments)
-            files[path] = "#!/usr/bin/env python3\n# %s\n%s\n" % (OURS, code)
+            # As bytes, and only ASCII: the stub must also work in another locale than this one.
+            place = "os.fsdecode(%r)" % os.fsencode(module_folder)
+            text = "\n".join(STUB) % (place, arguments)
+            files[os.path.join(folder, name)] = "#!/usr/bin/env python3\n# %s\n%s\n" % (OURS, text)
     return files
 
 
@@ -11330,9 +11324,9 @@ def install(config, options):
     compileall.compile_file(module, force=True, quiet=2)  # quiet: it can do without
     say("installed ccfix %s as %s" % (__version__, ", ".join(programs)))
     if folder not in os.environ.get("PATH", "").split(os.pathsep):
-        note("%s is not on your PATH; add it:" % folder)
-        shown = "  export PATH=\"%s:$PATH\"    (in ~/.profile or your shell's own file)"
-        say(('  setx PATH "%%PATH%%;%s"' if windows else shown) % folder, out=sys.stderr)
+        shown = "export PATH=\"%s:$PATH\"    (in ~/.profile or your shell's own file)"
+        shown = 'setx PATH "%%PATH%%;%s"' if windows else shown
+        notify("%s is not on your PATH; add it:\n  %s" % (folder, shown % folder))
     return 0
 
 
@@ -11345,10 +11339,10 @@ def uninstall(config, options):
         paths.append(os.path.join(folder, "ccfix.py"))
     there = [path for path in paths if os.path.lexists(path)]
     if not there:
-        note("nothing of ccfix is in " + folder)
+        notify("nothing of ccfix is in " + folder)
     for path in there:
         if not is_ours(path):
-            note("%s is another program's and stays" % path)
+            notify("%s is another program's and stays" % path)
             code = 1
             continue
         with usage_errors("cannot remove " + path):
@@ -11378,13 +11372,13 @@ def open_page(config, options):
     url = "http://%s/" % host_port(host, settings.proxy_port)
     if glance(url + "health", 3).get("name") != "ccfix":
         said = "no ccfix is running at %s; start it (%s), or name its port with -p"
-        note(said % (url, program_name()))
+        notify(said % (url, program_name()))
         return 1
     say(url)
     import webbrowser
 
     if not webbrowser.open(url):
-        note("no browser was found; open the address yourself")
+        notify("no browser was found; open the address yourself")
     return 0
 
 
@@ -11511,8 +11505,8 @@ def help_epilog(name):
     """What stands under a command's options in its --help."""
     command, parts = COMMANDS[name or "serve"], []
     if not name:
-        rows = ["  %-10s %s" % (word, row.help) for word, row in COMMANDS.items()]
-        parts.append("\n".join(["commands (ccfix COMMAND --help tells more):"] + rows))
+        rows = ["\n  %-10s %s" % (word, row.help) for word, row in COMMANDS.items()]
+        parts.append("commands (ccfix COMMAND --help tells more):" + "".join(rows))
     if command.example:
         parts.append("examples:\n" + re.sub(r"(?m)^", "  ", command.example))
     if command.settings:
@@ -11619,7 +11613,7 @@ def main(argv=None):
         command, options = command_line(list(sys.argv[1:] if argv is None else argv))
         return command.act(config_of(command, options), options)
     except (Usage, SettingError) as e:
-        note(str(e))
+        notify(str(e))
         return 2
     except KeyboardInterrupt:
         return 130
