@@ -9618,6 +9618,7 @@ def demo_chunks(body):
         deltas.append({"tool_calls": [dict(head, function={"name": call[0], "arguments": ""})]})
         for piece in re.findall(r"(?s).{1,12}", json.dumps(call[1])):
             deltas.append({"tool_calls": [{"index": 0, "function": {"arguments": piece}}]})
+    # Neither id, object nor model stand in a chunk: the proxy, its only reader, asks for none.
     choices = [{"index": 0, "delta": delta} for delta in deltas]
     choices.append({"index": 0, "delta": {}, "finish_reason": "tool_calls" if call else "stop"})
     read = max(1, len(compact_json(body)) // 4)  # the usual four characters a token
@@ -9638,13 +9639,11 @@ class DemoModel(http.server.BaseHTTPRequestHandler):
         """Silent: the proxy's own log tells enough."""
 
     def do_GET(self):
-        model = {"id": "demo", "object": "model", "owned_by": "ccfix"}
-        self.reply(compact_json({"object": "list", "data": [model]}))
+        self.reply('{"object":"list","data":[{"id":"demo","object":"model","owned_by":"ccfix"}]}')
 
     def do_POST(self):
         chunks = demo_chunks(as_dict(json_or_none(self.read_body())))
-        head = {"id": "demo", "object": "chat.completion.chunk", "model": "demo"}
-        payloads = [compact_json(dict(chunk, **head)) for chunk in chunks] + ["[DONE]"]
+        payloads = list(map(compact_json, chunks)) + ["[DONE]"]
         self.reply("".join("data: %s\n\n" % text for text in payloads), "text/event-stream")
 
     def read_body(self):
@@ -9684,11 +9683,17 @@ def start_model(handler=DemoModel, source=None):
 
 
 class Usage(Exception):
-    """The command cannot go on as it was given; the message says what to do. Exit code 2."""
+    """The command cannot go on as it was given; the message says what to do.
+
+    main() prints it and ends with exit code 2, as argparse does for a wrong flag.
+    """
 
 
 def to_ascii(text):
-    """text with everything but ASCII escaped: a terminal of LC_ALL=C takes nothing else."""
+    """text with everything but ASCII escaped.
+
+    A terminal of LC_ALL=C takes nothing else: print() would end the program with a UnicodeError.
+    """
     return text.encode("ascii", "backslashreplace").decode()
 
 
@@ -9718,13 +9723,16 @@ def usage_errors(words):
 
 
 def home_folder():
-    """The user's folder, also where HOME is not set."""
+    """The user's folder; the current one where there is none (a service without HOME)."""
     home = os.path.expanduser("~")
     return home if home != "~" else os.getcwd()
 
 
 def file_text(path):
-    """The content of a text file, at most its first MB; "" where it cannot be read."""
+    """The content of a text file, at most its first MB; "" where it cannot be read.
+
+    utf-8-sig: editors on Windows begin a file with a byte order mark, which JSON does not know.
+    """
     try:
         with open(path, encoding="utf-8-sig", errors="replace") as file:
             return file.read(1 << 20)
@@ -9735,7 +9743,8 @@ def file_text(path):
 def write_file(path, text, mode=0o600):
     """Write a file, whole or not at all: whoever reads meanwhile sees the old or the new one.
 
-    mode: who may read and run it; by default the user alone. Raises OSError.
+    mode: who may read and run it; by default the user alone, from the first byte on. A symbolic
+    link is replaced, not followed. Raises OSError.
     """
     part = "%s.%d.part" % (path, os.getpid())
     try:
@@ -9775,7 +9784,7 @@ class Log:
         """
         path = settings.log_file
         try:
-            self.append(path, "")
+            self.append(path, "")  # better to fail now than to lose every line
         except OSError as e:
             raise SettingError("LOG_FILE %s cannot be written: %s" % (path, e.strerror or e))
         self.path, self.secrets = path, settings.secrets()
@@ -9796,7 +9805,11 @@ class Log:
             self.append(self.path, line)
 
     def append(self, path, line):
-        """Write to the end of the log file, if there is to be one. Raises OSError."""
+        """Write to the end of the log file, if there is to be one. Raises OSError.
+
+        It is opened for each line (20 us): so it can be moved away at any time, and no open file
+        stands in the way of renaming it on Windows.
+        """
         if not path:
             return
         handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
@@ -9836,8 +9849,11 @@ def check_settings(settings, port=0):
 
 
 class Config:
-    """The settings of now: config() reads .env again when it has changed; what cannot be used keeps
-    the old values. Raises SettingError for what cannot be used at the start."""
+    """The settings of now: config() -> Settings.
+
+    It looks at the .env file each time (one stat call) and reads it again when it has changed. What
+    cannot be used raises SettingError at the start, and later leaves the old values in place.
+    """
 
     # Settings of the provider: they do not count where the command line alone says who answers.
     TARGET_ROWS = re.compile("TARGET_|EXTRA_|PROFILE|MAX_")
@@ -9847,9 +9863,7 @@ class Config:
         self.environ = environ  # the same of the environment
         self.path = path  # the .env file; "" for none
         self.home = home  # the user's folder, for Claude Code's settings
-        self.alone = (
-            alone  # the command line alone says who answers: the demo must reach no provider
-        )
+        self.alone = alone  # only `given` says who answers: the demo must reach no provider
         self.found = {}  # {ENV_NAME: string} of a server that was found on this machine
         self.port = 0  # the port that the proxy listens on, once it is known
         self.log = None  # set once the proxy serves; .env is not followed before
@@ -9858,7 +9872,7 @@ class Config:
         self.settings = self.read()
 
     def file_mark(self):
-        """What changes when .env does."""
+        """What changes when .env does: an editor may keep the size, or the time, or the file."""
         with contextlib.suppress(OSError, ValueError):
             info = os.stat(self.path)
             return info.st_mtime, info.st_size, info.st_ino
@@ -9929,7 +9943,6 @@ class Running:
         settings = config()
         self.config, self.log = config, Log(settings, out)
         self.proxy = Proxy(config, self.log)
-        config.log = self.log
         place = settings.proxy_host, settings.proxy_port
         try:
             self.server = Server(place, self.proxy)
@@ -9938,9 +9951,13 @@ class Running:
                 "cannot listen on %s port %d (%s); choose another port with -p, or end the program"
                 " that has it" % (place + (e.strerror or e,))
             )
+        config.log, config.port = self.log, self.server.server_port
 
     def start(self, wait=0):
-        """Serve, and ask the provider about itself meanwhile; wait: seconds to await its answer."""
+        """Serve, and ask the provider about itself meanwhile -> self.
+
+        wait: seconds to await that answer; without it the first requests go by the profile alone.
+        """
         start_thread(self.server.serve_forever)
         start_thread(self.proxy.probe, self.plan()).join(wait)
         return self
@@ -9994,10 +10011,9 @@ def banner(settings, address):
 def serve(config, options):
     """Serve until Ctrl-C or SIGTERM -> exit code."""
     find_target(config)
-    config.port = config().proxy_port
-    check_settings(config(), config.port)
+    check_settings(config(), config().proxy_port)
     stopped = threading.Event()
-    for name in ("SIGINT", "SIGTERM"):  # before the first request can come
+    for name in ("SIGINT", "SIGTERM"):  # taken before the first request can come
         signal.signal(getattr(signal, name), lambda *_: stopped.set())
     running = Running(config).start()
     say(*banner(config(), running.server.address()))
@@ -10010,6 +10026,7 @@ def serve(config, options):
 # ---- the target where none is configured: a server on this machine, a recording ------------------
 
 LOCAL_SERVERS = (
+    # (title, the port that it takes unless told otherwise); the first that answers is used
     ("Ollama", 11434),
     ("vLLM", 8000),
     ("llama.cpp", 8080),
@@ -10027,14 +10044,17 @@ Three ways to go on:
 
 
 def program_name():
-    """What the user types to start this program."""
+    """What the user types to start this program, for messages that say what to type next."""
     name = os.path.basename(sys.argv[0] or "")
     return "python3 " + name if name.endswith(".py") else name or "ccfix"
 
 
 def patience(limit):
-    """A wait(sock, seconds) for `Upstream.open` that ends the whole exchange after `limit`
-    seconds."""
+    """A wait(sock, seconds) for `Upstream.open` that bounds the whole exchange.
+
+    Its own timeout bounds a silence only: a server that sends a byte now and then would hold a
+    command up for ever. Raises UpstreamError `limit` seconds from now.
+    """
     end = time.monotonic() + limit
 
     def wait(sock, seconds):
@@ -10065,13 +10085,19 @@ def glance(url, seconds=GLANCE_SECONDS):
 
 
 def model_names(answer):
-    """Model names of a /models answer; those that only embed come last."""
+    """Model names of a /models answer; those that only embed come last.
+
+    Ollama lists what was pulled last first, and that is often nomic-embed-text.
+    """
     names = [as_dict(row).get("id") for row in as_list(answer.get("data"))]
     return sorted(map(str, filter(None, names)), key=lambda name: "embed" in name.lower())
 
 
 def list_models(settings, seconds=10):
-    """Names of the models that the target lists; where it does not, it says why and gives none."""
+    """Names of the models that the target lists.
+
+    Where it lists none within so many seconds, the user is told why, and can still name one.
+    """
     plan = target_plan(settings)
     upstream = Upstream(
         seconds, seconds, settings.ca_bundle, settings.client_cert, settings.insecure
@@ -10085,7 +10111,7 @@ def list_models(settings, seconds=10):
 
 
 def target_plan(settings):
-    """The Plan of requests for no family, as far as the settings tell."""
+    """The Plan of requests for no family, as far as the settings alone tell: nobody is asked."""
 
     def profile_of(base, model):
         return profile_for(base, model, settings.profile, settings.target_format)
@@ -10106,7 +10132,7 @@ def local_servers():
 
 
 def check_target(settings):
-    """Raise Usage where the target needs a key and has none."""
+    """Raise Usage where the target needs a key and has none; EXTRA_HEADERS may hold it."""
     base = settings.target_api_base
     if not (settings.target_api_key or settings.extra_headers or is_loopback(base)):
         raise Usage(
@@ -10118,7 +10144,8 @@ def check_target(settings):
 def find_target(config):
     """Where nothing is configured, aim at a model server on this machine, and say so.
 
-    Raises Usage where there is none, or where what is configured cannot work.
+    A base URL, a key or headers count as configured; a model name alone does not, and is looked for
+    among the servers' own. Raises Usage where no server is found, or a key is missing.
     """
     settings = config()
     given = {name for name, origin in settings.origins.items() if origin != "default"}
@@ -10154,9 +10181,10 @@ def find_model(config):
 class ReplayModel(DemoModel):
     """Answers each POST with the next recorded reply; server.proxy is a deque of them."""
 
-    # They were about the recorded connection, or would set a cookie again.
+    # Headers of the recorded connection and of its body's form, which was recorded as plain text.
     NOT_REPEATED = re.compile(
-        r"(?i)content-(length|encoding)|transfer-encoding|connection|keep-alive|date|server|set-cookie\Z"
+        r"(?i)content-(length|encoding)|transfer-encoding|connection|keep-alive|date|server"
+        r"|set-cookie\Z"
     )
     OVER = {
         "status": 400,
@@ -10176,7 +10204,11 @@ class ReplayModel(DemoModel):
 
 
 def start_replay(folder):
-    """Serve the recorded replies of a folder -> settings that aim at them. Raises Usage."""
+    """Serve the recorded replies of a folder -> settings that aim at them. Raises Usage.
+
+    The replies do not say which format they are in; only Anthropic's have "type": "message". Tries
+    again would eat the next reply, so there are none.
+    """
     try:
         replies = read_recording(folder)
     except (OSError, ValueError) as e:
@@ -10195,24 +10227,27 @@ def start_replay(folder):
 # ---- run: a proxy and Claude Code, for one session -----------------------------------------------
 
 CLAUDE_DEFAULTS = {
-    # What a session through a proxy wants unless the user says otherwise; with Claude Code 2.1.330.
-    # A line in the prompt that spoils the provider's prefix cache:
+    # What a session through a proxy wants unless the user says otherwise. Measured with Claude Code
+    # 2.1.330. The billing line of the system prompt differs in each conversation, so that none can
+    # use what the provider's prefix cache has of another.
     "CLAUDE_CODE_ATTRIBUTION_HEADER": "0",
-    # This session is not Anthropic's: no telemetry, no other host.
+    # This session is not Anthropic's: no telemetry, no other host. Nothing less stops all of it.
     "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
-    # A window that nobody knows counts as 200k, not 1M.
+    # The window of an unknown model counts as 200k tokens, not as 1M.
     "CLAUDE_CODE_DISABLE_1M_CONTEXT": "1",
-    # A local model may think for minutes before its first word.
+    # A local model may read a long prompt for minutes before its first word; 300 s is the default.
     "CLAUDE_STREAM_IDLE_TIMEOUT_MS": "1500000",
     "CLAUDE_BYTE_STREAM_IDLE_TIMEOUT_MS": "1500000",
 }
 CLAUDE_LIMITS = ("CLAUDE_CODE_MAX_CONTEXT_TOKENS", "CLAUDE_CODE_MAX_OUTPUT_TOKENS")
 FOREIGN = re.compile(
-    # Variables that would lead Claude Code to another server, key or model.
+    # Variables that would lead Claude Code to another server, key or model: those of its own
+    # environment, and the switches for the clouds that it can reach without ANTHROPIC_BASE_URL.
     r"(?:ANTHROPIC_(?:API_KEY|AUTH_TOKEN|BASE_URL|UNIX_SOCKET|CUSTOM_HEADERS|MODEL|SMALL_FAST_MODEL"
     r"|CUSTOM_MODEL_OPTION\w*|DEFAULT_\w+)|CLAUDE_CODE_(?:OAUTH_TOKEN|USE_(?:BEDROCK|VERTEX|FOUNDRY"
     r"|MANTLE|GATEWAY|ANTHROPIC_AWS|ANTHROPIC_GOOGLE_CLOUD)))\Z"
 )
+# Flags that say how to ask for permission: then "auto" is not what the user gets unasked.
 ASKS_FOR_MODE = (
     "--permission-mode",
     "--dangerously-skip-permissions",
@@ -10232,7 +10267,7 @@ def session_variables(address, key, settings, plan):
 
     The model's name is the target's own: Claude Code obeys CLAUDE_CODE_MAX_CONTEXT_TOKENS only for
     names that it does not know, and the proxy routes by family words; a target that is named like a
-    Claude model goes by another name.
+    Claude model goes by another name. A *_NAME variable is what its /model menu shows.
     """
     is_known = any(word in plan.model.lower() for word in FAMILIES + ("claude",))
     main_name = MAIN_NAME if is_known else plan.model
@@ -10250,7 +10285,8 @@ def session_variables(address, key, settings, plan):
         found[name + "_NAME"] = own
     window, limit = plan.profile.context, plan.profile.max_output
     if not limit and 0 < window < 128000:
-        # Claude Code would reserve 20,000 tokens for its output: too many of a small window.
+        # Claude Code compacts at 33,000 tokens below the window, 20,000 of them for its output:
+        # nothing would be left of a small one. The reserve shrinks with the limit.
         limit = window // 4
     found.update((name, str(value)) for name, value in zip(CLAUDE_LIMITS, (window, limit)) if value)
     return found
@@ -10270,6 +10306,7 @@ def claude_environment(environ, address, key, settings, plan):
         if not FOREIGN.match(name) and name not in secret
     )
     found.update(session_variables(address, key, settings, plan))
+    # A company proxy does not reach this machine's loopback.
     if any(environ[name] for name in environ if re.match(r"(?i)(https?|all)_proxy\Z", name)):
         for name in [name for name in found if name.lower() == "no_proxy"] or ["NO_PROXY"]:
             found[name] = ",".join(filter(None, [found.get(name), "127.0.0.1", "localhost"]))
@@ -10294,8 +10331,9 @@ def settings_overrides(sources, environment):
 def claude_settings(arguments, overrides):
     """(settings for --settings, the other arguments) of a session.
 
-    The user's own --settings are merged in. Auto mode is off unless the arguments say how to ask,
-    or print, where it makes no difference.
+    The user's own --settings, a JSON object or the name of a file, are merged in: Claude Code takes
+    the flag only once. Auto mode is off unless the arguments say how to ask, or print (-p, also
+    among joined short flags), where it makes no difference.
     """
     words, rest, given = iter(arguments), [], ""
     for word in words:
@@ -10317,9 +10355,10 @@ def claude_settings(arguments, overrides):
 
 
 def claude_command(path, read=file_text):
-    """The command line's front for the `claude` that was found.
+    """The command line's front for the `claude` that was found at a path.
 
-    On Windows it is the program behind npm's .cmd, so that no shell takes the arguments apart.
+    On Windows it is the program behind npm's .cmd, a file that ends in: "%dp0%\\...\\cli.js" %*.
+    Started itself, cmd.exe would take the arguments apart once more, at every & and ^ in them.
     """
     if not path.lower().endswith((".cmd", ".bat")):
         return [path]
@@ -10392,7 +10431,11 @@ def exit_code(child):
 
 
 def run(config, options):
-    """A proxy on a free loopback port, and Claude Code on it -> Claude Code's exit code."""
+    """A proxy on a free loopback port, and Claude Code on it -> Claude Code's exit code.
+
+    The port is the command line's, never one of .env: that is for the proxy that serves always. The
+    key is fresh: other users of the machine reach the port too.
+    """
     find_target(config)
     path = shutil.which("claude")
     if not path:
@@ -10432,7 +10475,8 @@ def run_claude(path, running, arguments):
 
 
 def claude_files(home):
-    """The content of the settings files that Claude Code will read."""
+    """The content of the settings files that Claude Code will read: the user's, the project's,
+    and the project's that is not shared."""
     folder = os.environ.get("CLAUDE_CONFIG_DIR") or os.path.join(home, ".claude")
     places = ((folder, ""), (".claude", ""), (".claude", ".local"))
     return [file_text(os.path.join(place, "settings%s.json" % kind)) for place, kind in places]
@@ -11161,10 +11205,16 @@ def check(config, options):
 # ---- init: a .env, and the lines for Claude Code -------------------------------------------------
 
 
-def ask_user(question, default=""):
-    """What the user types, or the default for an empty line. The question goes to stderr, so that
-    stdout stays data. Raises Usage at the end of input."""
-    say("", out=sys.stderr)
+def choose(title, rows, default=""):
+    """One of rows (strings) by its number, or whatever else the user types; an empty line takes the
+    first row, or the default where there are none.
+
+    It asks on stderr, so that stdout stays data. Raises Usage at the end of input.
+    """
+    numbered = {str(number): row for number, row in enumerate(rows, 1)}
+    say(title, *["  %s  %s" % row for row in numbered.items()] + [""], out=sys.stderr)
+    default = "1" if rows else default
+    question = "number, or another" if rows else "answer"
     sys.stderr.write(question + (" [%s]: " % default if default else ": "))
     sys.stderr.flush()
     line = sys.stdin.readline()
@@ -11172,30 +11222,26 @@ def ask_user(question, default=""):
         raise Usage(
             "init was not finished; give -b URL, -k KEY and -m MODEL where nobody can answer"
         )
-    return line.strip() or default
-
-
-def choose(title, rows, default=""):
-    """One of rows (strings) by its number, or whatever else the user types."""
-    say(title, *["  %d  %s" % row for row in enumerate(rows, 1)], out=sys.stderr)
-    said = ask_user("number, or another" if rows else "answer", default or ("1" if rows else ""))
-    numbered = {str(number): row for number, row in enumerate(rows, 1)}
+    said = line.strip() or default
     return numbered.get(said, said)
 
 
 def ask_target(values):
-    """Ask for what the flags left open: fills in {ENV_NAME: string}. Raises Usage."""
+    """Ask for what the flags left open: fills in {ENV_NAME: string}.
+
+    The key is read without showing it, and not at all for a server on this machine. Raises Usage,
+    SettingError for an address that is none.
+    """
     if "TARGET_API_BASE" not in values:
         rows = [
             "%s (%s on this machine: %s)" % (base, title, shorten(", ".join(models), 60))
             for title, base, models in local_servers()
         ]
         title = "Where is the model? A base URL%s:" % (", or one that was found" if rows else "")
-        default = "" if rows else BY_ENV["TARGET_API_BASE"].default
-        values["TARGET_API_BASE"] = choose(title, rows, default).partition(" ")[0]
-    if "TARGET_API_KEY" not in values and not is_loopback(
-        parse_base_url(values["TARGET_API_BASE"])
-    ):
+        said = choose(title, rows, BY_ENV["TARGET_API_BASE"].default)
+        values["TARGET_API_BASE"] = said.partition(" ")[0]
+    base = Settings([("init", values)]).target_api_base
+    if "TARGET_API_KEY" not in values and not is_loopback(base):
         import getpass
 
         values["TARGET_API_KEY"] = getpass.getpass("Key (not shown): ", sys.stderr).strip()
@@ -11205,8 +11251,11 @@ def ask_target(values):
 
 
 def detect_target(values):
-    """Find what the flags left open, where nobody can be asked: fills in {ENV_NAME: string} from a
-    server on this machine. Raises Usage."""
+    """Find what the flags left open, where nobody can be asked: fills in {ENV_NAME: string}.
+
+    A key without a base URL is one of the default provider's; otherwise a server on this machine is
+    looked for. Raises Usage.
+    """
     if not {"TARGET_API_BASE", "TARGET_API_KEY"} & set(values):
         servers = local_servers()
         if not servers:
@@ -11230,7 +11279,11 @@ or  {1}  with this in ~/.claude/settings.json:"""
 
 
 def init(config, options):
-    """Write a commented .env, and print the lines for Claude Code's settings.json."""
+    """Write a commented .env, and print the lines for Claude Code's settings.json.
+
+    They are all that stdout gets. Claude Code's own file is left to the user: an error in it would
+    stop every session.
+    """
     path, values = options.env_file or ".env", dict(config.given)
     if os.path.lexists(path) and not options.force:
         raise Usage("%s exists already; --force replaces it, --env-file FILE writes another" % path)
@@ -11249,12 +11302,19 @@ def init(config, options):
 
 # ---- install, uninstall, open --------------------------------------------------------------------
 
-OURS = "ccfix: let Claude Code use any model"  # in every file that install writes
+# What install writes, and uninstall removes:
+#     ~/.local/bin/ccfix, ccf              stubs of a few lines
+#     ~/.local/share/ccfix/ccfix.py        the module; in $XDG_DATA_HOME/ccfix where that is set
+#     ~/.local/share/ccfix/__pycache__/    its byte code, a file for each version of Python
+# With --dir DIR, and on Windows, the stubs stand in that folder and the module in ccfix-module below
+# it. Older versions wrote the whole of ccfix.py in the place of the first stub, or beside the .cmd.
+OURS = "ccfix: let Claude Code use any model"  # stands in each of these files
 STUB = (
     # What ccfix and ccf do. Python keeps the byte code of a module, but compiles a script anew at
-    # every start: importing takes half the time and half the memory. The module's folder replaces
-    # the first place where Python looks for modules: the stub's folder, or after -c the current
-    # one, where anybody's json.py may lie.
+    # every start: importing takes half the time and half the memory (24 MB instead of 47). The
+    # module's folder replaces the first place where Python looks for modules: the stub's folder, or
+    # after -c the current one, where anybody's json.py may lie. Messages name the program by its
+    # argv[0]; `ccf` alone would open the page.
     "import os, sys",
     "sys.path[0] = %s",
     "sys.argv[0] = 'ccfix'",
@@ -11264,14 +11324,17 @@ STUB = (
 
 
 def install_folders(directory, environ, home, windows):
-    """(folder of the programs, folder of the module): the user's own, or both in `directory`."""
+    """(folder of the programs, folder of the module): the user's own, or both in `directory`.
+
+    Windows has had a folder of the user's own programs on the PATH since Windows 10.
+    """
     data = environ.get("XDG_DATA_HOME", "")
     if not os.path.isabs(data):  # the XDG base directory specification says to ignore it then
         data = os.path.join(home, ".local", "share")
     folder, module_folder = os.path.join(home, ".local", "bin"), os.path.join(data, "ccfix")
     if windows:
         local = environ.get("LOCALAPPDATA") or os.path.join(home, "AppData", "Local")
-        folder = os.path.join(local, "Microsoft", "WindowsApps")  # on the PATH from the start
+        folder = os.path.join(local, "Microsoft", "WindowsApps")
         if folder.lower() not in environ.get("PATH", "").lower().split(";"):
             folder = os.path.join(local, "Programs", "ccfix")
     folder = os.path.abspath(directory or folder)
@@ -11299,12 +11362,16 @@ def installed_files(folder, module_folder, windows):
 
 
 def is_ours(path):
-    """Whether install wrote this file, or may: nothing is there."""
+    """Whether install wrote this file, or may: nothing is there. A folder is never ours."""
     return not os.path.lexists(path) or OURS in file_text(path)
 
 
 def install(config, options):
-    """Put the module and the programs ccfix and ccf into folders of the user's."""
+    """Put the module and the programs ccfix and ccf into folders of the user's.
+
+    Another program's file is only replaced with --force. The PATH is not changed: that is in files
+    of the user's; what to add is said instead.
+    """
     import compileall
 
     windows = os.name == "nt"
@@ -11321,7 +11388,9 @@ def install(config, options):
             os.makedirs(os.path.dirname(path), exist_ok=True)
             write_file(path, files[path], 0o755)
     module, *programs = files
-    compileall.compile_file(module, force=True, quiet=2)  # quiet: it can do without
+    # force: two versions within a second have the same time. quiet=2: no byte code is no failure,
+    # Python then makes it at the first start, or goes without.
+    compileall.compile_file(module, force=True, quiet=2)
     say("installed ccfix %s as %s" % (__version__, ", ".join(programs)))
     if folder not in os.environ.get("PATH", "").split(os.pathsep):
         shown = "export PATH=\"%s:$PATH\"    (in ~/.profile or your shell's own file)"
@@ -11331,7 +11400,10 @@ def install(config, options):
 
 
 def uninstall(config, options):
-    """Remove what install wrote, now or in older versions; nothing else."""
+    """Remove what install wrote, now or in older versions; nothing else -> 1 if a file stays.
+
+    The programs' folder stays too: it was there before, or others use it now.
+    """
     windows, code = os.name == "nt", 0
     folder, module_folder = install_folders(options.dir, os.environ, config.home, windows)
     paths = list(installed_files(folder, module_folder, windows))
@@ -11366,7 +11438,10 @@ def remove_byte_code(folder):
 
 
 def open_page(config, options):
-    """Open the status page of the running proxy in the browser; its address goes to stdout."""
+    """Open the status page of the running proxy in the browser; its address goes to stdout.
+
+    /health says whether it is ccfix that listens there: anything may have the port.
+    """
     settings = config()
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.proxy_host, settings.proxy_host)
     url = "http://%s/" % host_port(host, settings.proxy_port)
@@ -11384,55 +11459,55 @@ def open_page(config, options):
 
 # ---- the command line ----------------------------------------------------------------------------
 
-# Options besides the settings' flags: (flag, what argparse is told of it).
+# Each command has a parser of its own, not one of argparse's subparsers: serving needs no word, and
+# the flags of most settings go with most commands.
+
+
+def option(flag, text, **how):
+    """A row of a command's own options: (flag, what argparse is told of it)."""
+    return flag, dict(how, help=text)
+
+
 SWITCH = "store_true"
 TARGET_OPTIONS = (
-    ("--demo", dict(action=SWITCH, help="use the embedded demo model: no key, no network")),
-    (
+    option("--demo", "use the embedded demo model: no key, no network", action=SWITCH),
+    option(
         "--replay",
-        dict(
-            metavar="DIR",
-            help="answer with the replies that --record DIR wrote, in order, instead of a"
-            " provider's",
-        ),
+        "answer with the replies that --record DIR wrote, in order, instead of a provider's",
+        metavar="DIR",
     ),
 )
-RUN_OPTIONS = TARGET_OPTIONS + (("arguments", dict(nargs="*", help=argparse.SUPPRESS)),)
+RUN_OPTIONS = TARGET_OPTIONS + (option("arguments", argparse.SUPPRESS, nargs="*"),)
 CHECK_OPTIONS = TARGET_OPTIONS + (
-    ("--json", dict(action=SWITCH, help="print one JSON object instead of the checklist")),
-    ("--family", dict(choices=FAMILIES, help="check the target of this family of Claude models")),
-    (
+    option("--json", "print one JSON object instead of the checklist", action=SWITCH),
+    option("--family", "check the target of this family of Claude models", choices=FAMILIES),
+    option(
         "--base-url",
-        dict(
-            metavar="URL",
-            help="check a server that speaks Anthropic, ccfix itself too, with the key from -k,"
-            " ANTHROPIC_AUTH_TOKEN or ANTHROPIC_API_KEY",
-        ),
+        "check a server that speaks Anthropic, ccfix itself too, with the key from -k,"
+        " ANTHROPIC_AUTH_TOKEN or ANTHROPIC_API_KEY",
+        metavar="URL",
     ),
 )
-INIT_OPTIONS = (("--force", dict(action=SWITCH, help="replace the file if it exists")),)
+INIT_OPTIONS = (option("--force", "replace the file if it exists", action=SWITCH),)
 INSTALL_OPTIONS = (
-    (
+    option(
         "--dir",
-        dict(
-            metavar="DIR",
-            help="the folder for everything (default: ~/.local/bin, and ~/.local/share/ccfix for"
-            " the module; on Windows one of %%LOCALAPPDATA%%)",
-        ),
+        "the folder for everything (default: ~/.local/bin, and ~/.local/share/ccfix for the module;"
+        " on Windows one of %%LOCALAPPDATA%%)",
+        metavar="DIR",
     ),
-    ("--force", dict(action=SWITCH, help="replace another program's file of that name")),
+    option("--force", "replace another program's file of that name", action=SWITCH),
 )
 
 
 class Command(NamedTuple):
-    """act(config, options) -> exit code; help: what it does, in a line; options: its own; settings:
-    whether it takes the settings' flags; example: shown under its --help."""
+    """A row of COMMANDS: what a word on the command line does."""
 
-    act: object
-    help: str
-    options: tuple = ()
-    settings: bool = True
-    example: str = ""
+    act: object  # (config, options) -> exit code
+    help: str  # what it does, in a line
+    options: tuple = ()  # its own, beside the settings' flags
+    settings: bool = True  # whether it takes the settings' flags
+    example: str = ""  # shown under its --help
 
 
 COMMANDS = {
@@ -11481,7 +11556,11 @@ SETTINGS_HINT = (
 
 
 def settings_help():
-    """The settings that have no flag, for --help: two columns within 78."""
+    """The settings that have no flag, for --help: two columns, as argparse sets the flags.
+
+    78 characters: a terminal has 80, and argparse takes two less. Hyphens stand in model names and
+    flags, which are not to be broken.
+    """
     import textwrap
 
     lines = [
@@ -11502,7 +11581,8 @@ def settings_help():
 
 
 def help_epilog(name):
-    """What stands under a command's options in its --help."""
+    """What stands under a command's options in its --help: for ccfix alone all commands, examples,
+    and where the other settings are told."""
     command, parts = COMMANDS[name or "serve"], []
     if not name:
         rows = ["\n  %-10s %s" % (word, row.help) for word, row in COMMANDS.items()]
@@ -11515,7 +11595,10 @@ def help_epilog(name):
 
 
 def make_parser(name):
-    """The parser of a command; "": of ccfix without one."""
+    """The parser of a command; "": of ccfix without one, which serves.
+
+    Its texts name ccfix, whatever the file is called: they stand in the README too.
+    """
     command = COMMANDS[name or "serve"]
     said = command.help[0].upper() + command.help[1:]
     parser = argparse.ArgumentParser(
@@ -11550,27 +11633,33 @@ def flag_options(row):
 
 
 def command_line(argv):
-    """(Command, its options). Raises Usage for an unknown command."""
+    """(Command, its options) of argv, without the program's name.
+
+    Raises Usage for an unknown command; argparse itself ends the program (SystemExit 2) for an
+    unknown flag.
+    """
     name = argv[0] if argv and not argv[0].startswith("-") else ""
     if name and name not in COMMANDS:
         raise Usage(
             "there is no command %s; the commands are %s" % (ascii(name), ", ".join(COMMANDS))
         )
-    words, behind = argv[1 if name else 0 :], []
-    if name == "run" and "--" in words:
-        at = words.index("--")
-        words, behind = words[:at], words[at + 1 :]
-    options = make_parser(name).parse_args(words)
+    words = argv[bool(name) :]
+    # argparse would drop the "--", and with it what tells claude's arguments from ours.
+    end = words.index("--") if name == "run" and "--" in words else len(words)
+    options = make_parser(name).parse_args(words[:end])
     if name == "run":
         if options.arguments:
             raise Usage("%s: arguments for claude come after --" % ascii(options.arguments[0]))
-        options.arguments = behind
+        options.arguments = words[end + 1 :]
     return COMMANDS[name or "serve"], options
 
 
 def stand_in(options, given):
-    """Settings of who answers instead of the configured provider: the demo, a recording, or the
-    server of check --base-url; {} for none. Raises Usage."""
+    """Settings of who answers instead of the configured provider; {} where it answers itself.
+
+    The demo (--demo), a recording (--replay), or a server that speaks Anthropic (check --base-url),
+    which gets the key that Claude Code would send it. Raises Usage.
+    """
     if getattr(options, "demo", False):
         return {
             "TARGET_API_BASE": start_model(),
@@ -11593,9 +11682,13 @@ def stand_in(options, given):
 
 
 def config_of(command, options):
-    """The Config of a command line. Raises Usage, SettingError."""
+    """The Config of a command line.
+
+    Only a file that --env-file names must exist; .env need not. Raises Usage, SettingError.
+    """
     given = {row.env: getattr(options, row.env) for row in SETTINGS if hasattr(options, row.env)}
-    if command.act is init or not command.settings:  # they must also work where .env is broken
+    if command.act is init or not command.settings:
+        # init replaces the .env, and install does without: a broken one must not stop them.
         return Config(given, {}, "", home_folder())
     if options.env_file and not os.path.isfile(options.env_file):
         raise Usage("--env-file %s does not exist" % options.env_file)
@@ -11608,7 +11701,11 @@ def config_of(command, options):
 
 
 def main(argv=None):
-    """Run the command line -> exit code: 0 good, 1 failed, 2 used wrongly."""
+    """Run the command line -> exit code: 0 good, 1 failed, 2 used wrongly, 130 ended by Ctrl-C.
+
+    argv: the words after the program's name; by default those of sys.argv. `run` gives back the
+    exit code of Claude Code.
+    """
     try:
         command, options = command_line(list(sys.argv[1:] if argv is None else argv))
         return command.act(config_of(command, options), options)
