@@ -9807,7 +9807,7 @@ class Log:
     def append(self, path, line):
         """Write to the end of the log file, if there is to be one. Raises OSError.
 
-        It is opened for each line (20 us): so it can be moved away at any time, and no open file
+        It is opened for each line (30 us): so it can be moved away at any time, and no open file
         stands in the way of renaming it on Windows.
         """
         if not path:
@@ -10331,8 +10331,8 @@ def settings_overrides(sources, environment):
 def claude_settings(arguments, overrides):
     """(settings for --settings, the other arguments) of a session.
 
-    The user's own --settings, a JSON object or the name of a file, are merged in: Claude Code takes
-    the flag only once. Auto mode is off unless the arguments say how to ask, or print (-p, also
+    The user's own --settings, a JSON object or the name of a file, are merged in: of two such flags
+    only one would count. Auto mode is off unless the arguments say how to ask, or print (-p, also
     among joined short flags), where it makes no difference.
     """
     words, rest, given = iter(arguments), [], ""
@@ -11306,8 +11306,8 @@ def init(config, options):
 #     ~/.local/bin/ccfix, ccf              stubs of a few lines
 #     ~/.local/share/ccfix/ccfix.py        the module; in $XDG_DATA_HOME/ccfix where that is set
 #     ~/.local/share/ccfix/__pycache__/    its byte code, a file for each version of Python
-# With --dir DIR, and on Windows, the stubs stand in that folder and the module in ccfix-module below
-# it. Older versions wrote the whole of ccfix.py in the place of the first stub, or beside the .cmd.
+# With --dir DIR, and on Windows, the stubs stand in that folder and the module in ccfix-module
+# below it. Older versions wrote all of ccfix.py in the place of the first stub, or beside the .cmd.
 OURS = "ccfix: let Claude Code use any model"  # stands in each of these files
 STUB = (
     # What ccfix and ccf do. Python keeps the byte code of a module, but compiles a script anew at
@@ -11323,10 +11323,11 @@ STUB = (
 )
 
 
-def install_folders(directory, environ, home, windows):
-    """(folder of the programs, folder of the module): the user's own, or both in `directory`.
+def installed_files(directory, environ, home, windows=os.name == "nt"):
+    """{path: content} of an installation, the module first, so that no stub is ever without it.
 
-    Windows has had a folder of the user's own programs on the PATH since Windows 10.
+    directory: where all of it goes; "" for the user's own folders. Since Windows 10 one of these is
+    on the PATH from the start, but for installations of Windows without its store.
     """
     data = environ.get("XDG_DATA_HOME", "")
     if not os.path.isabs(data):  # the XDG base directory specification says to ignore it then
@@ -11340,25 +11341,30 @@ def install_folders(directory, environ, home, windows):
     folder = os.path.abspath(directory or folder)
     if windows or directory:
         module_folder = os.path.join(folder, "ccfix-module")
-    return folder, module_folder
-
-
-def installed_files(folder, module_folder, windows):
-    """{path: content} of an installation, the module first: no stub is ever without it."""
     with open(os.path.abspath(__file__), encoding="utf-8") as file:
         files = {os.path.join(module_folder, "ccfix.py"): file.read()}
     for name, arguments in (("ccfix", "[]"), ("ccf", "['open']")):
-        if windows:
-            # cmd.exe puts the .cmd file's own folder for %~dp0, and all arguments for %*.
-            code = "; ".join(STUB) % ("sys.argv.pop(1)", arguments)
-            text = '@"%s" -c "%s" "%%~dp0ccfix-module" %%*' % (sys.executable, code)
-            files[os.path.join(folder, name + ".cmd")] = "@rem %s\r\n%s\r\n" % (OURS, text)
-        else:
-            # As bytes, and only ASCII: the stub must also work in another locale than this one.
-            place = "os.fsdecode(%r)" % os.fsencode(module_folder)
-            text = "\n".join(STUB) % (place, arguments)
-            files[os.path.join(folder, name)] = "#!/usr/bin/env python3\n# %s\n%s\n" % (OURS, text)
+        path = os.path.join(folder, name) + ".cmd" * windows
+        files[path] = (cmd_stub if windows else script_stub)(module_folder, arguments)
     return files
+
+
+def script_stub(module_folder, arguments):
+    """The content of a stub for Linux and macOS; arguments: what main() gets where none are given.
+
+    The folder stands in it as bytes, in ASCII: it must also work in another locale than this one.
+    """
+    place = "os.fsdecode(%r)" % os.fsencode(module_folder)
+    return "#!/usr/bin/env python3\n# %s\n%s\n" % (OURS, "\n".join(STUB) % (place, arguments))
+
+
+def cmd_stub(module_folder, arguments):
+    """The content of a stub for Windows, which finds the module's folder from its own.
+
+    cmd.exe puts the folder of the .cmd file for %~dp0, and all arguments for %*.
+    """
+    words = OURS, sys.executable, "; ".join(STUB) % ("sys.argv.pop(1)", arguments)
+    return '@rem %s\r\n@"%s" -c "%s" "%%~dp0ccfix-module" %%*\r\n' % words
 
 
 def is_ours(path):
@@ -11374,9 +11380,9 @@ def install(config, options):
     """
     import compileall
 
-    windows = os.name == "nt"
-    folder, module_folder = install_folders(options.dir, os.environ, config.home, windows)
-    files = installed_files(folder, module_folder, windows)
+    files = installed_files(options.dir, os.environ, config.home)
+    module, *programs = files
+    folder = os.path.dirname(programs[0])
     foreign = [path for path in files if not is_ours(path)]
     if foreign and not options.force:
         raise Usage(
@@ -11387,14 +11393,13 @@ def install(config, options):
         for path in files:
             os.makedirs(os.path.dirname(path), exist_ok=True)
             write_file(path, files[path], 0o755)
-    module, *programs = files
     # force: two versions within a second have the same time. quiet=2: no byte code is no failure,
     # Python then makes it at the first start, or goes without.
     compileall.compile_file(module, force=True, quiet=2)
     say("installed ccfix %s as %s" % (__version__, ", ".join(programs)))
     if folder not in os.environ.get("PATH", "").split(os.pathsep):
         shown = "export PATH=\"%s:$PATH\"    (in ~/.profile or your shell's own file)"
-        shown = 'setx PATH "%%PATH%%;%s"' if windows else shown
+        shown = 'setx PATH "%%PATH%%;%s"' if os.name == "nt" else shown
         notify("%s is not on your PATH; add it:\n  %s" % (folder, shown % folder))
     return 0
 
@@ -11404,10 +11409,9 @@ def uninstall(config, options):
 
     The programs' folder stays too: it was there before, or others use it now.
     """
-    windows, code = os.name == "nt", 0
-    folder, module_folder = install_folders(options.dir, os.environ, config.home, windows)
-    paths = list(installed_files(folder, module_folder, windows))
-    if windows:  # where the module was in older versions
+    paths, code = list(installed_files(options.dir, os.environ, config.home)), 0
+    module, folder = paths[0], os.path.dirname(paths[1])
+    if os.name == "nt":  # where the module was in older versions
         paths.append(os.path.join(folder, "ccfix.py"))
     there = [path for path in paths if os.path.lexists(path)]
     if not there:
@@ -11420,15 +11424,18 @@ def uninstall(config, options):
         with usage_errors("cannot remove " + path):
             os.remove(path)
         say("removed " + path)
-    if not os.path.lexists(paths[0]):
-        remove_byte_code(module_folder)
+    if not os.path.lexists(module):
+        remove_byte_code(os.path.dirname(module))
     return code
 
 
 def remove_byte_code(folder):
-    """Remove what Pythons kept of the module in a folder, and the folder itself if that was all."""
+    """Remove what Pythons kept of the module in a folder, and the folder itself if that was all.
+
+    No failure is told: what stays is a cache, or belongs to somebody else.
+    """
     kept = os.path.join(folder, "__pycache__")
-    with contextlib.suppress(OSError):  # nothing is there, or somebody else's files are
+    with contextlib.suppress(OSError):
         for name in os.listdir(kept):
             if re.match(r"ccfix\..*\.pyc\Z", name):
                 os.remove(os.path.join(kept, name))
@@ -11556,11 +11563,8 @@ SETTINGS_HINT = (
 
 
 def settings_help():
-    """The settings that have no flag, for --help: two columns, as argparse sets the flags.
-
-    78 characters: a terminal has 80, and argparse takes two less. Hyphens stand in model names and
-    flags, which are not to be broken.
-    """
+    """The settings that have no flag, for --help: two columns, as argparse sets the flags, narrow
+    enough for a terminal of 80."""
     import textwrap
 
     lines = [
@@ -11625,7 +11629,10 @@ def make_parser(name):
 
 
 def flag_options(row):
-    """What argparse is told of a setting's flag; one that is not given leaves no trace."""
+    """What argparse is told of a setting's flag.
+
+    One that is not given leaves no trace (SUPPRESS): the layers below the command line then count.
+    """
     how = dict(dest=row.env, default=argparse.SUPPRESS, help=row.help)
     if row.const:
         return dict(how, action="store_const", const=row.const)

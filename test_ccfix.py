@@ -12724,6 +12724,21 @@ class TestLiveSettings(CommandsCase):
             [["first"], ["second"]],
         )
 
+    def test_a_log_file_of_full_size_gives_way_to_a_new_one(self):
+        self.change("LOG_FILE=one.log\n")
+        log = ccfix.Log(ccfix.Config({}, {}, ".env", self.home)(), io.StringIO())
+        with mock.patch.object(ccfix.Log, "MAX_FILE", 100):
+            for word in ("first", "x" * 100, "third"):
+                log("info", word)
+        self.assertEqual(
+            sorted(name for name in os.listdir(".") if name != ".env"), ["one.log", "one.log.1"]
+        )
+        self.assertIn("first", self.read("one.log.1"))
+        self.assertIn("third", self.read("one.log"))
+        os.remove("one.log")
+        log("info", "fourth")
+        self.assertIn("fourth", self.read("one.log"), "one that was moved away is made again")
+
     def test_a_file_that_goes_or_comes_counts_as_a_change(self):
         config = self.config()
         self.change("TARGET_MODEL=one\n")
@@ -13403,9 +13418,9 @@ class TestInstall(CommandsCase):
             ("relative", ".local/share/ccfix"),  # which the specification says to ignore
             ("", ".local/share/ccfix"),
         ):
-            found = ccfix.install_folders("", {"XDG_DATA_HOME": data}, self.home, False)
-            programs = os.path.join(self.home, ".local", "bin")
-            self.assertEqual(found, (programs, os.path.join(self.home, folder)))
+            files = ccfix.installed_files("", {"XDG_DATA_HOME": data}, self.home, False)
+            names = [folder + "/ccfix.py", ".local/bin/ccfix", ".local/bin/ccf"]
+            self.assertEqual(list(files), [os.path.join(self.home, name) for name in names])
 
     @unittest.skipUnless(os.name == "posix", "POSIX")
     def test_an_older_installation_is_replaced_and_removed(self):
@@ -13464,18 +13479,27 @@ class TestInstall(CommandsCase):
             ({}, os.path.join("h", "AppData", "Local", "Programs", "ccfix")),
         ):
             folder = os.path.abspath(folder)
-            module_folder = os.path.join(folder, "ccfix-module")
-            found = ccfix.install_folders("", environ, "h", True)
-            self.assertEqual(found, (folder, module_folder))
-        with mock.patch.object(ccfix.sys, "executable", "C:\\py\\python.exe"):
-            files = ccfix.installed_files(folder, module_folder, True)
-        names = ["ccfix-module/ccfix.py", "ccfix.cmd", "ccf.cmd"]
-        self.assertEqual(list(files), [os.path.join(folder, name) for name in names])
+            with mock.patch.object(ccfix.sys, "executable", "C:\\py\\python.exe"):
+                files = ccfix.installed_files("", environ, "h", True)
+            names = ["ccfix-module/ccfix.py", "ccfix.cmd", "ccf.cmd"]
+            self.assertEqual(list(files), [os.path.join(folder, name) for name in names])
         code = "import os, sys; sys.path[0] = sys.argv.pop(1); sys.argv[0] = 'ccfix'; import ccfix"
         line = '@"C:\\py\\python.exe" -c "%s; sys.exit(ccfix.main(sys.argv[1:] or %s))"'
         for name, alone in (("ccfix.cmd", "[]"), ("ccf.cmd", "['open']")):
             text = files[os.path.join(folder, name)]
             self.assertIn(line % (code, alone) + ' "%~dp0ccfix-module" %*\r\n', text)
+
+    @unittest.skipUnless(os.name == "posix", "POSIX")
+    def test_the_code_in_a_cmd_file_works(self):
+        """As far as that can be seen here: what python.exe gets from cmd.exe."""
+        self.assertEqual(self.main("install", "--dir", "bin")[0], 0)
+        for name, words, said in (
+            ("[]", ["--version"], "ccfix %s\n" % ccfix.__version__),
+            ("['open']", [], "no ccfix is running at http://127.0.0.1:8080/; start it (ccfix)"),
+        ):
+            code = re.search(r'-c "([^"]*)"', ccfix.cmd_stub("", name)).group(1)
+            folder = os.path.join(self.home, "bin", "ccfix-module")
+            self.assertIn(said, self.ask(sys.executable, "-c", code, folder, *words)[1])
 
     def test_open_finds_the_running_proxy(self):
         import webbrowser
@@ -13817,8 +13841,8 @@ class TestReadme(unittest.TestCase):
 
     # Names of others: Claude Code's, the shell's, and those of servers and of networks.
     FOREIGN = re.compile(
-        r"CLAUDE_\w+|ENABLE_TOOL_SEARCH|ANTHROPIC_(?:BASE_URL|AUTH_TOKEN|MODEL)|(?:HTTPS?|ALL|NO)_PROXY"
-        r"|SSL_CERT_FILE|XDG_DATA_HOME"
+        r"CLAUDE_\w+|ENABLE_TOOL_SEARCH|ANTHROPIC_(?:BASE_URL|AUTH_TOKEN|MODEL)"
+        r"|(?:HTTPS?|ALL|NO)_PROXY|SSL_CERT_FILE|XDG_DATA_HOME"
         r"|NODE_EXTRA_CA_CERTS|OLLAMA_CONTEXT_LENGTH|YOUR_PROXY_KEY|NO_COLOR|GET|POST|HEAD"
     )
 
