@@ -7217,10 +7217,7 @@ class Proxy(object):
         """The Settings of now; store, ledger and recorder follow a change of them."""
         settings = self.config()
         if settings is not self.seen:
-            try:
-                self.follow(settings)
-            except ValueError as e:
-                self.log("warning", "PRICES cannot be used, the old ones stay: %s" % e)
+            self.follow(settings)
         return settings
 
     def follow(self, settings):
