@@ -9594,11 +9594,11 @@ def demo_reply(body):
         return "", "The tool answered:\n" + said[:2000], None
     # Claude Code puts its own notes into the user's message; they are full of words like "read".
     said = re.sub(r"(?s)<system-reminder>.*?</system-reminder>", "", said).strip()
-    tools = [as_dict(as_dict(tool).get("function")) for tool in as_list(body.get("tools"))]
-    offered = {tool.get("name") for tool in tools}
+    offered = [as_dict(as_dict(tool).get("function")) for tool in as_list(body.get("tools"))]
+    names = [function.get("name") for function in offered]
     for name, argument, words in DEMO_CALLS:
         found = re.search(words, said, re.I)
-        if found and name in offered:
+        if found and name in names:
             call = name, {argument: found.group(1).strip("`'\" ")}
             return "The user wants %s." % name, "Let me see.", call
     reasoning = "The user said something; I say it back." if "think" in said.lower() else ""
@@ -9761,7 +9761,7 @@ def write_file(path, text, mode=0o600):
 
 
 class Log:
-    """log(level, text): a line on stderr, and in LOG_FILE, which begins anew at 10 MB.
+    """log(level, text): a line on stderr, and in LOG_FILE, which starts over at 10 MB.
 
     Line breaks in text cannot forge a line, and secrets are hidden. A closed terminal or a full
     disk must not stop a request: what cannot be written is lost.
@@ -10161,8 +10161,9 @@ def find_target(config):
     if settings.proxy_port == url_origin(base)[2] and "proxy_port" not in given:
         config.add(config.found, PROXY_PORT="8081")  # llama.cpp's usual port is the proxy's own
     others = shorten(", ".join(name for name in models if name != model), 200)
-    said = "nothing is configured; found %s at %s, using its model %s" % (title, base, model)
-    notify(said + (" (-m takes another: %s)" % others if others else ""))
+    hint = " (-m takes another: %s)" % others if others else ""
+    said = "nothing is configured; found %s at %s, using its model %s%s"
+    notify(said % (title, base, model, hint))
 
 
 def find_model(config):
@@ -10315,12 +10316,10 @@ def settings_overrides(sources, environment):
 
     sources: the content of Claude Code's settings files; their "env" beats the environment.
     """
-    names = {
-        name for source in sources for name in as_dict(as_dict(json_or_none(source)).get("env"))
-    }
     return {
         name: environment.get(name, "")
-        for name in names
+        for source in sources
+        for name in as_dict(as_dict(json_or_none(source)).get("env"))
         if FOREIGN.match(name) or name in CLAUDE_LIMITS
     }
 
