@@ -1046,6 +1046,8 @@ SETTINGS = (
     ),
 )
 BY_ENV = {row.env: row for row in SETTINGS}
+# Headers of EXTRA_HEADERS whose values are secrets; "X-Title: ccfix" must not hide that word everywhere.
+SECRET_HEADER = re.compile("(?i)auth|cookie|credential|key|pass|secret|token")
 
 
 class Settings:
@@ -1074,20 +1076,14 @@ class Settings:
             self.origins[row.name] = origin
 
     def secrets(self):
-        """All secret values that are set: what must never be shown."""
+        """All secret values that are set, the longest first: what must never be shown."""
         found = [getattr(self, row.name) for row in SETTINGS if row.secret]
-        found += [
-            part
-            for extra in found
-            if isinstance(extra, dict)
-            for value in extra.values()
-            for part in (value, str(value).split(" ")[-1])
-        ]
-        return sorted(
-            {str(value) for value in found if value and not isinstance(value, dict)},
-            key=len,
-            reverse=True,
-        )
+        found.remove(self.extra_headers)
+        for name, value in self.extra_headers.items():
+            if value and SECRET_HEADER.search(name):
+                # The key of "Bearer KEY" may also be quoted alone.
+                found += [value, str(value).split(" ")[-1]]
+        return sorted({str(value) for value in found if value}, key=len, reverse=True)
 
     def shown(self):
         """[{name, value, origin, help}], strings, for the status page and `check`.
@@ -7215,10 +7211,7 @@ class Proxy:
         """The Settings of now; store, ledger and recorder follow a change of them."""
         settings = self.config()
         if settings is not self.seen:
-            try:
-                self.follow(settings)
-            except ValueError as error:
-                self.log("warning", "PRICES cannot be used, the old ones stay: %s" % error)
+            self.follow(settings)
         return settings
 
     def follow(self, settings):
@@ -9414,154 +9407,103 @@ DEMO_HELP = (
     "I am the demo model inside ccfix: no key, no network, no intelligence. Your words: %s\n\n"
     "Say 'read FILE', 'run COMMAND' or 'think' to see tools and thinking travel through the proxy."
 )
+DEMO_CALLS = (
+    # (tool, its argument, the words that ask for it); each is called only where it is offered
+    ("Read", "file_path", r"\bread\s+(\S+)"),
+    ("Bash", "command", r"\brun\s+(.+)"),
+    ("get_weather", "place", r"weather in (\w+)"),  # the tool of `check`
+)
 
 
 def demo_reply(body):
-    """(reasoning, text, [(tool, arguments)]) of the demo model for an OpenAI request."""
-    messages = [as_dict(message) for message in as_list(body.get("messages"))]
-    offered = {
-        as_dict(as_dict(tool).get("function")).get("name") for tool in as_list(body.get("tools"))
-    }
-    last = messages[-1] if messages else {}
+    """(reasoning, text, call) of the demo model for an OpenAI request.
+
+    call: (tool name, arguments dict) or None. Only the last message counts: the demo has no memory.
+    """
+    messages = as_list(body.get("messages"))
+    last = as_dict(messages[-1]) if messages else {}
+    said = "\n".join(map(block_text, as_blocks(last.get("content"))))
     if last.get("role") == "tool":
-        return "", "The tool answered:\n" + str(last.get("content"))[:2000], []
-    said = re.sub(
-        r"(?s)<system-reminder>.*?</system-reminder>", "", said_text(last.get("content"))
-    ).strip()
-    wants = [
-        ("Read", "file_path", r"\bread\s+(\S+)"),
-        ("Bash", "command", r"\brun\s+(.+)"),
-        ("get_weather", "place", r"weather in (\w+)"),
-    ]
-    for name, field, pattern in wants:
-        found = re.search(pattern, said, re.I)
-        if found and name in offered:
-            arguments = {field: found.group(1).strip("`'\" ")}
-            return (
-                "The user wants %s." % name,
-                "Let me see.",
-                [(name, dict(arguments, description="demo") if name == "Bash" else arguments)],
-            )
-    return (
-        "The user said something; I say it back." if "think" in said.lower() else "",
-        DEMO_HELP % said[:500],
-        [],
-    )
-
-
-def said_text(content):
-    """A message's text."""
-    return (
-        content
-        if isinstance(content, str)
-        else "\n".join(str(as_dict(part).get("text") or "") for part in as_list(content))
-    )
+        return "", "The tool answered:\n" + said[:2000], None
+    # Claude Code puts its own notes into the user's message; they are full of words like "read".
+    said = re.sub(r"(?s)<system-reminder>.*?</system-reminder>", "", said).strip()
+    offered = [as_dict(as_dict(tool).get("function")) for tool in as_list(body.get("tools"))]
+    names = [function.get("name") for function in offered]
+    for name, argument, words in DEMO_CALLS:
+        found = re.search(words, said, re.I)
+        if found and name in names:
+            call = name, {argument: found.group(1).strip("`'\" ")}
+            return "The user wants %s." % name, "Let me see.", call
+    reasoning = "The user said something; I say it back." if "think" in said.lower() else ""
+    return reasoning, DEMO_HELP % said[:500], None
 
 
 def demo_chunks(body):
-    """The deltas of the demo model's reply, word by word."""
-    reasoning, text, calls = demo_reply(body)
-    for word in re.findall(r"\S+\s*|\s+", reasoning):
-        yield {"reasoning_content": word}, None
-    for word in re.findall(r"\S+\s*|\s+", text):
-        yield {"content": word}, None
-    for index, (name, arguments) in enumerate(calls):
-        yield {
-            "tool_calls": [
-                {
-                    "index": index,
-                    "id": "call_" + os.urandom(8).hex(),
-                    "type": "function",
-                    "function": {"name": name, "arguments": ""},
-                }
-            ]
-        }, None
-        for piece in re.findall(r"(?s).{1,12}", json.dumps(arguments)):
-            yield {"tool_calls": [{"index": index, "function": {"arguments": piece}}]}, None
-    yield {}, "tool_calls" if calls else "stop"
+    """The chunks of the demo model's reply: a delta a word, arguments in small pieces."""
+    reasoning, text, call = demo_reply(body)
+    deltas = [{"reasoning_content": word} for word in re.findall(r"\S+\s*", reasoning)]
+    deltas += [{"content": word} for word in re.findall(r"\S+\s*", text)]
+    if call:
+        head = {"index": 0, "id": "call_" + os.urandom(8).hex(), "type": "function"}
+        deltas.append({"tool_calls": [dict(head, function={"name": call[0], "arguments": ""})]})
+        for piece in re.findall(r"(?s).{1,12}", json.dumps(call[1])):
+            deltas.append({"tool_calls": [{"index": 0, "function": {"arguments": piece}}]})
+    # Neither id, object nor model stand in a chunk: the proxy, its only reader, asks for none.
+    choices = [{"index": 0, "delta": delta} for delta in deltas]
+    choices.append({"index": 0, "delta": {}, "finish_reason": "tool_calls" if call else "stop"})
+    read = max(1, len(compact_json(body)) // 4)  # the usual four characters a token
+    usage = {"prompt_tokens": read, "completion_tokens": len(deltas)}
+    return [{"choices": [choice]} for choice in choices] + [{"choices": [], "usage": usage}]
 
 
 class DemoModel(http.server.BaseHTTPRequestHandler):
-    """A chat-completions server on loopback that needs no model."""
+    """A chat-completions server on loopback that needs no model.
+
+    It streams, also where no stream was asked for: the proxy folds what it reads.
+    """
 
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
 
-    def log_message(self, format, *args):
+    def log_message(self, *args):
         """Silent: the proxy's own log tells enough."""
 
     def do_GET(self):
-        self.reply(
-            compact_json(
-                {"object": "list", "data": [{"id": "demo", "object": "model", "owned_by": "ccfix"}]}
-            )
-        )
+        self.reply('{"object":"list","data":[{"id":"demo","object":"model","owned_by":"ccfix"}]}')
 
     def do_POST(self):
-        body = as_dict(json_or_none(self.rfile.read(int(self.headers.get("Content-Length") or 0))))
-        usage = {
-            "prompt_tokens": max(1, len(compact_json(body)) // 4),
-            "completion_tokens": 0,
-            "total_tokens": 0,
-        }
-        deltas = list(demo_chunks(body))
-        usage["completion_tokens"] = len(deltas)
-        usage["total_tokens"] = usage["prompt_tokens"] + len(deltas)
-        if body.get("stream"):
-            chunks = [
-                {"choices": [{"index": 0, "delta": delta, "finish_reason": finish}]}
-                for delta, finish in deltas
-            ]
-            chunks.append({"choices": [], "usage": usage})
-            text = "".join(
-                "data: %s\n\n"
-                % compact_json(dict(chunk, id="demo", object="chat.completion.chunk", model="demo"))
-                for chunk in chunks
-            )
-            self.reply(text + "data: [DONE]\n\n", "text/event-stream")
-        else:
-            reasoning, text, calls = demo_reply(body)
-            message = {"role": "assistant", "content": text, "reasoning_content": reasoning}
-            if calls:
-                message["tool_calls"] = [
-                    {
-                        "id": "call_" + os.urandom(8).hex(),
-                        "type": "function",
-                        "function": {"name": name, "arguments": json.dumps(arguments)},
-                    }
-                    for name, arguments in calls
-                ]
-            self.reply(
-                compact_json(
-                    {
-                        "id": "demo",
-                        "object": "chat.completion",
-                        "model": "demo",
-                        "usage": usage,
-                        "choices": [
-                            {
-                                "index": 0,
-                                "message": message,
-                                "finish_reason": "tool_calls" if calls else "stop",
-                            }
-                        ],
-                    }
-                )
-            )
+        chunks = demo_chunks(as_dict(json_or_none(self.read_body())))
+        payloads = list(map(compact_json, chunks)) + ["[DONE]"]
+        self.reply("".join("data: %s\n\n" % text for text in payloads), "text/event-stream")
+
+    def read_body(self):
+        return self.rfile.read(int(self.headers.get("Content-Length") or 0))
 
     def reply(self, text, content_type="application/json"):
-        data = text.encode()
-        self.send_response(200)
-        self.send_header("Content-Type", content_type)
+        self.send(200, {"Content-Type": content_type}, text)
+
+    def send(self, status, headers, text):
+        """Write a whole answer; headers: {name: value}."""
+        data = text.encode("utf-8", "replace")
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
 
 
-def start_demo():
-    """Start the demo model on a free loopback port -> its base URL."""
-    server = Server(("127.0.0.1", 0), None, DemoModel)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+def start_thread(target, *args):
+    """Run a function in a thread that does not keep the program alive -> the thread."""
+    thread = threading.Thread(target=target, args=args, daemon=True)
+    thread.start()
+    return thread
+
+
+def start_model(handler=DemoModel, source=None):
+    """Serve a handler on a free loopback port -> its base URL. `source` is its server.proxy."""
+    server = Server(("127.0.0.1", 0), source, handler)
+    start_thread(server.serve_forever)
     return server.address() + "/v1"
 
 
@@ -9571,104 +9513,182 @@ def start_demo():
 
 
 class Usage(Exception):
-    """The command cannot go on as it was given; the message says what to do. Exit code 2."""
+    """The command cannot go on as it was given; the message says what to do.
+
+    main() prints it and ends with exit code 2, as argparse does for a wrong flag.
+    """
 
 
-class Log(object):
-    """Lines on stderr, and in a file that is begun anew at 10 MB. log(level, text); a line cannot be forged by line
-    breaks in text, and secrets are hidden."""
+def to_ascii(text):
+    """text with everything but ASCII escaped.
+
+    A terminal of LC_ALL=C takes nothing else: print() would end the program with a UnicodeError.
+    """
+    return text.encode("ascii", "backslashreplace").decode()
+
+
+def say(*lines, out=None):
+    """Print lines for a person; out: where to, instead of stdout."""
+    out = out or sys.stdout
+    for line in lines:
+        out.write(to_ascii(line) + "\n")
+    out.flush()
+
+
+def notify(message):
+    """Tell the user something beside the output: on stderr, so that stdout stays data."""
+    say("ccfix: " + message, out=sys.stderr)
+
+
+@contextlib.contextmanager
+def usage_errors(words):
+    """An OSError inside becomes a Usage: these words and the system's reason."""
+    try:
+        yield
+    except OSError as e:
+        raise Usage("%s: %s" % (words, e.strerror or e))
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+
+def home_folder():
+    """The user's folder; the current one where there is none (a service without HOME)."""
+    home = os.path.expanduser("~")
+    return home if home != "~" else os.getcwd()
+
+
+def file_text(path):
+    """The content of a text file, at most its first MB; "" where it cannot be read.
+
+    utf-8-sig: editors on Windows begin a file with a byte order mark, which JSON does not know.
+    """
+    try:
+        with open(path, encoding="utf-8-sig", errors="replace") as file:
+            return file.read(1 << 20)
+    except (OSError, ValueError):
+        return ""
+
+
+# ---- the log -------------------------------------------------------------------------------------
+
+
+class Log:
+    """log(level, text): a line on stderr, and in LOG_FILE, which starts over at 10 MB.
+
+    Line breaks in text cannot forge a line, and secrets are hidden. A closed terminal or a full
+    disk must not stop a request: what cannot be written is lost.
+    """
 
     LEVELS = ("debug", "info", "warning", "error")
-    MAX_FILE = 10 << 20
+    MAX_FILE = 10 << 20  # bytes; then the file becomes NAME.1
 
     def __init__(self, settings, out=None):
-        self.lock, self.out, self.file, self.path = threading.Lock(), out or sys.stderr, None, ""
+        self.lock, self.out = threading.Lock(), out or sys.stderr
         self.configure(settings)
-        if self.path:
-            self.write_file("")  # OSError: better now than never
 
     def configure(self, settings):
-        """Take level, file and secrets from (changed) settings."""
-        self.least, self.secrets = self.LEVELS.index(settings.log_level), settings.secrets()
-        if settings.log_file != self.path:
-            self.path, self.file = settings.log_file, None
+        """Take level, file and secrets of (changed) settings.
+
+        Raises SettingError, and changes nothing, where the file cannot be written.
+        """
+        path = settings.log_file
+        try:
+            self.append(path, "")  # better to fail now than to lose every line
+        except OSError as e:
+            raise SettingError("LOG_FILE %s cannot be written: %s" % (path, e.strerror or e))
+        self.path, self.secrets = path, settings.secrets()
+        self.least = self.LEVELS.index(settings.log_level)
 
     def __call__(self, level, text):
         if self.LEVELS.index(level) < self.least:
             return
-        text = redact(text, self.secrets)
-        safe = re.sub(
-            r"[\x00-\x1f\x7f-\x9f]",
-            lambda m: (
-                "\n    "
-                if m.group() == "\n" and level == "error" and "Traceback" in text
-                else m.group().encode("unicode_escape").decode()
-            ),
-            text,
-        )
-        line = "%s %-7s %s\n" % (
-            time.strftime("%Y-%m-%d %H:%M:%S"),
-            level,
-            safe.encode("ascii", "backslashreplace").decode(),
-        )
-        with self.lock:
-            try:
-                self.out.write(line)
-                self.out.flush()
-                if self.path:
-                    self.write_file(line)
-            except (
-                OSError,
-                ValueError,
-            ):  # a closed terminal or a full disk must not stop a request
-                return
+        text, unsafe = redact(text, self.secrets), r"[\x00-\x1f\x7f-\x9f]"
+        if level == "error" and "Traceback" in text:  # our own: the one text whose lines count
+            text, unsafe = text.replace("\n", "\n    "), r"(?!\n)" + unsafe
+        text = re.sub(unsafe, lambda found: ascii(found.group())[1:-1], text)
+        stamp = time.strftime("%Y-%m-%d %H:%M:%S")
+        line = "%s %-7s %s\n" % (stamp, level, to_ascii(text))
+        with self.lock, contextlib.suppress(OSError, ValueError):
+            self.out.write(line)
+            self.out.flush()
+            self.append(self.path, line)
 
-    def write_file(self, line):
-        """Append to the log file; at 10 MB it becomes NAME.1."""
-        if self.file is None:
-            self.file = open(
-                os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600),
-                "a",
-                encoding="utf-8",
+    def append(self, path, line):
+        """Write to the end of the log file, if there is to be one. Raises OSError.
+
+        It is opened for each line (30 us): so it can be moved away at any time, and no open file
+        stands in the way of renaming it on Windows.
+        """
+        if not path:
+            return
+        handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        with open(handle, "a") as file:
+            file.write(line)
+            size = file.tell()
+        if size > self.MAX_FILE:
+            os.replace(path, path + ".1")
+
+
+# ---- the settings of now -------------------------------------------------------------------------
+
+
+def check_settings(settings, port=0):
+    """Raise SettingError for what no single value shows: a name or a file that does not exist,
+    prices that cannot be used, a target that is this proxy itself. port: the one it listens on.
+
+    Used at the start and for each change of .env, so that a typing error never breaks what serves.
+    """
+    profile_for("", "", settings.profile)
+    try:
+        prices_from(settings.prices)
+    except ValueError as e:
+        raise SettingError("PRICES cannot be used: %s" % e)
+    files = [("CA_BUNDLE", settings.ca_bundle)]
+    files += [("CLIENT_CERT", path) for path in settings.client_cert.split(",")]
+    for name, path in files:
+        if path and not os.path.exists(path):
+            raise SettingError("%s names %s, which does not exist" % (name, path))
+    for base in [getattr(settings, row.name) for row in SETTINGS if row.parse is parse_base_url]:
+        if port and is_loopback(base) and url_origin(base)[2] == port:
+            # Passed through to itself, one request would become thousands.
+            raise SettingError(
+                "the target %s is ccfix's own port; give ccfix another one, say -p %d"
+                % (without_password(base), port + 1)
             )
-        self.file.write(line)
-        self.file.flush()
-        if self.file.tell() > self.MAX_FILE:
-            self.file.close()
-            self.file = None
-            os.replace(self.path, self.path + ".1")
 
 
-class Config(object):
-    """The settings of now: config() reads .env again when it has changed. A broken .env keeps the old values.
+class Config:
+    """The settings of now: config() -> Settings.
 
-    given: {ENV_NAME: text} from the command line; environ: the environment; path: the .env file; home: the user's folder;
-    alone: the command line alone says where requests go (the demo must never reach a provider); found: a server that
-    was found on this machine.
+    It looks at the .env file each time (one stat call) and reads it again when it has changed. What
+    cannot be used raises SettingError at the start, and later leaves the old values in place.
     """
 
+    # Settings of the provider: they do not count where the command line alone says who answers.
+    TARGET_ROWS = re.compile("TARGET_|EXTRA_|PROFILE|MAX_")
+
     def __init__(self, given, environ, path, home, alone=False):
-        self.given, self.environ, self.path, self.home, self.alone, self.found = (
-            given,
-            environ,
-            path,
-            home,
-            alone,
-            {},
-        )
-        self.lock, self.log, self.mark = threading.Lock(), None, self.file_mark()
-        self.settings = Settings(self.layers())
+        self.given = given  # {ENV_NAME: string} of the command line
+        self.environ = environ  # the same of the environment
+        self.path = path  # the .env file; "" for none
+        self.home = home  # the user's folder, for Claude Code's settings
+        self.alone = alone  # only `given` says who answers: the demo must reach no provider
+        self.found = {}  # {ENV_NAME: string} of a server that was found on this machine
+        self.port = 0  # the port that the proxy listens on, once it is known
+        self.log = None  # set once the proxy serves; .env is not followed before
+        self.lock = threading.Lock()
+        self.mark = self.file_mark()
+        self.settings = self.read()
 
     def file_mark(self):
-        """What changes when .env does."""
-        try:
+        """What changes when .env does: an editor may keep the size, or the time, or the file."""
+        with contextlib.suppress(OSError, ValueError):
             info = os.stat(self.path)
-        except (OSError, ValueError):
-            return None
-        return info.st_mtime, info.st_size, info.st_ino
+            return info.st_mtime, info.st_size, info.st_ino
 
     def layers(self):
-        """The layers of settings, most important first. Raises SettingError for a file that cannot be read."""
+        """[(origin, {ENV_NAME: string})], most important first."""
         claude = os.path.join(self.home, ".claude", "settings.json")
         layers = [
             ("the environment", self.environ),
@@ -9678,27 +9698,25 @@ class Config(object):
         ]
         if self.alone:
             layers = [
-                (
-                    name,
-                    {
-                        key: value
-                        for key, value in values.items()
-                        if not re.match("TARGET_|EXTRA_|PROFILE|MAX_", key)
-                    },
-                )
+                (name, {key: values[key] for key in values if not self.TARGET_ROWS.match(key)})
                 for name, values in layers
             ]
         return [("the command line", self.given)] + layers
 
-    def aim(self, found, **given):
-        """Take a server that was found on this machine, and settings that count like the command line's."""
-        self.found = dict(self.found, **found)
-        self.given = dict(self.given, **given)
-        self.settings = Settings(self.layers())
+    def read(self):
+        """The Settings of all layers. Raises SettingError."""
+        settings = Settings(self.layers())
+        check_settings(settings, self.port)
+        return settings
+
+    def add(self, layer, **values):
+        """Put values into a layer: `given` or `found`. Raises SettingError."""
+        layer.update(values)
+        self.settings = self.read()
 
     def __call__(self):
         mark = self.file_mark()
-        if mark != self.mark:
+        if self.log and mark != self.mark:
             with self.lock:
                 if mark != self.mark:
                     self.mark = mark
@@ -9706,90 +9724,52 @@ class Config(object):
         return self.settings
 
     def reload(self):
+        """Take the changed file; where it cannot be used, say why and keep the old settings."""
         try:
-            new = Settings(self.layers())
+            new = self.read()
+            self.log.configure(new)
         except SettingError as e:
-            self.log(
-                "warning",
-                "%s was changed but cannot be used, the old settings stay: %s" % (self.path, e),
-            )
-            return
+            said = "was changed but cannot be used, the old settings stay"
+            return self.log("warning", "%s %s: %s" % (self.path, said, e))
         old, self.settings = self.settings, new
         changed = [
-            "%s" % row.env if row.secret else "%s = %s" % (row.env, getattr(new, row.name))
+            row.env if row.secret else "%s = %s" % (row.env, getattr(new, row.name))
             for row in SETTINGS
             if getattr(old, row.name) != getattr(new, row.name)
         ]
-        self.log.configure(new)
         self.log("info", "%s was changed: %s" % (self.path, "; ".join(changed) or "no setting"))
 
 
-def file_text(path):
-    """A small text file's content; "" where there is none, or where it cannot be read."""
-    try:
-        with open(path, encoding="utf-8-sig", errors="replace") as file:
-            return file.read(1 << 20)
-    except (OSError, ValueError):
-        return ""
+# ---- serve ---------------------------------------------------------------------------------------
 
 
-def home_folder():
-    """The user's folder, also where HOME is not set."""
-    home = os.path.expanduser("~")
-    return home if home != "~" else os.getcwd()
+class Running:
+    """A proxy that serves: config, log, proxy and server belong together.
 
+    out: where log lines go, instead of stderr. Raises Usage, SettingError.
+    """
 
-def say(*lines, **kwargs):
-    """Print lines for a person, in ASCII: a terminal of LC_ALL=C takes nothing else."""
-    out = kwargs.get("out") or sys.stdout
-    for line in lines:
-        out.write(line.encode("ascii", "backslashreplace").decode() + "\n")
-    out.flush()
-
-
-def complain(message):
-    """Say on stderr what is wrong; exit code 2."""
-    say("ccfix: " + message, out=sys.stderr)
-    return 2
-
-
-# ---- serve -------------------------------------------------------------------------------------------
-
-
-class Running(object):
-    """A proxy that serves: server, proxy, log and config belong together. out: where log lines go, instead of stderr."""
-
-    def __init__(self, config, host=None, port=None, out=None):
+    def __init__(self, config, out=None):
         settings = config()
-        self.config = config
-        try:
-            self.log = Log(settings, out)
-        except OSError as e:
-            raise Usage("LOG_FILE %s cannot be written: %s" % (settings.log_file, e.strerror or e))
-        config.log = self.log
-        try:
-            self.proxy = Proxy(config, self.log)
-        except ValueError as e:
-            raise Usage("PRICES cannot be used: %s" % e)
-        place = (host or settings.proxy_host, settings.proxy_port if port is None else port)
+        self.config, self.log = config, Log(settings, out)
+        self.proxy = Proxy(config, self.log)
+        place = settings.proxy_host, settings.proxy_port
         try:
             self.server = Server(place, self.proxy)
         except OSError as e:
             raise Usage(
-                "cannot listen on %s port %d (%s); choose another port with -p, or end the program that has it"
-                % (place + (e.strerror or e,))
+                "cannot listen on %s port %d (%s); choose another port with -p, or end the program"
+                " that has it" % (place + (e.strerror or e,))
             )
-        self.thread = threading.Thread(target=self.server.serve_forever, daemon=True)
+        config.log, config.port = self.log, self.server.server_port
 
     def start(self, wait=0):
-        """Serve, and ask the provider about itself meanwhile; wait: seconds to wait for its answer."""
-        self.thread.start()
-        probe = threading.Thread(target=self.proxy.probe, args=(self.plan(),), daemon=True)
-        probe.start()
-        probe.join(wait)
-        later = threading.Timer(1, give_memory_back)
-        later.daemon = True
-        later.start()
+        """Serve, and ask the provider about itself meanwhile -> self.
+
+        wait: seconds to await that answer; without it the first requests go by the profile alone.
+        """
+        start_thread(self.server.serve_forever)
+        start_thread(self.proxy.probe, self.plan()).join(wait)
         return self
 
     def plan(self):
@@ -9798,7 +9778,8 @@ class Running(object):
         return plan_for(settings, "", self.proxy.profile_of(settings))
 
     def stop(self, grace=5.0):
-        """End: no new requests; open replies get `grace` seconds, then a second to say that they were broken off."""
+        """End: no new requests; open replies get `grace` seconds, and one more to say that they
+        were broken off."""
         self.server.stopping = True
         self.server.shutdown()
         self.server.server_close()
@@ -9816,33 +9797,6 @@ class Running(object):
             time.sleep(0.02)
 
 
-def give_memory_back():
-    """Have glibc give the system what was needed at the start only (see main_as_hook); elsewhere free() does that itself."""
-    try:
-        import ctypes
-
-        ctypes.CDLL(None).malloc_trim(0)
-    except (ImportError, AttributeError, OSError, TypeError, MemoryError):
-        """Another C library, or no ctypes."""
-
-
-def check_target(settings):
-    """Raise Usage when the target cannot work: a key is missing, or a file that is named."""
-    for name in ("ca_bundle", "client_cert"):
-        for path in filter(None, getattr(settings, name).split(",")):
-            if not os.path.exists(path):
-                raise Usage("%s names %s, which is not there" % (name.upper(), path))
-    if (
-        not settings.target_api_key
-        and not is_loopback(settings.target_api_base)
-        and not settings.extra_headers
-    ):
-        raise Usage(
-            "no key for %s: give it as TARGET_API_KEY in the environment or .env, or with -k KEY; or try --demo"
-            % without_password(settings.target_api_base)
-        )
-
-
 INSECURE_WORDS = (
     "WARNING: TLS certificates are not verified (INSECURE): anyone on the way can read the key"
 )
@@ -9850,18 +9804,16 @@ INSECURE_WORDS = (
 
 def banner(settings, address):
     """What is printed at the start: under 12 lines."""
-    key = settings.anthropic_api_key
-    lines = [
-        "ccfix %s on %s" % (__version__, address),
-        "  target    %s at %s"
-        % (settings.target_model, without_password(settings.target_api_base)),
-        "  disguise  %s" % (settings.disguise_model or "the model name that Claude Code asks for"),
-        "  proxy key %s"
-        % ("on, from %s" % settings.origins["anthropic_api_key"] if key else "off"),
+    key, base = settings.anthropic_api_key, without_password(settings.target_api_base)
+    rows = [
+        ("target", "%s at %s" % (settings.target_model, base)),
+        ("disguise", settings.disguise_model or "the model name that Claude Code asks for"),
+        ("proxy key", "on, from " + settings.origins["anthropic_api_key"] if key else "off"),
     ]
-    for shell, commands in connect_lines(address, bool(key)):
-        lines.append("  %-9s %s" % (shell, "; ".join(commands)))
-    if settings.proxy_host not in ("127.0.0.1", "localhost", "::1") and not key:
+    rows += [(shell, "; ".join(words)) for shell, words in connect_lines(address, bool(key))]
+    lines = ["ccfix %s on %s" % (__version__, address)] + ["  %-9s %s" % row for row in rows]
+    host = settings.proxy_host  # 0.0.0.0 is every address, though it also reaches this machine
+    if not key and (host == "0.0.0.0" or not is_loopback("http://" + host_port(host, 0))):
         lines.append("  WARNING: open to the network without a proxy key; set ANTHROPIC_API_KEY")
     return lines + ["  " + INSECURE_WORDS] * settings.insecure
 
@@ -9869,16 +9821,9 @@ def banner(settings, address):
 def serve(config, options):
     """Serve until Ctrl-C or SIGTERM -> exit code."""
     find_target(config)
-    base, port = config().target_api_base, config().proxy_port
-    if (
-        is_loopback(base) and url_origin(base)[2] == port
-    ):  # passed through to itself, one request would become thousands
-        raise Usage(
-            "the target %s is ccfix's own port; give ccfix another one, say -p %d"
-            % (without_password(base), port + 1)
-        )
+    check_settings(config(), config().proxy_port)
     stopped = threading.Event()
-    for name in ("SIGINT", "SIGTERM"):  # before the first request can come
+    for name in ("SIGINT", "SIGTERM"):  # taken before the first request can come
         signal.signal(getattr(signal, name), lambda *_: stopped.set())
     running = Running(config).start()
     say(*banner(config(), running.server.address()))
@@ -9888,16 +9833,17 @@ def serve(config, options):
     return 0
 
 
-# ---- the target where none is configured: a server on this machine, a recording --------------------------
+# ---- the target where none is configured: a server on this machine, a recording ------------------
 
 LOCAL_SERVERS = (
+    # (title, the port that it takes unless told otherwise); the first that answers is used
     ("Ollama", 11434),
     ("vLLM", 8000),
     ("llama.cpp", 8080),
     ("LM Studio", 1234),
     ("SGLang", 30000),
 )
-GLANCE_SECONDS = 0.3
+GLANCE_SECONDS = 0.3  # a server on this machine answers at once, or is not there
 NO_TARGET = """nothing is configured, and no model server was found on this machine.
 Three ways to go on:
   a provider     {0} init
@@ -9907,44 +9853,18 @@ Three ways to go on:
                  an embedded model: no key, no network"""
 
 
-def local_servers():
-    """[(title, base URL, [model names])] of the model servers that answer on their usual ports of this machine."""
-    upstream, found = Upstream(GLANCE_SECONDS, GLANCE_SECONDS), []
-    for title, port in LOCAL_SERVERS:
-        base = "http://127.0.0.1:%d/v1" % port
-        try:
-            answer = glance_json(upstream, base + "/models", GLANCE_SECONDS)
-        except ProxyError:
-            continue
-        if (
-            answer.get("object") == "list"
-        ):  # our own proxy's list, in Anthropic's form, has no such field
-            found.append((title, base, model_names(answer)))
-    upstream.close()
-    return [row for row in found if row[2]]
-
-
-def glance_json(upstream, url, seconds, headers=()):
-    """The JSON object at a URL; {} for anything else, and for an error status. Raises ProxyError."""
-    reply = upstream.open("GET", url, dict(headers), None, patience(seconds), seconds)
-    try:
-        return as_dict(json_or_none(reply.read(4 << 20))) if reply.status == 200 else {}
-    finally:
-        reply.close()
-
-
-def model_names(answer):
-    """Model names of a /models answer; those that only embed texts come last."""
-    found = [
-        str(row["id"])
-        for row in as_list(answer.get("data"))
-        if isinstance(row, dict) and row.get("id")
-    ]
-    return sorted(found, key=lambda name: "embed" in name.lower())
+def program_name():
+    """What the user types to start this program, for messages that say what to type next."""
+    name = os.path.basename(sys.argv[0] or "")
+    return "python3 " + name if name.endswith(".py") else name or "ccfix"
 
 
 def patience(limit):
-    """A wait(sock, seconds) for `Upstream.open` that ends the whole exchange after `limit` seconds."""
+    """A wait(sock, seconds) for `Upstream.open` that bounds the whole exchange.
+
+    Its own timeout bounds a silence only: a server that sends a byte now and then would hold a
+    command up for ever. Raises UpstreamError `limit` seconds from now.
+    """
     end = time.monotonic() + limit
 
     def wait(sock, seconds):
@@ -9952,135 +9872,193 @@ def patience(limit):
         if left > 0 and poll_socket(sock, min(seconds, left)):
             return True
         if seconds >= left:
-            raise UpstreamError(
-                "no complete answer within %g s" % limit, 504, "timeout_error", kind="timeout"
-            )
+            said = "no complete answer within %g s" % limit
+            raise UpstreamError(said, 504, "timeout_error", kind="timeout")
         return False
 
     return wait
 
 
-def program_name():
-    """What the user types to start this program."""
-    name = os.path.basename(sys.argv[0] or "")
-    return "python3 " + name if name.endswith(".py") else name or "ccfix"
+def fetch(upstream, url, seconds, headers=()):
+    """The JSON object at a URL, {} for anything else; closes the Upstream. Raises ProxyError where
+    it does not come within so many seconds."""
+    with contextlib.closing(upstream):
+        return get_json(upstream, url, dict(headers), patience(seconds), seconds)
+
+
+def glance(url, seconds=GLANCE_SECONDS):
+    """The JSON object at a URL of this machine; {} where nobody answers."""
+    try:
+        return fetch(Upstream(seconds, seconds), url, seconds)
+    except ProxyError:
+        return {}
+
+
+def model_names(answer):
+    """Model names of a /models answer; those that only embed come last.
+
+    Ollama lists what was pulled last first, and that is often nomic-embed-text.
+    """
+    names = [as_dict(row).get("id") for row in as_list(answer.get("data"))]
+    return sorted(map(str, filter(None, names)), key=lambda name: "embed" in name.lower())
+
+
+def list_models(settings, seconds=10):
+    """Names of the models that the target lists.
+
+    Where it lists none within so many seconds, the user is told why, and can still name one.
+    """
+    plan = target_plan(settings)
+    upstream = Upstream(
+        seconds, seconds, settings.ca_bundle, settings.client_cert, settings.insecure
+    )
+    try:
+        headers = upstream_headers(plan, settings, {})
+        return model_names(fetch(upstream, models_url(plan), seconds, headers))
+    except ProxyError as e:
+        notify("its models cannot be listed: %s" % e)
+        return []
+
+
+def target_plan(settings):
+    """The Plan of requests for no family, as far as the settings alone tell: nobody is asked."""
+
+    def profile_of(base, model):
+        return profile_for(base, model, settings.profile, settings.target_format)
+
+    return plan_for(settings, "", profile_of)
+
+
+def local_servers():
+    """[(title, base URL, [model names])] of the model servers that answer on this machine."""
+    servers = []
+    for title, port in LOCAL_SERVERS:
+        base = "http://127.0.0.1:%d/v1" % port
+        answer = glance(base + "/models")
+        # The list of another ccfix is in Anthropic's form, which has no such field.
+        if answer.get("object") == "list":
+            servers.append((title, base, model_names(answer)))
+    return [row for row in servers if row[2]]
+
+
+def check_target(settings):
+    """Raise Usage where the target needs a key and has none; EXTRA_HEADERS may hold it."""
+    base = settings.target_api_base
+    if not (settings.target_api_key or settings.extra_headers or is_loopback(base)):
+        raise Usage(
+            "no key for %s: give it as TARGET_API_KEY in the environment or .env, or with -k KEY;"
+            " or try --demo" % without_password(base)
+        )
 
 
 def find_target(config):
-    """Where nothing is configured, aim at a model server on this machine, and say so. Raises Usage when there is none,
-    or when what is configured cannot work."""
+    """Where nothing is configured, aim at a model server on this machine, and say so.
+
+    A base URL, a key or headers count as configured; a model name alone does not, and is looked for
+    among the servers' own. Raises Usage where no server is found, or a key is missing.
+    """
     settings = config()
-    if any(
-        settings.origins[name] != "default"
-        for name in ("target_api_base", "target_api_key", "extra_headers")
-    ):
+    given = {name for name, origin in settings.origins.items() if origin != "default"}
+    if given & {"target_api_base", "target_api_key", "extra_headers"}:
         check_target(settings)
-        return find_model(config)
-    servers, wanted = local_servers(), (
-        settings.target_model if settings.origins["target_model"] != "default" else ""
-    )
+        if "target_model" not in given and is_loopback(settings.target_api_base):
+            find_model(config)
+        return
+    servers = local_servers()
     if not servers:
         raise Usage(NO_TARGET.format(program_name()))
+    wanted = settings.target_model if "target_model" in given else ""
     title, base, models = next((row for row in servers if wanted in row[2]), servers[0])
     model = wanted or models[0]
-    found = {"TARGET_API_BASE": base, "TARGET_MODEL": model}
-    if settings.proxy_port == url_origin(base)[2] and settings.origins["proxy_port"] == "default":
-        found["PROXY_PORT"] = "8081"
-    config.aim(found)
-    others = [name for name in models if name != model]
-    say(
-        "ccfix: nothing is configured; found %s at %s, using its model %s" % (title, base, model)
-        + (" (-m takes another: %s)" % shorten(", ".join(others), 200) if others else ""),
-        out=sys.stderr,
-    )
+    config.add(config.found, TARGET_API_BASE=base, TARGET_MODEL=model)
+    if settings.proxy_port == url_origin(base)[2] and "proxy_port" not in given:
+        config.add(config.found, PROXY_PORT="8081")  # llama.cpp's usual port is the proxy's own
+    others = shorten(", ".join(name for name in models if name != model), 200)
+    hint = " (-m takes another: %s)" % others if others else ""
+    said = "nothing is configured; found %s at %s, using its model %s%s"
+    notify(said % (title, base, model, hint))
 
 
 def find_model(config):
-    """Where a server on this machine is configured but no model, take one that it has, and say so."""
+    """Take a model that the server on this machine has, and say so."""
     settings = config()
-    if settings.origins["target_model"] != "default" or not is_loopback(settings.target_api_base):
-        return
-    upstream = Upstream(GLANCE_SECONDS, GLANCE_SECONDS)
-    try:
-        models = model_names(
-            glance_json(
-                upstream,
-                settings.target_api_base.partition("?")[0] + "/models",
-                GLANCE_SECONDS,
-                {"Authorization": "Bearer " + settings.target_api_key},
-            )
-        )
-    except ProxyError:
-        return
-    finally:
-        upstream.close()
+    models = list_models(settings, GLANCE_SECONDS)
     if models and settings.target_model not in models:
-        config.aim({"TARGET_MODEL": models[0]})
-        say(
-            "ccfix: no model is configured; using %s of %s"
-            % (models[0], without_password(settings.target_api_base)),
-            out=sys.stderr,
-        )
+        config.add(config.found, TARGET_MODEL=models[0])
+        base = without_password(settings.target_api_base)
+        notify("no model is configured; using %s of %s" % (models[0], base))
 
 
 class ReplayModel(DemoModel):
     """Answers each POST with the next recorded reply; server.proxy is a deque of them."""
 
+    # Headers of the recorded connection and of its body's form, which was recorded as plain text.
     NOT_REPEATED = re.compile(
-        r"(?i)content-length|content-encoding|transfer-encoding|connection|keep-alive|date|server|set-cookie\Z"
+        r"(?i)content-(length|encoding)|transfer-encoding|connection|keep-alive|date|server"
+        r"|set-cookie\Z"
     )
+    OVER = {
+        "status": 400,
+        "headers": {},
+        "body": '{"error":{"message":"the recording has no further reply"}}',
+    }
 
     def do_POST(self):
-        self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        over = {
-            "status": 400,
-            "headers": {},
-            "body": '{"error":{"message":"the recording has no further reply"}}',
+        self.read_body()
+        reply = self.server.proxy.popleft() if self.server.proxy else self.OVER
+        headers = {
+            name: re.sub(r"[^\t\x20-\x7e]", " ", str(value))
+            for name, value in reply["headers"].items()
+            if not self.NOT_REPEATED.match(name) and value != HIDDEN
         }
-        reply = self.server.proxy.popleft() if self.server.proxy else over
-        data = reply["body"].encode("utf-8", "replace")
-        self.send_response(reply["status"])
-        for name, value in reply["headers"].items():
-            if not self.NOT_REPEATED.match(name) and value != HIDDEN:
-                self.send_header(name, re.sub(r"[^\t\x20-\x7e]", " ", str(value)))
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
+        self.send(reply["status"], headers, reply["body"])
 
 
 def start_replay(folder):
-    """Serve the recorded replies of a folder on a free loopback port -> settings that aim at them. Raises Usage."""
+    """Serve the recorded replies of a folder -> settings that aim at them. Raises Usage.
+
+    The replies do not say which format they are in; only Anthropic's have "type": "message". Tries
+    again would eat the next reply, so there are none.
+    """
     try:
         replies = read_recording(folder)
     except (OSError, ValueError) as e:
         raise Usage("--replay cannot be used: %s" % e)
     if not replies:
         raise Usage("--replay: %s holds no recorded replies" % folder)
-    server = Server(("127.0.0.1", 0), collections.deque(replies), ReplayModel)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
     native = any(re.search(r'"type": ?"message(_start)?"', reply["body"]) for reply in replies)
     return {
-        "TARGET_API_BASE": server.address() + "/v1",
+        "TARGET_API_BASE": start_model(ReplayModel, collections.deque(replies)),
+        "TARGET_MODEL": "replay",
         "TARGET_FORMAT": "anthropic" if native else "openai",
         "TARGET_RETRIES": "0",
     }
 
 
-# ---- run: a proxy and Claude Code, for one session ------------------------------------------------------
+# ---- run: a proxy and Claude Code, for one session -----------------------------------------------
 
 CLAUDE_DEFAULTS = {
-    # What a session through a proxy wants unless the user says otherwise. Measured with Claude Code 2.1.330.
-    "CLAUDE_CODE_ATTRIBUTION_HEADER": "0",  # a line in the prompt that spoils the provider's prefix cache
-    "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",  # this session is not Anthropic's: no telemetry, no other host
-    "CLAUDE_CODE_DISABLE_1M_CONTEXT": "1",  # a window that nobody knows counts as 200k, not 1M
-    "CLAUDE_STREAM_IDLE_TIMEOUT_MS": "1500000",  # a local model may think for minutes before its first word
+    # What a session through a proxy wants unless the user says otherwise. Measured with Claude Code
+    # 2.1.330. The billing line of the system prompt differs in each conversation, so that none can
+    # use what the provider's prefix cache has of another.
+    "CLAUDE_CODE_ATTRIBUTION_HEADER": "0",
+    # This session is not Anthropic's: no telemetry, no other host. Nothing less stops all of it.
+    "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
+    # The window of an unknown model counts as 200k tokens, not as 1M.
+    "CLAUDE_CODE_DISABLE_1M_CONTEXT": "1",
+    # A local model may read a long prompt for minutes before its first word; 300 s is the default.
+    "CLAUDE_STREAM_IDLE_TIMEOUT_MS": "1500000",
     "CLAUDE_BYTE_STREAM_IDLE_TIMEOUT_MS": "1500000",
 }
+CLAUDE_LIMITS = ("CLAUDE_CODE_MAX_CONTEXT_TOKENS", "CLAUDE_CODE_MAX_OUTPUT_TOKENS")
 FOREIGN = re.compile(
-    # Variables that would lead Claude Code to another server, key or model.
-    r"(?:ANTHROPIC_(?:API_KEY|AUTH_TOKEN|BASE_URL|UNIX_SOCKET|CUSTOM_HEADERS|MODEL|SMALL_FAST_MODEL|CUSTOM_MODEL_OPTION\w*|DEFAULT_\w+)"
-    r"|CLAUDE_CODE_(?:OAUTH_TOKEN|USE_(?:BEDROCK|VERTEX|FOUNDRY|MANTLE|GATEWAY|ANTHROPIC_AWS|ANTHROPIC_GOOGLE_CLOUD)))\Z"
+    # Variables that would lead Claude Code to another server, key or model: those of its own
+    # environment, and the switches for the clouds that it can reach without ANTHROPIC_BASE_URL.
+    r"(?:ANTHROPIC_(?:API_KEY|AUTH_TOKEN|BASE_URL|UNIX_SOCKET|CUSTOM_HEADERS|MODEL|SMALL_FAST_MODEL"
+    r"|CUSTOM_MODEL_OPTION\w*|DEFAULT_\w+)|CLAUDE_CODE_(?:OAUTH_TOKEN|USE_(?:BEDROCK|VERTEX|FOUNDRY"
+    r"|MANTLE|GATEWAY|ANTHROPIC_AWS|ANTHROPIC_GOOGLE_CLOUD)))\Z"
 )
+# Flags that say how to ask for permission: then "auto" is not what the user gets unasked.
 ASKS_FOR_MODE = (
     "--permission-mode",
     "--dangerously-skip-permissions",
@@ -10088,45 +10066,49 @@ ASKS_FOR_MODE = (
     "--enable-auto-mode",
 )
 MAIN_NAME = "ccfix-main"
+PROBE_SECONDS = 6  # how long a session waits for the model's window, which it cannot learn later
 WHY_NO_AUTO = (
-    "ccfix: auto permission mode is off: its safety check runs on Anthropic's servers, which no proxy can stand in for"
-    " (run -- --permission-mode auto asks for it all the same)"
+    "auto permission mode is off: its safety check runs on Anthropic's servers, which no proxy"
+    " can stand in for (run -- --permission-mode auto asks for it all the same)"
 )
 
 
 def session_variables(address, key, settings, plan):
     """Variables that connect Claude Code to this proxy, with the target's real limits.
 
-    The model's name is the target's own: Claude Code obeys CLAUDE_CODE_MAX_CONTEXT_TOKENS only for names that it does
-    not know, and the proxy routes by family words; a target named like a Claude model goes by another name.
+    The model's name is the target's own: Claude Code obeys CLAUDE_CODE_MAX_CONTEXT_TOKENS only for
+    names that it does not know, and the proxy routes by family words; a target that is named like a
+    Claude model goes by another name. A *_NAME variable is what its /model menu shows.
     """
-    known = family_of(plan.model) or "claude" in plan.model.lower()
+    is_known = family_of(plan.model) or "claude" in plan.model.lower()
+    main_name = MAIN_NAME if is_known else plan.model
     found = {
         "ANTHROPIC_BASE_URL": address,
         "ANTHROPIC_AUTH_TOKEN": key,
-        "ANTHROPIC_MODEL": MAIN_NAME if known else plan.model,
-        "ANTHROPIC_DEFAULT_FABLE_MODEL": MAIN_NAME if known else plan.model,
+        "ANTHROPIC_MODEL": main_name,
+        "ANTHROPIC_DEFAULT_FABLE_MODEL": main_name,
     }
     for family in FAMILIES:
         own = getattr(settings, "target_model_" + family) or plan.model
+        has_target = own != plan.model or getattr(settings, "target_api_base_" + family)
         name = "ANTHROPIC_DEFAULT_%s_MODEL" % family.upper()
-        routed = own != plan.model or getattr(settings, "target_api_base_" + family)
-        found.update(
-            {name: "ccfix-" + family if routed else found["ANTHROPIC_MODEL"], name + "_NAME": own}
-        )
-    limit = plan.profile.max_output
-    if plan.profile.context:
-        found["CLAUDE_CODE_MAX_CONTEXT_TOKENS"] = str(plan.profile.context)
-        # A small window must keep room for the conversation: Claude Code would reserve 20,000 tokens for its output.
-        limit = limit or (plan.profile.context // 4 if plan.profile.context < 128000 else 0)
-    if limit:
-        found["CLAUDE_CODE_MAX_OUTPUT_TOKENS"] = str(limit)
+        found[name] = "ccfix-" + family if has_target else main_name
+        found[name + "_NAME"] = own
+    window, limit = plan.profile.context, plan.profile.max_output
+    if not limit and 0 < window < 128000:
+        # Claude Code compacts at 33,000 tokens below the window, 20,000 of them for its output:
+        # nothing would be left of a small one. The reserve shrinks with the limit.
+        limit = window // 4
+    found.update((name, str(value)) for name, value in zip(CLAUDE_LIMITS, (window, limit)) if value)
     return found
 
 
 def claude_environment(environ, address, key, settings, plan):
-    """The environment of Claude Code for one session, from the user's own: nothing in it leads elsewhere, and it
-    holds no secret of ccfix, since the model's commands can read it."""
+    """The environment of Claude Code for one session, from the user's own.
+
+    Nothing in it leads elsewhere, and it holds no secret of ccfix: the model's commands can read
+    it.
+    """
     secret = {row.env for row in SETTINGS if row.secret}
     found = dict(CLAUDE_DEFAULTS)
     found.update(
@@ -10135,52 +10117,58 @@ def claude_environment(environ, address, key, settings, plan):
         if not FOREIGN.match(name) and name not in secret
     )
     found.update(session_variables(address, key, settings, plan))
-    if any(
-        name.lower() in ("http_proxy", "https_proxy", "all_proxy") and value
-        for name, value in environ.items()
-    ):
+    # A company proxy does not reach this machine's loopback.
+    if any(environ[name] for name in environ if re.match(r"(?i)(https?|all)_proxy\Z", name)):
         for name in [name for name in found if name.lower() == "no_proxy"] or ["NO_PROXY"]:
             found[name] = ",".join(filter(None, [found.get(name), "127.0.0.1", "localhost"]))
     return found
 
 
-def settings_overrides(texts, environment):
-    """{variable: value} that must be set again by --settings: "env" in Claude Code's settings files (their texts) beats
-    the environment. An empty value takes a variable away."""
-    found = {}
-    for source in texts:
-        for name in as_dict(as_dict(json_or_none(source)).get("env")):
-            if FOREIGN.match(name) or name in (
-                "CLAUDE_CODE_MAX_CONTEXT_TOKENS",
-                "CLAUDE_CODE_MAX_OUTPUT_TOKENS",
-            ):
-                found[name] = environment.get(name, "")
-    return found
+def settings_overrides(sources, environment):
+    """{variable: value} that must be set again by --settings, "" to take one away.
+
+    sources: the content of Claude Code's settings files; their "env" beats the environment.
+    """
+    return {
+        name: environment.get(name, "")
+        for source in sources
+        for name in as_dict(as_dict(json_or_none(source)).get("env"))
+        if FOREIGN.match(name) or name in CLAUDE_LIMITS
+    }
 
 
 def claude_settings(arguments, overrides):
-    """(settings for --settings, the other arguments): the user's own --settings are joined in; no auto mode unless the
-    arguments say how to ask, or print mode, where it makes no difference."""
-    rest, given = list(arguments), ""
-    for at, word in enumerate(arguments):
-        if word == "--settings" and at + 1 < len(arguments):
-            rest, given = arguments[:at] + arguments[at + 2 :], arguments[at + 1]
-        elif word.startswith("--settings="):
-            rest, given = arguments[:at] + arguments[at + 1 :], word.partition("=")[2]
-    found = as_dict(
-        json_or_none(given if given.lstrip().startswith("{") else file_text(given) if given else "")
-    )
+    """(settings for --settings, the other arguments) of a session.
+
+    The user's own --settings, a JSON object or the name of a file, are merged in: of two such flags
+    only one would count. Auto mode is off unless the arguments say how to ask, or print (-p, also
+    among joined short flags), where it makes no difference.
+    """
+    words, rest, given = iter(arguments), [], ""
+    for word in words:
+        if word.partition("=")[0] == "--settings":
+            given = word.partition("=")[2] or next(words, "")
+        else:
+            rest.append(word)
+    source = given if given.lstrip().startswith("{") else file_text(given)
+    found = as_dict(json_or_none(source))
     if overrides:
         found["env"] = dict(as_dict(found.get("env")), **overrides)
-    printing = any(re.match(r"--print\Z|-[a-z]*p[a-z]*\Z", word) for word in rest)
-    if not printing and not any(word.partition("=")[0] in ASKS_FOR_MODE for word in rest):
+    chosen = any(
+        word.partition("=")[0] in ASKS_FOR_MODE or re.match(r"--print\Z|-[a-z]*p[a-z]*\Z", word)
+        for word in rest
+    )
+    if not chosen:
         found["permissions"] = dict(as_dict(found.get("permissions")), disableAutoMode="disable")
     return found, rest
 
 
 def claude_command(path, read=file_text):
-    """The command line's front for the `claude` that was found: on Windows the program behind npm's .cmd, so that no shell
-    takes the arguments apart."""
+    """The command line's front for the `claude` that was found at a path.
+
+    On Windows it is the program behind npm's .cmd, a file that ends in: "%dp0%\\...\\cli.js" %*.
+    Started itself, cmd.exe would take the arguments apart once more, at every & and ^ in them.
+    """
     if not path.lower().endswith((".cmd", ".bat")):
         return [path]
     found = re.search(r'"%~?dp0%?\\([^"%]+\.(exe|[cm]?js))"\s+%\*', read(path))
@@ -10192,16 +10180,19 @@ def claude_command(path, read=file_text):
 
 @contextlib.contextmanager
 def settings_argument(settings):
-    """["--settings", ...] for Claude Code. With a key in it, it is a file that only the user can read, gone afterwards:
-    command lines can be read by everyone on the machine."""
+    """["--settings", ...] for Claude Code, [] for no settings.
+
+    With a key in them they go into a file that only the user can read, gone afterwards: command
+    lines can be read by everyone on the machine.
+    """
     if not settings.get("env"):
         yield ["--settings", compact_json(settings)] if settings else []
         return
     import tempfile  # here, not above: serving does not need it
 
-    number, path = tempfile.mkstemp(prefix="ccfix-", suffix=".json")
+    handle, path = tempfile.mkstemp(prefix="ccfix-", suffix=".json")
     try:
-        with open(number, "w", encoding="utf-8") as file:
+        with open(handle, "w", encoding="utf-8") as file:
             file.write(compact_json(settings))
         yield ["--settings", path]
     finally:
@@ -10209,94 +10200,95 @@ def settings_argument(settings):
 
 
 def exit_code(child):
-    """Wait for a child that shares our terminal -> its exit code, 128 + N for signal N. Ctrl-C is the child's; SIGTERM and
-    SIGHUP are passed on; when it stops (Ctrl-Z), so do we, so that the shell takes over. Claude Code stops its whole
-    process group: then we were stopped and continued ourselves before we are told of the child's stop.
+    """Wait for a child that shares our terminal -> its exit code, 128 + N for signal N.
+
+    Ctrl-C is the child's; SIGTERM and SIGHUP are passed on; when it stops (Ctrl-Z), so do we, so
+    that the shell takes over. Claude Code stops its whole process group: then we were stopped and
+    continued ourselves before we are told of the child's stop.
     """
+    continued = []
 
     def pass_on(number, _):  # not by Popen.send_signal: it would take the exit code first
         if child.returncode is None:
             os.kill(child.pid, number)
 
-    before, continued = {}, []
+    # They stay: the program ends soon after its child.
     for name, handler in (
         ("SIGINT", lambda *_: None),
         ("SIGTERM", pass_on),
         ("SIGHUP", pass_on),
         ("SIGCONT", lambda *_: continued.append(True)),
     ):
-        number = getattr(signal, name, None)
-        if number is not None and signal.getsignal(number) != signal.SIG_IGN:
-            before[number] = signal.signal(number, handler)
-    try:
-        if not hasattr(os, "WUNTRACED"):  # Windows
-            return child.wait()
-        while True:
-            _, status = os.waitpid(child.pid, os.WUNTRACED | os.WCONTINUED)
-            if os.WIFCONTINUED(status):
-                continued.clear()
-            elif os.WIFSTOPPED(status):
-                if not continued:
-                    os.kill(os.getpid(), signal.SIGSTOP)
-                os.kill(child.pid, signal.SIGCONT)
-            else:
-                child.returncode = (
-                    128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
-                )
-                return child.returncode
-    finally:
-        for number, handler in before.items():
+        number = getattr(signal, name, None)  # Windows has two of them
+        if number and signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, handler)
+    if not hasattr(os, "WUNTRACED"):  # Windows
+        return child.wait()
+    while child.returncode is None:
+        _, status = os.waitpid(child.pid, os.WUNTRACED | os.WCONTINUED)
+        if os.WIFCONTINUED(status):
+            continued.clear()
+        elif os.WIFSTOPPED(status):
+            if not continued:
+                os.kill(os.getpid(), signal.SIGSTOP)
+            os.kill(child.pid, signal.SIGCONT)
+        elif os.WIFSIGNALED(status):
+            child.returncode = 128 + os.WTERMSIG(status)
+        else:
+            child.returncode = os.WEXITSTATUS(status)
+    return child.returncode
 
 
 def run(config, options):
-    """A proxy on a free loopback port, and Claude Code on it -> Claude Code's exit code."""
-    find_target(config)
-    import subprocess  # here, not above: serving does not need it
+    """A proxy on a free loopback port, and Claude Code on it -> Claude Code's exit code.
 
+    The port is the command line's, never one of .env: that is for the proxy that serves always. The
+    key is fresh: other users of the machine reach the port too.
+    """
+    find_target(config)
     path = shutil.which("claude")
     if not path:
         raise Usage(
-            "claude is not on the PATH; install Claude Code (npm install -g @anthropic-ai/claude-code) and try again"
+            "claude is not on the PATH; install Claude Code (npm install -g"
+            " @anthropic-ai/claude-code) and try again"
         )
+    port = config.given.get("PROXY_PORT", "0")
     key = os.urandom(24).hex()
-    config.aim({}, ANTHROPIC_API_KEY=key)
-    port = config().proxy_port if "PROXY_PORT" in config.given else 0
-    with open(
-        os.devnull, "w"
-    ) as nowhere:  # a log line would garble Claude Code's screen; LOG_FILE has them
-        running = Running(config, "127.0.0.1", port, nowhere).start(
-            wait=0 if config().max_context else 6
-        )
+    config.add(config.given, ANTHROPIC_API_KEY=key, PROXY_HOST="127.0.0.1", PROXY_PORT=port)
+    # Log lines would garble Claude Code's screen; LOG_FILE has them.
+    with open(os.devnull, "w") as out:
+        running = Running(config, out).start(0 if config().max_context else PROBE_SECONDS)
         try:
-            environment = claude_environment(
-                os.environ, running.server.address(), key, config(), running.plan()
-            )
-            settings, rest = claude_settings(
-                options.arguments, settings_overrides(claude_files(config.home), environment)
-            )
-            say(
-                *[WHY_NO_AUTO] * ("disableAutoMode" in as_dict(settings.get("permissions")))
-                + ["ccfix: " + INSECURE_WORDS] * config().insecure,
-                out=sys.stderr,
-            )
-            with settings_argument(settings) as more:
-                return exit_code(
-                    subprocess.Popen(claude_command(path) + more + rest, env=environment)
-                )
-        except OSError as e:
-            raise Usage("claude cannot be started (%s): %s" % (path, e.strerror or e))
+            with usage_errors("claude cannot be started (%s)" % path):
+                return run_claude(path, running, options.arguments)
         finally:
             running.stop(0.5)
 
 
+def run_claude(path, running, arguments):
+    """Start Claude Code on a running proxy -> its exit code. Raises OSError."""
+    import subprocess  # here, not above: serving does not need it
+
+    settings, address = running.config(), running.server.address()
+    key = settings.anthropic_api_key
+    environment = claude_environment(os.environ, address, key, settings, running.plan())
+    overrides = settings_overrides(claude_files(running.config.home), environment)
+    wanted, rest = claude_settings(arguments, overrides)
+    if "disableAutoMode" in as_dict(wanted.get("permissions")):
+        notify(WHY_NO_AUTO)
+    if settings.insecure:
+        notify(INSECURE_WORDS)
+    with settings_argument(wanted) as more:
+        child = subprocess.Popen(claude_command(path) + more + rest, env=environment)
+        return exit_code(child)
+
+
 def claude_files(home):
-    """The texts of the settings files that Claude Code will read."""
+    """The content of the settings files that Claude Code will read: the user's, the project's,
+    and the project's that is not shared."""
     folder = os.environ.get("CLAUDE_CONFIG_DIR") or os.path.join(home, ".claude")
-    places = [os.path.join(folder, "settings.json")] + [
-        os.path.join(".claude", name) for name in ("settings.json", "settings.local.json")
-    ]
-    return [file_text(place) for place in places]
+    places = ((folder, ""), (".claude", ""), (".claude", ".local"))
+    return [file_text(os.path.join(place, "settings%s.json" % kind)) for place, kind in places]
 
 
 # ---- check: what the target can do, through the code that serves ---------------------------------
@@ -10894,12 +10886,19 @@ def check(config, options):
     return 1 if bad else 0
 
 
-# ---- init: a .env, and the lines for Claude Code ---------------------------------------------------------
+# ---- init: a .env, and the lines for Claude Code -------------------------------------------------
 
 
-def ask_user(question, default=""):
-    """What the user types, on stderr so that stdout stays data; default for nothing. Raises Usage at the end of input."""
-    say("", out=sys.stderr)
+def choose(title, rows, default=""):
+    """One of rows (strings) by its number, or whatever else the user types; an empty line takes the
+    first row, or the default where there are none.
+
+    It asks on stderr, so that stdout stays data. Raises Usage at the end of input.
+    """
+    numbered = {str(number): row for number, row in enumerate(rows, 1)}
+    say(title, *["  %s  %s" % row for row in numbered.items()] + [""], out=sys.stderr)
+    default = "1" if rows else default
+    question = "number, or another" if rows else "answer"
     sys.stderr.write(question + (" [%s]: " % default if default else ": "))
     sys.stderr.flush()
     line = sys.stdin.readline()
@@ -10907,379 +10906,349 @@ def ask_user(question, default=""):
         raise Usage(
             "init was not finished; give -b URL, -k KEY and -m MODEL where nobody can answer"
         )
-    return line.strip() or default
+    said = line.strip() or default
+    return numbered.get(said, said)
 
 
-def choose(title, rows, default=""):
-    """One of rows (texts) by number, or any other text that the user types."""
-    say(title, *["  %d  %s" % (number, row) for number, row in enumerate(rows, 1)], out=sys.stderr)
-    said = ask_user("number, or another" if rows else "answer", default or ("1" if rows else ""))
-    return (
-        rows[int(said) - 1] if re.match(r"\d{1,3}\Z", said) and 0 < int(said) <= len(rows) else said
-    )
+def ask_target(values):
+    """Ask for what the flags left open: fills in {ENV_NAME: string}.
 
-
-def ask_target(given):
-    """Ask for what the flags left open -> {ENV_NAME: text}. Raises Usage."""
-    values = dict(given)
+    The key is read without showing it, and not at all for a server on this machine. Raises Usage,
+    SettingError for an address that is none.
+    """
     if "TARGET_API_BASE" not in values:
-        servers = local_servers()
         rows = [
             "%s (%s on this machine: %s)" % (base, title, shorten(", ".join(models), 60))
-            for title, base, models in servers
+            for title, base, models in local_servers()
         ]
-        values["TARGET_API_BASE"] = choose(
-            "Where is the model? A base URL%s:" % (", or one that was found" if rows else ""),
-            rows,
-            "" if rows else BY_ENV["TARGET_API_BASE"].default,
-        ).partition(" ")[0]
-    base = parse_base_url(values["TARGET_API_BASE"])
+        title = "Where is the model? A base URL%s:" % (", or one that was found" if rows else "")
+        said = choose(title, rows, BY_ENV["TARGET_API_BASE"].default)
+        values["TARGET_API_BASE"] = said.partition(" ")[0]
+    base = Settings([("init", values)]).target_api_base
     if "TARGET_API_KEY" not in values and not is_loopback(base):
         import getpass
 
         values["TARGET_API_KEY"] = getpass.getpass("Key (not shown): ", sys.stderr).strip()
     if "TARGET_MODEL" not in values:
-        values["TARGET_MODEL"] = choose("Which model?", list_models(values)[:30])
-    return values
+        models = list_models(Settings([("init", values)]))
+        values["TARGET_MODEL"] = choose("Which model?", models[:30])
 
 
-def list_models(values):
-    """The models that a target lists; none where it does not answer."""
-    settings = Settings([("init", values)])
-    plan = plan_for(settings, "", lambda base, model: profile_for(base, model, settings.profile))
-    upstream = Upstream(10, 10, settings.ca_bundle, settings.client_cert, settings.insecure)
-    try:
-        return model_names(
-            glance_json(upstream, models_url(plan), 10, upstream_headers(plan, settings, {}))
-        )
-    except ProxyError as e:
-        say("ccfix: its models cannot be listed: %s" % e, out=sys.stderr)
-        return []
-    finally:
-        upstream.close()
+def detect_target(values):
+    """Find what the flags left open, where nobody can be asked: fills in {ENV_NAME: string}.
 
-
-def detect_target(given):
-    """What the flags left open, where nobody can be asked: a server found on this machine. Raises Usage."""
-    values = dict(given)
-    if "TARGET_API_BASE" not in values and "TARGET_API_KEY" not in values:
+    A key without a base URL is one of the default provider's; otherwise a server on this machine is
+    looked for. Raises Usage.
+    """
+    if not {"TARGET_API_BASE", "TARGET_API_KEY"} & set(values):
         servers = local_servers()
         if not servers:
             raise Usage(
-                "nobody can be asked and no model server was found on this machine: give -b URL, -k KEY and -m MODEL"
+                "nobody can be asked and no model server was found on this machine: give -b URL,"
+                " -k KEY and -m MODEL"
             )
         values["TARGET_API_BASE"] = servers[0][1]
-        say("ccfix: found %s at %s" % servers[0][:2], out=sys.stderr)
+        notify("found %s at %s" % servers[0][:2])
     if "TARGET_MODEL" not in values:
-        models = list_models(values)
+        models = list_models(Settings([("init", values)]))
         if not models:
             raise Usage("no model was given: -m MODEL")
         values["TARGET_MODEL"] = models[0]
-    return values
+
+
+INIT_DONE = """wrote {0} (only you can read it). Next:
+  {1} check
+  {1} run
+or  {1}  with this in ~/.claude/settings.json:"""
 
 
 def init(config, options):
-    """Write a commented .env, and print the lines for Claude Code's settings.json."""
-    path = options.env_file
+    """Write a commented .env, and print the lines for Claude Code's settings.json.
+
+    They are all that stdout gets. Claude Code's own file is left to the user: an error in it would
+    stop every session.
+    """
+    path, values = options.env_file or ".env", dict(config.given)
     if os.path.lexists(path) and not options.force:
-        raise Usage(
-            "%s is there already; --force replaces it, --env-file FILE writes another" % path
-        )
-    given = {name: value for name, value in config.given.items() if name in BY_ENV}
-    values = (
-        ask_target(given) if sys.stdin is not None and sys.stdin.isatty() else detect_target(given)
-    )
+        raise Usage("%s exists already; --force replaces it, --env-file FILE writes another" % path)
+    complete = ask_target if sys.stdin is not None and sys.stdin.isatty() else detect_target
+    complete(values)
     settings = Settings([("init", values)])
-    try:
+    with usage_errors("%s cannot be written" % path):
         write_file(path, env_template(values))
-    except OSError as e:
-        raise Usage("%s cannot be written: %s" % (path, e.strerror or e))
-    say(
-        "ccfix: wrote %s (only you can read it). Next:" % path,
-        "  %s check" % program_name(),
-        "  %s run" % program_name(),
-        "or  %s  with this in ~/.claude/settings.json:" % program_name(),
-        out=sys.stderr,
-    )
-    key = settings.anthropic_api_key or "ccfix"
-    lines = {
-        "ANTHROPIC_BASE_URL": "http://127.0.0.1:%d" % settings.proxy_port,
-        "ANTHROPIC_AUTH_TOKEN": key,
-    }
-    plan = plan_for(
-        settings,
-        "",
-        lambda base, model: profile_for(base, model, settings.profile)._replace(
-            context=settings.max_context
-        ),
-    )
-    wanted = session_variables(lines["ANTHROPIC_BASE_URL"], key, settings, plan)
-    say(
-        json.dumps(
-            {"env": dict(wanted, **CLAUDE_DEFAULTS), "permissions": {"disableAutoMode": "disable"}},
-            indent=2,
-        )
-    )
+    notify(INIT_DONE.format(path, program_name()))
+    key, address = settings.anthropic_api_key, "http://127.0.0.1:%d" % settings.proxy_port
+    wanted = session_variables(address, key or "ccfix", settings, target_plan(settings))
+    wanted.update(CLAUDE_DEFAULTS)
+    say(json.dumps({"env": wanted, "permissions": {"disableAutoMode": "disable"}}, indent=2))
     return 0
 
 
-# ---- install, uninstall, open ----------------------------------------------------------------------------
+# ---- install, uninstall, open --------------------------------------------------------------------
 
-OURS = "ccfix: let Claude Code use any model"  # in every file that install writes
-CMD = '@rem %s\r\n@"%s" "%%~dp0ccfix.py" %s\r\n'
+# What install writes, and uninstall removes:
+#     ~/.local/bin/ccfix, ccf              stubs of a few lines
+#     ~/.local/share/ccfix/ccfix.py        the module; in $XDG_DATA_HOME/ccfix where that is set
+#     ~/.local/share/ccfix/__pycache__/    its byte code, a file for each version of Python
+# With --dir DIR, and on Windows, the stubs stand in that folder and the module in ccfix-module
+# below it. Older versions wrote all of ccfix.py in the place of the first stub, or beside the .cmd.
+OURS = "ccfix: let Claude Code use any model"  # stands in each of these files
+STUB = (
+    # What ccfix and ccf do. Python keeps the byte code of a module, but compiles a script anew at
+    # every start: importing takes half the time and half the memory (24 MB instead of 47). The
+    # module's folder replaces the first place where Python looks for modules: the stub's folder, or
+    # after -c the current one, where anybody's json.py may lie. Messages name the program by its
+    # argv[0]; `ccf` alone would open the page.
+    "import os, sys",
+    "sys.path[0] = %s",
+    "sys.argv[0] = 'ccfix'",
+    "import ccfix",
+    "sys.exit(ccfix.main(sys.argv[1:] or %s))",
+)
 
 
-def install_folder(windows, environ, home):
-    """Where programs of the user's own go. On Windows one that is on the PATH from the start, if it is there."""
-    if not windows:
-        return os.path.join(home, ".local", "bin")
-    local = environ.get("LOCALAPPDATA") or os.path.join(home, "AppData", "Local")
-    apps = os.path.join(local, "Microsoft", "WindowsApps")
-    return (
-        apps
-        if apps.lower() in environ.get("PATH", "").lower().split(";")
-        else os.path.join(local, "Programs", "ccfix")
-    )
+def installed_files(directory, environ, home, windows=os.name == "nt"):
+    """{path: content} of an installation, the module first, so that no stub is ever without it.
+
+    directory: where all of it goes; "" for the user's own folders. Since Windows 10 one of these is
+    on the PATH from the start, but for installations of Windows without its store.
+    """
+    data = environ.get("XDG_DATA_HOME", "")
+    if not os.path.isabs(data):  # the XDG base directory specification says to ignore it then
+        data = os.path.join(home, ".local", "share")
+    folder, module_folder = os.path.join(home, ".local", "bin"), os.path.join(data, "ccfix")
+    if windows:
+        local = environ.get("LOCALAPPDATA") or os.path.join(home, "AppData", "Local")
+        folder = os.path.join(local, "Microsoft", "WindowsApps")
+        if folder.lower() not in environ.get("PATH", "").lower().split(";"):
+            folder = os.path.join(local, "Programs", "ccfix")
+    folder = os.path.abspath(directory or folder)
+    if windows or directory:
+        module_folder = os.path.join(folder, "ccfix-module")
+    with open(os.path.abspath(__file__), encoding="utf-8") as file:
+        files = {os.path.join(module_folder, "ccfix.py"): file.read()}
+    for name, arguments in (("ccfix", "[]"), ("ccf", "['open']")):
+        path = os.path.join(folder, name) + ".cmd" * windows
+        files[path] = (cmd_stub if windows else script_stub)(module_folder, arguments)
+    return files
 
 
-def installed_files(windows, source_text, python):
-    """{file name: text} of an installation. `ccf` alone opens the status page."""
-    if not windows:
-        return {
-            "ccfix": source_text,
-            "ccf": '#!/bin/sh\n# %s\n[ $# -gt 0 ] || set -- open\nexec "$(dirname "$0")/ccfix" "$@"\n'
-            % OURS,
-        }
-    opening = '%%*\r\n@goto :eof\r\n:open\r\n@"%s" "%%~dp0ccfix.py" open' % python
-    return {
-        "ccfix.py": source_text,
-        "ccfix.cmd": CMD % (OURS, python, "%*"),
-        "ccf.cmd": '@if "%~1"=="" goto open\r\n' + CMD % (OURS, python, opening),
-    }
+def script_stub(module_folder, arguments):
+    """The content of a stub for Linux and macOS; arguments: what main() gets where none are given.
+
+    The folder stands in it as bytes, in ASCII: it must also work in another locale than this one.
+    """
+    place = "os.fsdecode(%r)" % os.fsencode(module_folder)
+    return "#!/usr/bin/env python3\n# %s\n%s\n" % (OURS, "\n".join(STUB) % (place, arguments))
+
+
+def cmd_stub(module_folder, arguments):
+    """The content of a stub for Windows, which finds the module's folder from its own.
+
+    cmd.exe puts the folder of the .cmd file for %~dp0, and all arguments for %*.
+    """
+    words = OURS, sys.executable, "; ".join(STUB) % ("sys.argv.pop(1)", arguments)
+    return '@rem %s\r\n@"%s" -c "%s" "%%~dp0ccfix-module" %%*\r\n' % words
 
 
 def is_ours(path):
-    """Whether install wrote this file (or it is not there)."""
+    """Whether install wrote this file, or may: nothing is there. A folder is never ours."""
     return not os.path.lexists(path) or OURS in file_text(path)
 
 
 def install(config, options):
-    """Copy this file to a folder of the user's on the PATH, as ccfix and ccf."""
-    windows = os.name == "nt"
-    folder = os.path.abspath(options.dir or install_folder(windows, os.environ, config.home))
-    with open(os.path.abspath(__file__), encoding="utf-8") as file:
-        files = installed_files(windows, file.read(), sys.executable)
-    foreign = [name for name in files if not is_ours(os.path.join(folder, name))]
+    """Put the module and the programs ccfix and ccf into folders of the user's.
+
+    Another program's file is only replaced with --force. The PATH is not changed: that is in files
+    of the user's; what to add is said instead.
+    """
+    import compileall
+
+    files = installed_files(options.dir, os.environ, config.home)
+    module, *programs = files
+    folder = os.path.dirname(programs[0])
+    foreign = [path for path in files if not is_ours(path)]
     if foreign and not options.force:
         raise Usage(
             "%s is another program's; --force replaces it, --dir DIR takes another folder"
-            % os.path.join(folder, foreign[0])
+            % foreign[0]
         )
-    try:
-        os.makedirs(folder, exist_ok=True)
-        for name, text in files.items():
-            write_file(os.path.join(folder, name), text, 0o755)
-    except OSError as e:
-        raise Usage(
-            "cannot install in %s: %s; --dir DIR takes another folder" % (folder, e.strerror or e)
-        )
-    say(
-        "installed ccfix %s as %s"
-        % (__version__, ", ".join(os.path.join(folder, name) for name in files))
-    )
+    with usage_errors("cannot install in %s (--dir DIR takes another folder)" % folder):
+        for path in files:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            write_file(path, files[path], 0o755)
+    # force: two versions within a second have the same time. quiet=2: no byte code is no failure,
+    # Python then makes it at the first start, or goes without.
+    compileall.compile_file(module, force=True, quiet=2)
+    say("installed ccfix %s as %s" % (__version__, ", ".join(programs)))
     if folder not in os.environ.get("PATH", "").split(os.pathsep):
-        say(
-            "ccfix: %s is not on your PATH; add it:" % folder,
-            (
-                '  setx PATH "%%PATH%%;%s"' % folder
-                if windows
-                else "  export PATH=\"%s:$PATH\"    (in ~/.profile or your shell's own file)"
-                % folder
-            ),
-            out=sys.stderr,
-        )
+        shown = "export PATH=\"%s:$PATH\"    (in ~/.profile or your shell's own file)"
+        shown = 'setx PATH "%%PATH%%;%s"' if os.name == "nt" else shown
+        notify("%s is not on your PATH; add it:\n  %s" % (folder, shown % folder))
     return 0
 
 
 def uninstall(config, options):
-    """Remove what install wrote; nothing else."""
-    windows = os.name == "nt"
-    folder = os.path.abspath(options.dir or install_folder(windows, os.environ, config.home))
-    paths = [os.path.join(folder, name) for name in installed_files(windows, "", "")]
+    """Remove what install wrote, now or in older versions; nothing else -> 1 if a file stays.
+
+    The programs' folder stays too: it was there before, or others use it now.
+    """
+    paths, code = list(installed_files(options.dir, os.environ, config.home)), 0
+    module, folder = paths[0], os.path.dirname(paths[1])
+    if os.name == "nt":  # where the module was in older versions
+        paths.append(os.path.join(folder, "ccfix.py"))
     there = [path for path in paths if os.path.lexists(path)]
-    foreign = [path for path in there if not is_ours(path)]
-    try:
-        for path in there:
-            if path not in foreign:
-                os.remove(path)
-                say("removed " + path)
-    except OSError as e:
-        raise Usage("cannot remove %s: %s" % (path, e.strerror or e))
-    for path in foreign:
-        say("ccfix: %s is another program's and stays" % path, out=sys.stderr)
     if not there:
-        say("ccfix: nothing of ccfix is in " + folder, out=sys.stderr)
-    return 1 if foreign else 0
+        notify("nothing of ccfix is in " + folder)
+    for path in there:
+        if not is_ours(path):
+            notify("%s is another program's and stays" % path)
+            code = 1
+            continue
+        with usage_errors("cannot remove " + path):
+            os.remove(path)
+        say("removed " + path)
+    if not os.path.lexists(module):
+        remove_byte_code(os.path.dirname(module))
+    return code
+
+
+def remove_byte_code(folder):
+    """Remove what Pythons kept of the module in a folder, and the folder itself if that was all.
+
+    No failure is told: what stays is a cache, or belongs to somebody else.
+    """
+    kept = os.path.join(folder, "__pycache__")
+    with contextlib.suppress(OSError):
+        for name in os.listdir(kept):
+            if re.match(r"ccfix\..*\.pyc\Z", name):
+                os.remove(os.path.join(kept, name))
+        os.rmdir(kept)
+    with contextlib.suppress(OSError):
+        os.rmdir(folder)
 
 
 def open_page(config, options):
-    """Open the status page of the running proxy in the browser; its address goes to stdout."""
+    """Open the status page of the running proxy in the browser; its address goes to stdout.
+
+    /health says whether it is ccfix that listens there: anything may have the port.
+    """
     settings = config()
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.proxy_host, settings.proxy_host)
-    url, upstream = "http://%s/" % host_port(host, settings.proxy_port), Upstream(3, 3)
-    try:
-        running = glance_json(upstream, url + "health", 3).get("name") == "ccfix"
-    except ProxyError:
-        running = False
-    finally:
-        upstream.close()
-    if not running:
-        say(
-            "ccfix: no ccfix is running at %s; start it (%s), or name its port with -p"
-            % (url, program_name()),
-            out=sys.stderr,
-        )
+    url = "http://%s/" % host_port(host, settings.proxy_port)
+    if glance(url + "health", 3).get("name") != "ccfix":
+        said = "no ccfix is running at %s; start it (%s), or name its port with -p"
+        notify(said % (url, program_name()))
         return 1
     say(url)
     import webbrowser
 
     if not webbrowser.open(url):
-        say("ccfix: no browser was found; open the address yourself", out=sys.stderr)
+        notify("no browser was found; open the address yourself")
     return 0
 
 
-# ---- the command line --------------------------------------------------------------------------------
+# ---- the command line ----------------------------------------------------------------------------
+
+# Each command has a parser of its own, not one of argparse's subparsers: serving needs no word, and
+# the flags of most settings go with most commands.
 
 
-def settings_options(parser):
-    """Add the flags of all settings; a flag that is not given leaves no trace."""
-    for row in SETTINGS:
-        if row.const:
-            parser.add_argument(
-                *row.flags,
-                dest=row.env,
-                action="store_const",
-                const=row.const,
-                default=argparse.SUPPRESS,
-                help=row.help,
-            )
-        elif row.flags:
-            parser.add_argument(
-                *row.flags,
-                dest=row.env,
-                metavar=row.env.rsplit("_", 1)[-1],
-                default=argparse.SUPPRESS,
-                help=row.help,
-            )
-    parser.add_argument(
-        "--env-file", metavar="FILE", help="read settings from FILE instead of .env"
-    )
+def option(flag, text, **how):
+    """A row of a command's own options: (flag, what argparse is told of it)."""
+    return flag, dict(how, help=text)
 
 
-def target_options(parser):
-    """What stands in for a provider."""
-    parser.add_argument(
-        "--demo", action="store_true", help="use the embedded demo model: no key, no network"
-    )
-    parser.add_argument(
+SWITCH = "store_true"
+TARGET_OPTIONS = (
+    option("--demo", "use the embedded demo model: no key, no network", action=SWITCH),
+    option(
         "--replay",
+        "answer with the replies that --record DIR wrote, in order, instead of a provider's",
         metavar="DIR",
-        help="answer with the replies that --record DIR wrote, in order, instead of a provider's",
-    )
-
-
-def run_options(parser):
-    target_options(parser)
-    parser.add_argument("arguments", nargs="*", help=argparse.SUPPRESS)
-
-
-def check_options(parser):
-    target_options(parser)
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON object instead of the checklist"
-    )
-    parser.add_argument(
-        "--family", choices=FAMILIES, help="check the target of this family of Claude models"
-    )
-    parser.add_argument(
+    ),
+)
+RUN_OPTIONS = TARGET_OPTIONS + (option("arguments", argparse.SUPPRESS, nargs="*"),)
+CHECK_OPTIONS = TARGET_OPTIONS + (
+    option("--json", "print one JSON object instead of the checklist", action=SWITCH),
+    option("--family", "check the target of this family of Claude models", choices=FAMILIES),
+    option(
         "--base-url",
-        metavar="URL",
-        help="check a server that speaks Anthropic, ccfix itself too, with the key from -k,"
+        "check a server that speaks Anthropic, ccfix itself too, with the key from -k,"
         " ANTHROPIC_AUTH_TOKEN or ANTHROPIC_API_KEY",
-    )
-
-
-def init_options(parser):
-    parser.add_argument("--force", action="store_true", help="replace the file if it is there")
-
-
-def install_options(parser):
-    parser.add_argument(
+        metavar="URL",
+    ),
+)
+INIT_OPTIONS = (option("--force", "replace the file if it exists", action=SWITCH),)
+INSTALL_OPTIONS = (
+    option(
         "--dir",
+        "the folder for everything (default: ~/.local/bin, and ~/.local/share/ccfix for the module;"
+        " on Windows one of %%LOCALAPPDATA%%)",
         metavar="DIR",
-        help="the folder (default: ~/.local/bin; on Windows one of %%LOCALAPPDATA%%)",
-    )
-    parser.add_argument(
-        "--force", action="store_true", help="replace another program's file of that name"
-    )
+    ),
+    option("--force", "replace another program's file of that name", action=SWITCH),
+)
 
 
 class Command(NamedTuple):
-    """A command: act(config, options) -> exit code; what it does in a line; more: options of its own; settings: whether
-    it takes the settings' flags; example: shown under its --help."""
+    """A row of COMMANDS: what a word on the command line does."""
 
-    act: object
-    help: str
-    more: object = None
-    settings: bool = True
-    example: str = ""
+    act: object  # (config, options) -> exit code
+    help: str  # what it does, in a line
+    options: tuple = ()  # its own, beside the settings' flags
+    settings: bool = True  # whether it takes the settings' flags
+    example: str = ""  # shown under its --help
 
 
 COMMANDS = {
     "serve": Command(
         serve,
         "serve; what is done without a command",
-        target_options,
+        TARGET_OPTIONS,
         example="ccfix -k KEY -b https://api.example.com/v1 -m MODEL",
     ),
     "run": Command(
         run,
         "start a proxy and Claude Code on it, for one session",
-        run_options,
+        RUN_OPTIONS,
         example="ccfix run\nccfix run -m MODEL -- -p \"hello\"",
     ),
     "check": Command(
         check,
-        "try the model, and print what works and how to mend the rest",
-        check_options,
-        example="ccfix check\nccfix check --base-url http://127.0.0.1:8080\nexit code: 0 if Claude Code can work with it, 1 if not",
+        "try the model, and print what works and how to fix the rest",
+        CHECK_OPTIONS,
+        example="ccfix check\nccfix check --base-url http://127.0.0.1:8080\n"
+        "exit code: 0 if Claude Code can work with it, 1 if not",
     ),
     "init": Command(
         init,
         "ask for provider, key and model, and write .env",
-        init_options,
+        INIT_OPTIONS,
         example="ccfix init\nccfix init -b https://api.example.com/v1 -k KEY -m MODEL",
     ),
     "install": Command(
         install,
         "put ccfix and ccf on the PATH (ccf alone opens the status page)",
-        install_options,
+        INSTALL_OPTIONS,
         settings=False,
     ),
-    "uninstall": Command(uninstall, "remove what install wrote", install_options, settings=False),
+    "uninstall": Command(uninstall, "remove what install wrote", INSTALL_OPTIONS, settings=False),
     "open": Command(
         open_page,
         "open the status page of the running proxy in the browser",
         example="ccfix open\nccfix open -p 9000",
     ),
 }
-
-
 USAGES = {"": "ccfix [COMMAND] [options]", "run": "ccfix run [options] [-- claude arguments]"}
+SETTINGS_HINT = (
+    "Settings without a flag stand in the environment or .env; ccfix --help has\nthe list."
+)
 
 
 def settings_help():
-    """The settings that have no flag, for --help: two columns within 78."""
+    """The settings that have no flag, for --help: two columns, as argparse sets the flags, narrow
+    enough for a terminal of 80."""
     import textwrap
 
     lines = [
@@ -11287,126 +11256,153 @@ def settings_help():
         "the environment, .env, Claude Code's settings.json; keys are best kept in .env,",
         "since everyone on a machine can read command lines):",
     ]
-    for row in SETTINGS:
-        if not row.flags:
-            lines += textwrap.wrap(
-                "%-24s %s%s"
-                % (
-                    row.env,
-                    row.help,
-                    " (%s)" % row.default if row.default and row.default not in row.help else "",
-                ),
-                76,
-                initial_indent="  ",
-                subsequent_indent=" " * 27,
-                break_on_hyphens=False,
-            )
+    for row in [row for row in SETTINGS if not row.flags]:
+        default = " (%s)" % row.default if row.default and row.default not in row.help else ""
+        lines += textwrap.wrap(
+            "%-24s %s%s" % (row.env, row.help, default),
+            76,
+            initial_indent="  ",
+            subsequent_indent=" " * 27,
+            break_on_hyphens=False,
+        )
     return "\n".join(lines)
 
 
-def parser_of(name):
-    """The parser of a command; "": of ccfix without one."""
-    command = COMMANDS[name or "serve"]
-    epilog = []
+def help_epilog(name):
+    """What stands under a command's options in its --help: for ccfix alone all commands, examples,
+    and where the other settings are told."""
+    command, parts = COMMANDS[name or "serve"], []
     if not name:
-        epilog.append(
-            "commands (ccfix COMMAND --help tells more):\n"
-            + "\n".join("  %-10s %s" % (word, row.help) for word, row in COMMANDS.items())
-        )
+        rows = ["\n  %-10s %s" % (word, row.help) for word, row in COMMANDS.items()]
+        parts.append("commands (ccfix COMMAND --help tells more):" + "".join(rows))
     if command.example:
-        epilog.append("examples:\n" + re.sub(r"(?m)^", "  ", command.example))
-    if command.act in (serve, check):
-        epilog.append(settings_help())
-    elif command.settings:
-        epilog.append(
-            "Settings without a flag stand in the environment or .env; ccfix --help has\nthe list."
-        )
+        parts.append("examples:\n" + re.sub(r"(?m)^", "  ", command.example))
+    if command.settings:
+        parts.append(settings_help() if command.act in (serve, check) else SETTINGS_HINT)
+    return "\n\n".join(parts)
+
+
+def make_parser(name):
+    """The parser of a command; "": of ccfix without one, which serves.
+
+    Its texts name ccfix, whatever the file is called: they stand in the README too.
+    """
+    command = COMMANDS[name or "serve"]
+    said = command.help[0].upper() + command.help[1:]
     parser = argparse.ArgumentParser(
         prog=("ccfix " + name).strip(),
         usage=USAGES.get(name),
-        epilog="\n\n".join(epilog),
+        epilog=help_epilog(name),
         description=(
-            command.help[0].upper() + command.help[1:] + "."
-            if name
-            else "Let Claude Code use any model behind an OpenAI-compatible API."
+            said + "." if name else "Let Claude Code use any model behind an OpenAI-compatible API."
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.color = False  # 3.14 colours its help
     parser.add_argument("--version", action="version", version="ccfix " + __version__)
+    for row in SETTINGS * command.settings:
+        if row.flags:
+            parser.add_argument(*row.flags, **flag_options(row))
     if command.settings:
-        settings_options(parser)
-    if command.more:
-        command.more(parser)
+        parser.add_argument(
+            "--env-file", metavar="FILE", help="read settings from FILE instead of .env"
+        )
+    for flag, how in command.options:
+        parser.add_argument(flag, **how)
     return parser
 
 
+def flag_options(row):
+    """What argparse is told of a setting's flag.
+
+    One that is not given leaves no trace (SUPPRESS): the layers below the command line then count.
+    """
+    how = dict(dest=row.env, default=argparse.SUPPRESS, help=row.help)
+    if row.const:
+        return dict(how, action="store_const", const=row.const)
+    return dict(how, metavar=row.env.rsplit("_", 1)[-1])
+
+
 def command_line(argv):
-    """(Command, its options). Raises Usage for a command that is none."""
+    """(Command, its options) of argv, without the program's name.
+
+    Raises Usage for an unknown command; argparse itself ends the program (SystemExit 2) for an
+    unknown flag.
+    """
     name = argv[0] if argv and not argv[0].startswith("-") else ""
     if name and name not in COMMANDS:
         raise Usage(
             "there is no command %s; the commands are %s" % (ascii(name), ", ".join(COMMANDS))
         )
-    words, behind = argv[1 if name else 0 :], []
-    if name == "run" and "--" in words:
-        at = words.index("--")
-        words, behind = words[:at], words[at + 1 :]
-    options = parser_of(name).parse_args(words)
+    words = argv[bool(name) :]
+    # argparse would drop the "--", and with it what tells claude's arguments from ours.
+    end = words.index("--") if name == "run" and "--" in words else len(words)
+    options = make_parser(name).parse_args(words[:end])
     if name == "run":
         if options.arguments:
             raise Usage("%s: arguments for claude come after --" % ascii(options.arguments[0]))
-        options.arguments = behind
+        options.arguments = words[end + 1 :]
     return COMMANDS[name or "serve"], options
 
 
-def config_of(command, options):
-    """The Config of a command line. Raises Usage, SettingError."""
-    given = {row.env: getattr(options, row.env) for row in SETTINGS if hasattr(options, row.env)}
-    alone, env_file = False, getattr(options, "env_file", None)
-    if env_file and command.act is not init and not os.path.isfile(env_file):
-        raise Usage("--env-file %s is not there" % env_file)
+def stand_in(options, given):
+    """Settings of who answers instead of the configured provider; {} where it answers itself.
+
+    The demo (--demo), a recording (--replay), or a server that speaks Anthropic (check --base-url),
+    which gets the key that Claude Code would send it. Raises Usage.
+    """
     if getattr(options, "demo", False):
-        given.update(
-            TARGET_API_BASE=start_demo(),
-            TARGET_MODEL=given.get("TARGET_MODEL", "demo"),
-            PROFILE="demo",
-            TARGET_FORMAT="openai",
-        )
-        alone = True
-    elif getattr(options, "replay", None):
-        given.update(dict({"TARGET_MODEL": "replay"}, **given), **start_replay(options.replay))
-        alone = True
-    elif getattr(options, "base_url", None):
-        key = (
-            given.get("TARGET_API_KEY")
-            or os.environ.get("ANTHROPIC_AUTH_TOKEN")
-            or os.environ.get("ANTHROPIC_API_KEY")
-            or ""
-        )
-        given.update(
-            TARGET_API_BASE=options.base_url, TARGET_FORMAT="anthropic", TARGET_API_KEY=key
-        )
-        given.setdefault("TARGET_MODEL", "claude-opus-5-5")
-        alone = True
-    if hasattr(options, "env_file"):
-        options.env_file = env_file or ".env"
-    # init must also work where the .env that it replaces is broken.
-    layers = {} if command.act is init else dict(os.environ)
-    return Config(
-        given, layers, "" if command.act is init else env_file or ".env", home_folder(), alone
-    )
+        return {
+            "TARGET_API_BASE": start_model(),
+            "TARGET_MODEL": "demo",
+            "TARGET_FORMAT": "openai",
+            "PROFILE": "demo",
+        }
+    if getattr(options, "replay", None):
+        return start_replay(options.replay)
+    if getattr(options, "base_url", None):
+        keys = [given.get("TARGET_API_KEY")]
+        keys += [os.environ.get(name) for name in ("ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_API_KEY")]
+        return {
+            "TARGET_API_BASE": options.base_url,
+            "TARGET_API_KEY": next(filter(None, keys), ""),
+            "TARGET_MODEL": "claude-opus-5-5",
+            "TARGET_FORMAT": "anthropic",
+        }
+    return {}
+
+
+def config_of(command, options):
+    """The Config of a command line.
+
+    Only a file that --env-file names must exist; .env need not. Raises Usage, SettingError.
+    """
+    given = {row.env: getattr(options, row.env) for row in SETTINGS if hasattr(options, row.env)}
+    if command.act is init or not command.settings:
+        # init replaces the .env, and install does without: a broken one must not stop them.
+        return Config(given, {}, "", home_folder())
+    if options.env_file and not os.path.isfile(options.env_file):
+        raise Usage("--env-file %s does not exist" % options.env_file)
+    target = stand_in(options, given)
+    if "TARGET_MODEL" in given:  # as the model's name, it counts for the stand-in too
+        target.pop("TARGET_MODEL", None)
+    given.update(target)
+    path = options.env_file or ".env"
+    return Config(given, os.environ, path, home_folder(), alone=bool(target))
 
 
 def main(argv=None):
-    """Run the command line -> exit code: 0 good, 1 failed, 2 used wrongly."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    """Run the command line -> exit code: 0 good, 1 failed, 2 used wrongly, 130 ended by Ctrl-C.
+
+    argv: the words after the program's name; by default those of sys.argv. `run` gives back the
+    exit code of Claude Code.
+    """
     try:
-        command, options = command_line(argv)
-        config = config_of(command, options)
-        return command.act(config, options)
+        command, options = command_line(list(sys.argv[1:] if argv is None else argv))
+        return command.act(config_of(command, options), options)
     except (Usage, SettingError) as e:
-        return complain(str(e))
+        notify(str(e))
+        return 2
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # | head: nobody reads on; Python must not complain about it at its end
@@ -11414,21 +11410,5 @@ def main(argv=None):
         return 1
 
 
-def main_as_hook(*_):
-    """main(), as the exception hook of the script. CPython holds the syntax tree of the script it was given (18 MB of this one)
-    while the script runs; the hook is what it calls after that. The last line's error is for nothing else.
-    """
-    sys.excepthook = sys.__excepthook__
-    try:
-        code = main()
-    except Exception:
-        traceback.print_exc()
-        code = 1
-    sys.exit(code)
-
-
 if __name__ == "__main__":
-    if sys._getframe().f_back:  # -m, a debugger, or another program runs it: they hold no tree
-        sys.exit(main())
-    sys.excepthook = main_as_hook
-    raise SyntaxWarning("the syntax tree is no longer needed")
+    sys.exit(main())

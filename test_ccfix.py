@@ -1618,6 +1618,22 @@ class TestLayers(unittest.TestCase):
         self.assertNotIn("pass-word", shown)
         self.assertEqual(settings.secrets(), ["sk-secret"])
 
+    def test_only_headers_that_carry_secrets_are_hidden(self):
+        for name, value, hidden in (
+            ("Authorization", "Bearer abcdef", ["Bearer abcdef", "abcdef"]),
+            ("Ocp-Apim-Subscription-Key", "abcdef", ["abcdef"]),
+            ("X-Auth-Token", "abcdef", ["abcdef"]),
+            ("Cookie", "a=1; b=abcdef", ["a=1; b=abcdef", "b=abcdef"]),
+            ("CF-Access-Client-Secret", "abcdef", ["abcdef"]),
+            ("Proxy-Password", "abcdef", ["abcdef"]),
+            ("X-Title", "ccfix", []),
+            ("HTTP-Referer", "https://example.com/my ccfix", []),
+            ("Authorization", None, []),
+        ):
+            headers = json.dumps({name: value})
+            settings = ccfix.Settings([("x", {"EXTRA_HEADERS": headers})])
+            self.assertEqual(settings.secrets(), hidden, name)
+
     def test_names_and_flags_are_used_once(self):
         envs, flags = [s.env for s in ccfix.SETTINGS], [f for s in ccfix.SETTINGS for f in s.flags]
         self.assertEqual((len(set(envs)), len(set(flags))), (len(envs), len(flags)))
@@ -12683,6 +12699,65 @@ class TestStatusPage(unittest.TestCase):
         )
 
 
+# ==================================================================================================
+# 14  Demo
+# ==================================================================================================
+
+
+class TestDemo(unittest.TestCase):
+    """The demo model through the whole proxy."""
+
+    def setUp(self):
+        base = ccfix.start_model()
+        settings = settings_of(TARGET_API_BASE=base, TARGET_MODEL="demo", PROFILE="demo")
+        self.proxy = ccfix.Proxy(lambda: settings, lambda level, text: None)
+        self.addCleanup(lambda: self.proxy.wires[1].close())
+
+    def ask(self, *messages, **fields):
+        """The finished message, streamed or not."""
+        body = request(*messages, **fields)
+        exchange = ccfix.Exchange(self.proxy, body, {}, ccfix.patience(30))
+        if not body["stream"]:
+            return exchange.message()
+        events = sse_events("".join(exchange.batches()))
+        self.assertEqual(grammar(self, events), "done")
+        return ccfix.fold(events)
+
+    def test_an_answer_is_whole_streamed_or_not(self):
+        for stream in (True, False):
+            message = self.ask("Please think, friend", stream=stream)
+            thinking, text = message["content"]
+            self.assertEqual(thinking["thinking"], "The user said something; I say it back.")
+            self.assertEqual(text["text"], ccfix.DEMO_HELP % "Please think, friend")
+            self.assertEqual(message["stop_reason"], "end_turn")
+            self.assertEqual(message["usage"]["output_tokens"], len(text["text"].split()) + 8)
+
+    def test_tools_are_called_where_they_are_offered(self):
+        for stream in (True, False):
+            for said, name, given in (
+                ("read `a b.txt`", "Read", {"file_path": "a"}),
+                ("run ls -l", "Bash", {"command": "ls -l"}),
+                ("the weather in Paris", "get_weather", {"place": "Paris"}),
+            ):
+                argument = list(given)[0]
+                tools = [tool(name, [argument], **{argument: "string"})]
+                message = self.ask(said, stream=stream, tools=tools)
+                call = message["content"][-1]
+                self.assertEqual((call["name"], call["input"]), (name, given))
+                self.assertEqual(message["stop_reason"], "tool_use")
+                self.assertEqual(self.ask(said, stream=stream)["stop_reason"], "end_turn")
+                result = {"type": "tool_result", "tool_use_id": call["id"], "content": "11 degrees"}
+                turns = [said, {"role": "assistant", "content": message["content"]}]
+                turns.append({"role": "user", "content": [result]})
+                text = self.ask(*turns, stream=stream, tools=tools)["content"][0]["text"]
+                self.assertEqual(text, "The tool answered:\n11 degrees")
+
+    def test_claude_codes_own_notes_are_not_taken_for_wishes(self):
+        said = "<system-reminder>read this</system-reminder>hello"
+        tools = [tool("Read", ["file_path"], file_path="string")]
+        self.assertEqual(self.ask(said, tools=tools)["stop_reason"], "end_turn")
+
+
 # ======================================================================================================
 # 15  Commands
 # ======================================================================================================
@@ -12862,7 +12937,7 @@ class TestCommandLine(CommandsCase):
             (["--nosuch"], "unrecognized arguments"),
             (["run", "hello"], "come after --"),
             (["-p", "seven"], "a port number"),
-            (["--env-file", "nope"], "nope is not there"),
+            (["--env-file", "nope"], "nope does not exist"),
             (["--replay", "nope"], "--replay"),
             ([], "Three ways to go on"),
             (["check"], "Three ways to go on"),
@@ -12999,6 +13074,72 @@ class TestLiveSettings(CommandsCase):
         )
         self.change("TARGET_MODEL=three\n")
         self.assertEqual(config().target_model, "three")
+
+    def test_a_change_is_checked_as_at_the_start(self):
+        """Each of these ends a start with a message; a live .env must not break what serves."""
+        self.write("broken.json", "{")
+        rows = (
+            ("PROFILE=bogus", "PROFILE is 'bogus' (from .env); allowed: "),
+            ("PRICES={broken}", "PRICES cannot be used: "),
+            ("PRICES=broken.json", "PRICES cannot be used: "),
+            ("PRICES=nope.json", "PRICES cannot be used: "),
+            ('PRICES={"m": {"input": "dear"}}', "PRICES cannot be used: "),
+            ("CA_BUNDLE=nope.pem", "CA_BUNDLE names nope.pem, which does not exist"),
+            ("CLIENT_CERT=.env,nope.pem", "CLIENT_CERT names nope.pem, which does not exist"),
+            ("LOG_FILE=nope/x.log", "LOG_FILE nope/x.log cannot be written: "),
+            ("TARGET_API_BASE=localhost:8080", "localhost:8080/v1 is ccfix's own port"),
+            ("TARGET_API_BASE_HAIKU=[::1]:8080", "[::1]:8080/v1 is ccfix's own port"),
+        )
+        for line, said in rows:
+            self.change("TARGET_MODEL=one\n")
+            config = self.config()
+            config.port = 8080
+            proxy = ccfix.Proxy(config, config.log)
+            self.change("TARGET_MODEL=two\n%s\n" % line)
+            self.assertEqual(proxy.status()["target"]["model"], "one", line)
+            self.assertEqual(len(self.lines), 1, self.lines)
+            self.assertIn(
+                "warning .env was changed but cannot be used, the old settings stay: ",
+                self.lines[0],
+            )
+            self.assertIn(said, self.lines.pop())
+            self.assertEqual(proxy.status()["target"]["model"], "one", line)
+            self.assertEqual(self.lines, [], "told once")
+            self.change(line)
+            code, _, err = self.main("-k", "k", "-m", "m", "-p", "8080")
+            self.assertEqual(code, 2, line)
+            self.assertIn(said, err)
+
+    def test_a_log_file_that_is_changed_is_written_from_then_on(self):
+        self.change("LOG_FILE=one.log\n")
+        config = ccfix.Config({}, {}, ".env", self.home)
+        log = config.log = ccfix.Log(config(), io.StringIO())
+        log("info", "first")
+        self.change("LOG_FILE=two.log\n")
+        config()
+        log("info", "second")
+        self.change("")
+        config()
+        log("info", "third")
+        self.assertEqual(
+            [re.findall("first|second|third", self.read(name)) for name in ("one.log", "two.log")],
+            [["first"], ["second"]],
+        )
+
+    def test_a_log_file_of_full_size_gives_way_to_a_new_one(self):
+        self.change("LOG_FILE=one.log\n")
+        log = ccfix.Log(ccfix.Config({}, {}, ".env", self.home)(), io.StringIO())
+        with mock.patch.object(ccfix.Log, "MAX_FILE", 100):
+            for word in ("first", "x" * 100, "third"):
+                log("info", word)
+        self.assertEqual(
+            sorted(name for name in os.listdir(".") if name != ".env"), ["one.log", "one.log.1"]
+        )
+        self.assertIn("first", self.read("one.log.1"))
+        self.assertIn("third", self.read("one.log"))
+        os.remove("one.log")
+        log("info", "fourth")
+        self.assertIn("fourth", self.read("one.log"), "one that was moved away is made again")
 
     def test_a_file_that_goes_or_comes_counts_as_a_change(self):
         config = self.config()
@@ -13522,16 +13663,12 @@ class TestRunWithAClient(CommandsCase):
 
 
 class TestTheScript(CommandsCase):
-    """main() of the script runs in its exception hook; nobody must notice."""
+    """ccfix.py as a program: what main() returns is its exit code."""
 
     def script(self, begin):
-        """(exit code, stdout, stderr) of ccfix.py with these lines at the beginning of main."""
-        path = self.write(
-            "script.py",
-            ccfix_source().replace(
-                "    argv = list(sys.argv[1:] if argv is None else argv)\n", "    %s\n" % begin
-            ),
-        )
+        """(exit code, stdout, stderr) of ccfix.py with this line at the beginning of main."""
+        head = re.search(r'def main\(argv=None\):\n    """.*?"""\n', ccfix_source(), re.S).group()
+        path = self.write("script.py", ccfix_source().replace(head, head + "    %s\n" % begin))
         child = subprocess.Popen(
             [sys.executable, path],
             stdout=subprocess.PIPE,
@@ -13549,19 +13686,13 @@ class TestTheScript(CommandsCase):
             (code, out, err.splitlines()[0], err.splitlines()[-1]),
             (1, "", "Traceback (most recent call last):", "ZeroDivisionError: division by zero"),
         )
-        self.assertNotIn("excepthook", err)
 
-    def test_threads_can_be_started_in_it(self):
-        self.assertEqual(
-            self.script(
-                "import threading; t = threading.Thread(target=print, args=('ran',)); t.start(); t.join(); return 0"
-            ),
-            (0, "ran\n", ""),
-        )
-
-    def test_as_a_module_and_under_another_program_it_is_called_directly(self):
+    def test_as_a_module_and_under_another_program_it_starts_too(self):
         folder = os.path.dirname(os.path.abspath(ccfix.__file__))
-        by_path = "import runpy, sys; sys.argv[1:] = ['--version']; runpy.run_path('ccfix.py', run_name='__main__')"
+        by_path = (
+            "import runpy, sys; sys.argv[1:] = ['--version'];"
+            " runpy.run_path('ccfix.py', run_name='__main__')"
+        )
         for words in (["-m", "ccfix", "--version"], ["-c", by_path]):
             self.assertEqual(
                 subprocess.check_output(
@@ -13626,46 +13757,174 @@ class TestInit(CommandsCase):
 
 class TestInstall(CommandsCase):
 
+    def listed(self, folder="."):
+        """Paths of all files below a folder of the home, byte code by any Python's name."""
+        return sorted(
+            re.sub(
+                r"ccfix\.[\w-]+\.pyc",
+                "BYTE CODE",
+                os.path.relpath(os.path.join(path, name), folder),
+            )
+            for path, _, names in os.walk(folder)
+            for name in names
+        )
+
+    def ask(self, *words, **env):
+        """(exit code, what was printed) of an installed program, in a folder full of traps."""
+        folder = os.path.join(self.home, "trap")
+        os.makedirs(folder, exist_ok=True)
+        for name in ("ccfix", "json", "os"):
+            self.write("trap/%s.py" % name, "raise SystemExit('a trap')")
+        path = os.pathsep.join([os.path.dirname(sys.executable), "/usr/bin", "/bin"])
+        child = subprocess.Popen(
+            words,
+            env=dict({"PATH": path, "HOME": self.home}, **env),
+            cwd=folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        out = child.communicate(timeout=60)[0].decode("utf-8")
+        shutil.rmtree(folder)
+        return child.returncode, out
+
     @unittest.skipUnless(os.name == "posix", "POSIX")
     def test_installed_programs_work_and_go_again(self):
+        version = (0, "ccfix %s\n" % ccfix.__version__)
+        module = ".local/share/ccfix/ccfix.py"
+        byte_code = ".local/share/ccfix/__pycache__/BYTE CODE"
         code, out, err = self.main("install")
         folder = os.path.join(self.home, ".local", "bin")
-        self.assertEqual((code, sorted(os.listdir(folder))), (0, ["ccf", "ccfix"]))
-        self.assertIn("not on your PATH", err)
-        with open(ccfix.__file__, "rb") as mine, open(os.path.join(folder, "ccfix"), "rb") as copy_:
-            self.assertEqual(mine.read(), copy_.read())
-        path = os.pathsep.join([os.path.dirname(sys.executable), "/usr/bin", "/bin"])
-        shown = subprocess.check_output(
-            [os.path.join(folder, "ccf"), "--version"],
-            env={"PATH": path, "HOME": self.home},
-            universal_newlines=True,
+        self.assertEqual(
+            (code, self.listed()), (0, [".local/bin/ccf", ".local/bin/ccfix", byte_code, module])
         )
-        self.assertEqual(shown, "ccfix %s\n" % ccfix.__version__)
+        self.assertIn("not on your PATH", err)
+        self.assertEqual(self.read(module), ccfix_source())
+        for name in ("ccf", "ccfix"):
+            self.assertLess(os.path.getsize(os.path.join(folder, name)), 400)
+            self.assertEqual(self.ask(os.path.join(folder, name), "--version"), version)
+        code, out = self.ask(os.path.join(folder, "ccf"))
+        self.assertEqual(code, 1)
+        self.assertIn("no ccfix is running at http://127.0.0.1:8080/; start it (ccfix)", out)
+        self.assertIn("  neither        ccfix --demo\n", self.ask(os.path.join(folder, "ccfix"))[1])
         self.assertEqual(self.main("install")[0], 0)
-        self.assertEqual(self.main("uninstall")[0], 0)
+        self.assertEqual(self.ask(os.path.join(folder, "ccfix"), "uninstall")[0], 0)
+        self.assertEqual(self.listed(), [])
         self.assertEqual(os.listdir(folder), [])
+        self.assertFalse(os.path.exists(os.path.join(self.home, ".local", "share", "ccfix")))
+
+    @unittest.skipUnless(os.name == "posix", "POSIX")
+    def test_the_byte_code_is_used(self):
+        self.assertEqual(self.main("install")[0], 0)
+        stub = os.path.join(self.home, ".local", "bin", "ccfix")
+        told = self.ask(sys.executable, "-v", stub, "--version")[1].splitlines()
+        told = [line for line in told if "/share/ccfix/" in line]
+        self.assertEqual(len(told), 2, told)
+        self.assertRegex(told[0], r"ccfix\.[\w-]+\.pyc matches .*ccfix\.py$")
+        self.assertRegex(told[1], r"code object from .*ccfix\.[\w-]+\.pyc")
+
+    @unittest.skipUnless(os.name == "posix", "POSIX")
+    def test_any_folder_will_do_and_holds_everything(self):
+        for name in ("it's 100%s [a] \u00e9", "plain"):
+            folder = os.path.join(self.home, name)
+            self.assertEqual(self.main("install", "--dir", folder)[0], 0)
+            self.assertEqual(
+                self.listed(folder),
+                ["ccf", "ccfix", "ccfix-module/__pycache__/BYTE CODE", "ccfix-module/ccfix.py"],
+            )
+            for env in ({}, {"LC_ALL": "C"}):
+                code, out = self.ask(os.path.join(folder, "ccf"), "--version", **env)
+                self.assertEqual((code, out), (0, "ccfix %s\n" % ccfix.__version__))
+            self.assertEqual(self.main("uninstall", "--dir", folder)[0], 0)
+            self.assertEqual(os.listdir(folder), [])
+
+    def test_the_module_goes_where_the_users_data_is(self):
+        for data, folder in (
+            (os.path.join(self.home, "data"), "data/ccfix"),
+            ("relative", ".local/share/ccfix"),  # which the specification says to ignore
+            ("", ".local/share/ccfix"),
+        ):
+            files = ccfix.installed_files("", {"XDG_DATA_HOME": data}, self.home, False)
+            names = [folder + "/ccfix.py", ".local/bin/ccfix", ".local/bin/ccf"]
+            self.assertEqual(list(files), [os.path.join(self.home, name) for name in names])
+
+    @unittest.skipUnless(os.name == "posix", "POSIX")
+    def test_an_older_installation_is_replaced_and_removed(self):
+        for steps in (["uninstall"], ["install", "uninstall"]):
+            os.makedirs(".local/bin", exist_ok=True)
+            self.write(".local/bin/ccfix", ccfix_source())
+            self.write(
+                ".local/bin/ccf",
+                "#!/bin/sh\n# ccfix: let Claude Code use any model\n[ $# -gt 0 ] || set -- open\n"
+                'exec "$(dirname "$0")/ccfix" "$@"\n',
+            )
+            for step in steps:
+                self.assertEqual(self.main(step)[0], 0)
+            self.assertEqual(self.listed(), [])
+
+    def test_what_somebody_else_put_there_stays(self):
+        self.assertEqual(self.main("install", "--dir", "bin")[0], 0)
+        self.write("bin/other", "x")
+        self.write("bin/ccfix-module/notes", "x")
+        self.write("bin/ccfix-module/__pycache__/other.pyc", "x")
+        self.assertEqual(self.main("uninstall", "--dir", "bin")[0], 0)
+        self.assertEqual(
+            [name.replace(os.sep, "/") for name in self.listed("bin")],
+            ["ccfix-module/__pycache__/other.pyc", "ccfix-module/notes", "other"],
+        )
 
     def test_another_programs_file_stays(self):
-        os.makedirs("bin")
-        self.write("bin/ccf", "#!/bin/sh\necho other\n")
-        self.assertEqual(self.main("install", "--dir", "bin")[0], 2)
-        self.assertEqual(self.main("uninstall", "--dir", "bin")[0], 1)
-        self.assertEqual(self.read("bin/ccf"), "#!/bin/sh\necho other\n")
-        self.assertEqual(os.listdir("bin"), ["ccf"])
+        os.makedirs("bin/ccfix-module")
+        name = "ccf.cmd" if os.name == "nt" else "ccf"
+        for path in ("bin/" + name, "bin/ccfix-module/ccfix.py"):
+            self.write(path, "#!/bin/sh\necho other\n")
+            self.assertEqual(self.main("install", "--dir", "bin")[0], 2)
+            self.assertEqual(self.main("uninstall", "--dir", "bin")[0], 1)
+            self.assertEqual(self.read(path), "#!/bin/sh\necho other\n")
+            self.assertEqual(self.listed(), [os.path.normpath(path)])
+            self.assertEqual(self.main("install", "--dir", "bin", "--force")[0], 0)
+            self.assertEqual(self.main("uninstall", "--dir", "bin")[0], 0)
+            self.assertEqual(self.listed(), [])
+            os.makedirs("bin/ccfix-module")
+
+    def test_a_folder_that_cannot_be_written_is_told(self):
+        self.write("file", "")
+        code, _, err = self.main("install", "--dir", "file")
+        self.assertEqual(code, 2)
+        self.assertIn("cannot install in %s (" % os.path.join(self.home, "file"), err)
+
+    def test_a_broken_env_does_not_matter(self):
+        self.write(".env", "PROFILE=bogus\nPROXY_PORT=many\n")
+        self.assertEqual(self.main("install", "--dir", "bin")[0], 0)
+        self.assertEqual(self.main("uninstall", "--dir", "bin")[0], 0)
 
     def test_windows_gets_cmd_files_in_a_folder_of_the_users_own(self):
-        files = ccfix.installed_files(True, "source", "C:\\py\\python.exe")
-        self.assertEqual(sorted(files), ["ccf.cmd", "ccfix.cmd", "ccfix.py"])
-        self.assertIn('"C:\\py\\python.exe" "%~dp0ccfix.py" %*\r\n', files["ccfix.cmd"])
-        self.assertIn('"%~dp0ccfix.py" open\r\n', files["ccf.cmd"])
         apps = os.path.join("L", "Microsoft", "WindowsApps")
-        self.assertEqual(
-            ccfix.install_folder(True, {"LOCALAPPDATA": "L", "PATH": "x;" + apps}, "h"), apps
-        )
-        self.assertEqual(
-            ccfix.install_folder(True, {}, "h"),
-            os.path.join("h", "AppData", "Local", "Programs", "ccfix"),
-        )
+        for environ, folder in (
+            ({"LOCALAPPDATA": "L", "PATH": "x;" + apps}, apps),
+            ({}, os.path.join("h", "AppData", "Local", "Programs", "ccfix")),
+        ):
+            folder = os.path.abspath(folder)
+            with mock.patch.object(ccfix.sys, "executable", "C:\\py\\python.exe"):
+                files = ccfix.installed_files("", environ, "h", True)
+            names = ["ccfix-module/ccfix.py", "ccfix.cmd", "ccf.cmd"]
+            self.assertEqual(list(files), [os.path.join(folder, name) for name in names])
+        code = "import os, sys; sys.path[0] = sys.argv.pop(1); sys.argv[0] = 'ccfix'; import ccfix"
+        line = '@"C:\\py\\python.exe" -c "%s; sys.exit(ccfix.main(sys.argv[1:] or %s))"'
+        for name, alone in (("ccfix.cmd", "[]"), ("ccf.cmd", "['open']")):
+            text = files[os.path.join(folder, name)]
+            self.assertIn(line % (code, alone) + ' "%~dp0ccfix-module" %*\r\n', text)
+
+    @unittest.skipUnless(os.name == "posix", "POSIX")
+    def test_the_code_in_a_cmd_file_works(self):
+        """As far as that can be seen here: what python.exe gets from cmd.exe."""
+        self.assertEqual(self.main("install", "--dir", "bin")[0], 0)
+        for name, words, said in (
+            ("[]", ["--version"], "ccfix %s\n" % ccfix.__version__),
+            ("['open']", [], "no ccfix is running at http://127.0.0.1:8080/; start it (ccfix)"),
+        ):
+            code = re.search(r'-c "([^"]*)"', ccfix.cmd_stub("", name)).group(1)
+            folder = os.path.join(self.home, "bin", "ccfix-module")
+            self.assertIn(said, self.ask(sys.executable, "-c", code, folder, *words)[1])
 
     def test_open_finds_the_running_proxy(self):
         import webbrowser
@@ -13858,8 +14117,7 @@ class TestFollowing(unittest.TestCase):
         proxy = ccfix.Proxy(config, mock.Mock())
         self.change("PRICES={broken}", "RECORD_DIR=" + os.path.join(self.folder, "r"))
         proxy.settings()
-        self.assertIsNotNone(proxy.recorder, "other changes are followed all the same")
-        self.assertIn("PRICES cannot be used", proxy.log.call_args[0][1])
+        self.assertIn("PRICES cannot be used", config.log.call_args[0][1])
 
     def test_a_log_file_that_cannot_be_written_is_told_at_the_start(self):
         with mock.patch("sys.stderr", io.StringIO()) as said:
@@ -13877,10 +14135,10 @@ class TestFollowing(unittest.TestCase):
         self.assertEqual(code, 2)
         self.assertIn("LOG_FILE", said.getvalue())
 
-    def test_a_certificate_file_that_is_not_there_is_told_at_the_start(self):
+    def test_a_certificate_file_that_does_not_exist_is_told_at_the_start(self):
         for name in ("CA_BUNDLE", "CLIENT_CERT"):
-            with self.assertRaises(ccfix.Usage) as caught:
-                ccfix.check_target(settings_of(**{name: os.path.join(self.folder, "none.pem")}))
+            with self.assertRaises(ccfix.SettingError) as caught:
+                ccfix.check_settings(settings_of(**{name: os.path.join(self.folder, "none.pem")}))
             self.assertIn(name, str(caught.exception))
 
     def test_a_local_server_without_a_model_name_gives_one(self):
@@ -13898,9 +14156,8 @@ class TestFollowing(unittest.TestCase):
 
     def test_a_private_file_is_written_whole_or_not_at_all(self):
         path = os.path.join(self.folder, "file")
-        ccfix.write_file(
-            path, "K\udcc3\udca9"
-        )  # as Python 3.6 reads the command line under LC_ALL=C
+        # as Python 3.6 reads the command line under LC_ALL=C
+        ccfix.write_file(path, "K\udcc3\udca9")
         with open(path, "rb") as file:
             self.assertEqual(file.read(), "K\u00e9".encode("utf-8"))
         with self.assertRaises(OSError):
@@ -14120,7 +14377,8 @@ class TestReadme(unittest.TestCase):
 
     # Names of others: Claude Code's, the shell's, and those of servers and of networks.
     FOREIGN = re.compile(
-        r"CLAUDE_\w+|ENABLE_TOOL_SEARCH|ANTHROPIC_(?:BASE_URL|AUTH_TOKEN|MODEL)|(?:HTTPS?|ALL|NO)_PROXY|SSL_CERT_FILE"
+        r"CLAUDE_\w+|ENABLE_TOOL_SEARCH|ANTHROPIC_(?:BASE_URL|AUTH_TOKEN|MODEL)"
+        r"|(?:HTTPS?|ALL|NO)_PROXY|SSL_CERT_FILE|XDG_DATA_HOME"
         r"|NODE_EXTRA_CA_CERTS|OLLAMA_CONTEXT_LENGTH|YOUR_PROXY_KEY|NO_COLOR|GET|POST|HEAD"
     )
 
@@ -14294,9 +14552,10 @@ class TestHouse(unittest.TestCase):
 
     def test_only_the_standard_library_is_imported(self):
         allowed = set(
-            """argparse ast base64 ctypes collections contextlib difflib email functools getpass hashlib hmac http io itertools json math operator os platform
-            random re secrets select selectors shlex shutil signal socket socketserver sqlite3 ssl stat string subprocess sys tempfile textwrap threading time traceback
-            typing urllib uuid webbrowser zlib""".split()
+            """argparse ast base64 collections compileall contextlib difflib email functools
+            getpass hashlib hmac http io itertools json math operator os platform random re secrets select
+            selectors shlex shutil signal socket socketserver sqlite3 ssl stat string subprocess sys
+            tempfile textwrap threading time traceback typing urllib uuid webbrowser zlib""".split()
         )
         found = set()
         for node in ast.walk(self.tree):
