@@ -9639,7 +9639,6 @@ def check_settings(settings, port=0):
 
     Used at the start and for each change of .env, so that a typing error never breaks what serves.
     """
-    profile_for("", "", settings.profile)
     try:
         prices_from(settings.prices)
     except ValueError as e:
