@@ -14,7 +14,7 @@ How a request travels:
 
 One direction in, one direction out; nothing calls backwards, but for one: whoever waits, waits through
 the client's `wait`, which notices a client that hung up and writes the pings that keep a silent stream alive.
-Each connection has a thread; streams that flow are moved by one thread for all of them, the Pump.
+Each connection has a thread of its own, which also writes its stream.
 
 Words: a *block* is Anthropic content, a *chunk* an OpenAI stream object, an *event* an Anthropic stream
 event, a *payload* the data string of an SSE event, a *profile* what is special about a provider, a *lesson*
@@ -55,7 +55,6 @@ import os
 import random
 import re
 import select
-import selectors
 import shutil
 import signal
 import socket
@@ -5443,9 +5442,6 @@ def inflate(pieces, wbits):
     """The decompressed `pieces`, at most BLOCK_SIZE bytes at a time. zlib.error: damaged; ValueError: cut off."""
     inflater, started = zlib.decompressobj(wbits), False
     for piece in pieces:
-        if not piece:
-            yield b""
-            continue
         if not started and wbits == zlib.MAX_WBITS and piece[0] & 15 != 8:
             inflater = zlib.decompressobj(
                 -wbits
@@ -5461,14 +5457,13 @@ def inflate(pieces, wbits):
 
 
 class Reply:
-    """An answer whose head has come: status, headers (Headers) and the body, to be read once. While it is not `patient`, blocks()
-    gives b"" instead of waiting.
+    """An answer whose head has come: status, headers (Headers) and the body, to be read once.
 
     Whoever opened it calls close(), in `finally`; finish() before that if the rest of the body is not wanted but short.
     """
 
     def __init__(self, upstream, wire, response, keep):
-        self.status, self.headers, self.patient = response.status, response.headers, True
+        self.status, self.headers = response.status, response.headers
         self.upstream, self.wire, self.keep = upstream, wire, keep and not response.last
         self.framing = Dechunker() if response.chunked else Counter(response.length)
 
@@ -5512,11 +5507,8 @@ class Reply:
                 yield block
             if framing.done or self.wire is None:
                 return
-            data = wire.receive() if self.patient else wire.now()
-            if data is None:
-                yield b""
-                data = b""
-            elif not data:
+            data = wire.receive()
+            if not data:
                 if framing.left is not None:
                     raise wire.cut("closed by it")
                 framing.done, self.keep = True, False
@@ -7569,13 +7561,7 @@ class Exchange(object):
         self.plan = plan_request(
             self.settings, self.asked, with_images, proxy.profile_of(self.settings)
         )
-        self.translator, self.cache_state, self.flight, self.key, self.reply = (
-            None,
-            "off",
-            None,
-            None,
-            None,
-        )
+        self.translator, self.cache_state, self.flight, self.key = None, "off", None, None
         self.retries, self.mends, self.room, self.learned, self.replies = 0, 0, 0, [], []
         self.bytes_in = self.bytes_out = 0
         self.began = self.last_write = self.last_sign = clock()
@@ -7602,10 +7588,6 @@ class Exchange(object):
                 yield ""
         if out:
             yield "".join(out)
-
-    def flowing(self):
-        """The provider's Reply while its stream is coming and its content is going out, so that nothing is tried again; else None."""
-        return self.reply if self.reply and self.translator.content else None
 
     def message(self):
         """The whole answer as one message. Raises ProxyError."""
@@ -7768,7 +7750,6 @@ class Exchange(object):
                 self.recorded(reply) if proxy.recorder else self.translated(reply, reply.blocks())
             )
         finally:
-            self.reply = None
             reply.close()
         proxy.memory.keep(self.translator.memory)
 
@@ -7813,7 +7794,6 @@ class Exchange(object):
             yield from translator.feed(whole_reply(read_all(head, blocks), start, self.plan))
             translator.ended = True
         else:
-            self.reply = reply
             for payload in sse_payloads(itertools.chain([head], blocks)):
                 if payload is None:
                     yield None
@@ -7822,11 +7802,6 @@ class Exchange(object):
                     break
                 else:
                     yield from translator.feed(chunk_of(payload))
-            self.reply = None
-            if (
-                not reply.patient
-            ):  # what the end does may take a moment: not in the thread that moves all streams
-                yield None
         yield from translator.finish()
         yield None
         reply.finish()
@@ -8246,11 +8221,6 @@ IDLE_SECONDS = 300  # a kept-alive connection without a request
 SEND_SECONDS = 120  # for a client that does not read
 LINGER_SECONDS = 2  # at the end of a connection, for what the client still sends
 LOOK_SECONDS = 1  # between two looks at whether a silence needs a ping
-SETTLED = 4  # pieces of a streamed answer after which the Pump takes it
-QUIET_SECONDS = 1  # a silence, after which the Pump gives it back
-MOST_STREAMS = (
-    200 if selectors.DefaultSelector is selectors.SelectSelector else 10000
-)  # select() takes 512 descriptors
 REQUEST_LINE = re.compile(rb"([!-~]+) ([!-~\x80-\xff]+) HTTP/(\d)\.(\d)\r?\n")
 REASONS = http.server.BaseHTTPRequestHandler.responses
 
@@ -8360,166 +8330,6 @@ class Watch(object):
                 self.write(text)
             except OSError:
                 raise ClientGone()
-
-
-class Stream(object):
-    """A streamed answer on its way through the Pump. rest: bytes that the client did not take at once; error: what was raised;
-    back: set once the stream's own thread has to go on."""
-
-    __slots__ = (
-        "handler",
-        "batches",
-        "exchange",
-        "reply",
-        "descriptors",
-        "moved",
-        "rest",
-        "error",
-        "back",
-    )
-
-    def __init__(self, handler, batches, exchange):
-        self.handler, self.batches, self.exchange, self.reply = (
-            handler,
-            batches,
-            exchange,
-            exchange.flowing(),
-        )
-        self.descriptors = [self.reply.wire.sock.fileno()] + [
-            handler.watch.client_fd
-        ] * handler.watch.client_open
-        self.moved, self.rest, self.error, self.back = 0, b"", None, threading.Event()
-
-    def step(self, now):
-        """Pass on what has come. False: that was all, or the stream's own thread has to go on."""
-        try:
-            text = next(self.batches, None)
-            if text:
-                self.moved = now
-                data = self.handler.framed(text)
-                self.rest = data[self.handler.connection.send(data) :]
-            return not self.rest and self.exchange.reply is not None
-        except BlockingIOError:
-            self.rest = data
-        except BaseException as e:
-            self.error = e
-        return False
-
-
-class Pump(object):
-    """Moves all streams that flow, in one thread. With a thread each, every chunk of a model wakes one that has long lost its
-    place in the processor's caches: 200 streams then cost three times as much, and wait for each other.
-
-    A stream comes from its own thread once its answer has begun, and goes back to it as soon as there is more to do than to
-    pass data on: at its end, in a silence, when the client hangs up or reads too slowly. So nothing here ever waits.
-    """
-
-    def __init__(self, log):
-        self.log, self.lock, self.coming, self.streams = (
-            log,
-            threading.Lock(),
-            collections.deque(),
-            set(),
-        )
-        self.selector, self.bell, self.look = None, None, 0
-
-    def move(self, stream):
-        """Returns when the stream's own thread has to go on. Raises what was raised on the way."""
-        if not self.enter(stream):
-            return
-        stream.back.wait()
-        if stream.error:
-            error, stream.error = stream.error, None
-            try:
-                raise error
-            finally:
-                error = None  # else it and this frame would know each other
-        stream.handler.write(stream.rest)
-
-    def close(self):
-        """Ends the thread; streams go on in their own."""
-        self.enter(None)
-
-    def enter(self, stream):
-        """Have the thread take a stream; None ends it. False: there is no place."""
-        with self.lock:
-            if stream and self.bell is None:
-                try:
-                    self.selector, (self.bell, ear) = (
-                        selectors.DefaultSelector(),
-                        socket.socketpair(),
-                    )
-                except OSError:  # out of descriptors
-                    return False
-                self.bell.setblocking(False)
-                self.selector.register(ear, selectors.EVENT_READ)
-                threading.Thread(target=self.run, args=(ear,), daemon=True).start()
-            if self.bell is None or stream and len(self.streams) >= MOST_STREAMS:
-                return False
-            self.coming.append(stream)
-            with contextlib.suppress(BlockingIOError):  # it has not heard the last hundreds
-                self.bell.send(b".")
-            return True
-
-    def run(self, ear):
-        """The thread."""
-        try:
-            while self.take():
-                self.work(
-                    self.selector.select(QUIET_SECONDS if self.streams else None),
-                    ear,
-                    time.monotonic(),
-                )
-        except Exception:  # our bug: the streams go on in their threads
-            self.log("error", "the pump failed inside ccfix:\n" + traceback.format_exc())
-        finally:
-            with self.lock:
-                for stream in list(self.streams) + [stream for stream in self.coming if stream]:
-                    self.release(stream)
-                self.coming.clear()
-                self.selector.close()
-                self.bell.close()
-                ear.close()
-                self.bell = None
-
-    def work(self, events, ear, now):
-        """Do what events ask for, and give back the streams that are silent."""
-        for key, _ in events:
-            if key.data is None:
-                ear.recv(4096)
-            elif key.data in self.streams:  # an event before this one may have ended it
-                self.turn(key.data, key.fd, now)
-        if now >= self.look:
-            self.look = now + QUIET_SECONDS / 2
-            for stream in [stream for stream in self.streams if now - stream.moved > QUIET_SECONDS]:
-                self.release(stream)
-
-    def take(self):
-        """Take what is coming. False: the end."""
-        while self.coming:
-            stream = self.coming.popleft()
-            if stream is None:
-                return False
-            stream.moved, stream.reply.patient = time.monotonic(), False
-            self.streams.add(stream)
-            for number in stream.descriptors:
-                self.selector.register(number, selectors.EVENT_READ, stream)
-        return True
-
-    def turn(self, stream, descriptor, now):
-        """A descriptor of a stream can be read."""
-        if descriptor != stream.descriptors[0] or not stream.step(now):
-            self.release(stream)
-
-    def release(self, stream):
-        """Give a stream back to its thread."""
-        if stream in self.streams:
-            self.streams.remove(stream)
-            for number in stream.descriptors:
-                with contextlib.suppress(KeyError):  # it was not yet taken wholly
-                    self.selector.unregister(number)
-        stream.reply.patient = True
-        stream.back.set()
 
 
 MAY_BE_HALF = re.compile(rb"\\u[dD]")
@@ -8901,15 +8711,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send(200, data, headers={"x-ccfix-cache": exchange.cache_state})
             return
         with contextlib.closing(exchange.batches()) as batches:
-            pieces = 0
             for text in batches:
                 if text:
                     self.write_events(text)
-                    pieces += 1
-                if pieces >= SETTLED and exchange.flowing():
-                    pieces = 0
-                    self.server.pump.move(Stream(self, batches, exchange))
-                    self.watch.look_at_client()
         if self.request_version != "HTTP/1.0":
             self.write(b"0\r\n\r\n")
 
@@ -8994,7 +8798,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
     stopping = False  # once true, each connection ends with its next reply
 
     def __init__(self, address, proxy, handler=Handler):
-        self.proxy, self.pump = proxy, Pump(getattr(proxy, "log", None))
+        self.proxy = proxy
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         http.server.HTTPServer.__init__(self, address, handler)
 
@@ -9002,10 +8806,6 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         """Without HTTPServer's getfqdn: a DNS look-up at start, slow in companies."""
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = self.server_address[:2]
-
-    def server_close(self):
-        http.server.HTTPServer.server_close(self)
-        self.pump.close()
 
     def address(self):
         """The URL that clients on this machine use."""

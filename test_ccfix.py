@@ -120,7 +120,7 @@ class FakeReply(object):
     """What Upstream.open returns, without sockets."""
 
     def __init__(self, status, headers, pieces):
-        self.status, self.pieces, self.closed, self.patient = status, pieces, False, True
+        self.status, self.pieces, self.closed = status, pieces, False
         self.headers = email.message.Message()
         for name, value in headers.items():
             self.headers[name] = value
@@ -11725,187 +11725,29 @@ class TestHangUp(HttpCase):
         message = ccfix.fold(sse_events(answer.body.decode()))
         self.assertEqual(len(message["content"][0]["text"]), 6400005)
 
+    def test_a_request_sent_early_is_answered_after_the_stream(self):
+        go = threading.Event()
+        self.serve(
+            [
+                SSE_HEAD + piece(deltas(delta(content="Hel"))),
+                go,
+                piece(sse(delta(content="lo"), delta("stop"))) + b"0\r\n\r\n",
+            ]
+        )
+        sock = self.begin(request("hi"))
+        got = sock.recv(10)
+        sock.sendall(self.head("GET", "/health", {"Connection": "close"}))
+        go.set()
+        first, second = answers_in(got + read_all(sock))
+        message = ccfix.fold(sse_events(first.body.decode()))
+        self.assertEqual(message["content"], [{"type": "text", "text": "Hello"}])
+        self.assertEqual((second.status, second.headers["connection"]), (200, "close"))
+
     def test_a_finished_stream_keeps_the_connection(self):
         self.serve()
         for _ in range(3):
             self.post(request("hi"))
         self.assertEqual(self.upstream.connections, 1)
-
-
-class PumpCase(HttpCase):
-    """Streams go to the pump at their first piece, and back after a short silence."""
-
-    BEGIN = SSE_HEAD + piece(deltas(delta(content="Hel")))
-    END = piece(sse(delta(content="lo"), delta("stop"))) + b"0\r\n\r\n"
-
-    def setUp(self):
-        HttpCase.setUp(self)
-        self.taken, self.released = [], []  # one entry a time
-        move, release = ccfix.Pump.move, ccfix.Pump.release
-        for patch in (
-            mock.patch.multiple(ccfix, SETTLED=1, QUIET_SECONDS=0.05),
-            mock.patch.object(
-                ccfix.Pump, "move", lambda pump, stream: (self.taken.append(1), move(pump, stream))
-            ),
-            mock.patch.object(
-                ccfix.Pump,
-                "release",
-                lambda pump, stream: (self.released.append(1), release(pump, stream)),
-            ),
-        ):
-            patch.start()
-            self.addCleanup(patch.stop)
-
-    def begun(self, *script, **values):
-        """A connection whose stream the pump got."""
-        self.serve(*script, **values)
-        before = len(self.taken)
-        sock = self.begin(request("hi"), {"Connection": "close"})
-        self.wait_until(lambda: len(self.taken) > before)
-        return sock
-
-    def text_of(self, sock):
-        (answer,) = answers_in(read_all(sock))
-        events = sse_events(answer.body.decode())
-        self.assertEqual(grammar(self, events), "done")
-        return ccfix.fold(events)["content"][-1]["text"]
-
-
-class TestHangUpInThePump(PumpCase, TestHangUp):
-    """The same while the pump has the stream."""
-
-
-class TestPump(PumpCase):
-    def test_many_streams_are_moved_by_one_thread_and_end_in_their_own(self):
-        moved, ended = set(), set()
-        feed, finish = ccfix.StreamTranslator.feed, ccfix.StreamTranslator.finish
-
-        def fed(self, chunk):
-            moved.add(
-                (threading.current_thread().name, chunk["choices"][0]["delta"].get("content"))
-            )
-            return feed(self, chunk)
-
-        def finished(self):
-            ended.add(threading.current_thread().name)
-            return finish(self)
-
-        go = threading.Event()
-        with mock.patch.multiple(
-            ccfix.StreamTranslator, feed=fed, finish=finished
-        ), mock.patch.object(ccfix, "QUIET_SECONDS", 5):
-            self.serve([self.BEGIN, go, piece(deltas(delta(content="p"))), 0.05, self.END])
-            socks = [self.begin(request("hi"), {"Connection": "close"}) for _ in range(8)]
-            self.wait_until(lambda: len(self.server.pump.streams) == 8)
-            go.set()
-            self.assertEqual([self.text_of(sock) for sock in socks], ["Helplo"] * 8)
-        self.assertEqual(len({thread for thread, text in moved if text == "p"}), 1)
-        self.assertEqual(len(ended), 8)
-        self.assertEqual((self.server.pump.streams, self.proxy.active), (set(), 0))
-
-    def test_a_silence_is_filled_and_the_stream_comes_back(self):
-        with mock.patch.multiple(ccfix, PING_SECONDS=0.1, LOOK_SECONDS=0.01):
-            sock = self.begun([self.BEGIN, 0.5, piece(deltas(delta(content="p"))), 0.02, self.END])
-            self.wait_until(lambda: self.released)
-            self.wait_until(lambda: len(self.taken) > 1)
-            (answer,) = answers_in(read_all(sock))
-        events = sse_events(answer.body.decode())
-        self.assertGreater([event["type"] for event in events].count("ping"), 1)
-        self.assertEqual(ccfix.fold(events)["content"], [{"type": "text", "text": "Helplo"}])
-
-    def test_bytes_without_content_are_a_silence(self):
-        sock = self.begun([self.BEGIN] + [piece(b": x\n\n"), 0.02] * 30 + [self.END])
-        self.wait_until(lambda: self.released)
-        self.assertEqual((len(self.taken), self.proxy.active), (1, 1))
-        self.assertEqual(self.text_of(sock), "Hello")
-
-    def test_each_way_to_lose_the_provider(self):
-        for end in (CUT, RST, b"zz\r\n", b"0\r\n\r\n", piece(sse({"error": {"message": "boom"}}))):
-            with self.subTest(end):
-                sock = self.begun([self.BEGIN, 0.02, end])
-                (answer,) = answers_in(read_all(sock))
-                events = sse_events(answer.body.decode())
-                self.assertEqual(
-                    (grammar(self, events), answer.body.endswith(b"CUT")), ("error", False)
-                )
-                self.assertEqual(len(self.proxy.wires[1].live), end == b"0\r\n\r\n")
-
-    def test_a_tool_call_that_breaks_off_drops_the_connection(self):
-        call = delta(
-            tool_calls=[
-                {"index": 0, "id": "c1", "function": {"name": "Write", "arguments": '{"a": "b'}}
-            ]
-        )
-        (answer,) = answers_in(
-            read_all(self.begun([self.BEGIN, 0.02, piece(deltas(call)), 0.02, CUT]))
-        )
-        self.assertTrue(answer.body.endswith(b"CUT"))
-        self.assertNotIn(b"message_stop", answer.body)
-
-    def test_the_next_request_is_sent_early(self):
-        sock = self.begun([self.BEGIN, 0.2, piece(deltas(delta(content="p"))), 0.02, self.END])
-        sock.sendall(self.head("GET", "/health", {"Connection": "close"}))
-        first = answers_in(read_all(sock))
-        self.assertEqual([first[0].status, first[0].body.count(b"message_stop")], [200, 2])
-
-    def test_pieces_that_hold_no_whole_event_compressed(self):
-        head = SSE_HEAD.replace(b"\r\n\r\n", b"\r\nContent-Encoding: deflate\r\n\r\n")
-        deflater = zlib.compressobj()
-        begin = deflater.compress(deltas(delta(content="Hel"))) + deflater.flush(zlib.Z_SYNC_FLUSH)
-        body = deflater.compress(sse(delta(content="lo"), delta("stop"))) + deflater.flush()
-        for script in (
-            [head + piece(begin)]
-            + [part for at in range(len(body)) for part in (piece(body[at : at + 1]), 0.002)]
-            + [b"0\r\n\r\n"],
-            [self.BEGIN]
-            + [part for at in range(len(self.END)) for part in (self.END[at : at + 1], 0.002)],
-        ):
-            self.assertEqual(self.text_of(self.begun(script)), "Hello")
-
-    def test_the_rest_for_a_client_that_reads_slowly_is_written_by_its_thread(self):
-        block = piece(deltas(*[delta(content="x" * 1000)] * 16))
-        go = threading.Event()
-        sock = self.begun([self.BEGIN, go] + [block] * 300 + [self.END])
-        go.set()
-        self.wait_until(lambda: self.released)
-        self.assertEqual(len(self.text_of(sock)), 4800005)
-
-    def test_without_a_place_in_it_streams_work_as_well(self):
-        for patch in (
-            mock.patch.object(ccfix, "MOST_STREAMS", 0),
-            mock.patch.object(ccfix.socket, "socketpair", side_effect=OSError("none left")),
-        ):
-            with patch:
-                self.assertEqual(self.text_of(self.begun([self.BEGIN, 0.02, self.END])), "Hello")
-                self.assertEqual(self.released, [], "the pump had it all the same")
-
-    def test_streams_outlive_a_fault_of_the_pump_and_its_end(self):
-        go = threading.Event()
-        sock = self.begun([self.BEGIN, go, self.END])
-        with mock.patch.object(ccfix.Pump, "turn", side_effect=ZeroDivisionError):
-            go.set()
-            self.assertEqual(self.text_of(sock), "Hello")
-        self.assertEqual(
-            [text.splitlines()[-1] for level, text in self.log if level == "error"],
-            ["ZeroDivisionError"],
-        )
-        sock = self.begun([self.BEGIN, 0.02, self.END])  # a new one takes its place
-        self.server.pump.close()
-        self.assertEqual(self.text_of(sock), "Hello")
-        self.wait_until(lambda: self.server.pump.bell is None)
-
-
-@unittest.skipUnless(shutil.which("openssl"), "needs the openssl command")
-class TestPumpOverTls(PumpCase):
-    setUpClass, tearDownClass = (
-        classmethod(getattr(TestTls, name).__func__) for name in ("setUpClass", "tearDownClass")
-    )
-
-    def test_records_of_all_sizes(self):
-        words = ["x" * size for size in (1, 100, 16384, 20000, 70000, 3)]
-        flow = [part for word in words for part in (piece(deltas(delta(content=word))), 0.02)]
-        sock = self.begun([self.BEGIN] + flow + [self.END], tls=self.pair, CA_BUNDLE=self.pair[0])
-        self.assertEqual(self.text_of(sock), "Hel" + "".join(words) + "lo")
 
 
 class TestHonestStreams(HttpCase):
@@ -12041,10 +11883,6 @@ class TestHonestStreams(HttpCase):
         self.serve()
         self.upstream.close()
         self.is_error(self.post(request("hi")), 502, "api_error", "cannot be reached")
-
-
-class TestHonestStreamsInThePump(PumpCase, TestHonestStreams):
-    """The same while the pump has the streams."""
 
 
 class TestCacheOverHttp(HttpCase):
