@@ -8215,34 +8215,39 @@ def search_web(exchange, query):
 # 12  HTTP: handler, routes, the one error funnel, server
 # ======================================================================================================
 
+# Limits on what a client sends: whoever reaches the port can neither fill the memory nor hold a
+# thread for ever. Anthropic's own API takes 32 MB, so Claude Code sends no more.
 MAX_BODY_BYTES = 64 << 20
-MAX_HEAD_BYTES = (
-    64 << 10
-)  # of a request line, and of the header fields; more than 100 fields http.server refuses
+MAX_HEAD_BYTES = 64 << 10  # http.server itself takes up to 100 header fields
 MAX_CHUNK_LINE = 4096  # a chunk's size and its extensions, which nobody uses
+
 HEAD_SECONDS = 30  # for a request's head, and between two reads of its body
 BODY_SECONDS = 300  # for the whole body
 IDLE_SECONDS = 300  # a kept-alive connection without a request
 SEND_SECONDS = 120  # for a client that does not read
 LINGER_SECONDS = 2  # at the end of a connection, for what the client still sends
 LOOK_SECONDS = 1  # between two looks at whether a silence needs a ping
-# \x85 and \xa0 are blanks to http.server, which would see other words in the line than we do.
+
+# The lines of HTTP as RFC 9112 has them (sections 3, 5 and 7.1), except that in a head a bare LF
+# may end a line (2.2). A path may hold raw bytes above ASCII, but not \x85 and \xa0: http.server, which
+# splits the line at everything that Unicode calls a space, would see other words in it than we do.
 REQUEST_LINE = re.compile(rb"[!-~]+ [^\x00-\x20\x7f\x85\xa0]+ HTTP/(\d\.\d)\r?\n")
 FIELD_LINE = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*\r?\n|\r?\n")
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:[\t ]*;[\t\x20-\x7e\x80-\xff]*)?\r\n")
 
 
 class Inbox(io.RawIOBase):
-    """What a client sends, as a raw file with deadlines: a slow sender cannot hold a thread for ever.
+    """What a client sends, as a raw file with deadlines.
 
-    The socket never blocks. Reading raises socket.timeout when the time that allow() gave is over.
+    The socket never blocks. Reading raises socket.timeout when the time that allow() gave is over,
+    also for a sender that is never silent but never done.
     """
 
     def __init__(self, sock):
         self.sock, self.deadline, self.pause = sock, 0, 0
 
     def allow(self, seconds, pause=None):
-        """What is read from now on must come within `seconds`, and without a `pause` longer than that."""
+        """What is read next must come within `seconds`, with no silence longer than `pause`."""
         self.deadline, self.pause = time.monotonic() + seconds, pause or seconds
 
     def readable(self):
@@ -8255,83 +8260,76 @@ class Inbox(io.RawIOBase):
         return self.sock.recv_into(buffer)
 
 
-def poller(socks):
-    """A function that waits for sockets: seconds -> the descriptors of those that can be read then."""
+def readable(socks, seconds):
+    """Those of the sockets that can be read, or were closed; waits for the first at most `seconds`."""
     if hasattr(select, "poll"):
         poll = select.poll()
         for sock in socks:
             poll.register(sock, select.POLLIN)
-        return lambda seconds: [fd for fd, _ in poll.poll(seconds * 1000)]
-
-    def wait(seconds):  # Windows, where select() takes no empty list
-        if not socks:
-            time.sleep(seconds)
-            return []
-        return [sock.fileno() for sock in select.select(socks, [], [], seconds)[0]]
-
-    return wait
+        ready = {fd for fd, _ in poll.poll(seconds * 1000)}
+        return [sock for sock in socks if sock.fileno() in ready]
+    if socks:
+        return select.select(socks, [], [], seconds)[0]
+    time.sleep(seconds)  # Windows, where select() takes no empty list
+    return []
 
 
 class Watch:
-    """Waits for the provider and the client at once: wait(sock, seconds), as `Upstream.open` wants it.
+    """Waits for the provider and the client at once: the wait(sock, seconds) of `Upstream.open`.
 
-    Raises ClientGone when the client has hung up. on_look() is called about once a second while
-    somebody waits; there a silence is filled with pings.
+    Raises ClientGone when the client has hung up: nobody should pay for an answer that nobody reads.
+    A client that closed only its sending side counts as gone too; from here both look the same.
+    on_look() is called about once a second while somebody waits; it fills a silence with pings.
     """
 
     def __init__(self, client, on_look=None):
-        self.client, self.client_fd, self.client_is_quiet = client, client.fileno(), True
-        self.on_look, self.next_look = on_look, 0
-        self.watch(None)
+        self.client, self.on_look, self.next_look = client, on_look, 0
+        self.sent_early = False  # there is data of the client's that nobody reads yet
 
     def __call__(self, sock, seconds):
-        """True: sock can be read; False: the seconds are over."""
-        if sock is not self.sock:
-            self.watch(sock)
+        """True: sock can be read; False: the seconds are over. Without a sock it only waits."""
         end = time.monotonic() + seconds
         while True:
-            ready = self.poll(max(min(seconds, LOOK_SECONDS), 0))
+            socks = [sock] if self.sent_early else [self.client, sock]
+            ready = readable([sock for sock in socks if sock], max(min(seconds, LOOK_SECONDS), 0))
             now = time.monotonic()
-            if self.client_fd in ready:
+            if self.client in ready:
                 self.look_at_client()
             if self.on_look and now >= self.next_look:
                 self.next_look = now + LOOK_SECONDS
                 self.on_look()
-            if self.sock_fd in ready:
+            if sock in ready:
                 return True
             seconds = end - now
             if seconds <= 0:
                 return False
 
-    def watch(self, sock):
-        """Wait for this socket (or none) from now on, beside the client's.
-
-        The poll object is kept, as a stream waits once a chunk, always for the same sockets.
-        """
-        self.sock, self.sock_fd = sock, sock and sock.fileno()
-        self.poll = poller([self.client] * self.client_is_quiet + ([sock] if sock else []))
-
     def look_at_client(self):
         """The client's socket can be read: it hung up, or it sent its next request early."""
         try:
-            if not self.client.recv(1, socket.MSG_PEEK):
-                raise ClientGone()
+            self.sent_early = bool(self.client.recv(1, socket.MSG_PEEK))
         except BlockingIOError:
             return
         except OSError:
             raise ClientGone()
-        self.client_is_quiet = False  # it is there; do not wake up for its data again
-        self.watch(self.sock)
+        if not self.sent_early:
+            raise ClientGone()
 
 
 MAY_BE_HALF = re.compile(rb"\\u[dD]")
 SURROGATE = re.compile(
-    rb"(\\\\|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2})|\\u[dD][89a-fA-F][0-9a-fA-F]{2}"
+    # an escaped backslash, a whole pair: both stay as they are; else half a pair
+    rb"(\\\\|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2})"
+    rb"|\\u[dD][89a-fA-F][0-9a-fA-F]{2}"
 )
 
 
 def without_halves(raw):
-    """JSON bytes in which half a surrogate pair is U+FFFD: strict parsers refuse it, and no UTF-8 has it."""
+    """JSON bytes in which half a surrogate pair is U+FFFD.
+
+    JavaScript cuts strings within a pair, and writes the half as an escape. Strict parsers refuse
+    it, and UTF-8 has no form for it. The first look is for speed: most bodies have no such escape.
+    """
     if not MAY_BE_HALF.search(raw):
         return raw
     return SURROGATE.sub(lambda found: found.group(1) or b"\\ufffd", raw)
@@ -8341,19 +8339,24 @@ class Fields(http.client.HTTPMessage):
     """The header fields of a request."""
 
     def get_content_type(self):
-        """Not the client's: by that, email's parser would look for the parts of a body in the head."""
+        """Not the client's. By that, email's parser would look for the parts of a body in the head,
+        with decoders whose time can grow with the square of a field's length."""
         return "text/plain"
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """One client connection. Every error of a request ends in `fail`, every reply begins in `head`."""
+    """One client connection, in a thread of its own.
+
+    http.server parses the heads and keeps the connection; what is stricter here is in read_fields
+    and check_head. Every error of a request ends in `fail`, every reply begins in `head`.
+    """
 
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True  # else every kept-alive reply waits 40 ms for an ACK
     MessageClass = Fields
 
     ROUTES = (
-        # method, pattern of the path, name of the method that answers: by itself, or with a JSON value
+        # method, pattern of the path, name of the method, which replies itself or returns JSON
         ("POST", r".*/v1/messages/?", "post_messages"),
         ("POST", r".*/v1/messages/count_tokens/?", "post_count_tokens"),
         ("GET", r".*/v1/models(?:/(.+?))?/?", "get_models"),
@@ -8381,11 +8384,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.length = None  # of the body, as Content-Length says
         self.chunked = False  # the body comes in chunks
         self.awaited = False  # the client waits for "100 Continue" before it sends the body
-        self.unread = False  # the client sent more than was read: no request can follow
+        # The client sent more than was read, or may have: nobody knows where its next request
+        # begins, so the connection ends with this reply.
+        self.unread = False
         self.close_connection = True
         self.began_reply = False  # it is too late for another status
-        self.settings = None  # those of the moment the request came
-        self.exchange = None  # of a message: who knows what a silence is filled with
+        self.exchange = None  # of a message: it knows what a silence is filled with
         try:
             if self.read_head():
                 self.guard()
@@ -8396,9 +8400,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.drain()
 
     def drain(self):
-        """Read what the client still sends, for a moment.
+        """Read what the client still sends, for a moment, and throw it away.
 
-        Closing before that would take the reply from it (RFC 9112, 9.6).
+        Closing a socket with unread data resets the connection, and that can take the reply from
+        the client before it has read it (RFC 9112, 9.6).
         """
         with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_WR)
@@ -8409,9 +8414,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
     # -- the head
 
     def read_head(self):
-        """Read a request's head. False: there is none.
+        """Read a request's head. False: there is only a blank line, or the end of the connection.
 
-        Raises ProxyError, after which the connection closes, as `unread` is true till the end.
+        Raises ProxyError for what is not HTTP as we speak it. `unread` is true from the first byte
+        until the head is known to be sound, so that each of these errors ends the connection.
         """
         self.inbox.raw.allow(IDLE_SECONDS)
         if not self.inbox.peek(1):
@@ -8460,7 +8466,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return b"".join(lines)
 
     def send_error(self, code, message=None, explain=None):
-        """Where http.server's parser reports to, for example that there are over 100 fields."""
+        """Where http.server's parser reports what it refuses.
+
+        After our own checks of the lines it has only one reason left: more than 100 header fields.
+        """
         raise ProxyError("malformed HTTP: %s" % message, int(code))
 
     def handle_expect_100(self):
@@ -8471,7 +8480,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def check_head(self):
         """Raise BadRequest for what http.server lets pass, and another server could take otherwise.
 
-        RFC 9112: 3.2 for the host, 6.1 and 6.3 for the framing.
+        If a server before us sees the end of a request where we do not, a client can hide a request
+        in the body of another (request smuggling). So there is one host (RFC 9112, 3.2) and one way
+        to tell the length (6.1 and 6.3), and no guess where the two are contradicted.
         """
         is_old = self.request_version == "HTTP/1.0"
         hosts = self.headers.get_all("Host", [""] if is_old else [])
@@ -8489,34 +8500,35 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.path = path or "/"
         self.length, self.chunked = int(lengths[0]) if lengths else None, bool(codings)
         self.unread = bool(self.chunked or self.length)
+        # HTTP/1.0 keeps connections only by an extension that every reply would have to name.
         options = ",".join(self.headers.get_all("Connection", [])).lower()
         self.close_connection = is_old or "close" in re.split(r"[\t ,]+", options)
 
     def route(self):
-        """Let the method that answers do it; raises ProxyError where there is none."""
-        wanted, allowed = "GET" if self.command == "HEAD" else self.command, []
+        """Call the method that answers; ProxyError where there is none (404, 405)."""
+        wanted = "GET" if self.command == "HEAD" else self.command
         for method, pattern, name in self.ROUTES:
             found = re.fullmatch(pattern, self.path)
             if found and method == wanted:
                 value = getattr(self, name)(*found.groups())
                 return self.send_json(value) if value else None
             if found:
-                allowed.append("GET, HEAD" if method == "GET" else method)
-        if not allowed:
-            raise ProxyError("no such address: %s" % self.path[:200], 404)
-        allow = ", ".join(allowed)
-        words = "%s is not allowed here; use %s" % (self.command[:20], allow)
-        raise ProxyError(words, 405, headers={"allow": allow})
+                allow = "GET, HEAD" if method == "GET" else method
+                words = "%s is not allowed here; use %s" % (self.command[:20], allow)
+                raise ProxyError(words, 405, headers={"allow": allow})
+        raise ProxyError("no such address: %s" % self.path[:200], 404)
 
     # -- who may ask
 
     def guard(self):
         """Raise ProxyError unless the request may be served.
 
-        Where there is a proxy key, it decides. Else only names of this machine are served, so that a
-        web page cannot spend the user's key (DNS rebinding), and never a page of another origin.
+        Where there is a proxy key, it decides. Without one, only names of this machine are served,
+        or a web page whose own name was made to point here (DNS rebinding) could spend the user's
+        money. For the same reason no page of another origin is served, except by the API itself to
+        one that knows the key.
         """
-        settings = self.settings = self.proxy.settings()
+        settings = self.settings = self.proxy.settings()  # these until its end, whatever changes
         key, host = settings.anthropic_api_key, self.headers.get("Host", "")
         origin = self.headers.get("Origin")
         known = key and self.knows(key)
@@ -8543,7 +8555,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             )
 
     def knows(self, key):
-        """Whether the request carries the proxy key."""
+        """Whether the request carries the proxy key, compared in constant time."""
         bearer = re.sub(r"(?i)\Abearer[ \t]+", "", self.headers.get("Authorization", ""))
         return any(
             [
@@ -8562,7 +8574,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
     # -- bodies
 
     def read_body(self):
-        """The request's body. Raises ProxyError; the connection then closes, since nobody knows where the next request begins."""
+        """The request's body as bytes.
+
+        Raises ProxyError: 411 without a length, 415 compressed, 413 too long, 408 too slow, 400 or
+        431 for malformed chunks; ClientGone if the connection ends in it. `unread` stays true then.
+        """
         if self.length is None and not self.chunked:
             self.unread = True  # it may send one all the same
             raise ProxyError("a Content-Length, or Transfer-Encoding: chunked, is required", 411)
@@ -8580,19 +8596,26 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return raw
 
     def check_size(self, size):
+        """Raise ProxyError if a body of so many bytes is not taken."""
         if size > MAX_BODY_BYTES:
             raise ProxyError(
                 "the request has %d bytes; the limit is %d MB" % (size, MAX_BODY_BYTES >> 20), 413
             )
 
     def read_exactly(self, size):
+        """So many bytes; ClientGone when the connection ends before."""
         raw = self.inbox.read(size)
         if len(raw) < size:
             raise ClientGone()
         return raw
 
     def read_chunks(self):
-        """A body sent in chunks (RFC 9112, 7.1); extensions and trailers are read, and ignored."""
+        """A body sent in chunks (RFC 9112, 7.1). Extensions and trailers are read, and ignored.
+
+        Each chunk is a line with its size in hex digits, its bytes, and CRLF; a size of 0 and the
+        trailers end the body. It is kept in a bytearray: a list of 64 million chunks of one byte
+        would take eight times the memory.
+        """
         body = bytearray()
         while True:
             found = CHUNK_LINE.fullmatch(self.read_line(MAX_CHUNK_LINE))
@@ -8608,14 +8631,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 return body
 
     def read_json(self):
-        """(the body as a dict, its length). Raises BadRequest."""
+        """(the body as a dict, its length in bytes). Raises BadRequest, and what read_body does."""
         raw = self.read_body()
         try:
             body = STRICT.decode(without_halves(raw).decode("utf-8"))
-        except UnicodeDecodeError:
-            raise BadRequest("the request body is not UTF-8")
         except ValueError as e:
-            raise BadRequest("the request body is not JSON: %s" % e)
+            raise BadRequest("the request body is not valid JSON in UTF-8: %s" % e)
         if not isinstance(body, dict):
             raise BadRequest("the request body must be a JSON object")
         return body, len(raw)
@@ -8634,7 +8655,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 raise ClientGone()
 
     def head(self, status, headers):
-        """A reply's head as bytes."""
+        """A reply's head as bytes. headers: {name: value}; what HTTP forbids in a value is blanked,
+        as some values are a provider's."""
         self.began_reply, self.wfile = True, io.BytesIO()  # where http.server writes to
         self.close_connection = self.close_connection or self.unread or self.server.stopping
         self.send_response_only(status)
@@ -8646,16 +8668,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return self.wfile.getvalue()
 
     def send(self, data, headers=(), status=200):
-        """A whole reply in one write; none of the body for HEAD."""
+        """A whole reply in one write; none of the body for HEAD. -> the body's length"""
         headers = dict({"Content-Type": "application/json"}, **dict(headers))
         headers["Content-Length"] = len(data)
         self.write(self.head(status, headers) + (b"" if self.command == "HEAD" else data))
+        return len(data)
 
     def send_json(self, value, headers=(), status=200):
-        self.send(compact_json(value).encode(), headers, status)
+        return self.send(compact_json(value).encode(), headers, status)
 
     def fail(self, error):
-        """The one error funnel: answer with what went wrong -> (status, words) for the ledger."""
+        """The one error funnel: answer with what went wrong -> (status, words) for the ledger.
+
+        499 is nginx's status for a client that hung up. An answer that broke off in a tool call is
+        dropped: its status was 200, and Claude Code asks again when the connection just ends.
+        """
         if isinstance(error, RecursionError):
             error = BadRequest("the request is nested too deeply")
         elif not isinstance(error, (ProxyError, ClientGone, Dropped, OSError)):  # our bug
@@ -8672,9 +8699,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return 499, "the client hung up"
 
     def send_problem(self, error):
-        """A ProxyError as the reply, without the user's keys, unless it is too late for a status."""
+        """Reply with a ProxyError, its text without the user's keys.
+
+        When a reply has already begun, it is too late for that: then the connection just ends.
+        """
         error.message = without_secrets(error.message, self.proxy.settings().secrets())
-        # Claude Code shows its own words for a 404, and asks twice; 424 it asks once, and shows ours.
+        # Claude Code asks twice after a 404, and shows its own words; after a 424 once, and ours.
         is_claude = "claude-cli/" in self.headers.get("User-Agent", "")
         status = 424 if error.status == 404 and error.kind and is_claude else error.status
         try:
@@ -8685,7 +8715,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.close_connection = True
 
     def write_events(self, text):
-        """Write SSE text as one chunk, after the head if this is the first."""
+        """Write SSE text (ASCII) in one piece, after the head if this is the first.
+
+        As a chunk of the body; HTTP/1.0 knows none, there the end of the connection ends the body.
+        """
         data, chunked = text.encode("ascii"), self.request_version == "HTTP/1.1"
         if chunked:
             data = b"%x\r\n%s\r\n" % (len(data), data)
@@ -8701,7 +8734,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.write(data)
 
     def break_silence(self):
-        """Write what the exchange has to say in a silence."""
+        """Write what the exchange has to say in a silence. Watch calls it while it waits."""
         text = self.exchange.silence()
         if text:
             self.write_events(text)
@@ -8709,6 +8742,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     # -- the endpoints
 
     def post_messages(self):
+        """What all of this is for: a message. It is noted in the ledger, however it ends."""
         body, size = self.read_json()
         check_request(body)
         exchange = self.exchange = Exchange(
@@ -8730,11 +8764,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.exchange = None  # break the reference cycle: only the collector would find it
 
     def answer(self, exchange):
-        """Write the exchange's answer, streamed or whole."""
+        """Write the exchange's answer, streamed or whole.
+
+        A batch is what one wait brought from the provider, so that a burst of chunks is one write.
+        """
         if not exchange.stream:
-            data = compact_json(exchange.message()).encode()
-            exchange.bytes_out = len(data)
-            return self.send(data, {"x-ccfix-cache": exchange.cache_state})
+            message = exchange.message()
+            exchange.bytes_out = self.send_json(message, {"x-ccfix-cache": exchange.cache_state})
+            return
         with contextlib.closing(exchange.batches()) as batches:
             for text in batches:
                 if text:
@@ -8747,11 +8784,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return self.proxy.count_tokens(body, self.headers, Watch(self.connection))
 
     def get_models(self, name):
-        """The list, or one of it. Any name is served, so any name exists."""
-        models, name = self.proxy.models(self.settings), urllib.parse.unquote(name or "")[:200]
-        rows = models["data"]
-        found = [row for row in rows if row["id"] == name]
-        return (found or [dict(rows[0], id=name, display_name=name)])[0] if name else models
+        """The list, or one model of it. Any name is served, so any name exists."""
+        models = self.proxy.models(self.settings)
+        if not name:
+            return models
+        name = urllib.parse.unquote(name)[:200]
+        other = dict(models["data"][0], id=name, display_name=name)
+        return {row["id"]: row for row in models["data"]}.get(name, other)
 
     def get_health(self):
         return {"status": "ok", "name": "ccfix", "version": __version__}
@@ -8798,10 +8837,10 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
     """
 
     daemon_threads = True
-    request_queue_size = (
-        1024  # with 5, the default, most of 200 connections at once wait for seconds
-    )
-    allow_reuse_address = os.name != "nt"  # on Windows it would let two servers share the port
+    # With 5, the default, most of 200 connections at once would wait for seconds.
+    request_queue_size = 1024
+    # On Windows it would let two servers share the port.
+    allow_reuse_address = os.name != "nt"
     stopping = False  # once true, each connection ends with its next reply
 
     def __init__(self, address, proxy, handler=Handler):
@@ -8820,31 +8859,35 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         return "http://" + host_port(host, self.server_port)
 
     def answers_to(self, host, more):
-        """Whether a Host header names this server: an address (no web page has one that resolves elsewhere), localhost,
-        the name it was bound to, or one of `more` (ALLOWED_HOSTS)."""
-        name = re.sub(r":\d+\Z", "", host.strip().lower())
-        if name in ("localhost", self.server_name.lower()) or name in more:
-            return True
-        if not re.match(r"\d{1,3}(\.\d{1,3}){3}\Z|\[[0-9a-f:.]+\]\Z", name):
-            return False
-        name = name.strip("[]")
-        is_open = self.server_name in ("0.0.0.0", "::")
-        return bool(is_open or name == self.server_name or LOOPBACK.match(name))
+        """Whether a Host header names this server.
+
+        It does with an IP address (a web page cannot have one that resolves elsewhere), where the
+        server can be reached by it; with localhost, the name the server was bound to, and the names
+        in `more` (ALLOWED_HOSTS).
+        """
+        name = re.sub(r":\d+\Z", "", host.lower())
+        bare = name.strip("[]")
+        if re.fullmatch(r"\d{1,3}(\.\d{1,3}){3}|\[[0-9a-f:.]+\]", name):
+            if self.server_name in ("0.0.0.0", "::") or LOOPBACK.match(bare):
+                return True
+        return bare in ("localhost", self.server_name.lower()) or name in more
 
     def service_actions(self):
-        """What the accepting thread does twice a second."""
+        """What the accepting thread does twice a second: close idle connections to providers."""
         if isinstance(self.proxy, Proxy) and self.proxy.wires:
             self.proxy.wires[1].close_idle()
 
     def get_request(self):
+        """The next connection. When the process is out of descriptors, it stays in the queue, and
+        select() reports it again at once: a pause keeps that from burning a core."""
         try:
             return http.server.HTTPServer.get_request(self)
         except OSError:
-            time.sleep(0.05)  # out of descriptors: do not spin until one is free
+            time.sleep(0.05)
             raise
 
     def handle_error(self, request, client_address):
-        """A connection's thread failed outside of any request."""
+        """A connection's thread failed outside of any request: the client reset it, mostly."""
         if isinstance(self.proxy, Proxy):
             self.proxy.log("debug", "connection failed:\n" + traceback.format_exc())
 

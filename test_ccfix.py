@@ -11181,15 +11181,15 @@ class TestBadHttp(HttpCase):
         self.is_fine()
 
     BODIES = [
-        ("empty", b"", "not JSON"),
-        ("not JSON", b"{", "not JSON"),
+        ("empty", b"", "not valid JSON"),
+        ("not JSON", b"{", "not valid JSON"),
         ("not UTF-8", b'{"a":"\xff"}', "UTF-8"),
         ("UTF-16", '{"a":1}'.encode("utf-16"), "UTF-8"),
         ("list", b"[]", "object"),
         ("text", b'"x"', "object"),
         ("null", b"null", "object"),
         ("number", b"1", "object"),
-        ("BOM", b"\xef\xbb\xbf{", "not JSON"),
+        ("BOM", b"\xef\xbb\xbf{", "not valid JSON"),
         ("NaN", b'{"messages":[],"temperature":NaN}', "NaN"),
         ("Infinity", b'{"messages":[-Infinity]}', "Infinity"),
         ("huge number", b'{"max_tokens":' + b"9" * 3000000 + b"}", "digits"),
