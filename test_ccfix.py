@@ -10662,7 +10662,10 @@ def deltas(*fields):
 
 
 def answers_in(raw):
-    """The answers in what a connection gave, as [Answer]; the body of a chunked one is joined, and ends with CUT if it was cut."""
+    """The answers in what a connection gave, as [Answer].
+
+    The body of a chunked one is joined, and ends with CUT if it was cut.
+    """
     found = []
     while raw:
         head, mark, rest = raw.partition(b"\r\n\r\n")
@@ -10807,7 +10810,7 @@ class HttpCase(unittest.TestCase):
         )
         self.assertEqual([text for level, text in self.log if "Traceback" in text], [])
 
-    def wait_until(self, condition, seconds=5):
+    def wait_until(self, condition, seconds=15):
         end = time.monotonic() + seconds
         while not condition():
             self.assertLess(time.monotonic(), end, "did not come true")
@@ -10965,9 +10968,11 @@ class TestBadHttp(HttpCase):
     GET = b"GET / HTTP/1.1\r\n" + HOST
     POST = b"POST /v1/messages HTTP/1.1\r\n" + HOST
     LENGTH = b"Content-Length: 2\r\n"
-    CODING = b"Transfer-Encoding: chunked\r\n"
+    TE = b"Transfer-Encoding: "
+    CODING = TE + b"chunked\r\n"
     CHUNKS = b"\r\n2\r\n{}\r\n0\r\n\r\n"
-    HIDDEN = b"GET /nothing HTTP/1.1\r\nHost: a\r\n\r\n"
+    GZIP = b"Content-Encoding: gzip\r\n"
+    SMUGGLED = b"GET /nothing HTTP/1.1\r\nHost: a\r\n\r\n"
     ROWS = [
         # name, bytes sent, status (0: the connection ends without an answer), words
         ("garbage", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\n\n", 400, "not HTTP"),
@@ -10977,16 +10982,16 @@ class TestBadHttp(HttpCase):
         ("HTTP/2 preface", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505, "HTTP/1.1"),
         ("odd version", b"GET / HTTP/1.1.1\r\n\r\n", 400, "not HTTP"),
         ("lower-case version", b"GET / http/1.1\r\n" + HOST + b"\r\n", 400, "not HTTP"),
-        ("two blanks", b"GET  / HTTP/1.1\r\n" + HOST + b"\r\n", 400, "not HTTP"),
-        ("blank first", b" GET / HTTP/1.1\r\n" + HOST + b"\r\n", 400, "not HTTP"),
-        ("blank last", b"GET / HTTP/1.1 \r\n" + HOST + b"\r\n", 400, "not HTTP"),
-        ("tab for a blank", b"GET\t/ HTTP/1.1\r\n" + HOST + b"\r\n", 400, "not HTTP"),
+        ("two spaces", b"GET  / HTTP/1.1\r\n" + HOST + b"\r\n", 400, "not HTTP"),
+        ("space first", b" GET / HTTP/1.1\r\n" + HOST + b"\r\n", 400, "not HTTP"),
+        ("space last", b"GET / HTTP/1.1 \r\n" + HOST + b"\r\n", 400, "not HTTP"),
+        ("tab for a space", b"GET\t/ HTTP/1.1\r\n" + HOST + b"\r\n", 400, "not HTTP"),
         ("four words", b"GET / x HTTP/1.1\r\n" + HOST + b"\r\n", 400, "not HTTP"),
         ("control in the path", b"GET /\x00x HTTP/1.1\r\n" + HOST + b"\r\n", 400, "not HTTP"),
         ("CR in the path", b"GET /\rx HTTP/1.1\r\n" + HOST + b"\r\n", 400, "not HTTP"),
         ("NEL in the path", b"GET /\x85x HTTP/1.1\r\n" + HOST + b"\r\n", 400, "not HTTP"),
         ("NEL before the path", b"GET \x85/ HTTP/1.1\r\n" + HOST + b"\r\n", 400, "not HTTP"),
-        ("no-break blank", b"GET /\xa0 HTTP/1.1\r\n" + HOST + b"\r\n", 400, "not HTTP"),
+        ("no-break space", b"GET /\xa0 HTTP/1.1\r\n" + HOST + b"\r\n", 400, "not HTTP"),
         ("odd method", b"G\xc4T / HTTP/1.1\r\n" + HOST + b"\r\n", 400, "not HTTP"),
         ("long request line", b"GET /" + b"a" * 70000 + b" HTTP/1.1\r\n\r\n", 414, "too long"),
         ("endless request line", b"a" * 200000, 414, "too long"),
@@ -11000,14 +11005,14 @@ class TestBadHttp(HttpCase):
         ("folded at once", b"GET / HTTP/1.1\r\n X: a\r\n\r\n", 400, "not a header field"),
         ("folded length", POST + b"X: a\r\n Content-Length: 2\r\n\r\n{}", 400, "header field"),
         ("folded to nothing", POST + LENGTH + b" \r\n\r\n{}", 400, "not a header field"),
-        ("blank before the colon", POST + b"Content-Length : 2\r\n\r\n{}", 400, "header field"),
+        ("space before the colon", POST + b"Content-Length : 2\r\n\r\n{}", 400, "header field"),
         ("tab before the colon", POST + b"Content-Length\t: 2\r\n\r\n{}", 400, "header field"),
-        ("blank in a name", GET + b"X y: a\r\n\r\n", 400, "not a header field"),
+        ("space in a name", GET + b"X y: a\r\n\r\n", 400, "not a header field"),
         ("line without a colon", POST + b"hello\r\n" + LENGTH + b"\r\n{}", 400, "header field"),
         ("line with a colon only", GET + b":\r\n\r\n", 400, "not a header field"),
         ("line without a name", GET + b": x\r\n\r\n", 400, "not a header field"),
-        ("envelope", GET + b"From a b: c\r\n\r\n", 400, "not a header field"),
-        ("envelope first", b"GET / HTTP/1.1\r\nFrom me\r\n" + HOST, 400, "not a header field"),
+        ("envelope line", GET + b"From a b: c\r\n\r\n", 400, "not a header field"),
+        ("envelope line first", b"GET / HTTP/1.1\r\nFrom me\r\n" + HOST, 400, "not a header field"),
         ("bare CR", POST + b"X: a\rContent-Length: 5\r\n\r\nhello", 400, "not a header field"),
         ("CR before the end", POST + b"X: a\r\r\n" + LENGTH + b"\r\n{}", 400, "header field"),
         ("CR alone in a line", GET + b"X: a\r\n\r\r\n\r\n", 400, "not a header field"),
@@ -11027,32 +11032,22 @@ class TestBadHttp(HttpCase):
         ("chunked and length", POST + CODING + LENGTH + CHUNKS, 400, "chunked"),
         ("chunked and length 0", POST + CODING + b"Content-Length: 0\r\n" + CHUNKS, 400, "chunked"),
         ("chunked twice", POST + CODING + CODING + CHUNKS, 400, "chunked"),
-        (
-            "chunked, then another",
-            POST + CODING + b"Transfer-Encoding: x\r\n" + CHUNKS,
-            400,
-            "chunk",
-        ),
+        ("chunked, then another", POST + CODING + TE + b"x\r\n" + CHUNKS, 400, "chunk"),
         ("chunked in HTTP/1.0", POST.replace(b"1.1", b"1.0") + CODING + CHUNKS, 400, "chunked"),
-        ("another coding", POST + b"Transfer-Encoding: gzip\r\n" + CHUNKS, 400, "chunked"),
-        ("two codings", POST + b"Transfer-Encoding: gzip, chunked\r\n" + CHUNKS, 400, "chunked"),
-        ("a list", POST + b"Transfer-Encoding: chunked, identity\r\n" + CHUNKS, 400, "chunked"),
-        ("identity", POST + b"Transfer-Encoding: identity\r\n" + LENGTH + b"\r\n{}", 400, "chunk"),
-        ("coding with more", POST + b"Transfer-Encoding: chunked;q=1\r\n" + CHUNKS, 400, "chunked"),
-        ("coding quoted", POST + b'Transfer-Encoding: "chunked"\r\n' + CHUNKS, 400, "chunked"),
-        ("coding like it", POST + b"Transfer-Encoding: xchunked\r\n" + CHUNKS, 400, "chunked"),
+        ("another coding", POST + TE + b"gzip\r\n" + CHUNKS, 400, "chunked"),
+        ("two codings", POST + TE + b"gzip, chunked\r\n" + CHUNKS, 400, "chunked"),
+        ("a list", POST + TE + b"chunked, identity\r\n" + CHUNKS, 400, "chunked"),
+        ("identity", POST + TE + b"identity\r\n" + LENGTH + b"\r\n{}", 400, "chunk"),
+        ("coding with more", POST + TE + b"chunked;q=1\r\n" + CHUNKS, 400, "chunked"),
+        ("coding quoted", POST + TE + b'"chunked"\r\n' + CHUNKS, 400, "chunked"),
+        ("coding like it", POST + TE + b"xchunked\r\n" + CHUNKS, 400, "chunked"),
         ("no coding", POST + b"Transfer-Encoding:\r\n" + LENGTH + b"\r\n{}", 400, "chunked"),
-        (
-            "coding after a blank",
-            POST + b"Transfer-Encoding: \xa0chunked\r\n" + CHUNKS,
-            400,
-            "chunk",
-        ),
-        ("coding of a GET", GET + b"Transfer-Encoding: x\r\n" + CHUNKS + HIDDEN, 400, "chunked"),
+        ("coding after NBSP", POST + TE + b"\xa0chunked\r\n" + CHUNKS, 400, "chunk"),
+        ("coding of a GET", GET + TE + b"x\r\n" + CHUNKS + SMUGGLED, 400, "chunked"),
         ("two lengths", POST + LENGTH + LENGTH + b"\r\n{}", 400, "one number"),
         (
             "two lengths, the first 0",
-            GET + b"Content-Length: 0\r\nContent-Length: 36\r\n\r\n" + HIDDEN,
+            GET + b"Content-Length: 0\r\nContent-Length: 36\r\n\r\n" + SMUGGLED,
             400,
             "one number",
         ),
@@ -11061,35 +11056,20 @@ class TestBadHttp(HttpCase):
         ("negative length", POST + b"Content-Length: -1\r\n\r\n{}", 400, "one number"),
         ("signed length", POST + b"Content-Length: +2\r\n\r\n{}", 400, "one number"),
         ("length in hex", POST + b"Content-Length: 0x2\r\n\r\n{}", 400, "one number"),
-        ("length with a line", POST + b"Content-Length: 0_2\r\n\r\n{}", 400, "one number"),
-        ("length with a blank", POST + b"Content-Length: 2 2\r\n\r\n{}", 400, "one number"),
+        ("underscore in a length", POST + b"Content-Length: 0_2\r\n\r\n{}", 400, "one number"),
+        ("space in a length", POST + b"Content-Length: 2 2\r\n\r\n{}", 400, "one number"),
         ("superscript length", POST + b"Content-Length: \xb2\r\n\r\n{}", 400, "one number"),
-        ("length after a blank", POST + b"Content-Length: \xa02\r\n\r\n{}", 400, "one number"),
-        (
-            "huge length",
-            POST + b"Content-Length: " + b"9" * 4000 + b"\r\n\r\n{}",
-            400,
-            "one number",
-        ),
+        ("length after NBSP", POST + b"Content-Length: \xa02\r\n\r\n{}", 400, "one number"),
+        ("huge length", POST + b"Content-Length: " + b"9" * 400 + b"\r\n\r\n{}", 400, "one number"),
         ("over the limit", POST + b"Content-Length: 67108865\r\n\r\n{}", 413, "64 MB"),
-        (
-            "compressed",
-            POST + b"Content-Encoding: gzip\r\n" + LENGTH + b"\r\n{}",
-            415,
-            "compressed",
-        ),
-        (
-            "chunks of gzip",
-            POST + b"Content-Encoding: gzip\r\n" + CODING + CHUNKS,
-            415,
-            "compressed",
-        ),
+        ("compressed", POST + GZIP + LENGTH + b"\r\n{}", 415, "compressed"),
+        ("chunks of gzip", POST + GZIP + CODING + CHUNKS, 415, "compressed"),
         ("cut head", b"GET / HTT", 400, "not HTTP"),
         ("cut headers", b"GET / HTTP/1.1\r\nHost: 1", 0, ""),
-        ("cut before the blank line", GET, 0, ""),
+        ("cut before the empty line", GET, 0, ""),
         ("cut body", POST + b"Content-Length: 20\r\n\r\n{}", 0, ""),
         ("nothing", b"", 0, ""),
-        ("blank lines only", b"\r\n\r\n", 0, ""),
+        ("empty lines only", b"\r\n\r\n", 0, ""),
     ]
 
     def test_malformed_http(self):
@@ -11136,7 +11116,7 @@ class TestBadHttp(HttpCase):
             self.assertLess(time.process_time() - began, 0.5, name[:60])
         self.is_fine()
 
-    def test_blanks_around_a_value_do_not_count(self):
+    def test_spaces_around_a_value_do_not_count(self):
         self.serve()
         data = json.dumps(request("hi")).encode()
         (answer,) = self.talk(
@@ -11168,9 +11148,9 @@ class TestBadHttp(HttpCase):
                 with self.subTest(name):
                     began = time.monotonic()
                     self.assertEqual([a.status for a in self.talk(raw)], statuses)
-                    self.assertLess(time.monotonic() - began, 2)
+                    self.assertLess(time.monotonic() - began, 15)
             with self.connect() as sock:  # a byte now and then does not help
-                stop = time.monotonic() + 3
+                stop = time.monotonic() + 15
                 try:
                     while time.monotonic() < stop:
                         sock.sendall(b"X")
@@ -11208,7 +11188,7 @@ class TestBadHttp(HttpCase):
         self.serve()
         for name, body, words in self.BODIES:
             with self.subTest(name):
-                began = time.monotonic()
+                began = time.process_time()
                 self.is_error(self.post(body), 400, "invalid_request_error", words)
                 if "messages" not in name:
                     self.is_error(
@@ -11217,7 +11197,7 @@ class TestBadHttp(HttpCase):
                         "invalid_request_error",
                         words,
                     )
-                self.assertLess(time.monotonic() - began, 3)
+                self.assertLess(time.process_time() - began, 3)
         self.is_fine()
 
     def test_deep_but_parseable_bodies(self):
@@ -11225,12 +11205,13 @@ class TestBadHttp(HttpCase):
         for depth in (50, 300, 600, 900, 990):
             deep = b"[" * depth + b"]" * depth
             for body in (
-                b'{"messages":[{"role":"user","content":[{"type":"tool_result","content":%s}]}],"stream":true}'
-                % deep,
-                b'{"messages":[{"role":"user","content":"x"}],"tools":[{"name":"t","input_schema":{"properties":%s}}]}'
+                b'{"messages":[{"role":"user","content":[{"type":"tool_result","content":%s}]}],'
+                b'"stream":true}' % deep,
+                b'{"messages":[{"role":"user","content":"x"}],'
+                b'"tools":[{"name":"t","input_schema":{"properties":%s}}]}'
                 % (b'{"a":' * depth + b"1" + b"}" * depth),
-                b'{"messages":[{"role":"assistant","content":[{"type":"tool_use","id":"a","name":"b","input":{"x":%s}}]}]}'
-                % deep,
+                b'{"messages":[{"role":"assistant","content":'
+                b'[{"type":"tool_use","id":"a","name":"b","input":{"x":%s}}]}]}' % deep,
             ):
                 status = self.post(body).status
                 self.assertIn(status, (200, 400), depth)
@@ -11390,9 +11371,9 @@ class TestChunkedBodies(HttpCase):
         ("negative size", b"-5\r\nhello\r\n" + END, 400, "malformed"),
         ("signed size", b"+5\r\nhello\r\n" + END, 400, "malformed"),
         ("size with a prefix", b"0x5\r\nhello\r\n" + END, 400, "malformed"),
-        ("size with a line", b"0_5\r\nhello\r\n" + END, 400, "malformed"),
-        ("blank before the size", b" 5\r\nhello\r\n" + END, 400, "malformed"),
-        ("blank after the size", b"5 \r\nhello\r\n" + END, 400, "malformed"),
+        ("underscore in a size", b"0_5\r\nhello\r\n" + END, 400, "malformed"),
+        ("space before the size", b" 5\r\nhello\r\n" + END, 400, "malformed"),
+        ("space after the size", b"5 \r\nhello\r\n" + END, 400, "malformed"),
         ("NUL after the size", b"5\x00\r\nhello\r\n" + END, 400, "malformed"),
         ("size without CR", b"5\nhello\r\n" + END, 400, "malformed"),
         ("size with two CR", b"5\r\r\nhello\r\n" + END, 400, "malformed"),
@@ -11797,9 +11778,15 @@ class TestInjection(HttpCase):
 
 
 class TestHangUp(HttpCase):
-    """Whenever the client leaves, the upstream call ends at once."""
+    """Whenever the client leaves, the upstream call ends at once: long before the next look."""
 
-    def left(self, sock, seconds=0.5):
+    def setUp(self):
+        HttpCase.setUp(self)
+        patch = mock.patch.object(ccfix, "LOOK_SECONDS", 60)
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    def left(self, sock, seconds=15):
         """Asserts that the upstream sees the end soon after the client hung up."""
         sock.close()
         self.assertTrue(self.upstream.gone.wait(seconds), "the upstream call went on")
@@ -11846,7 +11833,7 @@ class TestHangUp(HttpCase):
         sock = self.begin(request("hi"))
         self.wait_until(lambda: any("try 2" in text for _, text in self.log))
         sock.close()
-        self.wait_until(lambda: self.proxy.active == 0, 0.5)
+        self.wait_until(lambda: self.proxy.active == 0, 12)  # the retry comes after 15 s
         self.assertEqual(len(self.upstream.requests), 1)
 
     def test_while_the_body_is_sent(self):
@@ -11854,7 +11841,7 @@ class TestHangUp(HttpCase):
         sock = self.begin(request("x" * 20000000))
         self.wait_until(lambda: self.upstream.requests)
         sock.close()
-        self.wait_until(lambda: not self.proxy.active and not self.proxy.wires[1].live, 0.8)
+        self.wait_until(lambda: not self.proxy.active and not self.proxy.wires[1].live)
 
     def test_while_it_reads_nothing(self):
         block = piece(deltas(*[delta(content="x" * 1000)] * 16))
@@ -11874,7 +11861,7 @@ class TestHangUp(HttpCase):
             self.serve(lambda request_: [SSE_HEAD] + [block] * 3000)
             sock = self.begin(request("hi"))
             sock.recv(10)
-            self.assertTrue(self.upstream.gone.wait(5))
+            self.assertTrue(self.upstream.gone.wait(15))
             self.wait_until(lambda: self.proxy.active == 0)
 
     def test_a_slow_reader_gets_everything(self):
@@ -11927,6 +11914,18 @@ class TestHonestStreams(HttpCase):
         body = answer.body[:-3] if answer.body.endswith(b"CUT") else answer.body
         return answer, sse_events(body.decode()) if answer.status == 200 else None
 
+    def stream_until(self, seen, go, *script):
+        """The same, where `go`, for which the script waits, is set once seen(bytes that came)."""
+        self.serve(*script)
+        sock, raw = self.begin(request("hi"), {"Connection": "close"}), b""
+        while not seen(raw):
+            block = sock.recv(65536)
+            self.assertTrue(block, raw)
+            raw += block
+        go.set()
+        (answer,) = answers_in(raw + read_all(sock))
+        return answer, sse_events(answer.body.decode())
+
     def test_early_errors_keep_their_status(self):
         early = sse({"error": {"message": "slow down", "code": 429}})
         for name, reply, status in (
@@ -11945,6 +11944,9 @@ class TestHonestStreams(HttpCase):
                 self.is_error(answer, status)
 
     def test_silence_is_filled_with_pings_then_signs_of_life(self):
+        def seen(raw):
+            return raw.count(b"event: ping") > 2 and b"thinking_delta" in raw
+
         with mock.patch.multiple(ccfix, **self.FAST):
             for name, before in (
                 ("before the head", []),
@@ -11952,10 +11954,9 @@ class TestHonestStreams(HttpCase):
                 ("between comments", [SSE_HEAD] + [piece(b": x\n\n"), 0.02] * 12),
             ):
                 with self.subTest(name):
-                    answer, events = self.stream(
-                        before
-                        + [0.35, (b"" if before else SSE_HEAD) + piece(HELLO_STREAM) + b"0\r\n\r\n"]
-                    )
+                    go, rest = threading.Event(), piece(HELLO_STREAM) + b"0\r\n\r\n"
+                    script = before + [go, rest if before else SSE_HEAD + rest]
+                    _, events = self.stream_until(seen, go, script)
                     kinds = [event["type"] for event in events]
                     self.assertEqual(kinds[:2], ["message_start", "ping"])
                     self.assertGreater(kinds.count("ping"), 2)
@@ -11965,10 +11966,10 @@ class TestHonestStreams(HttpCase):
                     self.assertEqual(content[0]["type"], "thinking")
 
     def test_an_error_after_the_hold_is_an_event(self):
-        with mock.patch.multiple(ccfix, **dict(self.FAST, SIGN_SECONDS=9)):
-            answer, events = self.stream(
-                [0.2, counted(b'{"error":{"message":"broken"}}', "400 Bad")]
-            )
+        go = threading.Event()
+        broken = counted(b'{"error":{"message":"broken"}}', "400 Bad")
+        with mock.patch.multiple(ccfix, **dict(self.FAST, SIGN_SECONDS=99)):
+            answer, events = self.stream_until(bool, go, [go, broken])
         self.assertEqual(
             (answer.status, [e["type"] for e in events if e["type"] != "ping"]),
             (200, ["message_start", "error"]),
@@ -12035,9 +12036,9 @@ class TestHonestStreams(HttpCase):
         self.assertEqual(grammar(self, events), "error")
 
     def test_comments_without_content_are_given_up(self):
-        with mock.patch.multiple(ccfix, **dict(self.FAST, STALLED=1, HOLD_SECONDS=9)):
+        with mock.patch.multiple(ccfix, **dict(self.FAST, STALLED=0.3, HOLD_SECONDS=99)):
             answer, _ = self.stream(
-                [SSE_HEAD] + [piece(b": x\n\n"), 0.02] * 100, TARGET_TIMEOUT="0.3"
+                [SSE_HEAD] + [piece(b": x\n\n"), 0.02] * 500, TARGET_TIMEOUT="2"
             )
         self.is_error(answer, 504, "timeout_error", "no content")
 
@@ -12089,7 +12090,7 @@ class TestServerItself(HttpCase):
         self.assertEqual(len(upstream.live), 1)
         upstream.idle = 0
         self.wait_until(lambda: not upstream.live)
-        self.assertTrue(self.upstream.gone.wait(2))
+        self.assertTrue(self.upstream.gone.wait(15))
         self.is_fine()
 
     def test_a_stopping_server_ends_each_connection_with_its_reply(self):
@@ -12119,7 +12120,7 @@ class TestServerItself(HttpCase):
                     while not sock.recv(65536).endswith(b"0\r\n\r\n"):
                         pass
                 self.wait_until(
-                    lambda: not [o for o in gc.get_objects() if isinstance(o, ccfix.Exchange)], 2
+                    lambda: not [o for o in gc.get_objects() if isinstance(o, ccfix.Exchange)]
                 )
         finally:
             gc.enable()
@@ -12147,7 +12148,7 @@ class TestSignals(unittest.TestCase):
     """A process that serves, ended while a stream is open."""
 
     def run_until(self, signum, *script):
-        """(exit code, what the client got, what was printed) when the signal comes while the stream is open."""
+        """(exit code, what the client got, what was printed) when the signal comes in a stream."""
         with FakeUpstream(*script) as upstream, tempfile.TemporaryDirectory() as folder:
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
@@ -12186,11 +12187,8 @@ class TestSignals(unittest.TestCase):
                         time.sleep(0.02)
                 data = json.dumps(request("hi")).encode()
                 with sock:
-                    sock.sendall(
-                        b"POST /v1/messages HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n"
-                        % len(data)
-                        + data
-                    )
+                    head = b"POST /v1/messages HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d"
+                    sock.sendall(head % len(data) + b"\r\n\r\n" + data)
                     got = sock.recv(100)
                     process.send_signal(signum)
                     got += read_all(sock)
