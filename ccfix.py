@@ -8260,7 +8260,7 @@ class Inbox(io.RawIOBase):
         return self.sock.recv_into(buffer)
 
 
-def readable(socks, seconds):
+def wait_for_data(socks, seconds):
     """Those of the sockets that can be read, or were closed; waits for the first at most `seconds`."""
     if hasattr(select, "poll"):
         poll = select.poll()
@@ -8290,8 +8290,10 @@ class Watch:
         """True: sock can be read; False: the seconds are over. Without a sock it only waits."""
         end = time.monotonic() + seconds
         while True:
-            socks = [sock] if self.sent_early else [self.client, sock]
-            ready = readable([sock for sock in socks if sock], max(min(seconds, LOOK_SECONDS), 0))
+            socks = [sock] if sock else []
+            if not self.sent_early:
+                socks.append(self.client)
+            ready = wait_for_data(socks, max(min(seconds, LOOK_SECONDS), 0))
             now = time.monotonic()
             if self.client in ready:
                 self.look_at_client()

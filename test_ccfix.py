@@ -10996,6 +10996,12 @@ class TestBadHttp(HttpCase):
         ("long request line", b"GET /" + b"a" * 70000 + b" HTTP/1.1\r\n\r\n", 414, "too long"),
         ("endless request line", b"a" * 200000, 414, "too long"),
         ("long header", GET + b"X: " + b"a" * 70000 + b"\r\n\r\n", 431, "header"),
+        (
+            "long path and header",
+            b"GET /" + b"a" * 40000 + b" HTTP/1.1\r\n" + HOST + b"X: " + b"a" * 40000 + b"\r\n\r\n",
+            431,
+            "header",
+        ),
         ("long head", GET + (b"X: " + b"a" * 900 + b"\r\n") * 80 + b"\r\n", 431, "header"),
         ("many headers", GET + b"X: y\r\n" * 101 + b"\r\n", 431, "header"),
         ("header flood", GET + b"X: y\r\n" * 5000 + b"\r\n", 431, "header"),
@@ -11945,7 +11951,9 @@ class TestHonestStreams(HttpCase):
 
     def test_silence_is_filled_with_pings_then_signs_of_life(self):
         def seen(raw):
-            return raw.count(b"event: ping") > 2 and b"thinking_delta" in raw
+            if raw.count(b"event: ping") > 2:
+                ccfix.SIGN_SECONDS = 0
+            return b"thinking_delta" in raw
 
         with mock.patch.multiple(ccfix, **self.FAST):
             for name, before in (
@@ -11953,7 +11961,7 @@ class TestHonestStreams(HttpCase):
                 ("after the head", [SSE_HEAD]),
                 ("between comments", [SSE_HEAD] + [piece(b": x\n\n"), 0.02] * 12),
             ):
-                with self.subTest(name):
+                with self.subTest(name), mock.patch.object(ccfix, "SIGN_SECONDS", 99):
                     go, rest = threading.Event(), piece(HELLO_STREAM) + b"0\r\n\r\n"
                     script = before + [go, rest if before else SSE_HEAD + rest]
                     _, events = self.stream_until(seen, go, script)
