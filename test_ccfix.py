@@ -11137,6 +11137,15 @@ class TestBadHttp(HttpCase):
         answers = self.talk(raw, self.head("GET", "/health", {"Connection": "close"}))
         self.assertEqual([answer.status for answer in answers], [200, 200])
 
+    def test_a_client_that_still_sends_gets_the_answer(self):
+        self.serve()
+        head = self.head("POST", "/v1/messages", (), 1 << 30)
+        with mock.patch.object(ccfix, "LINGER_SECONDS", 30), self.connect() as sock:
+            sock.sendall(head + b" " * 1000000)
+            sock.shutdown(socket.SHUT_WR)
+            (answer,) = answers_in(read_all(sock))  # not reset
+        self.is_error(answer, 413, "request_too_large", "64 MB")
+
     def test_slow_senders_are_cut_off(self):
         self.serve()
         slow = {
@@ -11422,6 +11431,13 @@ class TestChunkedBodies(HttpCase):
         sent = self.upstream.requests
         self.assertEqual(len(sent), 2 * len(self.GOOD))
         self.assertEqual(len({request_.body for request_ in sent}), 1)
+
+    def test_half_a_surrogate_pair_in_a_chunk(self):
+        self.serve()
+        body = json.dumps(request("a\ud83d", stream=False)).encode()
+        answers = self.talk(self.chunked(piece(body), self.END, Connection="close"))
+        self.assertEqual([answer.status for answer in answers], [200])
+        self.assertIn(b"a\\ufffd", self.upstream.requests[0].body)
 
     def test_a_body_that_comes_byte_by_byte(self):
         self.serve()
