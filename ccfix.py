@@ -8229,8 +8229,8 @@ LINGER_SECONDS = 2  # at the end of a connection, for what the client still send
 LOOK_SECONDS = 1  # between two looks at whether a silence needs a ping
 
 # The lines of HTTP as RFC 9112 has them (sections 3, 5 and 7.1), except that in a head a bare LF
-# may end a line (2.2). A path may hold raw bytes above ASCII, but not \x85 and \xa0: http.server, which
-# splits the line at everything that Unicode calls a space, would see other words in it than we do.
+# may end a line (2.2). A path may hold raw bytes above ASCII, but not \x85 and \xa0: http.server,
+# which splits the line at everything that Unicode calls a space, would see other words than we do.
 REQUEST_LINE = re.compile(rb"[!-~]+ [^\x00-\x20\x7f\x85\xa0]+ HTTP/(\d\.\d)\r?\n")
 FIELD_LINE = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*\r?\n|\r?\n")
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:[\t ]*;[\t\x20-\x7e\x80-\xff]*)?\r\n")
@@ -8261,7 +8261,7 @@ class Inbox(io.RawIOBase):
 
 
 def wait_for_data(socks, seconds):
-    """Those of the sockets that can be read, or were closed; waits for the first at most `seconds`."""
+    """Those of the sockets that can be read, or were closed; waits for one at most `seconds`."""
     if hasattr(select, "poll"):
         poll = select.poll()
         for sock in socks:
@@ -8277,9 +8277,10 @@ def wait_for_data(socks, seconds):
 class Watch:
     """Waits for the provider and the client at once: the wait(sock, seconds) of `Upstream.open`.
 
-    Raises ClientGone when the client has hung up: nobody should pay for an answer that nobody reads.
-    A client that closed only its sending side counts as gone too; from here both look the same.
-    on_look() is called about once a second while somebody waits; it fills a silence with pings.
+    Raises ClientGone when the client has hung up: nobody should pay for an answer that no one
+    reads. A client that closed only its sending side counts as gone too; from here both look
+    the same. on_look() is called about once a second while somebody waits; it fills a silence with
+    pings.
     """
 
     def __init__(self, client, on_look=None):
@@ -8382,7 +8383,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """One request, from its first byte to the last of its reply."""
         self.request_id = "req_" + self.proxy.new_id()
         self.command, self.request_version, self.headers = "", "HTTP/1.1", Fields()
-        self.path = ""  # without host and query
         self.length = None  # of the body, as Content-Length says
         self.chunked = False  # the body comes in chunks
         self.awaited = False  # the client waits for "100 Continue" before it sends the body
@@ -8418,8 +8418,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def read_head(self):
         """Read a request's head. False: there is only a blank line, or the end of the connection.
 
-        Raises ProxyError for what is not HTTP as we speak it. `unread` is true from the first byte
-        until the head is known to be sound, so that each of these errors ends the connection.
+        Raises ProxyError for a head that is not valid HTTP/1.1 or 1.0. `unread` is true until the
+        head is known to be sound, so that each of these errors ends the connection.
         """
         self.inbox.raw.allow(IDLE_SECONDS)
         if not self.inbox.peek(1):
@@ -8443,7 +8443,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return True
 
     def read_line(self, limit):
-        """A line, or so much of it; ClientGone when the connection ends in it."""
+        """A line, cut at `limit` bytes; ClientGone when the connection ends within it."""
         line = self.inbox.readline(limit)
         if len(line) < limit and not line.endswith(b"\n"):
             raise ClientGone()
@@ -8452,9 +8452,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def read_fields(self, left=MAX_HEAD_BYTES):
         """The lines of header fields, or of a body's trailers, up to the empty one, as bytes.
 
-        No folded line, no line that is no field, no control character: in those another server on
-        the way could see another request than we do (RFC 9112, section 5). email's parser takes
-        all of them, and a bare CR for the end of a line, so they must not reach it.
+        Folded lines, lines that are not fields and control characters are refused: another server
+        on the way could see a different request in them (RFC 9112, section 5). They must not even
+        reach email's parser, which accepts them all and takes a bare CR for the end of a line.
         """
         lines = []
         while not lines or lines[-1] != b"\r\n":
@@ -8464,7 +8464,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 raise ProxyError("the request has too many or too long header fields", 431)
             if not FIELD_LINE.fullmatch(line):
                 raise BadRequest("malformed HTTP: not a header field: %s" % ascii(line[:60])[1:])
-            lines.append(line.rstrip() + b"\r\n")  # email keeps the blanks after a value
+            lines.append(line.rstrip() + b"\r\n")  # email would keep trailing spaces
         return b"".join(lines)
 
     def send_error(self, code, message=None, explain=None):
@@ -8480,11 +8480,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return True
 
     def check_head(self):
-        """Raise BadRequest for what http.server lets pass, and another server could take otherwise.
+        """Raise BadRequest for what http.server accepts, but another server might read differently.
 
-        If a server before us sees the end of a request where we do not, a client can hide a request
-        in the body of another (request smuggling). So there is one host (RFC 9112, 3.2) and one way
-        to tell the length (6.1 and 6.3), and no guess where the two are contradicted.
+        Where a server before us sees another end of a request than we do, a client can hide a
+        request in the body of another (request smuggling). So there must be one host (RFC 9112,
+        3.2) and one way to tell the length (6.1 and 6.3); a contradiction is an error, not a guess.
         """
         is_old = self.request_version == "HTTP/1.0"
         hosts = self.headers.get_all("Host", [""] if is_old else [])
@@ -8499,7 +8499,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise BadRequest(
                 "Transfer-Encoding may only be chunked, in HTTP/1.1 and without Content-Length"
             )
-        self.path = path or "/"
+        self.path = path or "/"  # without host and query
         self.length, self.chunked = int(lengths[0]) if lengths else None, bool(codings)
         self.unread = bool(self.chunked or self.length)
         # HTTP/1.0 keeps connections only by an extension that every reply would have to name.
@@ -8530,7 +8530,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         money. For the same reason no page of another origin is served, except by the API itself to
         one that knows the key.
         """
-        settings = self.settings = self.proxy.settings()  # these until its end, whatever changes
+        # The request is served by these, also when the user changes them meanwhile.
+        settings = self.settings = self.proxy.settings()
         key, host = settings.anthropic_api_key, self.headers.get("Host", "")
         origin = self.headers.get("Origin")
         known = key and self.knows(key)
@@ -8598,14 +8599,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return raw
 
     def check_size(self, size):
-        """Raise ProxyError if a body of so many bytes is not taken."""
+        """Raise ProxyError if a body of this many bytes is too large."""
         if size > MAX_BODY_BYTES:
             raise ProxyError(
                 "the request has %d bytes; the limit is %d MB" % (size, MAX_BODY_BYTES >> 20), 413
             )
 
     def read_exactly(self, size):
-        """So many bytes; ClientGone when the connection ends before."""
+        """Exactly `size` bytes; ClientGone when the connection ends first."""
         raw = self.inbox.read(size)
         if len(raw) < size:
             raise ClientGone()
@@ -8646,7 +8647,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     # -- replies
 
     def write(self, data):
-        """Send bytes to the client. ClientGone if it is, or takes none for SEND_SECONDS."""
+        """Send bytes to the client. ClientGone when it left, or reads nothing for SEND_SECONDS."""
         while data:
             try:
                 data = memoryview(data)[self.connection.send(data) :]
@@ -8657,10 +8658,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 raise ClientGone()
 
     def head(self, status, headers):
-        """A reply's head as bytes. headers: {name: value}; what HTTP forbids in a value is blanked,
-        as some values are a provider's."""
+        """A reply's head as bytes. headers: {name: value}.
+
+        Some values come from the provider: what HTTP forbids in them becomes a space.
+        """
         self.began_reply, self.wfile = True, io.BytesIO()  # where http.server writes to
-        self.close_connection = self.close_connection or self.unread or self.server.stopping
+        self.close_connection |= self.unread or self.server.stopping
         self.send_response_only(status)
         for name, value in dict(headers, **{"request-id": self.request_id}).items():
             self.send_header(name, re.sub(r"[^\t\x20-\x7e]", " ", str(value)))
@@ -8719,7 +8722,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def write_events(self, text):
         """Write SSE text (ASCII) in one piece, after the head if this is the first.
 
-        As a chunk of the body; HTTP/1.0 knows none, there the end of the connection ends the body.
+        It is a chunk of the body; HTTP/1.0 has none, there the end of the connection ends the body.
         """
         data, chunked = text.encode("ascii"), self.request_version == "HTTP/1.1"
         if chunked:
@@ -8771,8 +8774,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         A batch is what one wait brought from the provider, so that a burst of chunks is one write.
         """
         if not exchange.stream:
-            message = exchange.message()
-            exchange.bytes_out = self.send_json(message, {"x-ccfix-cache": exchange.cache_state})
+            exchange.bytes_out = self.send_json(
+                exchange.message(), {"x-ccfix-cache": exchange.cache_state}
+            )
             return
         with contextlib.closing(exchange.batches()) as batches:
             for text in batches:
