@@ -11910,11 +11910,16 @@ class TestHangUp(HttpCase):
                 piece(sse(delta(content="lo"), delta("stop"))) + b"0\r\n\r\n",
             ]
         )
-        sock = self.begin(request("hi"))
-        got = sock.recv(10)
-        sock.sendall(self.head("GET", "/health", {"Connection": "close"}))
-        go.set()
-        first, second = answers_in(got + read_all(sock))
+        looks, look = [], ccfix.Watch.look_at_client
+        with mock.patch.object(ccfix.Watch, "look_at_client", lambda w: looks.append(look(w))):
+            sock = self.begin(request("hi"))
+            got = sock.recv(10)
+            sock.sendall(self.head("GET", "/health", {"Connection": "close"}))
+            self.wait_until(lambda: looks)
+            time.sleep(0.05)
+            go.set()
+            first, second = answers_in(got + read_all(sock))
+        self.assertEqual(len(looks), 1, "its data woke the thread again")
         message = ccfix.fold(sse_events(first.body.decode()))
         self.assertEqual(message["content"], [{"type": "text", "text": "Hello"}])
         self.assertEqual((second.status, second.headers["connection"]), (200, "close"))
@@ -12138,9 +12143,9 @@ class TestServerItself(HttpCase):
         gc.disable()
         try:
             with self.connect() as sock:
-                for _ in range(3):
+                for headers in ({}, {}, {"Connection": "close"}):
                     data = json.dumps(request("x" * 1000)).encode()
-                    sock.sendall(self.head("POST", "/v1/messages", (), len(data)) + data)
+                    sock.sendall(self.head("POST", "/v1/messages", headers, len(data)) + data)
                     while not sock.recv(65536).endswith(b"0\r\n\r\n"):
                         pass
                 self.wait_until(
