@@ -11595,6 +11595,12 @@ class TestWhoMayAsk(HttpCase):
         self.assertEqual(self.post(request("hi"), {"Origin": "http://evil.test"}).status, 403)
         self.assertEqual(len(self.upstream.requests), 0)
 
+    def test_a_foreign_origin_with_the_key_gets_the_api_only(self):
+        self.serve(ANTHROPIC_API_KEY=PROXY_KEY)
+        headers = {"Origin": "http://evil.test", "x-api-key": PROXY_KEY}
+        for path, status in (("/v1/models", 200), ("/stats", 403), ("/", 403), ("/health", 403)):
+            self.assertEqual(self.call("GET", path, headers=headers).status, status, path)
+
     KEYS = [
         "sk-secret-proxy-2",
         "schl\xfcssel-\xe0",
