@@ -16,7 +16,7 @@ How a request travels:
 are the two ends of a *format*, an API that providers speak; each is a row of FORMATS. One direction
 in, one direction out; nothing calls backwards, but for one: whoever waits, waits through the
 client's `wait`, which notices a client that hung up and writes the pings that keep a silent stream
-alive. Each connection has a thread.
+alive. Each connection has a thread of its own, which also writes its stream.
 
 Words: a *block* is Anthropic content, a *chunk* an OpenAI stream object, an *event* an Anthropic
 stream event, a *payload* the data string of an SSE event, a *profile* what is special about a
@@ -51,6 +51,7 @@ import contextlib
 import email.utils
 import hashlib
 import hmac
+import http.client
 import http.server
 import io
 import itertools
@@ -59,7 +60,6 @@ import os
 import random
 import re
 import select
-import selectors
 import shutil
 import signal
 import socket
@@ -5781,9 +5781,6 @@ def inflate(pieces, wbits):
     """The decompressed `pieces`, at most BLOCK_SIZE bytes at a time. zlib.error: damaged; ValueError: cut off."""
     inflater, started = zlib.decompressobj(wbits), False
     for piece in pieces:
-        if not piece:
-            yield b""
-            continue
         if not started and wbits == zlib.MAX_WBITS and piece[0] & 15 != 8:
             inflater = zlib.decompressobj(
                 -wbits
@@ -5799,14 +5796,13 @@ def inflate(pieces, wbits):
 
 
 class Reply:
-    """An answer whose head has come: status, headers (Headers) and the body, to be read once. While it is not `patient`, blocks()
-    gives b"" instead of waiting.
+    """An answer whose head has come: status, headers (Headers) and the body, to be read once.
 
     Whoever opened it calls close(), in `finally`; finish() before that if the rest of the body is not wanted but short.
     """
 
     def __init__(self, upstream, wire, response, keep):
-        self.status, self.headers, self.patient = response.status, response.headers, True
+        self.status, self.headers = response.status, response.headers
         self.upstream, self.wire, self.keep = upstream, wire, keep and not response.last
         self.framing = Dechunker() if response.chunked else Counter(response.length)
 
@@ -5850,11 +5846,8 @@ class Reply:
                 yield block
             if framing.done or self.wire is None:
                 return
-            data = wire.receive() if self.patient else wire.now()
-            if data is None:
-                yield b""
-                data = b""
-            elif not data:
+            data = wire.receive()
+            if not data:
                 if framing.left is not None:
                     raise wire.cut("closed by it")
                 framing.done, self.keep = True, False
@@ -8038,534 +8031,431 @@ def search_web(exchange, query):
 # 13  HTTP: handler, routes, the one error funnel, server
 # ======================================================================================================
 
+# Limits on what a client sends: whoever reaches the port can neither fill the memory nor hold a
+# thread for ever. Anthropic's own API takes 32 MB, so Claude Code sends no more.
 MAX_BODY_BYTES = 64 << 20
+MAX_HEAD_BYTES = 64 << 10  # http.server itself takes up to 100 header fields
+MAX_CHUNK_LINE = 4096  # a chunk's size and its extensions, which nobody uses
+
 HEAD_SECONDS = 30  # for a request's head, and between two reads of its body
 BODY_SECONDS = 300  # for the whole body
 IDLE_SECONDS = 300  # a kept-alive connection without a request
 SEND_SECONDS = 120  # for a client that does not read
 LINGER_SECONDS = 2  # at the end of a connection, for what the client still sends
 LOOK_SECONDS = 1  # between two looks at whether a silence needs a ping
-SETTLED = 4  # pieces of a streamed answer after which the Pump takes it
-QUIET_SECONDS = 1  # a silence, after which the Pump gives it back
-MOST_STREAMS = (
-    200 if selectors.DefaultSelector is selectors.SelectSelector else 10000
-)  # select() takes 512 descriptors
-REQUEST_LINE = re.compile(rb"([!-~]+) ([!-~\x80-\xff]+) HTTP/(\d)\.(\d)\r?\n")
-REASONS = http.server.BaseHTTPRequestHandler.responses
+
+# The lines of HTTP as RFC 9112 has them (sections 3, 5 and 7.1), except that in a head a bare LF
+# may end a line (2.2). A path may hold raw bytes above ASCII, but not \x85 and \xa0: http.server,
+# which splits the line at everything that Unicode calls a space, would see other words than we do.
+REQUEST_LINE = re.compile(rb"[!-~]+ [^\x00-\x20\x7f\x85\xa0]+ HTTP/(\d\.\d)\r?\n")
+FIELD_LINE = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*\r?\n|\r?\n")
+CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:[\t ]*;[\t\x20-\x7e\x80-\xff]*)?\r\n")
 
 
 class Inbox(io.RawIOBase):
-    """A client's socket, which never blocks, as a raw file with deadlines: a slow sender cannot hold a thread for ever.
+    """What a client sends, as a raw file with deadlines.
 
-    deadline: monotonic time by which what is being read must be there; None between requests.
+    The socket never blocks. Reading raises socket.timeout when the time that allow() gave is over,
+    also for a sender that is never silent but never done.
     """
 
     def __init__(self, sock):
-        self.sock, self.deadline = sock, None
+        self.sock, self.deadline, self.pause = sock, 0, 0
+
+    def allow(self, seconds, pause=None):
+        """What is read next must come within `seconds`, with no silence longer than `pause`."""
+        self.deadline, self.pause = time.monotonic() + seconds, pause or seconds
 
     def readable(self):
         return True
 
     def readinto(self, buffer):
-        while True:
-            if self.deadline is None:
-                self.wait(IDLE_SECONDS)
-            try:
-                size = self.sock.recv_into(buffer)
-                self.deadline = self.deadline or time.monotonic() + HEAD_SECONDS
-                return size
-            except BlockingIOError:
-                self.wait(min((self.deadline or time.monotonic()) - time.monotonic(), HEAD_SECONDS))
-
-    def wait(self, seconds):
+        seconds = min(self.deadline - time.monotonic(), self.pause)
         if seconds < 0 or not poll_socket(self.sock, seconds):
             raise socket.timeout("the client sent nothing for too long")
+        return self.sock.recv_into(buffer)
 
 
-class Watch(object):
-    """Waits for the provider and the client at once: wait(sock, seconds) as `Upstream.open` wants it.
+def wait_for_data(socks, seconds):
+    """Those of the sockets that can be read, or were closed; waits for one at most `seconds`."""
+    if hasattr(select, "poll"):
+        poll = select.poll()
+        for sock in socks:
+            poll.register(sock, select.POLLIN)
+        ready = {fd for fd, _ in poll.poll(seconds * 1000)}
+        return [sock for sock in socks if sock.fileno() in ready]
+    if socks:
+        return select.select(socks, [], [], seconds)[0]
+    time.sleep(seconds)  # Windows, where select() takes no empty list
+    return []
 
-    Raises ClientGone when the client hung up. In a silence it writes what exchange.silence() gives, by `write(text)`.
+
+class Watch:
+    """Waits for the provider and the client at once: the wait(sock, seconds) of `Upstream.open`.
+
+    Raises ClientGone when the client has hung up: nobody should pay for an answer that no one
+    reads. A client that closed only its sending side counts as gone too; from here both look
+    the same. on_look() is called about once a second while somebody waits; it fills a silence with
+    pings.
     """
 
-    def __init__(self, client, write):
-        self.client, self.write, self.exchange = client, write, None
-        self.client_fd, self.client_open, self.look = client.fileno(), True, 0
-        self.watch(None)
+    def __init__(self, client, on_look=None):
+        self.client, self.on_look, self.next_look = client, on_look, 0
+        self.sent_early = False  # there is data of the client's that nobody reads yet
 
     def __call__(self, sock, seconds):
-        """True: sock can be read; False: the seconds are over."""
-        if sock is not self.watched:
-            self.watch(sock)
+        """True: sock can be read; False: the seconds are over. Without a sock it only waits."""
         end = time.monotonic() + seconds
         while True:
-            ready = self.ready(max(min(seconds, LOOK_SECONDS), 0))
+            socks = [sock] if sock else []
+            if not self.sent_early:
+                socks.append(self.client)
+            ready = wait_for_data(socks, max(min(seconds, LOOK_SECONDS), 0))
             now = time.monotonic()
-            if ready == self.answered and now < self.look:  # the hot path: nothing but the provider
-                return True
-            if self.client_open and self.client_fd in ready:
+            if self.client in ready:
                 self.look_at_client()
-            if now >= self.look and self.exchange is not None:
-                self.look = now + LOOK_SECONDS
-                self.break_silence()
-            if self.watched_fd in ready:
+            if self.on_look and now >= self.next_look:
+                self.next_look = now + LOOK_SECONDS
+                self.on_look()
+            if sock in ready:
                 return True
             seconds = end - now
             if seconds <= 0:
                 return False
 
-    def watch(self, sock):
-        """Look at another socket (or none) beside the client's."""
-        self.watched, self.watched_fd = sock, sock and sock.fileno()
-        self.answered = [self.watched_fd]
-        self.places = [
-            place
-            for place in (self.client if self.client_open else None, sock)
-            if place is not None
-        ]
-        self.poller = select.poll() if hasattr(select, "poll") else None  # none on Windows
-        if self.poller:
-            for place in self.places:
-                self.poller.register(place, select.POLLIN)
-
-    def ready(self, seconds):
-        """Descriptors of the watched sockets that can be read."""
-        if self.poller:
-            return [fd for fd, _ in self.poller.poll(seconds * 1000)]
-        if not self.places:
-            time.sleep(seconds)
-        return [
-            place.fileno()
-            for place in (select.select(self.places, [], [], seconds)[0] if self.places else ())
-        ]
-
     def look_at_client(self):
         """The client's socket can be read: it hung up, or it sent its next request early."""
         try:
-            gone = not self.client.recv(1, socket.MSG_PEEK)
+            self.sent_early = bool(self.client.recv(1, socket.MSG_PEEK))
         except BlockingIOError:
             return
         except OSError:
-            gone = True
-        if gone:
             raise ClientGone()
-        self.client_open = False  # it is there; do not wake up for its data again
-        self.watch(self.watched)
-
-    def break_silence(self):
-        text = self.exchange.silence()
-        if text:
-            try:
-                self.write(text)
-            except OSError:
-                raise ClientGone()
-
-
-class Stream(object):
-    """A streamed answer on its way through the Pump. rest: bytes that the client did not take at once; error: what was raised;
-    back: set once the stream's own thread has to go on."""
-
-    __slots__ = (
-        "handler",
-        "batches",
-        "exchange",
-        "reply",
-        "descriptors",
-        "moved",
-        "rest",
-        "error",
-        "back",
-    )
-
-    def __init__(self, handler, batches, exchange):
-        self.handler, self.batches, self.exchange, self.reply = (
-            handler,
-            batches,
-            exchange,
-            exchange.flowing(),
-        )
-        self.descriptors = [self.reply.wire.sock.fileno()] + [
-            handler.watch.client_fd
-        ] * handler.watch.client_open
-        self.moved, self.rest, self.error, self.back = 0, b"", None, threading.Event()
-
-    def step(self, now):
-        """Pass on what has come. False: that was all, or the stream's own thread has to go on."""
-        try:
-            text = next(self.batches, None)
-            if text:
-                self.moved = now
-                data = self.handler.framed(text)
-                self.rest = data[self.handler.connection.send(data) :]
-            return not self.rest and self.exchange.reply is not None
-        except BlockingIOError:
-            self.rest = data
-        except BaseException as e:
-            self.error = e
-        return False
-
-
-class Pump(object):
-    """Moves all streams that flow, in one thread. With a thread each, every chunk of a model wakes one that has long lost its
-    place in the processor's caches: 200 streams then cost three times as much, and wait for each other.
-
-    A stream comes from its own thread once its answer has begun, and goes back to it as soon as there is more to do than to
-    pass data on: at its end, in a silence, when the client hangs up or reads too slowly. So nothing here ever waits.
-    """
-
-    def __init__(self, log):
-        self.log, self.lock, self.coming, self.streams = (
-            log,
-            threading.Lock(),
-            collections.deque(),
-            set(),
-        )
-        self.selector, self.bell, self.look = None, None, 0
-
-    def move(self, stream):
-        """Returns when the stream's own thread has to go on. Raises what was raised on the way."""
-        if not self.enter(stream):
-            return
-        stream.back.wait()
-        if stream.error:
-            error, stream.error = stream.error, None
-            try:
-                raise error
-            finally:
-                error = None  # else it and this frame would know each other
-        stream.handler.write(stream.rest)
-
-    def close(self):
-        """Ends the thread; streams go on in their own."""
-        self.enter(None)
-
-    def enter(self, stream):
-        """Have the thread take a stream; None ends it. False: there is no place."""
-        with self.lock:
-            if stream and self.bell is None:
-                try:
-                    self.selector, (self.bell, ear) = (
-                        selectors.DefaultSelector(),
-                        socket.socketpair(),
-                    )
-                except OSError:  # out of descriptors
-                    return False
-                self.bell.setblocking(False)
-                self.selector.register(ear, selectors.EVENT_READ)
-                threading.Thread(target=self.run, args=(ear,), daemon=True).start()
-            if self.bell is None or stream and len(self.streams) >= MOST_STREAMS:
-                return False
-            self.coming.append(stream)
-            with contextlib.suppress(BlockingIOError):  # it has not heard the last hundreds
-                self.bell.send(b".")
-            return True
-
-    def run(self, ear):
-        """The thread."""
-        try:
-            while self.take():
-                self.work(
-                    self.selector.select(QUIET_SECONDS if self.streams else None),
-                    ear,
-                    time.monotonic(),
-                )
-        except Exception:  # our bug: the streams go on in their threads
-            self.log("error", "the pump failed inside ccfix:\n" + traceback.format_exc())
-        finally:
-            with self.lock:
-                for stream in list(self.streams) + [stream for stream in self.coming if stream]:
-                    self.release(stream)
-                self.coming.clear()
-                self.selector.close()
-                self.bell.close()
-                ear.close()
-                self.bell = None
-
-    def work(self, events, ear, now):
-        """Do what events ask for, and give back the streams that are silent."""
-        for key, _ in events:
-            if key.data is None:
-                ear.recv(4096)
-            elif key.data in self.streams:  # an event before this one may have ended it
-                self.turn(key.data, key.fd, now)
-        if now >= self.look:
-            self.look = now + QUIET_SECONDS / 2
-            for stream in [stream for stream in self.streams if now - stream.moved > QUIET_SECONDS]:
-                self.release(stream)
-
-    def take(self):
-        """Take what is coming. False: the end."""
-        while self.coming:
-            stream = self.coming.popleft()
-            if stream is None:
-                return False
-            stream.moved, stream.reply.patient = time.monotonic(), False
-            self.streams.add(stream)
-            for number in stream.descriptors:
-                self.selector.register(number, selectors.EVENT_READ, stream)
-        return True
-
-    def turn(self, stream, descriptor, now):
-        """A descriptor of a stream can be read."""
-        if descriptor != stream.descriptors[0] or not stream.step(now):
-            self.release(stream)
-
-    def release(self, stream):
-        """Give a stream back to its thread."""
-        if stream in self.streams:
-            self.streams.remove(stream)
-            for number in stream.descriptors:
-                with contextlib.suppress(KeyError):  # it was not yet taken wholly
-                    self.selector.unregister(number)
-        stream.reply.patient = True
-        stream.back.set()
+        if not self.sent_early:
+            raise ClientGone()
 
 
 MAY_BE_HALF = re.compile(rb"\\u[dD]")
 SURROGATE = re.compile(
-    rb"(\\\\|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2})|\\u[dD][89a-fA-F][0-9a-fA-F]{2}"
+    # an escaped backslash, a whole pair: both stay as they are; else half a pair
+    rb"(\\\\|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2})"
+    rb"|\\u[dD][89a-fA-F][0-9a-fA-F]{2}"
 )
 
 
 def without_halves(raw):
-    """JSON bytes in which half a surrogate pair is U+FFFD: strict parsers refuse it, and no UTF-8 has it."""
+    """JSON bytes in which half a surrogate pair is U+FFFD.
+
+    JavaScript cuts strings within a pair, and writes the half as an escape. Strict parsers refuse
+    it, and UTF-8 has no form for it. The first look is for speed: most bodies have no such escape.
+    """
     if not MAY_BE_HALF.search(raw):
         return raw
     return SURROGATE.sub(lambda found: found.group(1) or b"\\ufffd", raw)
 
 
+class Fields(http.client.HTTPMessage):
+    """The header fields of a request."""
+
+    def get_content_type(self):
+        """Not the client's. By that, email's parser would look for the parts of a body in the head,
+        with decoders whose time can grow with the square of a field's length."""
+        return "text/plain"
+
+
 class Handler(http.server.BaseHTTPRequestHandler):
-    """One client connection. Every error of a request ends in `fail`, every reply in `send`."""
+    """One client connection, in a thread of its own.
+
+    http.server parses the heads and keeps the connection; what is stricter here is in read_fields
+    and check_head. Every error of a request ends in `fail`, every reply begins in `head`.
+    """
 
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True  # else every kept-alive reply waits 40 ms for an ACK
+    MessageClass = Fields
 
     ROUTES = (
-        # method, pattern of the path, name of the method that answers
+        # method, pattern of the path, name of the method, which replies itself or returns JSON
         ("POST", r".*/v1/messages/?", "post_messages"),
         ("POST", r".*/v1/messages/count_tokens/?", "post_count_tokens"),
-        ("GET", r".*/v1/models/?", "get_models"),
-        ("GET", r".*/v1/models/(.+)", "get_model"),
-        ("GET", r"/health/?", "get_health"),
-        ("GET", r"/api/hello", "get_health"),
+        ("GET", r".*/v1/models(?:/(.+?))?/?", "get_models"),
+        ("GET", r"/health/?|/api/hello", "get_health"),
         ("GET", r"/", "get_root"),
         ("GET", r"/stats/?", "get_stats"),
         ("GET", r"/cache/stats/?", "get_cache_stats"),
-        ("POST", r"/cache/clear/?", "post_cache_clear"),
-        ("POST", r"/cache/clear-expired/?", "post_cache_clear_expired"),
+        ("POST", r"/cache/clear(-expired)?/?", "post_cache_clear"),
         ("POST", r"/lessons/forget/?", "post_lessons_forget"),
     )
-    ROUTES = tuple((method, re.compile(pattern + r"\Z"), name) for method, pattern, name in ROUTES)
 
     # -- the connection
 
     def setup(self):
         http.server.BaseHTTPRequestHandler.setup(self)
-        self.rfile.close()
         self.connection.setblocking(False)
-        self.inbox = Inbox(self.connection)
-        self.rfile = io.BufferedReader(self.inbox, 16384)
+        self.inbox = io.BufferedReader(Inbox(self.connection), 16384)
         self.proxy = self.server.proxy
 
     def handle_one_request(self):
         """One request, from its first byte to the last of its reply."""
-        self.inbox.deadline, self.request_id = None, "req_" + self.proxy.new_id()
-        self.command, self.path, self.request_version, self.headers = "", "", "HTTP/1.1", Headers()
-        self.close_connection, self.began_reply, self.unread = True, False, False
-        self.route()
+        self.request_id = "req_" + self.proxy.new_id()
+        self.command, self.request_version, self.headers = "", "HTTP/1.1", Fields()
+        self.length = None  # of the body, as Content-Length says
+        self.chunked = False  # the body comes in chunks
+        self.awaited = False  # the client waits for "100 Continue" before it sends the body
+        # The client sent more than was read, or may have: nobody knows where its next request
+        # begins, so the connection ends with this reply.
+        self.unread = False
+        self.close_connection = True
+        self.began_reply = False  # it is too late for another status
+        self.exchange = None  # of a message: it knows what a silence is filled with
+        try:
+            if self.read_head():
+                self.guard()
+                self.route()
+        except Exception as error:
+            self.fail(error)
         if self.close_connection and (self.unread or self.began_reply):
             self.drain()
 
     def drain(self):
-        """Read what the client still sends, for a moment: closing before that would take the reply from it (RFC 9112, 9.6)."""
-        end = time.monotonic() + LINGER_SECONDS
-        try:
+        """Read what the client still sends, for a moment, and throw it away.
+
+        Closing a socket with unread data resets the connection, and that can take the reply from
+        the client before it has read it (RFC 9112, 9.6).
+        """
+        with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_WR)
-            while poll_socket(
-                self.connection, max(end - time.monotonic(), 0)
-            ) and self.connection.recv(65536):
+            self.inbox.raw.allow(LINGER_SECONDS)
+            while self.inbox.read1(65536):
                 pass
-        except OSError:
-            return
+
+    # -- the head
 
     def read_head(self):
-        """Read a request's head. False: there is none, the client is done. Raises ProxyError.
+        """Read a request's head. False: there is only a blank line, or the end of the connection.
 
-        Strict, without folded lines, bare line breaks and lines that are no fields: in those another server between could
-        see another request than we do.
+        Raises ProxyError for a head that is not valid HTTP/1.1 or 1.0. `unread` is true until the
+        head is known to be sound, so that each of these errors ends the connection.
         """
-        line, left, lines = self.rfile.readline(MAX_HEAD), MAX_HEAD, []
-        if not line.strip():
-            self.close_connection = (
-                not line
-            )  # RFC 9112, 2.2: an empty line before a request is no fault
+        self.inbox.raw.allow(IDLE_SECONDS)
+        if not self.inbox.peek(1):
+            return False
+        self.inbox.raw.allow(HEAD_SECONDS)
+        self.raw_requestline = line = self.inbox.readline(MAX_HEAD_BYTES)
+        if not line.strip():  # RFC 9112, 2.2: an empty line before a request is no fault
+            self.close_connection = False
             return False
         self.unread = True
         found = REQUEST_LINE.fullmatch(line)
+        if len(line) == MAX_HEAD_BYTES:
+            raise ProxyError("the request line is too long", 414)
         if not found:
-            is_long = len(line) == MAX_HEAD
-            raise ProxyError(
-                "the request line is " + ("too long" if is_long else "no HTTP"),
-                414 if is_long else 400,
-            )
-        self.command, self.path = found.group(1).decode("ascii"), found.group(2).decode("latin-1")
-        if found.group(3) != b"1":
+            raise BadRequest("the request line is not HTTP")
+        if found.group(1) not in (b"1.0", b"1.1"):
             raise ProxyError("only HTTP/1.1 and 1.0 are served", 505)
-        while line not in (b"\r\n", b"\n"):
-            left -= len(line)
-            if left <= 0 or len(lines) > MAX_FIELDS:
-                raise ProxyError("the request has too many or too long header fields", 431)
-            line = self.rfile.readline(left)
-            if not line:
-                raise ClientGone()
-            lines.append(line[:-2] if line.endswith(b"\r\n") else line[:-1])
-        try:
-            self.headers = Headers(lines[:-1], strict=True)
-        except ValueError as e:
-            raise ProxyError("malformed HTTP: %s" % e, 400)
-        options = self.headers.tokens("connection")
-        self.request_version = "HTTP/1.0" if found.group(4) == b"0" else "HTTP/1.1"
-        self.close_connection = (
-            "close" in options or self.request_version == "HTTP/1.0" and "keep-alive" not in options
-        )
-        self.unread = any(length != "0" for length in self.headers.all("content-length")) or bool(
-            self.headers.all("transfer-encoding")
-        )
+        self.rfile = io.BytesIO(self.read_fields(MAX_HEAD_BYTES - len(line)))
+        self.parse_request()  # http.server's, which reads from rfile
+        self.check_head()
         return True
 
-    def route(self):
-        """Find who answers; every exception of a request ends here."""
-        try:
-            if not self.read_head():
-                return
-            netloc, path = re.match(r"(?i)(?:http://([^/?]*))?([^?]*)", self.path).groups()
-            path = path or "/"
-            self.guard(path, netloc)
-            found = [(method, pattern.match(path), name) for method, pattern, name in self.ROUTES]
-            found = [(method, match, name) for method, match, name in found if match]
-            for method, match, name in found:
-                if method == self.command or method == "GET" and self.command == "HEAD":
-                    return getattr(self, name)(*match.groups())
-            if found:
-                allow = "GET, HEAD" if found[0][0] == "GET" else found[0][0]
-                raise ProxyError(
-                    "%s is not allowed here; use %s" % (self.command[:20], allow),
-                    405,
-                    headers={"allow": allow},
-                )
-            raise ProxyError("no such address: %s" % path[:200], 404)
-        except ProxyError as error:
-            self.fail(error)
-        except (ClientGone, Dropped, OSError) as e:
-            self.proxy.log("debug", "%s ended early: %s" % (self.request_id, type(e).__name__))
-            self.close_connection = True
-        except RecursionError:
-            self.fail(BadRequest("the request is nested too deeply"))
-        except Exception:  # our bug: the one bare catch-all of a request
-            self.proxy.log(
-                "error", "%s failed inside ccfix:\n%s" % (self.request_id, traceback.format_exc())
+    def read_line(self, limit):
+        """A line, cut at `limit` bytes; ClientGone when the connection ends within it."""
+        line = self.inbox.readline(limit)
+        if len(line) < limit and not line.endswith(b"\n"):
+            raise ClientGone()
+        return line
+
+    def read_fields(self, left=MAX_HEAD_BYTES):
+        """The lines of header fields, or of a body's trailers, up to the empty one, as bytes.
+
+        Folded lines, lines that are not fields and control characters are refused: another server
+        on the way could see a different request in them (RFC 9112, section 5). They must not even
+        reach email's parser, which accepts them all and takes a bare CR for the end of a line.
+        """
+        lines = []
+        while not lines or lines[-1] != b"\r\n":
+            line = self.read_line(left)
+            left -= len(line)
+            if left <= 0:
+                raise ProxyError("the request has too many or too long header fields", 431)
+            if not FIELD_LINE.fullmatch(line):
+                raise BadRequest("malformed HTTP: not a header field: %s" % ascii(line[:60])[1:])
+            lines.append(line.rstrip() + b"\r\n")  # email would keep trailing spaces
+        return b"".join(lines)
+
+    def send_error(self, code, message=None, explain=None):
+        """Where http.server's parser reports what it refuses.
+
+        After our own checks of the lines it has only one reason left: more than 100 header fields.
+        """
+        raise ProxyError("malformed HTTP: %s" % message, int(code))
+
+    def handle_expect_100(self):
+        """http.server's parser found "Expect: 100-continue"; read_body writes it, or refuses."""
+        self.awaited = True
+        return True
+
+    def check_head(self):
+        """Raise BadRequest for what http.server accepts, but another server might read differently.
+
+        Where a server before us sees another end of a request than we do, a client can hide a
+        request in the body of another (request smuggling). So there must be one host (RFC 9112,
+        3.2) and one way to tell the length (6.1 and 6.3); a contradiction is an error, not a guess.
+        """
+        is_old = self.request_version == "HTTP/1.0"
+        hosts = self.headers.get_all("Host", [""] if is_old else [])
+        lengths = self.headers.get_all("Content-Length", [])
+        codings = self.headers.get_all("Transfer-Encoding", [])
+        netloc, path = re.match(r"(?i)(?:http://([^/?]*))?([^?]*)", self.path).groups()
+        if len(hosts) != 1 or netloc and netloc.lower() != hosts[0].lower():
+            raise BadRequest("the request must name one host, in one Host header")
+        if lengths and not re.fullmatch(r"[0-9]{1,15}", ",".join(lengths)):
+            raise BadRequest("Content-Length must be one number")
+        if codings and (is_old or lengths or ",".join(codings).lower() != "chunked"):
+            raise BadRequest(
+                "Transfer-Encoding may only be chunked, in HTTP/1.1 and without Content-Length"
             )
-            self.fail(ProxyError("ccfix itself failed; its log has the details", 500))
+        self.path = path or "/"  # without host and query
+        self.length, self.chunked = int(lengths[0]) if lengths else None, bool(codings)
+        self.unread = bool(self.chunked or self.length)
+        # HTTP/1.0 keeps connections only by an extension that every reply would have to name.
+        options = ",".join(self.headers.get_all("Connection", [])).lower()
+        self.close_connection = is_old or "close" in re.split(r"[\t ,]+", options)
+
+    def route(self):
+        """Call the method that answers; ProxyError where there is none (404, 405)."""
+        wanted = "GET" if self.command == "HEAD" else self.command
+        for method, pattern, name in self.ROUTES:
+            found = re.fullmatch(pattern, self.path)
+            if found and method == wanted:
+                value = getattr(self, name)(*found.groups())
+                return self.send_json(value) if value else None
+            if found:
+                allow = "GET, HEAD" if method == "GET" else method
+                words = "%s is not allowed here; use %s" % (self.command[:20], allow)
+                raise ProxyError(words, 405, headers={"allow": allow})
+        raise ProxyError("no such address: %s" % self.path[:200], 404)
 
     # -- who may ask
 
-    def guard(self, path, netloc):
-        """Raise ProxyError unless the request may be served: the proxy key where there is one; else only names of this
-        machine, so that a web page cannot spend the user's key (DNS rebinding, foreign origins)."""
+    def guard(self):
+        """Raise ProxyError unless the request may be served.
+
+        Where there is a proxy key, it decides. Without one, only names of this machine are served,
+        or a web page whose own name was made to point here (DNS rebinding) could spend the user's
+        money. For the same reason no page of another origin is served, except by the API itself to
+        one that knows the key.
+        """
+        # The request is served by these, also when the user changes them meanwhile.
         settings = self.settings = self.proxy.settings()
-        host = self.headers.get("host", "")
-        if len(self.headers.all("host")) > 1 or netloc and netloc.lower() != host.lower():
-            raise self.closing(ProxyError("the request names two hosts", 400))
-        origin = self.headers.get("origin")
-        key = settings.anthropic_api_key
-        allowed = key and self.knows(key)
-        if (
-            origin is not None
-            and origin not in ("http://" + host, "https://" + host)
-            and not (allowed and "/v1/" in path)
+        key, host = settings.anthropic_api_key, self.headers.get("Host", "")
+        origin = self.headers.get("Origin")
+        known = key and self.knows(key)
+        if origin not in (None, "http://" + host, "https://" + host) and not (
+            known and "/v1/" in self.path
         ):
             raise ProxyError(
                 "requests from the origin %s are not served" % ascii(origin)[:100], 403
             )
-        if re.match(r"/health/?\Z", path) or (
-            key and path == "/" and "text/html" in self.headers.get("accept", "")
-        ):
-            return  # the page itself holds nothing; it asks for the key
-        if key and not allowed:
+        if known or re.fullmatch(r"/health/?", self.path):
+            return
+        if key and not self.wants_page():  # the page itself holds nothing; it asks for the key
             raise ProxyError(
-                "the proxy key is missing or wrong: set ANTHROPIC_AUTH_TOKEN (or ANTHROPIC_API_KEY) of Claude Code to the"
-                " ANTHROPIC_API_KEY of ccfix",
+                "the proxy key is missing or wrong: set ANTHROPIC_AUTH_TOKEN (or ANTHROPIC_API_KEY)"
+                " of Claude Code to the ANTHROPIC_API_KEY of ccfix",
                 401,
                 headers=dict(NEVER),
             )
         if not key and not self.server.answers_to(host, settings.allowed_hosts):
             raise ProxyError(
-                "ccfix does not answer to the host name %s; add it to ALLOWED_HOSTS, or set a proxy key (ANTHROPIC_API_KEY)"
-                % ascii(host)[:100],
+                "ccfix does not answer to the host name %s; add it to ALLOWED_HOSTS, or set a proxy"
+                " key (ANTHROPIC_API_KEY)" % ascii(host)[:100],
                 403,
             )
 
     def knows(self, key):
-        """Whether the request carries the proxy key."""
-        bearer = re.sub(r"(?i)\Abearer[ \t]+", "", self.headers.get("authorization", ""))
-        shown = [value.encode("latin-1") for value in (self.headers.get("x-api-key", ""), bearer)]
-        wanted = [
-            key.encode(encoding, "backslashreplace") for encoding in ("utf-8", "latin-1")
-        ]  # clients send either
-        return any([hmac.compare_digest(one, other) for one in shown for other in wanted])
+        """Whether the request carries the proxy key, compared in constant time."""
+        bearer = re.sub(r"(?i)\Abearer[ \t]+", "", self.headers.get("Authorization", ""))
+        return any(
+            [
+                hmac.compare_digest(
+                    shown.encode("latin-1"), key.encode(encoding, "backslashreplace")
+                )
+                for shown in (self.headers.get("x-api-key", ""), bearer)
+                for encoding in ("utf-8", "latin-1")  # clients send either
+            ]
+        )
+
+    def wants_page(self):
+        """Whether this is a browser that asks for the status page."""
+        return self.path == "/" and "text/html" in self.headers.get("Accept", "")
 
     # -- bodies
 
     def read_body(self):
-        """The request's body. Raises ProxyError; the connection then closes, since nobody knows where the next request begins."""
-        lengths = self.headers.all("content-length")
-        if self.headers.all("transfer-encoding") or not lengths:
-            raise self.closing(
-                ProxyError("a Content-Length is required; chunked bodies are not taken", 411)
-            )
-        if len(lengths) > 1 or not re.match(r"[0-9]{1,15}\Z", lengths[0]):
-            raise self.closing(ProxyError("Content-Length must be one number", 400))
-        if self.headers.get("content-encoding", "identity").lower() != "identity":
-            raise self.closing(ProxyError("compressed request bodies are not taken", 415))
-        length = int(lengths[0])
-        if length > MAX_BODY_BYTES:
-            raise self.closing(
-                ProxyError(
-                    "the request has %d bytes; the limit is %d MB" % (length, MAX_BODY_BYTES >> 20),
-                    413,
-                )
-            )
-        if (
-            self.headers.get("expect", "").lower() == "100-continue"
-            and self.request_version == "HTTP/1.1"
-        ):
+        """The request's body as bytes.
+
+        Raises ProxyError: 411 without a length, 415 compressed, 413 too long, 408 too slow, 400 or
+        431 for malformed chunks; ClientGone if the connection ends in it. `unread` stays true then.
+        """
+        if self.length is None and not self.chunked:
+            self.unread = True  # it may send one all the same
+            raise ProxyError("a Content-Length, or Transfer-Encoding: chunked, is required", 411)
+        if self.headers.get("Content-Encoding", "identity").lower() != "identity":
+            raise ProxyError("compressed request bodies are not taken", 415)
+        self.check_size(self.length or 0)
+        if self.awaited:
             self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        self.inbox.deadline = time.monotonic() + BODY_SECONDS
+        self.inbox.raw.allow(BODY_SECONDS, HEAD_SECONDS)
         try:
-            raw = self.rfile.read(length)
+            raw = self.read_chunks() if self.chunked else self.read_exactly(self.length)
         except socket.timeout:
-            raise self.closing(ProxyError("the request's body did not arrive in time", 408))
-        if len(raw) < length:
-            raise ClientGone()
+            raise ProxyError("the request's body did not arrive in time", 408)
         self.unread = False
         return raw
 
-    def closing(self, error):
-        """The error, after which the connection closes."""
-        self.close_connection = True
-        return error
+    def check_size(self, size):
+        """Raise ProxyError if a body of this many bytes is too large."""
+        if size > MAX_BODY_BYTES:
+            raise ProxyError(
+                "the request has %d bytes; the limit is %d MB" % (size, MAX_BODY_BYTES >> 20), 413
+            )
+
+    def read_exactly(self, size):
+        """Exactly `size` bytes; ClientGone when the connection ends first."""
+        raw = self.inbox.read(size)
+        if len(raw) < size:
+            raise ClientGone()
+        return raw
+
+    def read_chunks(self):
+        """A body sent in chunks (RFC 9112, 7.1). Extensions and trailers are read, and ignored.
+
+        Each chunk is a line with its size in hex digits, its bytes, and CRLF; a size of 0 and the
+        trailers end the body. It is kept in a bytearray: a list of 64 million chunks of one byte
+        would take eight times the memory.
+        """
+        body = bytearray()
+        while True:
+            found = CHUNK_LINE.fullmatch(self.read_line(MAX_CHUNK_LINE))
+            size = int(found.group(1), 16) if found else 0
+            if size:
+                self.check_size(len(body) + size)
+                body += self.read_exactly(size)
+                found = self.read_line(2) == b"\r\n"
+            if not found:
+                raise BadRequest("the request's chunked body is malformed")
+            if not size:
+                self.read_fields()
+                return body
 
     def read_json(self):
-        """(the body as a dict, its length). Raises BadRequest."""
+        """(the body as a dict, its length in bytes). Raises BadRequest, and what read_body does."""
         raw = self.read_body()
         try:
             body = STRICT.decode(without_halves(raw).decode("utf-8"))
-        except RecursionError:
-            raise BadRequest("the request body is nested too deeply")
-        except UnicodeDecodeError:
-            raise BadRequest("the request body is not UTF-8")
         except ValueError as e:
-            raise BadRequest("the request body is not JSON: %s" % e)
+            raise BadRequest("the request body is not valid JSON in UTF-8: %s" % e)
         if not isinstance(body, dict):
             raise BadRequest("the request body must be a JSON object")
         return body, len(raw)
@@ -8573,227 +8463,210 @@ class Handler(http.server.BaseHTTPRequestHandler):
     # -- replies
 
     def write(self, data):
-        """Send bytes to the client. OSError when it is gone, or takes none for SEND_SECONDS."""
+        """Send bytes to the client. ClientGone when it left, or reads nothing for SEND_SECONDS."""
         while data:
             try:
-                sent = self.connection.send(data)
-                if sent == len(data):
-                    return
-                data = memoryview(data)[sent:]
+                data = memoryview(data)[self.connection.send(data) :]
             except BlockingIOError:
                 if not poll_socket(self.connection, SEND_SECONDS, read=False, write=True):
-                    raise socket.timeout("the client reads nothing")
+                    raise ClientGone()
+            except OSError:
+                raise ClientGone()
 
     def head(self, status, headers):
-        """A reply's head as bytes."""
-        lines = [
-            "HTTP/1.1 %d %s" % (status, REASONS.get(status, ("Error",))[0]),
-            "request-id: " + self.request_id,
-        ]
-        lines += [
-            "%s: %s" % (name, re.sub(r"[^\t\x20-\x7e]", " ", str(value)))
-            for name, value in headers.items()
-        ]
-        self.close_connection = self.close_connection or self.server.stopping
+        """A reply's head as bytes. headers: {name: value}.
+
+        Some values come from the provider: what HTTP forbids in them becomes a space.
+        """
+        self.began_reply, self.wfile = True, io.BytesIO()  # where http.server writes to
+        self.close_connection |= self.unread or self.server.stopping
+        self.send_response_only(status)
+        for name, value in dict(headers, **{"request-id": self.request_id}).items():
+            self.send_header(name, re.sub(r"[^\t\x20-\x7e]", " ", str(value)))
         if self.close_connection:
-            lines.append("Connection: close")
-        return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
+            self.send_header("Connection", "close")
+        self.end_headers()
+        return self.wfile.getvalue()
 
-    def send(self, status, data, content_type="application/json", headers=()):
-        """A whole reply in one write; none of the body for HEAD."""
-        headers = dict(headers, **{"Content-Type": content_type, "Content-Length": len(data)})
-        self.close_connection = self.close_connection or self.unread
-        self.began_reply = True
+    def send(self, data, headers=(), status=200):
+        """A whole reply in one write; none of the body for HEAD. -> the body's length"""
+        headers = dict({"Content-Type": "application/json"}, **dict(headers))
+        headers["Content-Length"] = len(data)
         self.write(self.head(status, headers) + (b"" if self.command == "HEAD" else data))
+        return len(data)
 
-    def send_json(self, value, status=200, headers=()):
-        self.send(status, compact_json(value).encode(), headers=headers)
+    def send_json(self, value, headers=(), status=200):
+        return self.send(compact_json(value).encode(), headers, status)
 
     def fail(self, error):
-        """Answer with an Anthropic error. After a stream has begun it is too late for a status: then the connection ends."""
-        if self.began_reply:
-            self.close_connection = True
-            return
-        error.message = redact(error.message, self.proxy.settings().secrets())
-        # Claude Code shows its own words for a 404, and asks twice; 424 it asks once, and shows ours.
-        hidden = (
-            error.status == 404
-            and error.kind
-            and self.headers
-            and "claude-cli/" in (self.headers.get("User-Agent") or "")
-        )
-        try:
-            self.send_json(
-                error.body(self.request_id), 424 if hidden else error.status, error.headers
-            )
-        except OSError:
-            self.close_connection = True
+        """The one error funnel: answer with what went wrong -> (status, words) for the ledger.
 
-    def framed(self, text):
-        """SSE text as one chunk of the body."""
-        data = text.encode("ascii")
-        return data if self.request_version == "HTTP/1.0" else b"%x\r\n%s\r\n" % (len(data), data)
+        499 is nginx's status for a client that hung up. An answer that broke off in a tool call is
+        dropped: its status was 200, and Claude Code asks again when the connection just ends.
+        """
+        if isinstance(error, RecursionError):
+            error = BadRequest("the request is nested too deeply")
+        elif not isinstance(error, (ProxyError, ClientGone, Dropped, OSError)):  # our bug
+            seen = self.request_id, traceback.format_exc()
+            self.proxy.log("error", "%s failed inside ccfix:\n%s" % seen)
+            error = ProxyError("ccfix itself failed; its log has the details", 500)
+        if isinstance(error, ProxyError):
+            self.send_problem(error)
+            return error.status, error.message
+        self.close_connection = True
+        self.proxy.log("debug", "%s ended early: %s" % (self.request_id, type(error).__name__))
+        if isinstance(error, Dropped):
+            return 200, error.args[0].message + " (in a tool call; the client asks again)"
+        return 499, "the client hung up"
+
+    def send_problem(self, error):
+        """Reply with a ProxyError, its text without the user's keys.
+
+        When a reply has already begun, it is too late for that: then the connection just ends.
+        """
+        error.message = redact(error.message, self.proxy.settings().secrets())
+        # Claude Code asks twice after a 404, and shows its own words; after a 424 once, and ours.
+        is_claude = "claude-cli/" in self.headers.get("User-Agent", "")
+        status = 424 if error.status == 404 and error.kind and is_claude else error.status
+        try:
+            if not self.began_reply:
+                return self.send_json(error.body(self.request_id), error.headers, status)
+        except ClientGone:
+            pass
+        self.close_connection = True
 
     def write_events(self, text):
-        """Write SSE text as one chunk, after the head if this is the first. Also called by Watch, in silences."""
-        data, chunked = self.framed(text), self.request_version != "HTTP/1.0"
+        """Write SSE text (ASCII) in one piece, after the head if this is the first.
+
+        It is a chunk of the body; HTTP/1.0 has none, there the end of the connection ends the body.
+        """
+        data, chunked = text.encode("ascii"), self.request_version == "HTTP/1.1"
+        if chunked:
+            data = b"%x\r\n%s\r\n" % (len(data), data)
         if not self.began_reply:
-            self.began_reply = True
             headers = {
                 "Content-Type": "text/event-stream; charset=utf-8",
                 "Cache-Control": "no-cache",
-                "x-ccfix-cache": self.watch.exchange.cache_state,
+                "x-ccfix-cache": self.exchange.cache_state,
             }
             if chunked:
                 headers["Transfer-Encoding"] = "chunked"
-            else:
-                self.close_connection = True
             data = self.head(200, headers) + data
         self.write(data)
+
+    def break_silence(self):
+        """Write what the exchange has to say in a silence. Watch calls it while it waits."""
+        text = self.exchange.silence()
+        if text:
+            self.write_events(text)
 
     # -- the endpoints
 
     def post_messages(self):
+        """What all of this is for: a message. It is noted in the ledger, however it ends."""
         body, size = self.read_json()
         check_request(body)
-        self.watch = Watch(self.connection, self.write_events)
-        exchange = Exchange(
+        exchange = self.exchange = Exchange(
             self.proxy,
             body,
             self.headers,
-            self.watch,
+            Watch(self.connection, self.break_silence),
             settings=self.settings,
             id=self.request_id[4:],
         )
-        self.watch.exchange, exchange.bytes_in = exchange, size
-        status, error = 499, "the client hung up"
+        exchange.bytes_in = size
         with self.proxy.counted():
             try:
                 self.answer(exchange)
-                status, error = 200, exchange.broken_by()
-            except Dropped as dropped:
-                status, error = (
-                    200,
-                    dropped.args[0].message + " (in a tool call; the client asks again)",
-                )
-                self.close_connection = True
-            except ProxyError as e:
-                status, error = e.status, e.message
-                self.fail(e)
-            except (ClientGone, OSError):
-                self.close_connection = True
-            except Exception:
-                status, error = 500, "ccfix itself failed"
-                raise
-            finally:
-                exchange.close(status, error)
-                self.watch.exchange = self.watch = (
-                    None  # they know each other: only the collector would find them
-                )
+                outcome = 200, exchange.broken_by()
+            except Exception as error:
+                outcome = self.fail(error)
+            exchange.close(*outcome)
+        self.exchange = None  # break the reference cycle: only the collector would find it
 
     def answer(self, exchange):
-        """Write the exchange's answer, streamed or whole."""
+        """Write the exchange's answer, streamed or whole.
+
+        A batch is what one wait brought from the provider, so that a burst of chunks is one write.
+        """
         if not exchange.stream:
-            message = exchange.message()
-            data = compact_json(message).encode()
-            exchange.bytes_out = len(data)
-            self.send(200, data, headers={"x-ccfix-cache": exchange.cache_state})
+            exchange.bytes_out = self.send_json(
+                exchange.message(), {"x-ccfix-cache": exchange.cache_state}
+            )
             return
         with contextlib.closing(exchange.batches()) as batches:
-            pieces = 0
             for text in batches:
                 if text:
                     self.write_events(text)
-                    pieces += 1
-                if pieces >= SETTLED and getattr(exchange, "reply", None):
-                    pieces = 0
-                    self.server.pump.move(Stream(self, batches, exchange))
-                    self.watch.look_at_client()
-        if self.request_version != "HTTP/1.0":
+        if self.request_version == "HTTP/1.1":
             self.write(b"0\r\n\r\n")
 
     def post_count_tokens(self):
         body, _ = self.read_json()
-        self.send_json(self.proxy.count_tokens(body, self.headers, Watch(self.connection, None)))
+        return self.proxy.count_tokens(body, self.headers, Watch(self.connection))
 
-    def get_models(self):
-        self.send_json(self.proxy.models(self.proxy.settings()))
-
-    def get_model(self, name):
-        """Any name is served, so any name exists."""
+    def get_models(self, name):
+        """The list, or one model of it. Any name is served, so any name exists."""
+        models = self.proxy.models(self.settings)
+        if not name:
+            return models
         name = urllib.parse.unquote(name)[:200]
-        known = {row["id"]: row for row in self.proxy.models(self.proxy.settings())["data"]}
-        self.send_json(
-            known.get(name)
-            or {
-                "type": "model",
-                "id": name,
-                "display_name": name,
-                "created_at": "2025-01-01T00:00:00Z",
-            }
-        )
+        other = dict(models["data"][0], id=name, display_name=name)
+        return {row["id"]: row for row in models["data"]}.get(name, other)
 
     def get_health(self):
-        self.send_json({"status": "ok", "name": "ccfix", "version": __version__})
+        return {"status": "ok", "name": "ccfix", "version": __version__}
 
     def get_root(self):
         """The status page for browsers, JSON for everything else."""
-        if "text/html" in self.headers.get("Accept", ""):
-            nonce = base64.b64encode(os.urandom(12)).decode()
-            self.send(
-                200,
-                status_page(nonce),
-                "text/html; charset=utf-8",
-                {
-                    "Content-Security-Policy": page_policy(nonce),
-                    "X-Content-Type-Options": "nosniff",
-                    "Referrer-Policy": "no-referrer",
-                    "Cache-Control": "no-store",
-                },
-            )
-        else:
-            self.get_stats()
+        if not self.wants_page():
+            return self.get_stats()
+        nonce = base64.b64encode(os.urandom(12)).decode()
+        headers = {
+            "Content-Type": "text/html; charset=utf-8",
+            "Content-Security-Policy": page_policy(nonce),
+            "X-Content-Type-Options": "nosniff",
+            "Referrer-Policy": "no-referrer",
+            "Cache-Control": "no-store",
+        }
+        self.send(status_page(nonce), headers)
 
     def get_stats(self):
-        self.send_json(
-            self.proxy.status(self.server.address()), headers={"Cache-Control": "no-store"}
-        )
+        self.send_json(self.proxy.status(self.server.address()), {"Cache-Control": "no-store"})
 
     def get_cache_stats(self):
-        settings, store = self.proxy.settings(), self.proxy.store
-        shown = store.stats() if store else {}
-        self.send_json(
-            dict(
-                shown,
-                enabled=settings.cache_enabled,
-                mode=settings.cache_key_mode,
-                ttl=settings.cache_ttl,
-            )
+        settings, store = self.settings, self.proxy.store
+        return dict(
+            store.stats() if store else {},
+            enabled=settings.cache_enabled,
+            mode=settings.cache_key_mode,
+            ttl=settings.cache_ttl,
         )
 
-    def post_cache_clear(self):
-        self.send_json({"removed": self.proxy.store.clear() if self.proxy.store else 0})
-
-    def post_cache_clear_expired(self):
-        self.send_json({"removed": self.proxy.store.clear_expired() if self.proxy.store else 0})
+    def post_cache_clear(self, only_expired):
+        store = self.proxy.store
+        clear = store and (store.clear_expired if only_expired else store.clear)
+        return {"removed": clear() if clear else 0}
 
     def post_lessons_forget(self):
-        self.send_json({"removed": self.proxy.forget()})
+        return {"removed": self.proxy.forget()}
 
 
 class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
-    """The listening server: a thread a connection. address: (host, port)."""
+    """The listening server: a thread for each connection. address: (host, port).
+
+    proxy: what the handler needs; a Proxy, but for the servers of the demo and of replays.
+    """
 
     daemon_threads = True
-    request_queue_size = (
-        1024  # with 5, the default, most of 200 connections at once wait for seconds
-    )
-    allow_reuse_address = os.name != "nt"  # on Windows it would let two servers share the port
-
+    # With 5, the default, most of 200 connections at once would wait for seconds.
+    request_queue_size = 1024
+    # On Windows it would let two servers share the port.
+    allow_reuse_address = os.name != "nt"
     stopping = False  # once true, each connection ends with its next reply
 
     def __init__(self, address, proxy, handler=Handler):
-        self.proxy, self.pump = proxy, Pump(getattr(proxy, "log", None))
+        self.proxy = proxy
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         http.server.HTTPServer.__init__(self, address, handler)
 
@@ -8802,46 +8675,41 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = self.server_address[:2]
 
-    def server_close(self):
-        http.server.HTTPServer.server_close(self)
-        self.pump.close()
-
     def address(self):
         """The URL that clients on this machine use."""
-        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self.server_name, self.server_name)
-        return "http://%s:%d" % (
-            "[%s]" % host if ":" in host and host[0] != "[" else host,
-            self.server_port,
-        )
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.server_name, self.server_name)
+        return "http://" + host_port(host, self.server_port)
 
     def answers_to(self, host, more):
-        """Whether a Host header names this server: an address (no web page has one that resolves elsewhere), localhost,
-        the name it was bound to, or one of `more` (ALLOWED_HOSTS)."""
-        name = re.sub(r":\d+\Z", "", host.strip().lower())
-        if name in ("localhost", self.server_name.lower()) or name in more:
-            return True
-        is_address = bool(re.match(r"\d{1,3}(\.\d{1,3}){3}\Z|\[[0-9a-f:.]+\]\Z", name))
-        if self.server_name in ("0.0.0.0", "::"):
-            return is_address
-        return (
-            bool(re.match(r"127\.\d+\.\d+\.\d+\Z|\[::1\]\Z", name))
-            or name.strip("[]") == self.server_name
-        )
+        """Whether a Host header names this server.
+
+        It does with an IP address (a web page cannot have one that resolves elsewhere), where the
+        server can be reached by it; with localhost, the name the server was bound to, and the names
+        in `more` (ALLOWED_HOSTS).
+        """
+        name = re.sub(r":\d+\Z", "", host.lower())
+        bare = name.strip("[]")
+        if re.fullmatch(r"\d{1,3}(\.\d{1,3}){3}|\[[0-9a-f:.]+\]", name):
+            if self.server_name in ("0.0.0.0", "::") or LOOPBACK.match(bare):
+                return True
+        return bare in ("localhost", self.server_name.lower()) or name in more
 
     def service_actions(self):
-        """What the accepting thread does twice a second."""
+        """What the accepting thread does twice a second: close idle connections to providers."""
         if isinstance(self.proxy, Proxy) and self.proxy.wires:
             self.proxy.wires[1].close_idle()
 
     def get_request(self):
+        """The next connection. When the process is out of descriptors, it stays in the queue, and
+        select() reports it again at once: a pause keeps that from burning a core."""
         try:
             return http.server.HTTPServer.get_request(self)
         except OSError:
-            time.sleep(0.05)  # out of descriptors: do not spin until one is free
+            time.sleep(0.05)
             raise
 
     def handle_error(self, request, client_address):
-        """A connection's thread failed outside of any request."""
+        """A connection's thread failed outside of any request: the client reset it, mostly."""
         if isinstance(self.proxy, Proxy):
             self.proxy.log("debug", "connection failed:\n" + traceback.format_exc())
 

@@ -120,7 +120,7 @@ class FakeReply(object):
     """What Upstream.open returns, without sockets."""
 
     def __init__(self, status, headers, pieces):
-        self.status, self.pieces, self.closed, self.patient = status, pieces, False, True
+        self.status, self.pieces, self.closed = status, pieces, False
         self.headers = email.message.Message()
         for name, value in headers.items():
             self.headers[name] = value
@@ -11256,7 +11256,10 @@ def deltas(*fields):
 
 
 def answers_in(raw):
-    """The answers in what a connection gave, as [Answer]; the body of a chunked one is joined, and ends with CUT if it was cut."""
+    """The answers in what a connection gave, as [Answer].
+
+    The body of a chunked one is joined, and ends with CUT if it was cut.
+    """
     found = []
     while raw:
         head, mark, rest = raw.partition(b"\r\n\r\n")
@@ -11401,7 +11404,7 @@ class HttpCase(unittest.TestCase):
         )
         self.assertEqual([text for level, text in self.log if "Traceback" in text], [])
 
-    def wait_until(self, condition, seconds=5):
+    def wait_until(self, condition, seconds=15):
         end = time.monotonic() + seconds
         while not condition():
             self.assertLess(time.monotonic(), end, "did not come true")
@@ -11556,142 +11559,117 @@ class TestEndpoints(HttpCase):
 
 class TestBadHttp(HttpCase):
     HOST = b"Host: 127.0.0.1\r\n"
+    GET = b"GET / HTTP/1.1\r\n" + HOST
+    POST = b"POST /v1/messages HTTP/1.1\r\n" + HOST
+    LENGTH = b"Content-Length: 2\r\n"
+    TE = b"Transfer-Encoding: "
+    CODING = TE + b"chunked\r\n"
+    CHUNKS = b"\r\n2\r\n{}\r\n0\r\n\r\n"
+    GZIP = b"Content-Encoding: gzip\r\n"
+    SMUGGLED = b"GET /nothing HTTP/1.1\r\nHost: a\r\n\r\n"
     ROWS = [
         # name, bytes sent, status (0: the connection ends without an answer), words
-        ("garbage", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\n\n", 400, "no HTTP"),
-        ("HTTP/0.9", b"GET /\r\n", 400, "no HTTP"),
-        ("two blanks", b"GET  / HTTP/1.1\r\n" + HOST + b"\r\n", 400, "no HTTP"),
+        ("garbage", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\n\n", 400, "not HTTP"),
+        ("HTTP/0.9", b"GET /\r\n", 400, "not HTTP"),
+        ("HTTP/0.9 in the line", b"GET / HTTP/0.9\r\n\r\n", 505, "HTTP/1.1"),
+        ("HTTP/1.2", b"GET / HTTP/1.2\r\n" + HOST + b"\r\n", 505, "HTTP/1.1"),
         ("HTTP/2 preface", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505, "HTTP/1.1"),
-        ("odd version", b"GET / HTTP/1.1.1\r\n\r\n", 400, "no HTTP"),
-        ("control in the path", b"GET /\x00x HTTP/1.1\r\n" + HOST + b"\r\n", 400, "no HTTP"),
+        ("odd version", b"GET / HTTP/1.1.1\r\n\r\n", 400, "not HTTP"),
+        ("lower-case version", b"GET / http/1.1\r\n" + HOST + b"\r\n", 400, "not HTTP"),
+        ("two spaces", b"GET  / HTTP/1.1\r\n" + HOST + b"\r\n", 400, "not HTTP"),
+        ("space first", b" GET / HTTP/1.1\r\n" + HOST + b"\r\n", 400, "not HTTP"),
+        ("space last", b"GET / HTTP/1.1 \r\n" + HOST + b"\r\n", 400, "not HTTP"),
+        ("tab for a space", b"GET\t/ HTTP/1.1\r\n" + HOST + b"\r\n", 400, "not HTTP"),
+        ("four words", b"GET / x HTTP/1.1\r\n" + HOST + b"\r\n", 400, "not HTTP"),
+        ("control in the path", b"GET /\x00x HTTP/1.1\r\n" + HOST + b"\r\n", 400, "not HTTP"),
+        ("CR in the path", b"GET /\rx HTTP/1.1\r\n" + HOST + b"\r\n", 400, "not HTTP"),
+        ("NEL in the path", b"GET /\x85x HTTP/1.1\r\n" + HOST + b"\r\n", 400, "not HTTP"),
+        ("NEL before the path", b"GET \x85/ HTTP/1.1\r\n" + HOST + b"\r\n", 400, "not HTTP"),
+        ("no-break space", b"GET /\xa0 HTTP/1.1\r\n" + HOST + b"\r\n", 400, "not HTTP"),
+        ("odd method", b"G\xc4T / HTTP/1.1\r\n" + HOST + b"\r\n", 400, "not HTTP"),
         ("long request line", b"GET /" + b"a" * 70000 + b" HTTP/1.1\r\n\r\n", 414, "too long"),
         ("endless request line", b"a" * 200000, 414, "too long"),
-        ("long header", b"GET / HTTP/1.1\r\nX: " + b"a" * 70000 + b"\r\n\r\n", 431, "header"),
+        ("long header", GET + b"X: " + b"a" * 70000 + b"\r\n\r\n", 431, "header"),
         (
-            "header flood",
-            b"GET / HTTP/1.1\r\n" + b"".join(b"X-%d: y\r\n" % n for n in range(5000)) + b"\r\n",
+            "long path and header",
+            b"GET /" + b"a" * 40000 + b" HTTP/1.1\r\n" + HOST + b"X: " + b"a" * 40000 + b"\r\n\r\n",
             431,
             "header",
         ),
+        ("long head", GET + (b"X: " + b"a" * 900 + b"\r\n") * 80 + b"\r\n", 431, "header"),
+        ("many headers", GET + b"X: y\r\n" * 101 + b"\r\n", 431, "header"),
+        ("header flood", GET + b"X: y\r\n" * 5000 + b"\r\n", 431, "header"),
         ("endless headers", b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 100000, 431, "header"),
-        (
-            "folded header",
-            b"GET / HTTP/1.1\r\n" + HOST + b"X: a\r\n b\r\n\r\n",
-            400,
-            "no header field",
-        ),
-        (
-            "blank before the colon",
-            b"POST / HTTP/1.1\r\n" + HOST + b"Content-Length : 5\r\n\r\nhello",
-            400,
-            "no header field",
-        ),
-        (
-            "line without a colon",
-            b"POST / HTTP/1.1\r\n" + HOST + b"hello\r\nContent-Length: 5\r\n\r\nhello",
-            400,
-            "no header field",
-        ),
-        (
-            "bare CR",
-            b"POST / HTTP/1.1\r\n" + HOST + b"X: a\rContent-Length: 5\r\n\r\nhello",
-            400,
-            "no header field",
-        ),
-        ("NUL", b"GET / HTTP/1.1\r\n" + HOST + b"X: a\x00b\r\n\r\n", 400, "no header field"),
-        ("no host", b"GET / HTTP/1.1\r\n\r\n", 403, "ALLOWED_HOSTS"),
-        ("two hosts", b"GET / HTTP/1.1\r\n" + HOST + HOST + b"\r\n", 400, "two hosts"),
-        (
-            "another host in the target",
-            b"GET http://evil.test/ HTTP/1.1\r\n" + HOST + b"\r\n",
-            400,
-            "two hosts",
-        ),
-        ("no length", b"POST /v1/messages HTTP/1.1\r\n" + HOST + b"\r\n", 411, "Content-Length"),
-        (
-            "chunked",
-            b"POST /v1/messages HTTP/1.1\r\n"
-            + HOST
-            + b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n",
-            411,
-            "chunked",
-        ),
-        (
-            "length and chunked",
-            b"POST /v1/messages HTTP/1.1\r\n"
-            + HOST
-            + b"Content-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n{}",
-            411,
-            "chunked",
-        ),
-        (
-            "two lengths",
-            b"POST /v1/messages HTTP/1.1\r\n"
-            + HOST
-            + b"Content-Length: 2\r\nContent-Length: 2\r\n\r\n{}",
-            400,
-            "one number",
-        ),
+        ("folded header", GET + b"X: a\r\n b\r\n\r\n", 400, "not a header field"),
+        ("folded by a tab", GET + b"X: a\r\n\tb\r\n\r\n", 400, "not a header field"),
+        ("folded at once", b"GET / HTTP/1.1\r\n X: a\r\n\r\n", 400, "not a header field"),
+        ("folded length", POST + b"X: a\r\n Content-Length: 2\r\n\r\n{}", 400, "header field"),
+        ("folded to nothing", POST + LENGTH + b" \r\n\r\n{}", 400, "not a header field"),
+        ("space before the colon", POST + b"Content-Length : 2\r\n\r\n{}", 400, "header field"),
+        ("tab before the colon", POST + b"Content-Length\t: 2\r\n\r\n{}", 400, "header field"),
+        ("space in a name", GET + b"X y: a\r\n\r\n", 400, "not a header field"),
+        ("line without a colon", POST + b"hello\r\n" + LENGTH + b"\r\n{}", 400, "header field"),
+        ("line with a colon only", GET + b":\r\n\r\n", 400, "not a header field"),
+        ("line without a name", GET + b": x\r\n\r\n", 400, "not a header field"),
+        ("envelope line", GET + b"From a b: c\r\n\r\n", 400, "not a header field"),
+        ("envelope line first", b"GET / HTTP/1.1\r\nFrom me\r\n" + HOST, 400, "not a header field"),
+        ("bare CR", POST + b"X: a\rContent-Length: 5\r\n\r\nhello", 400, "not a header field"),
+        ("CR before the end", POST + b"X: a\r\r\n" + LENGTH + b"\r\n{}", 400, "header field"),
+        ("CR alone in a line", GET + b"X: a\r\n\r\r\n\r\n", 400, "not a header field"),
+        ("CR in a name", GET + b"X\r: a\r\n\r\n", 400, "not a header field"),
+        ("NUL", GET + b"X: a\x00b\r\n\r\n", 400, "not a header field"),
+        ("NUL in a name", GET + b"X\x00: a\r\n\r\n", 400, "not a header field"),
+        ("vertical tab", GET + b"X: a\x0bb\r\n\r\n", 400, "not a header field"),
+        ("form feed", POST + b"Content-Length: 2\x0c\r\n\r\n{}", 400, "not a header field"),
+        ("delete", GET + b"X: a\x7fb\r\n\r\n", 400, "not a header field"),
+        ("umlaut in a name", GET + b"\xc4: a\r\n\r\n", 400, "not a header field"),
+        ("no host", b"GET / HTTP/1.1\r\n\r\n", 400, "Host"),
+        ("two hosts", GET + HOST + b"\r\n", 400, "one Host"),
+        ("another host", b"GET http://evil.test/ HTTP/1.1\r\n" + HOST + b"\r\n", 400, "one Host"),
+        ("a foreign host", b"GET / HTTP/1.1\r\nHost: evil.test\r\n\r\n", 403, "ALLOWED_HOSTS"),
+        ("no length", POST + b"\r\n", 411, "Content-Length"),
+        ("length and chunked", POST + LENGTH + CODING + b"\r\n{}", 400, "chunked"),
+        ("chunked and length", POST + CODING + LENGTH + CHUNKS, 400, "chunked"),
+        ("chunked and length 0", POST + CODING + b"Content-Length: 0\r\n" + CHUNKS, 400, "chunked"),
+        ("chunked twice", POST + CODING + CODING + CHUNKS, 400, "chunked"),
+        ("chunked, then another", POST + CODING + TE + b"x\r\n" + CHUNKS, 400, "chunk"),
+        ("chunked in HTTP/1.0", POST.replace(b"1.1", b"1.0") + CODING + CHUNKS, 400, "chunked"),
+        ("another coding", POST + TE + b"gzip\r\n" + CHUNKS, 400, "chunked"),
+        ("two codings", POST + TE + b"gzip, chunked\r\n" + CHUNKS, 400, "chunked"),
+        ("a list", POST + TE + b"chunked, identity\r\n" + CHUNKS, 400, "chunked"),
+        ("identity", POST + TE + b"identity\r\n" + LENGTH + b"\r\n{}", 400, "chunk"),
+        ("coding with more", POST + TE + b"chunked;q=1\r\n" + CHUNKS, 400, "chunked"),
+        ("coding quoted", POST + TE + b'"chunked"\r\n' + CHUNKS, 400, "chunked"),
+        ("coding like it", POST + TE + b"xchunked\r\n" + CHUNKS, 400, "chunked"),
+        ("no coding", POST + b"Transfer-Encoding:\r\n" + LENGTH + b"\r\n{}", 400, "chunked"),
+        ("coding after NBSP", POST + TE + b"\xa0chunked\r\n" + CHUNKS, 400, "chunk"),
+        ("coding of a GET", GET + TE + b"x\r\n" + CHUNKS + SMUGGLED, 400, "chunked"),
+        ("two lengths", POST + LENGTH + LENGTH + b"\r\n{}", 400, "one number"),
         (
             "two lengths, the first 0",
-            b"GET /health HTTP/1.1\r\n"
-            + HOST
-            + b"Content-Length: 0\r\nContent-Length: 36\r\n\r\nGET /nothing HTTP/1.1\r\nHost: a\r\n\r\n\r\n",
-            200,
-            "",
-        ),
-        (
-            "list of lengths",
-            b"POST /v1/messages HTTP/1.1\r\n" + HOST + b"Content-Length: 2, 2\r\n\r\n{}",
+            GET + b"Content-Length: 0\r\nContent-Length: 36\r\n\r\n" + SMUGGLED,
             400,
             "one number",
         ),
-        (
-            "negative length",
-            b"POST /v1/messages HTTP/1.1\r\n" + HOST + b"Content-Length: -1\r\n\r\n{}",
-            400,
-            "one number",
-        ),
-        (
-            "signed length",
-            b"POST /v1/messages HTTP/1.1\r\n" + HOST + b"Content-Length: +2\r\n\r\n{}",
-            400,
-            "one number",
-        ),
-        (
-            "huge length",
-            b"POST /v1/messages HTTP/1.1\r\n"
-            + HOST
-            + b"Content-Length: "
-            + b"9" * 4000
-            + b"\r\n\r\n{}",
-            400,
-            "one number",
-        ),
-        (
-            "over the limit",
-            b"POST /v1/messages HTTP/1.1\r\n" + HOST + b"Content-Length: 67108865\r\n\r\n{}",
-            413,
-            "64 MB",
-        ),
-        (
-            "compressed",
-            b"POST /v1/messages HTTP/1.1\r\n"
-            + HOST
-            + b"Content-Encoding: gzip\r\nContent-Length: 2\r\n\r\n{}",
-            415,
-            "compressed",
-        ),
-        ("cut head", b"GET / HTT", 400, "no HTTP"),
+        ("list of lengths", POST + b"Content-Length: 2, 2\r\n\r\n{}", 400, "one number"),
+        ("no digits", POST + b"Content-Length:\r\n\r\n{}", 400, "one number"),
+        ("negative length", POST + b"Content-Length: -1\r\n\r\n{}", 400, "one number"),
+        ("signed length", POST + b"Content-Length: +2\r\n\r\n{}", 400, "one number"),
+        ("length in hex", POST + b"Content-Length: 0x2\r\n\r\n{}", 400, "one number"),
+        ("underscore in a length", POST + b"Content-Length: 0_2\r\n\r\n{}", 400, "one number"),
+        ("space in a length", POST + b"Content-Length: 2 2\r\n\r\n{}", 400, "one number"),
+        ("superscript length", POST + b"Content-Length: \xb2\r\n\r\n{}", 400, "one number"),
+        ("length after NBSP", POST + b"Content-Length: \xa02\r\n\r\n{}", 400, "one number"),
+        ("huge length", POST + b"Content-Length: " + b"9" * 400 + b"\r\n\r\n{}", 400, "one number"),
+        ("over the limit", POST + b"Content-Length: 67108865\r\n\r\n{}", 413, "64 MB"),
+        ("compressed", POST + GZIP + LENGTH + b"\r\n{}", 415, "compressed"),
+        ("chunks of gzip", POST + GZIP + CODING + CHUNKS, 415, "compressed"),
+        ("cut head", b"GET / HTT", 400, "not HTTP"),
         ("cut headers", b"GET / HTTP/1.1\r\nHost: 1", 0, ""),
-        (
-            "cut body",
-            b"POST /v1/messages HTTP/1.1\r\n" + HOST + b"Content-Length: 20\r\n\r\n{}",
-            0,
-            "",
-        ),
+        ("cut before the empty line", GET, 0, ""),
+        ("cut body", POST + b"Content-Length: 20\r\n\r\n{}", 0, ""),
         ("nothing", b"", 0, ""),
-        ("blank lines only", b"\r\n\r\n", 0, ""),
+        ("empty lines only", b"\r\n\r\n", 0, ""),
     ]
 
     def test_malformed_http(self):
@@ -11710,13 +11688,57 @@ class TestBadHttp(HttpCase):
                         if status > 200:
                             self.is_error(answer, status, words=words)
                         self.assertEqual(
-                            answer.headers.get("connection"),
-                            "close" if status not in (403,) and name != "no host" else None,
+                            answer.headers.get("connection"), None if status == 403 else "close"
                         )
                     else:
                         self.assertIn(got, (b"", b"RST"))
         self.is_fine()
         self.assertEqual(len(self.upstream.requests), 1)
+
+    ODD_TYPES = [
+        "multipart/form-data",
+        "multipart/form-data; boundary=x",
+        "multipart/x; boundary*%s=x" % ("9" * 5000),
+        "multipart/x; boundary*=idna'x'%ff",
+        "multipart/x; boundary*=punycode''" + "a-" + "b9" * 20000,
+        "message/rfc822",
+        "message/delivery-status",
+        "x" * 60000,
+        "",
+    ]
+
+    def test_a_head_is_read_whatever_content_type_it_names(self):
+        self.serve()
+        for name in self.ODD_TYPES:
+            began = time.process_time()
+            answer = self.post(request("hi"), {"Content-Type": name})
+            self.assertEqual(answer.status, 200, name[:60])
+            self.assertLess(time.process_time() - began, 0.5, name[:60])
+        self.is_fine()
+
+    def test_spaces_around_a_value_do_not_count(self):
+        self.serve()
+        data = json.dumps(request("hi")).encode()
+        (answer,) = self.talk(
+            b"POST /v1/messages HTTP/1.1\nhost:localhost\r\nCONTENT-LENGTH:\t %d \t\r\n"
+            b"Connection: TE ,\t Close \r\nExpect:\r\n\n%s" % (len(data), data)
+        )
+        self.assertEqual((answer.status, answer.headers["connection"]), (200, "close"))
+
+    def test_a_head_of_a_hundred_fields_is_read(self):
+        self.serve()
+        raw = self.head("GET", "/health", {"X-%d" % n: "y" * 500 for n in range(97)})
+        answers = self.talk(raw, self.head("GET", "/health", {"Connection": "close"}))
+        self.assertEqual([answer.status for answer in answers], [200, 200])
+
+    def test_a_client_that_still_sends_gets_the_answer(self):
+        self.serve()
+        head = self.head("POST", "/v1/messages", (), 1 << 30)
+        with mock.patch.object(ccfix, "LINGER_SECONDS", 30), self.connect() as sock:
+            sock.sendall(head + b" " * 1000000)
+            sock.shutdown(socket.SHUT_WR)
+            (answer,) = answers_in(read_all(sock))  # not reset
+        self.is_error(answer, 413, "request_too_large", "64 MB")
 
     def test_slow_senders_are_cut_off(self):
         self.serve()
@@ -11735,9 +11757,9 @@ class TestBadHttp(HttpCase):
                 with self.subTest(name):
                     began = time.monotonic()
                     self.assertEqual([a.status for a in self.talk(raw)], statuses)
-                    self.assertLess(time.monotonic() - began, 2)
+                    self.assertLess(time.monotonic() - began, 15)
             with self.connect() as sock:  # a byte now and then does not help
-                stop = time.monotonic() + 3
+                stop = time.monotonic() + 15
                 try:
                     while time.monotonic() < stop:
                         sock.sendall(b"X")
@@ -11748,15 +11770,15 @@ class TestBadHttp(HttpCase):
         self.is_fine()
 
     BODIES = [
-        ("empty", b"", "not JSON"),
-        ("not JSON", b"{", "not JSON"),
+        ("empty", b"", "not valid JSON"),
+        ("not JSON", b"{", "not valid JSON"),
         ("not UTF-8", b'{"a":"\xff"}', "UTF-8"),
         ("UTF-16", '{"a":1}'.encode("utf-16"), "UTF-8"),
         ("list", b"[]", "object"),
         ("text", b'"x"', "object"),
         ("null", b"null", "object"),
         ("number", b"1", "object"),
-        ("BOM", b"\xef\xbb\xbf{", "not JSON"),
+        ("BOM", b"\xef\xbb\xbf{", "not valid JSON"),
         ("NaN", b'{"messages":[],"temperature":NaN}', "NaN"),
         ("Infinity", b'{"messages":[-Infinity]}', "Infinity"),
         ("huge number", b'{"max_tokens":' + b"9" * 3000000 + b"}", "digits"),
@@ -11775,7 +11797,7 @@ class TestBadHttp(HttpCase):
         self.serve()
         for name, body, words in self.BODIES:
             with self.subTest(name):
-                began = time.monotonic()
+                began = time.process_time()
                 self.is_error(self.post(body), 400, "invalid_request_error", words)
                 if "messages" not in name:
                     self.is_error(
@@ -11784,7 +11806,7 @@ class TestBadHttp(HttpCase):
                         "invalid_request_error",
                         words,
                     )
-                self.assertLess(time.monotonic() - began, 3)
+                self.assertLess(time.process_time() - began, 3)
         self.is_fine()
 
     def test_deep_but_parseable_bodies(self):
@@ -11792,12 +11814,13 @@ class TestBadHttp(HttpCase):
         for depth in (50, 300, 600, 900, 990):
             deep = b"[" * depth + b"]" * depth
             for body in (
-                b'{"messages":[{"role":"user","content":[{"type":"tool_result","content":%s}]}],"stream":true}'
-                % deep,
-                b'{"messages":[{"role":"user","content":"x"}],"tools":[{"name":"t","input_schema":{"properties":%s}}]}'
+                b'{"messages":[{"role":"user","content":[{"type":"tool_result","content":%s}]}],'
+                b'"stream":true}' % deep,
+                b'{"messages":[{"role":"user","content":"x"}],'
+                b'"tools":[{"name":"t","input_schema":{"properties":%s}}]}'
                 % (b'{"a":' * depth + b"1" + b"}" * depth),
-                b'{"messages":[{"role":"assistant","content":[{"type":"tool_use","id":"a","name":"b","input":{"x":%s}}]}]}'
-                % deep,
+                b'{"messages":[{"role":"assistant","content":'
+                b'[{"type":"tool_use","id":"a","name":"b","input":{"x":%s}}]}]}' % deep,
             ):
                 status = self.post(body).status
                 self.assertIn(status, (200, 400), depth)
@@ -11936,6 +11959,153 @@ class TestBadHttp(HttpCase):
         return value
 
 
+class TestChunkedBodies(HttpCase):
+    BODY = json.dumps(request("hi", stream=False)).encode()
+    WHOLE = piece(BODY)
+    END = b"0\r\n\r\n"
+    CODING = {"Transfer-Encoding": "chunked"}
+    GOOD = [
+        # name, the body as it is sent
+        ("one chunk", WHOLE + END),
+        ("a chunk a byte", b"".join(piece(bytes([byte])) for byte in BODY) + END),
+        ("upper-case size", b"%X\r\n%s\r\n" % (len(BODY), BODY) + END),
+        ("leading zeros", b"%08x\r\n%s\r\n00\r\n\r\n" % (len(BODY), BODY)),
+        ("extensions", b"%x;a\r\n%s\r\n0 ; b=\"c d\";\xfc\r\n\r\n" % (len(BODY), BODY)),
+        ("trailers", WHOLE + b"0\r\nX: y\r\nContent-Length: 7\r\nHost: evil.test\r\n\r\n"),
+    ]
+    BAD = [
+        # name, what comes after the first chunk, status (0: no answer), words
+        ("no size", b"\r\n" + END, 400, "malformed"),
+        ("no digits", b"xyz\r\n" + END, 400, "malformed"),
+        ("negative size", b"-5\r\nhello\r\n" + END, 400, "malformed"),
+        ("signed size", b"+5\r\nhello\r\n" + END, 400, "malformed"),
+        ("size with a prefix", b"0x5\r\nhello\r\n" + END, 400, "malformed"),
+        ("underscore in a size", b"0_5\r\nhello\r\n" + END, 400, "malformed"),
+        ("space before the size", b" 5\r\nhello\r\n" + END, 400, "malformed"),
+        ("space after the size", b"5 \r\nhello\r\n" + END, 400, "malformed"),
+        ("NUL after the size", b"5\x00\r\nhello\r\n" + END, 400, "malformed"),
+        ("size without CR", b"5\nhello\r\n" + END, 400, "malformed"),
+        ("size with two CR", b"5\r\r\nhello\r\n" + END, 400, "malformed"),
+        ("CR in an extension", b"5;a\rb\r\nhello\r\n" + END, 400, "malformed"),
+        ("LF ends an extension", b"5;a\nhello\r\n" + END, 400, "malformed"),
+        ("long extension", b"5;" + b"a" * 5000 + b"\r\nhello\r\n" + END, 400, "malformed"),
+        ("long size", b"0" * 5000 + b"\r\n\r\n", 400, "malformed"),
+        ("too many digits", b"fffffffff\r\n", 400, "malformed"),
+        ("chunk longer than said", b"5\r\nhello!\r\n" + END, 400, "malformed"),
+        ("chunk shorter than said", b"5\r\nhell\r\n" + END, 400, "malformed"),
+        ("chunk ended by LF", b"5\r\nhello\n" + END, 400, "malformed"),
+        ("over the limit", b"4000000\r\n", 413, "64 MB"),
+        ("trailer without a colon", b"0\r\nhello\r\n\r\n", 400, "header field"),
+        ("folded trailer", b"0\r\nX: y\r\n z\r\n\r\n", 400, "header field"),
+        ("trailer with CR", b"0\r\nX: y\rz\r\n\r\n", 400, "header field"),
+        ("long trailer", b"0\r\nX: " + b"y" * 70000 + b"\r\n\r\n", 431, "header"),
+        ("endless trailers", b"0\r\n" + b"X: y\r\n" * 20000, 431, "header"),
+        ("cut after a chunk", b"", 0, ""),
+        ("cut in a size", b"1", 0, ""),
+        ("cut after a size", b"5\r\n", 0, ""),
+        ("cut in a chunk", b"5\r\nhel", 0, ""),
+        ("cut before its end", b"5\r\nhello\r", 0, ""),
+        ("cut at the end", b"0\r\n", 0, ""),
+        ("cut in a trailer", b"0\r\nX: y", 0, ""),
+    ]
+
+    def chunked(self, *parts, **headers):
+        """The bytes of a request with this body."""
+        headers = dict(self.CODING, **headers)
+        return self.head("POST", "/v1/messages", headers) + b"".join(parts)
+
+    def test_a_body_in_chunks_is_read_and_the_connection_kept(self):
+        self.serve()
+        last = self.head("GET", "/health", {"Connection": "close"})
+        for name, body in self.GOOD:
+            with self.subTest(name):
+                answers = self.talk(self.chunked(body) * 2 + last)
+                self.assertEqual([answer.status for answer in answers], [200] * 3)
+                self.assertEqual(answers[1].headers.get("connection"), None)
+        sent = self.upstream.requests
+        self.assertEqual(len(sent), 2 * len(self.GOOD))
+        self.assertEqual(len({request_.body for request_ in sent}), 1)
+
+    def test_half_a_surrogate_pair_in_a_chunk(self):
+        self.serve()
+        body = json.dumps(request("a\ud83d", stream=False)).encode()
+        answers = self.talk(self.chunked(piece(body), self.END, Connection="close"))
+        self.assertEqual([answer.status for answer in answers], [200])
+        self.assertIn(b"a\\ufffd", self.upstream.requests[0].body)
+
+    def test_a_body_that_comes_byte_by_byte(self):
+        self.serve()
+        raw = self.chunked(self.GOOD[-1][1], Connection="close")
+        answers = self.talk(*[raw[at : at + 1] for at in range(len(raw))])
+        self.assertEqual([answer.status for answer in answers], [200])
+
+    def test_a_malformed_body_ends_the_connection(self):
+        self.serve()
+        hidden = self.head("GET", "/health")
+        with mock.patch.object(ccfix, "LINGER_SECONDS", 0.05):
+            for name, rest, status, words in self.BAD:
+                with self.subTest(name), self.connect() as sock:
+                    try:
+                        sock.sendall(self.chunked(self.WHOLE, rest) + (hidden if status else b""))
+                        sock.shutdown(socket.SHUT_WR)
+                    except OSError:
+                        pass
+                    got = read_all(sock)
+                    if status:
+                        (answer,) = answers_in(got[:-3] if got.endswith(b"RST") else got)
+                        self.is_error(answer, status, words=words)
+                        self.assertEqual(answer.headers["connection"], "close")
+                    else:
+                        self.assertIn(got, (b"", b"RST"))
+        self.assertEqual(self.upstream.requests, [])
+        self.is_fine()
+
+    def test_expect_continue(self):
+        self.serve()
+        with self.connect() as sock:
+            sock.sendall(self.chunked(Expect="100-continue", Connection="close"))
+            self.assertEqual(sock.recv(100), b"HTTP/1.1 100 Continue\r\n\r\n")
+            sock.sendall(self.WHOLE + self.END)
+            self.assertEqual(answers_in(read_all(sock))[0].status, 200)
+
+    def test_the_limit_holds_for_all_chunks_together(self):
+        self.serve()
+        with mock.patch.object(ccfix, "MAX_BODY_BYTES", 2 * len(self.BODY)):
+            for count, status in ((1, 200), (2, 400), (3, 413)):
+                answers = self.talk(self.chunked(self.WHOLE * count, self.END, Connection="close"))
+                self.assertEqual([answer.status for answer in answers], [status])
+
+    def test_a_slow_body_is_cut_off(self):
+        self.serve()
+        for patch, steps in (({"HEAD_SECONDS": 0.05}, 0), ({"BODY_SECONDS": 0.3}, 2000)):
+            with mock.patch.multiple(ccfix, LINGER_SECONDS=0.05, **patch), self.connect() as sock:
+                sock.sendall(self.chunked(self.WHOLE))
+                for _ in range(steps):  # chunks now and then do not help
+                    if ccfix.poll_socket(sock, 0.01):
+                        break
+                    sock.sendall(piece(b" "))
+                (answer,) = answers_in(read_all(sock).replace(b"RST", b""))
+                self.is_error(answer, 408, "timeout_error", "in time")
+        self.is_fine()
+
+    def test_a_flood_of_chunks_is_cut_off(self):
+        self.serve()
+        flood = b"1;%s\r\n \r\n" % (b"a" * 1000) * 60  # so fast that nobody ever waits for it
+        with mock.patch.multiple(ccfix, LINGER_SECONDS=0.05, BODY_SECONDS=0.3):
+            with self.connect() as sock:
+                sock.sendall(self.chunked())
+                with self.assertRaises(OSError):
+                    for _ in range(1000000):
+                        sock.sendall(flood)
+        self.is_fine()
+
+    def test_a_body_that_nobody_wants_ends_the_connection(self):
+        self.serve()
+        head = self.head("GET", "/health", self.CODING)
+        (answer,) = self.talk(head + self.WHOLE + self.END + head)
+        self.assertEqual((answer.status, answer.headers["connection"]), (200, "close"))
+
+
 class TestWhoMayAsk(HttpCase):
     def test_without_a_key_only_names_of_this_machine_are_served(self):
         self.serve(ALLOWED_HOSTS="box.internal, host.docker.internal")
@@ -12018,6 +12188,12 @@ class TestWhoMayAsk(HttpCase):
                 self.assertNotIn("access-control-allow-origin", answer.headers)
         self.assertEqual(self.post(request("hi"), {"Origin": "http://evil.test"}).status, 403)
         self.assertEqual(len(self.upstream.requests), 0)
+
+    def test_a_foreign_origin_with_the_key_gets_the_api_only(self):
+        self.serve(ANTHROPIC_API_KEY=PROXY_KEY)
+        headers = {"Origin": "http://evil.test", "x-api-key": PROXY_KEY}
+        for path, status in (("/v1/models", 200), ("/stats", 403), ("/", 403), ("/health", 403)):
+            self.assertEqual(self.call("GET", path, headers=headers).status, status, path)
 
     KEYS = [
         "sk-secret-proxy-2",
@@ -12186,7 +12362,7 @@ class TestInjection(HttpCase):
         self.proxy.log = ccfix.Log(settings, lines)
         answer = self.post(
             request("hi", model=nasty),
-            {"x-claude-code-session-id": "a\x85b\xff", "anthropic-version": "x\x7f"},
+            {"x-claude-code-session-id": "a\x85b\xff", "anthropic-version": "x\x9b"},
         )
         self.assertEqual(answer.status, 200)
         self.assertNotIn("set-cookie", answer.headers)
@@ -12224,9 +12400,15 @@ class TestInjection(HttpCase):
 
 
 class TestHangUp(HttpCase):
-    """Whenever the client leaves, the upstream call ends at once."""
+    """Whenever the client leaves, the upstream call ends at once: long before the next look."""
 
-    def left(self, sock, seconds=0.5):
+    def setUp(self):
+        HttpCase.setUp(self)
+        patch = mock.patch.object(ccfix, "LOOK_SECONDS", 60)
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    def left(self, sock, seconds=15):
         """Asserts that the upstream sees the end soon after the client hung up."""
         sock.close()
         self.assertTrue(self.upstream.gone.wait(seconds), "the upstream call went on")
@@ -12273,7 +12455,7 @@ class TestHangUp(HttpCase):
         sock = self.begin(request("hi"))
         self.wait_until(lambda: any("try 2" in text for _, text in self.log))
         sock.close()
-        self.wait_until(lambda: self.proxy.active == 0, 0.5)
+        self.wait_until(lambda: self.proxy.active == 0, 12)  # the retry comes after 15 s
         self.assertEqual(len(self.upstream.requests), 1)
 
     def test_while_the_body_is_sent(self):
@@ -12281,7 +12463,7 @@ class TestHangUp(HttpCase):
         sock = self.begin(request("x" * 20000000))
         self.wait_until(lambda: self.upstream.requests)
         sock.close()
-        self.wait_until(lambda: not self.proxy.active and not self.proxy.wires[1].live, 0.8)
+        self.wait_until(lambda: not self.proxy.active and not self.proxy.wires[1].live)
 
     def test_while_it_reads_nothing(self):
         block = piece(deltas(*[delta(content="x" * 1000)] * 16))
@@ -12301,7 +12483,7 @@ class TestHangUp(HttpCase):
             self.serve(lambda request_: [SSE_HEAD] + [block] * 3000)
             sock = self.begin(request("hi"))
             sock.recv(10)
-            self.assertTrue(self.upstream.gone.wait(5))
+            self.assertTrue(self.upstream.gone.wait(15))
             self.wait_until(lambda: self.proxy.active == 0)
 
     def test_a_slow_reader_gets_everything(self):
@@ -12319,6 +12501,29 @@ class TestHangUp(HttpCase):
         message = ccfix.fold(sse_events(answer.body.decode()))
         self.assertEqual(len(message["content"][0]["text"]), 6400005)
 
+    def test_a_request_sent_early_is_answered_after_the_stream(self):
+        go = threading.Event()
+        self.serve(
+            [
+                SSE_HEAD + piece(deltas(delta(content="Hel"))),
+                go,
+                piece(sse(delta(content="lo"), delta("stop"))) + b"0\r\n\r\n",
+            ]
+        )
+        looks, look = [], ccfix.Watch.look_at_client
+        with mock.patch.object(ccfix.Watch, "look_at_client", lambda w: looks.append(look(w))):
+            sock = self.begin(request("hi"))
+            got = sock.recv(10)
+            sock.sendall(self.head("GET", "/health", {"Connection": "close"}))
+            self.wait_until(lambda: looks)
+            time.sleep(0.05)
+            go.set()
+            first, second = answers_in(got + read_all(sock))
+        self.assertEqual(len(looks), 1, "its data woke the thread again")
+        message = ccfix.fold(sse_events(first.body.decode()))
+        self.assertEqual(message["content"], [{"type": "text", "text": "Hello"}])
+        self.assertEqual((second.status, second.headers["connection"]), (200, "close"))
+
     def test_a_finished_stream_keeps_the_connection(self):
         self.serve()
         for _ in range(3):
@@ -12335,6 +12540,18 @@ class TestHonestStreams(HttpCase):
         answer = self.post(request("hi", **fields))
         body = answer.body[:-3] if answer.body.endswith(b"CUT") else answer.body
         return answer, sse_events(body.decode()) if answer.status == 200 else None
+
+    def stream_until(self, seen, go, *script):
+        """The same, where `go`, for which the script waits, is set once seen(bytes that came)."""
+        self.serve(*script)
+        sock, raw = self.begin(request("hi"), {"Connection": "close"}), b""
+        while not seen(raw):
+            block = sock.recv(65536)
+            self.assertTrue(block, raw)
+            raw += block
+        go.set()
+        (answer,) = answers_in(raw + read_all(sock))
+        return answer, sse_events(answer.body.decode())
 
     def test_early_errors_keep_their_status(self):
         early = sse({"error": {"message": "slow down", "code": 429}})
@@ -12354,17 +12571,21 @@ class TestHonestStreams(HttpCase):
                 self.is_error(answer, status)
 
     def test_silence_is_filled_with_pings_then_signs_of_life(self):
+        def seen(raw):
+            if raw.count(b"event: ping") > 2:
+                ccfix.SIGN_SECONDS = 0
+            return b"thinking_delta" in raw
+
         with mock.patch.multiple(ccfix, **self.FAST):
             for name, before in (
                 ("before the head", []),
                 ("after the head", [SSE_HEAD]),
                 ("between comments", [SSE_HEAD] + [piece(b": x\n\n"), 0.02] * 12),
             ):
-                with self.subTest(name):
-                    answer, events = self.stream(
-                        before
-                        + [0.35, (b"" if before else SSE_HEAD) + piece(HELLO_STREAM) + b"0\r\n\r\n"]
-                    )
+                with self.subTest(name), mock.patch.object(ccfix, "SIGN_SECONDS", 99):
+                    go, rest = threading.Event(), piece(HELLO_STREAM) + b"0\r\n\r\n"
+                    script = before + [go, rest if before else SSE_HEAD + rest]
+                    _, events = self.stream_until(seen, go, script)
                     kinds = [event["type"] for event in events]
                     self.assertEqual(kinds[:2], ["message_start", "ping"])
                     self.assertGreater(kinds.count("ping"), 2)
@@ -12374,10 +12595,10 @@ class TestHonestStreams(HttpCase):
                     self.assertEqual(content[0]["type"], "thinking")
 
     def test_an_error_after_the_hold_is_an_event(self):
-        with mock.patch.multiple(ccfix, **dict(self.FAST, SIGN_SECONDS=9)):
-            answer, events = self.stream(
-                [0.2, counted(b'{"error":{"message":"broken"}}', "400 Bad")]
-            )
+        go = threading.Event()
+        broken = counted(b'{"error":{"message":"broken"}}', "400 Bad")
+        with mock.patch.multiple(ccfix, **dict(self.FAST, SIGN_SECONDS=99)):
+            answer, events = self.stream_until(bool, go, [go, broken])
         self.assertEqual(
             (answer.status, [e["type"] for e in events if e["type"] != "ping"]),
             (200, ["message_start", "error"]),
@@ -12444,9 +12665,9 @@ class TestHonestStreams(HttpCase):
         self.assertEqual(grammar(self, events), "error")
 
     def test_comments_without_content_are_given_up(self):
-        with mock.patch.multiple(ccfix, **dict(self.FAST, STALLED=1, HOLD_SECONDS=9)):
+        with mock.patch.multiple(ccfix, **dict(self.FAST, STALLED=0.3, HOLD_SECONDS=99)):
             answer, _ = self.stream(
-                [SSE_HEAD] + [piece(b": x\n\n"), 0.02] * 100, TARGET_TIMEOUT="0.3"
+                [SSE_HEAD] + [piece(b": x\n\n"), 0.02] * 500, TARGET_TIMEOUT="2"
             )
         self.is_error(answer, 504, "timeout_error", "no content")
 
@@ -12498,7 +12719,7 @@ class TestServerItself(HttpCase):
         self.assertEqual(len(upstream.live), 1)
         upstream.idle = 0
         self.wait_until(lambda: not upstream.live)
-        self.assertTrue(self.upstream.gone.wait(2))
+        self.assertTrue(self.upstream.gone.wait(15))
         self.is_fine()
 
     def test_a_stopping_server_ends_each_connection_with_its_reply(self):
@@ -12522,13 +12743,13 @@ class TestServerItself(HttpCase):
         gc.disable()
         try:
             with self.connect() as sock:
-                for _ in range(3):
+                for headers in ({}, {}, {"Connection": "close"}):
                     data = json.dumps(request("x" * 1000)).encode()
-                    sock.sendall(self.head("POST", "/v1/messages", (), len(data)) + data)
+                    sock.sendall(self.head("POST", "/v1/messages", headers, len(data)) + data)
                     while not sock.recv(65536).endswith(b"0\r\n\r\n"):
                         pass
                 self.wait_until(
-                    lambda: not [o for o in gc.get_objects() if isinstance(o, ccfix.Exchange)], 2
+                    lambda: not [o for o in gc.get_objects() if isinstance(o, ccfix.Exchange)]
                 )
         finally:
             gc.enable()
@@ -12556,7 +12777,7 @@ class TestSignals(unittest.TestCase):
     """A process that serves, ended while a stream is open."""
 
     def run_until(self, signum, *script):
-        """(exit code, what the client got, what was printed) when the signal comes while the stream is open."""
+        """(exit code, what the client got, what was printed) when the signal comes in a stream."""
         with FakeUpstream(*script) as upstream, tempfile.TemporaryDirectory() as folder:
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
@@ -12595,11 +12816,8 @@ class TestSignals(unittest.TestCase):
                         time.sleep(0.02)
                 data = json.dumps(request("hi")).encode()
                 with sock:
-                    sock.sendall(
-                        b"POST /v1/messages HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n"
-                        % len(data)
-                        + data
-                    )
+                    head = b"POST /v1/messages HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d"
+                    sock.sendall(head % len(data) + b"\r\n\r\n" + data)
                     got = sock.recv(100)
                     process.send_signal(signum)
                     got += read_all(sock)
