@@ -76,4 +76,4 @@ def with_a_proxy_key():
 
 
 if __name__ == "__main__":
-    run_table([while_requests_go_through, with_a_proxy_key])
+    run_table(while_requests_go_through, with_a_proxy_key)

@@ -357,4 +357,4 @@ def wrong_key():
 
 
 if __name__ == "__main__":
-    run_table([with_one_server, wrong_key])
+    run_table(with_one_server, wrong_key)
