@@ -1,7 +1,7 @@
 """Commands on a bare account: the poorest locale, a terminal with its keys, servers found, real
 servers.
 
-python3 .ci/account.py [scenario ...]      # all of them, or those named (with -, as in the output)
+python3 .ci/account.py [scenario ...]      # all, or those named (with -, as in the output)
 """
 
 import contextlib
@@ -277,8 +277,10 @@ def run_beside_another_setup():
 
 
 class Terminal:
-    """A shell under a pseudo-terminal: type(text), see(name, patterns) waits for them on the screen,
-    blanks left out: the client draws those by moving the cursor."""
+    """A shell under a pseudo-terminal; see(name, patterns) waits for them on the screen.
+
+    Blanks are left out: the client draws those by moving the cursor.
+    """
 
     def __init__(self, home):
         self.text = ""

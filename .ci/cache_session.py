@@ -5,8 +5,8 @@
 1. A session of the real client (session.py) is played, then twice again from fresh folders: on the
    same day, and on another. The client states the date in every conversation, so on another day
    nothing may come from the cache: the key holds the date like any other text.
-2. The requests of test_ccfix.py that tempt a cache to answer with another conversation's reply, over
-   HTTP; the model names the conversation in every answer.
+2. The requests of test_ccfix.py that tempt a cache to answer with another conversation's reply,
+   over HTTP; the model names the conversation in every answer.
 """
 
 import json

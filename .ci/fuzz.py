@@ -8,8 +8,8 @@ this process.
 
 After each case: an answer in time, proper HTTP and Anthropic's stream grammar, no failure inside
 ccfix, no traceback in the log, and no key in anything that came out: answers, log, log file,
-records, page, process title. A finding is printed with what makes it again; the exit code is then 1.
-Standard library only, loopback only, Python 3.6 or newer: test_ccfix.py runs a slice of it.
+records, page, process title. A finding is printed with what makes it again; the exit code is then
+1. Standard library only, loopback only, Python 3.6 or newer: test_ccfix.py runs a slice of it.
 """
 
 import argparse
@@ -48,10 +48,12 @@ ODD += ([], {}, [None], [[]], [{}], {"type": "text"}, {"type": "text", "text": N
 ODD += ({"type": "tool_use", "id": 5},)
 FIELDS = ("type", "id", "content", "name", "text", "error", "usage", "\u2028", "", "role")
 BODY = json.loads("""
-{"model": "claude-opus-4-5[1m]", "max_tokens": 32000, "stream": true, "temperature": 1, "top_p": 0.9,
+{"model": "claude-opus-4-5[1m]", "max_tokens": 32000, "stream": true, "temperature": 1,
+ "top_p": 0.9,
  "stop_sequences": ["STOP"], "metadata": {"user_id": "u"}, "context_management": {"edits": []},
  "thinking": {"type": "enabled", "budget_tokens": 8000},
- "output_config": {"effort": "high", "format": {"type": "json_schema", "schema": {"type": "object"}}},
+ "output_config": {"effort": "high", "format":
+  {"type": "json_schema", "schema": {"type": "object"}}},
  "tool_choice": {"type": "auto", "disable_parallel_tool_use": true},
  "system": [
   {"type": "text", "text": "x-anthropic-billing-header: cc_version=2.1; cch=5a673;"},
@@ -105,7 +107,9 @@ def say(finish=None, usage=None, **change):
 def call(index, arguments, name=None, **more):
     """A chunk with a piece of a tool call."""
     function = dict({"arguments": arguments}, **({"name": name} if name else {}))
-    return say(tool_calls=[dict({"index": index, "type": "function", "function": function}, **more)])
+    return say(
+        tool_calls=[dict({"index": index, "type": "function", "function": function}, **more)]
+    )
 
 
 USAGE = {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15}

@@ -33,8 +33,7 @@ Run = collections.namedtuple("Run", "code out err seconds")
 
 
 def check(name, condition, detail=""):
-    """Count and print one check; `detail` (anything, or a function that makes it) is shown when it
-    fails."""
+    """Count and print one check; what `detail` is, or makes, is shown when it fails."""
     COUNTS["passed" if condition else "failed"] += 1
     print("%-4s %s" % ("ok" if condition else "FAIL", name), flush=True)
     if not condition:
@@ -85,8 +84,7 @@ def free_port():
 
 
 def stop(process, grace=15):
-    """End one process that we started: by SIGTERM, or by force when it does not obey; return its
-    exit code."""
+    """End one process that we started, by force when it does not obey -> its exit code."""
     if process.poll() is None:
         process.terminate()
     try:
@@ -118,8 +116,10 @@ def run(command, limit=120, given="", **options):
 
 
 class Ccfix:
-    """ccfix as a process before an upstream (None: before nothing), in an empty folder, with a clean
-    environment. That it ends with exit code 0 and prints no traceback is a check of its own.
+    """ccfix as a process before an upstream (None: before nothing).
+
+    It has an empty folder and a clean environment. That it ends with exit code 0 and prints no
+    traceback is a check of its own.
 
     command  how it is started, instead of as a script; more: further arguments of Popen
     """
@@ -142,7 +142,7 @@ class Ccfix:
             stdin=subprocess.DEVNULL,
             stdout=self.output,
             stderr=subprocess.STDOUT,
-            **more
+            **more,
         )
 
     def __enter__(self):
@@ -216,8 +216,7 @@ def claude(url, *args, env=None, model="my-own-model", home=None, cwd=None, limi
 
 
 def json_lines(text):
-    """The JSON objects of an output, one a line (stream-json, or one result); other lines are left
-    out."""
+    """The JSON objects of an output, one a line; other lines are left out."""
     return [json.loads(line) for line in text.splitlines() if line.startswith("{")]
 
 

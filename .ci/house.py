@@ -50,9 +50,7 @@ FUNCTIONS = [n for n in ast.walk(TREE) if isinstance(n, (ast.FunctionDef, ast.As
 def output(*command, limit=60, **options):
     """(exit code, what it printed) of a command."""
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    done = subprocess.run(
-        command, universal_newlines=True, timeout=limit, **dict(pipes, **options)
-    )
+    done = subprocess.run(command, universal_newlines=True, timeout=limit, **dict(pipes, **options))
     return done.returncode, done.stdout
 
 
@@ -79,7 +77,9 @@ def narrow_lines():
 def no_machine_paths():
     found = []
     for name in filter(os.path.exists, (os.path.join(TOP, name) for name in tracked())):
-        found += ["%s: %s" % (name, l.strip()) for l in read(name).splitlines() if MACHINE.search(l)]
+        found += [
+            "%s: %s" % (name, l.strip()) for l in read(name).splitlines() if MACHINE.search(l)
+        ]
     check("no path of one machine in the tree", not found, "\n".join(found[:10]))
 
 

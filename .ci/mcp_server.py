@@ -1,5 +1,4 @@
-"""A stdio MCP server with two tools that have long names; each answers its question with its own last
-word."""
+"""A stdio MCP server with two tools that have long names; each answers with its last word."""
 
 import json
 import sys

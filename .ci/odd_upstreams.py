@@ -92,8 +92,7 @@ def two_calls():
 
 
 def broken_arguments():
-    """Arguments that are not valid JSON: the model is told, its own words go back to it, and the
-    session goes on."""
+    """Arguments that are not valid JSON: the model is told, and the session goes on."""
     run, requests = session(rounds([piece(arguments='{"command": "echo ran >> r')], DONE))
     answers("arguments that are cut off", run, requests, "ALL-DONE", 2)
     told = str(requests[-1].results).lower()
@@ -130,8 +129,7 @@ def texts():
 
 
 def failures():
-    """The first reply fails in some place; the session is completed all the same, with few
-    requests."""
+    """The first reply fails in some place; the session is completed, with few requests."""
     begun = say("The first half, ")
     for name, *first in (
         ("an error as the first event", FAILURE),
@@ -177,10 +175,13 @@ def cuts():
     """The connection drops after so many bytes of a reply with a tool call: the tool runs once."""
     reply = [think("I will. "), say("Now. "), call("Bash", **STEP)]
     for size in (0, 40, 100, 400, 1200, 2400, 3600):
+
+        def script(request):
+            broken = [cut_at(size)] if request.number == 0 else []
+            return DONE if request.results else broken + reply
+
         with tempfile.TemporaryDirectory() as work:
-            script = rounds(reply, DONE)
-            broken = [cut_at(size)] + reply
-            run, requests = session(lambda r: broken if r.number == 0 else script(r), cwd=work)
+            run, requests = session(script, cwd=work)
             answers("a cut after %d bytes" % size, run, requests, "ALL-DONE", most=4)
             ran("the tool ran once", work, "ran\n", run, requests)
 
@@ -199,8 +200,7 @@ def the_client_leaves():
 
 
 def long_session():
-    """Twenty rounds of tools: each request extends the last, and what was thought and said goes back
-    unchanged."""
+    """Twenty rounds of tools: each request extends the last, thoughts and words unchanged."""
 
     def script(request):
         n = request.round
@@ -215,8 +215,7 @@ def long_session():
 
 
 def changing_arguments():
-    """The client rewrites arguments before it echoes them; the upstream's prefix cache wants its own
-    words."""
+    """The client rewrites arguments, but the upstream's prefix cache wants its own words."""
     with tempfile.TemporaryDirectory() as work:
         path = write(work, "notes.txt", "red\n")
         wrote = '{"file_path":%s,  "limit": "5"}' % json.dumps(path)

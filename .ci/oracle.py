@@ -59,7 +59,7 @@ def check_block(kind, pieces):
 
 
 def follow(events, any_input):
-    """(state, kind of the open block) at the end of the events; Broken where one is out of place."""
+    """(state, kind of the open block) at the end; Broken where an event is out of place."""
     state, index, kind, pieces = "start", -1, None, []
     for event in events:
         what = event["type"]

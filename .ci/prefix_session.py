@@ -23,8 +23,8 @@ from session import LATE, is_main, model, play, publish, recorded, table_row, ta
 from upstream import Upstream
 
 COMMAND = "python3 .ci/prefix_session.py"
-NOTE = """(%s, `%s`; Claude Code 2.1.330; llama.cpp with SmolLM2-135M, the conversation cut down to \
-%d tokens for it.)"""
+NOTE = "(%s, `%s`; Claude Code 2.1.330; llama.cpp with SmolLM2-135M, the conversation cut down "
+NOTE += "to %d tokens for it.)"
 TARGET = "smollm2-135m"
 LONG = 80  # characters of a text, for the real server
 ANSWER = 4  # tokens of its answers
@@ -41,8 +41,7 @@ Kept = collections.namedtuple("Kept", "cached perfect largest computed")
 
 
 def naive(body):
-    """A plain conversion: all system text in front, tools in the client's order, arguments as the
-    client echoes them."""
+    """A plain conversion: system text in front, tools and arguments as the client sends them."""
     front, messages = [text_of(body.get("system"))], []
     for message in body["messages"]:
         text, blocks = text_of(message["content"]), message["content"]
@@ -75,8 +74,7 @@ def naive_tool(tool):
 
 
 def text_of(content):
-    """The text in a content of any shape; other blocks are shown as JSON, tool calls and their results
-    are left out."""
+    """The text in a content of any shape; other blocks as JSON, without calls and results."""
     if isinstance(content, str):
         return content
     left_out = ("tool_use", "tool_result", "thinking")
@@ -88,8 +86,7 @@ def text_of(content):
 
 
 def prompt(sent):
-    """(the bytes up to the end of the tools, all bytes) of a request, as chat templates order
-    them."""
+    """(the bytes up to the end of the tools, all bytes) of a request, as templates order them."""
     front = [json.dumps(part) for part in sent["messages"][:1] + sent["tools"]]
     rest = [json.dumps(part) for part in sent["messages"][1:]]
     return "\n".join(front), "\n".join(front + rest + [""])
@@ -100,8 +97,7 @@ def extends(old, new):
 
 
 def bytes_kept(requests):
-    """(message lists that extend the last, tool lists that do, bytes kept, bytes that could be kept)
-    of a conversation."""
+    """(message lists that extend the last, tool lists that do, bytes kept, bytes possible)."""
     lists = tools = kept = possible = 0
     for old, new in zip(requests, requests[1:]):
         lists += extends(old["messages"], new["messages"])
@@ -119,8 +115,7 @@ def arguments(sent):
 
 
 def play_session():
-    """([exchange of the main conversation], [arguments that the model wrote]) of one session of the
-    real client."""
+    """([exchange of the main conversation], [arguments that the model wrote]) of one session."""
     with tempfile.TemporaryDirectory() as scratch:
         work, home, records = (os.path.join(scratch, name) for name in ("work", "home", "records"))
         with Upstream(model(work)) as upstream:
@@ -136,8 +131,7 @@ def play_session():
 
 
 def cut_down(body, answers):
-    """The client's request, small enough for a small model: its own answers put in, long texts and
-    tools cut."""
+    """The client's request for a small model: its own answers put in, texts and tools cut."""
     said = iter(answers)
     kept = [t for t in body["tools"] if t["name"] in TOOLS or t.get("defer_loading")]
     system = [dict(block, text=short(block["text"])) for block in body["system"]]

@@ -1,6 +1,6 @@
 """The real Claude Code client, through ccfix, on a scripted upstream: one function a scenario.
 
-python3 .ci/real_client.py [scenario ...]      # all of them, or those named (with -, as in the output)
+python3 .ci/real_client.py [scenario ...]      # all, or those named (with -, as in the output)
 """
 
 import base64
@@ -71,8 +71,7 @@ def result_of(run):
 
 
 def extends(name, requests):
-    """Check that each request's messages and tools begin with the earlier request's: the upstream's
-    cache holds."""
+    """Check that each request's messages and tools extend the last: the upstream's cache holds."""
     for old, new in zip(requests, requests[1:]):
         for part in ("messages", "tools"):
             before, after = old.body.get(part, []), new.body.get(part, [])

@@ -4,7 +4,6 @@ package `anthropic`."""
 import contextlib
 
 import anthropic
-import httpx
 
 from harness import ccfix, check, run_table
 from upstream import Upstream, attempts, call, cut, cut_at, fail, rounds, say, think, usage
@@ -127,11 +126,11 @@ def class_of(name):
     return getattr(anthropic, name + "Error")
 
 
-def error_of(ask, **question):
+def error_of(ask, kinds=(anthropic.APIError, OSError), **question):
     """The error that a question raises; otherwise its answer."""
     try:
         return ask(**question)
-    except (anthropic.APIError, httpx.HTTPError, OSError) as error:
+    except kinds as error:
         return error
 
 
@@ -150,7 +149,7 @@ def error_classes():
 
 def cut_streams():
     """Cut anywhere, a stream is an error, never a normal end."""
-    reply = [think("Hm. "), say("Half of it, "), call("weather", place="Ulm")]
+    reply = [think("Hm. "), say("Half of it."), call("weather", place="Ulm")]
     places = [("at byte %d" % n, [cut_at(n)] + reply) for n in (0, 60, 150, 500, 1500, 2500)]
     for where, steps in [("after the words", reply[:2] + [cut()])] + places:
         text = []
@@ -161,9 +160,11 @@ def cut_streams():
                 return stream.get_final_message()
 
         with client(attempts(steps), env={"TARGET_RETRIES": "0"}) as (sdk, _):
-            got = error_of(read_all)
-        good = isinstance(got, Exception) and "Half of it, ".startswith("".join(text))
-        good = good and (where != "after the words" or "".join(text) == "Half of it, ")
+            got = error_of(read_all, Exception)
+        # the SDK lets its HTTP library's own error out, whose name depends on the version
+        good = isinstance(got, Exception) and type(got).__module__ != "builtins"
+        good = good and "Half of it.".startswith("".join(text))
+        good = good and (where != "after the words" or "".join(text) == "Half of it.")
         check("cut %s: an error" % where, good, (text, got))
 
 

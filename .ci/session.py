@@ -1,9 +1,9 @@
-"""What the steps with the real client share: tools and files, and a whole session of the client that
-cache_session.py and prefix_session.py measure, 25 requests or so, always the same.
+"""What the steps with the real client share: tools and files, and a whole session of the client
+that cache_session.py and prefix_session.py measure, 25 requests or so, always the same.
 
-Seven runs of the client, all but the first with --continue: a tool loop (Read, Edit, Bash), parallel
-calls, an image, ToolSearch for built-in and MCP tools, a subagent, bare "continue" and "yes"; on the
-way a second MCP server is added and the date changes. The model is a script.
+Seven runs of the client, all but the first with --continue: a tool loop (Read, Edit, Bash),
+parallel calls, an image, ToolSearch for built-in and MCP tools, a subagent, bare "continue" and
+"yes"; on the way a second MCP server is added and the date changes. The model is a script.
 """
 
 import glob
@@ -66,8 +66,7 @@ def png(red, green, blue, size=8):
 
 
 def tasks(work):
-    """[(prompt, [reply, ...])]: what the user says, and the model's replies to it and to the results
-    of its calls."""
+    """[(prompt, [reply, ...])]: what the user says, and the model's replies from there on."""
 
     def look(name):
         return call("Read", file_path=os.path.join(work, name))
@@ -118,8 +117,7 @@ def tasks(work):
 
 
 def model(work):
-    """The script for Upstream: the reply that the conversation has come to, told by its assistant
-    turns alone."""
+    """The script for Upstream: the reply that the assistant turns have come to."""
     replies = [reply for prompt, replies in tasks(work) for reply in replies]
     helper = [[bash("ls")], [say("SUB-END: five files.")]]
 
@@ -179,8 +177,7 @@ def table_row(name, cells):
 
 
 def publish(lines):
-    """Print a Markdown table, write it to the file that the command line names, and end with the sum
-    of the checks."""
+    """Print a Markdown table, write it to the file that was named, and end with the sum."""
     table = "\n".join(lines) + "\n"
     print("\n" + table)
     if sys.argv[1:]:

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Load and injected faults: ccfix before an upstream that misbehaves, on loopback, with figures as a
-Markdown table.
+"""Load and injected faults: ccfix before an upstream that misbehaves, on loopback, with figures as
+a Markdown table.
 
     python3 .ci/soak.py                     # 60 s of 200 streams, 10,000 requests, every fault
     python3 .ci/soak.py --seconds 15 --requests 2000
@@ -229,8 +229,10 @@ class Soaked(Ccfix):
 
 
 def read_answer(sock):
-    """(status, ended well, bytes, last bytes) of the next answer on a connection; status 0 when none
-    came. A short stream is held against the oracle."""
+    """(status, ended well, bytes, last bytes) of the next answer on a connection.
+
+    The status is 0 when none came. A short stream is held against the oracle.
+    """
     head, tail, size, length = b"", b"", 0, None
     try:
         while True:
@@ -423,7 +425,7 @@ def one_fault(ccfix, name, order, statuses, words, seconds):
         bytes=size,
         took="%.2f s" % took,
         RSS_at_most="%g MB" % peak,
-        **({} if good else {"last": last})
+        **({} if good else {"last": last}),
     )
 
 

@@ -92,7 +92,7 @@ def payload(**fields):
 
 
 def data(raw):
-    """Bytes as they are. As the first step they take the place of the whole reply, head included."""
+    """Bytes as they are; as the first step, they are the whole reply, head included."""
     return Step("data", raw)
 
 
@@ -106,7 +106,7 @@ def fail(status, message, type="invalid_request_error", code=None, **headers):
 
 
 def rounds(*replies):
-    """The n-th reply in a conversation (counted by its assistant messages); the last one repeats."""
+    """The n-th reply in a conversation, counted by its assistant turns; the last one repeats."""
     return lambda request: replies[min(request.round, len(replies) - 1)]
 
 
