@@ -186,6 +186,33 @@ def cuts():
             ran("the tool ran once", work, "ran\n", run, requests)
 
 
+NATIVE = {"TARGET_FORMAT": "anthropic"}
+OVERLOADED = payload(type="error", error={"type": "overloaded_error", "message": "Overloaded"})
+
+
+def native_format():
+    """The same on an upstream that speaks Anthropic's format itself."""
+    step, words = bash(STEP["command"]), say("The first half, ")
+    for name, *first in (
+        ("a tool call", think("Hm. "), say("Now. "), step),
+        ("a cut before the head", cut()),
+        ("a cut in a text", words, cut()),
+        ("a cut in a tool call", cut_at(1000), step),
+        ("a cut after a tool call", step, cut()),
+        ("an error as the first event", OVERLOADED, end()),
+        ("an error in a text", words, OVERLOADED, end()),
+        ("an overload that is gone at once", *fail(529, "Overloaded", "overloaded_error")),
+    ):
+
+        def script(request):
+            return DONE if request.results else first if request.number == 0 else [step]
+
+        with tempfile.TemporaryDirectory() as work:
+            run, requests = session(script, settings=NATIVE, cwd=work)
+            answers("native: " + name, run, requests, "ALL-DONE", most=4)
+            ran("the tool ran once", work, "ran\n", run, requests)
+
+
 def the_client_leaves():
     """The real client is ended while the upstream is silent: its call ends too."""
     for name, reply in (
@@ -235,6 +262,7 @@ if __name__ == "__main__":
         failures,
         failures_in_calls,
         cuts,
+        native_format,
         the_client_leaves,
         long_session,
         changing_arguments,

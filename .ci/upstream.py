@@ -155,6 +155,7 @@ class Request:
 
     def __init__(self, number, path, headers, raw):
         self.number, self.path, self.headers, self.raw = number, path, headers, raw
+        self.native = path.partition("?")[0].endswith("/messages")  # in Anthropic's format
         self.body = json.loads(raw)
         self.messages = self.body["messages"]
         self.at = time.monotonic()
@@ -165,8 +166,12 @@ class Request:
 
     @property
     def results(self):
-        """The contents of all tool messages, in order."""
-        return [m["content"] for m in self.messages if m["role"] == "tool"]
+        """The contents of all tool messages or results, in order."""
+        blocks = [m for m in self.messages if m["role"] == "tool"]
+        for message in self.messages if self.native else ():
+            content = message["content"] if isinstance(message["content"], list) else ()
+            blocks += [block for block in content if block["type"] == "tool_result"]
+        return [block["content"] for block in blocks]
 
     @property
     def calls(self):
@@ -175,7 +180,7 @@ class Request:
 
     @property
     def tool_names(self):
-        return [t["function"]["name"] for t in self.body.get("tools", [])]
+        return [t.get("function", t)["name"] for t in self.body.get("tools", [])]
 
     def asks(self, words):
         """Whether the first user message (the task of this agent) contains the words."""
@@ -192,6 +197,8 @@ def pieces(text, size=9):
 
 class ChatWriter:
     """Writes steps as OpenAI does, in chunks or whole."""
+
+    frame = staticmethod(sse)
 
     def __init__(self, request):
         self.request, self.calls, self.reason, self.tokens = request, 0, None, None
@@ -264,6 +271,60 @@ class ChatWriter:
         return chat_chunk(change, finish_reason, **dict(head, **fields))
 
 
+class MessagesWriter:
+    """Writes steps as Anthropic does, in events or whole."""
+
+    def __init__(self, request):
+        self.request, self.content, self.reason = request, [], "end_turn"
+        self.usage = {"input_tokens": len(request.raw) // 4, "output_tokens": 1}
+
+    @staticmethod
+    def frame(event):
+        return b"event: %s\n" % event["type"].encode() + sse(event)
+
+    def start(self):
+        yield {"type": "message_start", "message": dict(self.body(), stop_reason=None)}
+
+    def step(self, kind, value):
+        if kind == "text":
+            return self.block({"type": "text"}, "text", "text_delta", value)
+        if kind == "thinking":
+            return self.block({"type": "thinking"}, "thinking", "thinking_delta", value)
+        if kind == "call":
+            self.reason, (name, arguments) = "tool_use", value
+            head = {"type": "tool_use", "id": "toolu_%x" % next(IDS), "name": name, "input": {}}
+            return self.block(head, "partial_json", "input_json_delta", arguments)
+        if kind == "finish":
+            self.reason = value
+        if kind == "usage":
+            prompt, completion, cached = value
+            self.usage = {"input_tokens": prompt - cached, "output_tokens": completion}
+            self.usage["cache_read_input_tokens"] = cached
+        return [value] if kind == "payload" else []
+
+    def block(self, head, field, kind, text):
+        index = len(self.content)
+        is_tool = head["type"] == "tool_use"
+        whole_block = dict(head, input=json.loads(text)) if is_tool else dict(head, **{field: text})
+        self.content.append(whole_block)
+        first = head if is_tool else dict(head, **{field: ""})
+        yield {"type": "content_block_start", "index": index, "content_block": first}
+        for piece in pieces(text):
+            change = {"type": kind, field: piece}
+            yield {"type": "content_block_delta", "index": index, "delta": change}
+        yield {"type": "content_block_stop", "index": index}
+
+    def finish(self):
+        change = {"stop_reason": self.reason, "stop_sequence": None}
+        yield {"type": "message_delta", "delta": change, "usage": self.usage}
+        yield {"type": "message_stop"}
+
+    def body(self):
+        head = {"id": "msg_%x" % next(IDS), "type": "message", "role": "assistant"}
+        told = {"content": list(self.content), "stop_reason": self.reason, "usage": self.usage}
+        return dict(head, model=self.request.body.get("model"), stop_sequence=None, **told)
+
+
 class Connection:
     """One connection to the upstream: request after request, until a script drops it."""
 
@@ -294,6 +355,9 @@ class Connection:
             self.sock.sendall(self.owner.look_up(path))
             return True
         raw = self.file.read(int(headers["content-length"])).decode("utf-8")
+        if path.partition("?")[0].endswith("/count_tokens"):
+            self.sock.sendall(whole(json.dumps({"input_tokens": len(raw) // 4}).encode()))
+            return True
         self.owner.count(open=1)
         try:
             return self.answer(path, headers, raw)
@@ -318,6 +382,7 @@ class Connection:
             return False
 
     def write_reply(self, request, reply):
+        writer = (MessagesWriter if request.native else ChatWriter)(request)
         first = next(reply, finish(None))
         while first.kind in ("wait", "cut_at"):  # silence before the first byte, head included
             self.act(*first)
@@ -325,24 +390,25 @@ class Connection:
         reply = itertools.chain([first], reply)
         if first.kind == "fail":
             status, body, headers = first.value
+            body = dict(body, type="error") if request.native else body
             self.write(whole(json.dumps(body).encode(), status, **headers))
         elif first.kind in ("data", "cut", "reset"):
             for step in reply:
                 self.act(*step)
         elif request.body.get("stream"):
-            self.write_stream(ChatWriter(request), reply)
+            self.write_stream(writer, reply)
         else:
-            self.write_whole(ChatWriter(request), reply)
+            self.write_whole(writer, reply)
 
     def write_stream(self, writer, reply):
         self.write(SSE_HEAD)
-        self.write_payloads(writer.start())
+        self.write_payloads(writer, writer.start())
         for kind, value in reply:
             if kind == "end":
                 return self.write(LAST_CHUNK)
             self.act(kind, value)
-            self.write_payloads(writer.step(kind, value))
-        self.write_payloads(writer.finish())
+            self.write_payloads(writer, writer.step(kind, value))
+        self.write_payloads(writer, writer.finish())
         self.write(LAST_CHUNK)
 
     def write_whole(self, writer, reply):
@@ -351,9 +417,9 @@ class Connection:
             list(writer.step(kind, value))
         self.write(whole(json.dumps(writer.body()).encode()))
 
-    def write_payloads(self, payloads):
+    def write_payloads(self, writer, payloads):
         for body in payloads:
-            self.write(chunked(sse(body)))
+            self.write(chunked(writer.frame(body)))
 
     def act(self, kind, value):
         """A step that is about the connection, not about what is said."""
