@@ -165,7 +165,7 @@ def each_command():
         with account() as home, Upstream(rounds([say("SERVED")])) as upstream:
             env = dict(env, python=python)
             told = json.loads(command(home, "check", "--demo", "--json", **env).out)
-            good = told["ok"] is True and len(told["checks"]) == 14
+            good = told["ok"] is True and len(told["checks"]) == 15
             check("check --demo --json" + name, good, told)
             target = ("-b", upstream.url, "-k", "sk-very-secret", "-m", "my-model")
             run = command(home, "init", *target, **env)
