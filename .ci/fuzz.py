@@ -40,8 +40,7 @@ KEYS = {
     "search password": "sk-secret-search-e2d9",
     "extra header": "sk-secret-extra-5b60",
 }
-PATIENCE = 5  # seconds for an answer
-LOADED = 20  # seconds for a case where others use the machine too; more is a hang
+PATIENCE = 15  # seconds for a case, on a machine that others use too; more is a hang
 ODD = (None, True, False, 0, -1, 3, 1e308, 2**70, "", "x", "\ud83d", "\x00\r\n", "a" * 3000)
 ODD += ("auto", "user", "system", "text", "tool_use", "tool_result", "image", "<think>", "{\"a\":")
 ODD += ([], {}, [None], [[]], [{}], {"type": "text"}, {"type": "text", "text": None})
@@ -49,8 +48,8 @@ ODD += ({"type": "tool_use", "id": 5},)
 FIELDS = ("type", "id", "content", "name", "text", "error", "usage", "\u2028", "", "role")
 BODY = json.loads("""
 {"model": "claude-opus-4-5[1m]", "max_tokens": 32000, "stream": true, "temperature": 1,
- "top_p": 0.9,
- "stop_sequences": ["STOP"], "metadata": {"user_id": "u"}, "context_management": {"edits": []},
+ "top_p": 0.9, "stop_sequences": ["STOP"], "metadata": {"user_id": "u"},
+ "context_management": {"edits": []},
  "thinking": {"type": "enabled", "budget_tokens": 8000},
  "output_config": {"effort": "high", "format":
   {"type": "json_schema", "schema": {"type": "object"}}},
@@ -174,7 +173,7 @@ HOST, KEYED = b"Host: localhost\r\n", b"x-api-key: PROXYKEY\r\n"
 QUESTION = b'{"model":"m","stream":true,"messages":[{"role":"user","content":"x"}]}'
 RAW = (
     b"POST /v1/messages?beta=true HTTP/1.1\r\n%s%sContent-Type: application/json\r\n"
-    b"Content-Length: %d\r\n\r\n%s" % (HOST, KEYED, len(QUESTION) - 2, QUESTION),
+    b"Content-Length: %d\r\n\r\n%s" % (HOST, KEYED, len(QUESTION), QUESTION),
     b"POST /v1/messages HTTP/1.1\r\n%s%sTransfer-Encoding: chunked\r\n\r\n%s0\r\n\r\n"
     % (HOST, KEYED, chunked(QUESTION[:30]) + chunked(QUESTION[30:])),
     b"GET /v1/models/x%%0d%%0aa HTTP/1.1\r\n%sAuthorization: Bearer PROXYKEY\r\n"
@@ -369,7 +368,7 @@ class Bed:
     def talk(self, raw):
         """All that comes back on one connection."""
         got, last = b"", b"GET /health HTTP/1.1\r\n%sConnection: close\r\n\r\n" % HOST
-        with socket.create_connection(("127.0.0.1", self.server.server_port), LOADED) as sock:
+        with socket.create_connection(("127.0.0.1", self.server.server_port), PATIENCE) as sock:
             try:
                 sock.sendall(raw)
                 if b"onnection: close" not in raw and b"Expect" not in raw:
@@ -548,7 +547,7 @@ def run(seed, seconds, only="", case=None, most=None, tell=print):
                 TARGETS[name](rng, bed)
                 bed.look_around()
                 took = time.monotonic() - began
-                demand(took < LOADED, "took %.1f s" % took)
+                demand(took < PATIENCE, "took %.1f s" % took)
             except Exception as error:
                 again = "%s, --only %s --case %d --seed %s" % (name, name, number, seed)
                 note("%s: %s: %s" % (again, type(error).__name__, error))
