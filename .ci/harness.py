@@ -59,10 +59,10 @@ def end_well():
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
 
 
-def run_table(*table, wanted=None):
+def run_table(*table):
     """Run functions in turn, or those named on the command line; an exception is a failed check."""
     end_well()
-    wanted = sys.argv[1:] if wanted is None else wanted
+    wanted = sys.argv[1:]
     for scenario in table:
         name = scenario.__name__.replace("_", "-")
         if wanted and name not in wanted:

@@ -5,8 +5,6 @@ python3 .ci/real_client.py [scenario ...]      # all, or those named (with -, as
 
 import base64
 import json
-import os
-import sys
 import tempfile
 
 from harness import ccfix, check, claude, json_lines, run_table
@@ -19,16 +17,13 @@ STREAM_JSON = ("--output-format", "stream-json", "--verbose")
 # Helpers
 
 
-def session(script, *args, prompt="Do the task.", settings=None, **client):
+def session(script, *args, settings=None, **client):
     """One run of the client in print mode -> (Run, the requests that the upstream saw).
 
-    settings: environment of ccfix; {upstream} in a value is the upstream's address.
+    settings: environment of ccfix; client: as harness.claude says.
     """
-    with Upstream(script) as upstream:
-        root = upstream.url[: -len("/v1")]
-        env = {name: value.replace("{upstream}", root) for name, value in (settings or {}).items()}
-        with ccfix(upstream.url, env=env) as url:
-            run = claude(url, "-p", prompt, DANGER, *args, **client)
+    with Upstream(script) as upstream, ccfix(upstream.url, env=settings) as url:
+        run = claude(url, "-p", "Do the task.", DANGER, *args, **client)
     return run, upstream.requests
 
 

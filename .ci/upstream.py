@@ -304,10 +304,8 @@ class MessagesWriter:
 
     def block(self, head, field, kind, text):
         index = len(self.content)
-        is_tool = head["type"] == "tool_use"
-        whole_block = dict(head, input=json.loads(text)) if is_tool else dict(head, **{field: text})
-        self.content.append(whole_block)
-        first = head if is_tool else dict(head, **{field: ""})
+        self.content.append(dict(head, **{field: text}))
+        first = head if "input" in head else dict(head, **{field: ""})
         yield {"type": "content_block_start", "index": index, "content_block": first}
         for piece in pieces(text):
             change = {"type": kind, field: piece}
@@ -320,8 +318,12 @@ class MessagesWriter:
         yield {"type": "message_stop"}
 
     def body(self):
+        content = [dict(block) for block in self.content]
+        for block in content:
+            if "partial_json" in block:
+                block["input"] = json.loads(block.pop("partial_json"))
         head = {"id": "msg_%x" % next(IDS), "type": "message", "role": "assistant"}
-        told = {"content": list(self.content), "stop_reason": self.reason, "usage": self.usage}
+        told = {"content": content, "stop_reason": self.reason, "usage": self.usage}
         return dict(head, model=self.request.body.get("model"), stop_sequence=None, **told)
 
 
