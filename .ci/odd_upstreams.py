@@ -62,7 +62,7 @@ def tool_calls():
         ("a number and a truth value as strings", strings),
         ("empty text around it", say(""), delta(content=""), step, delta(content="")),
         ("text after it", step, say("I have called it.")),
-        ("a text in which it is tagged", tagged()),
+        ("text in which it is tagged", tagged()),
         ("an id with odd characters", piece(id="functions.Bash:0|x y")),
     ):
         with tempfile.TemporaryDirectory() as work:
@@ -133,8 +133,8 @@ def failures():
     begun = say("The first half, ")
     for name, *first in (
         ("an error as the first event", FAILURE),
-        ("an error in a text", begun, FAILURE, end()),
-        ("an end in a text without a finish reason", begun, end()),
+        ("an error in text", begun, FAILURE, end()),
+        ("an end in text without a finish reason", begun, end()),
         ("an end in a thought without a finish reason", think("Hm, "), end()),
         ("an end before anything", end()),
         ("an empty answer", finish("stop")),
@@ -155,7 +155,7 @@ def failures_in_calls():
         ("an error in a tool call", begun, FAILURE, end()),
         ("an end in a tool call", begun, end()),
         ("a tool call cut by the token limit", begun, finish("length")),
-        ("a text, then an end in a tool call", say("I will call it."), begun, end()),
+        ("text, then an end in a tool call", say("I will call it."), begun, end()),
         ("a thought, then a cut in a tool call", think("I will."), begun, cut()),
     ):
 
@@ -196,11 +196,11 @@ def native_format():
     for name, *first in (
         ("a tool call", think("Hm. "), say("Now. "), step),
         ("a cut before the head", cut()),
-        ("a cut in a text", words, cut()),
+        ("a cut in text", words, cut()),
         ("a cut in a tool call", cut_at(1000), step),
         ("a cut after a tool call", step, cut()),
         ("an error as the first event", OVERLOADED, end()),
-        ("an error in a text", words, OVERLOADED, end()),
+        ("an error in text", words, OVERLOADED, end()),
         ("an overload that is gone at once", *fail(529, "Overloaded", "overloaded_error")),
     ):
 
@@ -217,7 +217,7 @@ def the_client_leaves():
     """The real client is ended while the upstream is silent: its call ends too."""
     for name, reply in (
         ("before the first byte", [wait(60), say("x")]),
-        ("in a text", [say("Once "), wait(60), say("x")]),
+        ("in text", [say("Once "), wait(60), say("x")]),
     ):
         with Upstream(rounds(reply)) as upstream, ccfix(upstream.url) as url:
             claude(url, "-p", "Do the task.", limit=8)

@@ -26,7 +26,7 @@ COMMAND = "python3 .ci/prefix_session.py"
 NOTE = "(%s, `%s`; Claude Code 2.1.330; llama.cpp with SmolLM2-135M, the conversation cut down "
 NOTE += "to %d tokens for it.)"
 TARGET = "smollm2-135m"
-LONG = 80  # characters of a text, for the real server
+LONG = 80  # characters of a string, for the real server
 ANSWER = 4  # tokens of its answers
 # kept for the real server, besides those that are loaded on the way
 TOOLS = ("Agent", "Bash", "Edit", "Read", "ToolSearch", "Write")

@@ -88,7 +88,7 @@ def plain_text():
     text = "PONG with \u00fcml\u00e4ut and \U0001f600."
     reply = [say(text), usage(1000, 7, 600)]
     run, requests = session(rounds(reply), "--output-format", "json")
-    answers("a text answer arrives", run, requests, "PONG with", 1)
+    answers("a plain answer arrives", run, requests, "PONG with", 1)
     check("it arrives byte for byte", result_of(run).get("result") == text, run.out)
     tokens = result_of(run)["usage"]
     names = ("input_tokens", "cache_read_input_tokens", "output_tokens")
@@ -389,7 +389,7 @@ STEP = {"command": "echo ran >> ran.txt", "description": "a step"}
 def dies_in_words():
     again = [say("SECOND-TRY.")]
     for name, first in (
-        ("in a text", [say("The first half of a story, "), cut()]),
+        ("in text", [say("The first half of a story, "), cut()]),
         ("while it thinks", [think("I was thinking of "), cut()]),
         ("before it says anything", [delta(), cut()]),
         ("before its head", [cut()]),
