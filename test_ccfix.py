@@ -3338,7 +3338,9 @@ REPAIRS = [
     ('{"free":' + "[" * 20000 + "]" * 20000 + "}", "Mixed", None),
     ("'" * 1001, "Bash", None),
     (r'"{\"command\": \"ls\"', "Bash", None),
-    ("{'a':1}" * 50, "Mixed", None),
+    ("{'a':1}" * 50, "Mixed", {"a": 1}),
+    ("{'a':1}" * 9 + "{'b':1}", "Mixed", None),
+    ("{'a':1}" + "{}" * 9 + "{'b':1}", "Mixed", None),
 ]
 
 # tool, arguments, coerced
@@ -3409,7 +3411,7 @@ ARGUMENT_STREAMS = [
     ("Bash", "  ", "{}"),
     ("Bash", "null", "{}"),
     ("Bash", "{}", "{}"),
-    ("Bash", " { } ", " { }"),
+    ("Bash", " { } ", "{}"),
     (
         "Bash",
         '{"command":"ls -la\\n\\u00e9","timeout":5}',
@@ -3444,9 +3446,9 @@ ARGUMENT_STREAMS = [
         '{"command":"ls","run_in_background":True}',
         '{"command":"ls", "run_in_background": true}',
     ),
-    ("Mixed", '{"i":"1","i":"2"}', '{"i":1, "i": 2}'),
+    ("Mixed", '{"i":"1","i":"2"}', '{"i":1,"i":2}'),
     ("Mixed", '{"list":["1"],"o":"{}"}', '{"list":[1],"o":{}}'),
-    ("Mixed", '{"o":{"a":"x\ny"}}', '{"o":{"a": "x\\ny"}}'),
+    ("Mixed", '{"o":{"a":"x\ny"}}', '{"o": {"a": "x\\ny"}}'),
     ("Bash", '{"command":"ls', '{"command":"ls'),
     ("Bash", '{"command":"ls"', '{"command":"ls"'),
     ("Bash", '{"command":"\\d"}', '{"command":"\\d"}'),
