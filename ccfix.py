@@ -2429,12 +2429,18 @@ def is_ascii(value):
     return True
 
 
-# ======================================================================================================
+# ==================================================================================================
 # 6  Tool text: arguments fixed against the tool's schema; tool calls that a model wrote as text
-# ======================================================================================================
+# ==================================================================================================
+#
+# Models write JSON by heart. Three things go wrong: the text is not quite JSON (fix_arguments), it
+# is JSON but not what the tool's schema says (coerce_arguments), or the call is not in the field
+# for calls at all, but in the text (TextCalls). Each is fixed only where its meaning is certain;
+# all else reaches the client as it came, and the model reads the client's error message.
 
 LENIENT = json.JSONDecoder(strict=False, **JSON_HOOKS)  # takes bare newlines and tabs in strings
-UNREADABLE = (ValueError, RecursionError, MemoryError)  # what a decoder raises for strange text
+# What a decoder raises for strange text. "[" a million times is a RecursionError, not a ValueError.
+UNREADABLE = (ValueError, RecursionError, MemoryError)
 
 
 def decode_or(text, otherwise):
@@ -2445,7 +2451,7 @@ def decode_or(text, otherwise):
         return otherwise
 
 
-# ---- what we ask of a tool's schema, which comes from any MCP server and may be anything -------------
+# ---- what we ask of a tool's schema, which comes from any MCP server and may be anything ---------
 
 ANY = "any"  # stands among a schema's types when they are not all known
 
@@ -2461,39 +2467,33 @@ def property_schema(schema, key):
     return as_dict(as_dict(as_dict(schema).get("properties")).get(key))
 
 
-def declared_types(schema):
-    """The names under a schema's `type`, as a set; {ANY} where there are none."""
-    kinds = as_dict(schema).get("type")
-    kinds = kinds if isinstance(kinds, list) else [kinds]
-    return {kind for kind in kinds if isinstance(kind, str)} or {ANY}
-
-
 def schema_types(schema):
     """The type names that a schema allows, as a set; with ANY in it where there may be others.
 
     Looks one level into anyOf and oneOf, which is where Pydantic and Zod put "or null".
     """
-    types, schema = declared_types(schema), as_dict(schema)
+    schema = as_dict(schema)
     branches = as_list(schema.get("anyOf") or schema.get("oneOf"))
-    if types == {ANY} and branches:
-        types = set().union(*map(declared_types, branches))
+    parts = branches if branches and "type" not in schema else [schema]
+    kinds = [as_dict(part).get("type", ANY) for part in parts]
+    names = itertools.chain(*(kind if isinstance(kind, list) else [kind] for kind in kinds))
+    types = {name for name in names if isinstance(name, str)} or {ANY}
     if schema.get("nullable") is True or ANY in types and None in as_list(schema.get("enum")):
-        types = types | {"null"}
+        types.add("null")
     return types
 
 
-# ---- text -> dict ------------------------------------------------------------------------------------
+# ---- text -> dict --------------------------------------------------------------------------------
 
 OBJECTS_IN_A_ROW = 8  # read at most; each costs one parse
-
+# What may stand in an object that is nearly JSON. A string ends at its own kind of quote; one that
+# does not end matches nothing, so text that was cut off is never fixed.
 TOKEN = re.compile(
     r"""
     (?P<string> "[^"\\]*(?:\\.[^"\\]*)*" | '[^'\\]*(?:\\.[^'\\]*)*' )
   | (?P<space>  \s+ )
   | (?P<comma>  ,(?=\s*[}\]]) )
-  | (?P<open>   [\[{] )
-  | (?P<close>  [\]}] )
-  | (?P<same>   [:,] | [-+.0-9][-+.0-9eE]* )
+  | (?P<same>   [:,\[\]{}] | [-+.0-9][-+.0-9eE]* )
   | (?P<name>   [A-Za-z_$][\w$]*(?=\s*:) )
   | (?P<word>   [A-Za-z]+ )
 """,
@@ -2513,18 +2513,20 @@ REWRITES = {  # kind of TOKEN -> its JSON; other kinds stay
     "name": lambda text: '"%s"' % text,
     "word": lambda text: WORDS.get(text, text),
 }
-FENCE = re.compile(r"(?:```\w*\s*)?(?=\{)")
-BETWEEN = re.compile(r"[\s,;]*")
+FENCE = re.compile(r"(?:```\w*\s*)?(?=\{)")  # what may come before an object
+BETWEEN = re.compile(r"[\s,;]*")  # what may come between two of them
 
 
 def requote(found):
+    """The JSON of one match of QUOTING."""
     return QUOTES.get(found.group(), found.group())
 
 
 def object_at(text, start):
     """(dict, end) of the object at `start`; ValueError when it is not one, or not whole.
 
-    Takes single quotes, Python words, bare keys and trailing commas. Reads each character twice.
+    Takes single quotes, Python words, bare keys and trailing commas: what is not JSON is rewritten
+    token by token, and what that does not make JSON is not an object. Reads each character twice.
     """
     try:
         return LENIENT.raw_decode(text, start)
@@ -2535,9 +2537,9 @@ def object_at(text, start):
         token = TOKEN.match(text, at)
         if not token:  # the end of the text, an open quote, or no idea
             raise ValueError("not JSON at %d" % at)
-        kind, at = token.lastgroup, token.end()
-        depth += (kind == "open") - (kind == "close")
-        rewritten.append(REWRITES.get(kind, str)(token.group()))
+        part, at = token.group(), token.end()
+        depth += (part in "[{") - (part in "]}")
+        rewritten.append(REWRITES.get(token.lastgroup, str)(part))
     return LENIENT.decode("".join(rewritten)), at
 
 
@@ -2548,7 +2550,7 @@ def leading_object(text, limit=OBJECTS_IN_A_ROW):
     an empty one beside another is a placeholder: some servers send it first.
     """
     found, end = object_at(text, 0)
-    rest = text[end:].strip(" \t\r\n,;")
+    rest = text[BETWEEN.match(text, end).end() :].rstrip()
     if not rest.startswith("{") or text.startswith(rest):
         return found
     other = leading_object(rest, limit - 1) if limit > 1 else None
@@ -2557,15 +2559,9 @@ def leading_object(text, limit=OBJECTS_IN_A_ROW):
     return found or other
 
 
-def sole_string_name(schema):
-    """The name of the one required property, where that is a string; else ValueError."""
-    names = required_names(schema)
-    if len(names) != 1 or schema_types(property_schema(schema, names[0])) != {"string"}:
-        raise ValueError("no single string is required")
-    return names[0]
-
-
-BROKEN_JSON = r"""[^\w/.~$-]|true$|false$|[^{]*"\s*:|%s["']?\s*[:=]"""  # %s: an argument's name
+# Text without a brace at its beginning that was still meant as JSON; %s: the argument's name. Shell
+# commands and paths, which are what models write bare, begin otherwise.
+BROKEN_JSON = r"""[^\w/.~$-]|true$|false$|[^{]*"\s*:|%s["']?\s*[:=]"""
 
 
 def parse_arguments(text, schema):
@@ -2576,26 +2572,30 @@ def parse_arguments(text, schema):
     opening = FENCE.match(text)
     if opening:
         return leading_object(text[opening.end() :])
-    if text.startswith('"'):
+    quoted = text.startswith('"')
+    if quoted:
         text = LENIENT.decode(text)
         if not text.strip():
             return {}
         if text.lstrip().startswith(("{", '"{', '"\\"')):  # encoded again; each level halves it
             return parse_arguments(text, schema)
-        return {sole_string_name(schema): text}
-    name = sole_string_name(schema)
-    if re.match(BROKEN_JSON % re.escape(name), text, re.I) or text.endswith(("}", "]")):
-        raise ValueError("not arguments")
-    return {name: text}
+    names = required_names(schema)
+    if len(names) != 1 or schema_types(property_schema(schema, names[0])) != {"string"}:
+        raise ValueError("not JSON, and no single string is required")
+    signs = BROKEN_JSON % re.escape(names[0])
+    if not quoted and (re.match(signs, text, re.I) or text.endswith(("}", "]"))):
+        raise ValueError("broken JSON")
+    return {names[0]: text}
 
 
 def fix_arguments(text, schema):
-    """The arguments that `text` certainly means, as a dict, or None. Never raises; takes linear time.
+    """The arguments that `text` certainly means, as a dict, or None. Never raises; linear time.
 
-    Fixed: nothing at all, null; an object encoded as a string, fenced, written twice, or with something
-    behind it; trailing commas, single quotes, Python words, bare keys, unescaped newlines; a bare string
-    for the one required (string) property, e.g. `ls -la` for Bash. Never fixed: text that was cut off,
-    or two different objects. Some servers send the object itself, or null: these are taken as well.
+    Fixed: nothing at all, null; an object encoded as a string, fenced, written twice, or with
+    something behind it; trailing commas, single quotes, Python words, bare keys, unescaped
+    newlines; a bare string for the one required (string) property, e.g. `ls -la` for Bash. Never
+    fixed: text that was cut off, or two different objects. Some servers send the object itself, or
+    null: these are taken as well.
     """
     if text is None or isinstance(text, dict):
         return text or {}
@@ -2605,7 +2605,7 @@ def fix_arguments(text, schema):
         return None
 
 
-# ---- dict -> dict that fits the schema ---------------------------------------------------------------
+# ---- dict -> dict that fits the schema -----------------------------------------------------------
 
 ABSENT = object()  # the value of a member that is left out
 EMPTY_MEANS_ABSENT = {
@@ -2635,10 +2635,10 @@ STRING_FORMS = {
 
 
 def coerce_scalar(value, types):
-    """The value in the one type that is allowed beside null, where nothing is lost by it; else itself.
+    """The value in the one type that is allowed beside null, if nothing is lost by it; else itself.
 
-    types: a set as schema_types returns it. A float never becomes a string: 1.10 has already become
-    1.1, which is another version number.
+    types: a set as schema_types returns it. Where several types are allowed, the value may be meant
+    as it is. A float never becomes a string: 1.10 has already become 1.1, which is another version.
     """
     wanted = types - {"null"}
     if value is None or TYPE_NAMES.get(type(value)) in types or ANY in types or len(wanted) != 1:
@@ -2667,14 +2667,18 @@ def null_means_absent(schema, key):
     """Models in strict mode write null for what they leave out; the client refuses it."""
     if key in required_names(schema):
         return False
-    if key in as_dict(as_dict(schema).get("properties")):
-        found = schema["properties"][key]
-        return isinstance(found, dict) and "null" not in schema_types(found)
-    return as_dict(schema).get("additionalProperties") is False
+    schema = as_dict(schema)
+    found = as_dict(schema.get("properties")).get(key, ABSENT)
+    if found is ABSENT:
+        return schema.get("additionalProperties") is False
+    return isinstance(found, dict) and "null" not in schema_types(found)
 
 
 def coerce_member(name, key, value, schema):
-    """The value that goes to the client, the very same object when nothing changes, or ABSENT."""
+    """The value that goes to the client, the very same object when nothing changes, or ABSENT.
+
+    name: the tool's, as the client knows it.
+    """
     if value is None and null_means_absent(schema, key):
         return ABSENT
     if value == "" and (name, key) in EMPTY_MEANS_ABSENT:
@@ -2683,13 +2687,15 @@ def coerce_member(name, key, value, schema):
 
 
 def coerce_arguments(name, arguments, schema):
-    """A new dict: the arguments of tool `name` as its schema wants them, where that loses nothing."""
+    """A new dict: the arguments of tool `name` as its schema wants them, if that loses nothing."""
     pairs = [(key, coerce_member(name, key, value, schema)) for key, value in arguments.items()]
     return {key: value for key, value in pairs if value is not ABSENT}
 
 
-# ---- the same, while the text comes in ---------------------------------------------------------------
+# ---- the same, while the text comes in -----------------------------------------------------------
 
+# These match the text at one place, and need no more than a look at what follows. White space is
+# JSON's: \s knows more.
 NEXT = re.compile(
     r"((?:[ \t\r\n]*[{,])?[ \t\r\n]*)"  # what stands before it; then the closing brace, or a key,
     r'(?:(\})|("[^"\\\x00-\x1f]*(?:\\.[^"\\\x00-\x1f]*)*")[ \t\r\n]*:[ \t\r\n]*)'
@@ -2697,8 +2703,8 @@ NEXT = re.compile(
     re.DOTALL,
 )
 VALUE_END = re.compile(r"[ \t\r\n]*[,}]")
+# The one place that says what the inside of a string may be in JSON.
 RUN = re.compile(r'[^"\\\x00-\x1f]*(?:\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})[^"\\\x00-\x1f]*)*')
-is_run = RUN.fullmatch  # the one place that says what the inside of a string may be in JSON
 READ_AGAIN = 64  # characters that are read again with each fragment; more, once they have doubled
 
 
@@ -2714,13 +2720,15 @@ class ArgumentStream:
     DONE     nothing, or white space
     OVER     nothing: finish() was called
 
-    What does not fit its state, or is not whole, is held until more has come, at last until finish().
-    Held text is read again once it has doubled, so the time is linear however the text is split.
+    What does not fit its state, or is not whole, is held until more has come, at last until
+    finish(). Held text is read again once it has doubled, so time is linear however the text is
+    split. Strings go out at once: a file that a model writes is thousands of deltas, and the client
+    shows its progress.
 
     All that feed() and finish() return, joined, is the JSON of what coerce_arguments makes of
-    fix_arguments(raw): byte for byte the text that came when nothing had to change (but {} for an empty
-    object, which waits: it may be a placeholder). When nothing certain can be made of it, it is the raw
-    text, as far as no changed member has gone out before.
+    fix_arguments(raw): byte for byte the text that came when nothing had to change (but {} for an
+    empty object, which waits: it may be a placeholder). When nothing certain can be made of it, it
+    is the raw text, as far as no changed member has gone out before.
     """
 
     def __init__(self, name, schema):
@@ -2743,7 +2751,7 @@ class ArgumentStream:
     def feed(self, fragment):
         """The text that may go out now, "" for nothing. RuntimeError after finish()."""
         self._pieces.append(fragment)
-        if self._state == "STRING" and not self._size and is_run(fragment):
+        if self._state == "STRING" and not self._size and RUN.fullmatch(fragment):
             return fragment  # the hot path: thousands of these make a file
         if self._state == "OVER":
             raise RuntimeError("feed() after finish()")
@@ -2752,7 +2760,10 @@ class ArgumentStream:
         return self._read() if self._size >= self._enough else ""
 
     def _read(self):
-        """Read what is held as far as possible; returns what goes out."""
+        """Read what is held as far as possible; returns what goes out.
+
+        A step that has no more to read stays where it is; one that meets half a value raises.
+        """
         text, at, before = "".join(self._held), 0, -1
         try:
             while before < at < len(text) and self._state != "DONE":
@@ -2765,9 +2776,8 @@ class ArgumentStream:
         sent, self._out = "".join(self._out), []
         return sent
 
-    # Steps: each reads `text` from `at` and returns where it stopped, `at` itself when it cannot go on.
-
     def _read_member(self, text, at):
+        """Read a member of the object, or its end, at `at`; returns where that ends in `text`."""
         found = NEXT.match(text, at)
         if not found or ("{" in found.group(1)) != (self._state == "START"):
             return at
@@ -2779,30 +2789,28 @@ class ArgumentStream:
             return found.end()
         if not gap.strip():
             return at  # no comma
-        key, start, state, value = STRICT.decode(quoted), found.end(), "STRING", '"'
-        if filled and schema_types(property_schema(self.schema, key)) & {"string", ANY}:
-            end = start + 1
-        else:
-            value, end = self._read_value(key, text, start)
-            state = "MEMBER"
+        key, start = STRICT.decode(quoted), found.end()
+        value, end, self._state = self._read_value(key, text, start, filled)
         if value:
             gap = gap if self._begun else gap.replace(",", "{")  # all before were left out
             self._out.append(gap + text[found.start(3) : start] + value)
             self._begun = True
-        self._state = state
         return end
 
-    def _read_value(self, key, text, start):
-        """(what goes out for the value at `start`, "" where it is left out; its end)"""
+    def _read_value(self, key, text, start, filled):
+        """(what goes out, "" for nothing; where it ends in `text`; the next state)"""
+        if filled and schema_types(property_schema(self.schema, key)) & {"string", ANY}:
+            return '"', start + 1, "STRING"
         value, end = STRICT.raw_decode(text, start)
         if not VALUE_END.match(text, end):
             raise ValueError("a number may go on")
         fitting = coerce_member(self.name, key, value, self.schema)
         if fitting is ABSENT:
-            return "", end
-        return text[start:end] if fitting is value else json.dumps(fitting), end
+            return "", end, "MEMBER"
+        return text[start:end] if fitting is value else json.dumps(fitting), end, "MEMBER"
 
     def _read_string(self, text, at):
+        """Read more of a string that goes out as it comes; returns where it stopped."""
         end = RUN.match(text, at).end()
         self._out.append(text[at:end])
         mark = text[end : end + 1]
@@ -2832,7 +2840,7 @@ class ArgumentStream:
         return tail + (rest if self._begun else self.raw)
 
     def _fix(self, rest):
-        """What goes out instead of `rest`; one of UNREADABLE when nothing certain can be made of it."""
+        """What goes out instead of `rest`. Raises one of UNREADABLE when nothing certain can be."""
         wanted = parse_arguments(self.raw, self.schema)
         if self._begun and self.complete:
             return ""  # the same object again
@@ -2845,22 +2853,26 @@ class ArgumentStream:
         return fixed
 
 
-# ---- calls that a model wrote as text, because the server has no parser for its format ---------------
+# ---- calls that a model wrote as text, because the server has no parser for its format -----------
 #
-# text -> tokens (white space, back-ticks, literals, prose) -> an opening that counts here: a Candidate,
-#      held up to its closing literal -> read by the family's parser -> calls; or, when that fails, the
-#      same text again, with the opening as prose
+# text -> pieces (white space, back-ticks, literals, prose) -> a mark that counts here: a Candidate,
+# held
+#      up to its closing literal -> parse_calls -> calls; or, when that fails, the same text again, with
+#      the mark as prose
+#
+# A document that only talks about such calls must come out as it is. So a mark that begins with
+# what people also write counts at the start of a line only, none counts in code, the tool must be
+# one that was offered, and a call that was cut off must have all that its schema requires.
 
 MAX_HELD = 1 << 18  # characters of one call; an opening without an end is text
-MAX_LEAD_IN = (
-    200  # characters behind the opening within which the name, or first bracket, must come
-)
+MAX_LEAD_IN = 200  # characters behind a mark within which its head must match
 MAX_CLOSINGS = 64  # closing literals inside one call's own values: bounds the re-reading
 MAX_BLANK = 1024  # white space, or back-ticks, that wait for what follows them
 STEP = 4096  # characters looked at in one go, so that no opening costs more than this again
 
 # Where on the page we are: an opening counts in one of these places and in those before it.
-START, AFTER, LINE, MIDDLE = range(4)  # of the message; right after a call; of a line; of a line
+# The start of the message, right after a call, the start of a line, the middle of a line.
+NOWHERE, START, AFTER, LINE, MIDDLE = range(5)
 
 
 class Incomplete(ValueError):
@@ -2869,8 +2881,10 @@ class Incomplete(ValueError):
 
 # ---- reading one call
 
-# One way to write a call, without JSON around its name: what comes before its arguments, what ends it.
-# No pattern repeats, one behind the other, two classes that share a character: time stays linear.
+# The ways to write a call other than as JSON: what comes before its arguments -> what ends it. The
+# arguments are JSON, or PARAMETERS. No pattern repeats two classes that share a character, one
+# behind the other: time stays linear. All are compiled when the first mark comes, which in most
+# replies is never.
 DSML = r"(?:[\uff5c|]DSML[\uff5c|])?"  # DeepSeek's bars are full-width; \u2581 is its low block
 CALLS = {
     # Qwen3-Coder, and Llama with JSON in it
@@ -2878,9 +2892,10 @@ CALLS = {
     # MiniMax, DeepSeek V3.2
     r'<%sinvoke\s+name="(?P<name>[^"]+)"\s*>\s*' % DSML: r"</%sinvoke>" % DSML,
     # Kimi
-    r"<\|tool_call_begin\|>\s*(?:functions\.)?(?P<name>[^\s<]+?)(?::\d+)?\s*<\|tool_call_argument_begin\|>\s*": (
-        r"<\|tool_call_end\|>"
-    ),
+    (
+        r"<\|tool_call_begin\|>\s*(?:functions\.)?(?P<name>[^\s<]+?)(?::\d+)?\s*"
+        r"<\|tool_call_argument_begin\|>\s*"
+    ): r"<\|tool_call_end\|>",
     # DeepSeek R1 and V3.1
     (
         r"<\uff5ctool\u2581call\u2581begin\uff5c>(?:function<\uff5ctool\u2581sep\uff5c>)?"
@@ -2891,12 +2906,13 @@ CALLS = {
     # GLM
     r"(?P<name>[\w.:-]+)\s*(?=<arg_key>)": r"\Z",
     # GPT-OSS
-    r"(?:functions\.)?(?P<name>[\w.-]+)(?![\w.-])[^{}]*?<\|message\|>\s*": r"\Z",
+    r"(?:functions\.)?(?P<name>[\w.-]+)(?![\w.-])[^{}\n]*?<\|message\|>\s*": r"\Z",
 }
-# With the line breaks that some put around a value; without a first one, a last one is its own.
+# Some put line breaks around a value. Without a first one, a last one is its own.
 VALUE = r"(?P<pad>\n)?(?P<value>.*?)(?(pad)\n?)"
 PARAMETERS = [
-    # A parameter inside such a call: Qwen, GLM, and invoke, where `string` says whether it is one.
+    # Qwen, GLM, and invoke, where DeepSeek's attribute `string` says whether the value is one. What
+    # looks like an end and is not followed by a parameter, or the call's end, is part of the value.
     r"\s*<parameter=(?P<key>[^>]+)>%s</parameter>(?=\s*(?:<parameter=|</function>))" % VALUE,
     r"\s*<arg_key>(?P<key>[^<]+)</arg_key>\s*<arg_value>%s</arg_value>(?=\s*(?:<arg_key>|\Z))"
     % VALUE,
@@ -2906,6 +2922,7 @@ PARAMETERS = [
         r"</DSMLparameter>(?=\s*(?:<DSMLparameter\s|</DSMLinvoke>))"
     ).replace("DSML", DSML),
 ]
+# That attribute -> the schema it stands for; a type that there is not means: any but a string.
 STRING_SCHEMAS = {"true": {"type": "string"}, "false": {"type": "JSON"}}
 
 
@@ -2922,20 +2939,23 @@ def fix_object(text, schema):
 
 
 def json_value(body, at, end, closed):
-    """(value, its end) of the JSON at `at`; when all has come, broken JSON is taken up to `end`, and fixed."""
+    """(value, its end) of the JSON at `at`; broken JSON is taken up to `end` and fixed, or None.
+
+    Not closed: it may have been cut off, and nothing is fixed. Incomplete when it ends in a string.
+    """
     try:
         return LENIENT.raw_decode(body, at)
     except ValueError as error:
         if "Unterminated string" in str(error):
             raise Incomplete()
-    value = fix_object(body[at:end], {}) if closed else None
-    if value is None:
-        raise ValueError("not JSON")
-    return value, end
+    return fix_object(body[at:end], {}) if closed else None, end
 
 
 def json_call(value, tools):
-    """(name, arguments) of {"name", "arguments"} in its many spellings."""
+    """(name, arguments) of {"name", "arguments"} in its many spellings; both may be anything.
+
+    Llama says "parameters", Cohere "tool_name", and some wrap it like OpenAI, in {"function"}.
+    """
     value = as_dict(value)
     value = as_dict(value.get("function")) or value
     name = str(value.get("name", value.get("tool_name", value.get("function"))))
@@ -2943,13 +2963,14 @@ def json_call(value, tools):
     arguments = value.get("arguments", value.get("parameters", value.get("args", {})))
     if isinstance(arguments, str):
         arguments = fix_object(arguments, tools.get(name))
-    if not isinstance(arguments, dict):
-        raise ValueError("the arguments are not an object")
     return name, arguments
 
 
 def parse_bare(text, schema):
-    """A parameter that was written as bare text, as its schema wants it: a string to the byte."""
+    """A parameter that was written as bare text, as its schema wants it: a string to the byte.
+
+    Without a schema, text that reads as a number, true, an array or an object is one.
+    """
     types = schema_types(schema)
     if "string" in types or ANY in types and "enum" in schema:
         return text
@@ -2970,7 +2991,7 @@ def tagged_parameters(body, at, schema):
 
 
 def tagged_call(found, tools, closed):
-    """((name, arguments), their end) of the call that begins with `found`, a match of one of CALLS."""
+    """((name, arguments), their end) of the call that `found`, a match of one of CALLS, begins."""
     name, body, at = found.group("name"), found.string, found.end()
     stop = re.compile(CALLS[found.re.pattern])
     if body.startswith("{", at):
@@ -2987,8 +3008,8 @@ def tagged_call(found, tools, closed):
 def parse_calls(body, tools, closed):
     """([(name, arguments dict)], where in the body they end) of calls in a row.
 
-    tools: {offered name: JSON schema}; closed: the closing literal has come. ValueError when one of
-    them is not a call, Incomplete when it may become one.
+    tools: {offered name: JSON schema}; closed: the closing literal has come. Incomplete when one of
+    them goes on behind the body. What cannot be read ends the row.
     """
     if body.strip() in tools:  # GLM, without arguments
         return [(body.strip(), {})], len(body)
@@ -2999,8 +3020,10 @@ def parse_calls(body, tools, closed):
             call, at = tagged_call(found, tools, closed)
             calls.append(call)
         elif body.startswith(("{", "["), at):
-            value, at = json_value(body, at, len(body), closed)
-            values = value if isinstance(value, list) else [value]
+            value, end = json_value(body, at, len(body), closed)
+            if value is None:
+                break
+            values, at = value if isinstance(value, list) else [value], end
             calls += [json_call(one, tools) for one in values]
         else:
             break
@@ -3011,71 +3034,73 @@ def parse_calls(body, tools, closed):
 # ---- finding them in text
 
 
-class Family(NamedTuple):
-    """The literals around calls."""
+class Mark(NamedTuple):
+    """A literal in text that begins calls, or a channel."""
 
     open: str
-    close: str = ""  # "" when nothing ends it but the end of the message
-    head: str = (
-        r"\s*[<{\[]"  # regex of what must follow soon, or it is prose; group: the tool's name
-    )
+    close: str = ""  # the literal that ends the calls; "" when only the end of the message does
+    head: str = r"\s*[<{\[]"  # regex of what must come soon behind `open`; group: the tool's name
     where: int = MIDDLE  # the last of the places at which `open` counts
     wrapped: bool = True  # whether open and close only wrap the calls, or belong to one of CALLS
+    channel: str = ""  # the kind of text behind the mark, which is not of calls then, and vanishes
 
 
-RECIPIENT = r"(?:functions\.)?([\w.-]+)[^\w.-]"
-LITERALS = {
-    # literal -> what begins with it: a Family, or the kind of text in a channel of GPT-OSS ("Harmony")
-    family.open: family
-    for family in (
-        Family("<tool_call>", "</tool_call>", r"\s*(?:[{\[]|<function=|([\w.:-]+)\s*<)", LINE),
-        Family("<function=", "</function>", r"([^>\s]+)>\s*[<{]", LINE, wrapped=False),
-        Family("[TOOL_REQUEST]", "[END_TOOL_REQUEST]", where=LINE),  # LM Studio
-        Family("<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"),
-        Family("<|tool_call_begin|>", "<|tool_call_end|>", r"[^<>]+<", wrapped=False),
-        Family("<\uff5cDSML\uff5cfunction_calls>", "</\uff5cDSML\uff5cfunction_calls>"),
-        Family("<\uff5cDSML\uff5ctool_calls>", "</\uff5cDSML\uff5ctool_calls>"),
-        Family(
-            "<\uff5cDSML\uff5cinvoke",
-            "</\uff5cDSML\uff5cinvoke>",
-            r'\s+name="([^"]+)"',
-            wrapped=False,
-        ),
-        Family(
-            "<\uff5ctool\u2581calls\u2581begin\uff5c>", "<\uff5ctool\u2581calls\u2581end\uff5c>"
-        ),
-        Family(
-            "<\uff5ctool\u2581call\u2581begin\uff5c>",
-            "<\uff5ctool\u2581call\u2581end\uff5c>",
-            r"[^<>]+<",
-            wrapped=False,
-        ),
-        Family("<minimax:tool_call>", "</minimax:tool_call>"),
-        Family("[TOOL_CALLS]", "", r"\s*(?:[{\[]|([\w.-]+)\[)"),  # Mistral
-        Family("<|python_tag|>"),  # Llama
-        Family("<|tool_call_start|>", "<|tool_call_end|>"),  # LFM2
-        Family("<|START_ACTION|>", "<|END_ACTION|>"),  # Cohere
-        Family("<|channel|>commentary to=", "<|call|>", RECIPIENT),
-        Family("<|channel|>analysis to=", "<|call|>", RECIPIENT),
-        Family("<|start|>assistant to=", "<|call|>", RECIPIENT),
-        Family("<|start|>assistant<|channel|>commentary to=", "<|call|>", RECIPIENT),
-        Family(
-            "{",
-            "",
-            r'\s*"(?:name"\s*:\s*"([^"]+)"|type"\s*:\s*"function"|function"\s*:\s*\{)',
-            START,
-            wrapped=False,
-        ),
+MARKS = [
+    Mark("<tool_call>", "</tool_call>", r"\s*(?:[{\[]|<function=|([\w.:-]+)\s*<)", LINE),
+    Mark("<function=", "</function>", r"([^>\s]+)>\s*[<{]", LINE, wrapped=False),
+    Mark("[TOOL_REQUEST]", "[END_TOOL_REQUEST]", where=LINE),  # LM Studio
+    Mark("<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"),
+    Mark("<|tool_call_begin|>", "<|tool_call_end|>", r"[^<>]+<", wrapped=False),
+    Mark("<\uff5cDSML\uff5cfunction_calls>", "</\uff5cDSML\uff5cfunction_calls>"),
+    Mark("<\uff5cDSML\uff5ctool_calls>", "</\uff5cDSML\uff5ctool_calls>"),
+    Mark(
+        "<\uff5cDSML\uff5cinvoke",
+        "</\uff5cDSML\uff5cinvoke>",
+        r'\s+name="([^"]+)"',
+        wrapped=False,
+    ),
+    Mark("<\uff5ctool\u2581calls\u2581begin\uff5c>", "<\uff5ctool\u2581calls\u2581end\uff5c>"),
+    Mark(
+        "<\uff5ctool\u2581call\u2581begin\uff5c>",
+        "<\uff5ctool\u2581call\u2581end\uff5c>",
+        r"[^<>]+<",
+        wrapped=False,
+    ),
+    Mark("<minimax:tool_call>", "</minimax:tool_call>"),
+    Mark("[TOOL_CALLS]", "", r"\s*(?:[{\[]|([\w.-]+)\[)"),  # Mistral
+    Mark("<|python_tag|>"),  # Llama
+    Mark("<|tool_call_start|>", "<|tool_call_end|>"),  # LFM2
+    Mark("<|START_ACTION|>", "<|END_ACTION|>"),  # Cohere
+    Mark(
+        "{",
+        "",
+        r'\s*"(?:name"\s*:\s*"([^"]+)"|type"\s*:\s*"function"|function"\s*:\s*\{)',
+        START,
+        wrapped=False,
+    ),
+]
+# GPT-OSS ("Harmony"): calls, and channels of text. What ends a channel counts only in one; there,
+# all of these marks count, in code too.
+MARKS += [
+    Mark(start + " to=", "<|call|>", r"(?:functions\.)?([\w.-]+)[^\w.-]")
+    for start in (
+        "<|channel|>commentary",
+        "<|channel|>analysis",
+        "<|start|>assistant",
+        "<|start|>assistant<|channel|>commentary",
     )
-}
-# Marks of channels vanish. Those that end one ("") count only in one; there, all count in code too.
+]
+MARKS += [
+    Mark("%s<|channel|>%s<|message|>" % (start, name), channel=kind)
+    for start in ("", "<|start|>assistant")
+    for name, kind in (("analysis", "thinking"), ("final", "text"), ("commentary", "text"))
+]
+MARKS += [
+    Mark(end, channel="text", where=NOWHERE)
+    for end in ("<|start|>assistant", "<|end|>", "<|return|>", "<|call|>")
+]
 HARMONY = re.compile(r"<\|(?:channel|start|end|return|call)\|>")
-for mark in ("<|start|>assistant", "<|end|>", "<|return|>", "<|call|>"):
-    LITERALS[mark] = ""
-for mark, kind in (("analysis", "thinking"), ("final", "text"), ("commentary", "text")):
-    LITERALS["<|channel|>%s<|message|>" % mark] = kind
-    LITERALS["<|start|>assistant<|channel|>%s<|message|>" % mark] = kind
-
+LITERALS = {mark.open: mark for mark in MARKS}
 LONGEST = max(map(len, LITERALS))
 PIECE = re.compile(
     r"(?P<blank>\s+)|(?P<ticks>`+)|(?P<literal>%s)"
@@ -3087,8 +3112,8 @@ PIECE = re.compile(
 class Candidate:
     """The text of a possible call while it arrives, from its opening on."""
 
-    def __init__(self, family, tools, space):
-        self.family, self.tools = family, tools
+    def __init__(self, mark, tools, space):
+        self.mark, self.tools = mark, tools
         self.space = space  # the white space in front: kept before prose, dropped before a call
         self.parts = []  # the text
         self.size = 0  # of it
@@ -3097,79 +3122,78 @@ class Candidate:
         self.has_head = None  # whether the family's head matches; None while too little has come
 
     def text(self):
-        self.parts = ["".join(self.parts)]
-        return self.parts[0]
+        return "".join(self.parts)
 
     def add(self, text):
         """Take more text; the offset behind each closing literal that it completed.
 
         Looks at no character twice.
         """
-        close, window, start = self.family.close, self.tail + text, self.size - len(self.tail)
+        close, window, start = self.mark.close, self.tail + text, self.size - len(self.tail)
         self.parts.append(text)
         self.size += len(text)
         self.tail = window[1 - len(close) :] if close else ""
-        ends = re.finditer(re.escape(close), window) if close else ()
-        return [start + found.end() for found in ends]
+        if not close or close not in window:
+            return []
+        return [start + found.end() for found in re.finditer(re.escape(close), window)]
 
     def check_head(self):
-        start = len(self.family.open)
-        head = re.compile(self.family.head).match(self.text(), start, start + MAX_LEAD_IN)
+        """Whether what follows the mark is its head, with an offered tool; None: not yet known."""
+        start = len(self.mark.open)
+        head = re.compile(self.mark.head).match(self.text(), start, start + MAX_LEAD_IN)
         if not head:
             return None if self.size < start + MAX_LEAD_IN else False
         return not head.lastindex or head.group(1) in self.tools
 
     def parse(self, end, closed):
-        """([(name, arguments JSON)], where they end) of the text up to `end`; errors as parse_calls.
+        """([(name, arguments JSON)], where they end) of the text up to `end`; or ValueError.
 
         Not closed: nothing is fixed, and every required argument must be there.
         """
-        family, first = self.family, len(self.family.open) if self.family.wrapped else 0
-        last = end - len(family.close) if family.wrapped and closed else end
+        mark, first = self.mark, len(self.mark.open) if self.mark.wrapped else 0
+        last = end - len(mark.close) if mark.wrapped and closed else end
         body = self.text()[first:last]
         calls, length = parse_calls(body, self.tools, closed)
-        if not calls or length < len(body) and (family.close or family.where == START):
+        if not calls or length < len(body) and (mark.close or mark.where == START):
             raise ValueError("not a call")
         for name, arguments in calls:
-            required = () if closed else required_names(self.tools.get(name))
-            if name not in self.tools or set(required) - arguments.keys():
-                raise ValueError("not an offered tool, or cut off")
+            if name not in self.tools or not isinstance(arguments, dict):
+                raise ValueError("not a call of an offered tool")
+            if not closed and set(required_names(self.tools[name])) - set(arguments):
+                raise ValueError("cut off")
         end = end if closed else first + length
         return [(name, json.dumps(arguments)) for name, arguments in calls], end
 
-    def attempt(self, end, closed):
-        """parse, with [] instead of the calls where it is prose up to `end`; None where the call goes on."""
-        try:
-            return self.parse(end, closed)
-        except Incomplete:
-            self.closings += 1
-            return None if closed and self.closings < MAX_CLOSINGS else ([], end)
-        except UNREADABLE:
-            return [], end
-
     def feed(self, text, final):
-        """Take more text: attempt's result once it is decided, else None."""
+        """Take more text. None while undecided, else what parse returns.
+
+        ([], end): it is prose up to there.
+        """
         ends = self.add(text)
         if not self.has_head:
             self.has_head = self.check_head()
             if self.has_head is False or not self.has_head and (ends or final):
-                return [], len(self.family.open)
-        for end in ends:
-            verdict = self.attempt(end, True)
-            if verdict:
-                return verdict
-        if self.size > MAX_HELD:
-            return [], self.size
-        return self.attempt(self.size, False) if final else None
+                return [], len(self.mark.open)
+        tries = [(end, True) for end in ends] + [(self.size, False)] * final
+        for end, closed in tries:
+            try:
+                return self.parse(end, closed)
+            except Incomplete:
+                self.closings += closed
+                if not closed or self.closings == MAX_CLOSINGS:
+                    return [], end
+            except UNREADABLE:
+                return [], end
+        return ([], self.size) if self.size > MAX_HELD else None
 
 
 class TextCalls:
     """Finds the tool calls in a stream of text. tools: {offered name: JSON schema}.
 
-    feed(text) and finish() return pieces: ("text", str), ("thinking", str), ("call", (name, arguments
-    JSON)). What is not a call comes out as it came in; white space next to a call is dropped. A caller
-    may keep text from feed while `held` is false and TRIGGER(text) finds nothing: such text stays in the
-    middle of a line, and changes no state.
+    feed(text) and finish() return pieces: ("text", str), ("thinking", str), ("call", (name,
+    arguments JSON)). What is not a call comes out as it came in; white space next to a call is
+    dropped. A caller may keep text from feed while `held` is false and TRIGGER(text) finds nothing:
+    such text stays in the middle of a line, and changes no state.
     """
 
     TRIGGER = staticmethod(re.compile(r"[\n<`]|\[(?:T|\Z)|\s\Z").search)
@@ -3189,12 +3213,12 @@ class TextCalls:
         busy = self.call or self.pending or self.code or self.channel
         return bool(busy) or self.place != MIDDLE
 
-    def feed(self, text):
-        steps = [text[at : at + STEP] for at in range(0, len(text), STEP)]
-        return [piece for step in steps for piece in self.scan(step, False) if piece[1]]
+    def feed(self, text, final=False):
+        steps = [text[at : at + STEP] for at in range(0, len(text) or 1, STEP)]
+        return [piece for step in steps for piece in self.scan(step, final) if piece[1]]
 
     def finish(self):
-        return [piece for piece in self.scan("", True) if piece[1]]
+        return self.feed("", final=True)
 
     def scan(self, text, final):
         """Prose and possible calls in turn, until the text is used up."""
@@ -3215,13 +3239,17 @@ class TextCalls:
                 text = text[end:]
             else:
                 yield self.channel or "text", candidate.space
-                again = text.rfind(candidate.family.open, 1, end)
+                again = text.rfind(candidate.mark.open, 1, end)
                 quiet = again if again > 0 else end  # only the last one gets a try: linear time
 
     # -- prose
 
     def prose(self, text, quiet, final):
-        """Yield text up to an opening that counts (none before `quiet`); return the text from there on."""
+        """Yield text up to a mark of calls that counts (none before `quiet`); return the rest.
+
+        What white space, back-ticks and the beginning of a literal mean shows only behind them:
+        they wait in `pending`.
+        """
         text, self.pending = self.pending + text, ""
         done = solid = at = 0  # yielded up to done; white space alone from solid to at
         while at < len(text):
@@ -3234,13 +3262,12 @@ class TextCalls:
                 if self.place == AFTER:
                     done = solid = end
             elif kind == "literal" and at >= quiet and self.counts(literal):
-                found = LITERALS[literal]
-                if isinstance(found, Family):
-                    yield self.channel or "text", text[done:solid]
-                    self.call = Candidate(found, self.tools, text[solid:at])
+                mark = LITERALS[literal]
+                yield self.channel or "text", text[done : at if mark.channel else solid]
+                if not mark.channel:
+                    self.call = Candidate(mark, self.tools, text[solid:at])
                     return text[at:]
-                yield self.channel or "text", text[done:at]
-                self.channel = found or "text"
+                self.channel = mark.channel
                 self.place, self.code, self.inline = LINE, [], False
                 done = solid = end
             else:
@@ -3254,7 +3281,9 @@ class TextCalls:
         yield self.channel or "text", text[done:solid]
 
     def undecided(self, text, at, end):
-        """Whether the token at the end of text may go on: back-ticks, or the beginning of a literal that would count."""
+        """Whether the piece at the end of text may go on: back-ticks, or the beginning of a literal
+        that would count.
+        """
         if text[at] == "`":
             return end == len(text) and end - at < MAX_BLANK
         if text[at] not in "<[{" or len(text) - at >= LONGEST:
@@ -3266,16 +3295,13 @@ class TextCalls:
         )
 
     def counts(self, literal):
-        """Whether a literal means something here."""
+        """Whether a literal means something here. In an open channel, nobody writes about marks."""
         if self.channel and HARMONY.match(literal):
             return True
-        found = LITERALS[literal]
-        if self.code:
-            return False
-        return self.place <= found.where if isinstance(found, Family) else bool(found)
+        return not self.code and self.place <= LITERALS[literal].where
 
     def blank(self, space):
-        """White space: a new line ends inline code, but three or more back-ticks have opened a fence."""
+        """White space: a new line ends inline code, but three back-ticks or more opened a fence."""
         if "\n" in space:
             if self.inline and len(self.code[-1]) < 3:
                 self.code.pop()
