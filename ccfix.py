@@ -2660,7 +2660,7 @@ def coerce_value(value, schema):
         return value
     types = schema_types(schema.get("items"))
     items = [coerce_scalar(item, types) for item in value]
-    return items if any(new is not old for new, old in zip(items, value)) else value
+    return items if any(map(operator.is_not, items, value)) else value
 
 
 def null_means_absent(schema, key):
@@ -2830,8 +2830,6 @@ class ArgumentStream:
             return ""
         tail, rest = self._read(), "".join(self._held)
         self._state = "OVER"
-        if self._begun and self.complete and not rest.strip():
-            return tail
         if self.raw and (self.complete or not cut):
             try:
                 return tail + self._fix(rest)
@@ -2857,8 +2855,8 @@ class ArgumentStream:
 #
 # text -> pieces (white space, back-ticks, literals, prose) -> a mark that counts here: a Candidate,
 # held
-#      up to its closing literal -> parse_calls -> calls; or, when that fails, the same text again, with
-#      the mark as prose
+#      up to its closing literal -> parse_calls -> calls; or, when that fails, the same text again,
+#      with the mark as prose
 #
 # A document that only talks about such calls must come out as it is. So a mark that begins with
 # what people also write counts at the start of a line only, none counts in code, the tool must be
@@ -2881,11 +2879,17 @@ class Incomplete(ValueError):
 
 # ---- reading one call
 
+
+def wide(text):
+    """DeepSeek's marks, typed with | and _ for its full-width bars and low blocks."""
+    return text.replace("|", "\uff5c").replace("_", "\u2581")
+
+
 # The ways to write a call other than as JSON: what comes before its arguments -> what ends it. The
 # arguments are JSON, or PARAMETERS. No pattern repeats two classes that share a character, one
 # behind the other: time stays linear. All are compiled when the first mark comes, which in most
 # replies is never.
-DSML = r"(?:[\uff5c|]DSML[\uff5c|])?"  # DeepSeek's bars are full-width; \u2581 is its low block
+DSML = r"(?:[\uff5c|]DSML[\uff5c|])?"  # some servers write plain bars
 CALLS = {
     # Qwen3-Coder, and Llama with JSON in it
     r"<function=(?P<name>[^>\s]+)>\s*": r"</function>",
@@ -2897,10 +2901,10 @@ CALLS = {
         r"<\|tool_call_argument_begin\|>\s*"
     ): r"<\|tool_call_end\|>",
     # DeepSeek R1 and V3.1
-    (
-        r"<\uff5ctool\u2581call\u2581begin\uff5c>(?:function<\uff5ctool\u2581sep\uff5c>)?"
-        r"(?P<name>[^\s<]+)(?:<\uff5ctool\u2581sep\uff5c>)?\s*(?:```(?:json)?\s*)?"
-    ): r"(?:```\s*)?<\uff5ctool\u2581call\u2581end\uff5c>",
+    wide(
+        r"<|tool_call_begin|>(?:function<|tool_sep|>)?(?P<name>[^\s<]+)(?:<|tool_sep|>)?\s*"
+        r"(?:```(?:json)?\s*)?"
+    ): wide(r"(?:```\s*)?<|tool_call_end|>"),
     # Mistral
     r"(?:\[TOOL_CALLS\])?(?P<name>[\w.-]+)(?:\[CALL_ID\][\w-]*)?\[ARGS\]\s*": r"",
     # GLM
@@ -3059,13 +3063,8 @@ MARKS = [
         r'\s+name="([^"]+)"',
         wrapped=False,
     ),
-    Mark("<\uff5ctool\u2581calls\u2581begin\uff5c>", "<\uff5ctool\u2581calls\u2581end\uff5c>"),
-    Mark(
-        "<\uff5ctool\u2581call\u2581begin\uff5c>",
-        "<\uff5ctool\u2581call\u2581end\uff5c>",
-        r"[^<>]+<",
-        wrapped=False,
-    ),
+    Mark(wide("<|tool_calls_begin|>"), wide("<|tool_calls_end|>")),
+    Mark(wide("<|tool_call_begin|>"), wide("<|tool_call_end|>"), r"[^<>]+<", wrapped=False),
     Mark("<minimax:tool_call>", "</minimax:tool_call>"),
     Mark("[TOOL_CALLS]", "", r"\s*(?:[{\[]|([\w.-]+)\[)"),  # Mistral
     Mark("<|python_tag|>"),  # Llama
@@ -3146,12 +3145,15 @@ class Candidate:
         return not head.lastindex or head.group(1) in self.tools
 
     def parse(self, end, closed):
-        """([(name, arguments JSON)], where they end) of the text up to `end`; or ValueError.
+        """([("call", (name, arguments JSON))], where they end) of the text up to `end`.
+
+        ValueError when it is not all calls, Incomplete when it may become so.
 
         Not closed: nothing is fixed, and every required argument must be there.
         """
-        mark, first = self.mark, len(self.mark.open) if self.mark.wrapped else 0
-        last = end - len(mark.close) if mark.wrapped and closed else end
+        mark, first, last = self.mark, 0, end
+        if mark.wrapped:
+            first, last = len(mark.open), end - len(mark.close) * closed
         body = self.text()[first:last]
         calls, length = parse_calls(body, self.tools, closed)
         if not calls or length < len(body) and (mark.close or mark.where == START):
@@ -3162,7 +3164,7 @@ class Candidate:
             if not closed and set(required_names(self.tools[name])) - set(arguments):
                 raise ValueError("cut off")
         end = end if closed else first + length
-        return [(name, json.dumps(arguments)) for name, arguments in calls], end
+        return [("call", (name, json.dumps(arguments))) for name, arguments in calls], end
 
     def feed(self, text, final):
         """Take more text. None while undecided, else what parse returns.
@@ -3210,8 +3212,7 @@ class TextCalls:
     @property
     def held(self):
         """Whether all text must be fed: where we are, it may be more than prose."""
-        busy = self.call or self.pending or self.code or self.channel
-        return bool(busy) or self.place != MIDDLE
+        return bool(self.place != MIDDLE or self.call or self.pending or self.code or self.channel)
 
     def feed(self, text, final=False):
         steps = [text[at : at + STEP] for at in range(0, len(text) or 1, STEP)]
@@ -3234,7 +3235,7 @@ class TextCalls:
             calls, end = verdict
             self.call, text, quiet = None, candidate.text(), 0
             if calls:
-                yield from (("call", call) for call in calls)
+                yield from calls
                 self.place, self.channel = AFTER, self.channel and "text"
                 text = text[end:]
             else:
@@ -3286,10 +3287,8 @@ class TextCalls:
         """
         if text[at] == "`":
             return end == len(text) and end - at < MAX_BLANK
-        if text[at] not in "<[{" or len(text) - at >= LONGEST:
-            return False
-        rest = text[at:]
-        return any(
+        rest = text[at : at + LONGEST]
+        return rest[0] in "<[{" and any(
             literal.startswith(rest) and literal != rest and self.counts(literal)
             for literal in LITERALS
         )
