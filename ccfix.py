@@ -2476,8 +2476,12 @@ def schema_types(schema):
     branches = as_list(schema.get("anyOf") or schema.get("oneOf"))
     parts = branches if branches and "type" not in schema else [schema]
     kinds = [as_dict(part).get("type", ANY) for part in parts]
-    names = itertools.chain(*(kind if isinstance(kind, list) else [kind] for kind in kinds))
-    types = {name for name in names if isinstance(name, str)} or {ANY}
+    types = {
+        name
+        for kind in kinds
+        for name in (kind if isinstance(kind, list) else [kind])
+        if isinstance(name, str)
+    } or {ANY}
     if schema.get("nullable") is True or ANY in types and None in as_list(schema.get("enum")):
         types.add("null")
     return types
@@ -2705,7 +2709,7 @@ NEXT = re.compile(
 VALUE_END = re.compile(r"[ \t\r\n]*[,}]")
 # The one place that says what the inside of a string may be in JSON.
 RUN = re.compile(r'[^"\\\x00-\x1f]*(?:\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})[^"\\\x00-\x1f]*)*')
-READ_AGAIN = 64  # characters that are read again with each fragment; more, once they have doubled
+READ_AGAIN = 64  # characters that are read again with each fragment; what is more must double
 
 
 class ArgumentStream:
@@ -2772,7 +2776,7 @@ class ArgumentStream:
         except UNREADABLE:
             pass  # not whole, or broken: finish() will know
         self._held, self._size = [text[at:]], len(text) - at
-        self._enough = 2 * self._size if self._size > READ_AGAIN else 0
+        self._enough = 2 * self._size - READ_AGAIN
         sent, self._out = "".join(self._out), []
         return sent
 
@@ -3013,7 +3017,7 @@ def parse_calls(body, tools, closed):
     """([(name, arguments dict)], where in the body they end) of calls in a row.
 
     tools: {offered name: JSON schema}; closed: the closing literal has come. Incomplete when one of
-    them goes on behind the body. What cannot be read ends the row.
+    them goes on behind the body. What is not a call of an offered tool ends the row.
     """
     if body.strip() in tools:  # GLM, without arguments
         return [(body.strip(), {})], len(body)
@@ -3021,17 +3025,19 @@ def parse_calls(body, tools, closed):
     while at < len(body):
         found = match_any(CALLS, body, at)
         if found:
-            call, at = tagged_call(found, tools, closed)
-            calls.append(call)
+            call, end = tagged_call(found, tools, closed)
+            more = [call]
         elif body.startswith(("{", "["), at):
             value, end = json_value(body, at, len(body), closed)
-            if value is None:
-                break
-            values, at = value if isinstance(value, list) else [value], end
-            calls += [json_call(one, tools) for one in values]
+            more = [
+                json_call(one, tools) for one in (value if isinstance(value, list) else [value])
+            ]
         else:
             break
-        at = BETWEEN.match(body, at).end()
+        if not all(name in tools and isinstance(arguments, dict) for name, arguments in more):
+            break
+        calls += more
+        at = BETWEEN.match(body, end).end()
     return calls, at
 
 
@@ -3159,8 +3165,6 @@ class Candidate:
         if not calls or length < len(body) and (mark.close or mark.where == START):
             raise ValueError("not a call")
         for name, arguments in calls:
-            if name not in self.tools or not isinstance(arguments, dict):
-                raise ValueError("not a call of an offered tool")
             if not closed and set(required_names(self.tools[name])) - set(arguments):
                 raise ValueError("cut off")
         end = end if closed else first + length
@@ -3176,16 +3180,16 @@ class Candidate:
             self.has_head = self.check_head()
             if self.has_head is False or not self.has_head and (ends or final):
                 return [], len(self.mark.open)
-        tries = [(end, True) for end in ends] + [(self.size, False)] * final
-        for end, closed in tries:
+        for end, closed in [(end, True) for end in ends] + [(self.size, False)] * final:
             try:
                 return self.parse(end, closed)
             except Incomplete:
-                self.closings += closed
-                if not closed or self.closings == MAX_CLOSINGS:
-                    return [], end
+                self.closings += 1
+                if closed and self.closings < MAX_CLOSINGS:
+                    continue
             except UNREADABLE:
-                return [], end
+                pass
+            return [], end
         return ([], self.size) if self.size > MAX_HELD else None
 
 
