@@ -2834,7 +2834,8 @@ class ArgumentStream:
             return ""
         tail, rest = self._read(), "".join(self._held)
         self._state = "OVER"
-        if self.raw and (self.complete or not cut):
+        whole = self.complete or not cut or as_dict(decode_or(self.raw, None))
+        if self.raw and whole:
             try:
                 return tail + self._fix(rest)
             except UNREADABLE:

@@ -3546,6 +3546,7 @@ class TestArgumentStream(unittest.TestCase):
             ("Bash", '{"command": "ls"}  ', '{"command": "ls"}'),
             ("Bash", "", ""),
             ("Bash", '{"command": "ls"}{"comm', '{"command": "ls"}'),
+            ("Mixed", '{"o":{"a":"x\ny"}}', '{"o": {"a": "x\\ny"}}'),
         ]:
             for fragments in splits(text):
                 self.assertEqual(stream_arguments(tool, fragments, cut=True)[0], wanted)
