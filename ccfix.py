@@ -3048,15 +3048,15 @@ def parse_calls(body, tools, closed):
 class Mark(NamedTuple):
     """A literal in text that begins calls, or a channel."""
 
-    open: str
+    literal: str
     close: str = ""  # the literal that ends the calls; "" when only the end of the message does
-    head: str = r"\s*[<{\[]"  # regex of what must come soon behind `open`; group: the tool's name
-    where: int = MIDDLE  # the last of the places at which `open` counts
-    wrapped: bool = True  # whether open and close only wrap the calls, or belong to one of CALLS
+    head: str = r"\s*[<{\[]"  # regex of what must come soon behind it; group: the tool's name
+    where: int = MIDDLE  # the last of the places at which it counts
+    wrapped: bool = True  # whether both literals only wrap the calls, or belong to one of CALLS
     channel: str = ""  # the kind of text behind the mark, which is not of calls then, and vanishes
 
 
-MARKS = [
+CALL_MARKS = [
     Mark("<tool_call>", "</tool_call>", r"\s*(?:[{\[]|<function=|([\w.:-]+)\s*<)", LINE),
     Mark("<function=", "</function>", r"([^>\s]+)>\s*[<{]", LINE, wrapped=False),
     Mark("[TOOL_REQUEST]", "[END_TOOL_REQUEST]", where=LINE),  # LM Studio
@@ -3087,7 +3087,7 @@ MARKS = [
 ]
 # GPT-OSS ("Harmony"): calls, and channels of text. What ends a channel counts only in one; there,
 # all of these marks count, in code too.
-MARKS += [
+HARMONY_CALLS = [
     Mark(start + " to=", "<|call|>", r"(?:functions\.)?([\w.-]+)[^\w.-]")
     for start in (
         "<|channel|>commentary",
@@ -3096,17 +3096,17 @@ MARKS += [
         "<|start|>assistant<|channel|>commentary",
     )
 ]
-MARKS += [
+CHANNELS = [
     Mark("%s<|channel|>%s<|message|>" % (start, name), channel=kind)
     for start in ("", "<|start|>assistant")
     for name, kind in (("analysis", "thinking"), ("final", "text"), ("commentary", "text"))
 ]
-MARKS += [
+CHANNEL_ENDS = [
     Mark(end, channel="text", where=NOWHERE)
     for end in ("<|start|>assistant", "<|end|>", "<|return|>", "<|call|>")
 ]
 HARMONY = re.compile(r"<\|(?:channel|start|end|return|call)\|>")
-LITERALS = {mark.open: mark for mark in MARKS}
+LITERALS = {mark.literal: mark for mark in CALL_MARKS + HARMONY_CALLS + CHANNELS + CHANNEL_ENDS}
 LONGEST = max(map(len, LITERALS))
 PIECE = re.compile(
     r"(?P<blank>\s+)|(?P<ticks>`+)|(?P<literal>%s)"
@@ -3145,7 +3145,7 @@ class Candidate:
 
     def check_head(self):
         """Whether what follows the mark is its head, with an offered tool; None: not yet known."""
-        start = len(self.mark.open)
+        start = len(self.mark.literal)
         head = re.compile(self.mark.head).match(self.text(), start, start + MAX_LEAD_IN)
         if not head:
             return None if self.size < start + MAX_LEAD_IN else False
@@ -3160,7 +3160,7 @@ class Candidate:
         """
         mark, first, last = self.mark, 0, end
         if mark.wrapped:
-            first, last = len(mark.open), end - len(mark.close) * closed
+            first, last = len(mark.literal), end - len(mark.close) * closed
         body = self.text()[first:last]
         calls, length = parse_calls(body, self.tools, closed)
         if not calls or length < len(body) and (mark.close or mark.where == START):
@@ -3180,7 +3180,7 @@ class Candidate:
         if not self.has_head:
             self.has_head = self.check_head()
             if self.has_head is False or not self.has_head and (ends or final):
-                return [], len(self.mark.open)
+                return [], len(self.mark.literal)
         for end, closed in [(end, True) for end in ends] + [(self.size, False)] * final:
             try:
                 return self.parse(end, closed)
@@ -3245,7 +3245,7 @@ class TextCalls:
                 text = text[end:]
             else:
                 yield self.channel or "text", candidate.space
-                again = text.rfind(candidate.mark.open, 1, end)
+                again = text.rfind(candidate.mark.literal, 1, end)
                 quiet = again if again > 0 else end  # only the last one gets a try: linear time
 
     # -- prose
