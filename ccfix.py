@@ -2885,7 +2885,7 @@ class Incomplete(ValueError):
 # ---- reading one call
 
 
-def wide(text):
+def widen(text):
     """DeepSeek's marks, typed with | and _ for its full-width bars and low blocks."""
     return text.replace("|", "\uff5c").replace("_", "\u2581")
 
@@ -2906,10 +2906,10 @@ CALLS = {
         r"<\|tool_call_argument_begin\|>\s*"
     ): r"<\|tool_call_end\|>",
     # DeepSeek R1 and V3.1
-    wide(
+    widen(
         r"<|tool_call_begin|>(?:function<|tool_sep|>)?(?P<name>[^\s<]+)(?:<|tool_sep|>)?\s*"
         r"(?:```(?:json)?\s*)?"
-    ): wide(r"(?:```\s*)?<|tool_call_end|>"),
+    ): widen(r"(?:```\s*)?<|tool_call_end|>"),
     # Mistral
     r"(?:\[TOOL_CALLS\])?(?P<name>[\w.-]+)(?:\[CALL_ID\][\w-]*)?\[ARGS\]\s*": r"",
     # GLM
@@ -3056,7 +3056,7 @@ class Mark(NamedTuple):
     channel: str = ""  # the kind of text behind the mark, which is not of calls then, and vanishes
 
 
-CALL_MARKS = [
+TEXT_MARKS = [
     Mark("<tool_call>", "</tool_call>", r"\s*(?:[{\[]|<function=|([\w.:-]+)\s*<)", LINE),
     Mark("<function=", "</function>", r"([^>\s]+)>\s*[<{]", LINE, wrapped=False),
     Mark("[TOOL_REQUEST]", "[END_TOOL_REQUEST]", where=LINE),  # LM Studio
@@ -3070,8 +3070,8 @@ CALL_MARKS = [
         r'\s+name="([^"]+)"',
         wrapped=False,
     ),
-    Mark(wide("<|tool_calls_begin|>"), wide("<|tool_calls_end|>")),
-    Mark(wide("<|tool_call_begin|>"), wide("<|tool_call_end|>"), r"[^<>]+<", wrapped=False),
+    Mark(widen("<|tool_calls_begin|>"), widen("<|tool_calls_end|>")),
+    Mark(widen("<|tool_call_begin|>"), widen("<|tool_call_end|>"), r"[^<>]+<", wrapped=False),
     Mark("<minimax:tool_call>", "</minimax:tool_call>"),
     Mark("[TOOL_CALLS]", "", r"\s*(?:[{\[]|([\w.-]+)\[)"),  # Mistral
     Mark("<|python_tag|>"),  # Llama
@@ -3084,29 +3084,29 @@ CALL_MARKS = [
         START,
         wrapped=False,
     ),
-]
-# GPT-OSS ("Harmony"): calls, and channels of text. What ends a channel counts only in one; there,
-# all of these marks count, in code too.
-HARMONY_CALLS = [
-    Mark(start + " to=", "<|call|>", r"(?:functions\.)?([\w.-]+)[^\w.-]")
-    for start in (
-        "<|channel|>commentary",
-        "<|channel|>analysis",
-        "<|start|>assistant",
-        "<|start|>assistant<|channel|>commentary",
-    )
-]
-CHANNELS = [
-    Mark("%s<|channel|>%s<|message|>" % (start, name), channel=kind)
-    for start in ("", "<|start|>assistant")
-    for name, kind in (("analysis", "thinking"), ("final", "text"), ("commentary", "text"))
-]
-CHANNEL_ENDS = [
-    Mark(end, channel="text", where=NOWHERE)
-    for end in ("<|start|>assistant", "<|end|>", "<|return|>", "<|call|>")
+    # GPT-OSS ("Harmony"): calls, and channels of text. What ends a channel counts only in one, and
+    # while one is open all of these marks count, in code too.
+    *[
+        Mark(start + " to=", "<|call|>", r"(?:functions\.)?([\w.-]+)[^\w.-]")
+        for start in (
+            "<|channel|>commentary",
+            "<|channel|>analysis",
+            "<|start|>assistant",
+            "<|start|>assistant<|channel|>commentary",
+        )
+    ],
+    *[
+        Mark("%s<|channel|>%s<|message|>" % (start, name), channel=kind)
+        for start in ("", "<|start|>assistant")
+        for name, kind in (("analysis", "thinking"), ("final", "text"), ("commentary", "text"))
+    ],
+    *[
+        Mark(end, channel="text", where=NOWHERE)
+        for end in ("<|start|>assistant", "<|end|>", "<|return|>", "<|call|>")
+    ],
 ]
 HARMONY = re.compile(r"<\|(?:channel|start|end|return|call)\|>")
-LITERALS = {mark.literal: mark for mark in CALL_MARKS + HARMONY_CALLS + CHANNELS + CHANNEL_ENDS}
+LITERALS = {mark.literal: mark for mark in TEXT_MARKS}
 LONGEST = max(map(len, LITERALS))
 PIECE = re.compile(
     r"(?P<blank>\s+)|(?P<ticks>`+)|(?P<literal>%s)"
@@ -3166,7 +3166,7 @@ class Candidate:
         if not calls or length < len(body) and (mark.close or mark.where == START):
             raise ValueError("not a call")
         for name, arguments in calls:
-            if not closed and set(required_names(self.tools[name])) - set(arguments):
+            if not closed and set(required_names(self.tools[name])) - arguments.keys():
                 raise ValueError("cut off")
         end = end if closed else first + length
         return [("call", (name, json.dumps(arguments))) for name, arguments in calls], end
