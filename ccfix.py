@@ -2477,10 +2477,7 @@ def schema_types(schema):
     parts = branches if branches and "type" not in schema else [schema]
     kinds = [as_dict(part).get("type", ANY) for part in parts]
     types = {
-        name
-        for kind in kinds
-        for name in (kind if isinstance(kind, list) else [kind])
-        if isinstance(name, str)
+        name for kind in kinds for name in as_list(kind) or [kind] if isinstance(name, str)
     } or {ANY}
     if schema.get("nullable") is True or ANY in types and None in as_list(schema.get("enum")):
         types.add("null")
@@ -2796,7 +2793,8 @@ class ArgumentStream:
         key, start = STRICT.decode(quoted), found.end()
         value, end, self._state = self._read_value(key, text, start, filled)
         if value:
-            gap = gap if self._begun else gap.replace(",", "{")  # all before were left out
+            if not self._begun:
+                gap = gap.replace(",", "{")  # all members before were left out
             self._out.append(gap + text[found.start(3) : start] + value)
             self._begun = True
         return end
@@ -2867,13 +2865,13 @@ class ArgumentStream:
 # what people also write counts at the start of a line only, none counts in code, the tool must be
 # one that was offered, and a call that was cut off must have all that its schema requires.
 
-MAX_HELD = 1 << 18  # characters of one call; an opening without an end is text
+MAX_HELD = 1 << 18  # characters of one call; a mark without an end is text
 MAX_LEAD_IN = 200  # characters behind a mark within which its head must match
 MAX_CLOSINGS = 64  # closing literals inside one call's own values: bounds the re-reading
 MAX_BLANK = 1024  # white space, or back-ticks, that wait for what follows them
-STEP = 4096  # characters looked at in one go, so that no opening costs more than this again
+STEP = 4096  # characters looked at in one go, so that no mark costs more than this again
 
-# Where on the page we are: an opening counts in one of these places and in those before it.
+# Where on the page we are; a mark counts in one of these places and in those before it.
 # The start of the message, right after a call, the start of a line, the middle of a line.
 NOWHERE, START, AFTER, LINE, MIDDLE = range(5)
 
@@ -2967,8 +2965,8 @@ def json_call(value, tools):
     """
     value = as_dict(value)
     value = as_dict(value.get("function")) or value
-    name = str(value.get("name", value.get("tool_name", value.get("function"))))
-    name = re.sub(r"^functions\.", "", name)
+    name = value.get("name", value.get("tool_name", value.get("function")))
+    name = re.sub(r"^functions\.", "", str(name))
     arguments = value.get("arguments", value.get("parameters", value.get("args", {})))
     if isinstance(arguments, str):
         arguments = fix_object(arguments, tools.get(name))
@@ -3030,9 +3028,7 @@ def parse_calls(body, tools, closed):
             more = [call]
         elif body.startswith(("{", "["), at):
             value, end = json_value(body, at, len(body), closed)
-            more = [
-                json_call(one, tools) for one in (value if isinstance(value, list) else [value])
-            ]
+            more = [json_call(one, tools) for one in as_list(value) or [value]]
         else:
             break
         if not all(name in tools and isinstance(arguments, dict) for name, arguments in more):
@@ -3116,7 +3112,7 @@ PIECE = re.compile(
 
 
 class Candidate:
-    """The text of a possible call while it arrives, from its opening on."""
+    """The text of a possible call while it arrives, from its mark on."""
 
     def __init__(self, mark, tools, space):
         self.mark, self.tools = mark, tools
@@ -3125,7 +3121,7 @@ class Candidate:
         self.size = 0  # of it
         self.tail = ""  # its last characters, in which the closing literal may have begun
         self.closings = 0  # closing literals that turned out to be part of a value
-        self.has_head = None  # whether the family's head matches; None while too little has come
+        self.has_head = None  # whether the mark's head matches; None while too little has come
 
     def text(self):
         return "".join(self.parts)
@@ -3138,9 +3134,9 @@ class Candidate:
         close, window, start = self.mark.close, self.tail + text, self.size - len(self.tail)
         self.parts.append(text)
         self.size += len(text)
-        self.tail = window[1 - len(close) :] if close else ""
-        if not close or close not in window:
+        if not close:
             return []
+        self.tail = window[1 - len(close) :]
         return [start + found.end() for found in re.finditer(re.escape(close), window)]
 
     def check_head(self):
@@ -3155,7 +3151,6 @@ class Candidate:
         """([("call", (name, arguments JSON))], where they end) of the text up to `end`.
 
         ValueError when it is not all calls, Incomplete when it may become so.
-
         Not closed: nothing is fixed, and every required argument must be there.
         """
         mark, first, last = self.mark, 0, end
@@ -3228,7 +3223,7 @@ class TextCalls:
 
     def scan(self, text, final):
         """Prose and possible calls in turn, until the text is used up."""
-        quiet = 0  # no opening counts before it
+        quiet = 0  # no mark counts before it
         while True:
             if self.call is None:
                 text = yield from self.prose(text, quiet, final)
