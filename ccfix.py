@@ -2661,7 +2661,7 @@ def coerce_value(value, schema):
         return value
     types = schema_types(schema.get("items"))
     items = [coerce_scalar(item, types) for item in value]
-    return items if any(map(operator.is_not, items, value)) else value
+    return items if any(new is not old for new, old in zip(items, value)) else value
 
 
 def null_means_absent(schema, key):
