@@ -2786,189 +2786,193 @@ def without_keys(value, name):
     return [without_keys(part, name) for part in value] if isinstance(value, list) else value
 
 
-# ======================================================================================================
-# 7  Tool text: arguments mended against the tool's schema; tool calls that a model wrote as text
-# ======================================================================================================
+# ==================================================================================================
+# 7  Tool text: arguments fixed against the tool's schema; tool calls that a model wrote as text
+# ==================================================================================================
+#
+# Models write JSON by heart. Three things go wrong: the text is not quite JSON (fix_arguments), it
+# is JSON but not what the tool's schema says (coerce_arguments), or the call is not in the field
+# for calls at all, but in the text (TextCalls). Each is fixed only where its meaning is certain;
+# all else reaches the client as it came, and the model reads the client's error message.
 
-EMPTY_MEANS_ABSENT = (
-    {  # GPT models fill every optional field; never put Write.content or Edit.new_string here
-        ("Read", "pages"),
-        ("EnterWorktree", "name"),
-        ("EnterWorktree", "path"),
-    }
-)
-ABSENT = object()  # the value of a member that is left out
-ANY = "any"  # stands among a schema's types when they are not all known
-OBJECTS_IN_A_ROW = 8  # read at most; each costs one parse
-LONGEST_TOKEN = 4096  # of a key or number that is still coming in, before the stream gives up on it
+LENIENT = json.JSONDecoder(strict=False, **JSON_HOOKS)  # takes bare newlines and tabs in strings
+# What a decoder raises for strange text. "[" a million times is a RecursionError, not a ValueError.
 UNREADABLE = (ValueError, RecursionError, MemoryError)
 
 
-LENIENT = json.JSONDecoder(
-    strict=False, **JSON_HOOKS
-)  # takes unescaped newlines and tabs in strings
+def decode_or(text, otherwise):
+    """What the JSON `text` holds, or `otherwise` where it cannot be read."""
+    try:
+        return LENIENT.decode(text)
+    except UNREADABLE:
+        return otherwise
 
-# ---- repair: text -> dict ----------------------------------------------------------------------------------------------
 
+# ---- what we ask of a tool's schema, which comes from any MCP server and may be anything ---------
+
+ANY = "any"  # stands among a schema's types when they are not all known
+
+
+def required_names(schema):
+    """The names of the properties that a schema requires."""
+    names = as_list(as_dict(schema).get("required"))
+    return [name for name in names if isinstance(name, str)]
+
+
+def property_schema(schema, key):
+    """The schema of one property, {} where it has none that can be read."""
+    return as_dict(as_dict(as_dict(schema).get("properties")).get(key))
+
+
+def schema_types(schema):
+    """The type names that a schema allows, as a set; with ANY in it where there may be others.
+
+    Looks one level into anyOf and oneOf, which is where Pydantic and Zod put "or null".
+    """
+    schema = as_dict(schema)
+    branches = as_list(schema.get("anyOf") or schema.get("oneOf"))
+    parts = branches if branches and "type" not in schema else [schema]
+    kinds = [as_dict(part).get("type", ANY) for part in parts]
+    types = {
+        name for kind in kinds for name in as_list(kind) or [kind] if isinstance(name, str)
+    } or {ANY}
+    if schema.get("nullable") is True or ANY in types and None in as_list(schema.get("enum")):
+        types.add("null")
+    return types
+
+
+# ---- text -> dict --------------------------------------------------------------------------------
+
+OBJECTS_IN_A_ROW = 8  # read at most; each costs one parse
+# What may stand in an object that is nearly JSON. A string ends at its own kind of quote; one that
+# does not end matches nothing, so text that was cut off is never fixed.
 TOKEN = re.compile(
     r"""
-    (?P<double> "[^"\\]*(?:\\.[^"\\]*)*" )
-  | (?P<single> '[^'\\]*(?:\\.[^'\\]*)*' )
+    (?P<string> "[^"\\]*(?:\\.[^"\\]*)*" | '[^'\\]*(?:\\.[^'\\]*)*' )
   | (?P<space>  \s+ )
-  | (?P<extra>  ,(?=\s*[}\]]) )
-  | (?P<open>   [\[{] )
-  | (?P<close>  [\]}] )
-  | (?P<same>   [:,] | [-+.0-9][-+.0-9eE]* )
+  | (?P<comma>  ,(?=\s*[}\]]) )
+  | (?P<same>   [:,\[\]{}] | [-+.0-9][-+.0-9eE]* )
   | (?P<name>   [A-Za-z_$][\w$]*(?=\s*:) )
   | (?P<word>   [A-Za-z]+ )
 """,
     re.VERBOSE | re.DOTALL,
 )
-QUOTING = re.compile(r'\\.|"', re.DOTALL)
-REQUOTED = {"\\'": "'", '"': '\\"'}
 WORDS = {
     "True": "true",
     "False": "false",
     "None": "null",
-    "true": "true",
-    "false": "false",
-    "null": "null",
-}
-FENCE = re.compile(r"```\w*\s*(?=\{)")
-BETWEEN = re.compile(r"[\s,;]*")
-
-
-def requote(body):
-    """The inside of a single-quoted string, as the inside of a double-quoted one. Only \\' means something else in JSON."""
-    return QUOTING.sub(lambda found: REQUOTED.get(found.group(), found.group()), body)
-
-
-REWRITES = {  # kind of token -> its JSON
-    "double": lambda text: '"%s"' % requote(text[1:-1]) if "\\'" in text else text,
-    "single": lambda text: '"%s"' % requote(text[1:-1]),
+}  # Python's, which models mix up with JSON's
+QUOTING = re.compile(r'\\.|"', re.DOTALL)
+QUOTES = {"\\'": "'", '"': '\\"'}  # all that a single-quoted string writes differently
+REWRITES = {  # kind of TOKEN -> its JSON; other kinds stay
+    "string": lambda text: '"%s"' % QUOTING.sub(requote, text[1:-1]),
     "space": lambda text: " ",
-    "extra": lambda text: "",
+    "comma": lambda text: "",
     "name": lambda text: '"%s"' % text,
-    "word": WORDS.__getitem__,
+    "word": lambda text: WORDS.get(text, text),
 }
+FENCE = re.compile(r"(?:```\w*\s*)?(?=\{)")  # what may come before an object
+BETWEEN = re.compile(r"[\s,;]*")  # what may come between two of them
 
 
-def tolerant_object(text, start):
-    """(dict, end) of the object at `start`, which may use single quotes, Python words, bare keys and trailing commas.
-
-    ValueError or KeyError when it is not one, or not whole. Reads each character once.
-    """
-    written, depth, at = [], 0, start
-    while depth or not written:
-        token = TOKEN.match(text, at)
-        if not token:  # the end of the text, an open quote, or no idea
-            raise ValueError("no JSON at %d" % at)
-        kind, at = token.lastgroup, token.end()
-        depth += (kind == "open") - (kind == "close")
-        written.append(REWRITES.get(kind, str)(token.group()))
-    return LENIENT.decode("".join(written)), at
+def requote(found):
+    """The JSON of one match of QUOTING."""
+    return QUOTES.get(found.group(), found.group())
 
 
 def object_at(text, start):
-    """(dict, end); ValueError when no whole object begins there."""
+    """(dict, end) of the object at `start`; ValueError when it is not one, or not whole.
+
+    Takes single quotes, Python words, bare keys and trailing commas: what is not JSON is rewritten
+    token by token, and what that does not make JSON is not an object. Reads each character twice.
+    """
     try:
         return LENIENT.raw_decode(text, start)
     except ValueError:
         pass
-    try:
-        return tolerant_object(text, start)
-    except KeyError as word:
-        raise ValueError("%s is not JSON" % word)
+    rewritten, depth, at = [], 0, start
+    while depth or not rewritten:
+        token = TOKEN.match(text, at)
+        if not token:  # the end of the text, an open quote, or no idea
+            raise ValueError("not JSON at %d" % at)
+        part, at = token.group(), token.end()
+        depth += (part in "[{") - (part in "]}")
+        rewritten.append(REWRITES.get(token.lastgroup, str)(part))
+    return LENIENT.decode("".join(rewritten)), at
 
 
-def sole_object(text):
-    """The object that `text` begins with. Other text after it does not count, another object must be the same again.
+def leading_object(text, limit=OBJECTS_IN_A_ROW):
+    """The object that `text` begins with; ValueError where it is not clear which one is meant.
 
-    An empty one beside another is a placeholder (some servers send it first). ValueError if unclear.
+    Text behind it does not count. Another object must be the same again (it may have been cut), and
+    an empty one beside another is a placeholder: some servers send it first.
     """
-    found, at, first = {}, 0, ""
-    for _ in range(OBJECTS_IN_A_ROW):
-        if first and first.startswith(
-            text[at:].rstrip()
-        ):  # nothing more, or the same again and cut
-            return found
-        if text[at : at + 1] != "{":
-            return found
-        value, end = object_at(text, at)
-        if found and value and value != found:
-            raise ValueError("several objects")
-        found, first = found or value, first if found else text[at:end]
-        at = BETWEEN.match(text, end).end()
-    raise ValueError("too many objects")
+    found, end = object_at(text, 0)
+    rest = text[BETWEEN.match(text, end).end() :].rstrip()
+    if not rest.startswith("{") or text.startswith(rest):
+        return found
+    other = leading_object(rest, limit - 1) if limit > 1 else None
+    if other is None or found and other and found != other:
+        raise ValueError("several objects")
+    return found or other
 
 
-def required_names(schema):
-    """The names of the properties that a schema requires."""
-    names = schema.get("required") if isinstance(schema, dict) else None
-    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+# Text without a brace at its beginning that was still meant as JSON; %s: the argument's name. Shell
+# commands and paths, which are what models write bare, begin otherwise.
+BROKEN_JSON = r"""[^\w/.~$-]|true$|false$|[^{]*"\s*:|%s["']?\s*[:=]"""
 
 
-def sole_string(schema):
-    """The name of the one required property if that is a string, else None."""
-    names = required_names(schema)
-    return (
-        names[0]
-        if len(names) == 1 and schema_types(property_schema(schema, names[0])) == {"string"}
-        else None
-    )
-
-
-def bare_text(text, schema):
-    """{the sole string: text} for text that is no attempt at JSON, e.g. `ls -la` for Bash; ValueError otherwise."""
-    name = sole_string(schema)
-    attempt = re.match(
-        r"""[^\w/.~$-]|true$|false$|[^{]*"\s*:|%s["']?\s*[:=]""" % re.escape(name or ""), text, re.I
-    )
-    if name is None or attempt or text.endswith(("}", "]")):
-        raise ValueError("not arguments")
-    return {name: text}
-
-
-def read_arguments(text, schema):
-    """repair_arguments, raising ValueError, RecursionError or MemoryError where that returns None."""
+def parse_arguments(text, schema):
+    """fix_arguments of a string, raising one of UNREADABLE where that returns None."""
     text = text.strip("\ufeff \t\r\n\f\v\0")
     if text in ("", "null", "None"):
         return {}
-    fence = FENCE.match(text)
-    if fence or text.startswith("{"):
-        return sole_object(text[fence.end() :] if fence else text)
-    if not text.startswith('"'):
-        return bare_text(text, schema)
-    inner = LENIENT.decode(text)
-    if not inner.strip():
-        return {}
-    if inner.lstrip().startswith(
-        ("{", '"{', '"\\"')
-    ):  # encoded once more; each level halves the text
-        return read_arguments(inner, schema)
-    name = sole_string(schema)
-    if name is None:
-        raise ValueError("a string, not arguments")
-    return {name: inner}
+    opening = FENCE.match(text)
+    if opening:
+        return leading_object(text[opening.end() :])
+    quoted = text.startswith('"')
+    if quoted:
+        text = LENIENT.decode(text)
+        if not text.strip():
+            return {}
+        if text.lstrip().startswith(("{", '"{', '"\\"')):  # encoded again; each level halves it
+            return parse_arguments(text, schema)
+    names = required_names(schema)
+    if len(names) != 1 or schema_types(property_schema(schema, names[0])) != {"string"}:
+        raise ValueError("not JSON, and no single string is required")
+    signs = BROKEN_JSON % re.escape(names[0])
+    if not quoted and (re.match(signs, text, re.I) or text.endswith(("}", "]"))):
+        raise ValueError("broken JSON")
+    return {names[0]: text}
 
 
 def fix_arguments(text, schema):
-    """The arguments that `text` certainly means, as a dict, or None. Never raises; time grows with the length only.
+    """The arguments that `text` certainly means, as a dict, or None. Never raises; linear time.
 
-    Mended: nothing at all, null; an object encoded as a string, fenced, written twice, or with something after it; trailing
-    commas, single quotes, Python words, bare keys, unescaped newlines; a bare string for the one required (string)
-    property. Never: text that was cut off, or two different objects.
+    Fixed: nothing at all, null; an object encoded as a string, fenced, written twice, or with
+    something behind it; trailing commas, single quotes, Python words, bare keys, unescaped
+    newlines; a bare string for the one required (string) property, e.g. `ls -la` for Bash. Never
+    fixed: text that was cut off, or two different objects. Some servers send the object itself, or
+    null: these are taken as well.
     """
-    if text is None or isinstance(text, dict):  # some servers send the object itself
+    if text is None or isinstance(text, dict):
         return text or {}
     try:
-        return read_arguments(text, schema) if isinstance(text, str) else None
+        return parse_arguments(text, schema) if isinstance(text, str) else None
     except UNREADABLE:
         return None
 
 
-# ---- coercion: dict -> dict that fits the schema -----------------------------------------------------------------------
+# ---- dict -> dict that fits the schema -----------------------------------------------------------
 
+ABSENT = object()  # the value of a member that is left out
+EMPTY_MEANS_ABSENT = {
+    # (tool, argument): GPT models fill every optional field. Never put Write.content or
+    # Edit.new_string here, where an empty string is meant.
+    ("Read", "pages"),
+    ("EnterWorktree", "name"),
+    ("EnterWorktree", "path"),
+}
 TYPE_NAMES = {
     str: "string",
     bool: "boolean",
@@ -2976,219 +2980,125 @@ TYPE_NAMES = {
     float: "number",
     list: "array",
     dict: "object",
-    type(None): "null",
 }
-INTEGER = re.compile(r"0|-?[1-9][0-9]{0,14}")  # 15 digits are exact in a double
-DECIMAL = re.compile(r"(?=.{1,16}$)-?(?:0|[1-9][0-9]*)\.[0-9]+")
-BOOLEANS = {"true": True, "false": False, "True": True, "False": False}
-
-
-def property_schema(schema, key):
-    """The schema of one property as a dict, or None when it has none that can be read."""
-    properties = schema.get("properties") if isinstance(schema, dict) else None
-    found = properties.get(key) if isinstance(properties, dict) else None
-    return found if isinstance(found, dict) else None
-
-
-def declared_types(schema):
-    """The names under `type`, as a set; {ANY} when there are none."""
-    kind = schema.get("type") if isinstance(schema, dict) else None
-    names = {name for name in (kind if isinstance(kind, list) else [kind]) if isinstance(name, str)}
-    return names or {ANY}
-
-
-def schema_types(schema):
-    """The type names a schema allows, as a set; with ANY in it when there may be others. Looks one level into anyOf."""
-    types = declared_types(schema)
-    if not isinstance(schema, dict):
-        return types
-    branches = schema.get("anyOf") or schema.get("oneOf")
-    if types == {ANY} and isinstance(branches, list):
-        types = set().union(*map(declared_types, branches))
-    choices = schema.get("enum")
-    if (
-        schema.get("nullable") is True
-        or ANY in types
-        and isinstance(choices, list)
-        and None in choices
-    ):
-        types = types | {"null"}
-    return types
-
-
-def as_integer(value):
-    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
-        return int(value)
-    return int(value) if isinstance(value, str) and INTEGER.fullmatch(value) else value
-
-
-def as_number(value):
-    if isinstance(value, str) and DECIMAL.fullmatch(value):
-        return float(value)
-    return as_integer(value) if isinstance(value, str) else value
-
-
-def as_boolean(value):
-    return BOOLEANS.get(value, value) if isinstance(value, str) else value
-
-
-def as_string(value):
-    """Integers and booleans only: 1.10 has already become 1.1, and a version number would be another one."""
-    return json.dumps(value) if isinstance(value, int) else value
-
-
-def as_parsed(kind):
-    def parsed(value):
-        try:
-            found = LENIENT.decode(value) if isinstance(value, str) else value
-        except UNREADABLE:
-            return value
-        return found if isinstance(found, kind) else value
-
-    return parsed
-
-
-CASTS = {
-    "integer": as_integer,
-    "number": as_number,
-    "boolean": as_boolean,
-    "string": as_string,
-    "array": as_parsed(list),
-    "object": as_parsed(dict),
+INTEGER = r"0|-?[1-9][0-9]{0,14}"  # 15 digits are exact in a double
+STRING_FORMS = {
+    # type -> regex of the strings that certainly mean a value of it
+    "integer": INTEGER,
+    "number": INTEGER + r"|(?=.{1,16}$)-?(?:0|[1-9][0-9]*)\.[0-9]+",
+    "boolean": r"[Tt]rue|[Ff]alse",
+    "array": r"\s*\[.*",
+    "object": r"\s*\{.*",
 }
 
 
-def scalar_as_declared(value, types):
-    """The value in the one type that the schema allows beside null, if nothing is lost by it; else the value itself."""
-    kind = TYPE_NAMES.get(type(value))
+def coerce_scalar(value, types):
+    """The value in the one type that is allowed beside null, if nothing is lost by it; else itself.
+
+    types: a set as schema_types returns it. Where several types are allowed, the value may be meant
+    as it is. A float never becomes a string: 1.10 has already become 1.1, which is another version.
+    """
     wanted = types - {"null"}
-    if kind in types or ANY in types or len(wanted) != 1 or value is None:
+    if value is None or TYPE_NAMES.get(type(value)) in types or ANY in types or len(wanted) != 1:
         return value
-    (name,) = wanted
-    return CASTS[name](value) if name in CASTS else value
+    (kind,) = wanted
+    if isinstance(value, str) and re.fullmatch(STRING_FORMS.get(kind, r"(?!)"), value, re.DOTALL):
+        return decode_or(WORDS.get(value, value), value)
+    if kind == "string" and isinstance(value, int):
+        return json.dumps(value)
+    if kind == "integer" and isinstance(value, float) and value.is_integer():
+        return int(value) if abs(value) < 2**53 else value
+    return value
 
 
-def as_declared(value, schema):
-    """scalar_as_declared, for the items of an array too. The very same object when nothing changes."""
-    value = scalar_as_declared(value, schema_types(schema))
-    if not isinstance(value, list) or not schema:
+def coerce_value(value, schema):
+    """coerce_scalar, for the items of an array too. The very same object when nothing changes."""
+    value = coerce_scalar(value, schema_types(schema))
+    if not isinstance(value, list):
         return value
     types = schema_types(schema.get("items"))
-    items = [scalar_as_declared(item, types) for item in value]
+    items = [coerce_scalar(item, types) for item in value]
     return items if any(new is not old for new, old in zip(items, value)) else value
 
 
 def null_means_absent(schema, key):
     """Models in strict mode write null for what they leave out; the client refuses it."""
-    required = schema.get("required", []) if isinstance(schema, dict) else None
-    if not isinstance(required, list) or key in required:
+    if key in required_names(schema):
         return False
-    properties = schema.get("properties")
-    if isinstance(properties, dict) and key in properties:
-        found = property_schema(schema, key)
-        return found is not None and "null" not in schema_types(found)
-    return schema.get("additionalProperties") is False
+    schema = as_dict(schema)
+    found = as_dict(schema.get("properties")).get(key, ABSENT)
+    if found is ABSENT:
+        return schema.get("additionalProperties") is False
+    return isinstance(found, dict) and "null" not in schema_types(found)
 
 
 def coerce_member(name, key, value, schema):
-    """The value that goes to the client, the very same object when nothing changes, or ABSENT."""
+    """The value that goes to the client, the very same object when nothing changes, or ABSENT.
+
+    name: the tool's, as the client knows it.
+    """
     if value is None and null_means_absent(schema, key):
         return ABSENT
     if value == "" and (name, key) in EMPTY_MEANS_ABSENT:
         return ABSENT
-    return as_declared(value, property_schema(schema, key))
+    return coerce_value(value, property_schema(schema, key))
 
 
 def coerce_arguments(name, arguments, schema):
-    """A new dict of the arguments of tool `name` as its schema wants them, as far as that is certain and lossless."""
+    """A new dict: the arguments of tool `name` as its schema wants them, if that loses nothing."""
     pairs = [(key, coerce_member(name, key, value, schema)) for key, value in arguments.items()]
     return {key: value for key, value in pairs if value is not ABSENT}
 
 
-# ---- the same, while the text comes in ---------------------------------------------------------------------------------
+# ---- the same, while the text comes in -----------------------------------------------------------
 
-SPACE = re.compile(r"[ \t\r\n]*")
-KEY = re.compile(r'"[^"\\\x00-\x1f]*(?:\\.[^"\\\x00-\x1f]*)*"')
+# These match the text at one place, and need no more than a look at what follows. White space is
+# JSON's: \s knows more.
+NEXT = re.compile(
+    r"((?:[ \t\r\n]*[{,])?[ \t\r\n]*)"  # what stands before it; then the closing brace, or a key,
+    r'(?:(\})|("[^"\\\x00-\x1f]*(?:\\.[^"\\\x00-\x1f]*)*")[ \t\r\n]*:[ \t\r\n]*)'
+    r'(?=("[^"])?)',  # and whether a string begins that is not empty
+    re.DOTALL,
+)
+VALUE_END = re.compile(r"[ \t\r\n]*[,}]")
+# The one place that says what the inside of a string may be in JSON.
 RUN = re.compile(r'[^"\\\x00-\x1f]*(?:\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})[^"\\\x00-\x1f]*)*')
-is_run = RUN.fullmatch
-PART_OF_ESCAPE = re.compile(r"\\(?:u[0-9a-fA-F]{0,3})?")
-QUOTED = re.compile(r'[^"\\]*(?:\\.[^"\\]*)*', re.DOTALL)
-UNQUOTED = re.compile(r'[^"\[\]{}]*')
-SCALAR = re.compile(r"[-+.0-9A-Za-z]*")
-
-
-def write_member(name, key, text, schema):
-    """The JSON of the member whose value is written `text`: that very text if it may stay, "" if the member is left out."""
-    try:
-        value = STRICT.decode(text)
-    except ValueError:
-        value, text = LENIENT.decode(text), ""
-    sent = coerce_member(name, key, value, schema)
-    if sent is ABSENT:
-        return ""
-    return text if text and sent is value else json.dumps(sent)
+READ_AGAIN = 64  # characters that are read again with each fragment; what is more must double
 
 
 class ArgumentStream:
-    """One call's argument text, sent on while it comes in, mended on the way.
+    """One call's argument text, sent on while it comes in, and fixed on the way.
 
-    state    what comes next                       leads to
-    START    {                                     FIRST
-    FIRST    " or }                                KEY, DONE
-    NEXT     , or }                                COMMA, DONE
-    COMMA    " or } (a trailing comma)             KEY, DONE
-    KEY      the key                               COLON
-    COLON    :                                     VALUE
-    VALUE    the first character of a value        STRING, QUOTED, NESTED, SCALAR
-    STRING   a string that is sent as it comes     NEXT
-    QUOTED   a string that is held                 NEXT, or NESTED when it stands in one
-    NESTED   an array or object, held              NEXT, QUOTED
-    SCALAR   a number or word, held                NEXT
-    DONE     white space                           LOST
-    LOST     anything; all is held until finish()
+    state    what comes next                                     leads to
+    START    {, then as MEMBER                                   the same
+    MEMBER   a key, and the quote of a string that may stay      STRING
+             a key, and another value, whole                     MEMBER
+             }                                                   DONE
+    STRING   more of the string, which goes out as it comes      STRING, MEMBER
+    DONE     nothing, or white space
     OVER     nothing: finish() was called
 
-    What does not fit leads to LOST. All that feed() and finish() returned, joined, is the JSON of what coerce_arguments makes
-    of repair_arguments(raw): byte by byte the text that came when nothing had to change. When nothing certain can be made
-    of it, it is the raw text, as far as no changed member has gone out before.
+    What does not fit its state, or is not whole, is held until more has come, at last until
+    finish(). Held text is read again once it has doubled, so time is linear however the text is
+    split. Strings go out at once: a file that a model writes is thousands of deltas, and the client
+    shows its progress.
 
-    complete: a whole object has come (after finish(): or could be made of what came).
+    All that feed() and finish() return, joined, is the JSON of what coerce_arguments makes of
+    fix_arguments(raw): byte for byte the text that came when nothing had to change (but {} for an
+    empty object, which waits: it may be a placeholder). When nothing certain can be made of it, it
+    is the raw text, as far as no changed member has gone out before.
     """
 
-    MOVES = {
-        ("START", "{"): "FIRST",
-        ("FIRST", '"'): "KEY",
-        ("FIRST", "}"): "DONE",
-        ("NEXT", ","): "COMMA",
-        ("NEXT", "}"): "DONE",
-        ("COMMA", '"'): "KEY",
-        ("COMMA", "}"): "DONE",
-        ("COLON", ":"): "VALUE",
-    }
-    SPACED = {
-        "START",
-        "FIRST",
-        "NEXT",
-        "COMMA",
-        "COLON",
-        "VALUE",
-        "DONE",
-    }  # white space may come first
-
     def __init__(self, name, schema):
-        self.name, self.schema = name, schema
-        self.complete = False
+        self.name, self.schema = name, schema  # of the tool, as the client knows it
+        self.complete = False  # a whole object has come; after finish(): or could be made of it
         self._state = "START"
         self._pieces = []  # all that came
-        self._sent = []  # all that went out
-        self._out = []  # what this feed() sends
-        self._begun = False  # something went out
-        self._held = []  # read, not sent: since the end of the last value
-        self._rest = ""  # not read: the beginning of an escape, a key or a scalar
-        self._keys = set()
-        self._key = ""  # of the member at hand
-        self._value_at = 0  # where in _held its value begins
-        self._depth = 0  # open brackets of a NESTED value
+        self._held = []  # what came and was not read
+        self._size = 0  # of _held, in characters
+        self._enough = 0  # the size from which on _held is read again
+        self._begun = False  # a member, or its beginning, went out
+        self._out = []  # what goes out next
 
     @property
     def raw(self):
@@ -3197,620 +3107,452 @@ class ArgumentStream:
         return self._pieces[0]
 
     def feed(self, fragment):
-        """The text that may go out now, "" for nothing."""
+        """The text that may go out now, "" for nothing. RuntimeError after finish()."""
         self._pieces.append(fragment)
-        if self._state == "STRING" and not self._rest and is_run(fragment):
-            self._sent.append(fragment)  # the hot path: thousands of these make a file
-            return fragment
-        self._read(self._rest + fragment)
-        text, self._out = "".join(self._out), []
-        if text:
-            self._sent.append(text)
-        return text
+        if self._state == "STRING" and not self._size and RUN.fullmatch(fragment):
+            return fragment  # the hot path: thousands of these make a file
+        if self._state == "OVER":
+            raise RuntimeError("feed() after finish()")
+        self._held.append(fragment)
+        self._size += len(fragment)
+        return self._read() if self._size >= self._enough else ""
 
-    def _read(self, text):
-        at = 0
-        while at < len(text):
-            start, state = at, self._state
-            if state in self.SPACED:
-                at = SPACE.match(text, at).end()
-                self._held.append(text[start:at])
-            if at < len(text):
-                at = self.STEPS[state](self, text, at)
-            if at == start and self._state == state:  # it takes more text to go on
-                break
-        if len(text) - at > LONGEST_TOKEN:
-            at = self._lose(text, at)
-        self._rest = text[at:]
+    def _read(self):
+        """Read what is held as far as possible; returns what goes out.
 
-    def _emit(self, text):
-        self._out.append(text)
-        self._begun = True
-
-    # Steps: each reads `text` from `at` and returns where it stopped, `at` itself when it needs more text.
-
-    def _lose(self, text, at):
-        self._held.append(text[at:])
-        self._state = "LOST"
-        return len(text)
-
-    def _move(self, text, at):
-        state = self.MOVES.get((self._state, text[at]))
-        if state is None:
-            return self._lose(text, at)
-        self._state = state
-        if state == "KEY":
-            return at
-        self._held.append(text[at])
-        if state == "DONE":
-            self._close()
-        return at + 1
-
-    def _close(self):
-        self.complete = True
-        self._held = ["".join(self._held).replace(",", "")]  # a trailing comma
-        if self._begun:  # else it may be a placeholder: see sole_object
-            self._emit(self._held.pop())
-
-    def _read_key(self, text, at):
-        found = KEY.match(text, at)
-        if not found:
-            return at
+        A step that has no more to read stays where it is; one that meets half a value raises.
+        """
+        text, at, before = "".join(self._held), 0, -1
         try:
-            self._key = STRICT.decode(found.group())
-        except ValueError:
-            return self._lose(text, at)
-        if self._key in self._keys:  # the last one would count, and the first is out
-            return self._lose(text, at)
-        self._keys.add(self._key)
-        if not self._begun:  # the members before this one were left out, and so is the comma
-            self._held = ["".join(self._held).replace(",", "")]
-        self._held.append(found.group())
-        self._state = "COLON"
-        return found.end()
-
-    def _begin_value(self, text, at):
-        self._value_at, self._depth = len(self._held), 0
-        if text[at] != '"':
-            self._state = "NESTED" if text[at] in "[{" else "SCALAR"
-            return at
-        if schema_types(property_schema(self.schema, self._key)) & {"string", ANY}:
-            if at + 1 == len(text):  # an empty string may mean absent
-                return at
-            if text[at + 1] != '"':
-                self._emit("".join(self._held) + '"')
-                self._held, self._state = [], "STRING"
-                return at + 1
-        self._held.append('"')
-        self._state = "QUOTED"
-        return at + 1
-
-    def _send_string(self, text, at):
-        end = RUN.match(text, at).end()
-        self._emit(text[at:end])
-        if end == len(text):
-            return end
-        if text[end] == '"':
-            self._state = "NEXT"
-        if text[end] != "\\":
-            self._emit(
-                '"' if text[end] == '"' else json.dumps(text[end])[1:-1]
-            )  # an unescaped newline or tab
-            return end + 1
-        if text.startswith("\\'", end):
-            self._emit("'")  # as in requoted
-            return end + 2
-        return end if PART_OF_ESCAPE.fullmatch(text, end) else self._lose(text, end)
-
-    def _hold_string(self, text, at):
-        end = QUOTED.match(text, at).end()
-        self._held.append(text[at:end])
-        if text[end : end + 1] != '"':
-            return end
-        self._held.append('"')
-        self._state = "NESTED"
-        return end + 1 if self._depth else self._end_value(text, end + 1)
-
-    def _hold_nested(self, text, at):
-        end = UNQUOTED.match(text, at).end()
-        self._held.append(text[at : end + 1])
-        mark = text[end : end + 1]
-        if mark == '"':
-            self._state = "QUOTED"
-        self._depth += (mark in ("[", "{")) - (mark in ("]", "}"))
-        return end + len(mark) if self._depth else self._end_value(text, end + 1)
-
-    def _hold_scalar(self, text, at):
-        end = SCALAR.match(text, at).end()
-        if end == len(text):
-            return at
-        self._held.append(text[at:end])
-        return self._end_value(text, end)
-
-    def _end_value(self, text, at):
-        """Send the held member, coerced, or leave it out."""
-        written = "".join(self._held[self._value_at :])
-        try:
-            written = write_member(self.name, self._key, written, self.schema)
+            while before < at < len(text) and self._state != "DONE":
+                step = self._read_string if self._state == "STRING" else self._read_member
+                before, at = at, step(text, at)
         except UNREADABLE:
-            return self._lose(text, at)
-        if written:
-            self._emit("".join(self._held[: self._value_at]) + written)
-        self._held = [] if self._begun else ["{"]
-        self._state = "NEXT"
-        return at
+            pass  # not whole, or broken: finish() will know
+        self._held, self._size = [text[at:]], len(text) - at
+        self._enough = 2 * self._size - READ_AGAIN
+        sent, self._out = "".join(self._out), []
+        return sent
 
-    def _refuse(self, text, at):
-        raise RuntimeError("feed() after finish()")
+    def _read_member(self, text, at):
+        """Read a member of the object, or its end, at `at`; returns where that ends in `text`."""
+        found = NEXT.match(text, at)
+        if not found or ("{" in found.group(1)) != (self._state == "START"):
+            return at
+        gap, brace, quoted, filled = found.groups()
+        if brace:
+            self.complete, self._state = True, "DONE"
+            if self._begun:  # else it may be a placeholder: see leading_object
+                self._out.append(gap.replace(",", "") + brace)
+            return found.end()
+        if not gap.strip():
+            return at  # no comma
+        key, start = STRICT.decode(quoted), found.end()
+        value, end, self._state = self._read_value(key, text, start, filled)
+        if value:
+            if not self._begun:
+                gap = gap.replace(",", "{")  # all members before were left out
+            self._out.append(gap + text[found.start(3) : start] + value)
+            self._begun = True
+        return end
 
-    STEPS = dict.fromkeys(("START", "FIRST", "NEXT", "COMMA", "COLON"), _move)
-    STEPS.update(
-        KEY=_read_key,
-        VALUE=_begin_value,
-        STRING=_send_string,
-        QUOTED=_hold_string,
-        NESTED=_hold_nested,
-        SCALAR=_hold_scalar,
-        DONE=_lose,
-        LOST=_lose,
-        OVER=_refuse,
-    )
+    def _read_value(self, key, text, start, filled):
+        """(what goes out, "" for nothing; where it ends in `text`; the next state)"""
+        if filled and schema_types(property_schema(self.schema, key)) & {"string", ANY}:
+            return '"', start + 1, "STRING"
+        value, end = STRICT.raw_decode(text, start)
+        if not VALUE_END.match(text, end):
+            raise ValueError("a number may go on")
+        fitting = coerce_member(self.name, key, value, self.schema)
+        if fitting is ABSENT:
+            return "", end, "MEMBER"
+        return text[start:end] if fitting is value else json.dumps(fitting), end, "MEMBER"
 
-    def _missing(self, wanted, rest):
-        """What makes the text that went out the object `wanted`; `rest` when nothing can."""
-        if not self._begun:
-            self.complete = True
-            return json.dumps(wanted)
-        sent = "".join(self._sent)
-        have = LENIENT.decode(sent if self.complete else sent + "}")
-        missing = [
-            key
-            for key in wanted
-            if key not in have or json.dumps(have[key]) != json.dumps(wanted[key])
-        ]
-        if not have.keys() <= wanted.keys() or self.complete and missing:
-            return rest
-        if self.complete:
-            return ""
-        self.complete = True  # of a name that comes twice the last one counts
-        return (
-            "".join(", %s: %s" % (json.dumps(key), json.dumps(wanted[key])) for key in missing)
-            + "}"
-        )
+    def _read_string(self, text, at):
+        """Read more of a string that goes out as it comes; returns where it stopped."""
+        end = RUN.match(text, at).end()
+        self._out.append(text[at:end])
+        mark = text[end : end + 1]
+        if text.startswith("\\'", end):  # as REWRITES have it
+            self._out.append("'")
+            return end + 2
+        if mark in ("", "\\"):  # part of an escape, or a wrong one
+            return end
+        if mark == '"':
+            self._state = "MEMBER"
+        self._out.append(mark if mark == '"' else json.dumps(mark)[1:-1])  # a bare newline or tab
+        return end + 1
 
     def finish(self, cut=False):
         """The rest of the text, once nothing more comes. cut: the model hit its token limit."""
-        state, self._state = self._state, "OVER"
-        if state == "OVER":
+        if self._state == "OVER":
             return ""
-        if state == "DONE":
-            return "" if self._begun else self._held[0]
-        rest = "".join(self._held) + self._rest if self._begun else self.raw
-        wanted = None if cut and not self.complete else fix_arguments(self.raw, self.schema)
-        if wanted is None or not self.raw:
-            return rest
-        try:
-            return self._missing(coerce_arguments(self.name, wanted, self.schema), rest)
-        except UNREADABLE:
-            return rest
+        tail, rest = self._read(), "".join(self._held)
+        self._state = "OVER"
+        whole = self.complete or not cut or as_dict(decode_or(self.raw, None))
+        if self.raw and whole:
+            try:
+                return tail + self._fix(rest)
+            except UNREADABLE:
+                pass
+        return tail + (rest if self._begun else self.raw)
+
+    def _fix(self, rest):
+        """What goes out instead of `rest`. Raises one of UNREADABLE when nothing certain can be."""
+        wanted = parse_arguments(self.raw, self.schema)
+        if self._begun and self.complete:
+            return ""  # the same object again
+        if self._begun:  # only what has not gone out
+            wanted, _ = object_at("{" + rest.lstrip(", \t\r\n"), 0)
+        fixed = json.dumps(coerce_arguments(self.name, wanted, self.schema))
+        self.complete = True
+        if self._begun:
+            return "}" if fixed == "{}" else ", " + fixed[1:]
+        return fixed
 
 
-# ---- calls that a model wrote as plain text, because the server had no parser for its format --------------
+# ---- calls that a model wrote as text, because the server has no parser for its format -----------
 #
-# text -> tokens (white space, back-ticks, openings, prose) -> an opening that may count: held up to its closing literal
-#      -> read by the family's parser -> calls; or, when that fails, the same text again, with the opening as prose
+# text -> pieces (white space, back-ticks, literals, prose) -> a mark that counts here: a Candidate,
+# held
+#      up to its closing literal -> parse_calls -> calls; or, when that fails, the same text again,
+#      with the mark as prose
+#
+# A document that only talks about such calls must come out as it is. So a mark that begins with
+# what people also write counts at the start of a line only, none counts in code, the tool must be
+# one that was offered, and a call that was cut off must have all that its schema requires.
 
-MAX_HELD = 1 << 18  # characters of one call; an opening without an end is text
-MAX_LEAD_IN = (
-    200  # characters after the opening by which the name, or the first bracket, must have come
-)
+MAX_HELD = 1 << 18  # characters of one call; a mark without an end is text
+MAX_LEAD_IN = 200  # characters behind a mark within which its head must match
 MAX_CLOSINGS = 64  # closing literals inside one call's own values: bounds the re-reading
 MAX_BLANK = 1024  # white space, or back-ticks, that wait for what follows them
-STEP = 4096  # characters looked at in one go, so that no opening costs more than this again
+STEP = 4096  # characters looked at in one go, so that no mark costs more than this again
 
-# Where on the page we are, and where an opening counts.
-START, AFTER, LINE, MIDDLE = "message start", "right after a call", "line start", "middle of a line"
-ALONE, OWN_LINE, ANYWHERE = (START,), (START, AFTER, LINE), (START, AFTER, LINE, MIDDLE)
+# Where on the page we are; a mark counts in one of these places and in those before it.
+# The start of the message, right after a call, the start of a line, the middle of a line.
+NOWHERE, START, AFTER, LINE, MIDDLE = range(5)
 
 
 class Incomplete(ValueError):
     """The closing literal was part of a value; the call goes on."""
 
 
-# ---- values
+# ---- reading one call
 
 
-def parse_bare(value, schema):
-    """A parameter that was written as bare text, as its schema (dict or None) wants it: a string stays one, to the byte."""
-    types = schema_types(schema)
-    if "string" in types or ANY in types and "enum" in (schema or {}):
-        return value
-    try:
-        plain = LENIENT.decode(value.strip())
-    except UNREADABLE:
-        return value
-    return value if ANY in types and (plain is None or isinstance(plain, str)) else plain
+def widen(text):
+    """DeepSeek's marks, typed with | and _ for its full-width bars and low blocks."""
+    return text.replace("|", "\uff5c").replace("_", "\u2581")
 
 
-def strip_padding(value):
-    """Without the line breaks that some families put around a value: where the first is missing, the last is the value's own."""
-    if not value.startswith("\n"):
-        return value
-    return value[1:-1] if value.endswith("\n") and len(value) > 1 else value[1:]
+# The ways to write a call other than as JSON: what comes before its arguments -> what ends it. The
+# arguments are JSON, or PARAMETERS. No pattern repeats two classes that share a character, one
+# behind the other: time stays linear. All are compiled when the first mark comes, which in most
+# replies is never.
+DSML = r"(?:[\uff5c|]DSML[\uff5c|])?"  # some servers write plain bars
+CALLS = {
+    # Qwen3-Coder, and Llama with JSON in it
+    r"<function=(?P<name>[^>\s]+)>\s*": r"</function>",
+    # MiniMax, DeepSeek V3.2
+    r'<%sinvoke\s+name="(?P<name>[^"]+)"\s*>\s*' % DSML: r"</%sinvoke>" % DSML,
+    # Kimi
+    (
+        r"<\|tool_call_begin\|>\s*(?:functions\.)?(?P<name>[^\s<]+?)(?::\d+)?\s*"
+        r"<\|tool_call_argument_begin\|>\s*"
+    ): r"<\|tool_call_end\|>",
+    # DeepSeek R1 and V3.1
+    widen(
+        r"<|tool_call_begin|>(?:function<|tool_sep|>)?(?P<name>[^\s<]+)(?:<|tool_sep|>)?\s*"
+        r"(?:```(?:json)?\s*)?"
+    ): widen(r"(?:```\s*)?<|tool_call_end|>"),
+    # Mistral
+    r"(?:\[TOOL_CALLS\])?(?P<name>[\w.-]+)(?:\[CALL_ID\][\w-]*)?\[ARGS\]\s*": r"",
+    # GLM
+    r"(?P<name>[\w.:-]+)\s*(?=<arg_key>)": r"\Z",
+    # GPT-OSS
+    r"(?:functions\.)?(?P<name>[\w.-]+)(?![\w.-])[^{}\n]*?<\|message\|>\s*": r"\Z",
+}
+# Some put line breaks around a value. Without a first one, a last one is its own.
+VALUE = r"(?P<pad>\n)?(?P<value>.*?)(?(pad)\n?)"
+PARAMETERS = [
+    # Qwen, GLM, and invoke, where DeepSeek's attribute `string` says whether the value is one. What
+    # looks like an end and is not followed by a parameter, or the call's end, is part of the value.
+    r"\s*<parameter=(?P<key>[^>]+)>%s</parameter>(?=\s*(?:<parameter=|</function>))" % VALUE,
+    r"\s*<arg_key>(?P<key>[^<]+)</arg_key>\s*<arg_value>%s</arg_value>(?=\s*(?:<arg_key>|\Z))"
+    % VALUE,
+    (
+        r'\s*<DSMLparameter\s+name="(?P<key>[^"]+)"(?:\s+string="(?P<string>true|false)")?\s*>'
+        r"(?(string)|(?P<pad>\n)?)(?P<value>.*?)(?(pad)\n?)"
+        r"</DSMLparameter>(?=\s*(?:<DSMLparameter\s|</DSMLinvoke>))"
+    ).replace("DSML", DSML),
+]
+# That attribute -> the schema it stands for; a type that there is not means: any but a string.
+STRING_SCHEMAS = {"true": {"type": "string"}, "false": {"type": "JSON"}}
 
 
-def parse_object(text, schema):
-    """The dict that is the JSON text, or None; for text that may have been cut off, where nothing is repaired."""
-    try:
-        value = LENIENT.decode(text)
-    except UNREADABLE:
-        return None
-    return value if isinstance(value, dict) else None
+def match_any(patterns, text, at):
+    """The match at `at` of the first of `patterns` that has one, or None."""
+    matches = (re.compile(pattern, re.DOTALL).match(text, at) for pattern in patterns)
+    return next(filter(None, matches), None)
 
 
 def fix_object(text, schema):
-    """repair_arguments, for text that came whole: Qwen sometimes forgets the last brace."""
+    """fix_arguments; Qwen sometimes forgets the last brace."""
     found = fix_arguments(text, schema)
     return fix_arguments(text + "}", schema) if found is None else found
 
 
-# ---- parsers: (body, tools, loads) -> ([(name, arguments dict)], where in the body they end), or ValueError, or Incomplete
+def json_value(body, at, end, closed):
+    """(value, its end) of the JSON at `at`; broken JSON is taken up to `end` and fixed, or None.
 
-
-def find_tool(name, tools):
-    """The offered tool that a model means by name."""
-    for form in (name, re.sub(r"^functions\.", "", name)):
-        if form in tools:
-            return form
-    raise ValueError("not an offered tool")
-
-
-def json_value(body, at, stop, loads):
-    """(value, end) of the JSON at `at`; broken JSON is taken up to the regex `stop` and given to loads."""
+    Not closed: it may have been cut off, and nothing is fixed. Incomplete when it ends in a string.
+    """
     try:
         return LENIENT.raw_decode(body, at)
     except ValueError as error:
         if "Unterminated string" in str(error):
             raise Incomplete()
-    found = stop.search(body, at)
-    end = found.start() if found else len(body)
-    value = loads(body[at:end], {})
-    if value is None:
-        raise ValueError("no JSON")
-    return value, end
+    return fix_object(body[at:end], {}) if closed else None, end
 
 
-def json_call(value, tools, loads):
-    """(name, arguments) of {"name", "arguments"} in its many spellings."""
-    inner = value.get("function") if isinstance(value, dict) else {}
-    value = inner if isinstance(inner, dict) else value
-    name = next(
-        (
-            value[key]
-            for key in ("name", "tool_name", "function")
-            if isinstance(value.get(key), str)
-        ),
-        "",
-    )
-    name = find_tool(name, tools)
-    arguments = next(
-        (value[key] for key in ("arguments", "parameters", "args") if key in value), {}
-    )
+def json_call(value, tools):
+    """(name, arguments) of {"name", "arguments"} in its many spellings; both may be anything.
+
+    Llama says "parameters", Cohere "tool_name", and some wrap it like OpenAI, in {"function"}.
+    """
+    value = as_dict(value)
+    value = as_dict(value.get("function")) or value
+    name = value.get("name", value.get("tool_name", value.get("function")))
+    name = re.sub(r"^functions\.", "", str(name))
+    arguments = value.get("arguments", value.get("parameters", value.get("args", {})))
     if isinstance(arguments, str):
-        arguments = loads(arguments, tools[name]) if arguments.strip() else {}
-    if not isinstance(arguments, dict):
-        raise ValueError("the arguments are no object")
+        arguments = fix_object(arguments, tools.get(name))
     return name, arguments
 
 
-BODY_END = re.compile(r"\Z")
+def parse_bare(text, schema):
+    """A parameter that was written as bare text, as its schema wants it: a string to the byte.
+
+    Without a schema, text that reads as a number, true, an array or an object is one.
+    """
+    types = schema_types(schema)
+    if "string" in types or ANY in types and "enum" in schema:
+        return text
+    plain = decode_or(text.strip(), text)
+    return text if ANY in types and (plain is None or isinstance(plain, str)) else plain
 
 
-def json_calls(body, tools, loads):
-    """JSON calls in a row, or lists of them."""
+def tagged_parameters(body, at, schema):
+    """(arguments, their end) of the PARAMETERS at `at`."""
+    arguments, found = {}, match_any(PARAMETERS, body, at)
+    while found:
+        groups = found.groupdict()
+        key, at = groups["key"].strip(), found.end()
+        wanted = STRING_SCHEMAS.get(groups.get("string")) or property_schema(schema, key)
+        arguments[key] = parse_bare(groups["value"], wanted)
+        found = match_any(PARAMETERS, body, at)
+    return arguments, at
+
+
+def tagged_call(found, tools, closed):
+    """((name, arguments), their end) of the call that `found`, a match of one of CALLS, begins."""
+    name, body, at = found.group("name"), found.string, found.end()
+    stop = re.compile(CALLS[found.re.pattern])
+    if body.startswith("{", at):
+        end = stop.search(body, at)
+        arguments, at = json_value(body, at, end.start() if end else len(body), closed)
+    else:
+        arguments, at = tagged_parameters(body, at, tools.get(name))
+    end = stop.match(body, BETWEEN.match(body, at).end())
+    if not end:
+        raise Incomplete()
+    return (name, arguments), end.end()
+
+
+def parse_calls(body, tools, closed):
+    """([(name, arguments dict)], where in the body they end) of calls in a row.
+
+    tools: {offered name: JSON schema}; closed: the closing literal has come. Incomplete when one of
+    them goes on behind the body. What is not a call of an offered tool ends the row.
+    """
+    if body.strip() in tools:  # GLM, without arguments
+        return [(body.strip(), {})], len(body)
     calls, at = [], BETWEEN.match(body).end()
-    while body.startswith(("{", "["), at):
-        value, at = json_value(body, at, BODY_END, loads)
-        calls += [
-            json_call(one, tools, loads) for one in (value if isinstance(value, list) else [value])
-        ]
-        at = BETWEEN.match(body, at).end()
+    while at < len(body):
+        found = match_any(CALLS, body, at)
+        if found:
+            call, end = tagged_call(found, tools, closed)
+            more = [call]
+        elif body.startswith(("{", "["), at):
+            value, end = json_value(body, at, len(body), closed)
+            more = [json_call(one, tools) for one in as_list(value) or [value]]
+        else:
+            break
+        if not all(name in tools and isinstance(arguments, dict) for name, arguments in more):
+            break
+        calls += more
+        at = BETWEEN.match(body, end).end()
     return calls, at
 
 
-def only_json(body, tools, loads):
-    """JSON calls, and nothing behind them."""
-    calls, at = json_calls(body, tools, loads)
-    if at < len(body):
-        raise ValueError("text behind it")
-    return calls, at
+# ---- finding them in text
 
 
-def tagged_calls(start, stop, parameter=r"(?!)"):
-    """A parser of calls in a row, each `start` (with a group name), then parameters (groups key, value, perhaps string) or
-    a JSON object, then `stop`. The patterns are compiled when the first such call comes."""
+class Mark(NamedTuple):
+    """A literal in text that begins calls, or a channel."""
 
-    def calls_in(body, tools, loads):
-        begins, ends = re.compile(start, re.DOTALL), re.compile(r"\s*(?:%s)" % stop, re.DOTALL)
-        calls, at = [], 0
-        head = begins.match(body)
-        while head:
-            name = find_tool(head.group("name"), tools)
-            arguments, at = tagged_arguments(body, head.end(), tools[name], loads)
-            end = ends.match(body, at)
-            if not end:
-                raise Incomplete()
-            calls.append((name, arguments))
-            at = end.end()
-            head = begins.match(body, at) if at < len(body) else None
-        return calls, at
-
-    def tagged_arguments(body, at, schema, loads):
-        if body.startswith("{", at):
-            return json_value(body, at, re.compile(stop, re.DOTALL), loads)
-        arguments, member = {}, re.compile(parameter, re.DOTALL)
-        found = member.match(body, at)
-        while found:
-            groups = found.groupdict()
-            key, value, verbatim = groups["key"].strip(), groups["value"], groups.get("string")
-            wanted = VERBATIM.get(verbatim) or property_schema(schema, key)
-            arguments[key] = parse_bare(value if verbatim else strip_padding(value), wanted)
-            at = found.end()
-            found = member.match(body, at)
-        return arguments, at
-
-    return calls_in
+    literal: str
+    close: str = ""  # the literal that ends the calls; "" when only the end of the message does
+    head: str = r"\s*[<{\[]"  # regex of what must come soon behind it; group: the tool's name
+    where: int = MIDDLE  # the last of the places at which it counts
+    wrapped: bool = True  # whether both literals only wrap the calls, or belong to one of CALLS
+    channel: str = ""  # the kind of text behind the mark, which is not of calls then, and vanishes
 
 
-def either(*parsers):
-    """The first parser that finds a call."""
-
-    def calls_in(body, tools, loads):
-        for parser in parsers:
-            try:
-                calls, at = parser(body, tools, loads)
-            except Incomplete:
-                raise
-            except ValueError:
-                continue
-            if calls:
-                return calls, at
-        raise ValueError("no call")
-
-    return calls_in
-
-
-# ---- families
-
-VERBATIM = {
-    "true": {"type": "string"},
-    "false": {"type": "JSON"},
-}  # DeepSeek's string="..." -> the schema it stands for
-DSML = r"(?:[\uff5c|]DSML[\uff5c|])?"
-QWEN = tagged_calls(
-    r"\s*<function=(?P<name>[^>\s]+)>\s*",
-    r"</function>",
-    r"\s*<parameter=(?P<key>[^>]+)>(?P<value>.*?)</parameter>(?=\s*(?:<parameter=|</function>))",
-)
-GLM = tagged_calls(
-    r"\s*(?P<name>[\w.:-]+)\s*(?=<arg_key>|\Z)",
-    r"\Z",
-    r"\s*<arg_key>(?P<key>[^<]+)</arg_key>\s*<arg_value>(?P<value>.*?)</arg_value>(?=\s*(?:<arg_key>|\Z))",
-)
-INVOKE = tagged_calls(
-    r'\s*<%sinvoke\s+name="(?P<name>[^"]+)"\s*>\s*' % DSML,
-    r"</%sinvoke>" % DSML,
-    r'\s*<%sparameter\s+name="(?P<key>[^"]+)"(?:\s+string="(?P<string>true|false)")?\s*>'
-    r"(?P<value>.*?)</%sparameter>(?=\s*(?:<%sparameter\s|</%sinvoke>))" % (DSML, DSML, DSML, DSML),
-)
-KIMI = tagged_calls(
-    r"\s*<\|tool_call_begin\|>\s*(?P<name>[^\s<]+?)(?::\d+)?\s*<\|tool_call_argument_begin\|>\s*",
-    r"<\|tool_call_end\|>",
-)
-DEEPSEEK = tagged_calls(
-    r"\s*<\uff5ctool\u2581call\u2581begin\uff5c>(?:function<\uff5ctool\u2581sep\uff5c>)?(?P<name>[^\s<]+)"
-    r"(?:<\uff5ctool\u2581sep\uff5c>)?\s*(?:```(?:json)?\s*)?",
-    r"(?:```)?\s*<\uff5ctool\u2581call\u2581end\uff5c>",
-)
-MISTRAL = tagged_calls(
-    r"\s*(?:\[TOOL_CALLS\])?(?P<name>[\w.-]+)(?:\[CALL_ID\][\w-]*)?\[ARGS\]\s*", r""
-)
-HARMONY = tagged_calls(r"(?P<name>[\w.-]+)[^{}]*?<\|message\|>\s*", r"\Z")
-
-Family = collections.namedtuple("Family", "open close where head wrapped parse")
-Family.__doc__ = """One way to write calls as text.
-
-close: "" when nothing ends it but the end of the message; where: the places at which the opening counts;
-head: regex that what follows the opening must match soon, or it is prose; its group, if any, is the tool's name;
-wrapped: whether open and close only wrap what parse reads, or belong to it.
-"""
-
-CALL_FAMILIES = [
-    Family(*row)
-    for row in (
-        (
-            "<tool_call>",
-            "</tool_call>",
-            OWN_LINE,
-            r"\s*(?:[{\[]|<function=|([\w.:-]+)\s*<)",
-            True,
-            either(json_calls, QWEN, GLM),
-        ),
-        ("<function=", "</function>", OWN_LINE, r"([^>\s]+)>\s*[<{]", False, QWEN),
-        ("[TOOL_REQUEST]", "[END_TOOL_REQUEST]", OWN_LINE, r"\s*[{\[]", True, json_calls),
-        (
-            "<|tool_calls_section_begin|>",
-            "<|tool_calls_section_end|>",
-            ANYWHERE,
-            r"\s*<\|tool_call_begin",
-            True,
-            KIMI,
-        ),
-        ("<|tool_call_begin|>", "<|tool_call_end|>", ANYWHERE, r"[^<>]+<", False, KIMI),
-        (
-            "<\uff5cDSML\uff5cfunction_calls>",
-            "</\uff5cDSML\uff5cfunction_calls>",
-            ANYWHERE,
-            r"\s*<",
-            True,
-            INVOKE,
-        ),
-        (
-            "<\uff5cDSML\uff5ctool_calls>",
-            "</\uff5cDSML\uff5ctool_calls>",
-            ANYWHERE,
-            r"\s*<",
-            True,
-            INVOKE,
-        ),
-        (
-            "<\uff5cDSML\uff5cinvoke",
-            "</\uff5cDSML\uff5cinvoke>",
-            ANYWHERE,
-            r'\s+name="([^"]+)"',
-            False,
-            INVOKE,
-        ),
-        (
-            "<\uff5ctool\u2581calls\u2581begin\uff5c>",
-            "<\uff5ctool\u2581calls\u2581end\uff5c>",
-            ANYWHERE,
-            r"\s*<",
-            True,
-            DEEPSEEK,
-        ),
-        (
-            "<\uff5ctool\u2581call\u2581begin\uff5c>",
-            "<\uff5ctool\u2581call\u2581end\uff5c>",
-            ANYWHERE,
-            r"[^<>]+<",
-            False,
-            DEEPSEEK,
-        ),
-        (
-            "<minimax:tool_call>",
-            "</minimax:tool_call>",
-            ANYWHERE,
-            r"\s*[<{\[]",
-            True,
-            either(INVOKE, json_calls),
-        ),
-        (
-            "[TOOL_CALLS]",
-            "",
-            ANYWHERE,
-            r"\s*(?:[{\[]|([\w.-]+)\[)",
-            True,
-            either(json_calls, MISTRAL),
-        ),
-        ("<|python_tag|>", "", ANYWHERE, r"\s*[{\[]", True, json_calls),
-        ("<|tool_call_start|>", "<|tool_call_end|>", ANYWHERE, r"\s*[{\[]", True, json_calls),
-        ("<|START_ACTION|>", "<|END_ACTION|>", ANYWHERE, r"\s*[{\[]", True, json_calls),
-        ("<|channel|>commentary to=", "<|call|>", ANYWHERE, r"([\w.-]+)[^\w.-]", True, HARMONY),
-        ("<|channel|>analysis to=", "<|call|>", ANYWHERE, r"([\w.-]+)[^\w.-]", True, HARMONY),
-        ("<|start|>assistant to=", "<|call|>", ANYWHERE, r"([\w.-]+)[^\w.-]", True, HARMONY),
-        (
-            "<|start|>assistant<|channel|>commentary to=",
-            "<|call|>",
-            ANYWHERE,
-            r"([\w.-]+)[^\w.-]",
-            True,
-            HARMONY,
-        ),
-        (
-            "{",
-            "",
-            ALONE,
-            r'\s*"(?:name"\s*:\s*"([^"]+)"|type"\s*:\s*"function"|function"\s*:\s*\{)',
-            False,
-            only_json,
-        ),
-    )
+TEXT_MARKS = [
+    Mark("<tool_call>", "</tool_call>", r"\s*(?:[{\[]|<function=|([\w.:-]+)\s*<)", LINE),
+    Mark("<function=", "</function>", r"([^>\s]+)>\s*[<{]", LINE, wrapped=False),
+    Mark("[TOOL_REQUEST]", "[END_TOOL_REQUEST]", where=LINE),  # LM Studio
+    Mark("<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"),
+    Mark("<|tool_call_begin|>", "<|tool_call_end|>", r"[^<>]+<", wrapped=False),
+    Mark("<\uff5cDSML\uff5cfunction_calls>", "</\uff5cDSML\uff5cfunction_calls>"),
+    Mark("<\uff5cDSML\uff5ctool_calls>", "</\uff5cDSML\uff5ctool_calls>"),
+    Mark(
+        "<\uff5cDSML\uff5cinvoke",
+        "</\uff5cDSML\uff5cinvoke>",
+        r'\s+name="([^"]+)"',
+        wrapped=False,
+    ),
+    Mark(widen("<|tool_calls_begin|>"), widen("<|tool_calls_end|>")),
+    Mark(widen("<|tool_call_begin|>"), widen("<|tool_call_end|>"), r"[^<>]+<", wrapped=False),
+    Mark("<minimax:tool_call>", "</minimax:tool_call>"),
+    Mark("[TOOL_CALLS]", "", r"\s*(?:[{\[]|([\w.-]+)\[)"),  # Mistral
+    Mark("<|python_tag|>"),  # Llama
+    Mark("<|tool_call_start|>", "<|tool_call_end|>"),  # LFM2
+    Mark("<|START_ACTION|>", "<|END_ACTION|>"),  # Cohere
+    Mark(
+        "{",
+        "",
+        r'\s*"(?:name"\s*:\s*"([^"]+)"|type"\s*:\s*"function"|function"\s*:\s*\{)',
+        START,
+        wrapped=False,
+    ),
+    # GPT-OSS ("Harmony"): calls, and channels of text. What ends a channel counts only in one, and
+    # while one is open all of these marks count, in code too.
+    *[
+        Mark(start + " to=", "<|call|>", r"(?:functions\.)?([\w.-]+)[^\w.-]")
+        for start in (
+            "<|channel|>commentary",
+            "<|channel|>analysis",
+            "<|start|>assistant",
+            "<|start|>assistant<|channel|>commentary",
+        )
+    ],
+    *[
+        Mark("%s<|channel|>%s<|message|>" % (start, name), channel=kind)
+        for start in ("", "<|start|>assistant")
+        for name, kind in (("analysis", "thinking"), ("final", "text"), ("commentary", "text"))
+    ],
+    *[
+        Mark(end, channel="text", where=NOWHERE)
+        for end in ("<|start|>assistant", "<|end|>", "<|return|>", "<|call|>")
+    ],
 ]
-OPENINGS = {family.open: family for family in CALL_FAMILIES}
-
-# Harmony's other marks -> the kind of text behind them. They vanish; those that end a channel only once one was opened.
-CHANNELS = {
-    start + "<|channel|>" + name + "<|message|>": kind
-    for start in ("", "<|start|>assistant")
-    for name, kind in (("analysis", "thinking"), ("final", "text"), ("commentary", "text"))
-}
-CHANNEL_ENDS = {
-    mark: "text" for mark in ("<|start|>assistant", "<|end|>", "<|return|>", "<|call|>")
-}
-
-LITERALS = sorted(list(OPENINGS) + list(CHANNELS) + list(CHANNEL_ENDS), key=len, reverse=True)
-LONGEST = len(LITERALS[0])
+HARMONY = re.compile(r"<\|(?:channel|start|end|return|call)\|>")
+LITERALS = {mark.literal: mark for mark in TEXT_MARKS}
+LONGEST = max(map(len, LITERALS))
 PIECE = re.compile(
-    r"(?P<blank>\s+)|(?P<ticks>`+)|(?P<literal>%s)|(?P<prose>[^\s`<\[{](?:[^\n`<\[{]*[^\s`<\[{])?|.)"
-    % "|".join(map(re.escape, LITERALS))
+    r"(?P<blank>\s+)|(?P<ticks>`+)|(?P<literal>%s)"
+    r"|(?P<prose>[^\s`<\[{](?:[^\n`<\[{]*[^\s`<\[{])?|.)"
+    % "|".join(map(re.escape, sorted(LITERALS, key=len, reverse=True)))
 )
 
 
-class Held(object):
-    """The text of a possible call while it arrives. lead: the white space before it; headed: its head has matched."""
+class Candidate:
+    """The text of a possible call while it arrives, from its mark on."""
 
-    __slots__ = ("family", "lead", "parts", "size", "tail", "closings", "headed")
+    def __init__(self, mark, tools, space):
+        self.mark, self.tools = mark, tools
+        self.space = space  # the white space in front: kept before prose, dropped before a call
+        self.parts = []  # the text
+        self.size = 0  # of it
+        self.tail = ""  # its last characters, in which the closing literal may have begun
+        self.closings = 0  # closing literals that turned out to be part of a value
+        self.has_head = None  # whether the mark's head matches; None while too little has come
 
-    def __init__(self, family, lead):
-        self.family, self.lead, self.parts = family, lead, []
-        self.size, self.tail, self.closings, self.headed = 0, "", 0, False
-
-    def whole(self):
-        self.parts = ["".join(self.parts)]
-        return self.parts[0]
+    def text(self):
+        return "".join(self.parts)
 
     def add(self, text):
-        """Take more text; returns the offset behind each closing literal that it completed. Looks at no character twice."""
-        close, window, start = self.family.close, self.tail + text, self.size - len(self.tail)
+        """Take more text; the offset behind each closing literal that it completed.
+
+        Looks at no character twice.
+        """
+        close, window, start = self.mark.close, self.tail + text, self.size - len(self.tail)
         self.parts.append(text)
         self.size += len(text)
-        self.tail = window[1 - len(close) :] if close else ""
-        return (
-            [start + found.end() for found in re.finditer(re.escape(close), window)]
-            if close and close in window
-            else []
-        )
+        if not close:
+            return []
+        self.tail = window[1 - len(close) :]
+        return [start + found.end() for found in re.finditer(re.escape(close), window)]
 
-    def plausible(self, tools):
-        """Whether this can still become a call, by what follows the opening."""
-        if not self.headed:
-            start = len(self.family.open)
-            head = re.compile(self.family.head).match(self.whole(), start, start + MAX_LEAD_IN)
-            if not head:
-                return self.size < start + MAX_LEAD_IN
-            try:
-                self.headed = not (head.re.groups and head.group(1)) or bool(
-                    find_tool(head.group(1), tools)
-                )
-            except ValueError:
-                return False
-        return True
+    def check_head(self):
+        """Whether what follows the mark is its head, with an offered tool; None: not yet known."""
+        start = len(self.mark.literal)
+        head = re.compile(self.mark.head).match(self.text(), start, start + MAX_LEAD_IN)
+        if not head:
+            return None if self.size < start + MAX_LEAD_IN else False
+        return not head.lastindex or head.group(1) in self.tools
 
-    def calls(self, end, closed, tools):
-        """[(name, arguments JSON)] and where they end, of the text up to `end`; ValueError when it is no call, Incomplete
-        when it may become one. Not closed: nothing is repaired, and every required argument must be there.
+    def parse(self, end, closed):
+        """([("call", (name, arguments JSON))], where they end) of the text up to `end`.
+
+        ValueError when it is not all calls, Incomplete when it may become so.
+        Not closed: nothing is fixed, and every required argument must be there.
         """
-        family, text = self.family, self.whole()[:end]
-        first = len(family.open) if family.wrapped else 0
-        body = text[first : end - len(family.close) if family.wrapped and closed else end]
-        found, length = family.parse(body, tools, fix_object if closed else parse_object)
-        if not found or family.close and body[length:].strip():
-            raise ValueError("no call")
-        if not closed and any(
-            set(required_names(tools[name])) - set(arguments) for name, arguments in found
-        ):
-            raise ValueError("cut off")
+        mark, first, last = self.mark, 0, end
+        if mark.wrapped:
+            first, last = len(mark.literal), end - len(mark.close) * closed
+        body = self.text()[first:last]
+        calls, length = parse_calls(body, self.tools, closed)
+        if not calls or length < len(body) and (mark.close or mark.where == START):
+            raise ValueError("not a call")
+        for name, arguments in calls:
+            if not closed and set(required_names(self.tools[name])) - arguments.keys():
+                raise ValueError("cut off")
         end = end if closed else first + length
-        return [(name, json.dumps(arguments, allow_nan=False)) for name, arguments in found], end
+        return [("call", (name, json.dumps(arguments))) for name, arguments in calls], end
+
+    def feed(self, text, final):
+        """Take more text. None while undecided, else what parse returns.
+
+        ([], end): it is prose up to there.
+        """
+        ends = self.add(text)
+        if not self.has_head:
+            self.has_head = self.check_head()
+            if self.has_head is False or not self.has_head and (ends or final):
+                return [], len(self.mark.literal)
+        for end, closed in [(end, True) for end in ends] + [(self.size, False)] * final:
+            try:
+                return self.parse(end, closed)
+            except Incomplete:
+                self.closings += 1
+                if closed and self.closings < MAX_CLOSINGS:
+                    continue
+            except UNREADABLE:
+                pass
+            return [], end
+        return ([], self.size) if self.size > MAX_HELD else None
 
 
-class TextCalls(object):
+class TextCalls:
     """Finds the tool calls in a stream of text. tools: {offered name: JSON schema}.
 
-    feed(text) and finish() return pieces: ("text", str), ("thinking", str), ("call", (name, arguments JSON)). What is no
-    call comes out as it came in; white space next to a call is dropped. A caller may keep text from feed while `held` is
-    false and TRIGGER(text) finds nothing: such text stays in the middle of a line, and changes no state.
+    feed(text) and finish() return pieces: ("text", str), ("thinking", str), ("call", (name,
+    arguments JSON)). What is not a call comes out as it came in; white space next to a call is
+    dropped. A caller may keep text from feed while `held` is false and TRIGGER(text) finds nothing:
+    such text stays in the middle of a line, and changes no state.
     """
 
     TRIGGER = staticmethod(re.compile(r"[\n<`]|\[(?:T|\Z)|\s\Z").search)
@@ -3818,116 +3560,77 @@ class TextCalls(object):
     def __init__(self, tools):
         self.tools = tools
         self.place = START  # START, AFTER, LINE or MIDDLE
-        self.fences, self.inline = [], ""  # the back-ticks that opened the code we are in
+        self.code = []  # the back-ticks that opened the code we are in, the innermost last
+        self.inline = False  # the last of them came in this line
         self.channel = ""  # Harmony: the kind of text that its open channel holds
         self.pending = ""  # the end of the text, while the next characters decide what it is
-        self.call = None  # Held, while inside a possible call
-        self.held = True
+        self.call = None  # a Candidate, while inside one
 
-    def feed(self, text):
-        return self.joined(
-            piece
-            for at in range(0, len(text), STEP)
-            for piece in self.scan(text[at : at + STEP], False)
-        )
+    @property
+    def held(self):
+        """Whether all text must be fed: where we are, it may be more than prose."""
+        return bool(self.place != MIDDLE or self.call or self.pending or self.code or self.channel)
+
+    def feed(self, text, final=False):
+        steps = [text[at : at + STEP] for at in range(0, len(text) or 1, STEP)]
+        return [piece for step in steps for piece in self.scan(step, final) if piece[1]]
 
     def finish(self):
-        return self.joined(self.scan("", True))
-
-    def joined(self, pieces):
-        """The pieces, neighbours of a kind in one."""
-        runs = []
-        for kind, value in pieces:
-            if kind == "call":
-                runs.append((kind, value))
-            elif runs and runs[-1][0] == kind:
-                runs[-1][1].append(value)
-            elif value:
-                runs.append((kind, [value]))
-        self.held = bool(
-            self.call
-            or self.pending
-            or self.place != MIDDLE
-            or self.inline
-            or self.fences
-            or self.channel
-        )
-        return [(kind, value if kind == "call" else "".join(value)) for kind, value in runs]
+        return self.feed("", final=True)
 
     def scan(self, text, final):
         """Prose and possible calls in turn, until the text is used up."""
-        quiet = 0
+        quiet = 0  # no mark counts before it
         while True:
             if self.call is None:
                 text = yield from self.prose(text, quiet, final)
                 if self.call is None:
                     return
-            held, verdict = self.call, self.verdict(text, final)
+            candidate, verdict = self.call, self.call.feed(text, final)
             if verdict is None:
                 return
             calls, end = verdict
-            self.call, whole = None, held.whole()
+            self.call, text, quiet = None, candidate.text(), 0
             if calls:
-                yield from (("call", call) for call in calls)
+                yield from calls
                 self.place, self.channel = AFTER, self.channel and "text"
-                text, quiet = whole[end:], 0
+                text = text[end:]
             else:
-                yield self.channel or "text", held.lead
-                again = whole.rfind(
-                    held.family.open, 1, end
-                )  # the last opening before this end gets a try, no other:
-                text, quiet = whole, again if again > 0 else end  # so the time stays linear
-
-    def verdict(self, text, final):
-        """What the held call is, with text added: None while undecided, else (calls, end); no calls: it was prose."""
-        held = self.call
-        ends = held.add(text)
-        if not held.plausible(self.tools) or (ends or final) and not held.headed:
-            return [], len(held.family.open)
-        for end in ends:
-            try:
-                return held.calls(end, True, self.tools)
-            except Incomplete:
-                held.closings += 1
-            except UNREADABLE:
-                return [], end
-            if held.closings == MAX_CLOSINGS:
-                return [], end
-        if held.size > MAX_HELD:
-            return [], held.size
-        if not final:
-            return None
-        try:
-            return held.calls(held.size, False, self.tools)
-        except UNREADABLE:
-            return [], held.size
+                yield self.channel or "text", candidate.space
+                again = text.rfind(candidate.mark.literal, 1, end)
+                quiet = again if again > 0 else end  # only the last one gets a try: linear time
 
     # -- prose
 
     def prose(self, text, quiet, final):
-        """Yield text up to an opening that counts; return the text from there on. No opening counts before `quiet`."""
+        """Yield text up to a mark of calls that counts (none before `quiet`); return the rest.
+
+        What white space, back-ticks and the beginning of a literal mean shows only behind them:
+        they wait in `pending`.
+        """
         text, self.pending = self.pending + text, ""
-        done = solid = at = 0  # said up to done; white space alone from solid to at
+        done = solid = at = 0  # yielded up to done; white space alone from solid to at
         while at < len(text):
             token = PIECE.match(text, at)
-            kind, end = token.lastgroup, token.end()
+            kind, literal, end = token.lastgroup, token.group(), token.end()
             if not final and self.undecided(text, at, end):
                 break
             if kind == "blank":
-                self.blank(token.group())
+                self.blank(literal)
                 if self.place == AFTER:
                     done = solid = end
-            elif kind == "literal" and at >= quiet and self.counts(token.group()):
-                if token.group() in OPENINGS:
-                    yield self.channel or "text", text[done:solid]
-                    self.call = Held(OPENINGS[token.group()], text[solid:at])
+            elif kind == "literal" and at >= quiet and self.counts(literal):
+                mark = LITERALS[literal]
+                yield self.channel or "text", text[done : at if mark.channel else solid]
+                if not mark.channel:
+                    self.call = Candidate(mark, self.tools, text[solid:at])
                     return text[at:]
-                yield self.channel or "text", text[done:at]
-                self.enter(token.group())
+                self.channel = mark.channel
+                self.place, self.code, self.inline = LINE, [], False
                 done = solid = end
             else:
                 if kind == "ticks":
-                    self.ticks(token.group(), text[end : end + 1])
+                    self.ticks(literal, text[end : end + 1])
                 self.place, solid = MIDDLE, end
             at = end
         if final or len(text) - solid > MAX_BLANK:
@@ -3936,56 +3639,45 @@ class TextCalls(object):
         yield self.channel or "text", text[done:solid]
 
     def undecided(self, text, at, end):
-        """Whether the token at the end of text may go on: back-ticks, or the beginning of a literal that would count."""
-        first = text[at]
-        if first == "`":
+        """Whether the piece at the end of text may go on: back-ticks, or the beginning of a literal
+        that would count.
+        """
+        if text[at] == "`":
             return end == len(text) and end - at < MAX_BLANK
-        if first not in "<[{" or len(text) - at >= LONGEST:
-            return False
-        rest = text[at:]
-        return any(
+        rest = text[at : at + LONGEST]
+        return rest[0] in "<[{" and any(
             literal.startswith(rest) and literal != rest and self.counts(literal)
             for literal in LITERALS
         )
 
     def counts(self, literal):
-        """Whether a literal means something at this place. In an open Harmony channel all of Harmony's do, in code too."""
-        if (
-            literal in CHANNEL_ENDS
-            or self.channel
-            and literal.startswith(("<|channel|>", "<|start|>"))
-        ):
-            return bool(self.channel)
-        return (
-            not self.inline
-            and not self.fences
-            and (literal in CHANNELS or self.place in OPENINGS[literal].where)
-        )
-
-    def enter(self, mark):
-        """Go on in the channel that a Harmony mark opens."""
-        self.channel = CHANNELS.get(mark) or CHANNEL_ENDS[mark]
-        self.place, self.inline, self.fences = LINE, "", []
+        """Whether a literal means something here. In an open channel, nobody writes about marks."""
+        if self.channel and HARMONY.match(literal):
+            return True
+        return not self.code and self.place <= LITERALS[literal].where
 
     def blank(self, space):
-        """White space: a new line ends inline code, unless three or more back-ticks opened it: then it is a fence."""
+        """White space: a new line ends inline code, but three back-ticks or more opened a fence."""
         if "\n" in space:
-            if len(self.inline) >= 3:
-                self.fences.append(self.inline)
-            self.inline = ""
+            if self.inline and len(self.code[-1]) < 3:
+                self.code.pop()
+            self.inline = False
             self.place = LINE if self.place == MIDDLE else self.place
 
     def ticks(self, run, after):
-        """Back-ticks, and the character after them. In a fence, a run with a language opens one more, a bare one closes."""
+        """Back-ticks, and the character behind them.
+
+        In a fence, a run with a language opens one more, a bare one closes.
+        """
         if self.inline:
-            self.inline = "" if run == self.inline else self.inline
-        elif not self.fences:
-            self.inline = run
-        elif self.place != MIDDLE and len(run) >= 3:
-            if after.strip():
-                self.inline = run
-            elif len(run) >= len(self.fences[-1]):
-                self.fences.pop()
+            if run == self.code[-1]:
+                self.code.pop()
+                self.inline = False
+        elif not self.code or self.place != MIDDLE and len(run) >= 3 and after.strip():
+            self.code.append(run)
+            self.inline = True
+        elif self.place != MIDDLE and len(run) >= len(self.code[-1]):
+            self.code.pop()
 
 
 # ======================================================================================================

@@ -3736,7 +3736,9 @@ REPAIRS = [
     ('{"free":' + "[" * 20000 + "]" * 20000 + "}", "Mixed", None),
     ("'" * 1001, "Bash", None),
     (r'"{\"command\": \"ls\"', "Bash", None),
-    ("{'a':1}" * 50, "Mixed", None),
+    ("{'a':1}" * 50, "Mixed", {"a": 1}),
+    ("{'a':1}" * 9 + "{'b':1}", "Mixed", None),
+    ("{'a':1}" + "{}" * 9 + "{'b':1}", "Mixed", None),
 ]
 
 # tool, arguments, coerced
@@ -3807,7 +3809,7 @@ ARGUMENT_STREAMS = [
     ("Bash", "  ", "{}"),
     ("Bash", "null", "{}"),
     ("Bash", "{}", "{}"),
-    ("Bash", " { } ", " { }"),
+    ("Bash", " { } ", "{}"),
     (
         "Bash",
         '{"command":"ls -la\\n\\u00e9","timeout":5}',
@@ -3831,6 +3833,11 @@ ARGUMENT_STREAMS = [
     ("Bash", '{"command":"ls",}', '{"command":"ls"}'),
     ("Bash", '{"command":"ls"}{"command":"ls"}', '{"command":"ls"}'),
     ("Bash", '{"command":"ls"}}', '{"command":"ls"}'),
+    ("Read", '{"pages":"","file_path":"a\\n', '{"file_path":"a\\n'),
+    ("Bash", '{"command":"ls",,}', '{"command":"ls",,}'),
+    ("Bash", '{"command":"ls" "timeout":5}', '{"command":"ls" "timeout":5}'),
+    ("Bash", '{"command":"ls"{"timeout":5}', '{"command":"ls"{"timeout":5}'),
+    ("Mixed", '{"o":{"a":"%s"},"s":"b"}' % ("x" * 99), '{"o":{"a":"%s"},"s":"b"}' % ("x" * 99)),
     ("Bash", '{"command":"ls"}' + "\n " * 20, '{"command":"ls"}'),
     ("Bash", '{}{"command":"ls"}', '{"command": "ls"}'),
     ("Bash", '{"command":"ls"} {"command":"rm"}', '{"command":"ls"} {"command":"rm"}'),
@@ -3842,9 +3849,9 @@ ARGUMENT_STREAMS = [
         '{"command":"ls","run_in_background":True}',
         '{"command":"ls", "run_in_background": true}',
     ),
-    ("Mixed", '{"i":"1","i":"2"}', '{"i":1, "i": 2}'),
+    ("Mixed", '{"i":"1","i":"2"}', '{"i":1,"i":2}'),
     ("Mixed", '{"list":["1"],"o":"{}"}', '{"list":[1],"o":{}}'),
-    ("Mixed", '{"o":{"a":"x\ny"}}', '{"o":{"a": "x\\ny"}}'),
+    ("Mixed", '{"o":{"a":"x\ny"}}', '{"o": {"a": "x\\ny"}}'),
     ("Bash", '{"command":"ls', '{"command":"ls'),
     ("Bash", '{"command":"ls"', '{"command":"ls"'),
     ("Bash", '{"command":"\\d"}', '{"command":"\\d"}'),
@@ -3857,7 +3864,7 @@ ARGUMENT_STREAMS = [
 ]
 
 
-def argument_streamed(tool, fragments, cut=False):
+def stream_arguments(tool, fragments, cut=False):
     stream = ccfix.ArgumentStream(tool, ARGUMENT_SCHEMAS.get(tool))
     text = "".join([stream.feed(fragment) for fragment in fragments]) + stream.finish(cut)
     return text, stream
@@ -3912,7 +3919,7 @@ class TestArgumentStream(unittest.TestCase):
         for tool, text, wanted in ARGUMENT_STREAMS:
             with self.subTest(text=text):
                 for fragments in splits(text):
-                    joined, stream = argument_streamed(tool, fragments)
+                    joined, stream = stream_arguments(tool, fragments)
                     self.assertEqual((joined, stream.raw), (wanted, text), fragments)
 
     def test_each_repair_is_the_same_when_streamed(self):
@@ -3921,7 +3928,7 @@ class TestArgumentStream(unittest.TestCase):
                 for fragments in (
                     splits(text) if len(text) < 100 else ([text], [text[:50], text[50:]])
                 ):
-                    joined, stream = argument_streamed(tool, fragments)
+                    joined, stream = stream_arguments(tool, fragments)
                     if wanted is None:
                         self.assertEqual(joined, text)
                     else:
@@ -3937,9 +3944,10 @@ class TestArgumentStream(unittest.TestCase):
             ("Bash", '{"command": "ls"}  ', '{"command": "ls"}'),
             ("Bash", "", ""),
             ("Bash", '{"command": "ls"}{"comm', '{"command": "ls"}'),
+            ("Mixed", '{"o":{"a":"x\ny"}}', '{"o": {"a": "x\\ny"}}'),
         ]:
             for fragments in splits(text):
-                self.assertEqual(argument_streamed(tool, fragments, cut=True)[0], wanted)
+                self.assertEqual(stream_arguments(tool, fragments, cut=True)[0], wanted)
 
     def test_strings_go_out_at_once_and_the_rest_when_whole(self):
         stream = ccfix.ArgumentStream("Bash", BASH)
@@ -3985,7 +3993,7 @@ class TestArgumentStream(unittest.TestCase):
             "x" * 30000,
             '{"s":"x"}' + " " * 30000,
         ):
-            joined, stream = argument_streamed(
+            joined, stream = stream_arguments(
                 "Mixed", [text[at : at + 3] for at in range(0, len(text), 3)]
             )
             self.assertEqual(stream.raw, text)
@@ -4109,7 +4117,7 @@ def random_fragments(dice, text):
     return fragments
 
 
-def corrupted(dice, text):
+def corrupt(dice, text):
     for _ in range(dice.randint(1, 3)):
         at = dice.randrange(len(text) + 1)
         text = dice.choice(
@@ -4158,7 +4166,7 @@ class TestArgumentFuzz(unittest.TestCase):
 
     def test_corrupted_text_is_repaired_or_stays_bad(self):
         for dice, tool, schema, _, text in self.cases(2, 1000):
-            text = corrupted(dice, text)
+            text = corrupt(dice, text)
             joined, stream = self.run_stream(dice, tool, schema, text)
             found = ccfix.fix_arguments(text, schema)
             self.assertEqual(stream.raw, text)
@@ -4219,15 +4227,22 @@ def wide(text):
 
 HERMES = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>'
 HERMES_OSLO = HERMES.replace("Paris", "Oslo")
-QWEN = "<function=get_weather>\n<parameter=city>\nParis\n</parameter>\n<parameter=days>\n3\n</parameter>\n</function>"
+QWEN = (
+    "<function=get_weather>\n<parameter=city>\nParis\n</parameter>\n"
+    "<parameter=days>\n3\n</parameter>\n</function>"
+)
 GLM = (
     "<tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value>Paris</arg_value>\n"
     "<arg_key>days</arg_key>\n<arg_value>3</arg_value>\n</tool_call>"
 )
-KIMI_ONE = '<|tool_call_begin|>functions.get_weather:0<|tool_call_argument_begin|>{"city": "Paris"}<|tool_call_end|>'
+KIMI_ONE = (
+    "<|tool_call_begin|>functions.get_weather:0"
+    '<|tool_call_argument_begin|>{"city": "Paris"}<|tool_call_end|>'
+)
 KIMI = "<|tool_calls_section_begin|>" + KIMI_ONE + "<|tool_calls_section_end|>"
 DSML_ONE = (
-    '<|DSML|invoke name="get_weather">\n<|DSML|parameter name="city" string="true">Paris</|DSML|parameter>\n'
+    '<|DSML|invoke name="get_weather">\n'
+    '<|DSML|parameter name="city" string="true">Paris</|DSML|parameter>\n'
     '<|DSML|parameter name="days" string="false">3</|DSML|parameter>\n</|DSML|invoke>'
 ).replace("|", "\uff5c")
 DSML = "<\uff5cDSML\uff5cfunction_calls>\n" + DSML_ONE + "\n</\uff5cDSML\uff5cfunction_calls>"
@@ -4255,10 +4270,14 @@ V31_ONE = (
 )
 V31 = wide("<|tool_calls_begin|>") + V31_ONE + wide("<|tool_calls_end|>")
 MINIMAX = (
-    '<minimax:tool_call>\n<invoke name="get_weather">\n<parameter name="city">Paris</parameter>\n</invoke>\n'
+    '<minimax:tool_call>\n<invoke name="get_weather">\n'
+    '<parameter name="city">Paris</parameter>\n</invoke>\n'
     '<invoke name="now">\n</invoke>\n</minimax:tool_call>'
 )
-HARMONY = '<|channel|>commentary to=functions.get_weather <|constrain|>json<|message|>{"city":"Paris"}<|call|>'
+HARMONY = (
+    "<|channel|>commentary to=functions.get_weather "
+    '<|constrain|>json<|message|>{"city":"Paris"}<|call|>'
+)
 JSON_CALL = '{"name": "get_weather", "%s": {"city": "Paris"}}'
 FILE = 'print("</tool_call>")\n\nx = "<tool_call>"\n</parameter>\n`'
 
@@ -4285,7 +4304,8 @@ CALLS = [  # name, text, pieces
     ("python quotes", HERMES.replace('"', "'"), call(PARIS)),
     (
         "a list",
-        '<tool_call>[{"name": "get_weather", "arguments": {"city": "Paris"}}, {"name": "now"}]</tool_call>',
+        '<tool_call>[{"name": "get_weather", "arguments": {"city": "Paris"}}, '
+        '{"name": "now"}]</tool_call>',
         call(PARIS, NOW),
     ),
     ("stuttered opening", "<tool_call>\n" + HERMES, plain_piece("<tool_call>") + call(PARIS)),
@@ -4372,6 +4392,11 @@ CALLS = [  # name, text, pieces
         "[TOOL_CALLS][" + JSON_CALL % "arguments" + "]\nDone.",
         call(PARIS) + plain_piece("Done."),
     ),
+    (
+        "mistral, a bracket behind",
+        '[TOOL_CALLS]get_weather[ARGS]{"city": "Paris"}[1] is a note',
+        call(PARIS) + plain_piece("[1] is a note"),
+    ),
     ("llama tag", "<|python_tag|>" + JSON_CALL % "parameters", call(PARIS)),
     ("llama bare", JSON_CALL % "parameters", call(PARIS)),
     (
@@ -4392,12 +4417,14 @@ CALLS = [  # name, text, pieces
     ("harmony, stop token eaten", HARMONY.replace("<|call|>", ""), call(PARIS)),
     (
         "harmony, recipient first",
-        "<|start|>assistant to=functions.now<|channel|>commentary <|constrain|>json<|message|>{}<|call|>",
+        "<|start|>assistant to=functions.now"
+        "<|channel|>commentary <|constrain|>json<|message|>{}<|call|>",
         call(NOW),
     ),
     (
         "harmony final",
-        "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>Hello <|x|>.<|return|>",
+        "<|channel|>analysis<|message|>Hm.<|end|>"
+        "<|start|>assistant<|channel|>final<|message|>Hello <|x|>.<|return|>",
         [("thinking", "Hm."), ("text", "Hello <|x|>.")],
     ),
     (
@@ -4409,7 +4436,8 @@ CALLS = [  # name, text, pieces
     ("lfm2", "<|tool_call_start|>[" + JSON_CALL % "arguments" + "]<|tool_call_end|>", call(PARIS)),
     (
         "cohere",
-        '<|START_ACTION|>[{"tool_call_id": "0", "tool_name": "now", "parameters": {}}]<|END_ACTION|>',
+        '<|START_ACTION|>[{"tool_call_id": "0", "tool_name": "now", "parameters": {}}]'
+        "<|END_ACTION|>",
         call(NOW),
     ),
 ]
@@ -4500,7 +4528,7 @@ SOUP = [
 ] + [wide("<|tool_calls_begin|>"), wide("<|tool_sep|>"), DSML_ONE[:20], DSML_ONE[-20:]]
 
 
-def joined(pieces):
+def join_pieces(pieces):
     """Pieces with neighbours of a kind joined, and arguments read."""
     out = []
     for kind, value in pieces:
@@ -4512,7 +4540,7 @@ def joined(pieces):
     return out
 
 
-def scanned(deltas, tools=OFFERED):
+def scan_deltas(deltas, tools=OFFERED):
     """What a caller makes of deltas who feeds only what may matter."""
     calls, out = ccfix.TextCalls(tools), []
     for delta in deltas:
@@ -4520,10 +4548,10 @@ def scanned(deltas, tools=OFFERED):
             out += calls.feed(delta)
         else:
             out.append(("text", delta))
-    return joined(out + calls.finish())
+    return join_pieces(out + calls.finish())
 
 
-def in_any_split(text):
+def split_anyhow(text):
     """The text whole, cut in two at each place, and in single characters."""
     yield [text]
     yield list(text)
@@ -4537,14 +4565,14 @@ class TestTextCalls(unittest.TestCase):
     def test_calls_are_found_in_any_split(self):
         for name, text, pieces in CALLS:
             with self.subTest(name):
-                for deltas in in_any_split(text):
-                    self.assertEqual(scanned(deltas), pieces, deltas)
+                for deltas in split_anyhow(text):
+                    self.assertEqual(scan_deltas(deltas), pieces, deltas)
 
     def test_prose_stays_as_it_is_in_any_split(self):
         for name, text in PROSE:
             with self.subTest(name):
-                for deltas in in_any_split(text):
-                    self.assertEqual(scanned(deltas), plain_piece(text), deltas)
+                for deltas in split_anyhow(text):
+                    self.assertEqual(scan_deltas(deltas), plain_piece(text), deltas)
 
     def test_values_take_the_type_of_their_schema(self):
         for key, written, value in [
@@ -4572,7 +4600,7 @@ class TestTextCalls(unittest.TestCase):
                     key,
                     written,
                 )
-                self.assertEqual(scanned([text]), call(("get_weather", {key: value})))
+                self.assertEqual(scan_deltas([text]), call(("get_weather", {key: value})))
 
     def test_dsml_says_itself_what_is_a_string(self):
         parameter = (
@@ -4590,7 +4618,7 @@ class TestTextCalls(unittest.TestCase):
                 + parameter % (verbatim, written)
                 + "</\uff5cDSML\uff5cinvoke>"
             )
-            self.assertEqual(scanned([text]), call(("get_weather", {"days": value})))
+            self.assertEqual(scan_deltas([text]), call(("get_weather", {"days": value})))
 
     def test_prose_is_not_held_longer_than_needed(self):
         calls = ccfix.TextCalls(OFFERED)
@@ -4605,7 +4633,7 @@ class TestTextCalls(unittest.TestCase):
             ("\n<tool_call>no ", []),
             ("<b", plain_piece("\n<tool_call>no <b")),
         ]:
-            self.assertEqual(joined(calls.feed(delta)), out, delta)
+            self.assertEqual(join_pieces(calls.feed(delta)), out, delta)
         self.assertFalse(calls.held)
 
     def test_prose_in_the_middle_of_a_line_need_not_be_fed(self):
@@ -4618,8 +4646,10 @@ class TestTextCalls(unittest.TestCase):
         self.assertEqual(out, [])
         for _ in range(70):
             out += calls.feed("x" * 4096)
-        self.assertEqual(joined(out)[0], ("text", text + "x" * len(joined(out)[0][1][len(text) :])))
-        self.assertGreater(len(joined(out)[0][1]), 1 << 18)
+        self.assertEqual(
+            join_pieces(out)[0], ("text", text + "x" * len(join_pieces(out)[0][1][len(text) :]))
+        )
+        self.assertGreater(len(join_pieces(out)[0][1]), 1 << 18)
         self.assertFalse(calls.held)
 
     def test_any_soup_is_text_or_calls_and_no_split_changes_it(self):
@@ -4627,9 +4657,9 @@ class TestTextCalls(unittest.TestCase):
         for _ in range(300):
             pieces = [rng.choice(SOUP) for _ in range(rng.randrange(1, 25))]
             text = "".join(pieces)
-            whole = scanned([text])
-            self.assertEqual(scanned(pieces), whole, text)
-            self.assertEqual(scanned(list(text)), whole, text)
+            whole = scan_deltas([text])
+            self.assertEqual(scan_deltas(pieces), whole, text)
+            self.assertEqual(scan_deltas(list(text)), whole, text)
             if all(kind != "call" for kind, _ in whole):
                 self.assertEqual(whole, plain_piece(text) if text else [])
 
@@ -4637,7 +4667,7 @@ class TestTextCalls(unittest.TestCase):
         for name, text, pieces in CALLS:
             made = [value for kind, value in pieces if kind == "call"]
             for end in range(len(text)):
-                found = [value for kind, value in scanned([text[:end]]) if kind == "call"]
+                found = [value for kind, value in scan_deltas([text[:end]]) if kind == "call"]
                 for (tool, arguments), (wanted, whole) in zip(
                     found, made
                 ):  # GLM writes no end of the parameters
@@ -4663,8 +4693,8 @@ class TestTextCalls(unittest.TestCase):
             for head in ("", opening):
                 text = head + piece * (12000 // len(piece))
                 start = time.process_time()
-                scanned([text[at : at + 5] for at in range(0, len(text), 5)])
-                scanned([text])
+                scan_deltas([text[at : at + 5] for at in range(0, len(text), 5)])
+                scan_deltas([text])
                 self.assertLess(time.process_time() - start, 2, (head, piece))
 
 
