@@ -5042,17 +5042,18 @@ def apply_lesson(profile, changes):
     )
 
 
-# ======================================================================================================
+# ==================================================================================================
 # 9  Upstream: connections to the provider, kept alive
-# ======================================================================================================
+# ==================================================================================================
 #
 #     Upstream.open -> Line.ask -> http.client -> Line.sendall, Line.readinto -> socket
-#     Reply.blocks  <- inflate <- Dechunker or Counter <- Line.file <- Line.readinto
+#     Reply.blocks  <- inflate <- Dechunker <- Line.file <- Line.readinto
 #
-# http.client writes requests and reads the heads of answers; urllib says which proxy is on the way. Under
-# them is no socket but a Line, which waits through the client's `wait`: so a client that leaves is noticed,
-# and pings go out, wherever http.client happens to read. Bodies are read past http.client: its reader of
-# chunks takes 13 us a chunk where the Dechunker takes 5, and it accepts sizes such as -5, 0x5 and 1_0.
+# http.client writes requests and reads the heads of answers; urllib says which proxy is on the way.
+# Under them is no socket but a Line, which waits through the client's `wait`: so a client that
+# leaves is noticed, and pings go out, wherever http.client happens to read. Bodies are read past
+# http.client: its reader of chunks takes 13 us a chunk where the Dechunker takes 5, and it accepts
+# sizes such as -5, 0x5 and 1_0.
 
 READ_SIZE = 16384  # one TLS record; every waiting thread holds one
 SEND_SIZE = 1 << 18
@@ -5085,12 +5086,12 @@ def host_port(host, port):
 
 
 def url_origin(url):
-    """(scheme, host, port) of an http(s) URL; ValueError for anything else. A name with other letters
-    is given in the ASCII form that DNS, TLS and the Host field take (RFC 5890)."""
+    """(scheme, host, port) of an http(s) URL; ValueError for anything else. A name with other
+    letters is given in the ASCII form that DNS, TLS and the Host field take (RFC 5890)."""
     parts = urllib.parse.urlsplit(url)
-    if parts.scheme not in PORTS or not parts.hostname:
-        raise ValueError(url)
-    host = parts.hostname.encode("idna").decode("ascii")
+    host = (parts.hostname or "").encode("idna").decode("ascii")
+    if parts.scheme not in PORTS or not re.fullmatch("[!-~]+", host):
+        raise ValueError("not an http(s) URL")
     return parts.scheme, host, parts.port or PORTS[parts.scheme]
 
 
@@ -5101,31 +5102,33 @@ def basic_auth(parts):
 
 
 def find_way(scheme, host, port):
-    """The Way to an origin by HTTP(S)_PROXY, ALL_PROXY and NO_PROXY, or the settings of macOS and Windows."""
+    """The Way to an origin by HTTP(S)_PROXY, ALL_PROXY and NO_PROXY, or the settings of macOS and
+    Windows."""
     proxies, bypass = urllib.request.getproxies(), urllib.request.proxy_bypass
     proxy = proxies.get(scheme) or proxies.get("all")
     if not proxy or LOOPBACK.match(host) or bypass(host_port(host, port)):
         return Way(scheme, host, port)
     setting, (kind, _, place) = scheme.upper() + "_PROXY", proxy.rpartition("://")
-    # The ssl module cannot run TLS with the origin inside TLS with the proxy, and to talk plainly to a
-    # proxy that is written with https:// would show its password to the network.
+    # The ssl module cannot run TLS with the origin inside TLS with the proxy, and to talk plainly
+    # to a proxy that is written with https:// would show its password to the network.
     if kind.lower() not in ("", "http"):
-        said = "%s:// proxies are not supported: write http:// in %s if yours takes plain HTTP, as most do"
         raise UpstreamError(
-            said % (kind, setting) + ", or name %s in NO_PROXY" % host, kind="connect"
+            "%s:// proxies are not supported: write http:// in %s if yours takes plain HTTP, as "
+            "most do, or name %s in NO_PROXY" % (kind, setting, host),
+            kind="connect",
         )
-    parts = urllib.parse.urlsplit("http://" + place)
     try:
         address = url_origin("http://" + place)[1:]
     except ValueError:
         said = "the proxy setting for %s has no valid host and port: correct %s" % (host, setting)
         raise UpstreamError(said, kind="connect")
+    parts = urllib.parse.urlsplit("http://" + place)
     return Way(scheme, host, port, address, basic_auth(parts) if parts.username else "")
 
 
 def poll_socket(sock, seconds, read=True, write=False):
-    """Waits until `sock` can be read (or written, as asked). True: it can; False: the seconds are over.
-    Without a socket (None) it sleeps."""
+    """Waits until `sock` can be read (or written, as asked). True: it can; False: the seconds are
+    over. Without a socket (None) it sleeps."""
     if sock is None:
         time.sleep(seconds)
         return True
@@ -5137,9 +5140,9 @@ def poll_socket(sock, seconds, read=True, write=False):
 
 
 def request_parts(way, url, headers):
-    """(request target, header fields) as they go out. UpstreamError if a setting brought something into
-    them that HTTP forbids: http.client's own error would quote the value, and that may be an API key.
-    """
+    """(request target, header fields) as they go out. UpstreamError if a setting brought something
+    into them that HTTP forbids: http.client's own error would quote the value, and that may be an
+    API key."""
     parts = urllib.parse.urlsplit(url)
     target = (parts.path or "/") + ("?" + parts.query if parts.query else "")
     framing = ("content-length", "transfer-encoding")  # http.client's business
@@ -5156,36 +5159,36 @@ def request_parts(way, url, headers):
         if not FIELD.fullmatch(name + ":" + fields[name])
     ]
     if wrong or not re.fullmatch("[!-~]+", target):
-        said = (
-            "%s to the provider has a line break or another character that HTTP forbids: check the setting "
-            "(an API key?) it comes from" % (wrong or ["the URL"])[0]
+        raise UpstreamError(
+            "%s to the provider has a line break or another character that HTTP forbids: check the "
+            "setting (an API key?) it comes from" % (wrong or ["the URL"])[0],
+            500,
+            kind="request",
         )
-        raise UpstreamError(said, 500, kind="request")
     return target, fields
 
 
 class Head(http.client.HTTPResponse):
-    """The head of an answer, after any interim ones: status, reason, headers, chunked, length, will_close.
-    ValueError, beside http.client's own errors, where nobody can say how long the body is."""
+    """The head of an answer, after any interim ones: status, reason, headers, chunked, length,
+    will_close. ValueError, beside http.client's own errors, where nobody can say how long the body
+    is."""
 
     def begin(self):
         while self.headers is None or 100 <= self.status < 200 and self.status != 101:
             self.headers = None
             http.client.HTTPResponse.begin(self)
-        # After a malformed line the email parser takes all others for a body, the framing with them.
+        # After a malformed line the email parser takes all others for a body, the framing with
+        # them.
         if self.headers.defects:
             raise ValueError("a malformed field in its head")
-        # Contradictions are errors, not something to choose from (RFC 9112, 6.3). http.client would take
-        # the first of two lengths, and "+5" for 5.
-        codings = self.headers.get_all("Transfer-Encoding", ())
-        lengths = ",".join(self.headers.get_all("Content-Length", ())).replace(" ", "").split(",")
-        if (
-            ",".join(codings).lower() not in ("", "identity", "chunked")
-            or self.chunked
-            and lengths[0]
-        ):
+        # Contradictions are errors, not something to choose from (RFC 9112, 6.3). http.client
+        # itself takes the first of two lengths, "+5" for 5, and "chunked " for no coding at all.
+        coding = ",".join(self.headers.get_all("Transfer-Encoding", ())).strip().lower()
+        lengths = {length.strip() for length in self.headers.get_all("Content-Length", ())}
+        self.chunked = coding == "chunked"
+        if coding not in ("", "identity", "chunked") or self.chunked and lengths:
             raise ValueError("a Transfer-Encoding that cannot be")
-        if len(set(lengths)) > 1 or not re.fullmatch("[0-9]{0,18}", lengths[0]):
+        if len(lengths) > 1 or not all(re.fullmatch("[0-9]{1,18}", length) for length in lengths):
             raise ValueError("a Content-Length that is not one number")
 
 
@@ -5199,9 +5202,9 @@ class Inlet(io.BufferedReader):
 class Line(io.RawIOBase):
     """A connection, in the form in which http.client uses a socket: sendall, makefile, close.
 
-    The socket never blocks; all waiting goes through `wait(sock, seconds)`. It gives True when the socket
-    can be read, False when the seconds are over; what it raises (ClientGone) comes through http.client.
-    Whoever gets an exception from a method must end the line.
+    The socket never blocks; all waiting goes through `wait(sock, seconds)`. It gives True when the
+    socket can be read, False when the seconds are over; what it raises (ClientGone) comes through
+    http.client. Whoever gets an exception from a method must end the line.
     """
 
     def __init__(self, sock, way):
@@ -5216,8 +5219,8 @@ class Line(io.RawIOBase):
     def begin(self, wait, timeout):
         self.wait = wait  # None: only what is there is read
         self.timeout = timeout  # seconds that a silence may last
-        # Monotonic time by which what is read must have come to its end, within MAX_HEAD bytes. None: a body,
-        # which may go on for as long as something comes.
+        # Monotonic time by which what is read must have come to its end, within MAX_HEAD bytes.
+        # None: a body, which may go on for as long as something comes.
         self.deadline = None
         self.came = 0  # bytes of the current answer, interim ones included
         self.ended = False  # the other side has closed
@@ -5237,8 +5240,8 @@ class Line(io.RawIOBase):
         return True
 
     def readinto(self, buffer):
-        """The next bytes into `buffer` -> their number, 0 at the end of the connection, None if `wait` is
-        None and nothing is there (or only a TLS session ticket)."""
+        """The next bytes into `buffer` -> their number, 0 at the end of the connection, None if
+        `wait` is None and nothing is there (or only a TLS session ticket)."""
         while True:
             if self.wait:
                 self.await_bytes()
@@ -5270,25 +5273,20 @@ class Line(io.RawIOBase):
             raise self.stuck(seen)
 
     def look(self):
-        """What has come and is not read yet, without waiting for more."""
+        """What has come and is not read yet, without waiting for more; None where the connection is
+        over."""
         wait, self.wait = self.wait, None
         try:
-            return self.file.peek(1)
+            return self.file.peek(1) or (None if self.ended else b"")
+        except UpstreamError:
+            return None
         finally:
             self.wait = wait
 
-    def is_quiet(self):
-        """Whether nothing has come, not even the end: what comes next will answer the next request."""
-        self.begin(None, 0.0)
-        try:
-            return not (self.file.peek(1) or self.ended)
-        except UpstreamError:
-            return False
-
     def sendall(self, data):
-        """Sends `data`, or (then it is not `whole`) as much as the other side takes before it closes or
-        answers: a 413 may come before the end of the request."""
-        view, moved = memoryview(data), time.monotonic()
+        """Sends `data`, or (then it is not `whole`) as much as the other side takes before it
+        closes or answers: a 413 may come before the end of the request."""
+        view, moved, early = memoryview(data), time.monotonic(), b""
         while view and self.whole:
             try:
                 view = view[self.sock.send(view[:SEND_SIZE]) :]
@@ -5299,18 +5297,19 @@ class Line(io.RawIOBase):
             except OSError:  # it may have answered before it hung up: who reads will see
                 self.whole = False
                 return
+            poll_socket(self.sock, SLICE_SECONDS, read=not early, write=True)
             self.wait(self.sock, 0)  # for the client's sake
             early = self.look()
             # HTTP/1.1 1.. is an interim answer: the real one is still to come (RFC 9110, 15.2).
-            self.whole = not self.ended and early[9:10] in b"1"
+            self.whole = early is not None and early[9:10] in b"1"
             if time.monotonic() - moved > self.timeout:
                 raise self.stuck("took no byte of the request for")
-            poll_socket(self.sock, SLICE_SECONDS, read=not early, write=True)
 
     def ask(self, method, target, fields, body, wait, timeout):
         """Sends a request and reads the head of the answer, which has `timeout` seconds -> Head."""
         self.begin(wait, timeout)
-        # A new one for each request: the line is what is kept, and http.client's states go with the answer.
+        # A new one for each request: the line is what is kept, and http.client's states go with the
+        # answer.
         connection = http.client.HTTPConnection(self.way.host, self.way.port)
         connection.default_port = PORTS[self.way.scheme]
         connection.response_class, connection.sock = Head, self
@@ -5318,9 +5317,8 @@ class Line(io.RawIOBase):
             connection.request(method, target, body, fields)
             self.deadline = time.monotonic() + timeout
             start = self.file.peek(1)[:40]
-            if not start.startswith(
-                b"HTTP/"[: len(start)]
-            ):  # else it would wait for the end of a line
+            # http.client would wait for the end of a line, whatever it begins with.
+            if not start.startswith(b"HTTP/"[: len(start)]):
                 raise self.garbage("it begins with " + ascii(start)[1:], start.startswith(b"\x15"))
             head = connection.getresponse()
         except (http.client.HTTPException, ValueError) as error:
@@ -5329,8 +5327,8 @@ class Line(io.RawIOBase):
         return head
 
     def handshake(self, context, seconds):
-        """TLS from here on, through the proxy if there is one. OSError, ValueError (ssl.CertificateError on
-        Python 3.6)."""
+        """TLS from here on, through the proxy if there is one. OSError, ValueError
+        (ssl.CertificateError on Python 3.6)."""
         end = time.monotonic() + seconds
         self.sock = context.wrap_socket(
             self.sock, server_hostname=self.way.host, do_handshake_on_connect=False
@@ -5353,12 +5351,8 @@ class Line(io.RawIOBase):
     def garbage(self, seen, alert=False):
         """alert: the answer is one of TLS."""
         advice = "it expects TLS; write https:// in" if alert else "check host and port of"
-        said = "%s does not answer with proper HTTP (%s): %s the base URL" % (
-            self.peer,
-            seen,
-            advice,
-        )
-        return UpstreamError(said, kind="cut")
+        said = "%s does not answer with proper HTTP (%s): %s the base URL"
+        return UpstreamError(said % (self.peer, seen, advice), kind="cut")
 
     def cut(self, seen):
         when = "in the middle of its answer" if self.came else "before it answered"
@@ -5369,19 +5363,20 @@ class Line(io.RawIOBase):
 class Dechunker:
     """Undoes chunked framing (RFC 9112, 7.1), however it was split on its way.
 
-    A size line is taken with the line break before it, which ends the chunk before; that is why it all
-    begins with one. left: bytes of a chunk that are to come; tail: the unfinished line between two chunks
-    (one of them is always empty); done: the end was seen; rest: what came after it.
+    A size line is taken with the line break before it, which ends the chunk before; that is why it
+    all begins with one. left: bytes of a chunk that are to come; tail: the unfinished line between
+    two chunks (one of them is always empty), or, when it is `done`, what came after the end.
     """
 
     SIZE_LINE = re.compile(rb"\r?\n([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\r\n]*)?\r?\n")
     TRAILERS = re.compile(rb"(?:[^\r\n][^\n]*\n)*\r?\n")
 
     def __init__(self):
-        self.left, self.tail, self.done, self.rest = 0, b"\r\n", False, b""
+        self.left, self.tail, self.done = 0, b"\r\n", False
 
     def feed(self, data):
-        """The payload in `data`, however many chunks it spans, as one piece. ValueError for bad framing."""
+        """The payload in `data`, however many chunks it spans, as one piece. ValueError for bad
+        framing."""
         data, at = self.tail + data, self.left
         pieces, end, self.tail = [data[:at]], len(data), b""
         while at < end:
@@ -5398,19 +5393,17 @@ class Dechunker:
         return b"".join(pieces)
 
     def stop(self, data, at, line):
-        """Takes what begins no chunk with payload: the last chunk and its trailers, or a part of a line."""
+        """Takes what begins no chunk with payload: the last chunk and its trailers, or a part of a
+        line."""
         last = line and self.TRAILERS.match(data, line.end())
-        if last:
-            self.done, self.rest = True, data[last.end() :]
-            return
-        self.tail = data[at:]
-        if len(self.tail) > READ_SIZE or not line and b"\n" in self.tail[2:]:
+        self.done, self.tail = bool(last), data[last.end() if last else at :]
+        if not last and (len(self.tail) > READ_SIZE or not line and b"\n" in self.tail[2:]):
             raise ValueError("a chunk of the body has no valid size")
 
 
 def inflate(pieces):
-    """The decompressed `pieces` of gzip or zlib, each as soon as it is there, at most BLOCK_SIZE bytes at a
-    time. zlib.error: damaged; ValueError: cut off."""
+    """The decompressed `pieces` of gzip or zlib, each as soon as it is there, at most BLOCK_SIZE
+    bytes at a time. zlib.error: damaged; ValueError: cut off."""
     inflater, begun = zlib.decompressobj(zlib.MAX_WBITS | 32), False
     for piece in pieces:
         begun, block = True, b""
@@ -5425,11 +5418,11 @@ def inflate(pieces):
 
 
 class Reply:
-    """An answer whose head has come: status, headers (get() of any case, items()) and the body, to be read
-    once.
+    """An answer whose head has come: status, headers (get() of any case, items()) and the body, to
+    be read once.
 
-    Whoever opened it calls close(), in `finally`, whatever was raised; finish() before that if the rest of
-    the body is not wanted but short.
+    Whoever opened it calls close(), in `finally`, whatever was raised; finish() before that if the
+    rest of the body is not wanted but short.
     """
 
     def __init__(self, upstream, line, head):
@@ -5437,19 +5430,20 @@ class Reply:
         self.upstream, self.line = upstream, line
         self.chunks = Dechunker() if head.chunked else None
         self.left = head.length  # bytes of the body to come; None: that is not known
-        # Only a body whose end is certain leaves a connection on which the next answer begins. http.client
-        # says will_close for one without a length; some servers send a body with 204 all the same.
+        # Only a body whose end is certain leaves a connection on which the next answer begins.
+        # http.client says will_close for one without a length; some servers send a body with 204
+        # all the same.
         clean = head.status >= 200 and head.status not in (204, 205, 304)
         self.keep = clean and line.whole and not head.will_close
 
     def blocks(self):
-        """Generates the body's bytes as they arrive, whatever one read brought. UpstreamError (timeout, cut,
-        body), ClientGone."""
+        """Generates the body's bytes as they arrive, whatever one read brought. UpstreamError
+        (timeout, cut, body), ClientGone."""
         coding, peer = self.headers.get("Content-Encoding", "").strip().lower(), self.line.peer
         if coding not in ("", "identity", "gzip", "x-gzip", "deflate"):
             raise UpstreamError(
-                "%s compresses its answer with %s although it was asked not to: only gzip and deflate can "
-                "be read" % (peer, ascii(coding)),
+                "%s compresses its answer with %s although it was asked not to: only gzip and "
+                "deflate can be read" % (peer, ascii(coding)),
                 kind="body",
             )
         try:
@@ -5470,7 +5464,7 @@ class Reply:
             if self.chunks:
                 data = self.chunks.feed(data)
                 self.left = 0 if self.chunks.done else None
-            elif self.left or not data:
+            elif self.left or not data:  # else it ends with the connection
                 self.left = (self.left or 0) - len(data)
             if data:
                 yield data
@@ -5483,15 +5477,16 @@ class Reply:
             size += len(block)
             if size > limit:
                 raise UpstreamError(
-                    "the answer of %s is longer than %d bytes: that is not a chat completion; check the "
-                    "base URL" % (self.line.peer, limit),
+                    "the answer of %s is longer than %d bytes: that is not a chat completion; "
+                    "check the base URL" % (self.line.peer, limit),
                     kind="body",
                 )
         return b"".join(blocks)
 
     def finish(self):
-        """close(), but first throws away the end of the body if it is there or comes at once: a stream is
-        done at its [DONE], and the last chunk, which comes after it, saves the connection."""
+        """close(), but first throws away the end of the body if it is there or comes at once: a
+        stream is done at its [DONE], and the last chunk, which comes after it, saves the
+        connection."""
         if self.line and self.keep:
             self.line.begin(poll_socket, 0.0)
             self.line.deadline = time.monotonic() + DRAIN_SECONDS
@@ -5501,10 +5496,11 @@ class Reply:
         self.close()
 
     def close(self):
-        """Keeps the connection for the next request if nothing of this answer is left on it, else ends it."""
+        """Keeps the connection for the next request if nothing of this answer is left on it, else
+        ends it."""
         line, self.line = self.line, None
-        surplus = self.chunks and self.chunks.rest
-        if line and self.keep and self.left == 0 and not surplus and line.is_quiet():
+        surplus = self.chunks and self.chunks.tail
+        if line and self.keep and self.left == 0 and not surplus and line.look() == b"":
             self.upstream.keep(line)
         elif line:
             self.upstream.drop(line)
@@ -5513,8 +5509,9 @@ class Reply:
 def redirect_target(method, url, reply):
     """The URL that a redirect leads to, "" if it is none to follow.
 
-    Only on the same scheme, host and port, or from http to https on their own ports: the key must not go
-    anywhere else. A POST follows only the two that keep it a POST (RFC 9110, 15.4.8 and 15.4.9).
+    Only on the same scheme, host and port, or from http to https on their own ports: the key must
+    not go anywhere else. A POST follows only the two that keep it a POST (RFC 9110, 15.4.8 and
+    15.4.9).
     """
     if reply.status not in (307, 308) and not (reply.status in (301, 302) and method == "GET"):
         return ""
@@ -5534,21 +5531,23 @@ def connect_error(way, error):
     untrusted = isinstance(error, ssl.CertificateError) or "CERTIFICATE_VERIFY_FAILED" in words
     if untrusted:
         said = (
-            "%s shows a certificate that is not trusted here (%s): if a company proxy or a private CA "
-            "signed it, name the CA's file in SSL_CERT_FILE or --ca-bundle (NODE_EXTRA_CA_CERTS is for "
-            "Node only)"
+            "%s shows a certificate that is not trusted here (%s): if a company proxy or a private "
+            "CA signed it, name the CA's file in SSL_CERT_FILE or --ca-bundle (NODE_EXTRA_CA_CERTS "
+            "is for Node only)"
         )
     elif isinstance(error, ssl.SSLError):
         said = "no TLS with %s (%s): if it is a plain HTTP server, write http:// in the base URL"
     elif way.proxy:
         place = "the proxy " + host_port(*way.proxy)
         said = (
-            "%s cannot be reached (%s): check HTTPS_PROXY and HTTP_PROXY, or name "
-            + way.host
-            + " in NO_PROXY"
+            "%s cannot be reached (%s): check HTTPS_PROXY and HTTP_PROXY, or name the host in "
+            "NO_PROXY"
         )
     elif isinstance(error, (socket.gaierror, UnicodeError)):
-        said = "the host name of %s cannot be resolved (%s): check the base URL, the network and any proxy"
+        said = (
+            "the host name of %s cannot be resolved (%s): check the base URL, the network and any "
+            "proxy"
+        )
     else:
         said = (
             "%s cannot be reached (%s): check that the server runs and that the base URL is right"
@@ -5563,7 +5562,10 @@ def proxy_refusal(way, status, reason):
         % (host_port(*way.proxy), host_port(way.host, way.port), status, ascii(reason)[1:-1])
     )
     if status == 407:
-        said = "the proxy %s wants a name and password (407): %s_PROXY needs user:password@ before its host"
+        said = (
+            "the proxy %s wants a name and password (407): %s_PROXY needs user:password@ before "
+            "its host"
+        )
         said %= host_port(*way.proxy), way.scheme.upper()
     return UpstreamError(said, kind="connect", retry=status >= 500)
 
@@ -5572,7 +5574,8 @@ class Upstream:
     """Connections to providers, kept and shared by all threads.
 
     ca_bundle: PEM file or folder, trusted besides the system's; client_cert: "cert.pem" or
-    "cert.pem,key.pem"; timeout, connect_timeout, idle (for which an unused connection is kept): seconds.
+    "cert.pem,key.pem"; timeout, connect_timeout, idle (for which an unused connection is kept):
+    seconds.
     """
 
     def __init__(
@@ -5591,19 +5594,18 @@ class Upstream:
         self.pool = {}  # Way -> idle lines, the latest used last
         self.live = set()  # every line, idle or in use
         self.ways = {}  # (scheme, host, port) -> (monotonic time until which it holds, Way)
-        self.context_lock, self.context = (
-            threading.Lock(),
-            None,
-        )  # the SSLContext, once it was needed
+        self.context = None  # the SSLContext, once it was needed
+        self.context_lock = threading.Lock()
 
     def open(self, method, url, headers, body=None, wait=None, timeout=None):
-        """Sends a request (body: bytes or None) -> a Reply, once its head has come; redirects on one host
-        are followed.
+        """Sends a request (body: bytes or None) -> a Reply, once its head has come; redirects on
+        one host are followed.
 
-        wait(sock, seconds) is called for every silence: True if the socket can be read, False if the seconds
-        are over; sock is None where there is no socket to look at; what it raises (ClientGone) ends the
-        connection and comes through. UpstreamError kinds: connect; timeout (504: silence of `timeout`
-        seconds); cut; body (cannot be decoded); request (a setting holds what HTTP forbids, 500).
+        wait(sock, seconds) is called for every silence: True if the socket can be read, False if
+        the seconds are over; sock is None where there is no socket to look at; what it raises
+        (ClientGone) ends the connection and comes through. UpstreamError kinds: connect; timeout
+        (504: silence of `timeout` seconds); cut; body (cannot be decoded); request (a setting holds
+        what HTTP forbids, 500).
         """
         wait, timeout = wait or poll_socket, timeout or self.timeout
         for left in range(MAX_REDIRECTS, -1, -1):
@@ -5629,14 +5631,14 @@ class Upstream:
                 return Reply(self, line, head)
             except BaseException as error:
                 self.drop(line)
-                # A kept connection was closed just as we took it (RFC 9112, 9.3.1): the one failure after
-                # which asking again is surely right.
+                # A kept connection was closed just as we took it (RFC 9112, 9.3.1): the one failure
+                # after which asking again is surely right.
                 if not kept or line.came or getattr(error, "kind", "") != "cut":
                     raise
 
     def way_to(self, url):
-        """The Way to a URL; looked up once a minute, as that reads the whole environment (or the Windows
-        registry)."""
+        """The Way to a URL; looked up once a minute, as that reads the whole environment (or the
+        Windows registry)."""
         try:
             place = url_origin(url)
         except ValueError:  # its text may hold a part of the URL, and that a password
@@ -5656,7 +5658,7 @@ class Upstream:
             with self.lock:
                 lines = self.pool.get(way)
                 line = lines.pop() if lines else None
-            if not line or line.is_quiet():
+            if not line or line.look() == b"":
                 return line
             self.drop(line)
 
@@ -5673,14 +5675,17 @@ class Upstream:
     def dial(self, way, wait):
         """A new Line, to the proxy if there is one. UpstreamError of kind connect, ClientGone.
 
-        A thread of its own connects, since to look up a name cannot be interrupted and does not look at
-        the client. Whoever cannot wait for it leaves it to close what it made.
+        A thread of its own connects, since to look up a name cannot be interrupted and does not
+        look at the client. Whoever cannot wait for it leaves it to close what it made.
         """
         made, failed, left = [], [], []
 
-        def run():
+        def connect():
             try:
                 made.append(socket.create_connection(address, self.connect_timeout))
+                made[0].setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                made[0].setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                made[0].setblocking(False)
             except (OSError, ValueError) as error:  # ValueError: a host name that is none
                 failed.append(error)
             if left:
@@ -5691,7 +5696,7 @@ class Upstream:
                 sock.close()
 
         address = way.proxy or (way.host, way.port)
-        thread = threading.Thread(target=run, daemon=True)
+        thread = threading.Thread(target=connect, daemon=True)
         thread.start()
         try:
             while thread.is_alive():
@@ -5704,9 +5709,6 @@ class Upstream:
         if failed:
             raise connect_error(way, failed[0])
         line = Line(made[0], way)
-        line.sock.setblocking(False)
-        line.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        line.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         with self.lock:
             self.live.add(line)
             closed = self.closed
@@ -5742,7 +5744,7 @@ class Upstream:
             raise proxy_refusal(way, head.status, head.reason)
 
     def tls(self):
-        """The one SSLContext, made when it is first needed: loading the certificates takes 25 ms."""
+        """The one SSLContext, made when it is first needed: loading certificates takes 25 ms."""
         with self.context_lock:
             self.context = self.context or self.new_context()
             return self.context
@@ -5759,7 +5761,8 @@ class Upstream:
                 context.load_cert_chain(*self.client_cert.split(",", 1))
         except OSError as error:
             raise UpstreamError(
-                "the CA bundle %s or the client certificate %s cannot be loaded (%s): it must be a PEM file"
+                "the CA bundle %s or the client certificate %s cannot be loaded (%s): it must be a "
+                "PEM file"
                 % (ascii(self.ca_bundle), ascii(self.client_cert), error.strerror or error),
                 500,
                 kind="request",
@@ -5770,7 +5773,7 @@ class Upstream:
 
     def keep(self, line):
         """Takes a line back on which nothing is under way."""
-        line.since = time.monotonic()
+        line.wait, line.since = None, time.monotonic()
         with self.lock:
             lines = self.pool.setdefault(line.way, [])
             if not self.closed and len(lines) < KEPT_LINES:
