@@ -5054,6 +5054,9 @@ def apply_lesson(profile, changes):
 # leaves is noticed, and pings go out, wherever http.client happens to read. Bodies are read past
 # http.client: its reader of chunks takes 13 us a chunk where the Dechunker takes 5, and it accepts
 # sizes such as -5, 0x5 and 1_0.
+#
+# The life of a Line: dial, with TLS secure, then ask -> Reply -> keep, kept, ask -> Reply -> ...
+# until something is wrong with it, or it was idle for too long: drop.
 
 READ_SIZE = 16384  # one TLS record; every waiting thread holds one
 SEND_SIZE = 1 << 18
@@ -5067,7 +5070,9 @@ WAY_SECONDS = 60  # how long a look-up of the system's proxy settings holds
 MAX_REDIRECTS = 3
 
 PORTS = {"http": 80, "https": 443}
+# What a socket that never blocks says instead of waiting.
 NOTHING_YET = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+# "name:value" as it may go out: visible ASCII, then what RFC 9110, 5.5 allows, of latin-1.
 FIELD = re.compile(r"[!-9;-~]+:[\t -~\x80-\xff]*")
 
 
@@ -5082,6 +5087,7 @@ class Way(NamedTuple):
 
 
 def host_port(host, port):
+    """host:port as in a URL, where an IPv6 address has brackets."""
     return ("[%s]:%d" if ":" in host else "%s:%d") % (host, port)
 
 
@@ -5153,6 +5159,7 @@ def request_parts(way, url, headers):
         target = "http://" + host_port(way.host, way.port) + target
         if way.proxy_auth:
             fields["Proxy-Authorization"] = way.proxy_auth
+    # http.client lets \0 and names with blanks pass.
     wrong = [
         "the header " + ascii(name)
         for name in fields
@@ -5217,6 +5224,7 @@ class Line(io.RawIOBase):
         self.begin(None, 0.0)
 
     def begin(self, wait, timeout):
+        """Starts an exchange: nothing is left of the one before."""
         self.wait = wait  # None: only what is there is read
         self.timeout = timeout  # seconds that a silence may last
         # Monotonic time by which what is read must have come to its end, within MAX_HEAD bytes.
@@ -5227,6 +5235,7 @@ class Line(io.RawIOBase):
         self.whole = True  # all of the request could be sent
 
     def makefile(self, *_):
+        """Always the same file: what it read too much of belongs to what comes next."""
         return self.file
 
     def close(self):
@@ -5344,17 +5353,21 @@ class Line(io.RawIOBase):
     # -- what can be wrong with it
 
     def stuck(self, seen):
+        """It is there, and does nothing. No retry: with the same patience it would take as long
+        again."""
         said = "%s %s %g s: it is overloaded or stuck; try again, or raise the timeout"
         said %= self.peer, seen, self.timeout
         return UpstreamError(said, 504, "timeout_error", kind="timeout")
 
     def garbage(self, seen, alert=False):
-        """alert: the answer is one of TLS."""
+        """What came is not an answer. alert: it is one of TLS, whose records of this kind begin
+        with 21 (RFC 8446, 5.1)."""
         advice = "it expects TLS; write https:// in" if alert else "check host and port of"
         said = "%s does not answer with proper HTTP (%s): %s the base URL"
         return UpstreamError(said % (self.peer, seen, advice), kind="cut")
 
     def cut(self, seen):
+        """It is over, before the end. The words tell a busy server's restart from a lost stream."""
         when = "in the middle of its answer" if self.came else "before it answered"
         said = "the connection to %s ended %s (%s): a fault there or in the network; try again"
         return UpstreamError(said % (self.peer, when, seen), kind="cut", retry=True)
@@ -5587,6 +5600,7 @@ class Upstream:
         insecure=False,
         idle=60.0,
     ):
+        # connect_timeout is for each address of a name, for the proxy's answer and for TLS anew.
         self.timeout, self.connect_timeout, self.idle = timeout, connect_timeout, idle
         self.ca_bundle, self.client_cert, self.insecure = ca_bundle, client_cert, insecure
         self.lock = threading.Lock()  # for closed, pool and live
@@ -5709,7 +5723,7 @@ class Upstream:
         if failed:
             raise connect_error(way, failed[0])
         line = Line(made[0], way)
-        with self.lock:
+        with self.lock:  # either close() finds it among the live ones, or it sees that it is closed
             self.live.add(line)
             closed = self.closed
         if closed:
@@ -5738,8 +5752,9 @@ class Upstream:
             fields["Proxy-Authorization"] = way.proxy_auth
         try:
             head = line.ask("CONNECT", target, fields, None, wait, self.connect_timeout)
-        except UpstreamError as error:
-            raise UpstreamError(error.message, kind="connect", retry=True)
+        except UpstreamError as error:  # whatever it was, the request itself was not sent yet
+            error.kind, error.retry = "connect", True
+            raise
         if head.status // 100 != 2:
             raise proxy_refusal(way, head.status, head.reason)
 
@@ -5750,6 +5765,7 @@ class Upstream:
             return self.context
 
     def new_context(self):
+        """By the user's settings; their mistakes show here, and not as a fault of the provider."""
         try:
             context = ssl.create_default_context()
             # Python 3.13 turned this on; many company CAs lack the extensions that it asks for.
@@ -5767,7 +5783,7 @@ class Upstream:
                 500,
                 kind="request",
             )
-        if self.insecure:
+        if self.insecure:  # in this order: ssl refuses not to verify while names are checked
             context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
         return context
 
@@ -5782,6 +5798,7 @@ class Upstream:
         self.drop(line)
 
     def drop(self, line):
+        """Ends a line, whatever its state."""
         with self.lock:
             self.live.discard(line)
         line.end()

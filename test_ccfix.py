@@ -11921,6 +11921,26 @@ class TestHangUp(HttpCase):
         sock.close()
         self.wait_until(lambda: not self.proxy.active and not self.proxy.wires[1].live, 0.8)
 
+    def test_while_connecting(self):
+        self.serve()
+        begun, answer, create = threading.Event(), threading.Event(), socket.create_connection
+
+        def create_connection(address, *rest):
+            """The provider does not accept."""
+            if address[1] == self.upstream.port:
+                begun.set()
+                answer.wait(60)
+            return create(address, *rest)
+
+        self.addCleanup(answer.set)
+        with mock.patch("socket.create_connection", create_connection):
+            sock = self.begin(request("hi"))
+            self.assertTrue(begun.wait(10))
+            self.assertEqual(self.proxy.active, 1)
+            sock.close()
+            self.wait_until(lambda: self.proxy.active == 0, 10)
+        self.assertFalse(answer.is_set())
+
     def test_while_it_reads_nothing(self):
         block = piece(deltas(*[delta(content="x" * 1000)] * 16))
 
