@@ -5419,9 +5419,8 @@ def inflate(pieces):
     bytes at a time. zlib.error: damaged; ValueError: cut off."""
     inflater, begun = zlib.decompressobj(zlib.MAX_WBITS | 32), False
     for piece in pieces:
-        begun, block = True, b""
-        # zlib may hold output back when a block is full, even if it took all of the input.
-        while not inflater.eof and (piece or len(block) == BLOCK_SIZE):
+        begun = True
+        while piece and not inflater.eof:  # what follows the end is ignored, as browsers do
             block = inflater.decompress(piece, BLOCK_SIZE)
             piece = inflater.unconsumed_tail
             if block:

@@ -7585,7 +7585,8 @@ class TestPool(UpstreamCase):
         ]
         for status in (101, 204, 205, 304):
             head = b"HTTP/1.1 %d Nothing\r\n" % status
-            rows.append((status, [head + b"Content-Length: 1\r\n\r\na"]))
+            rows.append((status, [head + b"Content-Length: 0\r\n\r\n"]))
+            rows.append(("%d with a body" % status, [head + b"Content-Length: 1\r\n\r\na"]))
             rows.append(
                 ("chunked %d" % status, [chunked(b"a").replace(b"HTTP/1.1 200 OK\r\n", head)])
             )
@@ -7641,6 +7642,28 @@ class TestPool(UpstreamCase):
         self.ask(upstream, server.url)
         self.assertEqual(self.failure(upstream, server.url).kind, "cut")
         self.assertEqual(self.connections(server), [1, 1, 2])
+
+        server, upstream = (
+            self.fake(counted(b"a"), [b"HTTP/1.1 2", CUT], counted(b"b")),
+            self.client(),
+        )
+        self.ask(upstream, server.url)  # what was heard of is not asked again
+        self.assertEqual(self.failure(upstream, server.url).kind, "cut")
+        self.assertEqual(self.connections(server), [1, 1])
+
+    def test_an_answer_that_nobody_asked_for_is_not_taken(self):
+        kept = threading.Event()
+        server, upstream = (
+            self.fake([counted(b"a"), kept, counted(b"x")], counted(b"b")),
+            self.client(),
+        )
+        self.ask(upstream, server.url)
+        (line,) = upstream.live
+        self.assertIsNone(line.wait)  # it would hold the last client
+        kept.set()
+        self.assertTrue(ccfix.poll_socket(line.sock, 10))
+        self.assertEqual(self.ask(upstream, server.url), (200, b"b"))
+        self.assertEqual(self.connections(server), [1, 2])
 
     def test_an_idle_connection_is_ended_after_its_time(self):
         server, upstream = self.fake(counted(b"a")), self.client(idle=-1.0)
@@ -7724,12 +7747,13 @@ class TestExchange(UpstreamCase):
         self.assertEqual(request.headers, wanted)
 
     def test_an_early_refusal_is_read_while_5_mb_are_being_sent(self):
-        refusal = counted(b"too large", "413 Payload Too Large", "Connection: close\r\n")
-        for reply in ([EARLY, refusal, CUT], [EARLY, refusal, threading.Event()]):
-            with self.fake(reply) as server:
-                self.assertEqual(
-                    self.ask(self.client(), server.url, body=bytes(5000000)), (413, b"too large")
-                )
+        for extra, end in (("Connection: close\r\n", CUT), ("", threading.Event())):
+            refusal = counted(b"too large", "413 Payload Too Large", extra)
+            with self.fake([EARLY, refusal, end]) as server:
+                upstream = self.client(timeout=5)
+                answer = self.ask(upstream, server.url, body=bytes(5000000))
+                self.assertEqual(answer, (413, b"too large"))
+                self.assertFalse(upstream.live)
 
     def test_an_interim_answer_does_not_stop_the_request(self):
         body, got = bytes(20000000), []
@@ -7755,6 +7779,7 @@ class TestExchange(UpstreamCase):
         server = self.fake([EARLY, threading.Event()])
         error = self.failure(self.client(timeout=0.2), server.url, body=bytes(20000000))
         self.assertEqual((error.kind, error.status, error.type), ("timeout", 504, "timeout_error"))
+        self.assertIn("took no byte of the request for 0.2 s", error.message)
 
     def test_silence_times_out(self):
         for start in ([], [b"HTTP/1.1 200 OK\r\n"], [chunked(b"one", end=b"")]):
@@ -7821,10 +7846,14 @@ class TestExchange(UpstreamCase):
             listener.listen(4)
             place = "127.0.0.1:%d" % listener.getsockname()[1]
             os.environ["https_proxy"] = "http://" + place
-            for url in ("https://%s/" % place, "https://provider.test/"):
+            rows = [
+                ("https://%s/" % place, place + " cannot be reached (timed out)"),
+                ("https://provider.test/", "the proxy %s has been silent for 0.1 s" % place),
+            ]
+            for url, words in rows:
                 error = self.failure(self.client(connect_timeout=0.1), url)
                 self.assertEqual((error.kind, error.retry), ("connect", True))
-                self.assertIn(place, error.message)
+                self.assertTrue(error.message.startswith(words), error.message)
 
     def test_redirects_stay_on_the_host(self):
         elsewhere = self.fake(counted(b"stolen"))
@@ -7953,6 +7982,14 @@ class TestTls(UpstreamCase):
         self.assertEqual(self.ask(upstream, server.url, body=bytes(3000000)), (200, b"a"))
         self.assertEqual(self.ask(upstream, server.url), (200, b"a"))
         self.assertEqual(server.connections, 1)
+
+    def test_the_rest_of_a_record_is_not_waited_for(self):
+        first, body = b"HTTP/1.1 200 OK\r\nContent-Le", bytes(16360)
+        rest = b"ngth: %d\r\n\r\n" % len(body) + body  # one record, larger than the buffer's room
+        self.assertLess(ccfix.READ_SIZE - len(first), len(rest))
+        server = self.fake([first, 0.01, rest, threading.Event()], tls=self.pair)
+        upstream = self.client(insecure=True, timeout=5)
+        self.assertEqual(self.ask(upstream, server.url), (200, body))
 
     def test_a_silent_server_is_waited_for_without_spinning(self):
         calls = []
