@@ -5203,7 +5203,8 @@ class Inlet(io.BufferedReader):
     """What http.client reads a Line through."""
 
     def close(self):
-        """Nothing: http.client closes its file after each answer, and the line lives on."""
+        """Nothing: http.client closes its file after each answer, and the line lives on. A real
+        close could not be undone: the buffer is freed with it."""
 
 
 class Line(io.RawIOBase):
@@ -5270,16 +5271,20 @@ class Line(io.RawIOBase):
 
     def await_bytes(self):
         """Waits for the socket, unless TLS has already taken from it what we are waiting for."""
-        seconds, seen = self.timeout, "has been silent for"
+        seconds = self.timeout
         if self.deadline:
             if self.came > MAX_HEAD:
                 raise self.garbage("a head of more than %d KB" % (MAX_HEAD >> 10))
             seconds = self.deadline - time.monotonic()
-            seen = "sent no whole head in" if self.came else seen
-        if seconds <= 0 or not (
-            getattr(self.sock, "pending", int)() or self.wait(self.sock, seconds)
-        ):
-            raise self.stuck(seen)
+        if seconds > 0:
+            if getattr(self.sock, "pending", int)() or self.wait(self.sock, seconds):
+                return
+        if self.deadline and self.came:
+            raise self.stuck("%s sent no whole head in %g s: it is overloaded or stuck; try again")
+        raise self.stuck(
+            "%s has been silent for %g s: it is overloaded or stuck; try again, or raise the "
+            "timeout"
+        )
 
     def look(self):
         """What has come and is not read yet, without waiting for more; None where the connection is
@@ -5312,7 +5317,9 @@ class Line(io.RawIOBase):
             # HTTP/1.1 1.. is an interim answer: the real one is still to come (RFC 9110, 15.2).
             self.whole = early is not None and early[9:10] in b"1"
             if time.monotonic() - moved > self.timeout:
-                raise self.stuck("took no byte of the request for")
+                raise self.stuck(
+                    "%s took no byte of the request for %g s: it is overloaded or stuck; try again"
+                )
 
     def ask(self, method, target, fields, body, wait, timeout):
         """Sends a request and reads the head of the answer, which has `timeout` seconds -> Head."""
@@ -5352,11 +5359,10 @@ class Line(io.RawIOBase):
 
     # -- what can be wrong with it
 
-    def stuck(self, seen):
-        """It is there, and does nothing. No retry: with the same patience it would take as long
+    def stuck(self, said):
+        """It is there, and does nothing. No retry: with the same patience, that would take as long
         again."""
-        said = "%s %s %g s: it is overloaded or stuck; try again, or raise the timeout"
-        said %= self.peer, seen, self.timeout
+        said %= self.peer, self.timeout
         return UpstreamError(said, 504, "timeout_error", kind="timeout")
 
     def garbage(self, seen, alert=False):
@@ -5414,6 +5420,7 @@ class Dechunker:
             raise ValueError("a chunk of the body has no valid size")
 
 
+# Neither raw deflate, which no server sends any more, nor brotli, which Python cannot read.
 def inflate(pieces):
     """The decompressed `pieces` of gzip or zlib, each as soon as it is there, at most BLOCK_SIZE
     bytes at a time. zlib.error: damaged; ValueError: cut off."""
@@ -5441,7 +5448,9 @@ class Reply:
         self.status, self.headers = head.status, head.headers
         self.upstream, self.line = upstream, line
         self.chunks = Dechunker() if head.chunked else None
-        self.left = head.length  # bytes of the body to come; None: that is not known
+        # Bytes of the body that are to come. None: that is not known, as it is in chunks or goes on
+        # until the connection ends.
+        self.left = head.length
         # Only a body whose end is certain leaves a connection on which the next answer begins.
         # http.client says will_close for one without a length; some servers send a body with 204
         # all the same.
@@ -5550,10 +5559,10 @@ def connect_error(way, error):
     elif isinstance(error, ssl.SSLError):
         said = "no TLS with %s (%s): if it is a plain HTTP server, write http:// in the base URL"
     elif way.proxy:
-        place = "the proxy " + host_port(*way.proxy)
+        place = host_port(*way.proxy)
         said = (
-            "%s cannot be reached (%s): check HTTPS_PROXY and HTTP_PROXY, or name the host in "
-            "NO_PROXY"
+            "the proxy %s cannot be reached (%s): check HTTPS_PROXY and HTTP_PROXY, or name the host "
+            "in NO_PROXY"
         )
     elif isinstance(error, (socket.gaierror, UnicodeError)):
         said = (
@@ -5633,6 +5642,7 @@ class Upstream:
         """One request -> Reply, whatever its status. UpstreamError, ClientGone."""
         way = self.way_to(url)
         target, fields = request_parts(way, url, headers)
+        # First on an idle connection, if there is one; without it, or once it failed, on a new one.
         for kept in (self.kept(way), None):
             line = kept or self.dial(way, wait)
             try:
@@ -5676,7 +5686,8 @@ class Upstream:
             self.drop(line)
 
     def close_idle(self):
-        """Ends the connections that were idle too long."""
+        """Ends the connections that were idle too long. The server's accepting thread calls it too,
+        so that they end also where no request comes any more."""
         old, before = [], time.monotonic() - self.idle
         with self.lock:
             for lines in self.pool.values():
@@ -5758,7 +5769,8 @@ class Upstream:
             raise proxy_refusal(way, head.status, head.reason)
 
     def tls(self):
-        """The one SSLContext, made when it is first needed: loading certificates takes 25 ms."""
+        """The one SSLContext, made when it is first needed: loading certificates takes 25 ms, and up
+        to Python 3.11 each context does it anew."""
         with self.context_lock:
             self.context = self.context or self.new_context()
             return self.context
@@ -5787,7 +5799,8 @@ class Upstream:
         return context
 
     def keep(self, line):
-        """Takes a line back on which nothing is under way."""
+        """Takes a line back on which nothing is under way. Its last `wait` is forgotten: it knows a
+        client, which would be kept as long as the line."""
         line.wait, line.since = None, time.monotonic()
         with self.lock:
             lines = self.pool.setdefault(line.way, [])

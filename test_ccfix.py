@@ -7172,9 +7172,10 @@ Request = namedtuple("Request", "method path headers body connection")
 class FakeUpstream:
     """A scripted server on a free port of 127.0.0.1.
 
-    script: one reply for each request in order of arrival, the last one for all that follow. A reply is a piece or a list of
-    pieces: bytes; a float, seconds to wait; a threading.Event to wait for; CUT or RST; EARLY, first of all; or a function of
-    the Request that returns a reply. The connection is then kept for the next request. tls: (cert, key) files.
+    script: one reply for each request in order of arrival, the last one for all that follow. A
+    reply is a piece or a list of pieces: bytes; a float, seconds to wait; a threading.Event to wait
+    for; CUT or RST; EARLY, first of all; or a function of the Request that returns a reply. The
+    connection is then kept for the next request. tls: (cert, key) files.
 
     requests: what came, as Request; headers have lower-case names. connections: how many came.
     gone: an Event, set as soon as a client hangs up, also in the middle of a reply.
@@ -8060,7 +8061,8 @@ class TestTls(UpstreamCase):
 
 
 class TunnelProxy:
-    """Answers CONNECT (or whatever comes up to `end`) with `answer`, or by joining the client to a port of this machine."""
+    """Answers CONNECT (or whatever comes up to `end`) with `answer`, or by joining the client to a
+    port of this machine."""
 
     def __init__(self, port=0, answer=b"", end=b"\r\n\r\n"):
         self.end, self.target, self.answer, self.heads, self.sockets = (
