@@ -5561,8 +5561,8 @@ def connect_error(way, error):
     elif way.proxy:
         place = host_port(*way.proxy)
         said = (
-            "the proxy %s cannot be reached (%s): check HTTPS_PROXY and HTTP_PROXY, or name the host "
-            "in NO_PROXY"
+            "the proxy %s cannot be reached (%s): check HTTPS_PROXY and HTTP_PROXY, or name the "
+            "host in NO_PROXY"
         )
     elif isinstance(error, (socket.gaierror, UnicodeError)):
         said = (
@@ -5719,6 +5719,8 @@ class Upstream:
             for sock in made:
                 sock.close()
 
+        # It tries each address of the name in turn, as urllib does; that is why a name with a dead
+        # IPv6 address takes connect_timeout longer.
         address = way.proxy or (way.host, way.port)
         thread = threading.Thread(target=connect, daemon=True)
         thread.start()
@@ -5769,8 +5771,8 @@ class Upstream:
             raise proxy_refusal(way, head.status, head.reason)
 
     def tls(self):
-        """The one SSLContext, made when it is first needed: loading certificates takes 25 ms, and up
-        to Python 3.11 each context does it anew."""
+        """The one SSLContext, made when it is first needed: loading certificates takes 25 ms, and
+        up to Python 3.11 each context does it anew."""
         with self.context_lock:
             self.context = self.context or self.new_context()
             return self.context
