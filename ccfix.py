@@ -1597,8 +1597,9 @@ OWNERS = {
 ANTHROPIC_PATHS = re.compile(
     r"(/anthropic|/api/(coding|compatible|plan)|api\.kimi\.com/coding)(/v1)?$", re.I
 )
+# localhost with the names under it (RFC 6761, 6.3), and what containers call the machine they run on.
 LOOPBACK = re.compile(
-    r"(localhost|127\.\d+\.\d+\.\d+|::1|0\.0\.0\.0|host\.docker\.internal)$", re.I
+    r"((.*\.)?localhost|127(\.\d+){3}|::1?|0\.0\.0\.0|host\.(docker|containers)\.internal)$", re.I
 )
 
 
@@ -5070,479 +5071,453 @@ def apply_lesson(profile, changes):
     return profile._replace(**known)
 
 
-# ======================================================================================================
+# ==================================================================================================
 # 10  Upstream: connections to the provider, kept alive
-# ======================================================================================================
+# ==================================================================================================
+#
+#     Upstream.open -> Line.ask -> http.client -> Line.sendall, Line.readinto -> socket
+#     Reply.blocks  <- inflate <- Dechunker <- Line.file <- Line.readinto
+#
+# http.client writes requests and reads the heads of answers; urllib says which proxy is on the way.
+# Under them is no socket but a Line, which waits through the client's `wait`: so a client that
+# leaves is noticed, and pings go out, wherever http.client happens to read. Bodies are read past
+# http.client: its reader of chunks takes 13 us a chunk where the Dechunker takes 5, and it accepts
+# sizes such as -5, 0x5 and 1_0.
+#
+# The life of a Line: dial, with TLS secure, then ask -> Reply -> keep, kept, ask -> Reply -> ...
+# until something is wrong with it, or it was idle for too long: drop.
 
 READ_SIZE = 16384  # one TLS record; every waiting thread holds one
 SEND_SIZE = 1 << 18
-MAX_HEAD = 1 << 16
-MAX_FIELDS = 200
+MAX_HEAD = 1 << 16  # bytes that may come before a head, interim ones included, is whole
 MAX_BODY = 1 << 26  # of a reply that is read whole
 BLOCK_SIZE = 1 << 16  # of decompressed output: a bomb costs time, not memory
-KEPT_WIRES = 128  # idle connections to one place
+KEPT_LINES = 128  # idle connections to one place
 DRAIN_SECONDS = 0.05  # how long finish() waits for the end of a body
-ROUTE_SECONDS = 60  # how long a look-up of the system's proxy settings holds
+SLICE_SECONDS = 0.2  # between two looks at the client where the socket alone is waited for
+WAY_SECONDS = 60  # how long a look-up of the system's proxy settings holds
 MAX_REDIRECTS = 3
 
 PORTS = {"http": 80, "https": 443}
-INFLATERS = {"gzip": zlib.MAX_WBITS | 16, "x-gzip": zlib.MAX_WBITS | 16, "deflate": zlib.MAX_WBITS}
+# What a socket that never blocks says instead of waiting.
 NOTHING_YET = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
-HEAD_END = re.compile(rb"\r?\n\r?\n")
-INTERIM = re.compile(
-    rb"HTTP/1\.[01] 1(?!01)\d\d[ \r\n]"
-)  # 100 Continue, 103 Early Hints: the answer is still to come
-HEADER_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
-FIELD_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
-STATUS_LINE = re.compile(rb"HTTP/1\.(\d) +([1-9]\d\d)((?: .*)?)")
-LOCAL_HOSTS = re.compile(r"(?:.*\.)?localhost|127(?:\.\d+){3}|0\.0\.0\.0|::1|::")
+# "name:value" as it may go out: visible ASCII, then what RFC 9110, 5.5 allows, of latin-1.
+FIELD = re.compile(r"[!-9;-~]+:[\t -~\x80-\xff]*")
 
-Route = collections.namedtuple("Route", "scheme host port proxy proxy_auth")
-Route.__doc__ = """The way to an origin. proxy: (host, port) or None; proxy_auth: a Proxy-Authorization value, secret, or ""."""
+
+class Way(NamedTuple):
+    """How an origin is reached; connections are kept by it."""
+
+    scheme: str
+    host: str  # in its ASCII form
+    port: int
+    proxy: tuple = None  # (host, port)
+    proxy_auth: str = ""  # the value of Proxy-Authorization, a secret
 
 
 def host_port(host, port):
+    """host:port as in a URL, where an IPv6 address has brackets."""
     return ("[%s]:%d" if ":" in host else "%s:%d") % (host, port)
 
 
 def url_origin(url):
-    """(scheme, host, port) of an http(s) URL; ValueError for anything else."""
+    """(scheme, host, port) of an http(s) URL; ValueError for anything else. A name with other
+    letters is given in the ASCII form that DNS, TLS and the Host field take (RFC 5890)."""
     parts = urllib.parse.urlsplit(url)
-    if parts.scheme not in PORTS or not parts.hostname:
-        raise ValueError(url)
-    return parts.scheme, parts.hostname, parts.port or PORTS[parts.scheme]
+    host = (parts.hostname or "").encode("idna").decode("ascii")
+    if parts.scheme not in PORTS or not re.fullmatch("[!-~]+", host):
+        raise ValueError("not an http(s) URL")
+    return parts.scheme, host, parts.port or PORTS[parts.scheme]
 
 
 def basic_auth(parts):
-    pair = "%s:%s" % (
-        urllib.parse.unquote(parts.username or ""),
-        urllib.parse.unquote(parts.password or ""),
-    )
-    return "Basic " + base64.b64encode(pair.encode("utf-8")).decode("ascii")
+    """The Authorization value for the user and password of a split URL (RFC 7617)."""
+    pair = [urllib.parse.unquote(each or "") for each in (parts.username, parts.password)]
+    return "Basic " + base64.b64encode(":".join(pair).encode("utf-8")).decode("ascii")
 
 
-def route_to(scheme, host, port):
-    """The Route to an origin by HTTP(S)_PROXY, ALL_PROXY and NO_PROXY, or the settings of macOS and Windows."""
-    proxies = urllib.request.getproxies()
+def find_way(scheme, host, port):
+    """The Way to an origin by HTTP(S)_PROXY, ALL_PROXY and NO_PROXY, or the settings of macOS and
+    Windows."""
+    proxies, bypass = urllib.request.getproxies(), urllib.request.proxy_bypass
     proxy = proxies.get(scheme) or proxies.get("all")
-    if (
-        not proxy
-        or LOCAL_HOSTS.fullmatch(host)
-        or urllib.request.proxy_bypass(host_port(host, port))
-    ):
-        return Route(scheme, host, port, None, "")
+    if not proxy or LOOPBACK.match(host) or bypass(host_port(host, port)):
+        return Way(scheme, host, port)
+    setting, (kind, _, place) = scheme.upper() + "_PROXY", proxy.rpartition("://")
+    # The ssl module cannot run TLS with the origin inside TLS with the proxy, and to talk plainly
+    # to a proxy that is written with https:// would show its password to the network.
+    if kind.lower() not in ("", "http"):
+        raise UpstreamError(
+            "%s:// proxies are not supported: write http:// in %s if yours takes plain HTTP, as "
+            "most do, or name %s in NO_PROXY" % (kind, setting, host),
+            kind="connect",
+        )
     try:
-        parts = urllib.parse.urlsplit(proxy if "://" in proxy else "http://" + proxy)
-        address = parts.hostname, parts.port or PORTS.get(parts.scheme)
+        address = url_origin("http://" + place)[1:]
     except ValueError:
-        raise UpstreamError(
-            "the proxy setting for %s has no valid host and port: correct %s_PROXY"
-            % (host, scheme.upper()),
-            kind="connect",
-        )
-    # As in urllib, the way to an https:// proxy is plain too: nearly all that are written so are plain ones.
-    if parts.scheme not in PORTS or not parts.hostname:
-        raise UpstreamError(
-            "%s:// proxies are not supported: set %s_PROXY to an http:// proxy, or name %s in NO_PROXY"
-            % (parts.scheme, scheme.upper(), host),
-            kind="connect",
-        )
-    return Route(scheme, host, port, address, basic_auth(parts) if parts.username else "")
+        said = "the proxy setting for %s has no valid host and port: correct %s" % (host, setting)
+        raise UpstreamError(said, kind="connect")
+    parts = urllib.parse.urlsplit("http://" + place)
+    return Way(scheme, host, port, address, basic_auth(parts) if parts.username else "")
 
 
 def poll_socket(sock, seconds, read=True, write=False):
-    """Waits until `sock` can be read (or written, as asked). True: it can; False: the seconds are over. None sleeps."""
+    """Waits until `sock` can be read (or written, as asked). True: it can; False: the seconds are
+    over. Without a socket (None) it sleeps."""
     if sock is None:
         time.sleep(seconds)
         return True
     if not hasattr(select, "poll"):  # Windows
-        return any(select.select([sock] if read else [], [sock] if write else [], [], seconds))
+        return any(select.select([sock] * read, [sock] * write, [], seconds))
     poll = select.poll()
-    poll.register(sock, (select.POLLIN if read else 0) | (select.POLLOUT if write else 0))
+    poll.register(sock, select.POLLIN * read | select.POLLOUT * write)
     return bool(poll.poll(seconds * 1000))
 
 
-class Headers:
-    """The fields of a head, by lower-case name: get() gives the first of a name, all() every one. lines: bytes without line
-    breaks. strict: ValueError for a line that is no field (RFC 9112, section 5), else it is skipped.
-    """
-
-    __slots__ = ("fields",)
-
-    def __init__(self, lines=(), strict=False):
-        self.fields = fields = {}
-        for line in lines:
-            name, colon, value = line.decode("latin-1").partition(":")
-            if colon and FIELD_NAME.fullmatch(name) and "\r" not in value and "\0" not in value:
-                fields.setdefault(name.lower(), []).append(value.strip(" \t"))
-            elif strict:
-                raise ValueError("no header field: %s" % ascii(line[:60])[1:])
-
-    def get(self, name, default=None):
-        return self.fields.get(name.lower(), (default,))[0]
-
-    def all(self, name):
-        return self.fields.get(name, [])
-
-    def items(self):
-        return [(name, value) for name, values in self.fields.items() for value in values]
-
-    def tokens(self, name):
-        """The set of the lower-case words in a comma-separated field."""
-        return {word.strip().lower() for value in self.all(name) for word in value.split(",")}
-
-
-class Head:
-    """The head of an answer. chunked, length: how the body is framed (length None: until the connection ends, unless it is
-    chunked); last: the upstream closes the connection after it. ValueError for what is no head."""
-
-    __slots__ = ("status", "reason", "headers", "chunked", "length", "last")
-
-    def __init__(self, head, method):
-        lines = head.replace(b"\r\n", b"\n").split(b"\n")
-        status = STATUS_LINE.fullmatch(lines[0])
-        if not status or len(lines) > MAX_FIELDS:
-            raise ValueError("no HTTP head")
-        self.status, self.reason = int(status.group(2)), status.group(3).decode("latin-1").strip()
-        self.headers = Headers(lines[1:-2])
-        options = self.headers.tokens("connection")
-        self.last = "close" in options or status.group(1) == b"0" and "keep-alive" not in options
-        self.chunked, self.length = False, 0
-        if method == "HEAD" or self.status < 200 or self.status in (204, 304):
-            return
-        self.chunked, self.length = "chunked" in self.headers.tokens("transfer-encoding"), None
-        length = self.headers.get("content-length", "")
-        if not self.chunked and re.fullmatch("[0-9]{1,18}", length):
-            self.length = int(length)
-
-
-def ascii_host(name):
-    """A host with its port as it is written in HTTP."""
-    try:
-        return name.encode("idna").decode("ascii")
-    except UnicodeError:  # connecting will say what is wrong with it
-        return name.encode("ascii", "replace").decode("ascii")
-
-
-def request_bytes(route, method, url, headers, body):
-    """Head and body of a request as they go out; UpstreamError if a setting got something into them that HTTP forbids."""
+def request_parts(way, url, headers):
+    """(request target, header fields) as they go out. UpstreamError if a setting brought something
+    into them that HTTP forbids: http.client's own error would quote the value, and that may be an
+    API key."""
     parts = urllib.parse.urlsplit(url)
     target = (parts.path or "/") + ("?" + parts.query if parts.query else "")
-    names = {name.lower() for name in headers}
-    fields = [("Host", ascii_host(parts.netloc.rpartition("@")[2]))] if "host" not in names else []
-    fields += [("Accept-Encoding", "identity")] if "accept-encoding" not in names else []
-    if body is not None:
-        fields.append(("Content-Length", str(len(body))))
-    if parts.username and "authorization" not in names:
-        fields.append(("Authorization", basic_auth(parts)))
-    if route.proxy and route.scheme == "http":
-        target = "http://" + host_port(route.host, route.port) + target
-        if route.proxy_auth:
-            fields.append(("Proxy-Authorization", route.proxy_auth))
-    fields += [
-        (name, value)
-        for name, value in headers.items()
-        if name.lower() not in ("content-length", "transfer-encoding")
+    framing = ("content-length", "transfer-encoding")  # http.client's business
+    fields = {name: value for name, value in headers.items() if name.lower() not in framing}
+    if parts.username and "authorization" not in map(str.lower, fields):
+        fields["Authorization"] = basic_auth(parts)
+    if way.proxy and way.scheme == "http":
+        target = "http://" + host_port(way.host, way.port) + target
+        if way.proxy_auth:
+            fields["Proxy-Authorization"] = way.proxy_auth
+    # http.client lets \0 and names with blanks pass.
+    wrong = [
+        "the header " + ascii(name)
+        for name in fields
+        if not FIELD.fullmatch(name + ":" + fields[name])
     ]
-    for name, value in fields:
-        if not HEADER_VALUE.fullmatch(value):
-            raise UpstreamError(
-                "the header %s to the provider has a line break or another character in its value that HTTP "
-                "forbids: check the setting (an API key?) it comes from" % ascii(name),
-                500,
-                kind="request",
-            )
-    if not re.fullmatch("[!-~]+", target) or not all(
-        FIELD_NAME.fullmatch(name) for name, _ in fields
-    ):
+    if wrong or not re.fullmatch("[!-~]+", target):
         raise UpstreamError(
-            "the base URL or a header name has a blank or another character that HTTP forbids: check the "
-            "settings",
+            "%s to the provider has a line break or another character that HTTP forbids: check the "
+            "setting (an API key?) it comes from" % (wrong or ["the URL"])[0],
             500,
             kind="request",
         )
-    lines = ["%s %s HTTP/1.1" % (method, target)] + ["%s: %s" % field for field in fields]
-    return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1") + (body or b"")
+    return target, fields
 
 
-class Wire:
-    """One connection. The socket never blocks; all waiting goes through `wait(sock, seconds)`, which may raise ClientGone.
+class Head(http.client.HTTPResponse):
+    """The head of an answer, after any interim ones: status, reason, headers, chunked, length,
+    will_close. ValueError, beside http.client's own errors, where nobody can say how long the body
+    is."""
 
-    rest: bytes that came and are not used yet. heard: a byte of the current answer has come. since: idle from then on.
-    Whoever gets an exception from a method must drop the wire.
+    def begin(self):
+        while self.headers is None or 100 <= self.status < 200 and self.status != 101:
+            self.headers = None
+            http.client.HTTPResponse.begin(self)
+        # After a malformed line the email parser takes all others for a body, the framing with
+        # them.
+        if self.headers.defects:
+            raise ValueError("a malformed field in its head")
+        # Contradictions are errors, not something to choose from (RFC 9112, 6.3). http.client
+        # itself takes the first of two lengths, "+5" for 5, and "chunked " for no coding at all.
+        coding = ",".join(self.headers.get_all("Transfer-Encoding", ())).strip().lower()
+        lengths = {length.strip() for length in self.headers.get_all("Content-Length", ())}
+        self.chunked = coding == "chunked"
+        if coding not in ("", "identity", "chunked") or self.chunked and lengths:
+            raise ValueError("a Transfer-Encoding that cannot be")
+        if len(lengths) > 1 or not all(re.fullmatch("[0-9]{1,18}", length) for length in lengths):
+            raise ValueError("a Content-Length that is not one number")
+
+
+class Inlet(io.BufferedReader):
+    """What http.client reads a Line through."""
+
+    def close(self):
+        """Nothing: http.client closes its file after each answer, and the line lives on. A real
+        close could not be undone: the buffer is freed with it."""
+
+
+class Line(io.RawIOBase):
+    """A connection, in the form in which http.client uses a socket: sendall, makefile, close.
+
+    The socket never blocks; all waiting goes through `wait(sock, seconds)`. It gives True when the
+    socket can be read, False when the seconds are over; what it raises (ClientGone) comes through
+    http.client. Whoever gets an exception from a method must end the line.
     """
 
-    __slots__ = ("sock", "route", "peer", "wait", "timeout", "rest", "heard", "since", "buffer")
-
-    def __init__(self, sock, route, peer):
-        self.sock, self.route, self.peer = sock, route, peer
-        self.buffer = bytearray(
-            READ_SIZE
-        )  # recv() would take as much anew for each chunk, and leave holes in memory
-        self.begin(poll_socket, 0)
+    def __init__(self, sock, way):
+        self.sock, self.way = sock, way
+        self.peer = host_port(way.host, way.port)  # how messages name the other end
+        if way.proxy:
+            self.peer += " (through the proxy %s)" % host_port(*way.proxy)
+        self.file = Inlet(self, READ_SIZE)
+        self.since = 0.0  # monotonic time at which it became idle
+        self.begin(None, 0.0)
 
     def begin(self, wait, timeout):
-        """Starts an exchange, in which every silence may last `timeout` seconds."""
-        self.wait, self.timeout, self.rest, self.heard = wait, timeout, b"", False
+        """Starts an exchange: nothing is left of the one before."""
+        self.wait = wait  # None: only what is there is read
+        self.timeout = timeout  # seconds that a silence may last
+        # Monotonic time by which what is read must have come to its end, within MAX_HEAD bytes.
+        # None: a body, which may go on for as long as something comes.
+        self.deadline = None
+        self.came = 0  # bytes of the current answer, interim ones included
+        self.ended = False  # the other side has closed
+        self.whole = True  # all of the request could be sent
 
-    def ready(self, wait, seconds):
-        """`wait` on the socket, unless TLS has already taken from it what we are waiting for."""
-        return (
-            self.route.scheme == "https"
-            and getattr(self.sock, "pending", int)() > 0
-            or wait(self.sock, seconds)
+    def makefile(self, *_):
+        """Always the same file: what it read too much of belongs to what comes next."""
+        return self.file
+
+    def close(self):
+        """Nothing: http.client closes its socket before the body of a last answer is read."""
+
+    def end(self):
+        self.file = None  # break the reference cycle
+        self.sock.close()
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        """The next bytes into `buffer` -> their number, 0 at the end of the connection, None if
+        `wait` is None and nothing is there (or only a TLS session ticket)."""
+        while True:
+            if self.wait:
+                self.await_bytes()
+            try:
+                size = self.sock.recv_into(buffer)
+                break
+            except NOTHING_YET:
+                if not self.wait:
+                    return None
+            except OSError as error:
+                raise self.cut(error.strerror or "read error")
+        self.came += size
+        self.ended = not size
+        if self.ended and self.deadline:  # http.client would take half a head for a whole one
+            raise self.cut("closed by it")
+        return size
+
+    def await_bytes(self):
+        """Waits for the socket, unless TLS has already taken from it what we are waiting for."""
+        seconds = self.timeout
+        if self.deadline:
+            if self.came > MAX_HEAD:
+                raise self.garbage("a head of more than %d KB" % (MAX_HEAD >> 10))
+            seconds = self.deadline - time.monotonic()
+        if seconds > 0:
+            if getattr(self.sock, "pending", int)() or self.wait(self.sock, seconds):
+                return
+        if self.deadline and self.came:
+            raise self.stuck("%s sent no whole head in %g s: it is overloaded or stuck; try again")
+        raise self.stuck(
+            "%s has been silent for %g s: it is overloaded or stuck; try again, or raise the "
+            "timeout"
         )
 
-    def now(self):
-        """What has arrived: bytes, b"" at the end of the connection, None if nothing (or only a TLS session ticket)."""
+    def look(self):
+        """What has come and is not read yet, without waiting for more; None where the connection is
+        over."""
+        wait, self.wait = self.wait, None
         try:
-            size = self.sock.recv_into(self.buffer)
-            return bytes(memoryview(self.buffer)[:size])
-        except NOTHING_YET:
+            return self.file.peek(1) or (None if self.ended else b"")
+        except UpstreamError:
             return None
-        except OSError as error:
-            raise self.cut(error.strerror or "read error")
+        finally:
+            self.wait = wait
 
-    def receive(self, seconds=None):
-        """The next bytes, b"" at the end of the connection; waits at most `timeout` for them."""
-        while True:
-            if not self.ready(self.wait, self.timeout if seconds is None else max(seconds, 0)):
-                raise UpstreamError(
-                    "%s has been silent for %g s: it is overloaded or stuck; try again, or raise the timeout"
-                    % (self.peer, self.timeout),
-                    504,
-                    "timeout_error",
-                    kind="timeout",
-                )
-            data = self.now()
-            if data is not None:
-                return data
-
-    def send(self, data):
-        """Sends `data`; False if the upstream closed or answered before it had all (the answer is then in `rest`, or comes)."""
-        view, moved = memoryview(data), time.monotonic()
-        while view:
+    def sendall(self, data):
+        """Sends `data`, or (then it is not `whole`) as much as the other side takes before it
+        closes or answers: a 413 may come before the end of the request."""
+        view, moved, early = memoryview(data), time.monotonic(), b""
+        while view and self.whole:
             try:
                 view = view[self.sock.send(view[:SEND_SIZE]) :]
                 moved = time.monotonic()
                 continue
             except NOTHING_YET:
                 pass
-            except OSError:  # it may have answered before it hung up: head() sees
-                return False
-            if self.wait(self.sock, 0):
-                early = self.now()
-                self.rest += early or b""
-                self.heard = bool(self.rest)
-                if early is not None and not INTERIM.match(self.rest):
-                    return False
+            except OSError:  # it may have answered before it hung up: who reads will see
+                self.whole = False
+                return
+            poll_socket(self.sock, SLICE_SECONDS, read=not early, write=True)
+            self.wait(self.sock, 0)  # for the client's sake
+            early = self.look()
+            # HTTP/1.1 1.. is an interim answer: the real one is still to come (RFC 9110, 15.2).
+            self.whole = early is not None and early[9:10] in b"1"
             if time.monotonic() - moved > self.timeout:
-                raise UpstreamError(
+                raise self.stuck(
                     "%s took no byte of the request for %g s: it is overloaded or stuck; try again"
-                    % (self.peer, self.timeout),
-                    504,
-                    "timeout_error",
-                    kind="timeout",
                 )
-            poll_socket(self.sock, 0.2, read=not self.rest, write=True)
-        return True
 
-    def head(self, method):
-        """The head of the answer as an HTTPResponse that was never near the socket; the whole head within `timeout`."""
-        deadline = time.monotonic() + self.timeout
-        while True:
-            found = HEAD_END.search(self.rest)
-            if found:
-                head, self.rest = self.rest[: found.end()], self.rest[found.end() :]
-                if not INTERIM.match(head):
-                    return self.parsed(head, method)
-                continue
-            if len(self.rest) > MAX_HEAD or not b"HTTP/".startswith(self.rest[:5]):
-                raise self.garbage(self.rest)
-            data = self.receive(deadline - time.monotonic())
-            if not data:
-                raise self.cut("closed by it")
-            self.heard = True
-            self.rest += data
-
-    def parsed(self, head, method):
+    def ask(self, method, target, fields, body, wait, timeout):
+        """Sends a request and reads the head of the answer, which has `timeout` seconds -> Head."""
+        self.begin(wait, timeout)
+        # A new one for each request: the line is what is kept, and http.client's states go with the
+        # answer.
+        connection = http.client.HTTPConnection(self.way.host, self.way.port)
+        connection.default_port = PORTS[self.way.scheme]
+        connection.response_class, connection.sock = Head, self
         try:
-            return Head(head, method)
-        except ValueError:
-            raise self.garbage(head)
+            connection.request(method, target, body, fields)
+            self.deadline = time.monotonic() + timeout
+            start = self.file.peek(1)[:40]
+            # http.client would wait for the end of a line, whatever it begins with.
+            if not start.startswith(b"HTTP/"[: len(start)]):
+                raise self.garbage("it begins with " + ascii(start)[1:], start.startswith(b"\x15"))
+            head = connection.getresponse()
+        except (http.client.HTTPException, ValueError) as error:
+            raise self.garbage(ascii(str(error) or type(error).__name__)[1:-1][:100])
+        self.deadline = None
+        return head
 
-    def garbage(self, data):
-        if data[:1] == b"\x15":  # a TLS alert
-            advice = "it expects TLS; write https:// in the base URL"
-        else:
-            advice = "check host and port of the base URL"
-        return UpstreamError(
-            "%s does not answer with proper HTTP (its %d bytes begin with %s): %s"
-            % (self.peer, len(data), ascii(data[:40])[1:], advice),
-            kind="cut",
+    def handshake(self, context, seconds):
+        """TLS from here on, through the proxy if there is one. OSError, ValueError
+        (ssl.CertificateError on Python 3.6)."""
+        end = time.monotonic() + seconds
+        self.sock = context.wrap_socket(
+            self.sock, server_hostname=self.way.host, do_handshake_on_connect=False
         )
+        while True:
+            try:
+                return self.sock.do_handshake()
+            except NOTHING_YET:
+                if time.monotonic() > end:
+                    raise socket.timeout("timed out")
+                self.wait(self.sock, SLICE_SECONDS)
+
+    # -- what can be wrong with it
+
+    def stuck(self, said):
+        """It is there, and does nothing. No retry: with the same patience, that would take as long
+        again."""
+        said %= self.peer, self.timeout
+        return UpstreamError(said, 504, "timeout_error", kind="timeout")
+
+    def garbage(self, seen, alert=False):
+        """What came is not an answer. alert: it is one of TLS, whose records of this kind begin
+        with 21 (RFC 8446, 5.1)."""
+        advice = "it expects TLS; write https:// in" if alert else "check host and port of"
+        said = "%s does not answer with proper HTTP (%s): %s the base URL"
+        return UpstreamError(said % (self.peer, seen, advice), kind="cut")
 
     def cut(self, seen):
-        when = "in the middle of its answer" if self.heard else "before it answered"
-        return UpstreamError(
-            "the connection to %s ended %s (%s): a fault there or in the network; try again"
-            % (self.peer, when, seen),
-            kind="cut",
-            retry=True,
-        )
-
-    def close(self):
-        try:
-            self.sock.close()
-        except OSError:
-            pass
+        """It is over, before the end. The words tell a busy server's restart from a lost stream."""
+        when = "in the middle of its answer" if self.came else "before it answered"
+        said = "the connection to %s ended %s (%s): a fault there or in the network; try again"
+        return UpstreamError(said % (self.peer, when, seen), kind="cut", retry=True)
 
 
 class Dechunker:
-    """Undoes chunked framing. `left` bytes of a chunk are to come; `tail` is the unfinished line between two chunks.
+    """Undoes chunked framing (RFC 9112, 7.1), however it was split on its way.
 
-    done: the end was seen; rest: what came after it. A size line is taken with the line break before it, which ends the
-    chunk before; that is why it all begins with one.
+    A size line is taken with the line break before it, which ends the chunk before; that is why it
+    all begins with one. left: bytes of a chunk that are to come; tail: the unfinished line between
+    two chunks (one of them is always empty), or, when it is `done`, what came after the end.
     """
 
     SIZE_LINE = re.compile(rb"\r?\n([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\r\n]*)?\r?\n")
-    PART_OF_IT = re.compile(rb"(?:\r?\n?|\r?\n[0-9A-Fa-f]{1,15}[ \t]*(?:;[^\r\n]*)?\r?)\Z")
     TRAILERS = re.compile(rb"(?:[^\r\n][^\n]*\n)*\r?\n")
-    MAX_TAIL = 16384
 
     def __init__(self):
-        self.left, self.tail, self.done, self.rest = 0, b"\r\n", False, b""
-        self.sizes = {}  # of size lines seen: chunks of a model are alike, and this halves the time
+        self.left, self.tail, self.done = 0, b"\r\n", False
 
     def feed(self, data):
-        """The payload in `data`, however many chunks it spans, as one piece. ValueError if it is not chunked framing."""
-        if self.left >= len(data):
-            self.left -= len(data)
-            return data
-        data = self.tail + data  # one of `tail` and `left` is always empty
-        at, end, find, known = self.left, len(data), data.find, self.sizes.get
-        pieces = [data[:at]]
+        """The payload in `data`, however many chunks it spans, as one piece. ValueError for bad
+        framing."""
+        data, at = self.tail + data, self.left
+        pieces, end, self.tail = [data[:at]], len(data), b""
         while at < end:
-            start = find(b"\n", at + 2) + 1
-            if not start and data[at:] == b"\r\n":  # nearly always, when chunks come one by one
-                self.left, self.tail = 0, b"\r\n"
-                return b"".join(pieces)
-            size = known(data[at:start]) or self.size(data, at, start)
+            line = self.SIZE_LINE.match(data, at)
+            size = line and int(line.group(1), 16)
             if not size:
-                self.stop(data, at)
-                return b"".join(pieces)
+                self.stop(data, at, line)
+                at = end
+                break
+            start = line.end()
             at = start + size
             pieces.append(data[start:at])
-        self.left, self.tail = at - end, b""
+        self.left = at - end
         return b"".join(pieces)
 
-    def size(self, data, at, start):
-        line = self.SIZE_LINE.match(data, at, start)
-        size = int(line.group(1), 16) if line else 0
-        if start - at < 8:  # no more than 4,096 of them
-            self.sizes[data[at:start]] = size
-        return size
-
-    def stop(self, data, at):
-        """Takes what is not the size line of a chunk with payload: the last line and its trailers, or the part of a line."""
-        line = self.SIZE_LINE.match(data, at)
-        end = line and self.TRAILERS.match(data, line.end())
-        self.left, self.tail = 0, data[at:]
-        if end:
-            self.done, self.tail, self.rest = True, b"", data[end.end() :]
-        elif not (line or self.PART_OF_IT.match(self.tail)) or len(self.tail) > self.MAX_TAIL:
+    def stop(self, data, at, line):
+        """Takes what begins no chunk with payload: the last chunk and its trailers, or a part of a
+        line."""
+        last = line and self.TRAILERS.match(data, line.end())
+        self.done, self.tail = bool(last), data[last.end() if last else at :]
+        if not last and (len(self.tail) > READ_SIZE or not line and b"\n" in self.tail[2:]):
             raise ValueError("a chunk of the body has no valid size")
 
 
-class Counter:
-    """A body of `left` bytes, or, if that is None, of all until the connection ends."""
-
-    def __init__(self, length):
-        self.left, self.done, self.rest = length, length == 0, b""
-
-    def feed(self, data):
-        if self.left is None:
-            return data
-        block, self.rest = data[: self.left], data[self.left :]
-        self.left -= len(block)
-        self.done = not self.left
-        return block
-
-
-def inflate(pieces, wbits):
-    """The decompressed `pieces`, at most BLOCK_SIZE bytes at a time. zlib.error: damaged; ValueError: cut off."""
-    inflater, started = zlib.decompressobj(wbits), False
+# Neither raw deflate, which no server sends any more, nor brotli, which Python cannot read.
+def inflate(pieces):
+    """The decompressed `pieces` of gzip or zlib, each as soon as it is there, at most BLOCK_SIZE
+    bytes at a time. zlib.error: damaged; ValueError: cut off."""
+    inflater, begun = zlib.decompressobj(zlib.MAX_WBITS | 32), False
     for piece in pieces:
-        if not started and wbits == zlib.MAX_WBITS and piece[0] & 15 != 8:
-            inflater = zlib.decompressobj(
-                -wbits
-            )  # "deflate" without the zlib header that RFC 9110 wants
-        started, block = True, None
-        while piece or block is None or len(block) == BLOCK_SIZE:
+        begun = True
+        while piece and not inflater.eof:  # what follows the end is ignored, as browsers do
             block = inflater.decompress(piece, BLOCK_SIZE)
+            piece = inflater.unconsumed_tail
             if block:
                 yield block
-            piece = inflater.unconsumed_tail
-    if started and not inflater.eof:
+    if begun and not inflater.eof:
         raise ValueError("the compressed body is cut off")
 
 
 class Reply:
-    """An answer whose head has come: status, headers (Headers) and the body, to be read once.
+    """An answer whose head has come: status, headers (get() of any case, items()) and the body, to
+    be read once.
 
-    Whoever opened it calls close(), in `finally`; finish() before that if the rest of the body is not wanted but short.
+    Whoever opened it calls close(), in `finally`, whatever was raised; finish() before that if the
+    rest of the body is not wanted but short.
     """
 
-    def __init__(self, upstream, wire, response, keep):
-        self.status, self.headers = response.status, response.headers
-        self.upstream, self.wire, self.keep = upstream, wire, keep and not response.last
-        self.framing = Dechunker() if response.chunked else Counter(response.length)
+    def __init__(self, upstream, line, head):
+        self.status, self.headers = head.status, head.headers
+        self.upstream, self.line = upstream, line
+        self.chunks = Dechunker() if head.chunked else None
+        # Bytes of the body that are to come. None: that is not known, as it is in chunks or goes on
+        # until the connection ends.
+        self.left = head.length
+        # Only a body whose end is certain leaves a connection on which the next answer begins.
+        # http.client says will_close for one without a length; some servers send a body with 204
+        # all the same.
+        clean = head.status >= 200 and head.status not in (204, 205, 304)
+        self.keep = clean and line.whole and not head.will_close
 
     def blocks(self):
-        """Generates the body's bytes as they arrive, whatever one read brought. UpstreamError (timeout, cut, body), ClientGone."""
-        coding = self.headers.get("Content-Encoding", "").strip().lower()
-        try:
-            if coding in ("", "identity"):
-                yield from self.payload()
-            elif coding in INFLATERS:
-                yield from inflate(self.payload(), INFLATERS[coding])
-            else:
-                raise UpstreamError(
-                    "%s compresses its answer with %s although it was asked not to: only gzip and deflate "
-                    "can be read" % (self.wire.peer, ascii(coding)),
-                    kind="body",
-                )
-        except (
-            GeneratorExit
-        ):  # the consumer has enough: finish() or close() will say what becomes of the connection
-            raise
-        except (zlib.error, ValueError) as error:
-            peer = self.wire.peer
-            self.drop()
+        """Generates the body's bytes as they arrive, whatever one read brought. UpstreamError
+        (timeout, cut, body), ClientGone."""
+        coding, peer = self.headers.get("Content-Encoding", "").strip().lower(), self.line.peer
+        if coding not in ("", "identity", "gzip", "x-gzip", "deflate"):
             raise UpstreamError(
-                "the answer of %s is damaged (%s): a fault there or in a proxy between; try again"
-                % (peer, error),
-                kind="cut",
-                retry=True,
+                "%s compresses its answer with %s although it was asked not to: only gzip and "
+                "deflate can be read" % (peer, ascii(coding)),
+                kind="body",
             )
-        except BaseException:
-            self.drop()
-            raise
+        try:
+            yield from (self.payload() if coding in ("", "identity") else inflate(self.payload()))
+        except (zlib.error, ValueError) as error:
+            said = (
+                "the answer of %s is damaged (%s): a fault there or in a proxy between; try again"
+            )
+            raise UpstreamError(said % (peer, error), kind="cut", retry=True)
 
     def payload(self):
-        wire, framing = self.wire, self.framing
-        data, wire.rest = wire.rest, b""
-        while True:
-            block = framing.feed(data)
-            if block:
-                yield block
-            if framing.done or self.wire is None:
-                return
-            data = wire.receive()
-            if not data:
-                if framing.left is not None:
-                    raise wire.cut("closed by it")
-                framing.done, self.keep = True, False
+        """Generates the body without its framing, what one read brought as one piece."""
+        while self.line and self.left != 0:
+            most = READ_SIZE if self.left is None else min(self.left, READ_SIZE)
+            data = self.line.file.read1(most)
+            if not data and (self.chunks or self.left):
+                raise self.line.cut("closed by it")
+            if self.chunks:
+                data = self.chunks.feed(data)
+                self.left = 0 if self.chunks.done else None
+            elif self.left or not data:  # else it ends with the connection
+                self.left = (self.left or 0) - len(data)
+            if data:
+                yield data
 
     def read(self, limit=MAX_BODY):
         """The whole body. UpstreamError as in blocks(), and if it has more than `limit` bytes."""
@@ -5551,48 +5526,42 @@ class Reply:
             blocks.append(block)
             size += len(block)
             if size > limit:
-                peer = self.wire.peer
-                self.drop()
                 raise UpstreamError(
-                    "the answer of %s is longer than %d bytes: that is not a chat completion; check the base URL"
-                    % (peer, limit),
+                    "the answer of %s is longer than %d bytes: that is not a chat completion; "
+                    "check the base URL" % (self.line.peer, limit),
                     kind="body",
                 )
         return b"".join(blocks)
 
     def finish(self):
-        """close(), but first throws away the end of the body if it is there or comes at once: that saves the connection."""
-        wire, deadline = self.wire, time.monotonic() + DRAIN_SECONDS
-        try:
-            while wire and self.keep and not self.framing.done and time.monotonic() < deadline:
-                data, wire.rest = wire.rest, b""
-                if not data and wire.ready(poll_socket, max(deadline - time.monotonic(), 0)):
-                    data = wire.now()
-                    self.keep = data != b""
-                self.framing.feed(data or b"")
-        except (UpstreamError, ValueError):
-            self.keep = False
+        """close(), but first throws away the end of the body if it is there or comes at once: a
+        stream is done at its [DONE], and the last chunk, which comes after it, saves the
+        connection."""
+        if self.line and self.keep:
+            self.line.begin(poll_socket, 0.0)
+            self.line.deadline = time.monotonic() + DRAIN_SECONDS
+            with contextlib.suppress(UpstreamError, ValueError):
+                for _ in self.payload():
+                    pass
         self.close()
 
     def close(self):
-        """Keeps the connection for the next request if nothing of this answer is left on it, else ends it."""
-        wire = self.wire
-        if wire and self.keep and self.framing.done and not self.framing.rest and not wire.rest:
-            self.wire = None
-            self.upstream.keep(wire)
-        else:
-            self.drop()
-
-    def drop(self):
-        wire, self.wire = self.wire, None
-        if wire:
-            self.upstream.drop(wire)
+        """Keeps the connection for the next request if nothing of this answer is left on it, else
+        ends it."""
+        line, self.line = self.line, None
+        surplus = self.chunks and self.chunks.tail
+        if line and self.keep and self.left == 0 and not surplus and line.look() == b"":
+            self.upstream.keep(line)
+        elif line:
+            self.upstream.drop(line)
 
 
 def redirect_target(method, url, reply):
     """The URL that a redirect leads to, "" if it is none to follow.
 
-    Only on the same host, and there only to the same port or from http to https: the key must not go anywhere else.
+    Only on the same scheme, host and port, or from http to https on their own ports: the key must
+    not go anywhere else. A POST follows only the two that keep it a POST (RFC 9110, 15.4.8 and
+    15.4.9).
     """
     if reply.status not in (307, 308) and not (reply.status in (301, 302) and method == "GET"):
         return ""
@@ -5601,70 +5570,62 @@ def redirect_target(method, url, reply):
         old, new = url_origin(url), url_origin(target)
     except ValueError:
         return ""
-    upgrade = old[1] == new[1] and (old[0], new[0]) == ("http", "https")
+    upgrade = (old, new) == (("http", old[1], 80), ("https", old[1], 443))
     return target if old == new or upgrade else ""
 
 
-def connect_error(route, error):
+def connect_error(way, error):
     """Why no connection came about, as an UpstreamError."""
-    peer = host_port(*(route.proxy or (route.host, route.port)))
-    seen = (
-        getattr(error, "verify_message", "")
-        or getattr(error, "strerror", "")
-        or str(error)
-        or type(error).__name__
-    )
-    if isinstance(error, ssl.CertificateError) or "CERTIFICATE_VERIFY_FAILED" in str(error):
+    place, words = host_port(way.host, way.port), str(error) or type(error).__name__
+    seen = getattr(error, "verify_message", "") or getattr(error, "strerror", "") or words
+    untrusted = isinstance(error, ssl.CertificateError) or "CERTIFICATE_VERIFY_FAILED" in words
+    if untrusted:
         said = (
-            "%s shows a certificate that is not trusted here (%s): if a company proxy or a private CA signed it, name the "
-            "CA's file in SSL_CERT_FILE or --ca-bundle (NODE_EXTRA_CA_CERTS is for Node only)"
-            % (host_port(route.host, route.port), seen)
+            "%s shows a certificate that is not trusted here (%s): if a company proxy or a private "
+            "CA signed it, name the CA's file in SSL_CERT_FILE or --ca-bundle (NODE_EXTRA_CA_CERTS "
+            "is for Node only)"
         )
-        return UpstreamError(said, kind="connect")
-    if isinstance(error, ssl.SSLError):
+    elif isinstance(error, ssl.SSLError):
+        said = "no TLS with %s (%s): if it is a plain HTTP server, write http:// in the base URL"
+    elif way.proxy:
+        place = host_port(*way.proxy)
         said = (
-            "no TLS with %s (%s): if it is a plain HTTP server, write http:// in the base URL"
-            % (host_port(route.host, route.port), seen)
-        )
-    elif route.proxy:
-        said = (
-            "the proxy %s cannot be reached (%s): check HTTPS_PROXY and HTTP_PROXY, or name %s in NO_PROXY"
-            % (peer, seen, route.host)
+            "the proxy %s cannot be reached (%s): check HTTPS_PROXY and HTTP_PROXY, or name the "
+            "host in NO_PROXY"
         )
     elif isinstance(error, (socket.gaierror, UnicodeError)):
         said = (
-            "the host name of %s cannot be resolved (%s): check the base URL, the network and any proxy"
-            % (peer, seen)
+            "the host name of %s cannot be resolved (%s): check the base URL, the network and any "
+            "proxy"
         )
     else:
         said = (
             "%s cannot be reached (%s): check that the server runs and that the base URL is right"
-            % (peer, seen)
         )
-    return UpstreamError(said, kind="connect", retry=True)
+    return UpstreamError(said % (place, seen), kind="connect", retry=not untrusted)
 
 
-def proxy_refusal(route, status, reason):
-    """The proxy's answer to CONNECT as an UpstreamError."""
-    proxy = host_port(*route.proxy)
+def proxy_refusal(way, status, reason):
+    """The proxy's answer to CONNECT, or its 407 to a request, as an UpstreamError."""
+    said = (
+        "the proxy %s does not connect to %s (%d %s): ask who runs it, or name the host in NO_PROXY"
+        % (host_port(*way.proxy), host_port(way.host, way.port), status, ascii(reason)[1:-1])
+    )
     if status == 407:
         said = (
-            "the proxy %s wants a name and password (407): %s_PROXY needs user:password@ before its host"
-            % (proxy, route.scheme.upper())
+            "the proxy %s wants a name and password (407): %s_PROXY needs user:password@ before "
+            "its host"
         )
-    else:
-        said = (
-            "the proxy %s does not connect to %s (%d %s): ask who runs it, or name the host in NO_PROXY"
-            % (proxy, host_port(route.host, route.port), status, ascii(reason)[1:-1])
-        )
+        said %= host_port(*way.proxy), way.scheme.upper()
     return UpstreamError(said, kind="connect", retry=status >= 500)
 
 
 class Upstream:
     """Connections to providers, kept and shared by all threads.
 
-    ca_bundle: PEM file or folder, trusted besides the system's; client_cert: "cert.pem" or "cert.pem,key.pem"; idle: seconds
-    for which an unused connection is kept. The pool: Route -> wires, the latest used last.
+    ca_bundle: PEM file or folder, trusted besides the system's; client_cert: "cert.pem" or
+    "cert.pem,key.pem"; timeout, connect_timeout, idle (for which an unused connection is kept):
+    seconds.
     """
 
     def __init__(
@@ -5676,17 +5637,26 @@ class Upstream:
         insecure=False,
         idle=60.0,
     ):
+        # connect_timeout is for each address of a name, for the proxy's answer and for TLS anew.
         self.timeout, self.connect_timeout, self.idle = timeout, connect_timeout, idle
         self.ca_bundle, self.client_cert, self.insecure = ca_bundle, client_cert, insecure
-        self.lock, self.context_lock, self.context = threading.Lock(), threading.Lock(), None
-        self.closed, self.pool, self.live, self.routes = False, {}, set(), {}
+        self.lock = threading.Lock()  # for closed, pool and live
+        self.closed = False
+        self.pool = {}  # Way -> idle lines, the latest used last
+        self.live = set()  # every line, idle or in use
+        self.ways = {}  # (scheme, host, port) -> (monotonic time until which it holds, Way)
+        self.context = None  # the SSLContext, once it was needed
+        self.context_lock = threading.Lock()
 
     def open(self, method, url, headers, body=None, wait=None, timeout=None):
-        """Sends a request (body: bytes or None) and returns a Reply once its head has come; redirects on one host are followed.
+        """Sends a request (body: bytes or None) -> a Reply, once its head has come; redirects on
+        one host are followed.
 
-        wait(sock, seconds) is called for every silence: True if the socket can be read, False if the seconds are over; what it
-        raises (ClientGone) ends the connection and comes through. UpstreamError kinds: connect; timeout (504: silence of
-        `timeout` seconds); cut; body (cannot be decoded); request (a setting holds what HTTP forbids, 500).
+        wait(sock, seconds) is called for every silence: True if the socket can be read, False if
+        the seconds are over; sock is None where there is no socket to look at; what it raises
+        (ClientGone) ends the connection and comes through. UpstreamError kinds: connect; timeout
+        (504: silence of `timeout` seconds); cut; body (cannot be decoded); request (a setting holds
+        what HTTP forbids, 500).
         """
         wait, timeout = wait or poll_socket, timeout or self.timeout
         for left in range(MAX_REDIRECTS, -1, -1):
@@ -5698,128 +5668,146 @@ class Upstream:
             url = target
 
     def ask(self, method, url, headers, body, wait, timeout):
-        route = self.route(url)
-        data = request_bytes(route, method, url, headers, body)
-        wire = self.kept(route)
-        if wire:
+        """One request -> Reply, whatever its status. UpstreamError, ClientGone."""
+        way = self.way_to(url)
+        target, fields = request_parts(way, url, headers)
+        # First on an idle connection, if there is one; without it, or once it failed, on a new one.
+        for kept in (self.kept(way), None):
+            line = kept or self.dial(way, wait)
             try:
-                return self.exchange(wire, method, data, wait, timeout)
-            except UpstreamError as error:
-                # Closed by the upstream just as we took it: the one failure after which asking again is surely right.
-                if wire.heard or error.kind != "cut":
+                if not kept and way.scheme == "https":
+                    self.secure(line, wait)
+                head = line.ask(method, target, fields, body, wait, timeout)
+                if head.status == 407 and way.proxy:
+                    raise proxy_refusal(way, 407, "")
+                return Reply(self, line, head)
+            except BaseException as error:
+                self.drop(line)
+                # A kept connection was closed just as we took it (RFC 9112, 9.3.1): the one failure
+                # after which asking again is surely right.
+                if not kept or line.came or getattr(error, "kind", "") != "cut":
                     raise
-        return self.exchange(self.connect(route, wait), method, data, wait, timeout)
 
-    def exchange(self, wire, method, data, wait, timeout):
-        wire.begin(wait, timeout)
-        try:
-            sent = wire.send(data)
-            response = wire.head(method)
-            if response.status == 407 and wire.route.proxy:
-                raise proxy_refusal(wire.route, 407, "")
-        except BaseException:
-            self.drop(wire)
-            raise
-        return Reply(self, wire, response, sent)
-
-    def route(self, url):
-        """The Route of a URL; looked up once a minute, as that reads the whole environment (or the Windows registry)."""
+    def way_to(self, url):
+        """The Way to a URL; looked up once a minute, as that reads the whole environment (or the
+        Windows registry)."""
         try:
             place = url_origin(url)
         except ValueError:  # its text may hold a part of the URL, and that a password
             raise UpstreamError(
                 "the base URL is not one: write it like https://host:port/v1", 500, kind="request"
             )
-        until, route = self.routes.get(place, (0, None))
+        until, way = self.ways.get(place, (0, None))
         if until < time.monotonic():
-            route = route_to(*place)
-            self.routes[place] = time.monotonic() + ROUTE_SECONDS, route
-        return route
+            way = find_way(*place)
+            self.ways[place] = time.monotonic() + WAY_SECONDS, way
+        return way
 
-    def kept(self, route):
-        """An idle wire to `route` on which the upstream has not hung up, or None."""
-        old = []
+    def kept(self, way):
+        """An idle line on which the other side has neither hung up nor said anything, or None."""
         self.close_idle()
-        with self.lock:
-            if self.closed:
-                raise UpstreamError("this proxy is shutting down", 503, kind="connect")
-            wires = self.pool.get(route)
-            found = None
-            while wires and not found:
-                found = wires.pop()
-                if found.ready(poll_socket, 0):  # idle, yet readable: closed, or out of step
-                    old.append(found)
-                    found = None
-        for wire in old:
-            self.drop(wire)
-        return found
+        while True:
+            with self.lock:
+                lines = self.pool.get(way)
+                line = lines.pop() if lines else None
+            if not line or line.look() == b"":
+                return line
+            self.drop(line)
 
     def close_idle(self):
-        """Ends the connections that were idle too long."""
+        """Ends the connections that were idle too long. The server's accepting thread calls it too,
+        so that they end also where no request comes any more."""
         old, before = [], time.monotonic() - self.idle
         with self.lock:
-            for wires in self.pool.values():
-                while wires and wires[0].since < before:
-                    old.append(wires.pop(0))
-        for wire in old:
-            self.drop(wire)
+            for lines in self.pool.values():
+                while lines and lines[0].since < before:
+                    old.append(lines.pop(0))
+        for line in old:
+            self.drop(line)
 
-    def connect(self, route, wait):
-        """A new Wire, through the proxy if there is one, with TLS if the scheme says so. UpstreamError of kind connect."""
-        address = route.proxy or (route.host, route.port)
-        context = self.tls() if route.scheme == "https" else None
+    def dial(self, way, wait):
+        """A new Line, to the proxy if there is one. UpstreamError of kind connect, ClientGone.
+
+        A thread of its own connects, since to look up a name cannot be interrupted and does not
+        look at the client. Whoever cannot wait for it leaves it to close what it made.
+        """
+        made, failed, left = [], [], []
+
+        def connect():
+            try:
+                made.append(socket.create_connection(address, self.connect_timeout))
+                made[0].setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                made[0].setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                made[0].setblocking(False)
+            except (OSError, ValueError) as error:  # ValueError: a host name that is none
+                failed.append(error)
+            if left:
+                close_made()
+
+        def close_made():
+            for sock in made:
+                sock.close()
+
+        # It tries each address of the name in turn, as urllib does; that is why a name with a dead
+        # IPv6 address takes connect_timeout longer.
+        address = way.proxy or (way.host, way.port)
+        thread = threading.Thread(target=connect, daemon=True)
+        thread.start()
         try:
-            sock = socket.create_connection(address, self.connect_timeout)
-        except (OSError, UnicodeError) as error:
-            raise connect_error(route, error)
-        try:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            if context:
-                if route.proxy:
-                    self.tunnel(sock, route, wait)
-                sock = context.wrap_socket(sock, server_hostname=route.host)
-            sock.settimeout(0)
-        except (OSError, ValueError) as error:  # ssl.CertificateError is a ValueError on 3.6
-            sock.close()
-            raise connect_error(route._replace(proxy=None), error)
+            while thread.is_alive():
+                wait(None, 0)
+                thread.join(SLICE_SECONDS)
         except BaseException:
-            sock.close()
+            left.append(True)
+            close_made()
             raise
-        peer = host_port(route.host, route.port) + (
-            " (through the proxy %s)" % host_port(*address) if route.proxy else ""
-        )
-        wire = Wire(sock, route, peer)
-        with self.lock:
-            self.live.add(wire)
-        return wire
+        if failed:
+            raise connect_error(way, failed[0])
+        line = Line(made[0], way)
+        with self.lock:  # either close() finds it among the live ones, or it sees that it is closed
+            self.live.add(line)
+            closed = self.closed
+        if closed:
+            self.drop(line)
+            raise UpstreamError("this proxy is shutting down", 503, kind="connect")
+        return line
 
-    def tunnel(self, sock, route, wait):
-        """Has the proxy at the other end of `sock` connect it to the origin."""
-        target = host_port(route.host.encode("idna").decode("ascii"), route.port)
-        head = "CONNECT %s HTTP/1.1\r\nHost: %s\r\n" % (target, target)
-        if route.proxy_auth:
-            head += "Proxy-Authorization: %s\r\n" % route.proxy_auth
-        sock.settimeout(0)
-        wire = Wire(sock, route._replace(scheme="http"), "the proxy " + host_port(*route.proxy))
-        wire.begin(wait, self.connect_timeout)
+    def secure(self, line, wait):
+        """TLS with the origin, through the proxy if there is one."""
+        way, peer = line.way, line.peer
+        if way.proxy:
+            line.peer = "the proxy " + host_port(*way.proxy)
+            self.tunnel(line, wait)
+        line.begin(wait, self.connect_timeout)
         try:
-            wire.send(head.encode("ascii") + b"\r\n")
-            response = wire.head("CONNECT")
-        except UpstreamError as error:
-            raise UpstreamError(error.message, kind="connect", retry=True)
-        if response.status // 100 != 2:
-            raise proxy_refusal(route, response.status, response.reason)
-        sock.settimeout(self.connect_timeout)
+            line.handshake(self.tls(), self.connect_timeout)
+        except (OSError, ValueError) as error:
+            raise connect_error(way._replace(proxy=None), error)
+        line.peer = peer
+
+    def tunnel(self, line, wait):
+        """Has the proxy at the other end of `line` connect it to the origin (RFC 9110, 9.3.6)."""
+        way, target = line.way, host_port(line.way.host, line.way.port)
+        fields = {"Host": target}
+        if way.proxy_auth:
+            fields["Proxy-Authorization"] = way.proxy_auth
+        try:
+            head = line.ask("CONNECT", target, fields, None, wait, self.connect_timeout)
+        except UpstreamError as error:  # whatever it was, the request itself was not sent yet
+            error.kind, error.retry = "connect", True
+            raise
+        if head.status // 100 != 2:
+            raise proxy_refusal(way, head.status, head.reason)
 
     def tls(self):
-        """The one SSLContext, made when it is first needed: loading the certificates takes 25 ms."""
+        """The one SSLContext, made when it is first needed: loading certificates takes 25 ms, and
+        up to Python 3.11 each context does it anew."""
         with self.context_lock:
-            if not self.context:
-                self.context = self.new_context()
+            self.context = self.context or self.new_context()
             return self.context
 
     def new_context(self):
+        """By the user's settings; their mistakes show here, and not as a fault of the provider."""
         try:
             context = ssl.create_default_context()
             # Python 3.13 turned this on; many company CAs lack the extensions that it asks for.
@@ -5831,46 +5819,45 @@ class Upstream:
                 context.load_cert_chain(*self.client_cert.split(",", 1))
         except OSError as error:
             raise UpstreamError(
-                "the CA bundle %s or the client certificate %s cannot be loaded (%s): it must be a PEM file"
+                "the CA bundle %s or the client certificate %s cannot be loaded (%s): it must be a "
+                "PEM file"
                 % (ascii(self.ca_bundle), ascii(self.client_cert), error.strerror or error),
                 500,
                 kind="request",
             )
-        if self.insecure:
+        if self.insecure:  # in this order: ssl refuses not to verify while names are checked
             context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
         return context
 
-    def keep(self, wire):
-        """Takes a wire back on which nothing is under way."""
-        wire.begin(poll_socket, 0)
-        wire.since = time.monotonic()
+    def keep(self, line):
+        """Takes a line back on which nothing is under way. Its last `wait` is forgotten: it knows a
+        client, which would be kept as long as the line."""
+        line.wait, line.since = None, time.monotonic()
         with self.lock:
-            wires = self.pool.setdefault(wire.route, [])
-            if not self.closed and len(wires) < KEPT_WIRES:
-                wires.append(wire)
+            lines = self.pool.setdefault(line.way, [])
+            if not self.closed and len(lines) < KEPT_LINES:
+                lines.append(line)
                 return
-        self.drop(wire)
+        self.drop(line)
 
-    def drop(self, wire):
+    def drop(self, line):
+        """Ends a line, whatever its state."""
         with self.lock:
-            self.live.discard(wire)
-        wire.close()
+            self.live.discard(line)
+        line.end()
 
     def close(self):
         """Ends every connection; a thread that waits for one gets an UpstreamError (cut)."""
         with self.lock:
             self.closed = True
-            idle = [wire for wires in self.pool.values() for wire in wires]
-            self.pool.clear()
-            for wire in self.live:
+            self.idle = -1.0  # not even for no time
+            for line in self.live:
                 try:
-                    socket.socket.shutdown(
-                        wire.sock, socket.SHUT_RDWR
-                    )  # not SSLSocket's, which is not for two threads
+                    # Not SSLSocket's own shutdown, which is not for two threads.
+                    socket.socket.shutdown(line.sock, socket.SHUT_RDWR)
                 except OSError:
                     pass
-        for wire in idle:
-            self.drop(wire)
+        self.close_idle()
 
 
 # ==================================================================================================
@@ -10066,7 +10053,7 @@ def is_reachable(tester):
     headers = upstream_headers(plan, tester.settings, {})
     tester.models = model_names(get_json(upstream, models_url(plan), headers, patience(20)))
     tester.proxy.probe(plan, patience(10))  # tells a local server's kind, and so its profile
-    way = upstream.route(plan.base)
+    way = upstream.way_to(plan.base)
     seen = host_port(way.host, way.port) + " answers"
     if way.scheme == "https":
         seen += ", TLS %s" % ("NOT verified (INSECURE)" if tester.settings.insecure else "verified")
