@@ -10301,11 +10301,11 @@ def claude_files(home):
 
 # ---- check: what the target can do, through the code that serves ---------------------------------
 #
-# A row of CHECKS is a name and a function that asks one thing of the target and returns a Verdict.
-# It asks through the Proxy and Exchange that serve Claude Code, so a row shows what Claude Code
-# would get, with everything that ccfix does for it except second tries. A ProxyError on the way is
-# a verdict as well. Each docstring says what the row proves, and what Claude Code does without it
-# (seen with Claude Code 2.1.330).
+# A row of CHECKS asks the target one thing and judges the answer: a Verdict. It asks through the
+# Proxy and Exchange that serve Claude Code, so a row shows what Claude Code would get, with
+# everything that ccfix does for it except second tries. A ProxyError on the way is a verdict as
+# well. Each docstring says what the row proves, and what Claude Code does without it (seen with
+# Claude Code 2.1.330).
 
 ROW_SECONDS, LONG_SECONDS = 60, 180  # for one question; for a long prompt on a small machine
 ANSWER_TOKENS = 400  # enough for a model that thinks before it calls a tool
@@ -10326,17 +10326,37 @@ WEATHER = {
         "additionalProperties": False,
     },
 }
-# name -> arguments of Tester.ask. Several rows look at these answers, so each is asked only once.
-QUESTIONS = {
-    "plain": {"content": "Reply with the one word: pong", "stream": False},
-    "count": {"content": "Count from 1 to 30 in digits, separated by blanks."},
-    "tool": {"content": "What is the weather in Paris? Use the tool.", "tools": [WEATHER]},
-}
 # A PNG in base64. 64 x 64 pixels, since some vision models refuse a picture of under 28.
 RED_SQUARE = (
     "iVBORw0KGgoAAAANSUhEUgAAAEAAAABAAQMAAACQp+OdAAAAA1BMVEX/AAAZ4gk3AAAAD0lEQVR42mNgGAWj"
     "gHwAAAJAAAHgTR1EAAAAAElFTkSuQmCC"
 )
+RED_IMAGE = {
+    "type": "image",
+    "source": {"type": "base64", "media_type": "image/png", "data": RED_SQUARE},
+}
+# name -> arguments of Tester.ask. Each is asked once, however many rows look at its answer.
+QUESTIONS = {
+    "plain": {"content": "Reply with the one word: pong", "stream": False},
+    "count": {"content": "Count from 1 to 30 in digits, separated by blanks."},
+    "tool": {"content": "What is the weather in Paris? Use the tool.", "tools": [WEATHER]},
+    # The words alone would not lead to a call.
+    "forced": {
+        "content": "Good morning! I am in Rome.",
+        "tools": [WEATHER],
+        "tool_choice": {"type": "tool", "name": WEATHER["name"]},
+    },
+    "parallel": {
+        "content": "What is the weather in Paris, and what in Rome? Call the tool for both at once.",
+        "tools": [WEATHER],
+    },
+    "thinking": {
+        "content": "How many times is the letter r in strawberry? Think first.",
+        "max_tokens": 1200,
+        "thinking": {"type": "enabled", "budget_tokens": 1024},
+    },
+    "image": {"content": [RED_IMAGE, {"type": "text", "text": "Which colour is this picture?"}]},
+}
 
 TRAINED = "choose a model that was trained for tools"
 # kind of a ProxyError -> what to do. The other kinds have no fix that helps in general.
@@ -10364,19 +10384,18 @@ NO_TOOLS = {
     "lmstudio": "choose a model that LM Studio marks with a hammer",
 }
 
-# What a row found. status: ok, fail, or skip where it cannot tell; seen: what, in a few words; fix:
-# what to do about it, or "".
-Verdict = collections.namedtuple("Verdict", "status seen fix")
+
+class Verdict(NamedTuple):
+    """What a row found."""
+
+    status: str  # ok; fail; or skip: it cannot tell, and is no reason to doubt the target
+    seen: str  # what, in a few words
+    fix: str = ""  # what to do about it
 
 
 def ok(seen):
     """The row holds."""
-    return Verdict("ok", seen, "")
-
-
-def skip(seen):
-    """The row cannot tell, and is no reason to doubt the target."""
-    return Verdict("skip", seen, "")
+    return Verdict("ok", seen)
 
 
 def fail(seen, fix=""):
@@ -10410,17 +10429,18 @@ class Answer:
                 self.marks.append(time.monotonic() - began)
         if exchange.broken_by():
             raise exchange.error
-        self.message = fold(events)  # Anthropic's message (dict)
-        self.plan = exchange.plan  # with the lessons learned on the way
+        self.content = fold(events)["content"]  # Anthropic's blocks
+        self.profile = exchange.plan.profile  # with the lessons learned on the way
         self.usage = exchange.reader.raw_usage  # the provider's own; {} if it told none
-        self.tokens = exchange.reader.usage()  # Anthropic's usage; estimated if need be
+        tokens = exchange.reader.usage()  # Anthropic's usage; estimated if need be
+        self.output, self.cached = tokens["output_tokens"], tokens["cache_read_input_tokens"]
         # Tokens of the prompt, whether they were read anew, from a cache or into one.
-        names = [name for name in self.tokens if name.endswith("input_tokens")]
-        self.prompt = sum(self.tokens[name] for name in names)
+        self.prompt = sum(tokens[name] for name in tokens if name.endswith("input_tokens"))
         self.text = "".join(block["text"] for block in self.blocks("text")).strip()
 
     def blocks(self, kind):
-        return [block for block in self.message["content"] if block["type"] == kind]
+        """The content blocks of a kind."""
+        return [block for block in self.content if block["type"] == kind]
 
     def calls(self):
         """The tool calls that fit WEATHER; Claude Code answers any other with an error."""
@@ -10505,34 +10525,25 @@ def models_url(plan):
 
 # The first four rows. Where one of them fails, the rest would only say the same again.
 
+ELSEWHERE = Verdict("skip", "unknown: the question failed otherwise, see below")
+
 
 def is_reachable(tester):
     """Name, network, proxy and TLS work: any HTTP answer will do.
 
     Otherwise Claude Code says "API Error" after three minutes of trying again.
     """
-    plan, upstream = tester.plan, tester.proxy.upstream(tester.settings)
-    headers = upstream_headers(plan, tester.settings, {})
+    plan, settings = tester.plan, tester.settings
+    upstream, headers = tester.proxy.upstream(settings), upstream_headers(plan, settings, {})
     tester.models = model_names(get_json(upstream, models_url(plan), headers, patience(20)))
     tester.proxy.probe(plan, patience(10))  # tells a local server's kind, and so its profile
     way = upstream.route(plan.base)
     seen = host_port(way.host, way.port) + " answers"
     if way.scheme == "https":
-        seen += ", TLS %s" % ("NOT verified (INSECURE)" if tester.settings.insecure else "verified")
+        seen += ", TLS NOT verified (INSECURE)" if settings.insecure else ", TLS verified"
     if way.proxy:
         seen += ", through the proxy " + host_port(*way.proxy)
-    return ok("%s; profile %s" % (seen, tester.plan.profile.name))
-
-
-def judge_plain(tester, kinds, seen):
-    """The Verdict by the plain question: `seen` if it was answered, else whether it failed with
-    one of these kinds of errors; another row tells of the others."""
-    error = tester.plain_error()
-    if error is None:
-        return ok(seen)
-    if error.kind in kinds:
-        return failure(error)
-    return skip("unknown: the question failed otherwise, see below")
+    return ok(seen + "; profile " + tester.plan.profile.name)
 
 
 def takes_key(tester):
@@ -10540,8 +10551,10 @@ def takes_key(tester):
 
     Otherwise every turn ends with an error about the login (401, 403) or the credit (402).
     """
-    seen = "accepted" if tester.plan.key else "none given, none needed"
-    return judge_plain(tester, ("auth", "billing", "policy", "connect"), seen)
+    error = tester.plain_error()
+    if not error:
+        return ok("accepted" if tester.plan.key else "none given, none needed")
+    return failure(error) if error.kind in ("auth", "billing", "policy", "connect") else ELSEWHERE
 
 
 def has_model(tester):
@@ -10549,30 +10562,25 @@ def has_model(tester):
 
     Without it, Claude Code says that the selected model may not exist (404).
     """
-    model = tester.plan.model
-    kinds = () if model in tester.models else ("model", "path")
-    verdict = judge_plain(tester, kinds, model)
-    if verdict.status != "fail":
-        return verdict
+    model, error = tester.plan.model, tester.plain_error()
+    if not error:
+        return ok(model)
+    if error.kind not in ("model", "path") or model in tester.models:
+        return ELSEWHERE
     import difflib  # nothing else needs it, and a start should not wait for it
 
     # At 0.3 "sonnet" is still like "anthropic/claude-sonnet-4.5".
     near = difflib.get_close_matches(model, tester.models, 12, 0.3) or tester.models[:12]
     fix = "-m with one of: " + shorten(", ".join(near), 300) if near else ADVICE["model"]
-    if tester.plain_error().kind == "model":
+    if error.kind == "model":
         return fail("the provider has no model " + model, fix)
     return fail("no such address, or no model " + model, ADVICE["path"] + "; or " + fix)
 
 
-def answers_plainly(tester):
-    """A whole answer, without streaming: what Claude Code asks for after a stream has failed."""
-    return judge_text(tester.once("plain"))
-
-
 def judge_text(answer):
-    """The Verdict of an answer that should be text."""
+    """The answer is text. Of "plain" it comes whole, as Claude Code asks after a failed stream."""
     if answer.text:
-        return ok("%s, %d tokens" % (quote(answer.text), answer.tokens["output_tokens"]))
+        return ok("%s, %d tokens" % (quote(answer.text), answer.output))
     if answer.blocks("tool_use"):
         return fail("a tool call instead of text", TRAINED)
     if answer.blocks("thinking"):
@@ -10584,74 +10592,61 @@ def judge_text(answer):
 # The stream.
 
 
-def streams(tester):
+def judge_stream(answer):
     """The answer comes in pieces. In one piece it works as well, but nothing is seen for long."""
-    answer = tester.once("count")
     if not answer.marks:
         return fail("an empty stream", ADVICE["server"])
-    if len(answer.marks) == 1 and answer.tokens["output_tokens"] > 8:
+    if len(answer.marks) == 1 and answer.output > 8:
         return ok("all in one piece, at the end: the server, or a proxy in between, holds it back")
     return ok("%d pieces in %.1f s" % (len(answer.marks), answer.marks[-1]))
 
 
-def tells_usage(tester):
+def judge_usage(answer):
     """The stream tells token counts. Claude Code adds them up to know when to compact; where there
     are none, ccfix sends estimates in their place."""
-    usage = tester.once("count").usage
-    told = (
-        positive_int(usage, "prompt_tokens", "input_tokens"),
-        positive_int(usage, "completion_tokens", "output_tokens"),
-    )
-    if all(told):
-        return ok("%d in, %d out" % told)
+    prompt = positive_int(answer.usage, "prompt_tokens", "input_tokens")
+    output = positive_int(answer.usage, "completion_tokens", "output_tokens")
+    if prompt and output:
+        return ok("%d in, %d out" % (prompt, output))
     seen = "none: token counts are estimates, so compaction may come early or late"
     return fail(seen, "turn on usage in the server's streams")
 
 
-def is_fast(tester):
+def judge_speed(answer):
     """How long a user waits, and how fast the answer comes then; for a person to judge."""
-    answer = tester.once("count")
-    # The first content is at `first` already, so that one token less came in between.
-    first, last = (answer.marks or [0])[0], (answer.marks or [0])[-1]
-    seen = "first content after %.2f s" % first
-    if last > first:
-        seen += ", then %.0f tokens/s" % ((answer.tokens["output_tokens"] - 1) / (last - first))
+    marks = answer.marks or [0]
+    seen = "first content after %.2f s" % marks[0]
+    if marks[-1] > marks[0]:
+        # The first token is there at the first mark already: one less came in between.
+        seen += ", then %.0f tokens/s" % ((answer.output - 1) / (marks[-1] - marks[0]))
     return ok(seen)
 
 
 # Tools: without them Claude Code reads no file and runs no command, it only talks.
 
 
-def calls_tool(tester):
+def judge_call(answer):
     """The model calls a tool when it is told to."""
-    return judge_call(tester, tester.once("tool"))
-
-
-def judge_call(tester, answer):
-    """The Verdict of an answer that should call WEATHER."""
-    if answer.calls():
-        return ok("get_weather(%s)" % compact_json(answer.calls()[0]["input"]))
+    calls = answer.calls()
+    if calls:
+        return ok("get_weather(%s)" % compact_json(calls[0]["input"]))
     seen = "text instead of a call: " + quote(answer.text)
-    if answer.blocks("tool_use"):
-        call = answer.blocks("tool_use")[0]
+    for call in answer.blocks("tool_use"):
         seen = "a call that does not fit the tool: " + compact_json(call["input"])
-    return fail(seen, NO_TOOLS.get(tester.plan.profile.name, TRAINED))
+    return fail(seen, NO_TOOLS.get(answer.profile.name, TRAINED))
 
 
-def calls_forced_tool(tester):
-    """tool_choice is obeyed; the words alone would not lead to a call."""
-    choice = {"type": "tool", "name": WEATHER["name"]}
-    answer = tester.ask("Good morning! I am in Rome.", tools=[WEATHER], tool_choice=choice)
+def judge_forced_call(answer):
+    """tool_choice is obeyed."""
     if answer.calls():
         return ok("called when told to")
     fix = "Claude Code needs it only for --json-schema and a few side requests"
-    return judge_call(tester, answer)._replace(fix=fix)
+    return judge_call(answer)._replace(fix=fix)
 
 
-def calls_in_parallel(tester):
+def judge_parallel_calls(answer):
     """One answer has two calls. Claude Code then runs both at once; otherwise, turn by turn."""
-    question = "What is the weather in Paris, and what in Rome? Call the tool for both at once."
-    calls = len(tester.ask(question, tools=[WEATHER]).calls())
+    calls = len(answer.calls())
     if calls > 1:
         return ok("%d calls in one answer" % calls)
     return fail("%d call in one answer: work takes more turns" % calls)
@@ -10665,12 +10660,12 @@ def takes_result(tester):
     """
     answer = tester.once("tool")
     if not answer.calls():
-        return skip("not tried: there is no call to answer")
+        return Verdict("skip", "not tried: there is no call to answer")
     result = {"type": "tool_result", "content": "11 degrees, heavy rain"}
     results = [dict(result, tool_use_id=call["id"]) for call in answer.blocks("tool_use")]
     messages = [
         {"role": "user", "content": QUESTIONS["tool"]["content"]},
-        {"role": "assistant", "content": answer.message["content"]},
+        {"role": "assistant", "content": answer.content},
         {"role": "user", "content": results},
     ]
     return judge_text(tester.ask(tools=[WEATHER], messages=messages))
@@ -10679,28 +10674,20 @@ def takes_result(tester):
 # What not every model can do.
 
 
-def thinks(tester):
+def judge_thinking(answer):
     """Reasoning is shown. Claude Code shows it too, and sends it back; it works without."""
-    answer = tester.ask(
-        "How many times is the letter r in strawberry? Think first.",
-        max_tokens=1200,
-        thinking={"type": "enabled", "budget_tokens": 1024},
-    )
     size = sum(len(block["thinking"]) for block in answer.blocks("thinking"))
     if size:
         return ok("%d characters" % size)
-    return skip("none shown: the model does not reason, or the provider hides it")
+    return Verdict("skip", "none shown: the model does not reason, or the provider hides it")
 
 
-def sees(tester):
+def judge_sight(answer):
     """The model tells the colour of a picture. Some servers drop images without a word."""
-    source = {"type": "base64", "media_type": "image/png", "data": RED_SQUARE}
-    question = "Which colour is this picture?"
-    answer = tester.ask([{"type": "image", "source": source}, {"type": "text", "text": question}])
     if re.search(r"\bred\b", answer.text, re.I):  # and not "rendered"
         return ok("it saw the colour")
     seen = "it did not see a red square: " + quote(answer.text)
-    if not answer.plan.profile.images:  # known before, or a lesson: ccfix left the picture out
+    if not answer.profile.images:  # known before, or a lesson: ccfix left the picture out
         seen = "the provider is known to take no images, or refused the image"
     return fail(seen, "name a model that sees pictures: TARGET_MODEL_IMAGE")
 
@@ -10757,9 +10744,8 @@ def caches_prefix(tester):
     system = "You are a terse clerk.\n" + fill_prompt(170)  # most caches begin at 1,024 tokens
     for question in ("Say yes.", "Say no."):
         answer = tester.ask(question, LONG_SECONDS, system=system, max_tokens=16)
-    cached = answer.tokens["cache_read_input_tokens"]
-    if cached:
-        return ok("%d of %d tokens" % (cached, answer.prompt))
+    if answer.cached:
+        return ok("%d of %d tokens" % (answer.cached, answer.prompt))
     return fail("none reported: each turn may be read, and paid for, in full")
 
 
@@ -10772,17 +10758,24 @@ def orders_events(tester):
     Claude Code gives up a stream that lacks some, and asks again without streaming. Here nothing of
     ccfix is in between: an Exchange would show the events as ccfix writes them.
     """
-    plan, upstream = tester.plan, tester.proxy.upstream(tester.settings)
-    url, headers = plan.url(plan.format.path), upstream_headers(plan, tester.settings, {})
+    plan, settings = tester.plan, tester.settings
     data = compact_json(question_body(plan.model, "Say hello.")).encode()
-    reply = upstream.open("POST", url, headers, data, patience(ROW_SECONDS))
+    address = plan.url(plan.format.path), upstream_headers(plan, settings, {})
+    reply = tester.proxy.upstream(settings).open("POST", *address, data, patience(ROW_SECONDS))
     with contextlib.closing(reply):
         raw = reply.read(4 << 20)
     if reply.status != 200:
         return failure(upstream_error(reply.status, {}, raw))
-    wrong = grammar_fault(raw.decode("utf-8", "replace"))
+    fault = grammar_fault(to_string(raw))
     fix = "Claude Code needs Anthropic's event order; report it to the server's makers"
-    return fail(wrong, fix) if wrong else ok("as Anthropic's")
+    return fail(fault, fix) if fault else ok("as Anthropic's")
+
+
+# The types of the events of a whole stream, pings apart.
+EVENT_ORDER = re.compile(
+    "message_start (content_block_start (content_block_delta )*content_block_stop )*"
+    "message_delta message_stop $"
+)
 
 
 def grammar_fault(text):
@@ -10792,7 +10785,7 @@ def grammar_fault(text):
     name in an `event:` line it does not see at all.
     https://docs.anthropic.com/en/docs/build-with-claude/streaming
     """
-    shape, index = "", -1
+    order, index = "", -1
     for name, data in re.findall(r"^(?:event: ?(.*?)\r?\n)?data: ?(\{.*)", text, re.M):
         event = as_dict(json_or_none(data))
         kind = str(event.get("type"))
@@ -10803,58 +10796,65 @@ def grammar_fault(text):
         index += kind == "content_block_start"
         if kind.startswith("content_block_") and event.get("index") != index:
             return "%s with index %a where %d was due" % (kind, event.get("index"), index)
-        shape += kind + " " if kind != "ping" else ""
-    block = "content_block_start (content_block_delta )*content_block_stop "
-    if re.match("message_start (%s)*message_delta message_stop $" % block, shape):
+        order += kind + " " if kind != "ping" else ""
+    if EVENT_ORDER.match(order):
         return ""
-    return "events out of order: " + shorten(shape or "none", 200)
+    return "events out of order: " + shorten(order or "none", 200)
+
+
+class Check(NamedTuple):
+    """One thing that Claude Code needs of the target."""
+
+    name: str
+    required: bool  # Claude Code cannot work without it
+    judge: object  # function -> Verdict; of the Answer to the question, else of the Tester
+    question: str = ""  # a row of QUESTIONS
+    relayed: bool = False  # of use only for a format whose events are relayed as they come
 
 
 CHECKS = (
-    # (name, required: Claude Code cannot work without it, function(tester) -> Verdict,
-    # and True where it is of use only for a format whose events are relayed as they come)
-    ("reachable", True, is_reachable),
-    ("key accepted", True, takes_key),
-    ("model exists", True, has_model),
-    ("plain reply", True, answers_plainly),
-    ("stream", True, streams),
-    ("event order", True, orders_events, True),
-    ("usage in stream", False, tells_usage),
-    ("tool call", True, calls_tool),
-    ("forced tool choice", False, calls_forced_tool),
-    ("parallel tools", False, calls_in_parallel),
-    ("tool result turn", True, takes_result),
-    ("thinking", False, thinks),
-    ("image", False, sees),
-    ("long prompt", True, holds_context),
-    ("cached tokens", False, caches_prefix),
-    ("speed", False, is_fast),
+    Check("reachable", True, is_reachable),
+    Check("key accepted", True, takes_key),
+    Check("model exists", True, has_model),
+    Check("plain reply", True, judge_text, "plain"),
+    Check("stream", True, judge_stream, "count"),
+    Check("event order", True, orders_events, relayed=True),
+    Check("usage in stream", False, judge_usage, "count"),
+    Check("tool call", True, judge_call, "tool"),
+    Check("forced tool choice", False, judge_forced_call, "forced"),
+    Check("parallel tools", False, judge_parallel_calls, "parallel"),
+    Check("tool result turn", True, takes_result),
+    Check("thinking", False, judge_thinking, "thinking"),
+    Check("image", False, judge_sight, "image"),
+    Check("long prompt", True, holds_context),
+    Check("cached tokens", False, caches_prefix),
+    Check("speed", False, judge_speed, "count"),
 )
-GATES = 4  # the first rows, without which the rest is not tried
-MARKS = {"ok": "ok", "skip": "--", "fail": "no"}
+GATES = CHECKS[:4]  # without which the rest is not tried
 
 
 def run_checks(tester, progress=False):
-    """Try the rows of CHECKS in turn -> (name, required, Verdict, ms) as each is done.
+    """Try the rows of CHECKS in turn -> {name, required, status, seen, fix, ms} as each is done.
 
     progress: show on a terminal which row is under way; its own line then covers that. Secrets are
     hidden in what comes out, since a provider may repeat a key in its error.
     """
-    blocked = ""
-    for number, (name, required, look, *relayed) in enumerate(CHECKS):
-        if relayed and not tester.plan.format.relays:
+    blocked = None
+    for row in CHECKS:
+        if row.relayed and not tester.plan.format.relays:
             continue
         if progress and sys.stdout.isatty():
-            print("...  " + name, end="\r", flush=True)
+            print("...  " + row.name, end="\r", flush=True)
         began = time.monotonic()
         try:
-            verdict = skip('not tried: first "%s" must work' % blocked) if blocked else look(tester)
+            verdict = blocked or row.judge(tester.once(row.question) if row.question else tester)
         except ProxyError as error:
             verdict = failure(error)
-        if verdict.status == "fail" and number < GATES:
-            blocked = blocked or name
+        if verdict.status == "fail" and row in GATES:
+            blocked = Verdict("skip", 'not tried: first "%s" must work' % row.name)
         verdict = Verdict(*redact(verdict, tester.settings.secrets()))
-        yield name, required, verdict, round((time.monotonic() - began) * 1000)
+        ms = round((time.monotonic() - began) * 1000)
+        yield dict(verdict._asdict(), name=row.name, required=row.required, ms=ms)
 
 
 def check(config, options):
@@ -10870,27 +10870,26 @@ def check(config, options):
     plan, rows, bad = tester.plan, [], []
     base = without_password(plan.base)
     show("%s at %s" % (plan.model, base))
-    for name, required, verdict, ms in run_checks(tester, not options.json):
-        rows.append(dict(verdict._asdict(), name=name, required=required, ms=ms))
-        if required and verdict.status == "fail":
-            bad.append(name)
-        mark = "FAIL" if name in bad else MARKS[verdict.status]
-        show("%-4s %-18s  %s" % (mark, name, verdict.seen))
-        if verdict.fix:
-            show("     %-18s  fix: %s" % ("", verdict.fix))
+    for row in run_checks(tester, not options.json):
+        rows.append(row)
+        mark = {"ok": "ok", "skip": "--", "fail": "no"}[row["status"]]
+        if row["required"] and mark == "no":
+            bad.append(row["name"])
+            mark = "FAIL"
+        show("%-4s %-18s  %s" % (mark, row["name"], row["seen"]))
+        if row["fix"]:
+            show("%25sfix: %s" % ("", row["fix"]))
     tester.close()
     learned = tester.proxy.lessons.values()
     lessons = [lesson_text(*change) for changes in learned for change in changes.items()]
     for lesson in lessons:
         show("     learned on the way: " + lesson)
+    cannot = "Claude Code cannot work with it: " + ", ".join(bad)
+    show(cannot if bad else "Claude Code can work with it.")
     if options.json:
         report = {"ok": not bad, "model": plan.model, "api_base": base}
         report.update(profile=plan.profile.name, checks=rows, lessons=lessons)
         say(json.dumps(report, indent=1))
-    elif bad:
-        say("Claude Code cannot work with it: " + ", ".join(bad))
-    else:
-        say("Claude Code can work with it.")
     return 1 if bad else 0
 
 
