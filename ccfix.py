@@ -10337,31 +10337,30 @@ RED_IMAGE = {
 }
 # name -> arguments of Tester.ask. Each is asked once, however many rows look at its answer.
 QUESTIONS = {
-    "plain": {"content": "Reply with the one word: pong", "stream": False},
-    "count": {"content": "Count from 1 to 30 in digits, separated by blanks."},
-    "tool": {"content": "What is the weather in Paris? Use the tool.", "tools": [WEATHER]},
-    # The words alone would not lead to a call.
-    "forced": {
-        "content": "Good morning! I am in Rome.",
-        "tools": [WEATHER],
-        "tool_choice": {"type": "tool", "name": WEATHER["name"]},
-    },
-    "parallel": {
-        "content": "What is the weather in Paris, and what in Rome? Call the tool for both at once.",
-        "tools": [WEATHER],
-    },
-    "thinking": {
-        "content": "How many times is the letter r in strawberry? Think first.",
-        "max_tokens": 1200,
-        "thinking": {"type": "enabled", "budget_tokens": 1024},
-    },
-    "image": {"content": [RED_IMAGE, {"type": "text", "text": "Which colour is this picture?"}]},
+    "plain": dict(content="Reply with the one word: pong", stream=False),
+    "count": dict(content="Count from 1 to 30 in digits, separated by blanks."),
+    "tool": dict(content="What is the weather in Paris? Use the tool.", tools=[WEATHER]),
+    "forced": dict(  # the words alone would not lead to a call
+        content="Good morning! I am in Rome.",
+        tools=[WEATHER],
+        tool_choice={"type": "tool", "name": WEATHER["name"]},
+    ),
+    "parallel": dict(
+        content="What is the weather in Paris, and what in Rome? Call the tool for both at once.",
+        tools=[WEATHER],
+    ),
+    "thinking": dict(
+        content="How many times is the letter r in strawberry? Think first.",
+        max_tokens=1200,
+        thinking={"type": "enabled", "budget_tokens": 1024},
+    ),
+    "image": dict(content=[RED_IMAGE, {"type": "text", "text": "Which colour is this picture?"}]),
 }
 
 TRAINED = "choose a model that was trained for tools"
 # kind of a ProxyError -> what to do. The other kinds have no fix that helps in general.
 ADVICE = {
-    "auth": "set the right key: -k KEY, or TARGET_API_KEY in the environment or .env",
+    "auth": "set the right key: -k KEY, or TARGET_API_KEY",
     "billing": "add credit at the provider, or choose another one",
     "policy": "ask the provider what this key may use",
     "model": "choose one of the provider's models: -m NAME, or TARGET_MODEL",
@@ -10369,10 +10368,10 @@ ADVICE = {
     "overflow": "choose a model with a larger context window, or raise the server's "
     "(llama.cpp: -c, vLLM: --max-model-len, Ollama: OLLAMA_CONTEXT_LENGTH=65536)",
     "timeout": "try again; for a server that is always slow, raise TARGET_TIMEOUT",
-    "rate": "wait until the provider's limit allows more, or ask for a higher one",
+    "rate": "wait, or ask the provider for a higher limit",
     "overloaded": "try again later, or set TARGET_MODEL_FALLBACK",
-    "server": "try again later; if it persists, see the server's own log",
-    "cut": "try again; if it persists, see the server's log, and look for proxies in between",
+    "server": "try again later, or see the server's own log",
+    "cut": "try again; if it persists, see the logs of the server and of proxies in between",
     "sampling": TRAINED,
 }
 # profile -> what makes tools work there, where a model trained for them is not enough
@@ -10388,7 +10387,7 @@ NO_TOOLS = {
 class Verdict(NamedTuple):
     """What a row found."""
 
-    status: str  # ok; fail; or skip: it cannot tell, and is no reason to doubt the target
+    status: str  # ok, skip or fail
     seen: str  # what, in a few words
     fix: str = ""  # what to do about it
 
@@ -10396,6 +10395,11 @@ class Verdict(NamedTuple):
 def ok(seen):
     """The row holds."""
     return Verdict("ok", seen)
+
+
+def skip(seen):
+    """The row cannot tell, and is no reason to doubt the target."""
+    return Verdict("skip", seen)
 
 
 def fail(seen, fix=""):
@@ -10421,12 +10425,12 @@ class Answer:
     """What the target answered to one question. Raises ProxyError, like Exchange.events."""
 
     def __init__(self, exchange):
-        events, began = [], time.monotonic()
+        events = []
         self.marks = []  # seconds after which each piece of text, thinking or arguments came
         for event in filter(None, exchange.events()):
             events.append(event)
             if event["type"] == "content_block_delta":
-                self.marks.append(time.monotonic() - began)
+                self.marks.append(exchange.clock() - exchange.began)
         if exchange.broken_by():
             raise exchange.error
         self.content = fold(events)["content"]  # Anthropic's blocks
@@ -10525,7 +10529,7 @@ def models_url(plan):
 
 # The first four rows. Where one of them fails, the rest would only say the same again.
 
-ELSEWHERE = Verdict("skip", "unknown: the question failed otherwise, see below")
+ELSEWHERE = skip("unknown: the question failed otherwise, see below")
 
 
 def is_reachable(tester):
@@ -10660,7 +10664,7 @@ def takes_result(tester):
     """
     answer = tester.once("tool")
     if not answer.calls():
-        return Verdict("skip", "not tried: there is no call to answer")
+        return skip("not tried: there is no call to answer")
     result = {"type": "tool_result", "content": "11 degrees, heavy rain"}
     results = [dict(result, tool_use_id=call["id"]) for call in answer.blocks("tool_use")]
     messages = [
@@ -10679,7 +10683,7 @@ def judge_thinking(answer):
     size = sum(len(block["thinking"]) for block in answer.blocks("thinking"))
     if size:
         return ok("%d characters" % size)
-    return Verdict("skip", "none shown: the model does not reason, or the provider hides it")
+    return skip("none shown: the model does not reason, or the provider hides it")
 
 
 def judge_sight(answer):
@@ -10728,12 +10732,13 @@ def takes_long_prompt(tester):
     """
     prompt = "The code word is %s.\n%sWhat is the code word at the top?"
     answer = tester.ask(prompt % (CODE_WORD, fill_prompt(900)), LONG_SECONDS)
-    size = answer.prompt
-    if answer.usage and size < FIRST_REQUEST // 2:
-        return fail("the server silently cut the prompt to %d tokens" % size, ADVICE["overflow"])
-    memory = "" if CODE_WORD in answer.text else ", but forgot its beginning"
-    limit = "the limit is unknown: set MAX_CONTEXT so that Claude Code compacts in time"
-    return ok("took a prompt of %d tokens%s; %s" % (size, memory, limit))
+    if answer.usage and answer.prompt < FIRST_REQUEST // 2:
+        seen = "the server silently cut the prompt to %d tokens" % answer.prompt
+        return fail(seen, ADVICE["overflow"])
+    seen = "took a prompt of %d tokens" % answer.prompt
+    if CODE_WORD not in answer.text:
+        seen += ", but forgot its beginning"
+    return ok(seen + "; the limit is unknown: set MAX_CONTEXT so that Claude Code compacts in time")
 
 
 def caches_prefix(tester):
@@ -10759,6 +10764,8 @@ def orders_events(tester):
     ccfix is in between: an Exchange would show the events as ccfix writes them.
     """
     plan, settings = tester.plan, tester.settings
+    if not plan.format.relays:
+        return None  # the client is sent ccfix's own events
     data = compact_json(question_body(plan.model, "Say hello.")).encode()
     address = plan.url(plan.format.path), upstream_headers(plan, settings, {})
     reply = tester.proxy.upstream(settings).open("POST", *address, data, patience(ROW_SECONDS))
@@ -10802,35 +10809,28 @@ def grammar_fault(text):
     return "events out of order: " + shorten(order or "none", 200)
 
 
-class Check(NamedTuple):
-    """One thing that Claude Code needs of the target."""
-
-    name: str
-    required: bool  # Claude Code cannot work without it
-    judge: object  # function -> Verdict; of the Answer to the question, else of the Tester
-    question: str = ""  # a row of QUESTIONS
-    relayed: bool = False  # of use only for a format whose events are relayed as they come
-
-
 CHECKS = (
-    Check("reachable", True, is_reachable),
-    Check("key accepted", True, takes_key),
-    Check("model exists", True, has_model),
-    Check("plain reply", True, judge_text, "plain"),
-    Check("stream", True, judge_stream, "count"),
-    Check("event order", True, orders_events, relayed=True),
-    Check("usage in stream", False, judge_usage, "count"),
-    Check("tool call", True, judge_call, "tool"),
-    Check("forced tool choice", False, judge_forced_call, "forced"),
-    Check("parallel tools", False, judge_parallel_calls, "parallel"),
-    Check("tool result turn", True, takes_result),
-    Check("thinking", False, judge_thinking, "thinking"),
-    Check("image", False, judge_sight, "image"),
-    Check("long prompt", True, holds_context),
-    Check("cached tokens", False, caches_prefix),
-    Check("speed", False, judge_speed, "count"),
+    # (name, required: Claude Code cannot work without it, a row of QUESTIONS or "", what judges the
+    # Answer to it, or looks at the Tester where there is none: a function that returns a Verdict,
+    # or None where the row makes no sense)
+    ("reachable", True, "", is_reachable),
+    ("key accepted", True, "", takes_key),
+    ("model exists", True, "", has_model),
+    ("plain reply", True, "plain", judge_text),
+    ("stream", True, "count", judge_stream),
+    ("event order", True, "", orders_events),
+    ("usage in stream", False, "count", judge_usage),
+    ("tool call", True, "tool", judge_call),
+    ("forced tool choice", False, "forced", judge_forced_call),
+    ("parallel tools", False, "parallel", judge_parallel_calls),
+    ("tool result turn", True, "", takes_result),
+    ("thinking", False, "thinking", judge_thinking),
+    ("image", False, "image", judge_sight),
+    ("long prompt", True, "", holds_context),
+    ("cached tokens", False, "", caches_prefix),
+    ("speed", False, "count", judge_speed),
 )
-GATES = CHECKS[:4]  # without which the rest is not tried
+GATES = 4  # the first rows, without which the rest is not tried
 
 
 def run_checks(tester, progress=False):
@@ -10840,21 +10840,21 @@ def run_checks(tester, progress=False):
     hidden in what comes out, since a provider may repeat a key in its error.
     """
     blocked = None
-    for row in CHECKS:
-        if row.relayed and not tester.plan.format.relays:
-            continue
+    for number, (name, required, question, judge) in enumerate(CHECKS):
         if progress and sys.stdout.isatty():
-            print("...  " + row.name, end="\r", flush=True)
+            print("...  " + name, end="\r", flush=True)
         began = time.monotonic()
         try:
-            verdict = blocked or row.judge(tester.once(row.question) if row.question else tester)
+            verdict = blocked or judge(tester.once(question) if question else tester)
         except ProxyError as error:
             verdict = failure(error)
-        if verdict.status == "fail" and row in GATES:
-            blocked = Verdict("skip", 'not tried: first "%s" must work' % row.name)
-        verdict = Verdict(*redact(verdict, tester.settings.secrets()))
+        if not verdict:
+            continue
+        if verdict.status == "fail" and number < GATES:
+            blocked = skip('not tried: first "%s" must work' % name)
+        row = Verdict(*redact(verdict, tester.settings.secrets()))._asdict()
         ms = round((time.monotonic() - began) * 1000)
-        yield dict(verdict._asdict(), name=row.name, required=row.required, ms=ms)
+        yield dict(row, name=name, required=required, ms=ms)
 
 
 def check(config, options):
@@ -10880,8 +10880,7 @@ def check(config, options):
         if row["fix"]:
             show("%25sfix: %s" % ("", row["fix"]))
     tester.close()
-    learned = tester.proxy.lessons.values()
-    lessons = [lesson_text(*change) for changes in learned for change in changes.items()]
+    lessons = [lesson["text"] for lesson in tester.proxy.lesson_rows()]
     for lesson in lessons:
         show("     learned on the way: " + lesson)
     cannot = "Claude Code cannot work with it: " + ", ".join(bad)
