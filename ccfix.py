@@ -107,16 +107,12 @@ STOP_REASONS = {
     "sensitive": "refusal",  # Z.ai
 }
 
+MIDWAY = "The provider %s in the middle of the reply."
 FINISH_ERRORS = {
     # A finish_reason that says that the reply failed: (HTTP status for the client, sentence).
-    "insufficient_system_resource": (  # DeepSeek
-        529,
-        "The provider ran out of resources in the middle of the reply.",
-    ),
-    # OpenRouter, Mistral
-    "error": (502, "The provider reported an error in the middle of the reply."),
-    # Z.ai
-    "network_error": (502, "The provider lost its connection in the middle of the reply."),
+    "insufficient_system_resource": (529, MIDWAY % "ran out of resources"),  # DeepSeek
+    "error": (502, MIDWAY % "reported an error"),  # OpenRouter, Mistral
+    "network_error": (502, MIDWAY % "lost its connection"),  # Z.ai
     "abort": (502, "The model server aborted the reply."),  # SGLang
 }
 
@@ -149,20 +145,18 @@ BLOCKS = {
 }
 
 # HTTP status -> Anthropic's error type (docs.anthropic.com/en/api/errors); any other is api_error.
-ERROR_TYPES = dict.fromkeys((400, 405, 411, 414, 415, 417, 422, 424, 431), "invalid_request_error")
-ERROR_TYPES.update(
-    {
-        401: "authentication_error",
-        402: "billing_error",
-        403: "permission_error",
-        404: "not_found_error",
-        408: "timeout_error",
-        413: "request_too_large",
-        429: "rate_limit_error",
-        504: "timeout_error",
-        529: "overloaded_error",
-    }
-)
+ERROR_TYPES = {
+    **dict.fromkeys((400, 405, 411, 414, 415, 417, 422, 424, 431), "invalid_request_error"),
+    401: "authentication_error",
+    402: "billing_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    504: "timeout_error",
+    529: "overloaded_error",
+}
 
 FAMILIES = ("opus", "sonnet", "haiku")
 
@@ -180,7 +174,6 @@ REASONING_FIELDS = {
     "reasoning_details": "parts",  # OpenRouter; MiniMax with reasoning_split
     "google": "opaque",  # Gemini 3
 }
-REASONING_STRINGS = tuple(name for name, shape in REASONING_FIELDS.items() if shape == "string")
 
 # First line of Claude Code's system text: it describes the user's machine, and differs between
 # versions. Sent on, it would tell on the user, and cost the provider's whole prefix cache.
@@ -606,55 +599,43 @@ class ErrorRow(NamedTuple):
 
 
 NO_KEY = "The provider refused the key; check TARGET_API_KEY (-k):"
-ERROR_ROWS = (
-    # The first match counts. What providers send is theirs to change; what Claude Code does with
-    # each status was seen with version 2.1.330.
-    ErrorRow("rate", (429,), r"retry in \d", 429),  # Gemini: a rate limit in the words of a quota
-    ErrorRow(
-        "billing",
-        (200, 400, 402, 403, 429, 500),
-        BILLING,
-        402,
-        "The provider's account has no credit:",
-    ),
-    ErrorRow("billing", (402,), "", 402, "The provider wants payment:"),
-    # One status and one text for all of them: every version of Claude Code compacts by it.
-    ErrorRow("overflow", (), "", 400),
-    ErrorRow("auth", (401,), "", 401, NO_KEY),
-    ErrorRow("auth", (400, 403), BAD_KEY, 401, NO_KEY),  # Gemini
-    ErrorRow(
-        "model",
-        (400, 404, 410, 422),
-        NO_MODEL,
-        404,
-        "The provider has no such model; check TARGET_MODEL (-m):",
-    ),
-    # The same request may succeed the next time.
-    ErrorRow(
-        "sampling", (400, 422, 500), SAMPLING, 500, "The model produced a malformed tool call:"
-    ),
-    # OpenRouter: none of its providers takes images, or tools
-    ErrorRow(
-        "request", (404,), "No endpoints found that", 424, "The provider refused the request:"
-    ),
-    ErrorRow(
-        "path",
-        (404, 405),
-        "",
-        404,
-        "The provider has no such address or model;"
-        " check TARGET_API_BASE (-b) and TARGET_MODEL (-m):",
-    ),
-    ErrorRow("model", (410,), "", 404, "The model is gone; choose another TARGET_MODEL (-m):"),
-    ErrorRow("policy", (403,), "", 403, "The provider forbids this request:"),
-    ErrorRow("overloaded", (200, 429, 500, 503), OVERLOADED, 529, "The provider is overloaded:"),
-    ErrorRow("rate", (429,), "", 429),
-    ErrorRow("size", (413,), "", 413, "The request is too large for the provider:"),
-    ErrorRow("request", (500,), PERMANENT_500, 424, "The provider cannot take this request:"),
-    ErrorRow("timeout", (408, 504, 522, 524), "", 504, "The provider took too long:"),
-    ErrorRow("overloaded", (503, 529), "", 529, "The provider is overloaded:"),
-    ErrorRow("server", tuple(range(500, 600)), "", 502, "The provider failed:"),
-    ErrorRow("request", (), "", 424, "The provider refused the request:"),
+NO_CREDIT = "The provider's account has no credit:"
+UNKNOWN_MODEL = "The provider has no such model; check TARGET_MODEL (-m):"
+NO_ADDRESS = (
+    "The provider has no such address or model; check TARGET_API_BASE (-b) and TARGET_MODEL (-m):"
+)
+BAD_CALL = "The model produced a malformed tool call:"
+BUSY = "The provider is overloaded:"
+REFUSED = "The provider refused the request:"
+ERROR_ROWS = tuple(
+    ErrorRow(*row)
+    for row in (
+        # The first match counts. What providers send is theirs to change; what Claude Code does
+        # with each status was seen with version 2.1.330.
+        ("rate", (429,), r"retry in \d", 429),  # Gemini: a rate limit in the words of a quota
+        ("billing", (200, 400, 402, 403, 429, 500), BILLING, 402, NO_CREDIT),
+        ("billing", (402,), "", 402, "The provider wants payment:"),
+        # One status and one text for all of them: every version of Claude Code compacts by it.
+        ("overflow", (), "", 400),
+        ("auth", (401,), "", 401, NO_KEY),
+        ("auth", (400, 403), BAD_KEY, 401, NO_KEY),  # Gemini
+        ("model", (400, 404, 410, 422), NO_MODEL, 404, UNKNOWN_MODEL),
+        # The same request may succeed the next time.
+        ("sampling", (400, 422, 500), SAMPLING, 500, BAD_CALL),
+        # OpenRouter: none of its providers takes images, or tools
+        ("request", (404,), "No endpoints found that", 424, REFUSED),
+        ("path", (404, 405), "", 404, NO_ADDRESS),
+        ("model", (410,), "", 404, "The model is gone; choose another TARGET_MODEL (-m):"),
+        ("policy", (403,), "", 403, "The provider forbids this request:"),
+        ("overloaded", (200, 429, 500, 503), OVERLOADED, 529, BUSY),
+        ("rate", (429,), "", 429),
+        ("size", (413,), "", 413, "The request is too large for the provider:"),
+        ("request", (500,), PERMANENT_500, 424, "The provider cannot take this request:"),
+        ("timeout", (408, 504, 522, 524), "", 504, "The provider took too long:"),
+        ("overloaded", (503, 529), "", 529, BUSY),
+        ("server", tuple(range(500, 600)), "", 502, "The provider failed:"),
+        ("request", (), "", 424, REFUSED),
+    )
 )
 
 
@@ -706,23 +687,25 @@ def parse_text(value):
 def parse_flag(value):
     """A bool, from true or false (also 1/0, yes/no, on/off); empty is false."""
     word = value.strip().lower()
-    if word not in ("true", "1", "yes", "on", "false", "0", "no", "off", ""):
+    is_on = word in ("true", "1", "yes", "on")
+    if not is_on and word not in ("false", "0", "no", "off", ""):
         raise ValueError("true or false")
-    return word in ("true", "1", "yes", "on")
+    return is_on
 
 
-def parse_port(value):
-    """A port number, 0 to 65535; 0 takes a free one."""
-    if not re.match(r"\d{1,5}$", value.strip()) or int(value) > 65535:
-        raise ValueError("a port number, 0 to 65535")
-    return int(value)
+def whole_number(allowed, most):
+    """A parser of whole numbers from 0 to `most`, in at most 12 digits; allowed: said of others."""
+
+    def parse(value):
+        if not re.match(r"\d{1,12}$", value.strip()) or int(value) > most:
+            raise ValueError(allowed)
+        return int(value)
+
+    return parse
 
 
-def parse_count(value):
-    """A whole number, 0 or more; at most 12 digits, which is more tokens, or MB, than there are."""
-    if not re.match(r"\d{1,12}$", value.strip()):
-        raise ValueError("a whole number, 0 or more")
-    return int(value)
+parse_port = whole_number("a port number, 0 to 65535", 65535)  # 0 takes a free one
+parse_count = whole_number("a whole number, 0 or more", 10**12)  # of tokens, MB, tries
 
 
 def parse_seconds(value):
@@ -883,9 +866,13 @@ SETTINGS = (
     ),
     # Other targets. A base URL of its own never gets the main key; what is empty is the main
     # target's.
-    *own_target("OPUS", "model for Claude's opus family", "for the opus family"),
-    *own_target("SONNET", "model for Claude's sonnet family", "for the sonnet family"),
-    *own_target("HAIKU", "model for Claude's haiku family", "for the haiku family"),
+    *(
+        row
+        for name in FAMILIES
+        for row in own_target(
+            name.upper(), "model for Claude's %s family" % name, "for the %s family" % name
+        )
+    ),
     *own_target(
         "FALLBACK",
         "model that takes over when the main one is down or out of quota",
@@ -1075,19 +1062,15 @@ class Settings:
 
     def secrets(self):
         """All secret values that are set: what must never be shown."""
-        found = [getattr(self, row.name) for row in SETTINGS if row.secret]
-        found += [
-            part
-            for extra in found
-            if isinstance(extra, dict)
-            for value in extra.values()
-            for part in (value, str(value).split(" ")[-1])
-        ]
-        return sorted(
-            {str(value) for value in found if value and not isinstance(value, dict)},
-            key=len,
-            reverse=True,
-        )
+        found = set()
+        for row in SETTINGS:
+            value = getattr(self, row.name) if row.secret else ""
+            if isinstance(value, dict):  # EXTRA_HEADERS: "Bearer KEY" holds a secret as well
+                headers = map(str, filter(None, value.values()))
+                found.update(part for text in headers for part in (text, text.split(" ")[-1]))
+            else:
+                found.add(value)
+        return sorted(filter(None, found), key=len, reverse=True)
 
     def shown(self):
         """[{name, value, origin, help}], strings, for the status page and `check`.
