@@ -1243,7 +1243,9 @@ class Profile(NamedTuple):
 
 
 DEFAULT = Profile()
-LOW_TO_HIGH = ("low", "medium", "high")
+EFFORT = dict(reasoning="effort", efforts=("low", "medium", "high"))
+# Reasoning comes and goes back in reasoning_content, and thinking is turned on and off.
+THINKING = dict(reasoning="thinking", reasoning_field="reasoning_content")
 NOT_KEPT = "(the reasoning of this step was not kept)"
 GEMINI_SKIP = "skip_thought_signature_validator"  # Google's own word for "there is none"
 
@@ -1265,8 +1267,7 @@ OPENAI_REASONING = OPENAI._replace(
     models=r"o\d|gpt-5",
     max_tokens="max_completion_tokens",
     never=("temperature", "top_p", "stop"),
-    reasoning="effort",
-    efforts=LOW_TO_HIGH,
+    **EFFORT,
 )
 # openai-python issue 1354. The key has a header of its own; PDF parts are refused on chat
 # (pydantic-ai).
@@ -1285,9 +1286,8 @@ MOONSHOT = Profile(
     tool_ids="kimi",
     typed_schema=True,
     image_urls=False,
-    reasoning_field="reasoning_content",
     reasoning_always=True,
-    reasoning="thinking",
+    **THINKING,
 )
 # pydantic-ai's models/zai.py. Without tool_stream a large call is minutes of silence (opencrabs).
 ZAI = Profile(
@@ -1297,9 +1297,8 @@ ZAI = Profile(
     body=(("tool_stream", True),),
     tool_choice=("none",),
     json_format="json_object",
-    reasoning_field="reasoning_content",
     reasoning_always=True,
-    reasoning="thinking",
+    **THINKING,
 )
 # groq-python. "property 'x' is unsupported", also in messages: musistudio/llms PR 64.
 GROQ = Profile(
@@ -1360,9 +1359,8 @@ PROFILES = (
         images=False,
         json_format="json_object",
         tool_choice=("none",),
-        reasoning_field="reasoning_content",
         placeholder=NOT_KEPT,
-        reasoning="thinking",
+        **THINKING,
         efforts=("low", "high", "max"),
     ),
     # Thinking must be off where no stream is asked for: langchain4j issue 3974. PDF parts are
@@ -1427,8 +1425,7 @@ PROFILES = (
         context=131072,
         images=False,
         json_format="json_schema",
-        reasoning="effort",
-        efforts=LOW_TO_HIGH,
+        **EFFORT,
     ),
     GROQ,
     # "Argument not supported on this model": uni-api issue 105. vercel/ai's
@@ -1456,8 +1453,7 @@ PROFILES = (
         json_format="json_schema",
         reasoning_field="google",
         placeholder=GEMINI_SKIP,
-        reasoning="effort",
-        efforts=LOW_TO_HIGH,
+        **EFFORT,
     ),
     # openrouter.ai/docs/use-cases/reasoning-tokens: the details must come back as they came, and in
     # order. An effort of max is a 400 (cc-switch), so the strongest word here is xhigh.
@@ -1497,8 +1493,7 @@ PROFILES = (
         ("api.fireworks.ai",),
         strict=True,
         json_format="json_schema",
-        reasoning="effort",
-        efforts=LOW_TO_HIGH,
+        **EFFORT,
     ),
     # docs.together.ai/docs/glm-5.3-quickstart
     Profile(
@@ -1522,9 +1517,8 @@ PROFILES = (
         "mimo",
         "Xiaomi MiMo",
         ("xiaomimimo.com",),
-        reasoning_field="reasoning_content",
         placeholder=NOT_KEPT,
-        reasoning="thinking",
+        **THINKING,
     ),
     # copilot-api's api-config.ts: the headers of Copilot's own clients
     Profile(
