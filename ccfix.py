@@ -8840,8 +8840,25 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
 #
 # Every string in /stats may come from somebody else: a model name from a client, an error from a
 # provider. They enter the document through textContent and append() only, which never parse
-# markup; a test searches PAGE for all other ways. `sync` rebuilds only what has changed, so a poll
-# takes away neither the keyboard's focus nor a selection, and opened details stay open.
+# markup; a test searches PAGE for all other ways.
+#
+# The script, in its order. refresh() -> call("stats") -> show(stats) -> one function a section.
+#   el, svg   make an element: tag, attributes, children
+#   sync      makes parent's children show items; a child whose item is as before stays as it is,
+#             so that a poll takes away neither the keyboard's focus nor a selection, and opened
+#             details stay open. An item is known again by its JSON, in which a function is null
+#   orDash    what is not known (null, or 0 / 0) is a dash, in whatever format
+#   readShare "input" leaves out what was read from the cache, as in Anthropic's usage
+#   memory    keeps the key: as long as the tab, or as the page where storage is forbidden
+#   call      the JSON of an answer; throws an Error with a message to show, and the status if
+#             there was one
+#   refresh   polls, but does not knock on with a wrong key: then it waits for the form
+#   copy      has no clipboard outside https and localhost: there it selects the text for the user
+#   PLOTS     title, format, top of the scale (0: the highest bar), and the parts of the bar of a
+#             minute: class, name, field of a row of stats.series
+#   COLUMNS   of the requests: title, class, cell. A phone leaves out what is "wide"
+#   DETAILS   what a click on a request shows, where there is something to show. Each request is
+#             a tbody of its own, which takes the details in
 #
 # A figure that is not known is a dash or is left out, never 0: `cost` is null as long as no request
 # had a price, and where only some had one, the tile says how many had none.
@@ -8874,10 +8891,10 @@ body {
 }
 h1 { font-size: 22px; }
 h2 { margin: 32px 0 10px; font-size: 16px; }
-button, input {
-  padding: 5px 12px; border: 1px solid var(--line); border-radius: 6px;
-  background: var(--card); color: inherit; font: inherit;
+button, input, .card {
+  border: 1px solid var(--line); border-radius: 8px; background: var(--card);
 }
+button, input { padding: 5px 12px; color: inherit; font: inherit; }
 button { cursor: pointer; }
 button:hover { border-color: var(--accent); }
 h3, th, dt, small, button, input, pre, code, .soft { font-size: 13px; font-weight: 400; }
@@ -8890,10 +8907,7 @@ h3, th, dt, small, .soft { color: var(--soft); }
   content: ""; display: inline-block; width: 9px; height: 9px; margin: 0 4px 0 5px;
   border-radius: 3px; background: var(--dot);
 }
-.card {
-  padding: 14px 16px; border: 1px solid var(--line);
-  border-radius: 8px; background: var(--card);
-}
+.card { padding: 14px 16px; }
 .grid {
   display: grid; gap: 12px; margin-top: 12px;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, var(--least, 400px)), 1fr));
@@ -9041,7 +9055,6 @@ thead:only-child::after { content: "No request yet."; display: block; padding: 7
 <p id="message" role="status"></p>
 <script nonce="{nonce}">
 "use strict";
-// refresh() -> call("stats") -> show(stats) -> one function a section.
 const POLL_MS = 2000, PATIENCE_MS = 10000;
 const NONE = "\u2013", DOT = " \u00b7 ";
 let polling = false, pollTimer, messageTimer;
@@ -9060,8 +9073,6 @@ const el = (tag, attributes, ...children) =>
   fill(document.createElement(tag), attributes, children);
 const svg = (tag, attributes, ...children) =>
   fill(document.createElementNS("http://www.w3.org/2000/svg", tag), attributes, children);
-
-// Make parent's children show items; a child whose item is as before stays as it is.
 function sync(parent, items, build) {
   const kept = new Map([...parent.children].map(child => [child.key, child]));
   const keys = items.map(item => JSON.stringify(item));
@@ -9073,18 +9084,15 @@ function sync(parent, items, build) {
   });
 }
 
-// -- Numbers as text; what is not known (null, 0 / 0) is a dash
+// -- Numbers as text
 const orDash = format => value => Number.isFinite(value) ? format(value) : NONE;
 const number = orDash(value => value.toLocaleString("en-US"));
 const percent = orDash(value => Math.round(value * 100) + " %");
 const money = orDash(value => value.toFixed(value < 1 ? 4 : 2));  // PRICES names no currency
 const clock = orDash(time => new Date(time * 1000).toLocaleTimeString("en-GB"));
-const compact = orDash(value => {
-  let power = 0;
-  for (; value >= 1000 && power < 3; power += 1) value /= 1000;
-  const text = power && value < 100 ? value.toFixed(1) : Math.round(value);
-  return text + ["", "k", "M", "G"][power];
-});
+const compact = orDash(value => value
+  .toLocaleString("en-US", { notation: "compact", maximumSignificantDigits: 3 })
+  .replace("K", "k").replace("B", "G"));
 const bytes = orDash(value => compact(value).replace(/[kMG]?$/, " $&B"));
 const span = orDash(seconds => {  // in its two largest units
   const parts = [["d", 86400], ["h", 3600], ["min", 60], ["s", 1]].map(([unit, size]) => {
@@ -9098,15 +9106,13 @@ const duration = orDash(ms =>
   ms < 1000 ? Math.round(ms) + " ms"
     : ms < 60000 ? (ms / 1000).toFixed(1) + " s" : span(ms / 1000));
 const list = (...texts) => texts.filter(Boolean).join(DOT);
-const count = (amount, one, many) => number(amount) + " " + (amount === 1 ? one : many);
-// "input" leaves out what was read from the cache, as in Anthropic's usage.
+const count = (amount, noun) =>
+  number(amount) + " " + (amount === 1 ? noun : noun.replace(/y$/, "ie") + "s");
 const readShare = row => row.cache_read / (row.input + row.cache_read);
 
 // -- Talking to the proxy
-let memory = {};  // keeps the key: as long as the tab, or the page where storage is forbidden
+let memory = {};
 try { memory = sessionStorage; } catch (error) { }
-
-// The JSON of an answer; throws an Error with a message to show, and the status if there was one.
 async function call(path, method) {
   const headers = memory.ccfixKey ? { "x-api-key": memory.ccfixKey } : {};
   const options = { method, headers, cache: "no-store", signal: AbortSignal.timeout(PATIENCE_MS) };
@@ -9133,7 +9139,6 @@ async function refresh() {
   polling = true;
   try { show(await call("stats")); } catch (error) { lose(error); }
   polling = false;
-  // Do not knock on with a wrong key: wait for the form.
   if (byId("key-form").hidden) pollTimer = setTimeout(refresh, POLL_MS);
 }
 function lose({ status, message }) {
@@ -9153,7 +9158,7 @@ async function copy(source) {
   try {
     await navigator.clipboard.writeText(source.textContent);
     tell("Copied.");
-  } catch (error) {  // no clipboard outside https and localhost: select it for the user
+  } catch (error) {
     getSelection().selectAllChildren(source);
     tell("Selected: press Ctrl+C or Cmd+C.");
   }
@@ -9193,7 +9198,7 @@ function showTotals(totals) {
   put("share", percent(readShare(totals)) + " of the input");
   put("cost-total", money(totals.cost));
   put("cost-hint", totals.cost === null ? "no price known: set PRICES" : totals.unpriced
-    ? count(totals.unpriced, "request", "requests") + " without a price" : "");
+    ? count(totals.unpriced, "request") + " without a price" : "");
 }
 function shellCard([shell, lines]) {
   const code = el("code", {}, lines.join("\n"));
@@ -9203,36 +9208,30 @@ function shellCard([shell, lines]) {
   return el("div", { class: "card" }, bar, el("pre", {}, code));
 }
 
-// Plots: title, format, top of the scale (0: the highest bar), parts of the bar of a minute;
-// parts: class, name, value of a row of stats.series.
 const PLOTS = [
-  ["Tokens a minute", compact, 0, [
-    ["accent", "in", row => row.input],
-    ["pale", "cached", row => row.cache_read],
-    ["grey", "out", row => row.output],
-  ]],
-  ["Latency to first content", duration, 0, [["accent", "", row => row.first_ms]]],
-  ["Cache-read share of input", percent, 1, [["accent", "", readShare]]],
-  ["Cost a minute", money, 0, [["accent", "", row => row.cost]]],
+  ["Tokens a minute", compact, 0,
+    [["accent", "in", "input"], ["pale", "cached", "cache_read"], ["grey", "out", "output"]]],
+  ["Latency to first content", duration, 0, [["accent", "", "first_ms"]]],
+  ["Cache-read share of input", percent, 1, [["accent", "", "share"]]],
+  ["Cost a minute", money, 0, [["accent", "", "cost"]]],
 ];
 function showPlots({ series, totals }) {
-  const plots = PLOTS.map(([title, , , parts], index) => {
-    const bars = series.map((row, x) => ({ x, t: row.t, values: parts.map(part => part[2](row)) }));
-    return { title, index, bars: bars.filter(bar => Number.isFinite(bar.values[0])) };
-  });
-  const shown = totals.cost === null ? plots.slice(0, -1) : plots;
-  sync(byId("plots"), shown, plot => plotFigure(plot, series.length));
+  const barsOf = parts => series
+    .map(row => ({ ...row, share: readShare(row) }))
+    .map((row, x) => ({ x, t: row.t, values: parts.map(([, , field]) => row[field]) }))
+    .filter(bar => Number.isFinite(bar.values[0]));
+  const plots = totals.cost === null ? PLOTS.slice(0, -1) : PLOTS;
+  sync(byId("plots"), plots.map(plot => [...plot, barsOf(plot[3]), series.length]), plotFigure);
 }
-function plotFigure({ title, index, bars }, minutes) {
-  const [, format, top, parts] = PLOTS[index];
+function plotFigure([title, format, top, parts, bars, minutes]) {
   const sums = bars.map(bar => bar.values.reduce((a, b) => a + b)), peak = Math.max(...sums);
-  const summary = !bars.length ? "nothing yet"
-    : "last " + format(sums.at(-1)) + ", peak " + format(peak);
-  const label = title + " in the last hour: " + summary, scale = 96 / (top || peak || 1);
-  const box = { viewBox: "0 0 " + minutes + " 100", preserveAspectRatio: "none" };
-  const drawing = svg("svg", { ...box, role: "img", "aria-label": label },
-    ...bars.map(bar => barShape(bar, parts, format, scale)));
-  const keys = parts.filter(part => part[1])
+  const summary = bars.length ? "last " + format(sums.at(-1)) + ", peak " + format(peak)
+    : "nothing yet";
+  const drawing = svg("svg", {
+    viewBox: "0 0 " + minutes + " 100", preserveAspectRatio: "none", role: "img",
+    "aria-label": title + " in the last hour: " + summary,
+  }, ...bars.map(bar => barShape(bar, parts, format, 96 / (top || peak || 1))));
+  const keys = parts.filter(([, name]) => name)
     .map(([color, name]) => el("span", { class: "key " + color }, name));
   const axis = [["1 h ago"], keys, ["now"]].map(texts => el("span", {}, ...texts));
   return el("div", { class: "card" }, el("h3", {}, title), el("small", {}, summary), drawing,
@@ -9251,7 +9250,6 @@ function barShape({ x, t, values }, parts, format, scale) {
   return group;
 }
 
-// The table: title, class, cell. A phone leaves out what is "wide"; the details have it.
 const COLUMNS = [
   ["Time", "", row => el("button", { "aria-expanded": false }, clock(row.time))],
   ["Model", "name", modelCell],
@@ -9263,7 +9261,6 @@ const COLUMNS = [
   ["First", "n wide", row => duration(row.first_ms)],
   ["Total", "n", row => duration(row.total_ms)],
 ];
-// What a click on a row shows, where there is something to show.
 const DETAILS = [
   ["Error", row => row.error],
   ["Prefix cache lost", row => row.broke],
@@ -9282,19 +9279,18 @@ const DETAILS = [
   ["Session", row => row.session],
   ["Id", row => row.id],
 ];
-const retries = row => row.retries && count(row.retries, "retry", "retries");
+const retries = row => row.retries && count(row.retries, "retry");
 function modelCell(row) {
   const learned = row.lessons.length;
   const notes = list(row.cache === "hit" && "answered from the cache", retries(row),
-    learned && count(learned, "lesson", "lessons"), row.broke && "prefix cache lost");
-  const lines = [el("small", { class: "bad" }, row.error || ""), el("small", {}, notes)];
-  return el("span", {}, row.model || row.asked || NONE, ...lines.filter(line => line.textContent));
+    learned && count(learned, "lesson"), row.broke && "prefix cache lost");
+  return el("span", {}, row.model || row.asked || NONE,
+    el("small", { class: "bad" }, row.error || ""), el("small", {}, notes));
 }
 function headRow() {
   const cells = COLUMNS.map(([title, kind]) => el("th", { class: kind }, title));
   return el("thead", {}, el("tr", {}, ...cells));
 }
-// A request is a tbody of its own, which takes the details in when its row is clicked.
 function requestRow(row) {
   const cells = COLUMNS.map(([, kind, cell]) => el("td", { class: kind }, cell(row)));
   const line = el("tr", { "data-id": row.id }, ...cells), body = el("tbody", {}, line);
@@ -9318,14 +9314,14 @@ function showCache(cache) {
   sync(byId("cache-text"), !cache.enabled ? [] : [
     ["Hit rate", list(percent(cache.hit_rate),
       number(cache.hits) + " hits, " + number(cache.misses) + " misses")],
-    ["Kept", list(count(cache.entries, "entry", "entries"), bytes(cache.bytes))],
+    ["Kept", list(count(cache.entries, "entry"), bytes(cache.bytes))],
     ["So far", number(cache.inserts) + " stored, " + number(cache.evictions) + " evicted"],
     ["Saved", duration(cache.saved_ms) + " of waiting"],
   ], pair);
 }
 function showLessons(lessons) {
   const many = lessons.length;
-  put("lessons-count", many ? count(many, "lesson", "lessons") : "Nothing had to be learned yet.");
+  put("lessons-count", many ? count(many, "lesson") : "Nothing had to be learned yet.");
   byId("lessons-forget").hidden = !many;
   sync(byId("lessons"), lessons,
     row => el("li", {}, row.text, el("small", {}, row.model + " at " + row.upstream)));
