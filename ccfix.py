@@ -8848,6 +8848,9 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
 #             so that a poll takes away neither the keyboard's focus nor a selection, and opened
 #             details stay open. An item is known again by its JSON, in which a function is null
 #   orDash    what is not known (null, or 0 / 0) is a dash, in whatever format
+#   money     has no currency, since PRICES names none
+#   span      a time in its two largest units
+#   list      joins strings; what is false, 0 or empty is left out, as is a count of 0
 #   readShare "input" leaves out what was read from the cache, as in Anthropic's usage
 #   memory    keeps the key: as long as the tab, or as the page where storage is forbidden
 #   call      the JSON of an answer; throws an Error with a message to show, and the status if
@@ -8925,7 +8928,7 @@ h3, th, dt, small, .soft { color: var(--soft); }
 #flow > span { align-self: center; color: var(--accent); font-size: 22px; }
 ul { padding: 0; list-style: none; }
 li, pre, .pairs { margin-top: 6px; }
-ul:empty, dl:empty { display: none; }
+dl:empty { display: none; }
 dt + dd { font-size: 24px; font-weight: 600; }
 svg {
   display: block; width: 100%; height: 72px; margin: 8px 0 4px;
@@ -9088,13 +9091,13 @@ function sync(parent, items, build) {
 const orDash = format => value => Number.isFinite(value) ? format(value) : NONE;
 const number = orDash(value => value.toLocaleString("en-US"));
 const percent = orDash(value => Math.round(value * 100) + " %");
-const money = orDash(value => value.toFixed(value < 1 ? 4 : 2));  // PRICES names no currency
+const money = orDash(value => value.toFixed(value < 1 ? 4 : 2));
 const clock = orDash(time => new Date(time * 1000).toLocaleTimeString("en-GB"));
 const compact = orDash(value => value
   .toLocaleString("en-US", { notation: "compact", maximumSignificantDigits: 3 })
   .replace("K", "k").replace("B", "G"));
 const bytes = orDash(value => compact(value).replace(/[kMG]?$/, " $&B"));
-const span = orDash(seconds => {  // in its two largest units
+const span = orDash(seconds => {
   const parts = [["d", 86400], ["h", 3600], ["min", 60], ["s", 1]].map(([unit, size]) => {
     const amount = Math.floor(seconds / size);
     seconds -= amount * size;
@@ -9107,7 +9110,7 @@ const duration = orDash(ms =>
     : ms < 60000 ? (ms / 1000).toFixed(1) + " s" : span(ms / 1000));
 const list = (...texts) => texts.filter(Boolean).join(DOT);
 const count = (amount, noun) =>
-  number(amount) + " " + (amount === 1 ? noun : noun.replace(/y$/, "ie") + "s");
+  amount && number(amount) + " " + (amount === 1 ? noun : noun.replace(/y$/, "ie") + "s");
 const readShare = row => row.cache_read / (row.input + row.cache_read);
 
 // -- Talking to the proxy
@@ -9239,15 +9242,14 @@ function plotFigure([title, format, top, parts, bars, minutes]) {
 }
 function barShape({ x, t, values }, parts, format, scale) {
   const texts = parts.map((part, index) => format(values[index]) + " " + part[1]);
-  const group = svg("g", {}, svg("title", {}, clock(t) + DOT + texts.join(", ")),
-    svg("rect", { class: "hover", x, width: 1, height: 100 }));
   let y = 100;
-  parts.forEach(([color], index) => {
-    const height = values[index] * scale;
-    y -= height;
-    group.append(svg("rect", { class: color, x: x + 0.1, y, width: 0.8, height }));
-  });
-  return group;
+  return svg("g", {}, svg("title", {}, clock(t) + DOT + texts.join(", ")),
+    svg("rect", { class: "hover", x, width: 1, height: 100 }),
+    ...parts.map(([color], index) => {
+      const height = values[index] * scale;
+      y -= height;
+      return svg("rect", { class: color, x: x + 0.1, y, width: 0.8, height });
+    }));
 }
 
 const COLUMNS = [
@@ -9274,16 +9276,14 @@ const DETAILS = [
     duration(row.total_ms) + " in all")],
   ["Cost", row => row.cost === null ? "" : money(row.cost)],
   ["Bytes", row => list(bytes(row.bytes_in) + " in", bytes(row.bytes_out) + " out")],
-  ["Mode", row => list(row.stream ? "streamed" : "whole", retries(row),
+  ["Mode", row => list(row.stream ? "streamed" : "whole", count(row.retries, "retry"),
     row.cache && "cache " + row.cache)],
   ["Session", row => row.session],
   ["Id", row => row.id],
 ];
-const retries = row => row.retries && count(row.retries, "retry");
 function modelCell(row) {
-  const learned = row.lessons.length;
-  const notes = list(row.cache === "hit" && "answered from the cache", retries(row),
-    learned && count(learned, "lesson"), row.broke && "prefix cache lost");
+  const notes = list(row.cache === "hit" && "answered from the cache", count(row.retries, "retry"),
+    count(row.lessons.length, "lesson"), row.broke && "prefix cache lost");
   return el("span", {}, row.model || row.asked || NONE,
     el("small", { class: "bad" }, row.error || ""), el("small", {}, notes));
 }
@@ -9314,15 +9314,14 @@ function showCache(cache) {
   sync(byId("cache-text"), !cache.enabled ? [] : [
     ["Hit rate", list(percent(cache.hit_rate),
       number(cache.hits) + " hits, " + number(cache.misses) + " misses")],
-    ["Kept", list(count(cache.entries, "entry"), bytes(cache.bytes))],
+    ["Kept", list(count(cache.entries, "entry") || "no entry", bytes(cache.bytes))],
     ["So far", number(cache.inserts) + " stored, " + number(cache.evictions) + " evicted"],
     ["Saved", duration(cache.saved_ms) + " of waiting"],
   ], pair);
 }
 function showLessons(lessons) {
-  const many = lessons.length;
-  put("lessons-count", many ? count(many, "lesson") : "Nothing had to be learned yet.");
-  byId("lessons-forget").hidden = !many;
+  put("lessons-count", count(lessons.length, "lesson") || "Nothing had to be learned yet.");
+  byId("lessons-forget").hidden = !lessons.length;
   sync(byId("lessons"), lessons,
     row => el("li", {}, row.text, el("small", {}, row.model + " at " + row.upstream)));
 }
