@@ -179,7 +179,8 @@ REASONING_FIELDS = {
 # versions. Sent on, it would tell on the user, and cost the provider's whole prefix cache.
 BILLING_LINE = "x-anthropic-billing-header:"
 
-# What Claude Code tells the model of the tokens that are left; it takes it out of the history later.
+# What Claude Code tells the model of the tokens that are left. Later it takes that out of the
+# history.
 TOKEN_MARKER = re.compile(r"\s*<total_tokens>[^<]*</total_tokens>\s*$")
 
 
@@ -606,7 +607,7 @@ NO_ADDRESS = (
 )
 BAD_CALL = "The model produced a malformed tool call:"
 BUSY = "The provider is overloaded:"
-REFUSED = "The provider refused the request:"
+REQUEST_REFUSED = "The provider refused the request:"
 ERROR_ROWS = tuple(
     ErrorRow(*row)
     for row in (
@@ -623,7 +624,7 @@ ERROR_ROWS = tuple(
         # The same request may succeed the next time.
         ("sampling", (400, 422, 500), SAMPLING, 500, BAD_CALL),
         # OpenRouter: none of its providers takes images, or tools
-        ("request", (404,), "No endpoints found that", 424, REFUSED),
+        ("request", (404,), "No endpoints found that", 424, REQUEST_REFUSED),
         ("path", (404, 405), "", 404, NO_ADDRESS),
         ("model", (410,), "", 404, "The model is gone; choose another TARGET_MODEL (-m):"),
         ("policy", (403,), "", 403, "The provider forbids this request:"),
@@ -634,7 +635,7 @@ ERROR_ROWS = tuple(
         ("timeout", (408, 504, 522, 524), "", 504, "The provider took too long:"),
         ("overloaded", (503, 529), "", 529, BUSY),
         ("server", tuple(range(500, 600)), "", 502, "The provider failed:"),
-        ("request", (), "", 424, REFUSED),
+        ("request", (), "", 424, REQUEST_REFUSED),
     )
 )
 
@@ -9207,8 +9208,8 @@ function shellCard([shell, lines]) {
   const code = el("code", {}, lines.join("\n"));
   const button = el("button", { "aria-label": "Copy the lines for " + shell }, "Copy");
   button.addEventListener("click", () => copy(code));
-  const bar = el("div", { class: "bar" }, el("h3", {}, shell), button);
-  return el("div", { class: "card" }, bar, el("pre", {}, code));
+  return el("div", { class: "card" },
+    el("div", { class: "bar" }, el("h3", {}, shell), button), el("pre", {}, code));
 }
 
 const PLOTS = [
@@ -9304,8 +9305,8 @@ function requestRow(row) {
 }
 function detailRow(row) {
   const pairs = DETAILS.map(([name, text]) => [name, text(row)]).filter(([, text]) => text);
-  const details = el("dl", { class: "pairs" }, ...pairs.map(pair));
-  return el("tr", { class: "detail" }, el("td", { colspan: COLUMNS.length }, details));
+  return el("tr", { class: "detail" },
+    el("td", { colspan: COLUMNS.length }, el("dl", { class: "pairs" }, ...pairs.map(pair))));
 }
 function showCache(cache) {
   put("cache-mode", !cache.enabled ? "Off (CACHE_ENABLED)"
@@ -10436,13 +10437,14 @@ def question_body(model, content):
 class Tester:
     """What the rows share: a Proxy that tries nothing twice, and what the target has said so far.
 
-    settings is changed, so that nothing in it hides or repairs what the target does. asked: the
-    model name that Claude Code would ask for; its family decides where requests go. models: the
-    names that the provider lists, once a row has looked. To be closed.
+    settings is changed, so that nothing in it hides or repairs what the target does. family: whose
+    models Claude Code would ask for, which decides where requests go; any other word means the main
+    target. To be closed.
     """
 
-    def __init__(self, settings, asked="ccfix-check"):
-        self.settings, self.asked, self.models = settings, asked, []
+    def __init__(self, settings, family="check"):
+        self.settings, self.asked = settings, "claude-" + family
+        self.models = []  # the names that the provider lists, once a row has looked
         self.known = {}  # name of a question -> its Answer, or the ProxyError that it ended with
         settings.target_retries, settings.target_model_fallback = 0, ""
         settings.cache_enabled, settings.record_dir = False, ""
@@ -10510,7 +10512,7 @@ def is_reachable(tester):
     Otherwise Claude Code says "API Error" after three minutes of trying again.
     """
     plan, settings = tester.plan, tester.settings
-    upstream, headers = tester.proxy.upstream(settings), upstream_headers(plan, settings, {})
+    upstream, headers = tester.proxy.upstream(settings), upstream_headers(plan, settings)
     tester.models = model_names(get_json(upstream, models_url(plan), headers, patience(20)))
     tester.proxy.probe(plan, patience(10))  # tells a local server's kind, and so its profile
     way = upstream.route(plan.base)
@@ -10738,7 +10740,7 @@ def orders_events(tester):
     if not plan.format.relays:
         return None  # the client is sent ccfix's own events
     data = compact_json(question_body(plan.model, "Say hello.")).encode()
-    address = plan.url(plan.format.path), upstream_headers(plan, settings, {})
+    address = plan.url(plan.format.path), upstream_headers(plan, settings)
     reply = tester.proxy.upstream(settings).open("POST", *address, data, patience(ROW_SECONDS))
     with contextlib.closing(reply):
         raw = reply.read(4 << 20)
@@ -10836,7 +10838,7 @@ def check(config, options):
     """
     if not options.base_url:
         find_target(config)
-    tester = Tester(config(), "claude-" + options.family if options.family else "ccfix-check")
+    tester = Tester(config(), options.family or "check")
     show = (lambda line: None) if options.json else say
     plan, rows, bad = tester.plan, [], []
     base = without_password(plan.base)
@@ -10857,9 +10859,8 @@ def check(config, options):
     cannot = "Claude Code cannot work with it: " + ", ".join(bad)
     show(cannot if bad else "Claude Code can work with it.")
     if options.json:
-        report = {"ok": not bad, "model": plan.model, "api_base": base}
-        report.update(profile=plan.profile.name, checks=rows, lessons=lessons)
-        say(json.dumps(report, indent=1))
+        report = dict(ok=not bad, model=plan.model, api_base=base, profile=plan.profile.name)
+        say(json.dumps(dict(report, checks=rows, lessons=lessons), indent=1))
     return 1 if bad else 0
 
 
