@@ -865,8 +865,8 @@ SETTINGS = (
         "what the provider speaks: auto, openai or anthropic",
         parse_choice("auto", "openai", "anthropic"),
     ),
-    # Other targets. A base URL of its own never gets the main key; what is empty is the main
-    # target's.
+    # Other targets; a family's is taken where the model that Claude Code asks for names the
+    # family. What is empty is the main target's, but a base URL of its own never gets the main key.
     *(
         row
         for name in FAMILIES
@@ -1033,7 +1033,7 @@ SETTINGS = (
         const="true",
     ),
 )
-BY_ENV = {row.env: row for row in SETTINGS}
+BY_ENV = {row.env: row for row in SETTINGS}  # a file and the environment know no other name
 
 
 class Settings:
@@ -1244,6 +1244,7 @@ class Profile(NamedTuple):
 
 
 DEFAULT = Profile()
+# OpenAI's three words, which every server with reasoning_effort took over.
 EFFORT = dict(reasoning="effort", efforts=("low", "medium", "high"))
 # Reasoning comes and goes back in reasoning_content, and thinking is turned on and off.
 THINKING = dict(reasoning="thinking", reasoning_field="reasoning_content")
@@ -1312,7 +1313,8 @@ GROQ = Profile(
 )
 # Model servers on the user's own machine: JSON by grammar; images as data, since Ollama fetches
 # none.
-LOCAL = DEFAULT._replace(json_format="json_schema", image_urls=False)
+# Most pass a switch for thinking on to the model's chat template.
+LOCAL = DEFAULT._replace(json_format="json_schema", image_urls=False, reasoning="kwargs")
 NATIVE = DEFAULT._replace(
     format="anthropic", native_blocks=True, files=True, json_format="json_schema"
 )
@@ -1547,15 +1549,13 @@ PROFILES = (
         efforts=("none", "low", "medium", "high", "max"),
     ),
     # lmstudio-ai/docs, openai-compat/tools.mdx
-    LOCAL._replace(name="lmstudio", title="LM Studio", hosts=(":1234",)),
+    LOCAL._replace(name="lmstudio", title="LM Studio", hosts=(":1234",), reasoning=""),
     # sglang issue 20678, and its error texts
-    LOCAL._replace(name="sglang", title="SGLang", hosts=(":30000",), reasoning="kwargs"),
+    LOCAL._replace(name="sglang", title="SGLang", hosts=(":30000",)),
     # a real server, as it answers in the tests
-    LOCAL._replace(
-        name="llamacpp", title="llama.cpp server", hosts=(":8080",), reasoning="kwargs", tried=True
-    ),
+    LOCAL._replace(name="llamacpp", title="llama.cpp server", hosts=(":8080",), tried=True),
     # vllm's chat_completion/protocol.py
-    LOCAL._replace(name="vllm", title="vLLM", hosts=(":8000",), reasoning="kwargs"),
+    LOCAL._replace(name="vllm", title="vLLM", hosts=(":8000",)),
     # litellm issues 32086 and 17343. Strict, for the sake of the providers behind it.
     Profile("litellm", "LiteLLM gateway", (":4000",), strict=True),
     # set by --demo, whose server stands in this file
@@ -10322,6 +10322,7 @@ QUESTIONS = {
         content="What is the weather in Paris, and what in Rome? Call the tool for both at once.",
         tools=[WEATHER],
     ),
+    # 1,024 is the least budget that Anthropic's API takes, and max_tokens must be above it.
     "thinking": dict(
         content="How many times is the letter r in strawberry? Think first.",
         max_tokens=1200,
@@ -10623,9 +10624,8 @@ def judge_forced_call(answer):
 def judge_parallel_calls(answer):
     """One answer has two calls. Claude Code then runs both at once; otherwise, turn by turn."""
     calls = len(answer.calls())
-    if calls > 1:
-        return ok("%d calls in one answer" % calls)
-    return fail("%d call in one answer: work takes more turns" % calls)
+    seen = "calls in one answer: %d" % calls
+    return ok(seen) if calls > 1 else fail(seen + "; work takes more turns")
 
 
 def takes_result(tester):
@@ -10803,6 +10803,7 @@ CHECKS = (
     ("cached tokens", False, "", caches_prefix),
     ("speed", False, "count", judge_speed),
 )
+# Rows are in this order since each rests on those above it: a failure is told where it begins.
 GATES = 4  # the first rows, without which the rest is not tried
 
 
