@@ -8844,7 +8844,8 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
 # markup; a test searches PAGE for all other ways.
 #
 # The script, in its order. refresh() -> call("stats") -> show(stats) -> one function a section.
-#   el, svg   make an element: tag, attributes, children
+#   el        makes an HTML element: "tag" or "tag.classes", children; fill gives it attributes
+#   svg       makes an SVG element: tag, attributes, children
 #   sync      makes parent's children show items; a child whose item is as before stays as it is,
 #             so that a poll takes away neither the keyboard's focus nor a selection, and opened
 #             details stay open. An item is known again by its JSON, in which a function is null
@@ -9068,15 +9069,17 @@ const byId = id => document.getElementById(id);
 function put(id, text) {
   if (byId(id).textContent !== text) byId(id).textContent = text;
 }
-function fill(node, attributes, children) {
+function fill(node, attributes, ...children) {
   for (const name in attributes) node.setAttribute(name, attributes[name]);
   node.append(...children);
   return node;
 }
-const el = (tag, attributes, ...children) =>
-  fill(document.createElement(tag), attributes, children);
+function el(kind, ...children) {
+  const [tag, classes] = kind.split(".");
+  return fill(document.createElement(tag), classes ? { class: classes } : {}, ...children);
+}
 const svg = (tag, attributes, ...children) =>
-  fill(document.createElementNS("http://www.w3.org/2000/svg", tag), attributes, children);
+  fill(document.createElementNS("http://www.w3.org/2000/svg", tag), attributes, ...children);
 function sync(parent, items, build) {
   const kept = new Map([...parent.children].map(child => [child.key, child]));
   const keys = items.map(item => JSON.stringify(item));
@@ -9184,7 +9187,7 @@ function show(stats) {
   showLessons(stats.lessons);
   sync(byId("settings").tBodies[0], stats.settings, settingRow);
 }
-const pair = ([name, text]) => el("div", {}, el("dt", {}, name), el("dd", {}, text));
+const pair = ([name, text]) => el("div", el("dt", name), el("dd", text));
 function showModels({ target, disguise, routes }) {
   document.title = target.model + " - ccfix";
   put("disguise", disguise.model || "the name it asks for");
@@ -9192,7 +9195,7 @@ function showModels({ target, disguise, routes }) {
   put("target", target.model);
   put("target-base", list(target.api_base, "profile " + target.profile, target.format));
   sync(byId("routes"), routes,
-    row => el("li", {}, row.family + " \u2192 " + row.model + " at " + row.api_base));
+    row => el("li", row.family + " \u2192 " + row.model + " at " + row.api_base));
 }
 function showTotals(totals) {
   for (const name of ["requests", "errors", "input", "output", "cache_read"])
@@ -9205,11 +9208,11 @@ function showTotals(totals) {
     ? count(totals.unpriced, "request") + " without a price" : "");
 }
 function shellCard([shell, lines]) {
-  const code = el("code", {}, lines.join("\n"));
-  const button = el("button", { "aria-label": "Copy the lines for " + shell }, "Copy");
+  const code = el("code", lines.join("\n"));
+  const button = fill(el("button", "Copy"), { "aria-label": "Copy the lines for " + shell });
   button.addEventListener("click", () => copy(code));
-  return el("div", { class: "card" },
-    el("div", { class: "bar" }, el("h3", {}, shell), button), el("pre", {}, code));
+  return el("div.card",
+    el("div.bar", el("h3", shell), button), el("pre", code));
 }
 
 const PLOTS = [
@@ -9236,10 +9239,10 @@ function plotFigure([title, format, top, parts, bars, minutes]) {
     "aria-label": title + " in the last hour: " + summary,
   }, ...bars.map(bar => barShape(bar, parts, format, 96 / (top || peak || 1))));
   const keys = parts.filter(([, name]) => name)
-    .map(([color, name]) => el("span", { class: "key " + color }, name));
-  const axis = [["1 h ago"], keys, ["now"]].map(texts => el("span", {}, ...texts));
-  return el("div", { class: "card" }, el("h3", {}, title), el("small", {}, summary), drawing,
-    el("div", { class: "bar soft" }, ...axis));
+    .map(([color, name]) => el("span.key " + color, name));
+  const axis = [["1 h ago"], keys, ["now"]].map(texts => el("span", ...texts));
+  return el("div.card", el("h3", title), el("small", summary), drawing,
+    el("div.bar soft", ...axis));
 }
 function barShape({ x, t, values }, parts, format, scale) {
   const texts = parts.map((part, index) => format(values[index]) + " " + part[1]);
@@ -9254,10 +9257,10 @@ function barShape({ x, t, values }, parts, format, scale) {
 }
 
 const COLUMNS = [
-  ["Time", "", row => el("button", { "aria-expanded": false }, clock(row.time))],
+  ["Time", "", row => fill(el("button", clock(row.time)), { "aria-expanded": false })],
   ["Model", "name", modelCell],
   ["Status", "n", ({ status, error }) =>
-    el("span", { class: status >= 400 || error ? "bad" : "" }, status || NONE)],
+    el(status >= 400 || error ? "span.bad" : "span", status || NONE)],
   ["In", "n wide", row => number(row.input)],
   ["Cache read", "n wide", row => number(row.cache_read)],
   ["Out", "n wide", row => number(row.output)],
@@ -9285,16 +9288,16 @@ const DETAILS = [
 function modelCell(row) {
   const notes = list(row.cache === "hit" && "answered from the cache", count(row.retries, "retry"),
     count(row.lessons.length, "lesson"), row.broke && "prefix cache lost");
-  return el("span", {}, row.model || row.asked || NONE,
-    el("small", { class: "bad" }, row.error || ""), el("small", {}, notes));
+  return el("span", row.model || row.asked || NONE,
+    el("small.bad", row.error || ""), el("small", notes));
 }
 function headRow() {
-  const cells = COLUMNS.map(([title, kind]) => el("th", { class: kind }, title));
-  return el("thead", {}, el("tr", {}, ...cells));
+  const cells = COLUMNS.map(([title, kind]) => el("th." + kind, title));
+  return el("thead", el("tr", ...cells));
 }
 function requestRow(row) {
-  const cells = COLUMNS.map(([, kind, cell]) => el("td", { class: kind }, cell(row)));
-  const line = el("tr", { "data-id": row.id }, ...cells), body = el("tbody", {}, line);
+  const cells = COLUMNS.map(([, kind, cell]) => el("td." + kind, cell(row)));
+  const line = fill(el("tr"), { "data-id": row.id }, ...cells), body = el("tbody", line);
   line.addEventListener("click", () => {
     const details = line.nextElementSibling;
     if (details) details.remove();
@@ -9305,8 +9308,8 @@ function requestRow(row) {
 }
 function detailRow(row) {
   const pairs = DETAILS.map(([name, text]) => [name, text(row)]).filter(([, text]) => text);
-  return el("tr", { class: "detail" },
-    el("td", { colspan: COLUMNS.length }, el("dl", { class: "pairs" }, ...pairs.map(pair))));
+  return el("tr.detail",
+    fill(el("td"), { colspan: COLUMNS.length }, el("dl.pairs", ...pairs.map(pair))));
 }
 function showCache(cache) {
   put("cache-mode", !cache.enabled ? "Off (CACHE_ENABLED)"
@@ -9324,13 +9327,13 @@ function showLessons(lessons) {
   put("lessons-count", count(lessons.length, "lesson") || "Nothing had to be learned yet.");
   byId("lessons-forget").hidden = !lessons.length;
   sync(byId("lessons"), lessons,
-    row => el("li", {}, row.text, el("small", {}, row.model + " at " + row.upstream)));
+    row => el("li", row.text, el("small", row.model + " at " + row.upstream)));
 }
 function settingRow({ name, help, value, origin }) {
-  return el("tr", {},
-    el("td", {}, el("code", {}, name), el("small", { class: "wide" }, help)),
-    el("td", {}, value || NONE),
-    el("td", { class: origin === "default" ? "soft" : "changed" }, origin));
+  return el("tr",
+    el("td", el("code", name), el("small.wide", help)),
+    el("td", value || NONE),
+    el(origin === "default" ? "td.soft" : "td.changed", origin));
 }
 
 // -- Start
