@@ -715,6 +715,7 @@ def parse_seconds(value):
         number = float(value)
     except ValueError:
         number = 0.0
+    # float() reads "nan" and "inf" too; neither lies between.
     if not 0 < number < 1e7:
         raise ValueError("a number of seconds above 0")
     return number
