@@ -107,16 +107,12 @@ STOP_REASONS = {
     "sensitive": "refusal",  # Z.ai
 }
 
+MIDWAY = "The provider %s in the middle of the reply."
 FINISH_ERRORS = {
     # A finish_reason that says that the reply failed: (HTTP status for the client, sentence).
-    "insufficient_system_resource": (  # DeepSeek
-        529,
-        "The provider ran out of resources in the middle of the reply.",
-    ),
-    # OpenRouter, Mistral
-    "error": (502, "The provider reported an error in the middle of the reply."),
-    # Z.ai
-    "network_error": (502, "The provider lost its connection in the middle of the reply."),
+    "insufficient_system_resource": (529, MIDWAY % "ran out of resources"),  # DeepSeek
+    "error": (502, MIDWAY % "reported an error"),  # OpenRouter, Mistral
+    "network_error": (502, MIDWAY % "lost its connection"),  # Z.ai
     "abort": (502, "The model server aborted the reply."),  # SGLang
 }
 
@@ -149,20 +145,18 @@ BLOCKS = {
 }
 
 # HTTP status -> Anthropic's error type (docs.anthropic.com/en/api/errors); any other is api_error.
-ERROR_TYPES = dict.fromkeys((400, 405, 411, 414, 415, 417, 422, 424, 431), "invalid_request_error")
-ERROR_TYPES.update(
-    {
-        401: "authentication_error",
-        402: "billing_error",
-        403: "permission_error",
-        404: "not_found_error",
-        408: "timeout_error",
-        413: "request_too_large",
-        429: "rate_limit_error",
-        504: "timeout_error",
-        529: "overloaded_error",
-    }
-)
+ERROR_TYPES = {
+    **dict.fromkeys((400, 405, 411, 414, 415, 417, 422, 424, 431), "invalid_request_error"),
+    401: "authentication_error",
+    402: "billing_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    504: "timeout_error",
+    529: "overloaded_error",
+}
 
 FAMILIES = ("opus", "sonnet", "haiku")
 
@@ -180,13 +174,13 @@ REASONING_FIELDS = {
     "reasoning_details": "parts",  # OpenRouter; MiniMax with reasoning_split
     "google": "opaque",  # Gemini 3
 }
-REASONING_STRINGS = tuple(name for name, shape in REASONING_FIELDS.items() if shape == "string")
 
 # First line of Claude Code's system text: it describes the user's machine, and differs between
 # versions. Sent on, it would tell on the user, and cost the provider's whole prefix cache.
 BILLING_LINE = "x-anthropic-billing-header:"
 
-# What Claude Code tells the model of the tokens that are left; it takes it out of the history later.
+# What Claude Code tells the model of the tokens that are left. Later it takes that out of the
+# history.
 TOKEN_MARKER = re.compile(r"\s*<total_tokens>[^<]*</total_tokens>\s*$")
 
 
@@ -606,55 +600,43 @@ class ErrorRow(NamedTuple):
 
 
 NO_KEY = "The provider refused the key; check TARGET_API_KEY (-k):"
-ERROR_ROWS = (
-    # The first match counts. What providers send is theirs to change; what Claude Code does with
-    # each status was seen with version 2.1.330.
-    ErrorRow("rate", (429,), r"retry in \d", 429),  # Gemini: a rate limit in the words of a quota
-    ErrorRow(
-        "billing",
-        (200, 400, 402, 403, 429, 500),
-        BILLING,
-        402,
-        "The provider's account has no credit:",
-    ),
-    ErrorRow("billing", (402,), "", 402, "The provider wants payment:"),
-    # One status and one text for all of them: every version of Claude Code compacts by it.
-    ErrorRow("overflow", (), "", 400),
-    ErrorRow("auth", (401,), "", 401, NO_KEY),
-    ErrorRow("auth", (400, 403), BAD_KEY, 401, NO_KEY),  # Gemini
-    ErrorRow(
-        "model",
-        (400, 404, 410, 422),
-        NO_MODEL,
-        404,
-        "The provider has no such model; check TARGET_MODEL (-m):",
-    ),
-    # The same request may succeed the next time.
-    ErrorRow(
-        "sampling", (400, 422, 500), SAMPLING, 500, "The model produced a malformed tool call:"
-    ),
-    # OpenRouter: none of its providers takes images, or tools
-    ErrorRow(
-        "request", (404,), "No endpoints found that", 424, "The provider refused the request:"
-    ),
-    ErrorRow(
-        "path",
-        (404, 405),
-        "",
-        404,
-        "The provider has no such address or model;"
-        " check TARGET_API_BASE (-b) and TARGET_MODEL (-m):",
-    ),
-    ErrorRow("model", (410,), "", 404, "The model is gone; choose another TARGET_MODEL (-m):"),
-    ErrorRow("policy", (403,), "", 403, "The provider forbids this request:"),
-    ErrorRow("overloaded", (200, 429, 500, 503), OVERLOADED, 529, "The provider is overloaded:"),
-    ErrorRow("rate", (429,), "", 429),
-    ErrorRow("size", (413,), "", 413, "The request is too large for the provider:"),
-    ErrorRow("request", (500,), PERMANENT_500, 424, "The provider cannot take this request:"),
-    ErrorRow("timeout", (408, 504, 522, 524), "", 504, "The provider took too long:"),
-    ErrorRow("overloaded", (503, 529), "", 529, "The provider is overloaded:"),
-    ErrorRow("server", tuple(range(500, 600)), "", 502, "The provider failed:"),
-    ErrorRow("request", (), "", 424, "The provider refused the request:"),
+NO_CREDIT = "The provider's account has no credit:"
+UNKNOWN_MODEL = "The provider has no such model; check TARGET_MODEL (-m):"
+NO_ADDRESS = (
+    "The provider has no such address or model; check TARGET_API_BASE (-b) and TARGET_MODEL (-m):"
+)
+BAD_CALL = "The model produced a malformed tool call:"
+BUSY = "The provider is overloaded:"
+REQUEST_REFUSED = "The provider refused the request:"
+ERROR_ROWS = tuple(
+    ErrorRow(*row)
+    for row in (
+        # The first match counts. What providers send is theirs to change; what Claude Code does
+        # with each status was seen with version 2.1.330.
+        ("rate", (429,), r"retry in \d", 429),  # Gemini: a rate limit in the words of a quota
+        ("billing", (200, 400, 402, 403, 429, 500), BILLING, 402, NO_CREDIT),
+        ("billing", (402,), "", 402, "The provider wants payment:"),
+        # One status and one text for all of them: every version of Claude Code compacts by it.
+        ("overflow", (), "", 400),
+        ("auth", (401,), "", 401, NO_KEY),
+        ("auth", (400, 403), BAD_KEY, 401, NO_KEY),  # Gemini
+        ("model", (400, 404, 410, 422), NO_MODEL, 404, UNKNOWN_MODEL),
+        # The same request may succeed the next time.
+        ("sampling", (400, 422, 500), SAMPLING, 500, BAD_CALL),
+        # OpenRouter: none of its providers takes images, or tools
+        ("request", (404,), "No endpoints found that", 424, REQUEST_REFUSED),
+        ("path", (404, 405), "", 404, NO_ADDRESS),
+        ("model", (410,), "", 404, "The model is gone; choose another TARGET_MODEL (-m):"),
+        ("policy", (403,), "", 403, "The provider forbids this request:"),
+        ("overloaded", (200, 429, 500, 503), OVERLOADED, 529, BUSY),
+        ("rate", (429,), "", 429),
+        ("size", (413,), "", 413, "The request is too large for the provider:"),
+        ("request", (500,), PERMANENT_500, 424, "The provider cannot take this request:"),
+        ("timeout", (408, 504, 522, 524), "", 504, "The provider took too long:"),
+        ("overloaded", (503, 529), "", 529, BUSY),
+        ("server", tuple(range(500, 600)), "", 502, "The provider failed:"),
+        ("request", (), "", 424, REQUEST_REFUSED),
+    )
 )
 
 
@@ -706,23 +688,25 @@ def parse_text(value):
 def parse_flag(value):
     """A bool, from true or false (also 1/0, yes/no, on/off); empty is false."""
     word = value.strip().lower()
-    if word not in ("true", "1", "yes", "on", "false", "0", "no", "off", ""):
+    is_on = word in ("true", "1", "yes", "on")
+    if not is_on and word not in ("false", "0", "no", "off", ""):
         raise ValueError("true or false")
-    return word in ("true", "1", "yes", "on")
+    return is_on
 
 
-def parse_port(value):
-    """A port number, 0 to 65535; 0 takes a free one."""
-    if not re.match(r"\d{1,5}$", value.strip()) or int(value) > 65535:
-        raise ValueError("a port number, 0 to 65535")
-    return int(value)
+def whole_number(allowed, most):
+    """A parser of whole numbers from 0 to `most`, in at most 12 digits; allowed: said of others."""
+
+    def parse(value):
+        if not re.match(r"\d{1,12}$", value.strip()) or int(value) > most:
+            raise ValueError(allowed)
+        return int(value)
+
+    return parse
 
 
-def parse_count(value):
-    """A whole number, 0 or more; at most 12 digits, which is more tokens, or MB, than there are."""
-    if not re.match(r"\d{1,12}$", value.strip()):
-        raise ValueError("a whole number, 0 or more")
-    return int(value)
+parse_port = whole_number("a port number, 0 to 65535", 65535)  # 0 takes a free one
+parse_count = whole_number("a whole number, 0 or more", 10**12)  # of tokens, MB, tries
 
 
 def parse_seconds(value):
@@ -731,6 +715,7 @@ def parse_seconds(value):
         number = float(value)
     except ValueError:
         number = 0.0
+    # float() reads "nan" and "inf" too; neither lies between.
     if not 0 < number < 1e7:
         raise ValueError("a number of seconds above 0")
     return number
@@ -881,11 +866,15 @@ SETTINGS = (
         "what the provider speaks: auto, openai or anthropic",
         parse_choice("auto", "openai", "anthropic"),
     ),
-    # Other targets. A base URL of its own never gets the main key; what is empty is the main
-    # target's.
-    *own_target("OPUS", "model for Claude's opus family", "for the opus family"),
-    *own_target("SONNET", "model for Claude's sonnet family", "for the sonnet family"),
-    *own_target("HAIKU", "model for Claude's haiku family", "for the haiku family"),
+    # Other targets; a family's is taken where the model that Claude Code asks for names the
+    # family. What is empty is the main target's, but a base URL of its own never gets the main key.
+    *(
+        row
+        for name in FAMILIES
+        for row in own_target(
+            name.upper(), "model for Claude's %s family" % name, "for the %s family" % name
+        )
+    ),
     *own_target(
         "FALLBACK",
         "model that takes over when the main one is down or out of quota",
@@ -1045,8 +1034,8 @@ SETTINGS = (
         const="true",
     ),
 )
-BY_ENV = {row.env: row for row in SETTINGS}
-# Headers of EXTRA_HEADERS whose values are secrets; "X-Title: ccfix" must not hide that word everywhere.
+BY_ENV = {row.env: row for row in SETTINGS}  # a file and the environment know no other name
+# Headers of EXTRA_HEADERS that hold secrets: "X-Title: ccfix" must not hide that word everywhere.
 SECRET_HEADER = re.compile("(?i)auth|cookie|credential|key|pass|secret|token")
 
 
@@ -1256,7 +1245,10 @@ class Profile(NamedTuple):
 
 
 DEFAULT = Profile()
-LOW_TO_HIGH = ("low", "medium", "high")
+# OpenAI's three words, which every server with reasoning_effort took over.
+EFFORT = dict(reasoning="effort", efforts=("low", "medium", "high"))
+# Reasoning comes and goes back in reasoning_content, and thinking is turned on and off.
+THINKING = dict(reasoning="thinking", reasoning_field="reasoning_content")
 NOT_KEPT = "(the reasoning of this step was not kept)"
 GEMINI_SKIP = "skip_thought_signature_validator"  # Google's own word for "there is none"
 
@@ -1278,8 +1270,7 @@ OPENAI_REASONING = OPENAI._replace(
     models=r"o\d|gpt-5",
     max_tokens="max_completion_tokens",
     never=("temperature", "top_p", "stop"),
-    reasoning="effort",
-    efforts=LOW_TO_HIGH,
+    **EFFORT,
 )
 # openai-python issue 1354. The key has a header of its own; PDF parts are refused on chat
 # (pydantic-ai).
@@ -1298,9 +1289,8 @@ MOONSHOT = Profile(
     tool_ids="kimi",
     typed_schema=True,
     image_urls=False,
-    reasoning_field="reasoning_content",
     reasoning_always=True,
-    reasoning="thinking",
+    **THINKING,
 )
 # pydantic-ai's models/zai.py. Without tool_stream a large call is minutes of silence (opencrabs).
 ZAI = Profile(
@@ -1310,9 +1300,8 @@ ZAI = Profile(
     body=(("tool_stream", True),),
     tool_choice=("none",),
     json_format="json_object",
-    reasoning_field="reasoning_content",
     reasoning_always=True,
-    reasoning="thinking",
+    **THINKING,
 )
 # groq-python. "property 'x' is unsupported", also in messages: musistudio/llms PR 64.
 GROQ = Profile(
@@ -1325,7 +1314,8 @@ GROQ = Profile(
 )
 # Model servers on the user's own machine: JSON by grammar; images as data, since Ollama fetches
 # none.
-LOCAL = DEFAULT._replace(json_format="json_schema", image_urls=False)
+# Most pass a switch for thinking on to the model's chat template.
+LOCAL = DEFAULT._replace(json_format="json_schema", image_urls=False, reasoning="kwargs")
 NATIVE = DEFAULT._replace(
     format="anthropic", native_blocks=True, files=True, json_format="json_schema"
 )
@@ -1373,9 +1363,8 @@ PROFILES = (
         images=False,
         json_format="json_object",
         tool_choice=("none",),
-        reasoning_field="reasoning_content",
         placeholder=NOT_KEPT,
-        reasoning="thinking",
+        **THINKING,
         efforts=("low", "high", "max"),
     ),
     # Thinking must be off where no stream is asked for: langchain4j issue 3974. PDF parts are
@@ -1440,8 +1429,7 @@ PROFILES = (
         context=131072,
         images=False,
         json_format="json_schema",
-        reasoning="effort",
-        efforts=LOW_TO_HIGH,
+        **EFFORT,
     ),
     GROQ,
     # "Argument not supported on this model": uni-api issue 105. vercel/ai's
@@ -1469,8 +1457,7 @@ PROFILES = (
         json_format="json_schema",
         reasoning_field="google",
         placeholder=GEMINI_SKIP,
-        reasoning="effort",
-        efforts=LOW_TO_HIGH,
+        **EFFORT,
     ),
     # openrouter.ai/docs/use-cases/reasoning-tokens: the details must come back as they came, and in
     # order. An effort of max is a 400 (cc-switch), so the strongest word here is xhigh.
@@ -1510,8 +1497,7 @@ PROFILES = (
         ("api.fireworks.ai",),
         strict=True,
         json_format="json_schema",
-        reasoning="effort",
-        efforts=LOW_TO_HIGH,
+        **EFFORT,
     ),
     # docs.together.ai/docs/glm-5.3-quickstart
     Profile(
@@ -1535,9 +1521,8 @@ PROFILES = (
         "mimo",
         "Xiaomi MiMo",
         ("xiaomimimo.com",),
-        reasoning_field="reasoning_content",
         placeholder=NOT_KEPT,
-        reasoning="thinking",
+        **THINKING,
     ),
     # copilot-api's api-config.ts: the headers of Copilot's own clients
     Profile(
@@ -1565,15 +1550,13 @@ PROFILES = (
         efforts=("none", "low", "medium", "high", "max"),
     ),
     # lmstudio-ai/docs, openai-compat/tools.mdx
-    LOCAL._replace(name="lmstudio", title="LM Studio", hosts=(":1234",)),
+    LOCAL._replace(name="lmstudio", title="LM Studio", hosts=(":1234",), reasoning=""),
     # sglang issue 20678, and its error texts
-    LOCAL._replace(name="sglang", title="SGLang", hosts=(":30000",), reasoning="kwargs"),
+    LOCAL._replace(name="sglang", title="SGLang", hosts=(":30000",)),
     # a real server, as it answers in the tests
-    LOCAL._replace(
-        name="llamacpp", title="llama.cpp server", hosts=(":8080",), reasoning="kwargs", tried=True
-    ),
+    LOCAL._replace(name="llamacpp", title="llama.cpp server", hosts=(":8080",), tried=True),
     # vllm's chat_completion/protocol.py
-    LOCAL._replace(name="vllm", title="vLLM", hosts=(":8000",), reasoning="kwargs"),
+    LOCAL._replace(name="vllm", title="vLLM", hosts=(":8000",)),
     # litellm issues 32086 and 17343. Strict, for the sake of the providers behind it.
     Profile("litellm", "LiteLLM gateway", (":4000",), strict=True),
     # set by --demo, whose server stands in this file
@@ -8403,8 +8386,29 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
 #
 # Every string in /stats may come from somebody else: a model name from a client, an error from a
 # provider. They enter the document through textContent and append() only, which never parse
-# markup; a test searches PAGE for all other ways. `sync` rebuilds only what has changed, so a poll
-# takes away neither the keyboard's focus nor a selection, and opened details stay open.
+# markup; a test searches PAGE for all other ways.
+#
+# The script, in its order. refresh() -> call("stats") -> show(stats) -> one function a section.
+#   el        makes an HTML element: "tag" or "tag.classes", children; fill gives it attributes
+#   svg       makes an SVG element: tag, attributes, children
+#   sync      makes parent's children show items; a child whose item is as before stays as it is,
+#             so that a poll takes away neither the keyboard's focus nor a selection, and opened
+#             details stay open. An item is known again by its JSON, in which a function is null
+#   orDash    what is not known (null, or 0 / 0) is a dash, in whatever format
+#   money     has no currency, since PRICES names none
+#   span      a time in its two largest units
+#   list      joins strings; what is false, 0 or empty is left out, as is a count of 0
+#   readShare "input" leaves out what was read from the cache, as in Anthropic's usage
+#   memory    keeps the key: as long as the tab, or as the page where storage is forbidden
+#   call      the JSON of an answer; throws an Error with a message to show, and the status if
+#             there was one
+#   refresh   polls, but does not knock on with a wrong key: then it waits for the form
+#   copy      has no clipboard outside https and localhost: there it selects the text for the user
+#   PLOTS     title, format, top of the scale (0: the highest bar), and the parts of the bar of a
+#             minute: class, name, field of a row of stats.series
+#   COLUMNS   of the requests: title, class, cell. A phone leaves out what is "wide"
+#   DETAILS   what a click on a request shows, where there is something to show. Each request is
+#             a tbody of its own, which takes the details in
 #
 # A figure that is not known is a dash or is left out, never 0: `cost` is null as long as no request
 # had a price, and where only some had one, the tile says how many had none.
@@ -8437,10 +8441,10 @@ body {
 }
 h1 { font-size: 22px; }
 h2 { margin: 32px 0 10px; font-size: 16px; }
-button, input {
-  padding: 5px 12px; border: 1px solid var(--line); border-radius: 6px;
-  background: var(--card); color: inherit; font: inherit;
+button, input, .card {
+  border: 1px solid var(--line); border-radius: 8px; background: var(--card);
 }
+button, input { padding: 5px 12px; color: inherit; font: inherit; }
 button { cursor: pointer; }
 button:hover { border-color: var(--accent); }
 h3, th, dt, small, button, input, pre, code, .soft { font-size: 13px; font-weight: 400; }
@@ -8453,10 +8457,7 @@ h3, th, dt, small, .soft { color: var(--soft); }
   content: ""; display: inline-block; width: 9px; height: 9px; margin: 0 4px 0 5px;
   border-radius: 3px; background: var(--dot);
 }
-.card {
-  padding: 14px 16px; border: 1px solid var(--line);
-  border-radius: 8px; background: var(--card);
-}
+.card { padding: 14px 16px; }
 .grid {
   display: grid; gap: 12px; margin-top: 12px;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, var(--least, 400px)), 1fr));
@@ -8474,7 +8475,7 @@ h3, th, dt, small, .soft { color: var(--soft); }
 #flow > span { align-self: center; color: var(--accent); font-size: 22px; }
 ul { padding: 0; list-style: none; }
 li, pre, .pairs { margin-top: 6px; }
-ul:empty, dl:empty { display: none; }
+dl:empty { display: none; }
 dt + dd { font-size: 24px; font-weight: 600; }
 svg {
   display: block; width: 100%; height: 72px; margin: 8px 0 4px;
@@ -8604,7 +8605,6 @@ thead:only-child::after { content: "No request yet."; display: block; padding: 7
 <p id="message" role="status"></p>
 <script nonce="{nonce}">
 "use strict";
-// refresh() -> call("stats") -> show(stats) -> one function a section.
 const POLL_MS = 2000, PATIENCE_MS = 10000;
 const NONE = "\u2013", DOT = " \u00b7 ";
 let polling = false, pollTimer, messageTimer;
@@ -8614,17 +8614,17 @@ const byId = id => document.getElementById(id);
 function put(id, text) {
   if (byId(id).textContent !== text) byId(id).textContent = text;
 }
-function fill(node, attributes, children) {
+function fill(node, attributes, ...children) {
   for (const name in attributes) node.setAttribute(name, attributes[name]);
   node.append(...children);
   return node;
 }
-const el = (tag, attributes, ...children) =>
-  fill(document.createElement(tag), attributes, children);
+function el(kind, ...children) {
+  const [tag, classes] = kind.split(".");
+  return fill(document.createElement(tag), classes ? { class: classes } : {}, ...children);
+}
 const svg = (tag, attributes, ...children) =>
-  fill(document.createElementNS("http://www.w3.org/2000/svg", tag), attributes, children);
-
-// Make parent's children show items; a child whose item is as before stays as it is.
+  fill(document.createElementNS("http://www.w3.org/2000/svg", tag), attributes, ...children);
 function sync(parent, items, build) {
   const kept = new Map([...parent.children].map(child => [child.key, child]));
   const keys = items.map(item => JSON.stringify(item));
@@ -8636,20 +8636,17 @@ function sync(parent, items, build) {
   });
 }
 
-// -- Numbers as text; what is not known (null, 0 / 0) is a dash
+// -- Numbers as text
 const orDash = format => value => Number.isFinite(value) ? format(value) : NONE;
 const number = orDash(value => value.toLocaleString("en-US"));
 const percent = orDash(value => Math.round(value * 100) + " %");
-const money = orDash(value => value.toFixed(value < 1 ? 4 : 2));  // PRICES names no currency
+const money = orDash(value => value.toFixed(value < 1 ? 4 : 2));
 const clock = orDash(time => new Date(time * 1000).toLocaleTimeString("en-GB"));
-const compact = orDash(value => {
-  let power = 0;
-  for (; value >= 1000 && power < 3; power += 1) value /= 1000;
-  const text = power && value < 100 ? value.toFixed(1) : Math.round(value);
-  return text + ["", "k", "M", "G"][power];
-});
+const compact = orDash(value => value
+  .toLocaleString("en-US", { notation: "compact", maximumSignificantDigits: 3 })
+  .replace("K", "k").replace("B", "G"));
 const bytes = orDash(value => compact(value).replace(/[kMG]?$/, " $&B"));
-const span = orDash(seconds => {  // in its two largest units
+const span = orDash(seconds => {
   const parts = [["d", 86400], ["h", 3600], ["min", 60], ["s", 1]].map(([unit, size]) => {
     const amount = Math.floor(seconds / size);
     seconds -= amount * size;
@@ -8661,15 +8658,13 @@ const duration = orDash(ms =>
   ms < 1000 ? Math.round(ms) + " ms"
     : ms < 60000 ? (ms / 1000).toFixed(1) + " s" : span(ms / 1000));
 const list = (...texts) => texts.filter(Boolean).join(DOT);
-const count = (amount, one, many) => number(amount) + " " + (amount === 1 ? one : many);
-// "input" leaves out what was read from the cache, as in Anthropic's usage.
+const count = (amount, noun) =>
+  amount && number(amount) + " " + (amount === 1 ? noun : noun.replace(/y$/, "ie") + "s");
 const readShare = row => row.cache_read / (row.input + row.cache_read);
 
 // -- Talking to the proxy
-let memory = {};  // keeps the key: as long as the tab, or the page where storage is forbidden
+let memory = {};
 try { memory = sessionStorage; } catch (error) { }
-
-// The JSON of an answer; throws an Error with a message to show, and the status if there was one.
 async function call(path, method) {
   const headers = memory.ccfixKey ? { "x-api-key": memory.ccfixKey } : {};
   const options = { method, headers, cache: "no-store", signal: AbortSignal.timeout(PATIENCE_MS) };
@@ -8696,7 +8691,6 @@ async function refresh() {
   polling = true;
   try { show(await call("stats")); } catch (error) { lose(error); }
   polling = false;
-  // Do not knock on with a wrong key: wait for the form.
   if (byId("key-form").hidden) pollTimer = setTimeout(refresh, POLL_MS);
 }
 function lose({ status, message }) {
@@ -8716,7 +8710,7 @@ async function copy(source) {
   try {
     await navigator.clipboard.writeText(source.textContent);
     tell("Copied.");
-  } catch (error) {  // no clipboard outside https and localhost: select it for the user
+  } catch (error) {
     getSelection().selectAllChildren(source);
     tell("Selected: press Ctrl+C or Cmd+C.");
   }
@@ -8738,7 +8732,7 @@ function show(stats) {
   showLessons(stats.lessons);
   sync(byId("settings").tBodies[0], stats.settings, settingRow);
 }
-const pair = ([name, text]) => el("div", {}, el("dt", {}, name), el("dd", {}, text));
+const pair = ([name, text]) => el("div", el("dt", name), el("dd", text));
 function showModels({ target, disguise, routes }) {
   document.title = target.model + " - ccfix";
   put("disguise", disguise.model || "the name it asks for");
@@ -8746,7 +8740,7 @@ function showModels({ target, disguise, routes }) {
   put("target", target.model);
   put("target-base", list(target.api_base, "profile " + target.profile, target.format));
   sync(byId("routes"), routes,
-    row => el("li", {}, row.family + " \u2192 " + row.model + " at " + row.api_base));
+    row => el("li", row.family + " \u2192 " + row.model + " at " + row.api_base));
 }
 function showTotals(totals) {
   for (const name of ["requests", "errors", "input", "output", "cache_read"])
@@ -8756,77 +8750,68 @@ function showTotals(totals) {
   put("share", percent(readShare(totals)) + " of the input");
   put("cost-total", money(totals.cost));
   put("cost-hint", totals.cost === null ? "no price known: set PRICES" : totals.unpriced
-    ? count(totals.unpriced, "request", "requests") + " without a price" : "");
+    ? count(totals.unpriced, "request") + " without a price" : "");
 }
 function shellCard([shell, lines]) {
-  const code = el("code", {}, lines.join("\n"));
-  const button = el("button", { "aria-label": "Copy the lines for " + shell }, "Copy");
+  const code = el("code", lines.join("\n"));
+  const button = fill(el("button", "Copy"), { "aria-label": "Copy the lines for " + shell });
   button.addEventListener("click", () => copy(code));
-  const bar = el("div", { class: "bar" }, el("h3", {}, shell), button);
-  return el("div", { class: "card" }, bar, el("pre", {}, code));
+  return el("div.card",
+    el("div.bar", el("h3", shell), button), el("pre", code));
 }
 
-// Plots: title, format, top of the scale (0: the highest bar), parts of the bar of a minute;
-// parts: class, name, value of a row of stats.series.
 const PLOTS = [
-  ["Tokens a minute", compact, 0, [
-    ["accent", "in", row => row.input],
-    ["pale", "cached", row => row.cache_read],
-    ["grey", "out", row => row.output],
-  ]],
-  ["Latency to first content", duration, 0, [["accent", "", row => row.first_ms]]],
-  ["Cache-read share of input", percent, 1, [["accent", "", readShare]]],
-  ["Cost a minute", money, 0, [["accent", "", row => row.cost]]],
+  ["Tokens a minute", compact, 0,
+    [["accent", "in", "input"], ["pale", "cached", "cache_read"], ["grey", "out", "output"]]],
+  ["Latency to first content", duration, 0, [["accent", "", "first_ms"]]],
+  ["Cache-read share of input", percent, 1, [["accent", "", "share"]]],
+  ["Cost a minute", money, 0, [["accent", "", "cost"]]],
 ];
 function showPlots({ series, totals }) {
-  const plots = PLOTS.map(([title, , , parts], index) => {
-    const bars = series.map((row, x) => ({ x, t: row.t, values: parts.map(part => part[2](row)) }));
-    return { title, index, bars: bars.filter(bar => Number.isFinite(bar.values[0])) };
-  });
-  const shown = totals.cost === null ? plots.slice(0, -1) : plots;
-  sync(byId("plots"), shown, plot => plotFigure(plot, series.length));
+  const barsOf = parts => series
+    .map(row => ({ ...row, share: readShare(row) }))
+    .map((row, x) => ({ x, t: row.t, values: parts.map(([, , field]) => row[field]) }))
+    .filter(bar => Number.isFinite(bar.values[0]));
+  const plots = totals.cost === null ? PLOTS.slice(0, -1) : PLOTS;
+  sync(byId("plots"), plots.map(plot => [...plot, barsOf(plot[3]), series.length]), plotFigure);
 }
-function plotFigure({ title, index, bars }, minutes) {
-  const [, format, top, parts] = PLOTS[index];
+function plotFigure([title, format, top, parts, bars, minutes]) {
   const sums = bars.map(bar => bar.values.reduce((a, b) => a + b)), peak = Math.max(...sums);
-  const summary = !bars.length ? "nothing yet"
-    : "last " + format(sums.at(-1)) + ", peak " + format(peak);
-  const label = title + " in the last hour: " + summary, scale = 96 / (top || peak || 1);
-  const box = { viewBox: "0 0 " + minutes + " 100", preserveAspectRatio: "none" };
-  const drawing = svg("svg", { ...box, role: "img", "aria-label": label },
-    ...bars.map(bar => barShape(bar, parts, format, scale)));
-  const keys = parts.filter(part => part[1])
-    .map(([color, name]) => el("span", { class: "key " + color }, name));
-  const axis = [["1 h ago"], keys, ["now"]].map(texts => el("span", {}, ...texts));
-  return el("div", { class: "card" }, el("h3", {}, title), el("small", {}, summary), drawing,
-    el("div", { class: "bar soft" }, ...axis));
+  const summary = bars.length ? "last " + format(sums.at(-1)) + ", peak " + format(peak)
+    : "nothing yet";
+  const drawing = svg("svg", {
+    viewBox: "0 0 " + minutes + " 100", preserveAspectRatio: "none", role: "img",
+    "aria-label": title + " in the last hour: " + summary,
+  }, ...bars.map(bar => barShape(bar, parts, format, 96 / (top || peak || 1))));
+  const keys = parts.filter(([, name]) => name)
+    .map(([color, name]) => el("span.key " + color, name));
+  const axis = [["1 h ago"], keys, ["now"]].map(texts => el("span", ...texts));
+  return el("div.card", el("h3", title), el("small", summary), drawing,
+    el("div.bar soft", ...axis));
 }
 function barShape({ x, t, values }, parts, format, scale) {
   const texts = parts.map((part, index) => format(values[index]) + " " + part[1]);
-  const group = svg("g", {}, svg("title", {}, clock(t) + DOT + texts.join(", ")),
-    svg("rect", { class: "hover", x, width: 1, height: 100 }));
   let y = 100;
-  parts.forEach(([color], index) => {
-    const height = values[index] * scale;
-    y -= height;
-    group.append(svg("rect", { class: color, x: x + 0.1, y, width: 0.8, height }));
-  });
-  return group;
+  return svg("g", {}, svg("title", {}, clock(t) + DOT + texts.join(", ")),
+    svg("rect", { class: "hover", x, width: 1, height: 100 }),
+    ...parts.map(([color], index) => {
+      const height = values[index] * scale;
+      y -= height;
+      return svg("rect", { class: color, x: x + 0.1, y, width: 0.8, height });
+    }));
 }
 
-// The table: title, class, cell. A phone leaves out what is "wide"; the details have it.
 const COLUMNS = [
-  ["Time", "", row => el("button", { "aria-expanded": false }, clock(row.time))],
+  ["Time", "", row => fill(el("button", clock(row.time)), { "aria-expanded": false })],
   ["Model", "name", modelCell],
   ["Status", "n", ({ status, error }) =>
-    el("span", { class: status >= 400 || error ? "bad" : "" }, status || NONE)],
+    el(status >= 400 || error ? "span.bad" : "span", status || NONE)],
   ["In", "n wide", row => number(row.input)],
   ["Cache read", "n wide", row => number(row.cache_read)],
   ["Out", "n wide", row => number(row.output)],
   ["First", "n wide", row => duration(row.first_ms)],
   ["Total", "n", row => duration(row.total_ms)],
 ];
-// What a click on a row shows, where there is something to show.
 const DETAILS = [
   ["Error", row => row.error],
   ["Prefix cache lost", row => row.broke],
@@ -8840,27 +8825,24 @@ const DETAILS = [
     duration(row.total_ms) + " in all")],
   ["Cost", row => row.cost === null ? "" : money(row.cost)],
   ["Bytes", row => list(bytes(row.bytes_in) + " in", bytes(row.bytes_out) + " out")],
-  ["Mode", row => list(row.stream ? "streamed" : "whole", retries(row),
+  ["Mode", row => list(row.stream ? "streamed" : "whole", count(row.retries, "retry"),
     row.cache && "cache " + row.cache)],
   ["Session", row => row.session],
   ["Id", row => row.id],
 ];
-const retries = row => row.retries && count(row.retries, "retry", "retries");
 function modelCell(row) {
-  const learned = row.lessons.length;
-  const notes = list(row.cache === "hit" && "answered from the cache", retries(row),
-    learned && count(learned, "lesson", "lessons"), row.broke && "prefix cache lost");
-  const lines = [el("small", { class: "bad" }, row.error || ""), el("small", {}, notes)];
-  return el("span", {}, row.model || row.asked || NONE, ...lines.filter(line => line.textContent));
+  const notes = list(row.cache === "hit" && "answered from the cache", count(row.retries, "retry"),
+    count(row.lessons.length, "lesson"), row.broke && "prefix cache lost");
+  return el("span", row.model || row.asked || NONE,
+    el("small.bad", row.error || ""), el("small", notes));
 }
 function headRow() {
-  const cells = COLUMNS.map(([title, kind]) => el("th", { class: kind }, title));
-  return el("thead", {}, el("tr", {}, ...cells));
+  const cells = COLUMNS.map(([title, kind]) => el("th." + kind, title));
+  return el("thead", el("tr", ...cells));
 }
-// A request is a tbody of its own, which takes the details in when its row is clicked.
 function requestRow(row) {
-  const cells = COLUMNS.map(([, kind, cell]) => el("td", { class: kind }, cell(row)));
-  const line = el("tr", { "data-id": row.id }, ...cells), body = el("tbody", {}, line);
+  const cells = COLUMNS.map(([, kind, cell]) => el("td." + kind, cell(row)));
+  const line = fill(el("tr"), { "data-id": row.id }, ...cells), body = el("tbody", line);
   line.addEventListener("click", () => {
     const details = line.nextElementSibling;
     if (details) details.remove();
@@ -8871,8 +8853,8 @@ function requestRow(row) {
 }
 function detailRow(row) {
   const pairs = DETAILS.map(([name, text]) => [name, text(row)]).filter(([, text]) => text);
-  const details = el("dl", { class: "pairs" }, ...pairs.map(pair));
-  return el("tr", { class: "detail" }, el("td", { colspan: COLUMNS.length }, details));
+  return el("tr.detail",
+    fill(el("td"), { colspan: COLUMNS.length }, el("dl.pairs", ...pairs.map(pair))));
 }
 function showCache(cache) {
   put("cache-mode", !cache.enabled ? "Off (CACHE_ENABLED)"
@@ -8881,23 +8863,22 @@ function showCache(cache) {
   sync(byId("cache-text"), !cache.enabled ? [] : [
     ["Hit rate", list(percent(cache.hit_rate),
       number(cache.hits) + " hits, " + number(cache.misses) + " misses")],
-    ["Kept", list(count(cache.entries, "entry", "entries"), bytes(cache.bytes))],
+    ["Kept", list(count(cache.entries, "entry") || "no entry", bytes(cache.bytes))],
     ["So far", number(cache.inserts) + " stored, " + number(cache.evictions) + " evicted"],
     ["Saved", duration(cache.saved_ms) + " of waiting"],
   ], pair);
 }
 function showLessons(lessons) {
-  const many = lessons.length;
-  put("lessons-count", many ? count(many, "lesson", "lessons") : "Nothing had to be learned yet.");
-  byId("lessons-forget").hidden = !many;
+  put("lessons-count", count(lessons.length, "lesson") || "Nothing had to be learned yet.");
+  byId("lessons-forget").hidden = !lessons.length;
   sync(byId("lessons"), lessons,
-    row => el("li", {}, row.text, el("small", {}, row.model + " at " + row.upstream)));
+    row => el("li", row.text, el("small", row.model + " at " + row.upstream)));
 }
 function settingRow({ name, help, value, origin }) {
-  return el("tr", {},
-    el("td", {}, el("code", {}, name), el("small", { class: "wide" }, help)),
-    el("td", {}, value || NONE),
-    el("td", { class: origin === "default" ? "soft" : "changed" }, origin));
+  return el("tr",
+    el("td", el("code", name), el("small.wide", help)),
+    el("td", value || NONE),
+    el(origin === "default" ? "td.soft" : "td.changed", origin));
 }
 
 // -- Start
@@ -9839,11 +9820,11 @@ def claude_files(home):
 
 # ---- check: what the target can do, through the code that serves ---------------------------------
 #
-# A row of CHECKS is a name and a function that asks one thing of the target and returns a Verdict.
-# It asks through the Proxy and Exchange that serve Claude Code, so a row shows what Claude Code
-# would get, with everything that ccfix does for it except second tries. A ProxyError on the way is
-# a verdict as well. Each docstring says what the row proves, and what Claude Code does without it
-# (seen with Claude Code 2.1.330).
+# A row of CHECKS asks the target one thing and judges the answer: a Verdict. It asks through the
+# Proxy and Exchange that serve Claude Code, so a row shows what Claude Code would get, with
+# everything that ccfix does for it except second tries. A ProxyError on the way is a verdict as
+# well. Each docstring says what the row proves, and what Claude Code does without it (seen with
+# Claude Code 2.1.330).
 
 ROW_SECONDS, LONG_SECONDS = 60, 180  # for one question; for a long prompt on a small machine
 ANSWER_TOKENS = 400  # enough for a model that thinks before it calls a tool
@@ -9864,22 +9845,42 @@ WEATHER = {
         "additionalProperties": False,
     },
 }
-# name -> arguments of Tester.ask. Several rows look at these answers, so each is asked only once.
-QUESTIONS = {
-    "plain": {"content": "Reply with the one word: pong", "stream": False},
-    "count": {"content": "Count from 1 to 30 in digits, separated by blanks."},
-    "tool": {"content": "What is the weather in Paris? Use the tool.", "tools": [WEATHER]},
-}
 # A PNG in base64. 64 x 64 pixels, since some vision models refuse a picture of under 28.
 RED_SQUARE = (
     "iVBORw0KGgoAAAANSUhEUgAAAEAAAABAAQMAAACQp+OdAAAAA1BMVEX/AAAZ4gk3AAAAD0lEQVR42mNgGAWj"
     "gHwAAAJAAAHgTR1EAAAAAElFTkSuQmCC"
 )
+RED_IMAGE = {
+    "type": "image",
+    "source": {"type": "base64", "media_type": "image/png", "data": RED_SQUARE},
+}
+# name -> arguments of Tester.ask. Each is asked once, however many rows look at its answer.
+QUESTIONS = {
+    "plain": dict(content="Reply with the one word: pong", stream=False),
+    "count": dict(content="Count from 1 to 30 in digits, separated by blanks."),
+    "tool": dict(content="What is the weather in Paris? Use the tool.", tools=[WEATHER]),
+    "forced": dict(  # the words alone would not lead to a call
+        content="Good morning! I am in Rome.",
+        tools=[WEATHER],
+        tool_choice={"type": "tool", "name": WEATHER["name"]},
+    ),
+    "parallel": dict(
+        content="What is the weather in Paris, and what in Rome? Call the tool for both at once.",
+        tools=[WEATHER],
+    ),
+    # 1,024 is the least budget that Anthropic's API takes, and max_tokens must be above it.
+    "thinking": dict(
+        content="How many times is the letter r in strawberry? Think first.",
+        max_tokens=1200,
+        thinking={"type": "enabled", "budget_tokens": 1024},
+    ),
+    "image": dict(content=[RED_IMAGE, {"type": "text", "text": "Which colour is this picture?"}]),
+}
 
 TRAINED = "choose a model that was trained for tools"
 # kind of a ProxyError -> what to do. The other kinds have no fix that helps in general.
 ADVICE = {
-    "auth": "set the right key: -k KEY, or TARGET_API_KEY in the environment or .env",
+    "auth": "set the right key: -k KEY, or TARGET_API_KEY",
     "billing": "add credit at the provider, or choose another one",
     "policy": "ask the provider what this key may use",
     "model": "choose one of the provider's models: -m NAME, or TARGET_MODEL",
@@ -9887,10 +9888,10 @@ ADVICE = {
     "overflow": "choose a model with a larger context window, or raise the server's "
     "(llama.cpp: -c, vLLM: --max-model-len, Ollama: OLLAMA_CONTEXT_LENGTH=65536)",
     "timeout": "try again; for a server that is always slow, raise TARGET_TIMEOUT",
-    "rate": "wait until the provider's limit allows more, or ask for a higher one",
+    "rate": "wait, or ask the provider for a higher limit",
     "overloaded": "try again later, or set TARGET_MODEL_FALLBACK",
-    "server": "try again later; if it persists, see the server's own log",
-    "cut": "try again; if it persists, see the server's log, and look for proxies in between",
+    "server": "try again later, or see the server's own log",
+    "cut": "try again; if it persists, see the logs of the server and of proxies in between",
     "sampling": TRAINED,
 }
 # profile -> what makes tools work there, where a model trained for them is not enough
@@ -9902,19 +9903,23 @@ NO_TOOLS = {
     "lmstudio": "choose a model that LM Studio marks with a hammer",
 }
 
-# What a row found. status: ok, fail, or skip where it cannot tell; seen: what, in a few words; fix:
-# what to do about it, or "".
-Verdict = collections.namedtuple("Verdict", "status seen fix")
+
+class Verdict(NamedTuple):
+    """What a row found."""
+
+    status: str  # ok, skip or fail
+    seen: str  # what, in a few words
+    fix: str = ""  # what to do about it
 
 
 def ok(seen):
     """The row holds."""
-    return Verdict("ok", seen, "")
+    return Verdict("ok", seen)
 
 
 def skip(seen):
     """The row cannot tell, and is no reason to doubt the target."""
-    return Verdict("skip", seen, "")
+    return Verdict("skip", seen)
 
 
 def fail(seen, fix=""):
@@ -9940,25 +9945,26 @@ class Answer:
     """What the target answered to one question. Raises ProxyError, like Exchange.events."""
 
     def __init__(self, exchange):
-        events, began = [], time.monotonic()
+        events = []
         self.marks = []  # seconds after which each piece of text, thinking or arguments came
         for event in filter(None, exchange.events()):
             events.append(event)
             if event["type"] == "content_block_delta":
-                self.marks.append(time.monotonic() - began)
+                self.marks.append(exchange.clock() - exchange.began)
         if exchange.broken_by():
             raise exchange.error
-        self.message = fold(events)  # Anthropic's message (dict)
-        self.plan = exchange.plan  # with the lessons learned on the way
+        self.content = fold(events)["content"]  # Anthropic's blocks
+        self.profile = exchange.plan.profile  # with the lessons learned on the way
         self.usage = exchange.reader.raw_usage  # the provider's own; {} if it told none
-        self.tokens = exchange.reader.usage()  # Anthropic's usage; estimated if need be
+        tokens = exchange.reader.usage()  # Anthropic's usage; estimated if need be
+        self.output, self.cached = tokens["output_tokens"], tokens["cache_read_input_tokens"]
         # Tokens of the prompt, whether they were read anew, from a cache or into one.
-        names = [name for name in self.tokens if name.endswith("input_tokens")]
-        self.prompt = sum(self.tokens[name] for name in names)
+        self.prompt = sum(tokens.values()) - self.output
         self.text = "".join(block["text"] for block in self.blocks("text")).strip()
 
     def blocks(self, kind):
-        return [block for block in self.message["content"] if block["type"] == kind]
+        """The content blocks of a kind."""
+        return [block for block in self.content if block["type"] == kind]
 
     def calls(self):
         """The tool calls that fit WEATHER; Claude Code answers any other with an error."""
@@ -9978,13 +9984,14 @@ def question_body(model, content):
 class Tester:
     """What the rows share: a Proxy that tries nothing twice, and what the target has said so far.
 
-    settings is changed, so that nothing in it hides or repairs what the target does. asked: the
-    model name that Claude Code would ask for; its family decides where requests go. models: the
-    names that the provider lists, once a row has looked. To be closed.
+    settings is changed, so that nothing in it hides or repairs what the target does. family: whose
+    models Claude Code would ask for, which decides where requests go; any other word means the main
+    target. To be closed.
     """
 
-    def __init__(self, settings, asked="ccfix-check"):
-        self.settings, self.asked, self.models = settings, asked, []
+    def __init__(self, settings, family="check"):
+        self.settings, self.asked = settings, "claude-" + family
+        self.models = []  # the names that the provider lists, once a row has looked
         self.known = {}  # name of a question -> its Answer, or the ProxyError that it ended with
         settings.target_retries, settings.target_model_fallback = 0, ""
         settings.cache_enabled, settings.record_dir = False, ""
@@ -10043,34 +10050,25 @@ def models_url(plan):
 
 # The first four rows. Where one of them fails, the rest would only say the same again.
 
+ELSEWHERE = skip("unknown: the question failed otherwise, see below")
+
 
 def is_reachable(tester):
     """Name, network, proxy and TLS work: any HTTP answer will do.
 
     Otherwise Claude Code says "API Error" after three minutes of trying again.
     """
-    plan, upstream = tester.plan, tester.proxy.upstream(tester.settings)
-    headers = upstream_headers(plan, tester.settings, {})
+    plan, settings = tester.plan, tester.settings
+    upstream, headers = tester.proxy.upstream(settings), upstream_headers(plan, settings)
     tester.models = model_names(get_json(upstream, models_url(plan), headers, patience(20)))
     tester.proxy.probe(plan, patience(10))  # tells a local server's kind, and so its profile
     way = upstream.way_to(plan.base)
     seen = host_port(way.host, way.port) + " answers"
     if way.scheme == "https":
-        seen += ", TLS %s" % ("NOT verified (INSECURE)" if tester.settings.insecure else "verified")
+        seen += ", TLS NOT verified (INSECURE)" if settings.insecure else ", TLS verified"
     if way.proxy:
         seen += ", through the proxy " + host_port(*way.proxy)
-    return ok("%s; profile %s" % (seen, tester.plan.profile.name))
-
-
-def judge_plain(tester, kinds, seen):
-    """The Verdict by the plain question: `seen` if it was answered, else whether it failed with
-    one of these kinds of errors; another row tells of the others."""
-    error = tester.plain_error()
-    if error is None:
-        return ok(seen)
-    if error.kind in kinds:
-        return failure(error)
-    return skip("unknown: the question failed otherwise, see below")
+    return ok(seen + "; profile " + tester.plan.profile.name)
 
 
 def takes_key(tester):
@@ -10078,8 +10076,10 @@ def takes_key(tester):
 
     Otherwise every turn ends with an error about the login (401, 403) or the credit (402).
     """
-    seen = "accepted" if tester.plan.key else "none given, none needed"
-    return judge_plain(tester, ("auth", "billing", "policy", "connect"), seen)
+    error = tester.plain_error()
+    if not error:
+        return ok("accepted" if tester.plan.key else "none given, none needed")
+    return failure(error) if error.kind in ("auth", "billing", "policy", "connect") else ELSEWHERE
 
 
 def has_model(tester):
@@ -10087,30 +10087,25 @@ def has_model(tester):
 
     Without it, Claude Code says that the selected model may not exist (404).
     """
-    model = tester.plan.model
-    kinds = () if model in tester.models else ("model", "path")
-    verdict = judge_plain(tester, kinds, model)
-    if verdict.status != "fail":
-        return verdict
+    model, error = tester.plan.model, tester.plain_error()
+    if not error:
+        return ok(model)
+    if error.kind not in ("model", "path") or model in tester.models:
+        return ELSEWHERE
     import difflib  # nothing else needs it, and a start should not wait for it
 
     # At 0.3 "sonnet" is still like "anthropic/claude-sonnet-4.5".
     near = difflib.get_close_matches(model, tester.models, 12, 0.3) or tester.models[:12]
     fix = "-m with one of: " + shorten(", ".join(near), 300) if near else ADVICE["model"]
-    if tester.plain_error().kind == "model":
+    if error.kind == "model":
         return fail("the provider has no model " + model, fix)
     return fail("no such address, or no model " + model, ADVICE["path"] + "; or " + fix)
 
 
-def answers_plainly(tester):
-    """A whole answer, without streaming: what Claude Code asks for after a stream has failed."""
-    return judge_text(tester.once("plain"))
-
-
 def judge_text(answer):
-    """The Verdict of an answer that should be text."""
+    """The answer is text. Of "plain" it comes whole, as Claude Code asks after a failed stream."""
     if answer.text:
-        return ok("%s, %d tokens" % (quote(answer.text), answer.tokens["output_tokens"]))
+        return ok("%s, %d tokens" % (quote(answer.text), answer.output))
     if answer.blocks("tool_use"):
         return fail("a tool call instead of text", TRAINED)
     if answer.blocks("thinking"):
@@ -10122,77 +10117,61 @@ def judge_text(answer):
 # The stream.
 
 
-def streams(tester):
+def judge_stream(answer):
     """The answer comes in pieces. In one piece it works as well, but nothing is seen for long."""
-    answer = tester.once("count")
     if not answer.marks:
         return fail("an empty stream", ADVICE["server"])
-    if len(answer.marks) == 1 and answer.tokens["output_tokens"] > 8:
+    if len(answer.marks) == 1 and answer.output > 8:
         return ok("all in one piece, at the end: the server, or a proxy in between, holds it back")
     return ok("%d pieces in %.1f s" % (len(answer.marks), answer.marks[-1]))
 
 
-def tells_usage(tester):
+def judge_usage(answer):
     """The stream tells token counts. Claude Code adds them up to know when to compact; where there
     are none, ccfix sends estimates in their place."""
-    usage = tester.once("count").usage
-    told = (
-        positive_int(usage, "prompt_tokens", "input_tokens"),
-        positive_int(usage, "completion_tokens", "output_tokens"),
-    )
-    if all(told):
-        return ok("%d in, %d out" % told)
+    if answer.usage and answer.output:  # Answer.prompt is an estimate where it has no number
+        return ok("%d in, %d out" % (answer.prompt, answer.output))
     seen = "none: token counts are estimates, so compaction may come early or late"
     return fail(seen, "turn on usage in the server's streams")
 
 
-def is_fast(tester):
+def judge_speed(answer):
     """How long a user waits, and how fast the answer comes then; for a person to judge."""
-    answer = tester.once("count")
-    # The first content is at `first` already, so that one token less came in between.
-    first, last = (answer.marks or [0])[0], (answer.marks or [0])[-1]
-    seen = "first content after %.2f s" % first
-    if last > first:
-        seen += ", then %.0f tokens/s" % ((answer.tokens["output_tokens"] - 1) / (last - first))
+    marks = answer.marks or [0]
+    seen = "first content after %.2f s" % marks[0]
+    if marks[-1] > marks[0]:
+        # The first token is there at the first mark already: one less came in between.
+        seen += ", then %.0f tokens/s" % ((answer.output - 1) / (marks[-1] - marks[0]))
     return ok(seen)
 
 
 # Tools: without them Claude Code reads no file and runs no command, it only talks.
 
 
-def calls_tool(tester):
+def judge_call(answer):
     """The model calls a tool when it is told to."""
-    return judge_call(tester, tester.once("tool"))
-
-
-def judge_call(tester, answer):
-    """The Verdict of an answer that should call WEATHER."""
-    if answer.calls():
-        return ok("get_weather(%s)" % compact_json(answer.calls()[0]["input"]))
+    calls = answer.calls()
+    if calls:
+        return ok("get_weather(%s)" % compact_json(calls[0]["input"]))
     seen = "text instead of a call: " + quote(answer.text)
-    if answer.blocks("tool_use"):
-        call = answer.blocks("tool_use")[0]
+    for call in answer.blocks("tool_use"):
         seen = "a call that does not fit the tool: " + compact_json(call["input"])
-    return fail(seen, NO_TOOLS.get(tester.plan.profile.name, TRAINED))
+    return fail(seen, NO_TOOLS.get(answer.profile.name, TRAINED))
 
 
-def calls_forced_tool(tester):
-    """tool_choice is obeyed; the words alone would not lead to a call."""
-    choice = {"type": "tool", "name": WEATHER["name"]}
-    answer = tester.ask("Good morning! I am in Rome.", tools=[WEATHER], tool_choice=choice)
+def judge_forced_call(answer):
+    """tool_choice is obeyed."""
     if answer.calls():
         return ok("called when told to")
     fix = "Claude Code needs it only for --json-schema and a few side requests"
-    return judge_call(tester, answer)._replace(fix=fix)
+    return judge_call(answer)._replace(fix=fix)
 
 
-def calls_in_parallel(tester):
+def judge_parallel_calls(answer):
     """One answer has two calls. Claude Code then runs both at once; otherwise, turn by turn."""
-    question = "What is the weather in Paris, and what in Rome? Call the tool for both at once."
-    calls = len(tester.ask(question, tools=[WEATHER]).calls())
-    if calls > 1:
-        return ok("%d calls in one answer" % calls)
-    return fail("%d call in one answer: work takes more turns" % calls)
+    calls = len(answer.calls())
+    seen = "calls in one answer: %d" % calls
+    return ok(seen) if calls > 1 else fail(seen + "; work takes more turns")
 
 
 def takes_result(tester):
@@ -10204,11 +10183,13 @@ def takes_result(tester):
     answer = tester.once("tool")
     if not answer.calls():
         return skip("not tried: there is no call to answer")
-    result = {"type": "tool_result", "content": "11 degrees, heavy rain"}
-    results = [dict(result, tool_use_id=call["id"]) for call in answer.blocks("tool_use")]
+    results = [
+        {"type": "tool_result", "tool_use_id": call["id"], "content": "11 degrees, heavy rain"}
+        for call in answer.blocks("tool_use")
+    ]
     messages = [
         {"role": "user", "content": QUESTIONS["tool"]["content"]},
-        {"role": "assistant", "content": answer.message["content"]},
+        {"role": "assistant", "content": answer.content},
         {"role": "user", "content": results},
     ]
     return judge_text(tester.ask(tools=[WEATHER], messages=messages))
@@ -10217,28 +10198,20 @@ def takes_result(tester):
 # What not every model can do.
 
 
-def thinks(tester):
+def judge_thinking(answer):
     """Reasoning is shown. Claude Code shows it too, and sends it back; it works without."""
-    answer = tester.ask(
-        "How many times is the letter r in strawberry? Think first.",
-        max_tokens=1200,
-        thinking={"type": "enabled", "budget_tokens": 1024},
-    )
     size = sum(len(block["thinking"]) for block in answer.blocks("thinking"))
     if size:
         return ok("%d characters" % size)
     return skip("none shown: the model does not reason, or the provider hides it")
 
 
-def sees(tester):
+def judge_sight(answer):
     """The model tells the colour of a picture. Some servers drop images without a word."""
-    source = {"type": "base64", "media_type": "image/png", "data": RED_SQUARE}
-    question = "Which colour is this picture?"
-    answer = tester.ask([{"type": "image", "source": source}, {"type": "text", "text": question}])
     if re.search(r"\bred\b", answer.text, re.I):  # and not "rendered"
         return ok("it saw the colour")
     seen = "it did not see a red square: " + quote(answer.text)
-    if not answer.plan.profile.images:  # known before, or a lesson: ccfix left the picture out
+    if not answer.profile.images:  # known before, or a lesson: ccfix left the picture out
         seen = "the provider is known to take no images, or refused the image"
     return fail(seen, "name a model that sees pictures: TARGET_MODEL_IMAGE")
 
@@ -10259,8 +10232,7 @@ def holds_context(tester):
     Otherwise the first turn ends with "Prompt is too long", or, where a server cuts prompts without
     a word, as Ollama did at 4,096 tokens, with an answer to another question.
     """
-    if tester.plan.profile.name == "ollama":
-        tester.proxy.probe(tester.plan, patience(10))  # it tells only the window of loaded models
+    tester.proxy.probe(tester.plan, patience(10))  # Ollama tells it only of a model that is loaded
     window = tester.plan.profile.context
     if not window:
         return takes_long_prompt(tester)
@@ -10279,12 +10251,13 @@ def takes_long_prompt(tester):
     """
     prompt = "The code word is %s.\n%sWhat is the code word at the top?"
     answer = tester.ask(prompt % (CODE_WORD, fill_prompt(900)), LONG_SECONDS)
-    size = answer.prompt
-    if answer.usage and size < FIRST_REQUEST // 2:
-        return fail("the server silently cut the prompt to %d tokens" % size, ADVICE["overflow"])
-    memory = "" if CODE_WORD in answer.text else ", but forgot its beginning"
-    limit = "the limit is unknown: set MAX_CONTEXT so that Claude Code compacts in time"
-    return ok("took a prompt of %d tokens%s; %s" % (size, memory, limit))
+    if answer.usage and answer.prompt < FIRST_REQUEST // 2:
+        seen = "the server silently cut the prompt to %d tokens" % answer.prompt
+        return fail(seen, ADVICE["overflow"])
+    seen = "took a prompt of %d tokens" % answer.prompt
+    if CODE_WORD not in answer.text:
+        seen += ", but forgot its beginning"
+    return ok(seen + "; the limit is unknown: set MAX_CONTEXT so that Claude Code compacts in time")
 
 
 def caches_prefix(tester):
@@ -10295,9 +10268,8 @@ def caches_prefix(tester):
     system = "You are a terse clerk.\n" + fill_prompt(170)  # most caches begin at 1,024 tokens
     for question in ("Say yes.", "Say no."):
         answer = tester.ask(question, LONG_SECONDS, system=system, max_tokens=16)
-    cached = answer.tokens["cache_read_input_tokens"]
-    if cached:
-        return ok("%d of %d tokens" % (cached, answer.prompt))
+    if answer.cached:
+        return ok("%d of %d tokens" % (answer.cached, answer.prompt))
     return fail("none reported: each turn may be read, and paid for, in full")
 
 
@@ -10310,17 +10282,26 @@ def orders_events(tester):
     Claude Code gives up a stream that lacks some, and asks again without streaming. Here nothing of
     ccfix is in between: an Exchange would show the events as ccfix writes them.
     """
-    plan, upstream = tester.plan, tester.proxy.upstream(tester.settings)
-    url, headers = plan.url(plan.format.path), upstream_headers(plan, tester.settings, {})
+    plan, settings = tester.plan, tester.settings
+    if not plan.format.relays:
+        return None  # the client is sent ccfix's own events
     data = compact_json(question_body(plan.model, "Say hello.")).encode()
-    reply = upstream.open("POST", url, headers, data, patience(ROW_SECONDS))
+    address = plan.url(plan.format.path), upstream_headers(plan, settings)
+    reply = tester.proxy.upstream(settings).open("POST", *address, data, patience(ROW_SECONDS))
     with contextlib.closing(reply):
         raw = reply.read(4 << 20)
     if reply.status != 200:
         return failure(upstream_error(reply.status, {}, raw))
-    wrong = grammar_fault(raw.decode("utf-8", "replace"))
+    fault = grammar_fault(to_string(raw))
     fix = "Claude Code needs Anthropic's event order; report it to the server's makers"
-    return fail(wrong, fix) if wrong else ok("as Anthropic's")
+    return fail(fault, fix) if fault else ok("as Anthropic's")
+
+
+# The types of the events of a whole stream, pings apart.
+EVENT_ORDER = re.compile(
+    "message_start (content_block_start (content_block_delta )*content_block_stop )*"
+    "message_delta message_stop $"
+)
 
 
 def grammar_fault(text):
@@ -10330,7 +10311,7 @@ def grammar_fault(text):
     name in an `event:` line it does not see at all.
     https://docs.anthropic.com/en/docs/build-with-claude/streaming
     """
-    shape, index = "", -1
+    order, index = "", -1
     for name, data in re.findall(r"^(?:event: ?(.*?)\r?\n)?data: ?(\{.*)", text, re.M):
         event = as_dict(json_or_none(data))
         kind = str(event.get("type"))
@@ -10341,58 +10322,59 @@ def grammar_fault(text):
         index += kind == "content_block_start"
         if kind.startswith("content_block_") and event.get("index") != index:
             return "%s with index %a where %d was due" % (kind, event.get("index"), index)
-        shape += kind + " " if kind != "ping" else ""
-    block = "content_block_start (content_block_delta )*content_block_stop "
-    if re.match("message_start (%s)*message_delta message_stop $" % block, shape):
+        order += kind + " " if kind != "ping" else ""
+    if EVENT_ORDER.match(order):
         return ""
-    return "events out of order: " + shorten(shape or "none", 200)
+    return "events out of order: " + shorten(order or "none", 200)
 
 
 CHECKS = (
-    # (name, required: Claude Code cannot work without it, function(tester) -> Verdict,
-    # and True where it is of use only for a format whose events are relayed as they come)
-    ("reachable", True, is_reachable),
-    ("key accepted", True, takes_key),
-    ("model exists", True, has_model),
-    ("plain reply", True, answers_plainly),
-    ("stream", True, streams),
-    ("event order", True, orders_events, True),
-    ("usage in stream", False, tells_usage),
-    ("tool call", True, calls_tool),
-    ("forced tool choice", False, calls_forced_tool),
-    ("parallel tools", False, calls_in_parallel),
-    ("tool result turn", True, takes_result),
-    ("thinking", False, thinks),
-    ("image", False, sees),
-    ("long prompt", True, holds_context),
-    ("cached tokens", False, caches_prefix),
-    ("speed", False, is_fast),
+    # (name, required: Claude Code cannot work without it, a row of QUESTIONS or "", what judges the
+    # Answer to it, or looks at the Tester where there is none: a function that returns a Verdict,
+    # or None where the row makes no sense)
+    ("reachable", True, "", is_reachable),
+    ("key accepted", True, "", takes_key),
+    ("model exists", True, "", has_model),
+    ("plain reply", True, "plain", judge_text),
+    ("stream", True, "count", judge_stream),
+    ("event order", True, "", orders_events),
+    ("usage in stream", False, "count", judge_usage),
+    ("tool call", True, "tool", judge_call),
+    ("forced tool choice", False, "forced", judge_forced_call),
+    ("parallel tools", False, "parallel", judge_parallel_calls),
+    ("tool result turn", True, "", takes_result),
+    ("thinking", False, "thinking", judge_thinking),
+    ("image", False, "image", judge_sight),
+    ("long prompt", True, "", holds_context),
+    ("cached tokens", False, "", caches_prefix),
+    ("speed", False, "count", judge_speed),
 )
+# Rows are in this order since each rests on those above it: a failure is told where it begins.
 GATES = 4  # the first rows, without which the rest is not tried
-MARKS = {"ok": "ok", "skip": "--", "fail": "no"}
 
 
 def run_checks(tester, progress=False):
-    """Try the rows of CHECKS in turn -> (name, required, Verdict, ms) as each is done.
+    """Try the rows of CHECKS in turn -> {name, required, status, seen, fix, ms} as each is done.
 
     progress: show on a terminal which row is under way; its own line then covers that. Secrets are
     hidden in what comes out, since a provider may repeat a key in its error.
     """
-    blocked = ""
-    for number, (name, required, look, *relayed) in enumerate(CHECKS):
-        if relayed and not tester.plan.format.relays:
-            continue
+    blocked = None
+    for number, (name, required, question, judge) in enumerate(CHECKS):
         if progress and sys.stdout.isatty():
             print("...  " + name, end="\r", flush=True)
         began = time.monotonic()
         try:
-            verdict = skip('not tried: first "%s" must work' % blocked) if blocked else look(tester)
+            verdict = blocked or judge(tester.once(question) if question else tester)
         except ProxyError as error:
             verdict = failure(error)
+        if not verdict:
+            continue
         if verdict.status == "fail" and number < GATES:
-            blocked = blocked or name
-        verdict = Verdict(*redact(verdict, tester.settings.secrets()))
-        yield name, required, verdict, round((time.monotonic() - began) * 1000)
+            blocked = skip('not tried: first "%s" must work' % name)
+        row = Verdict(*redact(verdict, tester.settings.secrets()))._asdict()
+        ms = round((time.monotonic() - began) * 1000)
+        yield dict(row, name=name, required=required, ms=ms)
 
 
 def check(config, options):
@@ -10403,32 +10385,29 @@ def check(config, options):
     """
     if not options.base_url:
         find_target(config)
-    tester = Tester(config(), "claude-" + options.family if options.family else "ccfix-check")
+    tester = Tester(config(), options.family or "check")
     show = (lambda line: None) if options.json else say
     plan, rows, bad = tester.plan, [], []
     base = without_password(plan.base)
     show("%s at %s" % (plan.model, base))
-    for name, required, verdict, ms in run_checks(tester, not options.json):
-        rows.append(dict(verdict._asdict(), name=name, required=required, ms=ms))
-        if required and verdict.status == "fail":
-            bad.append(name)
-        mark = "FAIL" if name in bad else MARKS[verdict.status]
-        show("%-4s %-18s  %s" % (mark, name, verdict.seen))
-        if verdict.fix:
-            show("     %-18s  fix: %s" % ("", verdict.fix))
+    for row in run_checks(tester, not options.json):
+        rows.append(row)
+        mark = {"ok": "ok", "skip": "--", "fail": "no"}[row["status"]]
+        if row["required"] and mark == "no":
+            bad.append(row["name"])
+            mark = "FAIL"
+        show("%-4s %-18s  %s" % (mark, row["name"], row["seen"]))
+        if row["fix"]:
+            show("%25sfix: %s" % ("", row["fix"]))
     tester.close()
-    learned = tester.proxy.lessons.values()
-    lessons = [lesson_text(*change) for changes in learned for change in changes.items()]
+    lessons = [lesson["text"] for lesson in tester.proxy.lesson_rows()]
     for lesson in lessons:
         show("     learned on the way: " + lesson)
+    cannot = "Claude Code cannot work with it: " + ", ".join(bad)
+    show(cannot if bad else "Claude Code can work with it.")
     if options.json:
-        report = {"ok": not bad, "model": plan.model, "api_base": base}
-        report.update(profile=plan.profile.name, checks=rows, lessons=lessons)
-        say(json.dumps(report, indent=1))
-    elif bad:
-        say("Claude Code cannot work with it: " + ", ".join(bad))
-    else:
-        say("Claude Code can work with it.")
+        report = dict(ok=not bad, model=plan.model, api_base=base, profile=plan.profile.name)
+        say(json.dumps(dict(report, checks=rows, lessons=lessons), indent=1))
     return 1 if bad else 0
 
 

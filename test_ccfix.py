@@ -13694,7 +13694,10 @@ class TestCheck(CommandsCase):
         """{row name: Verdict} of a check."""
         tester = ccfix.Tester(settings_of(**values))
         try:
-            return {name: verdict for name, _, verdict, _ in ccfix.run_checks(tester)}
+            return {
+                row["name"]: ccfix.Verdict(row["status"], row["seen"], row["fix"])
+                for row in ccfix.run_checks(tester)
+            }
         finally:
             tester.close()
 
@@ -13838,7 +13841,11 @@ class TestCheck(CommandsCase):
         told = json.loads(out)
         self.assertEqual((code, told["ok"], err), (0, True, ""))
         self.assertEqual(
-            [row["name"] for row in told["checks"]], [row[0] for row in ccfix.CHECKS if not row[3:]]
+            [row["name"] for row in told["checks"]],
+            [row[0] for row in ccfix.CHECKS if row[0] != "event order"],
+        )
+        self.assertEqual(
+            set(told["checks"][0]), {"status", "seen", "fix", "name", "required", "ms"}
         )
         code, out, _ = self.main("check", "-b", bad, "-m", "deepseek-chat", "-k", "sk-very-secret")
         self.assertEqual(code, 1)
@@ -13860,15 +13867,14 @@ class TestCheck(CommandsCase):
                 self.assertIn("...  tool call\rok   tool call ", out.getvalue())
 
     def test_only_the_word_red_shows_that_the_picture_was_seen(self):
-        tester = mock.Mock()
         for text, status in (
             ("Red.", "ok"),
             ("The picture is **red**", "ok"),
             ("No picture was rendered, so I inferred nothing.", "fail"),
             ("", "fail"),
         ):
-            tester.ask.return_value = mock.Mock(text=text)
-            self.assertEqual(ccfix.sees(tester).status, status, text)
+            answer = mock.Mock(text=text)
+            self.assertEqual(ccfix.judge_sight(answer).status, status, text)
 
     def test_the_picture_is_a_red_png(self):
         data = base64.b64decode(ccfix.RED_SQUARE)
