@@ -16,7 +16,7 @@ How a request travels:
 are the two ends of a *format*, an API that providers speak; each is a row of FORMATS. One direction
 in, one direction out; nothing calls backwards, but for one: whoever waits, waits through the
 client's `wait`, which notices a client that hung up and writes the pings that keep a silent stream
-alive. Each connection has a thread.
+alive. Each connection has a thread of its own, which also writes its stream.
 
 Words: a *block* is Anthropic content, a *chunk* an OpenAI stream object, an *event* an Anthropic
 stream event, a *payload* the data string of an SSE event, a *profile* what is special about a
@@ -51,6 +51,7 @@ import contextlib
 import email.utils
 import hashlib
 import hmac
+import http.client
 import http.server
 import io
 import itertools
@@ -59,7 +60,6 @@ import os
 import random
 import re
 import select
-import selectors
 import shutil
 import signal
 import socket
@@ -107,16 +107,12 @@ STOP_REASONS = {
     "sensitive": "refusal",  # Z.ai
 }
 
+MIDWAY = "The provider %s in the middle of the reply."
 FINISH_ERRORS = {
     # A finish_reason that says that the reply failed: (HTTP status for the client, sentence).
-    "insufficient_system_resource": (  # DeepSeek
-        529,
-        "The provider ran out of resources in the middle of the reply.",
-    ),
-    # OpenRouter, Mistral
-    "error": (502, "The provider reported an error in the middle of the reply."),
-    # Z.ai
-    "network_error": (502, "The provider lost its connection in the middle of the reply."),
+    "insufficient_system_resource": (529, MIDWAY % "ran out of resources"),  # DeepSeek
+    "error": (502, MIDWAY % "reported an error"),  # OpenRouter, Mistral
+    "network_error": (502, MIDWAY % "lost its connection"),  # Z.ai
     "abort": (502, "The model server aborted the reply."),  # SGLang
 }
 
@@ -149,20 +145,18 @@ BLOCKS = {
 }
 
 # HTTP status -> Anthropic's error type (docs.anthropic.com/en/api/errors); any other is api_error.
-ERROR_TYPES = dict.fromkeys((400, 405, 411, 414, 415, 417, 422, 424, 431), "invalid_request_error")
-ERROR_TYPES.update(
-    {
-        401: "authentication_error",
-        402: "billing_error",
-        403: "permission_error",
-        404: "not_found_error",
-        408: "timeout_error",
-        413: "request_too_large",
-        429: "rate_limit_error",
-        504: "timeout_error",
-        529: "overloaded_error",
-    }
-)
+ERROR_TYPES = {
+    **dict.fromkeys((400, 405, 411, 414, 415, 417, 422, 424, 431), "invalid_request_error"),
+    401: "authentication_error",
+    402: "billing_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    504: "timeout_error",
+    529: "overloaded_error",
+}
 
 FAMILIES = ("opus", "sonnet", "haiku")
 
@@ -180,13 +174,13 @@ REASONING_FIELDS = {
     "reasoning_details": "parts",  # OpenRouter; MiniMax with reasoning_split
     "google": "opaque",  # Gemini 3
 }
-REASONING_STRINGS = tuple(name for name, shape in REASONING_FIELDS.items() if shape == "string")
 
 # First line of Claude Code's system text: it describes the user's machine, and differs between
 # versions. Sent on, it would tell on the user, and cost the provider's whole prefix cache.
 BILLING_LINE = "x-anthropic-billing-header:"
 
-# What Claude Code tells the model of the tokens that are left; it takes it out of the history later.
+# What Claude Code tells the model of the tokens that are left. Later it takes that out of the
+# history.
 TOKEN_MARKER = re.compile(r"\s*<total_tokens>[^<]*</total_tokens>\s*$")
 
 
@@ -616,55 +610,43 @@ class ErrorRow(NamedTuple):
 
 
 NO_KEY = "The provider refused the key; check TARGET_API_KEY (-k):"
-ERROR_ROWS = (
-    # The first match counts. What providers send is theirs to change; what Claude Code does with
-    # each status was seen with version 2.1.330.
-    ErrorRow("rate", (429,), r"retry in \d", 429),  # Gemini: a rate limit in the words of a quota
-    ErrorRow(
-        "billing",
-        (200, 400, 402, 403, 429, 500),
-        BILLING,
-        402,
-        "The provider's account has no credit:",
-    ),
-    ErrorRow("billing", (402,), "", 402, "The provider wants payment:"),
-    # One status and one text for all of them: every version of Claude Code compacts by it.
-    ErrorRow("overflow", (), "", 400),
-    ErrorRow("auth", (401,), "", 401, NO_KEY),
-    ErrorRow("auth", (400, 403), BAD_KEY, 401, NO_KEY),  # Gemini
-    ErrorRow(
-        "model",
-        (400, 404, 410, 422),
-        NO_MODEL,
-        404,
-        "The provider has no such model; check TARGET_MODEL (-m):",
-    ),
-    # The same request may succeed the next time.
-    ErrorRow(
-        "sampling", (400, 422, 500), SAMPLING, 500, "The model produced a malformed tool call:"
-    ),
-    # OpenRouter: none of its providers takes images, or tools
-    ErrorRow(
-        "request", (404,), "No endpoints found that", 424, "The provider refused the request:"
-    ),
-    ErrorRow(
-        "path",
-        (404, 405),
-        "",
-        404,
-        "The provider has no such address or model;"
-        " check TARGET_API_BASE (-b) and TARGET_MODEL (-m):",
-    ),
-    ErrorRow("model", (410,), "", 404, "The model is gone; choose another TARGET_MODEL (-m):"),
-    ErrorRow("policy", (403,), "", 403, "The provider forbids this request:"),
-    ErrorRow("overloaded", (200, 429, 500, 503), OVERLOADED, 529, "The provider is overloaded:"),
-    ErrorRow("rate", (429,), "", 429),
-    ErrorRow("size", (413,), "", 413, "The request is too large for the provider:"),
-    ErrorRow("request", (500,), PERMANENT_500, 424, "The provider cannot take this request:"),
-    ErrorRow("timeout", (408, 504, 522, 524), "", 504, "The provider took too long:"),
-    ErrorRow("overloaded", (503, 529), "", 529, "The provider is overloaded:"),
-    ErrorRow("server", tuple(range(500, 600)), "", 502, "The provider failed:"),
-    ErrorRow("request", (), "", 424, "The provider refused the request:"),
+NO_CREDIT = "The provider's account has no credit:"
+UNKNOWN_MODEL = "The provider has no such model; check TARGET_MODEL (-m):"
+NO_ADDRESS = (
+    "The provider has no such address or model; check TARGET_API_BASE (-b) and TARGET_MODEL (-m):"
+)
+BAD_CALL = "The model produced a malformed tool call:"
+BUSY = "The provider is overloaded:"
+REQUEST_REFUSED = "The provider refused the request:"
+ERROR_ROWS = tuple(
+    ErrorRow(*row)
+    for row in (
+        # The first match counts. What providers send is theirs to change; what Claude Code does
+        # with each status was seen with version 2.1.330.
+        ("rate", (429,), r"retry in \d", 429),  # Gemini: a rate limit in the words of a quota
+        ("billing", (200, 400, 402, 403, 429, 500), BILLING, 402, NO_CREDIT),
+        ("billing", (402,), "", 402, "The provider wants payment:"),
+        # One status and one text for all of them: every version of Claude Code compacts by it.
+        ("overflow", (), "", 400),
+        ("auth", (401,), "", 401, NO_KEY),
+        ("auth", (400, 403), BAD_KEY, 401, NO_KEY),  # Gemini
+        ("model", (400, 404, 410, 422), NO_MODEL, 404, UNKNOWN_MODEL),
+        # The same request may succeed the next time.
+        ("sampling", (400, 422, 500), SAMPLING, 500, BAD_CALL),
+        # OpenRouter: none of its providers takes images, or tools
+        ("request", (404,), "No endpoints found that", 424, REQUEST_REFUSED),
+        ("path", (404, 405), "", 404, NO_ADDRESS),
+        ("model", (410,), "", 404, "The model is gone; choose another TARGET_MODEL (-m):"),
+        ("policy", (403,), "", 403, "The provider forbids this request:"),
+        ("overloaded", (200, 429, 500, 503), OVERLOADED, 529, BUSY),
+        ("rate", (429,), "", 429),
+        ("size", (413,), "", 413, "The request is too large for the provider:"),
+        ("request", (500,), PERMANENT_500, 424, "The provider cannot take this request:"),
+        ("timeout", (408, 504, 522, 524), "", 504, "The provider took too long:"),
+        ("overloaded", (503, 529), "", 529, BUSY),
+        ("server", tuple(range(500, 600)), "", 502, "The provider failed:"),
+        ("request", (), "", 424, REQUEST_REFUSED),
+    )
 )
 
 
@@ -716,23 +698,25 @@ def parse_text(value):
 def parse_flag(value):
     """A bool, from true or false (also 1/0, yes/no, on/off); empty is false."""
     word = value.strip().lower()
-    if word not in ("true", "1", "yes", "on", "false", "0", "no", "off", ""):
+    is_on = word in ("true", "1", "yes", "on")
+    if not is_on and word not in ("false", "0", "no", "off", ""):
         raise ValueError("true or false")
-    return word in ("true", "1", "yes", "on")
+    return is_on
 
 
-def parse_port(value):
-    """A port number, 0 to 65535; 0 takes a free one."""
-    if not re.match(r"\d{1,5}$", value.strip()) or int(value) > 65535:
-        raise ValueError("a port number, 0 to 65535")
-    return int(value)
+def whole_number(allowed, most):
+    """A parser of whole numbers from 0 to `most`, in at most 12 digits; allowed: said of others."""
+
+    def parse(value):
+        if not re.match(r"\d{1,12}$", value.strip()) or int(value) > most:
+            raise ValueError(allowed)
+        return int(value)
+
+    return parse
 
 
-def parse_count(value):
-    """A whole number, 0 or more; at most 12 digits, which is more tokens, or MB, than there are."""
-    if not re.match(r"\d{1,12}$", value.strip()):
-        raise ValueError("a whole number, 0 or more")
-    return int(value)
+parse_port = whole_number("a port number, 0 to 65535", 65535)  # 0 takes a free one
+parse_count = whole_number("a whole number, 0 or more", 10**12)  # of tokens, MB, tries
 
 
 def parse_seconds(value):
@@ -741,6 +725,7 @@ def parse_seconds(value):
         number = float(value)
     except ValueError:
         number = 0.0
+    # float() reads "nan" and "inf" too; neither lies between.
     if not 0 < number < 1e7:
         raise ValueError("a number of seconds above 0")
     return number
@@ -891,11 +876,15 @@ SETTINGS = (
         "what the provider speaks: auto, openai or anthropic",
         parse_choice("auto", "openai", "anthropic"),
     ),
-    # Other targets. A base URL of its own never gets the main key; what is empty is the main
-    # target's.
-    *own_target("OPUS", "model for Claude's opus family", "for the opus family"),
-    *own_target("SONNET", "model for Claude's sonnet family", "for the sonnet family"),
-    *own_target("HAIKU", "model for Claude's haiku family", "for the haiku family"),
+    # Other targets; a family's is taken where the model that Claude Code asks for names the
+    # family. What is empty is the main target's, but a base URL of its own never gets the main key.
+    *(
+        row
+        for name in FAMILIES
+        for row in own_target(
+            name.upper(), "model for Claude's %s family" % name, "for the %s family" % name
+        )
+    ),
     *own_target(
         "FALLBACK",
         "model that takes over when the main one is down or out of quota",
@@ -1055,7 +1044,9 @@ SETTINGS = (
         const="true",
     ),
 )
-BY_ENV = {row.env: row for row in SETTINGS}
+BY_ENV = {row.env: row for row in SETTINGS}  # a file and the environment know no other name
+# Headers of EXTRA_HEADERS that hold secrets: "X-Title: ccfix" must not hide that word everywhere.
+SECRET_HEADER = re.compile("(?i)auth|cookie|credential|key|pass|secret|token")
 
 
 class Settings:
@@ -1084,20 +1075,14 @@ class Settings:
             self.origins[row.name] = origin
 
     def secrets(self):
-        """All secret values that are set: what must never be shown."""
+        """All secret values that are set, the longest first: what must never be shown."""
         found = [getattr(self, row.name) for row in SETTINGS if row.secret]
-        found += [
-            part
-            for extra in found
-            if isinstance(extra, dict)
-            for value in extra.values()
-            for part in (value, str(value).split(" ")[-1])
-        ]
-        return sorted(
-            {str(value) for value in found if value and not isinstance(value, dict)},
-            key=len,
-            reverse=True,
-        )
+        found.remove(self.extra_headers)
+        for name, value in self.extra_headers.items():
+            if value and SECRET_HEADER.search(name):
+                # The key of "Bearer KEY" may also be quoted alone.
+                found += [value, str(value).split(" ")[-1]]
+        return sorted({str(value) for value in found if value}, key=len, reverse=True)
 
     def shown(self):
         """[{name, value, origin, help}], strings, for the status page and `check`.
@@ -1270,7 +1255,10 @@ class Profile(NamedTuple):
 
 
 DEFAULT = Profile()
-LOW_TO_HIGH = ("low", "medium", "high")
+# OpenAI's three words, which every server with reasoning_effort took over.
+EFFORT = dict(reasoning="effort", efforts=("low", "medium", "high"))
+# Reasoning comes and goes back in reasoning_content, and thinking is turned on and off.
+THINKING = dict(reasoning="thinking", reasoning_field="reasoning_content")
 NOT_KEPT = "(the reasoning of this step was not kept)"
 GEMINI_SKIP = "skip_thought_signature_validator"  # Google's own word for "there is none"
 
@@ -1292,8 +1280,7 @@ OPENAI_REASONING = OPENAI._replace(
     models=r"o\d|gpt-5",
     max_tokens="max_completion_tokens",
     never=("temperature", "top_p", "stop"),
-    reasoning="effort",
-    efforts=LOW_TO_HIGH,
+    **EFFORT,
 )
 # openai-python issue 1354. The key has a header of its own; PDF parts are refused on chat
 # (pydantic-ai).
@@ -1312,9 +1299,8 @@ MOONSHOT = Profile(
     tool_ids="kimi",
     typed_schema=True,
     image_urls=False,
-    reasoning_field="reasoning_content",
     reasoning_always=True,
-    reasoning="thinking",
+    **THINKING,
 )
 # pydantic-ai's models/zai.py. Without tool_stream a large call is minutes of silence (opencrabs).
 ZAI = Profile(
@@ -1324,9 +1310,8 @@ ZAI = Profile(
     body=(("tool_stream", True),),
     tool_choice=("none",),
     json_format="json_object",
-    reasoning_field="reasoning_content",
     reasoning_always=True,
-    reasoning="thinking",
+    **THINKING,
 )
 # groq-python. "property 'x' is unsupported", also in messages: musistudio/llms PR 64.
 GROQ = Profile(
@@ -1339,7 +1324,8 @@ GROQ = Profile(
 )
 # Model servers on the user's own machine: JSON by grammar; images as data, since Ollama fetches
 # none.
-LOCAL = DEFAULT._replace(json_format="json_schema", image_urls=False)
+# Most pass a switch for thinking on to the model's chat template.
+LOCAL = DEFAULT._replace(json_format="json_schema", image_urls=False, reasoning="kwargs")
 NATIVE = DEFAULT._replace(
     format="anthropic", native_blocks=True, files=True, json_format="json_schema"
 )
@@ -1387,9 +1373,8 @@ PROFILES = (
         images=False,
         json_format="json_object",
         tool_choice=("none",),
-        reasoning_field="reasoning_content",
         placeholder=NOT_KEPT,
-        reasoning="thinking",
+        **THINKING,
         efforts=("low", "high", "max"),
     ),
     # Thinking must be off where no stream is asked for: langchain4j issue 3974. PDF parts are
@@ -1454,8 +1439,7 @@ PROFILES = (
         context=131072,
         images=False,
         json_format="json_schema",
-        reasoning="effort",
-        efforts=LOW_TO_HIGH,
+        **EFFORT,
     ),
     GROQ,
     # "Argument not supported on this model": uni-api issue 105. vercel/ai's
@@ -1483,8 +1467,7 @@ PROFILES = (
         json_format="json_schema",
         reasoning_field="google",
         placeholder=GEMINI_SKIP,
-        reasoning="effort",
-        efforts=LOW_TO_HIGH,
+        **EFFORT,
     ),
     # openrouter.ai/docs/use-cases/reasoning-tokens: the details must come back as they came, and in
     # order. An effort of max is a 400 (cc-switch), so the strongest word here is xhigh.
@@ -1524,8 +1507,7 @@ PROFILES = (
         ("api.fireworks.ai",),
         strict=True,
         json_format="json_schema",
-        reasoning="effort",
-        efforts=LOW_TO_HIGH,
+        **EFFORT,
     ),
     # docs.together.ai/docs/glm-5.3-quickstart
     Profile(
@@ -1549,9 +1531,8 @@ PROFILES = (
         "mimo",
         "Xiaomi MiMo",
         ("xiaomimimo.com",),
-        reasoning_field="reasoning_content",
         placeholder=NOT_KEPT,
-        reasoning="thinking",
+        **THINKING,
     ),
     # copilot-api's api-config.ts: the headers of Copilot's own clients
     Profile(
@@ -1579,15 +1560,13 @@ PROFILES = (
         efforts=("none", "low", "medium", "high", "max"),
     ),
     # lmstudio-ai/docs, openai-compat/tools.mdx
-    LOCAL._replace(name="lmstudio", title="LM Studio", hosts=(":1234",)),
+    LOCAL._replace(name="lmstudio", title="LM Studio", hosts=(":1234",), reasoning=""),
     # sglang issue 20678, and its error texts
-    LOCAL._replace(name="sglang", title="SGLang", hosts=(":30000",), reasoning="kwargs"),
+    LOCAL._replace(name="sglang", title="SGLang", hosts=(":30000",)),
     # a real server, as it answers in the tests
-    LOCAL._replace(
-        name="llamacpp", title="llama.cpp server", hosts=(":8080",), reasoning="kwargs", tried=True
-    ),
+    LOCAL._replace(name="llamacpp", title="llama.cpp server", hosts=(":8080",), tried=True),
     # vllm's chat_completion/protocol.py
-    LOCAL._replace(name="vllm", title="vLLM", hosts=(":8000",), reasoning="kwargs"),
+    LOCAL._replace(name="vllm", title="vLLM", hosts=(":8000",)),
     # litellm issues 32086 and 17343. Strict, for the sake of the providers behind it.
     Profile("litellm", "LiteLLM gateway", (":4000",), strict=True),
     # set by --demo, whose server stands in this file
@@ -1611,8 +1590,9 @@ OWNERS = {
 ANTHROPIC_PATHS = re.compile(
     r"(/anthropic|/api/(coding|compatible|plan)|api\.kimi\.com/coding)(/v1)?$", re.I
 )
+# localhost with the names under it (RFC 6761, 6.3), and what containers call the machine they run on.
 LOOPBACK = re.compile(
-    r"(localhost|127\.\d+\.\d+\.\d+|::1|0\.0\.0\.0|host\.docker\.internal)$", re.I
+    r"((.*\.)?localhost|127(\.\d+){3}|::1?|0\.0\.0\.0|host\.(docker|containers)\.internal)$", re.I
 )
 
 
@@ -2777,189 +2757,193 @@ def without_keys(value, name):
     return [without_keys(part, name) for part in value] if isinstance(value, list) else value
 
 
-# ======================================================================================================
-# 7  Tool text: arguments mended against the tool's schema; tool calls that a model wrote as text
-# ======================================================================================================
+# ==================================================================================================
+# 7  Tool text: arguments fixed against the tool's schema; tool calls that a model wrote as text
+# ==================================================================================================
+#
+# Models write JSON by heart. Three things go wrong: the text is not quite JSON (fix_arguments), it
+# is JSON but not what the tool's schema says (coerce_arguments), or the call is not in the field
+# for calls at all, but in the text (TextCalls). Each is fixed only where its meaning is certain;
+# all else reaches the client as it came, and the model reads the client's error message.
 
-EMPTY_MEANS_ABSENT = (
-    {  # GPT models fill every optional field; never put Write.content or Edit.new_string here
-        ("Read", "pages"),
-        ("EnterWorktree", "name"),
-        ("EnterWorktree", "path"),
-    }
-)
-ABSENT = object()  # the value of a member that is left out
-ANY = "any"  # stands among a schema's types when they are not all known
-OBJECTS_IN_A_ROW = 8  # read at most; each costs one parse
-LONGEST_TOKEN = 4096  # of a key or number that is still coming in, before the stream gives up on it
+LENIENT = json.JSONDecoder(strict=False, **JSON_HOOKS)  # takes bare newlines and tabs in strings
+# What a decoder raises for strange text. "[" a million times is a RecursionError, not a ValueError.
 UNREADABLE = (ValueError, RecursionError, MemoryError)
 
 
-LENIENT = json.JSONDecoder(
-    strict=False, **JSON_HOOKS
-)  # takes unescaped newlines and tabs in strings
+def decode_or(text, otherwise):
+    """What the JSON `text` holds, or `otherwise` where it cannot be read."""
+    try:
+        return LENIENT.decode(text)
+    except UNREADABLE:
+        return otherwise
 
-# ---- repair: text -> dict ----------------------------------------------------------------------------------------------
 
+# ---- what we ask of a tool's schema, which comes from any MCP server and may be anything ---------
+
+ANY = "any"  # stands among a schema's types when they are not all known
+
+
+def required_names(schema):
+    """The names of the properties that a schema requires."""
+    names = as_list(as_dict(schema).get("required"))
+    return [name for name in names if isinstance(name, str)]
+
+
+def property_schema(schema, key):
+    """The schema of one property, {} where it has none that can be read."""
+    return as_dict(as_dict(as_dict(schema).get("properties")).get(key))
+
+
+def schema_types(schema):
+    """The type names that a schema allows, as a set; with ANY in it where there may be others.
+
+    Looks one level into anyOf and oneOf, which is where Pydantic and Zod put "or null".
+    """
+    schema = as_dict(schema)
+    branches = as_list(schema.get("anyOf") or schema.get("oneOf"))
+    parts = branches if branches and "type" not in schema else [schema]
+    kinds = [as_dict(part).get("type", ANY) for part in parts]
+    types = {
+        name for kind in kinds for name in as_list(kind) or [kind] if isinstance(name, str)
+    } or {ANY}
+    if schema.get("nullable") is True or ANY in types and None in as_list(schema.get("enum")):
+        types.add("null")
+    return types
+
+
+# ---- text -> dict --------------------------------------------------------------------------------
+
+OBJECTS_IN_A_ROW = 8  # read at most; each costs one parse
+# What may stand in an object that is nearly JSON. A string ends at its own kind of quote; one that
+# does not end matches nothing, so text that was cut off is never fixed.
 TOKEN = re.compile(
     r"""
-    (?P<double> "[^"\\]*(?:\\.[^"\\]*)*" )
-  | (?P<single> '[^'\\]*(?:\\.[^'\\]*)*' )
+    (?P<string> "[^"\\]*(?:\\.[^"\\]*)*" | '[^'\\]*(?:\\.[^'\\]*)*' )
   | (?P<space>  \s+ )
-  | (?P<extra>  ,(?=\s*[}\]]) )
-  | (?P<open>   [\[{] )
-  | (?P<close>  [\]}] )
-  | (?P<same>   [:,] | [-+.0-9][-+.0-9eE]* )
+  | (?P<comma>  ,(?=\s*[}\]]) )
+  | (?P<same>   [:,\[\]{}] | [-+.0-9][-+.0-9eE]* )
   | (?P<name>   [A-Za-z_$][\w$]*(?=\s*:) )
   | (?P<word>   [A-Za-z]+ )
 """,
     re.VERBOSE | re.DOTALL,
 )
-QUOTING = re.compile(r'\\.|"', re.DOTALL)
-REQUOTED = {"\\'": "'", '"': '\\"'}
 WORDS = {
     "True": "true",
     "False": "false",
     "None": "null",
-    "true": "true",
-    "false": "false",
-    "null": "null",
-}
-FENCE = re.compile(r"```\w*\s*(?=\{)")
-BETWEEN = re.compile(r"[\s,;]*")
-
-
-def requote(body):
-    """The inside of a single-quoted string, as the inside of a double-quoted one. Only \\' means something else in JSON."""
-    return QUOTING.sub(lambda found: REQUOTED.get(found.group(), found.group()), body)
-
-
-REWRITES = {  # kind of token -> its JSON
-    "double": lambda text: '"%s"' % requote(text[1:-1]) if "\\'" in text else text,
-    "single": lambda text: '"%s"' % requote(text[1:-1]),
+}  # Python's, which models mix up with JSON's
+QUOTING = re.compile(r'\\.|"', re.DOTALL)
+QUOTES = {"\\'": "'", '"': '\\"'}  # all that a single-quoted string writes differently
+REWRITES = {  # kind of TOKEN -> its JSON; other kinds stay
+    "string": lambda text: '"%s"' % QUOTING.sub(requote, text[1:-1]),
     "space": lambda text: " ",
-    "extra": lambda text: "",
+    "comma": lambda text: "",
     "name": lambda text: '"%s"' % text,
-    "word": WORDS.__getitem__,
+    "word": lambda text: WORDS.get(text, text),
 }
+FENCE = re.compile(r"(?:```\w*\s*)?(?=\{)")  # what may come before an object
+BETWEEN = re.compile(r"[\s,;]*")  # what may come between two of them
 
 
-def tolerant_object(text, start):
-    """(dict, end) of the object at `start`, which may use single quotes, Python words, bare keys and trailing commas.
-
-    ValueError or KeyError when it is not one, or not whole. Reads each character once.
-    """
-    written, depth, at = [], 0, start
-    while depth or not written:
-        token = TOKEN.match(text, at)
-        if not token:  # the end of the text, an open quote, or no idea
-            raise ValueError("no JSON at %d" % at)
-        kind, at = token.lastgroup, token.end()
-        depth += (kind == "open") - (kind == "close")
-        written.append(REWRITES.get(kind, str)(token.group()))
-    return LENIENT.decode("".join(written)), at
+def requote(found):
+    """The JSON of one match of QUOTING."""
+    return QUOTES.get(found.group(), found.group())
 
 
 def object_at(text, start):
-    """(dict, end); ValueError when no whole object begins there."""
+    """(dict, end) of the object at `start`; ValueError when it is not one, or not whole.
+
+    Takes single quotes, Python words, bare keys and trailing commas: what is not JSON is rewritten
+    token by token, and what that does not make JSON is not an object. Reads each character twice.
+    """
     try:
         return LENIENT.raw_decode(text, start)
     except ValueError:
         pass
-    try:
-        return tolerant_object(text, start)
-    except KeyError as word:
-        raise ValueError("%s is not JSON" % word)
+    rewritten, depth, at = [], 0, start
+    while depth or not rewritten:
+        token = TOKEN.match(text, at)
+        if not token:  # the end of the text, an open quote, or no idea
+            raise ValueError("not JSON at %d" % at)
+        part, at = token.group(), token.end()
+        depth += (part in "[{") - (part in "]}")
+        rewritten.append(REWRITES.get(token.lastgroup, str)(part))
+    return LENIENT.decode("".join(rewritten)), at
 
 
-def sole_object(text):
-    """The object that `text` begins with. Other text after it does not count, another object must be the same again.
+def leading_object(text, limit=OBJECTS_IN_A_ROW):
+    """The object that `text` begins with; ValueError where it is not clear which one is meant.
 
-    An empty one beside another is a placeholder (some servers send it first). ValueError if unclear.
+    Text behind it does not count. Another object must be the same again (it may have been cut), and
+    an empty one beside another is a placeholder: some servers send it first.
     """
-    found, at, first = {}, 0, ""
-    for _ in range(OBJECTS_IN_A_ROW):
-        if first and first.startswith(
-            text[at:].rstrip()
-        ):  # nothing more, or the same again and cut
-            return found
-        if text[at : at + 1] != "{":
-            return found
-        value, end = object_at(text, at)
-        if found and value and value != found:
-            raise ValueError("several objects")
-        found, first = found or value, first if found else text[at:end]
-        at = BETWEEN.match(text, end).end()
-    raise ValueError("too many objects")
+    found, end = object_at(text, 0)
+    rest = text[BETWEEN.match(text, end).end() :].rstrip()
+    if not rest.startswith("{") or text.startswith(rest):
+        return found
+    other = leading_object(rest, limit - 1) if limit > 1 else None
+    if other is None or found and other and found != other:
+        raise ValueError("several objects")
+    return found or other
 
 
-def required_names(schema):
-    """The names of the properties that a schema requires."""
-    names = schema.get("required") if isinstance(schema, dict) else None
-    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+# Text without a brace at its beginning that was still meant as JSON; %s: the argument's name. Shell
+# commands and paths, which are what models write bare, begin otherwise.
+BROKEN_JSON = r"""[^\w/.~$-]|true$|false$|[^{]*"\s*:|%s["']?\s*[:=]"""
 
 
-def sole_string(schema):
-    """The name of the one required property if that is a string, else None."""
-    names = required_names(schema)
-    return (
-        names[0]
-        if len(names) == 1 and schema_types(property_schema(schema, names[0])) == {"string"}
-        else None
-    )
-
-
-def bare_text(text, schema):
-    """{the sole string: text} for text that is no attempt at JSON, e.g. `ls -la` for Bash; ValueError otherwise."""
-    name = sole_string(schema)
-    attempt = re.match(
-        r"""[^\w/.~$-]|true$|false$|[^{]*"\s*:|%s["']?\s*[:=]""" % re.escape(name or ""), text, re.I
-    )
-    if name is None or attempt or text.endswith(("}", "]")):
-        raise ValueError("not arguments")
-    return {name: text}
-
-
-def read_arguments(text, schema):
-    """repair_arguments, raising ValueError, RecursionError or MemoryError where that returns None."""
+def parse_arguments(text, schema):
+    """fix_arguments of a string, raising one of UNREADABLE where that returns None."""
     text = text.strip("\ufeff \t\r\n\f\v\0")
     if text in ("", "null", "None"):
         return {}
-    fence = FENCE.match(text)
-    if fence or text.startswith("{"):
-        return sole_object(text[fence.end() :] if fence else text)
-    if not text.startswith('"'):
-        return bare_text(text, schema)
-    inner = LENIENT.decode(text)
-    if not inner.strip():
-        return {}
-    if inner.lstrip().startswith(
-        ("{", '"{', '"\\"')
-    ):  # encoded once more; each level halves the text
-        return read_arguments(inner, schema)
-    name = sole_string(schema)
-    if name is None:
-        raise ValueError("a string, not arguments")
-    return {name: inner}
+    opening = FENCE.match(text)
+    if opening:
+        return leading_object(text[opening.end() :])
+    quoted = text.startswith('"')
+    if quoted:
+        text = LENIENT.decode(text)
+        if not text.strip():
+            return {}
+        if text.lstrip().startswith(("{", '"{', '"\\"')):  # encoded again; each level halves it
+            return parse_arguments(text, schema)
+    names = required_names(schema)
+    if len(names) != 1 or schema_types(property_schema(schema, names[0])) != {"string"}:
+        raise ValueError("not JSON, and no single string is required")
+    signs = BROKEN_JSON % re.escape(names[0])
+    if not quoted and (re.match(signs, text, re.I) or text.endswith(("}", "]"))):
+        raise ValueError("broken JSON")
+    return {names[0]: text}
 
 
 def fix_arguments(text, schema):
-    """The arguments that `text` certainly means, as a dict, or None. Never raises; time grows with the length only.
+    """The arguments that `text` certainly means, as a dict, or None. Never raises; linear time.
 
-    Mended: nothing at all, null; an object encoded as a string, fenced, written twice, or with something after it; trailing
-    commas, single quotes, Python words, bare keys, unescaped newlines; a bare string for the one required (string)
-    property. Never: text that was cut off, or two different objects.
+    Fixed: nothing at all, null; an object encoded as a string, fenced, written twice, or with
+    something behind it; trailing commas, single quotes, Python words, bare keys, unescaped
+    newlines; a bare string for the one required (string) property, e.g. `ls -la` for Bash. Never
+    fixed: text that was cut off, or two different objects. Some servers send the object itself, or
+    null: these are taken as well.
     """
-    if text is None or isinstance(text, dict):  # some servers send the object itself
+    if text is None or isinstance(text, dict):
         return text or {}
     try:
-        return read_arguments(text, schema) if isinstance(text, str) else None
+        return parse_arguments(text, schema) if isinstance(text, str) else None
     except UNREADABLE:
         return None
 
 
-# ---- coercion: dict -> dict that fits the schema -----------------------------------------------------------------------
+# ---- dict -> dict that fits the schema -----------------------------------------------------------
 
+ABSENT = object()  # the value of a member that is left out
+EMPTY_MEANS_ABSENT = {
+    # (tool, argument): GPT models fill every optional field. Never put Write.content or
+    # Edit.new_string here, where an empty string is meant.
+    ("Read", "pages"),
+    ("EnterWorktree", "name"),
+    ("EnterWorktree", "path"),
+}
 TYPE_NAMES = {
     str: "string",
     bool: "boolean",
@@ -2967,219 +2951,125 @@ TYPE_NAMES = {
     float: "number",
     list: "array",
     dict: "object",
-    type(None): "null",
 }
-INTEGER = re.compile(r"0|-?[1-9][0-9]{0,14}")  # 15 digits are exact in a double
-DECIMAL = re.compile(r"(?=.{1,16}$)-?(?:0|[1-9][0-9]*)\.[0-9]+")
-BOOLEANS = {"true": True, "false": False, "True": True, "False": False}
-
-
-def property_schema(schema, key):
-    """The schema of one property as a dict, or None when it has none that can be read."""
-    properties = schema.get("properties") if isinstance(schema, dict) else None
-    found = properties.get(key) if isinstance(properties, dict) else None
-    return found if isinstance(found, dict) else None
-
-
-def declared_types(schema):
-    """The names under `type`, as a set; {ANY} when there are none."""
-    kind = schema.get("type") if isinstance(schema, dict) else None
-    names = {name for name in (kind if isinstance(kind, list) else [kind]) if isinstance(name, str)}
-    return names or {ANY}
-
-
-def schema_types(schema):
-    """The type names a schema allows, as a set; with ANY in it when there may be others. Looks one level into anyOf."""
-    types = declared_types(schema)
-    if not isinstance(schema, dict):
-        return types
-    branches = schema.get("anyOf") or schema.get("oneOf")
-    if types == {ANY} and isinstance(branches, list):
-        types = set().union(*map(declared_types, branches))
-    choices = schema.get("enum")
-    if (
-        schema.get("nullable") is True
-        or ANY in types
-        and isinstance(choices, list)
-        and None in choices
-    ):
-        types = types | {"null"}
-    return types
-
-
-def as_integer(value):
-    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
-        return int(value)
-    return int(value) if isinstance(value, str) and INTEGER.fullmatch(value) else value
-
-
-def as_number(value):
-    if isinstance(value, str) and DECIMAL.fullmatch(value):
-        return float(value)
-    return as_integer(value) if isinstance(value, str) else value
-
-
-def as_boolean(value):
-    return BOOLEANS.get(value, value) if isinstance(value, str) else value
-
-
-def as_string(value):
-    """Integers and booleans only: 1.10 has already become 1.1, and a version number would be another one."""
-    return json.dumps(value) if isinstance(value, int) else value
-
-
-def as_parsed(kind):
-    def parsed(value):
-        try:
-            found = LENIENT.decode(value) if isinstance(value, str) else value
-        except UNREADABLE:
-            return value
-        return found if isinstance(found, kind) else value
-
-    return parsed
-
-
-CASTS = {
-    "integer": as_integer,
-    "number": as_number,
-    "boolean": as_boolean,
-    "string": as_string,
-    "array": as_parsed(list),
-    "object": as_parsed(dict),
+INTEGER = r"0|-?[1-9][0-9]{0,14}"  # 15 digits are exact in a double
+STRING_FORMS = {
+    # type -> regex of the strings that certainly mean a value of it
+    "integer": INTEGER,
+    "number": INTEGER + r"|(?=.{1,16}$)-?(?:0|[1-9][0-9]*)\.[0-9]+",
+    "boolean": r"[Tt]rue|[Ff]alse",
+    "array": r"\s*\[.*",
+    "object": r"\s*\{.*",
 }
 
 
-def scalar_as_declared(value, types):
-    """The value in the one type that the schema allows beside null, if nothing is lost by it; else the value itself."""
-    kind = TYPE_NAMES.get(type(value))
+def coerce_scalar(value, types):
+    """The value in the one type that is allowed beside null, if nothing is lost by it; else itself.
+
+    types: a set as schema_types returns it. Where several types are allowed, the value may be meant
+    as it is. A float never becomes a string: 1.10 has already become 1.1, which is another version.
+    """
     wanted = types - {"null"}
-    if kind in types or ANY in types or len(wanted) != 1 or value is None:
+    if value is None or TYPE_NAMES.get(type(value)) in types or ANY in types or len(wanted) != 1:
         return value
-    (name,) = wanted
-    return CASTS[name](value) if name in CASTS else value
+    (kind,) = wanted
+    if isinstance(value, str) and re.fullmatch(STRING_FORMS.get(kind, r"(?!)"), value, re.DOTALL):
+        return decode_or(WORDS.get(value, value), value)
+    if kind == "string" and isinstance(value, int):
+        return json.dumps(value)
+    if kind == "integer" and isinstance(value, float) and value.is_integer():
+        return int(value) if abs(value) < 2**53 else value
+    return value
 
 
-def as_declared(value, schema):
-    """scalar_as_declared, for the items of an array too. The very same object when nothing changes."""
-    value = scalar_as_declared(value, schema_types(schema))
-    if not isinstance(value, list) or not schema:
+def coerce_value(value, schema):
+    """coerce_scalar, for the items of an array too. The very same object when nothing changes."""
+    value = coerce_scalar(value, schema_types(schema))
+    if not isinstance(value, list):
         return value
     types = schema_types(schema.get("items"))
-    items = [scalar_as_declared(item, types) for item in value]
+    items = [coerce_scalar(item, types) for item in value]
     return items if any(new is not old for new, old in zip(items, value)) else value
 
 
 def null_means_absent(schema, key):
     """Models in strict mode write null for what they leave out; the client refuses it."""
-    required = schema.get("required", []) if isinstance(schema, dict) else None
-    if not isinstance(required, list) or key in required:
+    if key in required_names(schema):
         return False
-    properties = schema.get("properties")
-    if isinstance(properties, dict) and key in properties:
-        found = property_schema(schema, key)
-        return found is not None and "null" not in schema_types(found)
-    return schema.get("additionalProperties") is False
+    schema = as_dict(schema)
+    found = as_dict(schema.get("properties")).get(key, ABSENT)
+    if found is ABSENT:
+        return schema.get("additionalProperties") is False
+    return isinstance(found, dict) and "null" not in schema_types(found)
 
 
 def coerce_member(name, key, value, schema):
-    """The value that goes to the client, the very same object when nothing changes, or ABSENT."""
+    """The value that goes to the client, the very same object when nothing changes, or ABSENT.
+
+    name: the tool's, as the client knows it.
+    """
     if value is None and null_means_absent(schema, key):
         return ABSENT
     if value == "" and (name, key) in EMPTY_MEANS_ABSENT:
         return ABSENT
-    return as_declared(value, property_schema(schema, key))
+    return coerce_value(value, property_schema(schema, key))
 
 
 def coerce_arguments(name, arguments, schema):
-    """A new dict of the arguments of tool `name` as its schema wants them, as far as that is certain and lossless."""
+    """A new dict: the arguments of tool `name` as its schema wants them, if that loses nothing."""
     pairs = [(key, coerce_member(name, key, value, schema)) for key, value in arguments.items()]
     return {key: value for key, value in pairs if value is not ABSENT}
 
 
-# ---- the same, while the text comes in ---------------------------------------------------------------------------------
+# ---- the same, while the text comes in -----------------------------------------------------------
 
-SPACE = re.compile(r"[ \t\r\n]*")
-KEY = re.compile(r'"[^"\\\x00-\x1f]*(?:\\.[^"\\\x00-\x1f]*)*"')
+# These match the text at one place, and need no more than a look at what follows. White space is
+# JSON's: \s knows more.
+NEXT = re.compile(
+    r"((?:[ \t\r\n]*[{,])?[ \t\r\n]*)"  # what stands before it; then the closing brace, or a key,
+    r'(?:(\})|("[^"\\\x00-\x1f]*(?:\\.[^"\\\x00-\x1f]*)*")[ \t\r\n]*:[ \t\r\n]*)'
+    r'(?=("[^"])?)',  # and whether a string begins that is not empty
+    re.DOTALL,
+)
+VALUE_END = re.compile(r"[ \t\r\n]*[,}]")
+# The one place that says what the inside of a string may be in JSON.
 RUN = re.compile(r'[^"\\\x00-\x1f]*(?:\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})[^"\\\x00-\x1f]*)*')
-is_run = RUN.fullmatch
-PART_OF_ESCAPE = re.compile(r"\\(?:u[0-9a-fA-F]{0,3})?")
-QUOTED = re.compile(r'[^"\\]*(?:\\.[^"\\]*)*', re.DOTALL)
-UNQUOTED = re.compile(r'[^"\[\]{}]*')
-SCALAR = re.compile(r"[-+.0-9A-Za-z]*")
-
-
-def write_member(name, key, text, schema):
-    """The JSON of the member whose value is written `text`: that very text if it may stay, "" if the member is left out."""
-    try:
-        value = STRICT.decode(text)
-    except ValueError:
-        value, text = LENIENT.decode(text), ""
-    sent = coerce_member(name, key, value, schema)
-    if sent is ABSENT:
-        return ""
-    return text if text and sent is value else json.dumps(sent)
+READ_AGAIN = 64  # characters that are read again with each fragment; what is more must double
 
 
 class ArgumentStream:
-    """One call's argument text, sent on while it comes in, mended on the way.
+    """One call's argument text, sent on while it comes in, and fixed on the way.
 
-    state    what comes next                       leads to
-    START    {                                     FIRST
-    FIRST    " or }                                KEY, DONE
-    NEXT     , or }                                COMMA, DONE
-    COMMA    " or } (a trailing comma)             KEY, DONE
-    KEY      the key                               COLON
-    COLON    :                                     VALUE
-    VALUE    the first character of a value        STRING, QUOTED, NESTED, SCALAR
-    STRING   a string that is sent as it comes     NEXT
-    QUOTED   a string that is held                 NEXT, or NESTED when it stands in one
-    NESTED   an array or object, held              NEXT, QUOTED
-    SCALAR   a number or word, held                NEXT
-    DONE     white space                           LOST
-    LOST     anything; all is held until finish()
+    state    what comes next                                     leads to
+    START    {, then as MEMBER                                   the same
+    MEMBER   a key, and the quote of a string that may stay      STRING
+             a key, and another value, whole                     MEMBER
+             }                                                   DONE
+    STRING   more of the string, which goes out as it comes      STRING, MEMBER
+    DONE     nothing, or white space
     OVER     nothing: finish() was called
 
-    What does not fit leads to LOST. All that feed() and finish() returned, joined, is the JSON of what coerce_arguments makes
-    of repair_arguments(raw): byte by byte the text that came when nothing had to change. When nothing certain can be made
-    of it, it is the raw text, as far as no changed member has gone out before.
+    What does not fit its state, or is not whole, is held until more has come, at last until
+    finish(). Held text is read again once it has doubled, so time is linear however the text is
+    split. Strings go out at once: a file that a model writes is thousands of deltas, and the client
+    shows its progress.
 
-    complete: a whole object has come (after finish(): or could be made of what came).
+    All that feed() and finish() return, joined, is the JSON of what coerce_arguments makes of
+    fix_arguments(raw): byte for byte the text that came when nothing had to change (but {} for an
+    empty object, which waits: it may be a placeholder). When nothing certain can be made of it, it
+    is the raw text, as far as no changed member has gone out before.
     """
 
-    MOVES = {
-        ("START", "{"): "FIRST",
-        ("FIRST", '"'): "KEY",
-        ("FIRST", "}"): "DONE",
-        ("NEXT", ","): "COMMA",
-        ("NEXT", "}"): "DONE",
-        ("COMMA", '"'): "KEY",
-        ("COMMA", "}"): "DONE",
-        ("COLON", ":"): "VALUE",
-    }
-    SPACED = {
-        "START",
-        "FIRST",
-        "NEXT",
-        "COMMA",
-        "COLON",
-        "VALUE",
-        "DONE",
-    }  # white space may come first
-
     def __init__(self, name, schema):
-        self.name, self.schema = name, schema
-        self.complete = False
+        self.name, self.schema = name, schema  # of the tool, as the client knows it
+        self.complete = False  # a whole object has come; after finish(): or could be made of it
         self._state = "START"
         self._pieces = []  # all that came
-        self._sent = []  # all that went out
-        self._out = []  # what this feed() sends
-        self._begun = False  # something went out
-        self._held = []  # read, not sent: since the end of the last value
-        self._rest = ""  # not read: the beginning of an escape, a key or a scalar
-        self._keys = set()
-        self._key = ""  # of the member at hand
-        self._value_at = 0  # where in _held its value begins
-        self._depth = 0  # open brackets of a NESTED value
+        self._held = []  # what came and was not read
+        self._size = 0  # of _held, in characters
+        self._enough = 0  # the size from which on _held is read again
+        self._begun = False  # a member, or its beginning, went out
+        self._out = []  # what goes out next
 
     @property
     def raw(self):
@@ -3188,620 +3078,452 @@ class ArgumentStream:
         return self._pieces[0]
 
     def feed(self, fragment):
-        """The text that may go out now, "" for nothing."""
+        """The text that may go out now, "" for nothing. RuntimeError after finish()."""
         self._pieces.append(fragment)
-        if self._state == "STRING" and not self._rest and is_run(fragment):
-            self._sent.append(fragment)  # the hot path: thousands of these make a file
-            return fragment
-        self._read(self._rest + fragment)
-        text, self._out = "".join(self._out), []
-        if text:
-            self._sent.append(text)
-        return text
+        if self._state == "STRING" and not self._size and RUN.fullmatch(fragment):
+            return fragment  # the hot path: thousands of these make a file
+        if self._state == "OVER":
+            raise RuntimeError("feed() after finish()")
+        self._held.append(fragment)
+        self._size += len(fragment)
+        return self._read() if self._size >= self._enough else ""
 
-    def _read(self, text):
-        at = 0
-        while at < len(text):
-            start, state = at, self._state
-            if state in self.SPACED:
-                at = SPACE.match(text, at).end()
-                self._held.append(text[start:at])
-            if at < len(text):
-                at = self.STEPS[state](self, text, at)
-            if at == start and self._state == state:  # it takes more text to go on
-                break
-        if len(text) - at > LONGEST_TOKEN:
-            at = self._lose(text, at)
-        self._rest = text[at:]
+    def _read(self):
+        """Read what is held as far as possible; returns what goes out.
 
-    def _emit(self, text):
-        self._out.append(text)
-        self._begun = True
-
-    # Steps: each reads `text` from `at` and returns where it stopped, `at` itself when it needs more text.
-
-    def _lose(self, text, at):
-        self._held.append(text[at:])
-        self._state = "LOST"
-        return len(text)
-
-    def _move(self, text, at):
-        state = self.MOVES.get((self._state, text[at]))
-        if state is None:
-            return self._lose(text, at)
-        self._state = state
-        if state == "KEY":
-            return at
-        self._held.append(text[at])
-        if state == "DONE":
-            self._close()
-        return at + 1
-
-    def _close(self):
-        self.complete = True
-        self._held = ["".join(self._held).replace(",", "")]  # a trailing comma
-        if self._begun:  # else it may be a placeholder: see sole_object
-            self._emit(self._held.pop())
-
-    def _read_key(self, text, at):
-        found = KEY.match(text, at)
-        if not found:
-            return at
+        A step that has no more to read stays where it is; one that meets half a value raises.
+        """
+        text, at, before = "".join(self._held), 0, -1
         try:
-            self._key = STRICT.decode(found.group())
-        except ValueError:
-            return self._lose(text, at)
-        if self._key in self._keys:  # the last one would count, and the first is out
-            return self._lose(text, at)
-        self._keys.add(self._key)
-        if not self._begun:  # the members before this one were left out, and so is the comma
-            self._held = ["".join(self._held).replace(",", "")]
-        self._held.append(found.group())
-        self._state = "COLON"
-        return found.end()
-
-    def _begin_value(self, text, at):
-        self._value_at, self._depth = len(self._held), 0
-        if text[at] != '"':
-            self._state = "NESTED" if text[at] in "[{" else "SCALAR"
-            return at
-        if schema_types(property_schema(self.schema, self._key)) & {"string", ANY}:
-            if at + 1 == len(text):  # an empty string may mean absent
-                return at
-            if text[at + 1] != '"':
-                self._emit("".join(self._held) + '"')
-                self._held, self._state = [], "STRING"
-                return at + 1
-        self._held.append('"')
-        self._state = "QUOTED"
-        return at + 1
-
-    def _send_string(self, text, at):
-        end = RUN.match(text, at).end()
-        self._emit(text[at:end])
-        if end == len(text):
-            return end
-        if text[end] == '"':
-            self._state = "NEXT"
-        if text[end] != "\\":
-            self._emit(
-                '"' if text[end] == '"' else json.dumps(text[end])[1:-1]
-            )  # an unescaped newline or tab
-            return end + 1
-        if text.startswith("\\'", end):
-            self._emit("'")  # as in requoted
-            return end + 2
-        return end if PART_OF_ESCAPE.fullmatch(text, end) else self._lose(text, end)
-
-    def _hold_string(self, text, at):
-        end = QUOTED.match(text, at).end()
-        self._held.append(text[at:end])
-        if text[end : end + 1] != '"':
-            return end
-        self._held.append('"')
-        self._state = "NESTED"
-        return end + 1 if self._depth else self._end_value(text, end + 1)
-
-    def _hold_nested(self, text, at):
-        end = UNQUOTED.match(text, at).end()
-        self._held.append(text[at : end + 1])
-        mark = text[end : end + 1]
-        if mark == '"':
-            self._state = "QUOTED"
-        self._depth += (mark in ("[", "{")) - (mark in ("]", "}"))
-        return end + len(mark) if self._depth else self._end_value(text, end + 1)
-
-    def _hold_scalar(self, text, at):
-        end = SCALAR.match(text, at).end()
-        if end == len(text):
-            return at
-        self._held.append(text[at:end])
-        return self._end_value(text, end)
-
-    def _end_value(self, text, at):
-        """Send the held member, coerced, or leave it out."""
-        written = "".join(self._held[self._value_at :])
-        try:
-            written = write_member(self.name, self._key, written, self.schema)
+            while before < at < len(text) and self._state != "DONE":
+                step = self._read_string if self._state == "STRING" else self._read_member
+                before, at = at, step(text, at)
         except UNREADABLE:
-            return self._lose(text, at)
-        if written:
-            self._emit("".join(self._held[: self._value_at]) + written)
-        self._held = [] if self._begun else ["{"]
-        self._state = "NEXT"
-        return at
+            pass  # not whole, or broken: finish() will know
+        self._held, self._size = [text[at:]], len(text) - at
+        self._enough = 2 * self._size - READ_AGAIN
+        sent, self._out = "".join(self._out), []
+        return sent
 
-    def _refuse(self, text, at):
-        raise RuntimeError("feed() after finish()")
+    def _read_member(self, text, at):
+        """Read a member of the object, or its end, at `at`; returns where that ends in `text`."""
+        found = NEXT.match(text, at)
+        if not found or ("{" in found.group(1)) != (self._state == "START"):
+            return at
+        gap, brace, quoted, filled = found.groups()
+        if brace:
+            self.complete, self._state = True, "DONE"
+            if self._begun:  # else it may be a placeholder: see leading_object
+                self._out.append(gap.replace(",", "") + brace)
+            return found.end()
+        if not gap.strip():
+            return at  # no comma
+        key, start = STRICT.decode(quoted), found.end()
+        value, end, self._state = self._read_value(key, text, start, filled)
+        if value:
+            if not self._begun:
+                gap = gap.replace(",", "{")  # all members before were left out
+            self._out.append(gap + text[found.start(3) : start] + value)
+            self._begun = True
+        return end
 
-    STEPS = dict.fromkeys(("START", "FIRST", "NEXT", "COMMA", "COLON"), _move)
-    STEPS.update(
-        KEY=_read_key,
-        VALUE=_begin_value,
-        STRING=_send_string,
-        QUOTED=_hold_string,
-        NESTED=_hold_nested,
-        SCALAR=_hold_scalar,
-        DONE=_lose,
-        LOST=_lose,
-        OVER=_refuse,
-    )
+    def _read_value(self, key, text, start, filled):
+        """(what goes out, "" for nothing; where it ends in `text`; the next state)"""
+        if filled and schema_types(property_schema(self.schema, key)) & {"string", ANY}:
+            return '"', start + 1, "STRING"
+        value, end = STRICT.raw_decode(text, start)
+        if not VALUE_END.match(text, end):
+            raise ValueError("a number may go on")
+        fitting = coerce_member(self.name, key, value, self.schema)
+        if fitting is ABSENT:
+            return "", end, "MEMBER"
+        return text[start:end] if fitting is value else json.dumps(fitting), end, "MEMBER"
 
-    def _missing(self, wanted, rest):
-        """What makes the text that went out the object `wanted`; `rest` when nothing can."""
-        if not self._begun:
-            self.complete = True
-            return json.dumps(wanted)
-        sent = "".join(self._sent)
-        have = LENIENT.decode(sent if self.complete else sent + "}")
-        missing = [
-            key
-            for key in wanted
-            if key not in have or json.dumps(have[key]) != json.dumps(wanted[key])
-        ]
-        if not have.keys() <= wanted.keys() or self.complete and missing:
-            return rest
-        if self.complete:
-            return ""
-        self.complete = True  # of a name that comes twice the last one counts
-        return (
-            "".join(", %s: %s" % (json.dumps(key), json.dumps(wanted[key])) for key in missing)
-            + "}"
-        )
+    def _read_string(self, text, at):
+        """Read more of a string that goes out as it comes; returns where it stopped."""
+        end = RUN.match(text, at).end()
+        self._out.append(text[at:end])
+        mark = text[end : end + 1]
+        if text.startswith("\\'", end):  # as REWRITES have it
+            self._out.append("'")
+            return end + 2
+        if mark in ("", "\\"):  # part of an escape, or a wrong one
+            return end
+        if mark == '"':
+            self._state = "MEMBER"
+        self._out.append(mark if mark == '"' else json.dumps(mark)[1:-1])  # a bare newline or tab
+        return end + 1
 
     def finish(self, cut=False):
         """The rest of the text, once nothing more comes. cut: the model hit its token limit."""
-        state, self._state = self._state, "OVER"
-        if state == "OVER":
+        if self._state == "OVER":
             return ""
-        if state == "DONE":
-            return "" if self._begun else self._held[0]
-        rest = "".join(self._held) + self._rest if self._begun else self.raw
-        wanted = None if cut and not self.complete else fix_arguments(self.raw, self.schema)
-        if wanted is None or not self.raw:
-            return rest
-        try:
-            return self._missing(coerce_arguments(self.name, wanted, self.schema), rest)
-        except UNREADABLE:
-            return rest
+        tail, rest = self._read(), "".join(self._held)
+        self._state = "OVER"
+        whole = self.complete or not cut or as_dict(decode_or(self.raw, None))
+        if self.raw and whole:
+            try:
+                return tail + self._fix(rest)
+            except UNREADABLE:
+                pass
+        return tail + (rest if self._begun else self.raw)
+
+    def _fix(self, rest):
+        """What goes out instead of `rest`. Raises one of UNREADABLE when nothing certain can be."""
+        wanted = parse_arguments(self.raw, self.schema)
+        if self._begun and self.complete:
+            return ""  # the same object again
+        if self._begun:  # only what has not gone out
+            wanted, _ = object_at("{" + rest.lstrip(", \t\r\n"), 0)
+        fixed = json.dumps(coerce_arguments(self.name, wanted, self.schema))
+        self.complete = True
+        if self._begun:
+            return "}" if fixed == "{}" else ", " + fixed[1:]
+        return fixed
 
 
-# ---- calls that a model wrote as plain text, because the server had no parser for its format --------------
+# ---- calls that a model wrote as text, because the server has no parser for its format -----------
 #
-# text -> tokens (white space, back-ticks, openings, prose) -> an opening that may count: held up to its closing literal
-#      -> read by the family's parser -> calls; or, when that fails, the same text again, with the opening as prose
+# text -> pieces (white space, back-ticks, literals, prose) -> a mark that counts here: a Candidate,
+# held
+#      up to its closing literal -> parse_calls -> calls; or, when that fails, the same text again,
+#      with the mark as prose
+#
+# A document that only talks about such calls must come out as it is. So a mark that begins with
+# what people also write counts at the start of a line only, none counts in code, the tool must be
+# one that was offered, and a call that was cut off must have all that its schema requires.
 
-MAX_HELD = 1 << 18  # characters of one call; an opening without an end is text
-MAX_LEAD_IN = (
-    200  # characters after the opening by which the name, or the first bracket, must have come
-)
+MAX_HELD = 1 << 18  # characters of one call; a mark without an end is text
+MAX_LEAD_IN = 200  # characters behind a mark within which its head must match
 MAX_CLOSINGS = 64  # closing literals inside one call's own values: bounds the re-reading
 MAX_BLANK = 1024  # white space, or back-ticks, that wait for what follows them
-STEP = 4096  # characters looked at in one go, so that no opening costs more than this again
+STEP = 4096  # characters looked at in one go, so that no mark costs more than this again
 
-# Where on the page we are, and where an opening counts.
-START, AFTER, LINE, MIDDLE = "message start", "right after a call", "line start", "middle of a line"
-ALONE, OWN_LINE, ANYWHERE = (START,), (START, AFTER, LINE), (START, AFTER, LINE, MIDDLE)
+# Where on the page we are; a mark counts in one of these places and in those before it.
+# The start of the message, right after a call, the start of a line, the middle of a line.
+NOWHERE, START, AFTER, LINE, MIDDLE = range(5)
 
 
 class Incomplete(ValueError):
     """The closing literal was part of a value; the call goes on."""
 
 
-# ---- values
+# ---- reading one call
 
 
-def parse_bare(value, schema):
-    """A parameter that was written as bare text, as its schema (dict or None) wants it: a string stays one, to the byte."""
-    types = schema_types(schema)
-    if "string" in types or ANY in types and "enum" in (schema or {}):
-        return value
-    try:
-        plain = LENIENT.decode(value.strip())
-    except UNREADABLE:
-        return value
-    return value if ANY in types and (plain is None or isinstance(plain, str)) else plain
+def widen(text):
+    """DeepSeek's marks, typed with | and _ for its full-width bars and low blocks."""
+    return text.replace("|", "\uff5c").replace("_", "\u2581")
 
 
-def strip_padding(value):
-    """Without the line breaks that some families put around a value: where the first is missing, the last is the value's own."""
-    if not value.startswith("\n"):
-        return value
-    return value[1:-1] if value.endswith("\n") and len(value) > 1 else value[1:]
+# The ways to write a call other than as JSON: what comes before its arguments -> what ends it. The
+# arguments are JSON, or PARAMETERS. No pattern repeats two classes that share a character, one
+# behind the other: time stays linear. All are compiled when the first mark comes, which in most
+# replies is never.
+DSML = r"(?:[\uff5c|]DSML[\uff5c|])?"  # some servers write plain bars
+CALLS = {
+    # Qwen3-Coder, and Llama with JSON in it
+    r"<function=(?P<name>[^>\s]+)>\s*": r"</function>",
+    # MiniMax, DeepSeek V3.2
+    r'<%sinvoke\s+name="(?P<name>[^"]+)"\s*>\s*' % DSML: r"</%sinvoke>" % DSML,
+    # Kimi
+    (
+        r"<\|tool_call_begin\|>\s*(?:functions\.)?(?P<name>[^\s<]+?)(?::\d+)?\s*"
+        r"<\|tool_call_argument_begin\|>\s*"
+    ): r"<\|tool_call_end\|>",
+    # DeepSeek R1 and V3.1
+    widen(
+        r"<|tool_call_begin|>(?:function<|tool_sep|>)?(?P<name>[^\s<]+)(?:<|tool_sep|>)?\s*"
+        r"(?:```(?:json)?\s*)?"
+    ): widen(r"(?:```\s*)?<|tool_call_end|>"),
+    # Mistral
+    r"(?:\[TOOL_CALLS\])?(?P<name>[\w.-]+)(?:\[CALL_ID\][\w-]*)?\[ARGS\]\s*": r"",
+    # GLM
+    r"(?P<name>[\w.:-]+)\s*(?=<arg_key>)": r"\Z",
+    # GPT-OSS
+    r"(?:functions\.)?(?P<name>[\w.-]+)(?![\w.-])[^{}\n]*?<\|message\|>\s*": r"\Z",
+}
+# Some put line breaks around a value. Without a first one, a last one is its own.
+VALUE = r"(?P<pad>\n)?(?P<value>.*?)(?(pad)\n?)"
+PARAMETERS = [
+    # Qwen, GLM, and invoke, where DeepSeek's attribute `string` says whether the value is one. What
+    # looks like an end and is not followed by a parameter, or the call's end, is part of the value.
+    r"\s*<parameter=(?P<key>[^>]+)>%s</parameter>(?=\s*(?:<parameter=|</function>))" % VALUE,
+    r"\s*<arg_key>(?P<key>[^<]+)</arg_key>\s*<arg_value>%s</arg_value>(?=\s*(?:<arg_key>|\Z))"
+    % VALUE,
+    (
+        r'\s*<DSMLparameter\s+name="(?P<key>[^"]+)"(?:\s+string="(?P<string>true|false)")?\s*>'
+        r"(?(string)|(?P<pad>\n)?)(?P<value>.*?)(?(pad)\n?)"
+        r"</DSMLparameter>(?=\s*(?:<DSMLparameter\s|</DSMLinvoke>))"
+    ).replace("DSML", DSML),
+]
+# That attribute -> the schema it stands for; a type that there is not means: any but a string.
+STRING_SCHEMAS = {"true": {"type": "string"}, "false": {"type": "JSON"}}
 
 
-def parse_object(text, schema):
-    """The dict that is the JSON text, or None; for text that may have been cut off, where nothing is repaired."""
-    try:
-        value = LENIENT.decode(text)
-    except UNREADABLE:
-        return None
-    return value if isinstance(value, dict) else None
+def match_any(patterns, text, at):
+    """The match at `at` of the first of `patterns` that has one, or None."""
+    matches = (re.compile(pattern, re.DOTALL).match(text, at) for pattern in patterns)
+    return next(filter(None, matches), None)
 
 
 def fix_object(text, schema):
-    """repair_arguments, for text that came whole: Qwen sometimes forgets the last brace."""
+    """fix_arguments; Qwen sometimes forgets the last brace."""
     found = fix_arguments(text, schema)
     return fix_arguments(text + "}", schema) if found is None else found
 
 
-# ---- parsers: (body, tools, loads) -> ([(name, arguments dict)], where in the body they end), or ValueError, or Incomplete
+def json_value(body, at, end, closed):
+    """(value, its end) of the JSON at `at`; broken JSON is taken up to `end` and fixed, or None.
 
-
-def find_tool(name, tools):
-    """The offered tool that a model means by name."""
-    for form in (name, re.sub(r"^functions\.", "", name)):
-        if form in tools:
-            return form
-    raise ValueError("not an offered tool")
-
-
-def json_value(body, at, stop, loads):
-    """(value, end) of the JSON at `at`; broken JSON is taken up to the regex `stop` and given to loads."""
+    Not closed: it may have been cut off, and nothing is fixed. Incomplete when it ends in a string.
+    """
     try:
         return LENIENT.raw_decode(body, at)
     except ValueError as error:
         if "Unterminated string" in str(error):
             raise Incomplete()
-    found = stop.search(body, at)
-    end = found.start() if found else len(body)
-    value = loads(body[at:end], {})
-    if value is None:
-        raise ValueError("no JSON")
-    return value, end
+    return fix_object(body[at:end], {}) if closed else None, end
 
 
-def json_call(value, tools, loads):
-    """(name, arguments) of {"name", "arguments"} in its many spellings."""
-    inner = value.get("function") if isinstance(value, dict) else {}
-    value = inner if isinstance(inner, dict) else value
-    name = next(
-        (
-            value[key]
-            for key in ("name", "tool_name", "function")
-            if isinstance(value.get(key), str)
-        ),
-        "",
-    )
-    name = find_tool(name, tools)
-    arguments = next(
-        (value[key] for key in ("arguments", "parameters", "args") if key in value), {}
-    )
+def json_call(value, tools):
+    """(name, arguments) of {"name", "arguments"} in its many spellings; both may be anything.
+
+    Llama says "parameters", Cohere "tool_name", and some wrap it like OpenAI, in {"function"}.
+    """
+    value = as_dict(value)
+    value = as_dict(value.get("function")) or value
+    name = value.get("name", value.get("tool_name", value.get("function")))
+    name = re.sub(r"^functions\.", "", str(name))
+    arguments = value.get("arguments", value.get("parameters", value.get("args", {})))
     if isinstance(arguments, str):
-        arguments = loads(arguments, tools[name]) if arguments.strip() else {}
-    if not isinstance(arguments, dict):
-        raise ValueError("the arguments are no object")
+        arguments = fix_object(arguments, tools.get(name))
     return name, arguments
 
 
-BODY_END = re.compile(r"\Z")
+def parse_bare(text, schema):
+    """A parameter that was written as bare text, as its schema wants it: a string to the byte.
+
+    Without a schema, text that reads as a number, true, an array or an object is one.
+    """
+    types = schema_types(schema)
+    if "string" in types or ANY in types and "enum" in schema:
+        return text
+    plain = decode_or(text.strip(), text)
+    return text if ANY in types and (plain is None or isinstance(plain, str)) else plain
 
 
-def json_calls(body, tools, loads):
-    """JSON calls in a row, or lists of them."""
+def tagged_parameters(body, at, schema):
+    """(arguments, their end) of the PARAMETERS at `at`."""
+    arguments, found = {}, match_any(PARAMETERS, body, at)
+    while found:
+        groups = found.groupdict()
+        key, at = groups["key"].strip(), found.end()
+        wanted = STRING_SCHEMAS.get(groups.get("string")) or property_schema(schema, key)
+        arguments[key] = parse_bare(groups["value"], wanted)
+        found = match_any(PARAMETERS, body, at)
+    return arguments, at
+
+
+def tagged_call(found, tools, closed):
+    """((name, arguments), their end) of the call that `found`, a match of one of CALLS, begins."""
+    name, body, at = found.group("name"), found.string, found.end()
+    stop = re.compile(CALLS[found.re.pattern])
+    if body.startswith("{", at):
+        end = stop.search(body, at)
+        arguments, at = json_value(body, at, end.start() if end else len(body), closed)
+    else:
+        arguments, at = tagged_parameters(body, at, tools.get(name))
+    end = stop.match(body, BETWEEN.match(body, at).end())
+    if not end:
+        raise Incomplete()
+    return (name, arguments), end.end()
+
+
+def parse_calls(body, tools, closed):
+    """([(name, arguments dict)], where in the body they end) of calls in a row.
+
+    tools: {offered name: JSON schema}; closed: the closing literal has come. Incomplete when one of
+    them goes on behind the body. What is not a call of an offered tool ends the row.
+    """
+    if body.strip() in tools:  # GLM, without arguments
+        return [(body.strip(), {})], len(body)
     calls, at = [], BETWEEN.match(body).end()
-    while body.startswith(("{", "["), at):
-        value, at = json_value(body, at, BODY_END, loads)
-        calls += [
-            json_call(one, tools, loads) for one in (value if isinstance(value, list) else [value])
-        ]
-        at = BETWEEN.match(body, at).end()
+    while at < len(body):
+        found = match_any(CALLS, body, at)
+        if found:
+            call, end = tagged_call(found, tools, closed)
+            more = [call]
+        elif body.startswith(("{", "["), at):
+            value, end = json_value(body, at, len(body), closed)
+            more = [json_call(one, tools) for one in as_list(value) or [value]]
+        else:
+            break
+        if not all(name in tools and isinstance(arguments, dict) for name, arguments in more):
+            break
+        calls += more
+        at = BETWEEN.match(body, end).end()
     return calls, at
 
 
-def only_json(body, tools, loads):
-    """JSON calls, and nothing behind them."""
-    calls, at = json_calls(body, tools, loads)
-    if at < len(body):
-        raise ValueError("text behind it")
-    return calls, at
+# ---- finding them in text
 
 
-def tagged_calls(start, stop, parameter=r"(?!)"):
-    """A parser of calls in a row, each `start` (with a group name), then parameters (groups key, value, perhaps string) or
-    a JSON object, then `stop`. The patterns are compiled when the first such call comes."""
+class Mark(NamedTuple):
+    """A literal in text that begins calls, or a channel."""
 
-    def calls_in(body, tools, loads):
-        begins, ends = re.compile(start, re.DOTALL), re.compile(r"\s*(?:%s)" % stop, re.DOTALL)
-        calls, at = [], 0
-        head = begins.match(body)
-        while head:
-            name = find_tool(head.group("name"), tools)
-            arguments, at = tagged_arguments(body, head.end(), tools[name], loads)
-            end = ends.match(body, at)
-            if not end:
-                raise Incomplete()
-            calls.append((name, arguments))
-            at = end.end()
-            head = begins.match(body, at) if at < len(body) else None
-        return calls, at
-
-    def tagged_arguments(body, at, schema, loads):
-        if body.startswith("{", at):
-            return json_value(body, at, re.compile(stop, re.DOTALL), loads)
-        arguments, member = {}, re.compile(parameter, re.DOTALL)
-        found = member.match(body, at)
-        while found:
-            groups = found.groupdict()
-            key, value, verbatim = groups["key"].strip(), groups["value"], groups.get("string")
-            wanted = VERBATIM.get(verbatim) or property_schema(schema, key)
-            arguments[key] = parse_bare(value if verbatim else strip_padding(value), wanted)
-            at = found.end()
-            found = member.match(body, at)
-        return arguments, at
-
-    return calls_in
+    literal: str
+    close: str = ""  # the literal that ends the calls; "" when only the end of the message does
+    head: str = r"\s*[<{\[]"  # regex of what must come soon behind it; group: the tool's name
+    where: int = MIDDLE  # the last of the places at which it counts
+    wrapped: bool = True  # whether both literals only wrap the calls, or belong to one of CALLS
+    channel: str = ""  # the kind of text behind the mark, which is not of calls then, and vanishes
 
 
-def either(*parsers):
-    """The first parser that finds a call."""
-
-    def calls_in(body, tools, loads):
-        for parser in parsers:
-            try:
-                calls, at = parser(body, tools, loads)
-            except Incomplete:
-                raise
-            except ValueError:
-                continue
-            if calls:
-                return calls, at
-        raise ValueError("no call")
-
-    return calls_in
-
-
-# ---- families
-
-VERBATIM = {
-    "true": {"type": "string"},
-    "false": {"type": "JSON"},
-}  # DeepSeek's string="..." -> the schema it stands for
-DSML = r"(?:[\uff5c|]DSML[\uff5c|])?"
-QWEN = tagged_calls(
-    r"\s*<function=(?P<name>[^>\s]+)>\s*",
-    r"</function>",
-    r"\s*<parameter=(?P<key>[^>]+)>(?P<value>.*?)</parameter>(?=\s*(?:<parameter=|</function>))",
-)
-GLM = tagged_calls(
-    r"\s*(?P<name>[\w.:-]+)\s*(?=<arg_key>|\Z)",
-    r"\Z",
-    r"\s*<arg_key>(?P<key>[^<]+)</arg_key>\s*<arg_value>(?P<value>.*?)</arg_value>(?=\s*(?:<arg_key>|\Z))",
-)
-INVOKE = tagged_calls(
-    r'\s*<%sinvoke\s+name="(?P<name>[^"]+)"\s*>\s*' % DSML,
-    r"</%sinvoke>" % DSML,
-    r'\s*<%sparameter\s+name="(?P<key>[^"]+)"(?:\s+string="(?P<string>true|false)")?\s*>'
-    r"(?P<value>.*?)</%sparameter>(?=\s*(?:<%sparameter\s|</%sinvoke>))" % (DSML, DSML, DSML, DSML),
-)
-KIMI = tagged_calls(
-    r"\s*<\|tool_call_begin\|>\s*(?P<name>[^\s<]+?)(?::\d+)?\s*<\|tool_call_argument_begin\|>\s*",
-    r"<\|tool_call_end\|>",
-)
-DEEPSEEK = tagged_calls(
-    r"\s*<\uff5ctool\u2581call\u2581begin\uff5c>(?:function<\uff5ctool\u2581sep\uff5c>)?(?P<name>[^\s<]+)"
-    r"(?:<\uff5ctool\u2581sep\uff5c>)?\s*(?:```(?:json)?\s*)?",
-    r"(?:```)?\s*<\uff5ctool\u2581call\u2581end\uff5c>",
-)
-MISTRAL = tagged_calls(
-    r"\s*(?:\[TOOL_CALLS\])?(?P<name>[\w.-]+)(?:\[CALL_ID\][\w-]*)?\[ARGS\]\s*", r""
-)
-HARMONY = tagged_calls(r"(?P<name>[\w.-]+)[^{}]*?<\|message\|>\s*", r"\Z")
-
-Family = collections.namedtuple("Family", "open close where head wrapped parse")
-Family.__doc__ = """One way to write calls as text.
-
-close: "" when nothing ends it but the end of the message; where: the places at which the opening counts;
-head: regex that what follows the opening must match soon, or it is prose; its group, if any, is the tool's name;
-wrapped: whether open and close only wrap what parse reads, or belong to it.
-"""
-
-CALL_FAMILIES = [
-    Family(*row)
-    for row in (
-        (
-            "<tool_call>",
-            "</tool_call>",
-            OWN_LINE,
-            r"\s*(?:[{\[]|<function=|([\w.:-]+)\s*<)",
-            True,
-            either(json_calls, QWEN, GLM),
-        ),
-        ("<function=", "</function>", OWN_LINE, r"([^>\s]+)>\s*[<{]", False, QWEN),
-        ("[TOOL_REQUEST]", "[END_TOOL_REQUEST]", OWN_LINE, r"\s*[{\[]", True, json_calls),
-        (
-            "<|tool_calls_section_begin|>",
-            "<|tool_calls_section_end|>",
-            ANYWHERE,
-            r"\s*<\|tool_call_begin",
-            True,
-            KIMI,
-        ),
-        ("<|tool_call_begin|>", "<|tool_call_end|>", ANYWHERE, r"[^<>]+<", False, KIMI),
-        (
-            "<\uff5cDSML\uff5cfunction_calls>",
-            "</\uff5cDSML\uff5cfunction_calls>",
-            ANYWHERE,
-            r"\s*<",
-            True,
-            INVOKE,
-        ),
-        (
-            "<\uff5cDSML\uff5ctool_calls>",
-            "</\uff5cDSML\uff5ctool_calls>",
-            ANYWHERE,
-            r"\s*<",
-            True,
-            INVOKE,
-        ),
-        (
-            "<\uff5cDSML\uff5cinvoke",
-            "</\uff5cDSML\uff5cinvoke>",
-            ANYWHERE,
-            r'\s+name="([^"]+)"',
-            False,
-            INVOKE,
-        ),
-        (
-            "<\uff5ctool\u2581calls\u2581begin\uff5c>",
-            "<\uff5ctool\u2581calls\u2581end\uff5c>",
-            ANYWHERE,
-            r"\s*<",
-            True,
-            DEEPSEEK,
-        ),
-        (
-            "<\uff5ctool\u2581call\u2581begin\uff5c>",
-            "<\uff5ctool\u2581call\u2581end\uff5c>",
-            ANYWHERE,
-            r"[^<>]+<",
-            False,
-            DEEPSEEK,
-        ),
-        (
-            "<minimax:tool_call>",
-            "</minimax:tool_call>",
-            ANYWHERE,
-            r"\s*[<{\[]",
-            True,
-            either(INVOKE, json_calls),
-        ),
-        (
-            "[TOOL_CALLS]",
-            "",
-            ANYWHERE,
-            r"\s*(?:[{\[]|([\w.-]+)\[)",
-            True,
-            either(json_calls, MISTRAL),
-        ),
-        ("<|python_tag|>", "", ANYWHERE, r"\s*[{\[]", True, json_calls),
-        ("<|tool_call_start|>", "<|tool_call_end|>", ANYWHERE, r"\s*[{\[]", True, json_calls),
-        ("<|START_ACTION|>", "<|END_ACTION|>", ANYWHERE, r"\s*[{\[]", True, json_calls),
-        ("<|channel|>commentary to=", "<|call|>", ANYWHERE, r"([\w.-]+)[^\w.-]", True, HARMONY),
-        ("<|channel|>analysis to=", "<|call|>", ANYWHERE, r"([\w.-]+)[^\w.-]", True, HARMONY),
-        ("<|start|>assistant to=", "<|call|>", ANYWHERE, r"([\w.-]+)[^\w.-]", True, HARMONY),
-        (
-            "<|start|>assistant<|channel|>commentary to=",
-            "<|call|>",
-            ANYWHERE,
-            r"([\w.-]+)[^\w.-]",
-            True,
-            HARMONY,
-        ),
-        (
-            "{",
-            "",
-            ALONE,
-            r'\s*"(?:name"\s*:\s*"([^"]+)"|type"\s*:\s*"function"|function"\s*:\s*\{)',
-            False,
-            only_json,
-        ),
-    )
+TEXT_MARKS = [
+    Mark("<tool_call>", "</tool_call>", r"\s*(?:[{\[]|<function=|([\w.:-]+)\s*<)", LINE),
+    Mark("<function=", "</function>", r"([^>\s]+)>\s*[<{]", LINE, wrapped=False),
+    Mark("[TOOL_REQUEST]", "[END_TOOL_REQUEST]", where=LINE),  # LM Studio
+    Mark("<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"),
+    Mark("<|tool_call_begin|>", "<|tool_call_end|>", r"[^<>]+<", wrapped=False),
+    Mark("<\uff5cDSML\uff5cfunction_calls>", "</\uff5cDSML\uff5cfunction_calls>"),
+    Mark("<\uff5cDSML\uff5ctool_calls>", "</\uff5cDSML\uff5ctool_calls>"),
+    Mark(
+        "<\uff5cDSML\uff5cinvoke",
+        "</\uff5cDSML\uff5cinvoke>",
+        r'\s+name="([^"]+)"',
+        wrapped=False,
+    ),
+    Mark(widen("<|tool_calls_begin|>"), widen("<|tool_calls_end|>")),
+    Mark(widen("<|tool_call_begin|>"), widen("<|tool_call_end|>"), r"[^<>]+<", wrapped=False),
+    Mark("<minimax:tool_call>", "</minimax:tool_call>"),
+    Mark("[TOOL_CALLS]", "", r"\s*(?:[{\[]|([\w.-]+)\[)"),  # Mistral
+    Mark("<|python_tag|>"),  # Llama
+    Mark("<|tool_call_start|>", "<|tool_call_end|>"),  # LFM2
+    Mark("<|START_ACTION|>", "<|END_ACTION|>"),  # Cohere
+    Mark(
+        "{",
+        "",
+        r'\s*"(?:name"\s*:\s*"([^"]+)"|type"\s*:\s*"function"|function"\s*:\s*\{)',
+        START,
+        wrapped=False,
+    ),
+    # GPT-OSS ("Harmony"): calls, and channels of text. What ends a channel counts only in one, and
+    # while one is open all of these marks count, in code too.
+    *[
+        Mark(start + " to=", "<|call|>", r"(?:functions\.)?([\w.-]+)[^\w.-]")
+        for start in (
+            "<|channel|>commentary",
+            "<|channel|>analysis",
+            "<|start|>assistant",
+            "<|start|>assistant<|channel|>commentary",
+        )
+    ],
+    *[
+        Mark("%s<|channel|>%s<|message|>" % (start, name), channel=kind)
+        for start in ("", "<|start|>assistant")
+        for name, kind in (("analysis", "thinking"), ("final", "text"), ("commentary", "text"))
+    ],
+    *[
+        Mark(end, channel="text", where=NOWHERE)
+        for end in ("<|start|>assistant", "<|end|>", "<|return|>", "<|call|>")
+    ],
 ]
-OPENINGS = {family.open: family for family in CALL_FAMILIES}
-
-# Harmony's other marks -> the kind of text behind them. They vanish; those that end a channel only once one was opened.
-CHANNELS = {
-    start + "<|channel|>" + name + "<|message|>": kind
-    for start in ("", "<|start|>assistant")
-    for name, kind in (("analysis", "thinking"), ("final", "text"), ("commentary", "text"))
-}
-CHANNEL_ENDS = {
-    mark: "text" for mark in ("<|start|>assistant", "<|end|>", "<|return|>", "<|call|>")
-}
-
-LITERALS = sorted(list(OPENINGS) + list(CHANNELS) + list(CHANNEL_ENDS), key=len, reverse=True)
-LONGEST = len(LITERALS[0])
+HARMONY = re.compile(r"<\|(?:channel|start|end|return|call)\|>")
+LITERALS = {mark.literal: mark for mark in TEXT_MARKS}
+LONGEST = max(map(len, LITERALS))
 PIECE = re.compile(
-    r"(?P<blank>\s+)|(?P<ticks>`+)|(?P<literal>%s)|(?P<prose>[^\s`<\[{](?:[^\n`<\[{]*[^\s`<\[{])?|.)"
-    % "|".join(map(re.escape, LITERALS))
+    r"(?P<blank>\s+)|(?P<ticks>`+)|(?P<literal>%s)"
+    r"|(?P<prose>[^\s`<\[{](?:[^\n`<\[{]*[^\s`<\[{])?|.)"
+    % "|".join(map(re.escape, sorted(LITERALS, key=len, reverse=True)))
 )
 
 
-class Held(object):
-    """The text of a possible call while it arrives. lead: the white space before it; headed: its head has matched."""
+class Candidate:
+    """The text of a possible call while it arrives, from its mark on."""
 
-    __slots__ = ("family", "lead", "parts", "size", "tail", "closings", "headed")
+    def __init__(self, mark, tools, space):
+        self.mark, self.tools = mark, tools
+        self.space = space  # the white space in front: kept before prose, dropped before a call
+        self.parts = []  # the text
+        self.size = 0  # of it
+        self.tail = ""  # its last characters, in which the closing literal may have begun
+        self.closings = 0  # closing literals that turned out to be part of a value
+        self.has_head = None  # whether the mark's head matches; None while too little has come
 
-    def __init__(self, family, lead):
-        self.family, self.lead, self.parts = family, lead, []
-        self.size, self.tail, self.closings, self.headed = 0, "", 0, False
-
-    def whole(self):
-        self.parts = ["".join(self.parts)]
-        return self.parts[0]
+    def text(self):
+        return "".join(self.parts)
 
     def add(self, text):
-        """Take more text; returns the offset behind each closing literal that it completed. Looks at no character twice."""
-        close, window, start = self.family.close, self.tail + text, self.size - len(self.tail)
+        """Take more text; the offset behind each closing literal that it completed.
+
+        Looks at no character twice.
+        """
+        close, window, start = self.mark.close, self.tail + text, self.size - len(self.tail)
         self.parts.append(text)
         self.size += len(text)
-        self.tail = window[1 - len(close) :] if close else ""
-        return (
-            [start + found.end() for found in re.finditer(re.escape(close), window)]
-            if close and close in window
-            else []
-        )
+        if not close:
+            return []
+        self.tail = window[1 - len(close) :]
+        return [start + found.end() for found in re.finditer(re.escape(close), window)]
 
-    def plausible(self, tools):
-        """Whether this can still become a call, by what follows the opening."""
-        if not self.headed:
-            start = len(self.family.open)
-            head = re.compile(self.family.head).match(self.whole(), start, start + MAX_LEAD_IN)
-            if not head:
-                return self.size < start + MAX_LEAD_IN
-            try:
-                self.headed = not (head.re.groups and head.group(1)) or bool(
-                    find_tool(head.group(1), tools)
-                )
-            except ValueError:
-                return False
-        return True
+    def check_head(self):
+        """Whether what follows the mark is its head, with an offered tool; None: not yet known."""
+        start = len(self.mark.literal)
+        head = re.compile(self.mark.head).match(self.text(), start, start + MAX_LEAD_IN)
+        if not head:
+            return None if self.size < start + MAX_LEAD_IN else False
+        return not head.lastindex or head.group(1) in self.tools
 
-    def calls(self, end, closed, tools):
-        """[(name, arguments JSON)] and where they end, of the text up to `end`; ValueError when it is no call, Incomplete
-        when it may become one. Not closed: nothing is repaired, and every required argument must be there.
+    def parse(self, end, closed):
+        """([("call", (name, arguments JSON))], where they end) of the text up to `end`.
+
+        ValueError when it is not all calls, Incomplete when it may become so.
+        Not closed: nothing is fixed, and every required argument must be there.
         """
-        family, text = self.family, self.whole()[:end]
-        first = len(family.open) if family.wrapped else 0
-        body = text[first : end - len(family.close) if family.wrapped and closed else end]
-        found, length = family.parse(body, tools, fix_object if closed else parse_object)
-        if not found or family.close and body[length:].strip():
-            raise ValueError("no call")
-        if not closed and any(
-            set(required_names(tools[name])) - set(arguments) for name, arguments in found
-        ):
-            raise ValueError("cut off")
+        mark, first, last = self.mark, 0, end
+        if mark.wrapped:
+            first, last = len(mark.literal), end - len(mark.close) * closed
+        body = self.text()[first:last]
+        calls, length = parse_calls(body, self.tools, closed)
+        if not calls or length < len(body) and (mark.close or mark.where == START):
+            raise ValueError("not a call")
+        for name, arguments in calls:
+            if not closed and set(required_names(self.tools[name])) - arguments.keys():
+                raise ValueError("cut off")
         end = end if closed else first + length
-        return [(name, json.dumps(arguments, allow_nan=False)) for name, arguments in found], end
+        return [("call", (name, json.dumps(arguments))) for name, arguments in calls], end
+
+    def feed(self, text, final):
+        """Take more text. None while undecided, else what parse returns.
+
+        ([], end): it is prose up to there.
+        """
+        ends = self.add(text)
+        if not self.has_head:
+            self.has_head = self.check_head()
+            if self.has_head is False or not self.has_head and (ends or final):
+                return [], len(self.mark.literal)
+        for end, closed in [(end, True) for end in ends] + [(self.size, False)] * final:
+            try:
+                return self.parse(end, closed)
+            except Incomplete:
+                self.closings += 1
+                if closed and self.closings < MAX_CLOSINGS:
+                    continue
+            except UNREADABLE:
+                pass
+            return [], end
+        return ([], self.size) if self.size > MAX_HELD else None
 
 
-class TextCalls(object):
+class TextCalls:
     """Finds the tool calls in a stream of text. tools: {offered name: JSON schema}.
 
-    feed(text) and finish() return pieces: ("text", str), ("thinking", str), ("call", (name, arguments JSON)). What is no
-    call comes out as it came in; white space next to a call is dropped. A caller may keep text from feed while `held` is
-    false and TRIGGER(text) finds nothing: such text stays in the middle of a line, and changes no state.
+    feed(text) and finish() return pieces: ("text", str), ("thinking", str), ("call", (name,
+    arguments JSON)). What is not a call comes out as it came in; white space next to a call is
+    dropped. A caller may keep text from feed while `held` is false and TRIGGER(text) finds nothing:
+    such text stays in the middle of a line, and changes no state.
     """
 
     TRIGGER = staticmethod(re.compile(r"[\n<`]|\[(?:T|\Z)|\s\Z").search)
@@ -3809,116 +3531,77 @@ class TextCalls(object):
     def __init__(self, tools):
         self.tools = tools
         self.place = START  # START, AFTER, LINE or MIDDLE
-        self.fences, self.inline = [], ""  # the back-ticks that opened the code we are in
+        self.code = []  # the back-ticks that opened the code we are in, the innermost last
+        self.inline = False  # the last of them came in this line
         self.channel = ""  # Harmony: the kind of text that its open channel holds
         self.pending = ""  # the end of the text, while the next characters decide what it is
-        self.call = None  # Held, while inside a possible call
-        self.held = True
+        self.call = None  # a Candidate, while inside one
 
-    def feed(self, text):
-        return self.joined(
-            piece
-            for at in range(0, len(text), STEP)
-            for piece in self.scan(text[at : at + STEP], False)
-        )
+    @property
+    def held(self):
+        """Whether all text must be fed: where we are, it may be more than prose."""
+        return bool(self.place != MIDDLE or self.call or self.pending or self.code or self.channel)
+
+    def feed(self, text, final=False):
+        steps = [text[at : at + STEP] for at in range(0, len(text) or 1, STEP)]
+        return [piece for step in steps for piece in self.scan(step, final) if piece[1]]
 
     def finish(self):
-        return self.joined(self.scan("", True))
-
-    def joined(self, pieces):
-        """The pieces, neighbours of a kind in one."""
-        runs = []
-        for kind, value in pieces:
-            if kind == "call":
-                runs.append((kind, value))
-            elif runs and runs[-1][0] == kind:
-                runs[-1][1].append(value)
-            elif value:
-                runs.append((kind, [value]))
-        self.held = bool(
-            self.call
-            or self.pending
-            or self.place != MIDDLE
-            or self.inline
-            or self.fences
-            or self.channel
-        )
-        return [(kind, value if kind == "call" else "".join(value)) for kind, value in runs]
+        return self.feed("", final=True)
 
     def scan(self, text, final):
         """Prose and possible calls in turn, until the text is used up."""
-        quiet = 0
+        quiet = 0  # no mark counts before it
         while True:
             if self.call is None:
                 text = yield from self.prose(text, quiet, final)
                 if self.call is None:
                     return
-            held, verdict = self.call, self.verdict(text, final)
+            candidate, verdict = self.call, self.call.feed(text, final)
             if verdict is None:
                 return
             calls, end = verdict
-            self.call, whole = None, held.whole()
+            self.call, text, quiet = None, candidate.text(), 0
             if calls:
-                yield from (("call", call) for call in calls)
+                yield from calls
                 self.place, self.channel = AFTER, self.channel and "text"
-                text, quiet = whole[end:], 0
+                text = text[end:]
             else:
-                yield self.channel or "text", held.lead
-                again = whole.rfind(
-                    held.family.open, 1, end
-                )  # the last opening before this end gets a try, no other:
-                text, quiet = whole, again if again > 0 else end  # so the time stays linear
-
-    def verdict(self, text, final):
-        """What the held call is, with text added: None while undecided, else (calls, end); no calls: it was prose."""
-        held = self.call
-        ends = held.add(text)
-        if not held.plausible(self.tools) or (ends or final) and not held.headed:
-            return [], len(held.family.open)
-        for end in ends:
-            try:
-                return held.calls(end, True, self.tools)
-            except Incomplete:
-                held.closings += 1
-            except UNREADABLE:
-                return [], end
-            if held.closings == MAX_CLOSINGS:
-                return [], end
-        if held.size > MAX_HELD:
-            return [], held.size
-        if not final:
-            return None
-        try:
-            return held.calls(held.size, False, self.tools)
-        except UNREADABLE:
-            return [], held.size
+                yield self.channel or "text", candidate.space
+                again = text.rfind(candidate.mark.literal, 1, end)
+                quiet = again if again > 0 else end  # only the last one gets a try: linear time
 
     # -- prose
 
     def prose(self, text, quiet, final):
-        """Yield text up to an opening that counts; return the text from there on. No opening counts before `quiet`."""
+        """Yield text up to a mark of calls that counts (none before `quiet`); return the rest.
+
+        What white space, back-ticks and the beginning of a literal mean shows only behind them:
+        they wait in `pending`.
+        """
         text, self.pending = self.pending + text, ""
-        done = solid = at = 0  # said up to done; white space alone from solid to at
+        done = solid = at = 0  # yielded up to done; white space alone from solid to at
         while at < len(text):
             token = PIECE.match(text, at)
-            kind, end = token.lastgroup, token.end()
+            kind, literal, end = token.lastgroup, token.group(), token.end()
             if not final and self.undecided(text, at, end):
                 break
             if kind == "blank":
-                self.blank(token.group())
+                self.blank(literal)
                 if self.place == AFTER:
                     done = solid = end
-            elif kind == "literal" and at >= quiet and self.counts(token.group()):
-                if token.group() in OPENINGS:
-                    yield self.channel or "text", text[done:solid]
-                    self.call = Held(OPENINGS[token.group()], text[solid:at])
+            elif kind == "literal" and at >= quiet and self.counts(literal):
+                mark = LITERALS[literal]
+                yield self.channel or "text", text[done : at if mark.channel else solid]
+                if not mark.channel:
+                    self.call = Candidate(mark, self.tools, text[solid:at])
                     return text[at:]
-                yield self.channel or "text", text[done:at]
-                self.enter(token.group())
+                self.channel = mark.channel
+                self.place, self.code, self.inline = LINE, [], False
                 done = solid = end
             else:
                 if kind == "ticks":
-                    self.ticks(token.group(), text[end : end + 1])
+                    self.ticks(literal, text[end : end + 1])
                 self.place, solid = MIDDLE, end
             at = end
         if final or len(text) - solid > MAX_BLANK:
@@ -3927,56 +3610,45 @@ class TextCalls(object):
         yield self.channel or "text", text[done:solid]
 
     def undecided(self, text, at, end):
-        """Whether the token at the end of text may go on: back-ticks, or the beginning of a literal that would count."""
-        first = text[at]
-        if first == "`":
+        """Whether the piece at the end of text may go on: back-ticks, or the beginning of a literal
+        that would count.
+        """
+        if text[at] == "`":
             return end == len(text) and end - at < MAX_BLANK
-        if first not in "<[{" or len(text) - at >= LONGEST:
-            return False
-        rest = text[at:]
-        return any(
+        rest = text[at : at + LONGEST]
+        return rest[0] in "<[{" and any(
             literal.startswith(rest) and literal != rest and self.counts(literal)
             for literal in LITERALS
         )
 
     def counts(self, literal):
-        """Whether a literal means something at this place. In an open Harmony channel all of Harmony's do, in code too."""
-        if (
-            literal in CHANNEL_ENDS
-            or self.channel
-            and literal.startswith(("<|channel|>", "<|start|>"))
-        ):
-            return bool(self.channel)
-        return (
-            not self.inline
-            and not self.fences
-            and (literal in CHANNELS or self.place in OPENINGS[literal].where)
-        )
-
-    def enter(self, mark):
-        """Go on in the channel that a Harmony mark opens."""
-        self.channel = CHANNELS.get(mark) or CHANNEL_ENDS[mark]
-        self.place, self.inline, self.fences = LINE, "", []
+        """Whether a literal means something here. In an open channel, nobody writes about marks."""
+        if self.channel and HARMONY.match(literal):
+            return True
+        return not self.code and self.place <= LITERALS[literal].where
 
     def blank(self, space):
-        """White space: a new line ends inline code, unless three or more back-ticks opened it: then it is a fence."""
+        """White space: a new line ends inline code, but three back-ticks or more opened a fence."""
         if "\n" in space:
-            if len(self.inline) >= 3:
-                self.fences.append(self.inline)
-            self.inline = ""
+            if self.inline and len(self.code[-1]) < 3:
+                self.code.pop()
+            self.inline = False
             self.place = LINE if self.place == MIDDLE else self.place
 
     def ticks(self, run, after):
-        """Back-ticks, and the character after them. In a fence, a run with a language opens one more, a bare one closes."""
+        """Back-ticks, and the character behind them.
+
+        In a fence, a run with a language opens one more, a bare one closes.
+        """
         if self.inline:
-            self.inline = "" if run == self.inline else self.inline
-        elif not self.fences:
-            self.inline = run
-        elif self.place != MIDDLE and len(run) >= 3:
-            if after.strip():
-                self.inline = run
-            elif len(run) >= len(self.fences[-1]):
-                self.fences.pop()
+            if run == self.code[-1]:
+                self.code.pop()
+                self.inline = False
+        elif not self.code or self.place != MIDDLE and len(run) >= 3 and after.strip():
+            self.code.append(run)
+            self.inline = True
+        elif self.place != MIDDLE and len(run) >= len(self.code[-1]):
+            self.code.pop()
 
 
 # ==================================================================================================
@@ -5375,486 +5047,453 @@ def apply_lesson(profile, changes):
     return profile._replace(**known)
 
 
-# ======================================================================================================
+# ==================================================================================================
 # 10  Upstream: connections to the provider, kept alive
-# ======================================================================================================
+# ==================================================================================================
+#
+#     Upstream.open -> Line.ask -> http.client -> Line.sendall, Line.readinto -> socket
+#     Reply.blocks  <- inflate <- Dechunker <- Line.file <- Line.readinto
+#
+# http.client writes requests and reads the heads of answers; urllib says which proxy is on the way.
+# Under them is no socket but a Line, which waits through the client's `wait`: so a client that
+# leaves is noticed, and pings go out, wherever http.client happens to read. Bodies are read past
+# http.client: its reader of chunks takes 13 us a chunk where the Dechunker takes 5, and it accepts
+# sizes such as -5, 0x5 and 1_0.
+#
+# The life of a Line: dial, with TLS secure, then ask -> Reply -> keep, kept, ask -> Reply -> ...
+# until something is wrong with it, or it was idle for too long: drop.
 
 READ_SIZE = 16384  # one TLS record; every waiting thread holds one
 SEND_SIZE = 1 << 18
-MAX_HEAD = 1 << 16
-MAX_FIELDS = 200
+MAX_HEAD = 1 << 16  # bytes that may come before a head, interim ones included, is whole
 MAX_BODY = 1 << 26  # of a reply that is read whole
 BLOCK_SIZE = 1 << 16  # of decompressed output: a bomb costs time, not memory
-KEPT_WIRES = 128  # idle connections to one place
+KEPT_LINES = 128  # idle connections to one place
 DRAIN_SECONDS = 0.05  # how long finish() waits for the end of a body
-ROUTE_SECONDS = 60  # how long a look-up of the system's proxy settings holds
+SLICE_SECONDS = 0.2  # between two looks at the client where the socket alone is waited for
+WAY_SECONDS = 60  # how long a look-up of the system's proxy settings holds
 MAX_REDIRECTS = 3
 
 PORTS = {"http": 80, "https": 443}
-INFLATERS = {"gzip": zlib.MAX_WBITS | 16, "x-gzip": zlib.MAX_WBITS | 16, "deflate": zlib.MAX_WBITS}
+# What a socket that never blocks says instead of waiting.
 NOTHING_YET = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
-HEAD_END = re.compile(rb"\r?\n\r?\n")
-INTERIM = re.compile(
-    rb"HTTP/1\.[01] 1(?!01)\d\d[ \r\n]"
-)  # 100 Continue, 103 Early Hints: the answer is still to come
-HEADER_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
-FIELD_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
-STATUS_LINE = re.compile(rb"HTTP/1\.(\d) +([1-9]\d\d)((?: .*)?)")
-LOCAL_HOSTS = re.compile(r"(?:.*\.)?localhost|127(?:\.\d+){3}|0\.0\.0\.0|::1|::")
+# "name:value" as it may go out: visible ASCII, then what RFC 9110, 5.5 allows, of latin-1.
+FIELD = re.compile(r"[!-9;-~]+:[\t -~\x80-\xff]*")
 
-Route = collections.namedtuple("Route", "scheme host port proxy proxy_auth")
-Route.__doc__ = """The way to an origin. proxy: (host, port) or None; proxy_auth: a Proxy-Authorization value, secret, or ""."""
+
+class Way(NamedTuple):
+    """How an origin is reached; connections are kept by it."""
+
+    scheme: str
+    host: str  # in its ASCII form
+    port: int
+    proxy: tuple = None  # (host, port)
+    proxy_auth: str = ""  # the value of Proxy-Authorization, a secret
 
 
 def host_port(host, port):
+    """host:port as in a URL, where an IPv6 address has brackets."""
     return ("[%s]:%d" if ":" in host else "%s:%d") % (host, port)
 
 
 def url_origin(url):
-    """(scheme, host, port) of an http(s) URL; ValueError for anything else."""
+    """(scheme, host, port) of an http(s) URL; ValueError for anything else. A name with other
+    letters is given in the ASCII form that DNS, TLS and the Host field take (RFC 5890)."""
     parts = urllib.parse.urlsplit(url)
-    if parts.scheme not in PORTS or not parts.hostname:
-        raise ValueError(url)
-    return parts.scheme, parts.hostname, parts.port or PORTS[parts.scheme]
+    host = (parts.hostname or "").encode("idna").decode("ascii")
+    if parts.scheme not in PORTS or not re.fullmatch("[!-~]+", host):
+        raise ValueError("not an http(s) URL")
+    return parts.scheme, host, parts.port or PORTS[parts.scheme]
 
 
 def basic_auth(parts):
-    pair = "%s:%s" % (
-        urllib.parse.unquote(parts.username or ""),
-        urllib.parse.unquote(parts.password or ""),
-    )
-    return "Basic " + base64.b64encode(pair.encode("utf-8")).decode("ascii")
+    """The Authorization value for the user and password of a split URL (RFC 7617)."""
+    pair = [urllib.parse.unquote(each or "") for each in (parts.username, parts.password)]
+    return "Basic " + base64.b64encode(":".join(pair).encode("utf-8")).decode("ascii")
 
 
-def route_to(scheme, host, port):
-    """The Route to an origin by HTTP(S)_PROXY, ALL_PROXY and NO_PROXY, or the settings of macOS and Windows."""
-    proxies = urllib.request.getproxies()
+def find_way(scheme, host, port):
+    """The Way to an origin by HTTP(S)_PROXY, ALL_PROXY and NO_PROXY, or the settings of macOS and
+    Windows."""
+    proxies, bypass = urllib.request.getproxies(), urllib.request.proxy_bypass
     proxy = proxies.get(scheme) or proxies.get("all")
-    if (
-        not proxy
-        or LOCAL_HOSTS.fullmatch(host)
-        or urllib.request.proxy_bypass(host_port(host, port))
-    ):
-        return Route(scheme, host, port, None, "")
+    if not proxy or LOOPBACK.match(host) or bypass(host_port(host, port)):
+        return Way(scheme, host, port)
+    setting, (kind, _, place) = scheme.upper() + "_PROXY", proxy.rpartition("://")
+    # The ssl module cannot run TLS with the origin inside TLS with the proxy, and to talk plainly
+    # to a proxy that is written with https:// would show its password to the network.
+    if kind.lower() not in ("", "http"):
+        raise UpstreamError(
+            "%s:// proxies are not supported: write http:// in %s if yours takes plain HTTP, as "
+            "most do, or name %s in NO_PROXY" % (kind, setting, host),
+            kind="connect",
+        )
     try:
-        parts = urllib.parse.urlsplit(proxy if "://" in proxy else "http://" + proxy)
-        address = parts.hostname, parts.port or PORTS.get(parts.scheme)
+        address = url_origin("http://" + place)[1:]
     except ValueError:
-        raise UpstreamError(
-            "the proxy setting for %s has no valid host and port: correct %s_PROXY"
-            % (host, scheme.upper()),
-            kind="connect",
-        )
-    # As in urllib, the way to an https:// proxy is plain too: nearly all that are written so are plain ones.
-    if parts.scheme not in PORTS or not parts.hostname:
-        raise UpstreamError(
-            "%s:// proxies are not supported: set %s_PROXY to an http:// proxy, or name %s in NO_PROXY"
-            % (parts.scheme, scheme.upper(), host),
-            kind="connect",
-        )
-    return Route(scheme, host, port, address, basic_auth(parts) if parts.username else "")
+        said = "the proxy setting for %s has no valid host and port: correct %s" % (host, setting)
+        raise UpstreamError(said, kind="connect")
+    parts = urllib.parse.urlsplit("http://" + place)
+    return Way(scheme, host, port, address, basic_auth(parts) if parts.username else "")
 
 
 def poll_socket(sock, seconds, read=True, write=False):
-    """Waits until `sock` can be read (or written, as asked). True: it can; False: the seconds are over. None sleeps."""
+    """Waits until `sock` can be read (or written, as asked). True: it can; False: the seconds are
+    over. Without a socket (None) it sleeps."""
     if sock is None:
         time.sleep(seconds)
         return True
     if not hasattr(select, "poll"):  # Windows
-        return any(select.select([sock] if read else [], [sock] if write else [], [], seconds))
+        return any(select.select([sock] * read, [sock] * write, [], seconds))
     poll = select.poll()
-    poll.register(sock, (select.POLLIN if read else 0) | (select.POLLOUT if write else 0))
+    poll.register(sock, select.POLLIN * read | select.POLLOUT * write)
     return bool(poll.poll(seconds * 1000))
 
 
-class Headers:
-    """The fields of a head, by lower-case name: get() gives the first of a name, all() every one. lines: bytes without line
-    breaks. strict: ValueError for a line that is no field (RFC 9112, section 5), else it is skipped.
-    """
-
-    __slots__ = ("fields",)
-
-    def __init__(self, lines=(), strict=False):
-        self.fields = fields = {}
-        for line in lines:
-            name, colon, value = line.decode("latin-1").partition(":")
-            if colon and FIELD_NAME.fullmatch(name) and "\r" not in value and "\0" not in value:
-                fields.setdefault(name.lower(), []).append(value.strip(" \t"))
-            elif strict:
-                raise ValueError("no header field: %s" % ascii(line[:60])[1:])
-
-    def get(self, name, default=None):
-        return self.fields.get(name.lower(), (default,))[0]
-
-    def all(self, name):
-        return self.fields.get(name, [])
-
-    def items(self):
-        return [(name, value) for name, values in self.fields.items() for value in values]
-
-    def tokens(self, name):
-        """The set of the lower-case words in a comma-separated field."""
-        return {word.strip().lower() for value in self.all(name) for word in value.split(",")}
-
-
-class Head:
-    """The head of an answer. chunked, length: how the body is framed (length None: until the connection ends, unless it is
-    chunked); last: the upstream closes the connection after it. ValueError for what is no head."""
-
-    __slots__ = ("status", "reason", "headers", "chunked", "length", "last")
-
-    def __init__(self, head, method):
-        lines = head.replace(b"\r\n", b"\n").split(b"\n")
-        status = STATUS_LINE.fullmatch(lines[0])
-        if not status or len(lines) > MAX_FIELDS:
-            raise ValueError("no HTTP head")
-        self.status, self.reason = int(status.group(2)), status.group(3).decode("latin-1").strip()
-        self.headers = Headers(lines[1:-2])
-        options = self.headers.tokens("connection")
-        self.last = "close" in options or status.group(1) == b"0" and "keep-alive" not in options
-        self.chunked, self.length = False, 0
-        if method == "HEAD" or self.status < 200 or self.status in (204, 304):
-            return
-        self.chunked, self.length = "chunked" in self.headers.tokens("transfer-encoding"), None
-        length = self.headers.get("content-length", "")
-        if not self.chunked and re.fullmatch("[0-9]{1,18}", length):
-            self.length = int(length)
-
-
-def ascii_host(name):
-    """A host with its port as it is written in HTTP."""
-    try:
-        return name.encode("idna").decode("ascii")
-    except UnicodeError:  # connecting will say what is wrong with it
-        return name.encode("ascii", "replace").decode("ascii")
-
-
-def request_bytes(route, method, url, headers, body):
-    """Head and body of a request as they go out; UpstreamError if a setting got something into them that HTTP forbids."""
+def request_parts(way, url, headers):
+    """(request target, header fields) as they go out. UpstreamError if a setting brought something
+    into them that HTTP forbids: http.client's own error would quote the value, and that may be an
+    API key."""
     parts = urllib.parse.urlsplit(url)
     target = (parts.path or "/") + ("?" + parts.query if parts.query else "")
-    names = {name.lower() for name in headers}
-    fields = [("Host", ascii_host(parts.netloc.rpartition("@")[2]))] if "host" not in names else []
-    fields += [("Accept-Encoding", "identity")] if "accept-encoding" not in names else []
-    if body is not None:
-        fields.append(("Content-Length", str(len(body))))
-    if parts.username and "authorization" not in names:
-        fields.append(("Authorization", basic_auth(parts)))
-    if route.proxy and route.scheme == "http":
-        target = "http://" + host_port(route.host, route.port) + target
-        if route.proxy_auth:
-            fields.append(("Proxy-Authorization", route.proxy_auth))
-    fields += [
-        (name, value)
-        for name, value in headers.items()
-        if name.lower() not in ("content-length", "transfer-encoding")
+    framing = ("content-length", "transfer-encoding")  # http.client's business
+    fields = {name: value for name, value in headers.items() if name.lower() not in framing}
+    if parts.username and "authorization" not in map(str.lower, fields):
+        fields["Authorization"] = basic_auth(parts)
+    if way.proxy and way.scheme == "http":
+        target = "http://" + host_port(way.host, way.port) + target
+        if way.proxy_auth:
+            fields["Proxy-Authorization"] = way.proxy_auth
+    # http.client lets \0 and names with blanks pass.
+    wrong = [
+        "the header " + ascii(name)
+        for name in fields
+        if not FIELD.fullmatch(name + ":" + fields[name])
     ]
-    for name, value in fields:
-        if not HEADER_VALUE.fullmatch(value):
-            raise UpstreamError(
-                "the header %s to the provider has a line break or another character in its value that HTTP "
-                "forbids: check the setting (an API key?) it comes from" % ascii(name),
-                500,
-                kind="request",
-            )
-    if not re.fullmatch("[!-~]+", target) or not all(
-        FIELD_NAME.fullmatch(name) for name, _ in fields
-    ):
+    if wrong or not re.fullmatch("[!-~]+", target):
         raise UpstreamError(
-            "the base URL or a header name has a blank or another character that HTTP forbids: check the "
-            "settings",
+            "%s to the provider has a line break or another character that HTTP forbids: check the "
+            "setting (an API key?) it comes from" % (wrong or ["the URL"])[0],
             500,
             kind="request",
         )
-    lines = ["%s %s HTTP/1.1" % (method, target)] + ["%s: %s" % field for field in fields]
-    return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1") + (body or b"")
+    return target, fields
 
 
-class Wire:
-    """One connection. The socket never blocks; all waiting goes through `wait(sock, seconds)`, which may raise ClientGone.
+class Head(http.client.HTTPResponse):
+    """The head of an answer, after any interim ones: status, reason, headers, chunked, length,
+    will_close. ValueError, beside http.client's own errors, where nobody can say how long the body
+    is."""
 
-    rest: bytes that came and are not used yet. heard: a byte of the current answer has come. since: idle from then on.
-    Whoever gets an exception from a method must drop the wire.
+    def begin(self):
+        while self.headers is None or 100 <= self.status < 200 and self.status != 101:
+            self.headers = None
+            http.client.HTTPResponse.begin(self)
+        # After a malformed line the email parser takes all others for a body, the framing with
+        # them.
+        if self.headers.defects:
+            raise ValueError("a malformed field in its head")
+        # Contradictions are errors, not something to choose from (RFC 9112, 6.3). http.client
+        # itself takes the first of two lengths, "+5" for 5, and "chunked " for no coding at all.
+        coding = ",".join(self.headers.get_all("Transfer-Encoding", ())).strip().lower()
+        lengths = {length.strip() for length in self.headers.get_all("Content-Length", ())}
+        self.chunked = coding == "chunked"
+        if coding not in ("", "identity", "chunked") or self.chunked and lengths:
+            raise ValueError("a Transfer-Encoding that cannot be")
+        if len(lengths) > 1 or not all(re.fullmatch("[0-9]{1,18}", length) for length in lengths):
+            raise ValueError("a Content-Length that is not one number")
+
+
+class Inlet(io.BufferedReader):
+    """What http.client reads a Line through."""
+
+    def close(self):
+        """Nothing: http.client closes its file after each answer, and the line lives on. A real
+        close could not be undone: the buffer is freed with it."""
+
+
+class Line(io.RawIOBase):
+    """A connection, in the form in which http.client uses a socket: sendall, makefile, close.
+
+    The socket never blocks; all waiting goes through `wait(sock, seconds)`. It gives True when the
+    socket can be read, False when the seconds are over; what it raises (ClientGone) comes through
+    http.client. Whoever gets an exception from a method must end the line.
     """
 
-    __slots__ = ("sock", "route", "peer", "wait", "timeout", "rest", "heard", "since", "buffer")
-
-    def __init__(self, sock, route, peer):
-        self.sock, self.route, self.peer = sock, route, peer
-        self.buffer = bytearray(
-            READ_SIZE
-        )  # recv() would take as much anew for each chunk, and leave holes in memory
-        self.begin(poll_socket, 0)
+    def __init__(self, sock, way):
+        self.sock, self.way = sock, way
+        self.peer = host_port(way.host, way.port)  # how messages name the other end
+        if way.proxy:
+            self.peer += " (through the proxy %s)" % host_port(*way.proxy)
+        self.file = Inlet(self, READ_SIZE)
+        self.since = 0.0  # monotonic time at which it became idle
+        self.begin(None, 0.0)
 
     def begin(self, wait, timeout):
-        """Starts an exchange, in which every silence may last `timeout` seconds."""
-        self.wait, self.timeout, self.rest, self.heard = wait, timeout, b"", False
+        """Starts an exchange: nothing is left of the one before."""
+        self.wait = wait  # None: only what is there is read
+        self.timeout = timeout  # seconds that a silence may last
+        # Monotonic time by which what is read must have come to its end, within MAX_HEAD bytes.
+        # None: a body, which may go on for as long as something comes.
+        self.deadline = None
+        self.came = 0  # bytes of the current answer, interim ones included
+        self.ended = False  # the other side has closed
+        self.whole = True  # all of the request could be sent
 
-    def ready(self, wait, seconds):
-        """`wait` on the socket, unless TLS has already taken from it what we are waiting for."""
-        return (
-            self.route.scheme == "https"
-            and getattr(self.sock, "pending", int)() > 0
-            or wait(self.sock, seconds)
+    def makefile(self, *_):
+        """Always the same file: what it read too much of belongs to what comes next."""
+        return self.file
+
+    def close(self):
+        """Nothing: http.client closes its socket before the body of a last answer is read."""
+
+    def end(self):
+        self.file = None  # break the reference cycle
+        self.sock.close()
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        """The next bytes into `buffer` -> their number, 0 at the end of the connection, None if
+        `wait` is None and nothing is there (or only a TLS session ticket)."""
+        while True:
+            if self.wait:
+                self.await_bytes()
+            try:
+                size = self.sock.recv_into(buffer)
+                break
+            except NOTHING_YET:
+                if not self.wait:
+                    return None
+            except OSError as error:
+                raise self.cut(error.strerror or "read error")
+        self.came += size
+        self.ended = not size
+        if self.ended and self.deadline:  # http.client would take half a head for a whole one
+            raise self.cut("closed by it")
+        return size
+
+    def await_bytes(self):
+        """Waits for the socket, unless TLS has already taken from it what we are waiting for."""
+        seconds = self.timeout
+        if self.deadline:
+            if self.came > MAX_HEAD:
+                raise self.garbage("a head of more than %d KB" % (MAX_HEAD >> 10))
+            seconds = self.deadline - time.monotonic()
+        if seconds > 0:
+            if getattr(self.sock, "pending", int)() or self.wait(self.sock, seconds):
+                return
+        if self.deadline and self.came:
+            raise self.stuck("%s sent no whole head in %g s: it is overloaded or stuck; try again")
+        raise self.stuck(
+            "%s has been silent for %g s: it is overloaded or stuck; try again, or raise the "
+            "timeout"
         )
 
-    def now(self):
-        """What has arrived: bytes, b"" at the end of the connection, None if nothing (or only a TLS session ticket)."""
+    def look(self):
+        """What has come and is not read yet, without waiting for more; None where the connection is
+        over."""
+        wait, self.wait = self.wait, None
         try:
-            size = self.sock.recv_into(self.buffer)
-            return bytes(memoryview(self.buffer)[:size])
-        except NOTHING_YET:
+            return self.file.peek(1) or (None if self.ended else b"")
+        except UpstreamError:
             return None
-        except OSError as error:
-            raise self.cut(error.strerror or "read error")
+        finally:
+            self.wait = wait
 
-    def receive(self, seconds=None):
-        """The next bytes, b"" at the end of the connection; waits at most `timeout` for them."""
-        while True:
-            if not self.ready(self.wait, self.timeout if seconds is None else max(seconds, 0)):
-                raise UpstreamError(
-                    "%s has been silent for %g s: it is overloaded or stuck; try again, or raise the timeout"
-                    % (self.peer, self.timeout),
-                    504,
-                    "timeout_error",
-                    kind="timeout",
-                )
-            data = self.now()
-            if data is not None:
-                return data
-
-    def send(self, data):
-        """Sends `data`; False if the upstream closed or answered before it had all (the answer is then in `rest`, or comes)."""
-        view, moved = memoryview(data), time.monotonic()
-        while view:
+    def sendall(self, data):
+        """Sends `data`, or (then it is not `whole`) as much as the other side takes before it
+        closes or answers: a 413 may come before the end of the request."""
+        view, moved, early = memoryview(data), time.monotonic(), b""
+        while view and self.whole:
             try:
                 view = view[self.sock.send(view[:SEND_SIZE]) :]
                 moved = time.monotonic()
                 continue
             except NOTHING_YET:
                 pass
-            except OSError:  # it may have answered before it hung up: head() sees
-                return False
-            if self.wait(self.sock, 0):
-                early = self.now()
-                self.rest += early or b""
-                self.heard = bool(self.rest)
-                if early is not None and not INTERIM.match(self.rest):
-                    return False
+            except OSError:  # it may have answered before it hung up: who reads will see
+                self.whole = False
+                return
+            poll_socket(self.sock, SLICE_SECONDS, read=not early, write=True)
+            self.wait(self.sock, 0)  # for the client's sake
+            early = self.look()
+            # HTTP/1.1 1.. is an interim answer: the real one is still to come (RFC 9110, 15.2).
+            self.whole = early is not None and early[9:10] in b"1"
             if time.monotonic() - moved > self.timeout:
-                raise UpstreamError(
+                raise self.stuck(
                     "%s took no byte of the request for %g s: it is overloaded or stuck; try again"
-                    % (self.peer, self.timeout),
-                    504,
-                    "timeout_error",
-                    kind="timeout",
                 )
-            poll_socket(self.sock, 0.2, read=not self.rest, write=True)
-        return True
 
-    def head(self, method):
-        """The head of the answer as an HTTPResponse that was never near the socket; the whole head within `timeout`."""
-        deadline = time.monotonic() + self.timeout
-        while True:
-            found = HEAD_END.search(self.rest)
-            if found:
-                head, self.rest = self.rest[: found.end()], self.rest[found.end() :]
-                if not INTERIM.match(head):
-                    return self.parsed(head, method)
-                continue
-            if len(self.rest) > MAX_HEAD or not b"HTTP/".startswith(self.rest[:5]):
-                raise self.garbage(self.rest)
-            data = self.receive(deadline - time.monotonic())
-            if not data:
-                raise self.cut("closed by it")
-            self.heard = True
-            self.rest += data
-
-    def parsed(self, head, method):
+    def ask(self, method, target, fields, body, wait, timeout):
+        """Sends a request and reads the head of the answer, which has `timeout` seconds -> Head."""
+        self.begin(wait, timeout)
+        # A new one for each request: the line is what is kept, and http.client's states go with the
+        # answer.
+        connection = http.client.HTTPConnection(self.way.host, self.way.port)
+        connection.default_port = PORTS[self.way.scheme]
+        connection.response_class, connection.sock = Head, self
         try:
-            return Head(head, method)
-        except ValueError:
-            raise self.garbage(head)
+            connection.request(method, target, body, fields)
+            self.deadline = time.monotonic() + timeout
+            start = self.file.peek(1)[:40]
+            # http.client would wait for the end of a line, whatever it begins with.
+            if not start.startswith(b"HTTP/"[: len(start)]):
+                raise self.garbage("it begins with " + ascii(start)[1:], start.startswith(b"\x15"))
+            head = connection.getresponse()
+        except (http.client.HTTPException, ValueError) as error:
+            raise self.garbage(ascii(str(error) or type(error).__name__)[1:-1][:100])
+        self.deadline = None
+        return head
 
-    def garbage(self, data):
-        if data[:1] == b"\x15":  # a TLS alert
-            advice = "it expects TLS; write https:// in the base URL"
-        else:
-            advice = "check host and port of the base URL"
-        return UpstreamError(
-            "%s does not answer with proper HTTP (its %d bytes begin with %s): %s"
-            % (self.peer, len(data), ascii(data[:40])[1:], advice),
-            kind="cut",
+    def handshake(self, context, seconds):
+        """TLS from here on, through the proxy if there is one. OSError, ValueError
+        (ssl.CertificateError on Python 3.6)."""
+        end = time.monotonic() + seconds
+        self.sock = context.wrap_socket(
+            self.sock, server_hostname=self.way.host, do_handshake_on_connect=False
         )
+        while True:
+            try:
+                return self.sock.do_handshake()
+            except NOTHING_YET:
+                if time.monotonic() > end:
+                    raise socket.timeout("timed out")
+                self.wait(self.sock, SLICE_SECONDS)
+
+    # -- what can be wrong with it
+
+    def stuck(self, said):
+        """It is there, and does nothing. No retry: with the same patience, that would take as long
+        again."""
+        said %= self.peer, self.timeout
+        return UpstreamError(said, 504, "timeout_error", kind="timeout")
+
+    def garbage(self, seen, alert=False):
+        """What came is not an answer. alert: it is one of TLS, whose records of this kind begin
+        with 21 (RFC 8446, 5.1)."""
+        advice = "it expects TLS; write https:// in" if alert else "check host and port of"
+        said = "%s does not answer with proper HTTP (%s): %s the base URL"
+        return UpstreamError(said % (self.peer, seen, advice), kind="cut")
 
     def cut(self, seen):
-        when = "in the middle of its answer" if self.heard else "before it answered"
-        return UpstreamError(
-            "the connection to %s ended %s (%s): a fault there or in the network; try again"
-            % (self.peer, when, seen),
-            kind="cut",
-            retry=True,
-        )
-
-    def close(self):
-        try:
-            self.sock.close()
-        except OSError:
-            pass
+        """It is over, before the end. The words tell a busy server's restart from a lost stream."""
+        when = "in the middle of its answer" if self.came else "before it answered"
+        said = "the connection to %s ended %s (%s): a fault there or in the network; try again"
+        return UpstreamError(said % (self.peer, when, seen), kind="cut", retry=True)
 
 
 class Dechunker:
-    """Undoes chunked framing. `left` bytes of a chunk are to come; `tail` is the unfinished line between two chunks.
+    """Undoes chunked framing (RFC 9112, 7.1), however it was split on its way.
 
-    done: the end was seen; rest: what came after it. A size line is taken with the line break before it, which ends the
-    chunk before; that is why it all begins with one.
+    A size line is taken with the line break before it, which ends the chunk before; that is why it
+    all begins with one. left: bytes of a chunk that are to come; tail: the unfinished line between
+    two chunks (one of them is always empty), or, when it is `done`, what came after the end.
     """
 
     SIZE_LINE = re.compile(rb"\r?\n([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\r\n]*)?\r?\n")
-    PART_OF_IT = re.compile(rb"(?:\r?\n?|\r?\n[0-9A-Fa-f]{1,15}[ \t]*(?:;[^\r\n]*)?\r?)\Z")
     TRAILERS = re.compile(rb"(?:[^\r\n][^\n]*\n)*\r?\n")
-    MAX_TAIL = 16384
 
     def __init__(self):
-        self.left, self.tail, self.done, self.rest = 0, b"\r\n", False, b""
-        self.sizes = {}  # of size lines seen: chunks of a model are alike, and this halves the time
+        self.left, self.tail, self.done = 0, b"\r\n", False
 
     def feed(self, data):
-        """The payload in `data`, however many chunks it spans, as one piece. ValueError if it is not chunked framing."""
-        if self.left >= len(data):
-            self.left -= len(data)
-            return data
-        data = self.tail + data  # one of `tail` and `left` is always empty
-        at, end, find, known = self.left, len(data), data.find, self.sizes.get
-        pieces = [data[:at]]
+        """The payload in `data`, however many chunks it spans, as one piece. ValueError for bad
+        framing."""
+        data, at = self.tail + data, self.left
+        pieces, end, self.tail = [data[:at]], len(data), b""
         while at < end:
-            start = find(b"\n", at + 2) + 1
-            if not start and data[at:] == b"\r\n":  # nearly always, when chunks come one by one
-                self.left, self.tail = 0, b"\r\n"
-                return b"".join(pieces)
-            size = known(data[at:start]) or self.size(data, at, start)
+            line = self.SIZE_LINE.match(data, at)
+            size = line and int(line.group(1), 16)
             if not size:
-                self.stop(data, at)
-                return b"".join(pieces)
+                self.stop(data, at, line)
+                at = end
+                break
+            start = line.end()
             at = start + size
             pieces.append(data[start:at])
-        self.left, self.tail = at - end, b""
+        self.left = at - end
         return b"".join(pieces)
 
-    def size(self, data, at, start):
-        line = self.SIZE_LINE.match(data, at, start)
-        size = int(line.group(1), 16) if line else 0
-        if start - at < 8:  # no more than 4,096 of them
-            self.sizes[data[at:start]] = size
-        return size
-
-    def stop(self, data, at):
-        """Takes what is not the size line of a chunk with payload: the last line and its trailers, or the part of a line."""
-        line = self.SIZE_LINE.match(data, at)
-        end = line and self.TRAILERS.match(data, line.end())
-        self.left, self.tail = 0, data[at:]
-        if end:
-            self.done, self.tail, self.rest = True, b"", data[end.end() :]
-        elif not (line or self.PART_OF_IT.match(self.tail)) or len(self.tail) > self.MAX_TAIL:
+    def stop(self, data, at, line):
+        """Takes what begins no chunk with payload: the last chunk and its trailers, or a part of a
+        line."""
+        last = line and self.TRAILERS.match(data, line.end())
+        self.done, self.tail = bool(last), data[last.end() if last else at :]
+        if not last and (len(self.tail) > READ_SIZE or not line and b"\n" in self.tail[2:]):
             raise ValueError("a chunk of the body has no valid size")
 
 
-class Counter:
-    """A body of `left` bytes, or, if that is None, of all until the connection ends."""
-
-    def __init__(self, length):
-        self.left, self.done, self.rest = length, length == 0, b""
-
-    def feed(self, data):
-        if self.left is None:
-            return data
-        block, self.rest = data[: self.left], data[self.left :]
-        self.left -= len(block)
-        self.done = not self.left
-        return block
-
-
-def inflate(pieces, wbits):
-    """The decompressed `pieces`, at most BLOCK_SIZE bytes at a time. zlib.error: damaged; ValueError: cut off."""
-    inflater, started = zlib.decompressobj(wbits), False
+# Neither raw deflate, which no server sends any more, nor brotli, which Python cannot read.
+def inflate(pieces):
+    """The decompressed `pieces` of gzip or zlib, each as soon as it is there, at most BLOCK_SIZE
+    bytes at a time. zlib.error: damaged; ValueError: cut off."""
+    inflater, begun = zlib.decompressobj(zlib.MAX_WBITS | 32), False
     for piece in pieces:
-        if not piece:
-            yield b""
-            continue
-        if not started and wbits == zlib.MAX_WBITS and piece[0] & 15 != 8:
-            inflater = zlib.decompressobj(
-                -wbits
-            )  # "deflate" without the zlib header that RFC 9110 wants
-        started, block = True, None
-        while piece or block is None or len(block) == BLOCK_SIZE:
+        begun = True
+        while piece and not inflater.eof:  # what follows the end is ignored, as browsers do
             block = inflater.decompress(piece, BLOCK_SIZE)
+            piece = inflater.unconsumed_tail
             if block:
                 yield block
-            piece = inflater.unconsumed_tail
-    if started and not inflater.eof:
+    if begun and not inflater.eof:
         raise ValueError("the compressed body is cut off")
 
 
 class Reply:
-    """An answer whose head has come: status, headers (Headers) and the body, to be read once. While it is not `patient`, blocks()
-    gives b"" instead of waiting.
+    """An answer whose head has come: status, headers (get() of any case, items()) and the body, to
+    be read once.
 
-    Whoever opened it calls close(), in `finally`; finish() before that if the rest of the body is not wanted but short.
+    Whoever opened it calls close(), in `finally`, whatever was raised; finish() before that if the
+    rest of the body is not wanted but short.
     """
 
-    def __init__(self, upstream, wire, response, keep):
-        self.status, self.headers, self.patient = response.status, response.headers, True
-        self.upstream, self.wire, self.keep = upstream, wire, keep and not response.last
-        self.framing = Dechunker() if response.chunked else Counter(response.length)
+    def __init__(self, upstream, line, head):
+        self.status, self.headers = head.status, head.headers
+        self.upstream, self.line = upstream, line
+        self.chunks = Dechunker() if head.chunked else None
+        # Bytes of the body that are to come. None: that is not known, as it is in chunks or goes on
+        # until the connection ends.
+        self.left = head.length
+        # Only a body whose end is certain leaves a connection on which the next answer begins.
+        # http.client says will_close for one without a length; some servers send a body with 204
+        # all the same.
+        clean = head.status >= 200 and head.status not in (204, 205, 304)
+        self.keep = clean and line.whole and not head.will_close
 
     def blocks(self):
-        """Generates the body's bytes as they arrive, whatever one read brought. UpstreamError (timeout, cut, body), ClientGone."""
-        coding = self.headers.get("Content-Encoding", "").strip().lower()
-        try:
-            if coding in ("", "identity"):
-                yield from self.payload()
-            elif coding in INFLATERS:
-                yield from inflate(self.payload(), INFLATERS[coding])
-            else:
-                raise UpstreamError(
-                    "%s compresses its answer with %s although it was asked not to: only gzip and deflate "
-                    "can be read" % (self.wire.peer, ascii(coding)),
-                    kind="body",
-                )
-        except (
-            GeneratorExit
-        ):  # the consumer has enough: finish() or close() will say what becomes of the connection
-            raise
-        except (zlib.error, ValueError) as error:
-            peer = self.wire.peer
-            self.drop()
+        """Generates the body's bytes as they arrive, whatever one read brought. UpstreamError
+        (timeout, cut, body), ClientGone."""
+        coding, peer = self.headers.get("Content-Encoding", "").strip().lower(), self.line.peer
+        if coding not in ("", "identity", "gzip", "x-gzip", "deflate"):
             raise UpstreamError(
-                "the answer of %s is damaged (%s): a fault there or in a proxy between; try again"
-                % (peer, error),
-                kind="cut",
-                retry=True,
+                "%s compresses its answer with %s although it was asked not to: only gzip and "
+                "deflate can be read" % (peer, ascii(coding)),
+                kind="body",
             )
-        except BaseException:
-            self.drop()
-            raise
+        try:
+            yield from (self.payload() if coding in ("", "identity") else inflate(self.payload()))
+        except (zlib.error, ValueError) as error:
+            said = (
+                "the answer of %s is damaged (%s): a fault there or in a proxy between; try again"
+            )
+            raise UpstreamError(said % (peer, error), kind="cut", retry=True)
 
     def payload(self):
-        wire, framing = self.wire, self.framing
-        data, wire.rest = wire.rest, b""
-        while True:
-            block = framing.feed(data)
-            if block:
-                yield block
-            if framing.done or self.wire is None:
-                return
-            data = wire.receive() if self.patient else wire.now()
-            if data is None:
-                yield b""
-                data = b""
-            elif not data:
-                if framing.left is not None:
-                    raise wire.cut("closed by it")
-                framing.done, self.keep = True, False
+        """Generates the body without its framing, what one read brought as one piece."""
+        while self.line and self.left != 0:
+            most = READ_SIZE if self.left is None else min(self.left, READ_SIZE)
+            data = self.line.file.read1(most)
+            if not data and (self.chunks or self.left):
+                raise self.line.cut("closed by it")
+            if self.chunks:
+                data = self.chunks.feed(data)
+                self.left = 0 if self.chunks.done else None
+            elif self.left or not data:  # else it ends with the connection
+                self.left = (self.left or 0) - len(data)
+            if data:
+                yield data
 
     def read(self, limit=MAX_BODY):
         """The whole body. UpstreamError as in blocks(), and if it has more than `limit` bytes."""
@@ -5863,48 +5502,42 @@ class Reply:
             blocks.append(block)
             size += len(block)
             if size > limit:
-                peer = self.wire.peer
-                self.drop()
                 raise UpstreamError(
-                    "the answer of %s is longer than %d bytes: that is not a chat completion; check the base URL"
-                    % (peer, limit),
+                    "the answer of %s is longer than %d bytes: that is not a chat completion; "
+                    "check the base URL" % (self.line.peer, limit),
                     kind="body",
                 )
         return b"".join(blocks)
 
     def finish(self):
-        """close(), but first throws away the end of the body if it is there or comes at once: that saves the connection."""
-        wire, deadline = self.wire, time.monotonic() + DRAIN_SECONDS
-        try:
-            while wire and self.keep and not self.framing.done and time.monotonic() < deadline:
-                data, wire.rest = wire.rest, b""
-                if not data and wire.ready(poll_socket, max(deadline - time.monotonic(), 0)):
-                    data = wire.now()
-                    self.keep = data != b""
-                self.framing.feed(data or b"")
-        except (UpstreamError, ValueError):
-            self.keep = False
+        """close(), but first throws away the end of the body if it is there or comes at once: a
+        stream is done at its [DONE], and the last chunk, which comes after it, saves the
+        connection."""
+        if self.line and self.keep:
+            self.line.begin(poll_socket, 0.0)
+            self.line.deadline = time.monotonic() + DRAIN_SECONDS
+            with contextlib.suppress(UpstreamError, ValueError):
+                for _ in self.payload():
+                    pass
         self.close()
 
     def close(self):
-        """Keeps the connection for the next request if nothing of this answer is left on it, else ends it."""
-        wire = self.wire
-        if wire and self.keep and self.framing.done and not self.framing.rest and not wire.rest:
-            self.wire = None
-            self.upstream.keep(wire)
-        else:
-            self.drop()
-
-    def drop(self):
-        wire, self.wire = self.wire, None
-        if wire:
-            self.upstream.drop(wire)
+        """Keeps the connection for the next request if nothing of this answer is left on it, else
+        ends it."""
+        line, self.line = self.line, None
+        surplus = self.chunks and self.chunks.tail
+        if line and self.keep and self.left == 0 and not surplus and line.look() == b"":
+            self.upstream.keep(line)
+        elif line:
+            self.upstream.drop(line)
 
 
 def redirect_target(method, url, reply):
     """The URL that a redirect leads to, "" if it is none to follow.
 
-    Only on the same host, and there only to the same port or from http to https: the key must not go anywhere else.
+    Only on the same scheme, host and port, or from http to https on their own ports: the key must
+    not go anywhere else. A POST follows only the two that keep it a POST (RFC 9110, 15.4.8 and
+    15.4.9).
     """
     if reply.status not in (307, 308) and not (reply.status in (301, 302) and method == "GET"):
         return ""
@@ -5913,70 +5546,62 @@ def redirect_target(method, url, reply):
         old, new = url_origin(url), url_origin(target)
     except ValueError:
         return ""
-    upgrade = old[1] == new[1] and (old[0], new[0]) == ("http", "https")
+    upgrade = (old, new) == (("http", old[1], 80), ("https", old[1], 443))
     return target if old == new or upgrade else ""
 
 
-def connect_error(route, error):
+def connect_error(way, error):
     """Why no connection came about, as an UpstreamError."""
-    peer = host_port(*(route.proxy or (route.host, route.port)))
-    seen = (
-        getattr(error, "verify_message", "")
-        or getattr(error, "strerror", "")
-        or str(error)
-        or type(error).__name__
-    )
-    if isinstance(error, ssl.CertificateError) or "CERTIFICATE_VERIFY_FAILED" in str(error):
+    place, words = host_port(way.host, way.port), str(error) or type(error).__name__
+    seen = getattr(error, "verify_message", "") or getattr(error, "strerror", "") or words
+    untrusted = isinstance(error, ssl.CertificateError) or "CERTIFICATE_VERIFY_FAILED" in words
+    if untrusted:
         said = (
-            "%s shows a certificate that is not trusted here (%s): if a company proxy or a private CA signed it, name the "
-            "CA's file in SSL_CERT_FILE or --ca-bundle (NODE_EXTRA_CA_CERTS is for Node only)"
-            % (host_port(route.host, route.port), seen)
+            "%s shows a certificate that is not trusted here (%s): if a company proxy or a private "
+            "CA signed it, name the CA's file in SSL_CERT_FILE or --ca-bundle (NODE_EXTRA_CA_CERTS "
+            "is for Node only)"
         )
-        return UpstreamError(said, kind="connect")
-    if isinstance(error, ssl.SSLError):
+    elif isinstance(error, ssl.SSLError):
+        said = "no TLS with %s (%s): if it is a plain HTTP server, write http:// in the base URL"
+    elif way.proxy:
+        place = host_port(*way.proxy)
         said = (
-            "no TLS with %s (%s): if it is a plain HTTP server, write http:// in the base URL"
-            % (host_port(route.host, route.port), seen)
-        )
-    elif route.proxy:
-        said = (
-            "the proxy %s cannot be reached (%s): check HTTPS_PROXY and HTTP_PROXY, or name %s in NO_PROXY"
-            % (peer, seen, route.host)
+            "the proxy %s cannot be reached (%s): check HTTPS_PROXY and HTTP_PROXY, or name the "
+            "host in NO_PROXY"
         )
     elif isinstance(error, (socket.gaierror, UnicodeError)):
         said = (
-            "the host name of %s cannot be resolved (%s): check the base URL, the network and any proxy"
-            % (peer, seen)
+            "the host name of %s cannot be resolved (%s): check the base URL, the network and any "
+            "proxy"
         )
     else:
         said = (
             "%s cannot be reached (%s): check that the server runs and that the base URL is right"
-            % (peer, seen)
         )
-    return UpstreamError(said, kind="connect", retry=True)
+    return UpstreamError(said % (place, seen), kind="connect", retry=not untrusted)
 
 
-def proxy_refusal(route, status, reason):
-    """The proxy's answer to CONNECT as an UpstreamError."""
-    proxy = host_port(*route.proxy)
+def proxy_refusal(way, status, reason):
+    """The proxy's answer to CONNECT, or its 407 to a request, as an UpstreamError."""
+    said = (
+        "the proxy %s does not connect to %s (%d %s): ask who runs it, or name the host in NO_PROXY"
+        % (host_port(*way.proxy), host_port(way.host, way.port), status, ascii(reason)[1:-1])
+    )
     if status == 407:
         said = (
-            "the proxy %s wants a name and password (407): %s_PROXY needs user:password@ before its host"
-            % (proxy, route.scheme.upper())
+            "the proxy %s wants a name and password (407): %s_PROXY needs user:password@ before "
+            "its host"
         )
-    else:
-        said = (
-            "the proxy %s does not connect to %s (%d %s): ask who runs it, or name the host in NO_PROXY"
-            % (proxy, host_port(route.host, route.port), status, ascii(reason)[1:-1])
-        )
+        said %= host_port(*way.proxy), way.scheme.upper()
     return UpstreamError(said, kind="connect", retry=status >= 500)
 
 
 class Upstream:
     """Connections to providers, kept and shared by all threads.
 
-    ca_bundle: PEM file or folder, trusted besides the system's; client_cert: "cert.pem" or "cert.pem,key.pem"; idle: seconds
-    for which an unused connection is kept. The pool: Route -> wires, the latest used last.
+    ca_bundle: PEM file or folder, trusted besides the system's; client_cert: "cert.pem" or
+    "cert.pem,key.pem"; timeout, connect_timeout, idle (for which an unused connection is kept):
+    seconds.
     """
 
     def __init__(
@@ -5988,17 +5613,26 @@ class Upstream:
         insecure=False,
         idle=60.0,
     ):
+        # connect_timeout is for each address of a name, for the proxy's answer and for TLS anew.
         self.timeout, self.connect_timeout, self.idle = timeout, connect_timeout, idle
         self.ca_bundle, self.client_cert, self.insecure = ca_bundle, client_cert, insecure
-        self.lock, self.context_lock, self.context = threading.Lock(), threading.Lock(), None
-        self.closed, self.pool, self.live, self.routes = False, {}, set(), {}
+        self.lock = threading.Lock()  # for closed, pool and live
+        self.closed = False
+        self.pool = {}  # Way -> idle lines, the latest used last
+        self.live = set()  # every line, idle or in use
+        self.ways = {}  # (scheme, host, port) -> (monotonic time until which it holds, Way)
+        self.context = None  # the SSLContext, once it was needed
+        self.context_lock = threading.Lock()
 
     def open(self, method, url, headers, body=None, wait=None, timeout=None):
-        """Sends a request (body: bytes or None) and returns a Reply once its head has come; redirects on one host are followed.
+        """Sends a request (body: bytes or None) -> a Reply, once its head has come; redirects on
+        one host are followed.
 
-        wait(sock, seconds) is called for every silence: True if the socket can be read, False if the seconds are over; what it
-        raises (ClientGone) ends the connection and comes through. UpstreamError kinds: connect; timeout (504: silence of
-        `timeout` seconds); cut; body (cannot be decoded); request (a setting holds what HTTP forbids, 500).
+        wait(sock, seconds) is called for every silence: True if the socket can be read, False if
+        the seconds are over; sock is None where there is no socket to look at; what it raises
+        (ClientGone) ends the connection and comes through. UpstreamError kinds: connect; timeout
+        (504: silence of `timeout` seconds); cut; body (cannot be decoded); request (a setting holds
+        what HTTP forbids, 500).
         """
         wait, timeout = wait or poll_socket, timeout or self.timeout
         for left in range(MAX_REDIRECTS, -1, -1):
@@ -6010,128 +5644,146 @@ class Upstream:
             url = target
 
     def ask(self, method, url, headers, body, wait, timeout):
-        route = self.route(url)
-        data = request_bytes(route, method, url, headers, body)
-        wire = self.kept(route)
-        if wire:
+        """One request -> Reply, whatever its status. UpstreamError, ClientGone."""
+        way = self.way_to(url)
+        target, fields = request_parts(way, url, headers)
+        # First on an idle connection, if there is one; without it, or once it failed, on a new one.
+        for kept in (self.kept(way), None):
+            line = kept or self.dial(way, wait)
             try:
-                return self.exchange(wire, method, data, wait, timeout)
-            except UpstreamError as error:
-                # Closed by the upstream just as we took it: the one failure after which asking again is surely right.
-                if wire.heard or error.kind != "cut":
+                if not kept and way.scheme == "https":
+                    self.secure(line, wait)
+                head = line.ask(method, target, fields, body, wait, timeout)
+                if head.status == 407 and way.proxy:
+                    raise proxy_refusal(way, 407, "")
+                return Reply(self, line, head)
+            except BaseException as error:
+                self.drop(line)
+                # A kept connection was closed just as we took it (RFC 9112, 9.3.1): the one failure
+                # after which asking again is surely right.
+                if not kept or line.came or getattr(error, "kind", "") != "cut":
                     raise
-        return self.exchange(self.connect(route, wait), method, data, wait, timeout)
 
-    def exchange(self, wire, method, data, wait, timeout):
-        wire.begin(wait, timeout)
-        try:
-            sent = wire.send(data)
-            response = wire.head(method)
-            if response.status == 407 and wire.route.proxy:
-                raise proxy_refusal(wire.route, 407, "")
-        except BaseException:
-            self.drop(wire)
-            raise
-        return Reply(self, wire, response, sent)
-
-    def route(self, url):
-        """The Route of a URL; looked up once a minute, as that reads the whole environment (or the Windows registry)."""
+    def way_to(self, url):
+        """The Way to a URL; looked up once a minute, as that reads the whole environment (or the
+        Windows registry)."""
         try:
             place = url_origin(url)
         except ValueError:  # its text may hold a part of the URL, and that a password
             raise UpstreamError(
                 "the base URL is not one: write it like https://host:port/v1", 500, kind="request"
             )
-        until, route = self.routes.get(place, (0, None))
+        until, way = self.ways.get(place, (0, None))
         if until < time.monotonic():
-            route = route_to(*place)
-            self.routes[place] = time.monotonic() + ROUTE_SECONDS, route
-        return route
+            way = find_way(*place)
+            self.ways[place] = time.monotonic() + WAY_SECONDS, way
+        return way
 
-    def kept(self, route):
-        """An idle wire to `route` on which the upstream has not hung up, or None."""
-        old = []
+    def kept(self, way):
+        """An idle line on which the other side has neither hung up nor said anything, or None."""
         self.close_idle()
-        with self.lock:
-            if self.closed:
-                raise UpstreamError("this proxy is shutting down", 503, kind="connect")
-            wires = self.pool.get(route)
-            found = None
-            while wires and not found:
-                found = wires.pop()
-                if found.ready(poll_socket, 0):  # idle, yet readable: closed, or out of step
-                    old.append(found)
-                    found = None
-        for wire in old:
-            self.drop(wire)
-        return found
+        while True:
+            with self.lock:
+                lines = self.pool.get(way)
+                line = lines.pop() if lines else None
+            if not line or line.look() == b"":
+                return line
+            self.drop(line)
 
     def close_idle(self):
-        """Ends the connections that were idle too long."""
+        """Ends the connections that were idle too long. The server's accepting thread calls it too,
+        so that they end also where no request comes any more."""
         old, before = [], time.monotonic() - self.idle
         with self.lock:
-            for wires in self.pool.values():
-                while wires and wires[0].since < before:
-                    old.append(wires.pop(0))
-        for wire in old:
-            self.drop(wire)
+            for lines in self.pool.values():
+                while lines and lines[0].since < before:
+                    old.append(lines.pop(0))
+        for line in old:
+            self.drop(line)
 
-    def connect(self, route, wait):
-        """A new Wire, through the proxy if there is one, with TLS if the scheme says so. UpstreamError of kind connect."""
-        address = route.proxy or (route.host, route.port)
-        context = self.tls() if route.scheme == "https" else None
+    def dial(self, way, wait):
+        """A new Line, to the proxy if there is one. UpstreamError of kind connect, ClientGone.
+
+        A thread of its own connects, since to look up a name cannot be interrupted and does not
+        look at the client. Whoever cannot wait for it leaves it to close what it made.
+        """
+        made, failed, left = [], [], []
+
+        def connect():
+            try:
+                made.append(socket.create_connection(address, self.connect_timeout))
+                made[0].setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                made[0].setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                made[0].setblocking(False)
+            except (OSError, ValueError) as error:  # ValueError: a host name that is none
+                failed.append(error)
+            if left:
+                close_made()
+
+        def close_made():
+            for sock in made:
+                sock.close()
+
+        # It tries each address of the name in turn, as urllib does; that is why a name with a dead
+        # IPv6 address takes connect_timeout longer.
+        address = way.proxy or (way.host, way.port)
+        thread = threading.Thread(target=connect, daemon=True)
+        thread.start()
         try:
-            sock = socket.create_connection(address, self.connect_timeout)
-        except (OSError, UnicodeError) as error:
-            raise connect_error(route, error)
-        try:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            if context:
-                if route.proxy:
-                    self.tunnel(sock, route, wait)
-                sock = context.wrap_socket(sock, server_hostname=route.host)
-            sock.settimeout(0)
-        except (OSError, ValueError) as error:  # ssl.CertificateError is a ValueError on 3.6
-            sock.close()
-            raise connect_error(route._replace(proxy=None), error)
+            while thread.is_alive():
+                wait(None, 0)
+                thread.join(SLICE_SECONDS)
         except BaseException:
-            sock.close()
+            left.append(True)
+            close_made()
             raise
-        peer = host_port(route.host, route.port) + (
-            " (through the proxy %s)" % host_port(*address) if route.proxy else ""
-        )
-        wire = Wire(sock, route, peer)
-        with self.lock:
-            self.live.add(wire)
-        return wire
+        if failed:
+            raise connect_error(way, failed[0])
+        line = Line(made[0], way)
+        with self.lock:  # either close() finds it among the live ones, or it sees that it is closed
+            self.live.add(line)
+            closed = self.closed
+        if closed:
+            self.drop(line)
+            raise UpstreamError("this proxy is shutting down", 503, kind="connect")
+        return line
 
-    def tunnel(self, sock, route, wait):
-        """Has the proxy at the other end of `sock` connect it to the origin."""
-        target = host_port(route.host.encode("idna").decode("ascii"), route.port)
-        head = "CONNECT %s HTTP/1.1\r\nHost: %s\r\n" % (target, target)
-        if route.proxy_auth:
-            head += "Proxy-Authorization: %s\r\n" % route.proxy_auth
-        sock.settimeout(0)
-        wire = Wire(sock, route._replace(scheme="http"), "the proxy " + host_port(*route.proxy))
-        wire.begin(wait, self.connect_timeout)
+    def secure(self, line, wait):
+        """TLS with the origin, through the proxy if there is one."""
+        way, peer = line.way, line.peer
+        if way.proxy:
+            line.peer = "the proxy " + host_port(*way.proxy)
+            self.tunnel(line, wait)
+        line.begin(wait, self.connect_timeout)
         try:
-            wire.send(head.encode("ascii") + b"\r\n")
-            response = wire.head("CONNECT")
-        except UpstreamError as error:
-            raise UpstreamError(error.message, kind="connect", retry=True)
-        if response.status // 100 != 2:
-            raise proxy_refusal(route, response.status, response.reason)
-        sock.settimeout(self.connect_timeout)
+            line.handshake(self.tls(), self.connect_timeout)
+        except (OSError, ValueError) as error:
+            raise connect_error(way._replace(proxy=None), error)
+        line.peer = peer
+
+    def tunnel(self, line, wait):
+        """Has the proxy at the other end of `line` connect it to the origin (RFC 9110, 9.3.6)."""
+        way, target = line.way, host_port(line.way.host, line.way.port)
+        fields = {"Host": target}
+        if way.proxy_auth:
+            fields["Proxy-Authorization"] = way.proxy_auth
+        try:
+            head = line.ask("CONNECT", target, fields, None, wait, self.connect_timeout)
+        except UpstreamError as error:  # whatever it was, the request itself was not sent yet
+            error.kind, error.retry = "connect", True
+            raise
+        if head.status // 100 != 2:
+            raise proxy_refusal(way, head.status, head.reason)
 
     def tls(self):
-        """The one SSLContext, made when it is first needed: loading the certificates takes 25 ms."""
+        """The one SSLContext, made when it is first needed: loading certificates takes 25 ms, and
+        up to Python 3.11 each context does it anew."""
         with self.context_lock:
-            if not self.context:
-                self.context = self.new_context()
+            self.context = self.context or self.new_context()
             return self.context
 
     def new_context(self):
+        """By the user's settings; their mistakes show here, and not as a fault of the provider."""
         try:
             context = ssl.create_default_context()
             # Python 3.13 turned this on; many company CAs lack the extensions that it asks for.
@@ -6143,46 +5795,45 @@ class Upstream:
                 context.load_cert_chain(*self.client_cert.split(",", 1))
         except OSError as error:
             raise UpstreamError(
-                "the CA bundle %s or the client certificate %s cannot be loaded (%s): it must be a PEM file"
+                "the CA bundle %s or the client certificate %s cannot be loaded (%s): it must be a "
+                "PEM file"
                 % (ascii(self.ca_bundle), ascii(self.client_cert), error.strerror or error),
                 500,
                 kind="request",
             )
-        if self.insecure:
+        if self.insecure:  # in this order: ssl refuses not to verify while names are checked
             context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
         return context
 
-    def keep(self, wire):
-        """Takes a wire back on which nothing is under way."""
-        wire.begin(poll_socket, 0)
-        wire.since = time.monotonic()
+    def keep(self, line):
+        """Takes a line back on which nothing is under way. Its last `wait` is forgotten: it knows a
+        client, which would be kept as long as the line."""
+        line.wait, line.since = None, time.monotonic()
         with self.lock:
-            wires = self.pool.setdefault(wire.route, [])
-            if not self.closed and len(wires) < KEPT_WIRES:
-                wires.append(wire)
+            lines = self.pool.setdefault(line.way, [])
+            if not self.closed and len(lines) < KEPT_LINES:
+                lines.append(line)
                 return
-        self.drop(wire)
+        self.drop(line)
 
-    def drop(self, wire):
+    def drop(self, line):
+        """Ends a line, whatever its state."""
         with self.lock:
-            self.live.discard(wire)
-        wire.close()
+            self.live.discard(line)
+        line.end()
 
     def close(self):
         """Ends every connection; a thread that waits for one gets an UpstreamError (cut)."""
         with self.lock:
             self.closed = True
-            idle = [wire for wires in self.pool.values() for wire in wires]
-            self.pool.clear()
-            for wire in self.live:
+            self.idle = -1.0  # not even for no time
+            for line in self.live:
                 try:
-                    socket.socket.shutdown(
-                        wire.sock, socket.SHUT_RDWR
-                    )  # not SSLSocket's, which is not for two threads
+                    # Not SSLSocket's own shutdown, which is not for two threads.
+                    socket.socket.shutdown(line.sock, socket.SHUT_RDWR)
                 except OSError:
                     pass
-        for wire in idle:
-            self.drop(wire)
+        self.close_idle()
 
 
 # ==================================================================================================
@@ -7208,10 +6859,7 @@ class Proxy:
         """The Settings of now; store, ledger and recorder follow a change of them."""
         settings = self.config()
         if settings is not self.seen:
-            try:
-                self.follow(settings)
-            except ValueError as error:
-                self.log("warning", "PRICES cannot be used, the old ones stay: %s" % error)
+            self.follow(settings)
         return settings
 
     def follow(self, settings):
@@ -8038,534 +7686,431 @@ def search_web(exchange, query):
 # 13  HTTP: handler, routes, the one error funnel, server
 # ======================================================================================================
 
+# Limits on what a client sends: whoever reaches the port can neither fill the memory nor hold a
+# thread for ever. Anthropic's own API takes 32 MB, so Claude Code sends no more.
 MAX_BODY_BYTES = 64 << 20
+MAX_HEAD_BYTES = 64 << 10  # http.server itself takes up to 100 header fields
+MAX_CHUNK_LINE = 4096  # a chunk's size and its extensions, which nobody uses
+
 HEAD_SECONDS = 30  # for a request's head, and between two reads of its body
 BODY_SECONDS = 300  # for the whole body
 IDLE_SECONDS = 300  # a kept-alive connection without a request
 SEND_SECONDS = 120  # for a client that does not read
 LINGER_SECONDS = 2  # at the end of a connection, for what the client still sends
 LOOK_SECONDS = 1  # between two looks at whether a silence needs a ping
-SETTLED = 4  # pieces of a streamed answer after which the Pump takes it
-QUIET_SECONDS = 1  # a silence, after which the Pump gives it back
-MOST_STREAMS = (
-    200 if selectors.DefaultSelector is selectors.SelectSelector else 10000
-)  # select() takes 512 descriptors
-REQUEST_LINE = re.compile(rb"([!-~]+) ([!-~\x80-\xff]+) HTTP/(\d)\.(\d)\r?\n")
-REASONS = http.server.BaseHTTPRequestHandler.responses
+
+# The lines of HTTP as RFC 9112 has them (sections 3, 5 and 7.1), except that in a head a bare LF
+# may end a line (2.2). A path may hold raw bytes above ASCII, but not \x85 and \xa0: http.server,
+# which splits the line at everything that Unicode calls a space, would see other words than we do.
+REQUEST_LINE = re.compile(rb"[!-~]+ [^\x00-\x20\x7f\x85\xa0]+ HTTP/(\d\.\d)\r?\n")
+FIELD_LINE = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*\r?\n|\r?\n")
+CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:[\t ]*;[\t\x20-\x7e\x80-\xff]*)?\r\n")
 
 
 class Inbox(io.RawIOBase):
-    """A client's socket, which never blocks, as a raw file with deadlines: a slow sender cannot hold a thread for ever.
+    """What a client sends, as a raw file with deadlines.
 
-    deadline: monotonic time by which what is being read must be there; None between requests.
+    The socket never blocks. Reading raises socket.timeout when the time that allow() gave is over,
+    also for a sender that is never silent but never done.
     """
 
     def __init__(self, sock):
-        self.sock, self.deadline = sock, None
+        self.sock, self.deadline, self.pause = sock, 0, 0
+
+    def allow(self, seconds, pause=None):
+        """What is read next must come within `seconds`, with no silence longer than `pause`."""
+        self.deadline, self.pause = time.monotonic() + seconds, pause or seconds
 
     def readable(self):
         return True
 
     def readinto(self, buffer):
-        while True:
-            if self.deadline is None:
-                self.wait(IDLE_SECONDS)
-            try:
-                size = self.sock.recv_into(buffer)
-                self.deadline = self.deadline or time.monotonic() + HEAD_SECONDS
-                return size
-            except BlockingIOError:
-                self.wait(min((self.deadline or time.monotonic()) - time.monotonic(), HEAD_SECONDS))
-
-    def wait(self, seconds):
+        seconds = min(self.deadline - time.monotonic(), self.pause)
         if seconds < 0 or not poll_socket(self.sock, seconds):
             raise socket.timeout("the client sent nothing for too long")
+        return self.sock.recv_into(buffer)
 
 
-class Watch(object):
-    """Waits for the provider and the client at once: wait(sock, seconds) as `Upstream.open` wants it.
+def wait_for_data(socks, seconds):
+    """Those of the sockets that can be read, or were closed; waits for one at most `seconds`."""
+    if hasattr(select, "poll"):
+        poll = select.poll()
+        for sock in socks:
+            poll.register(sock, select.POLLIN)
+        ready = {fd for fd, _ in poll.poll(seconds * 1000)}
+        return [sock for sock in socks if sock.fileno() in ready]
+    if socks:
+        return select.select(socks, [], [], seconds)[0]
+    time.sleep(seconds)  # Windows, where select() takes no empty list
+    return []
 
-    Raises ClientGone when the client hung up. In a silence it writes what exchange.silence() gives, by `write(text)`.
+
+class Watch:
+    """Waits for the provider and the client at once: the wait(sock, seconds) of `Upstream.open`.
+
+    Raises ClientGone when the client has hung up: nobody should pay for an answer that no one
+    reads. A client that closed only its sending side counts as gone too; from here both look
+    the same. on_look() is called about once a second while somebody waits; it fills a silence with
+    pings.
     """
 
-    def __init__(self, client, write):
-        self.client, self.write, self.exchange = client, write, None
-        self.client_fd, self.client_open, self.look = client.fileno(), True, 0
-        self.watch(None)
+    def __init__(self, client, on_look=None):
+        self.client, self.on_look, self.next_look = client, on_look, 0
+        self.sent_early = False  # there is data of the client's that nobody reads yet
 
     def __call__(self, sock, seconds):
-        """True: sock can be read; False: the seconds are over."""
-        if sock is not self.watched:
-            self.watch(sock)
+        """True: sock can be read; False: the seconds are over. Without a sock it only waits."""
         end = time.monotonic() + seconds
         while True:
-            ready = self.ready(max(min(seconds, LOOK_SECONDS), 0))
+            socks = [sock] if sock else []
+            if not self.sent_early:
+                socks.append(self.client)
+            ready = wait_for_data(socks, max(min(seconds, LOOK_SECONDS), 0))
             now = time.monotonic()
-            if ready == self.answered and now < self.look:  # the hot path: nothing but the provider
-                return True
-            if self.client_open and self.client_fd in ready:
+            if self.client in ready:
                 self.look_at_client()
-            if now >= self.look and self.exchange is not None:
-                self.look = now + LOOK_SECONDS
-                self.break_silence()
-            if self.watched_fd in ready:
+            if self.on_look and now >= self.next_look:
+                self.next_look = now + LOOK_SECONDS
+                self.on_look()
+            if sock in ready:
                 return True
             seconds = end - now
             if seconds <= 0:
                 return False
 
-    def watch(self, sock):
-        """Look at another socket (or none) beside the client's."""
-        self.watched, self.watched_fd = sock, sock and sock.fileno()
-        self.answered = [self.watched_fd]
-        self.places = [
-            place
-            for place in (self.client if self.client_open else None, sock)
-            if place is not None
-        ]
-        self.poller = select.poll() if hasattr(select, "poll") else None  # none on Windows
-        if self.poller:
-            for place in self.places:
-                self.poller.register(place, select.POLLIN)
-
-    def ready(self, seconds):
-        """Descriptors of the watched sockets that can be read."""
-        if self.poller:
-            return [fd for fd, _ in self.poller.poll(seconds * 1000)]
-        if not self.places:
-            time.sleep(seconds)
-        return [
-            place.fileno()
-            for place in (select.select(self.places, [], [], seconds)[0] if self.places else ())
-        ]
-
     def look_at_client(self):
         """The client's socket can be read: it hung up, or it sent its next request early."""
         try:
-            gone = not self.client.recv(1, socket.MSG_PEEK)
+            self.sent_early = bool(self.client.recv(1, socket.MSG_PEEK))
         except BlockingIOError:
             return
         except OSError:
-            gone = True
-        if gone:
             raise ClientGone()
-        self.client_open = False  # it is there; do not wake up for its data again
-        self.watch(self.watched)
-
-    def break_silence(self):
-        text = self.exchange.silence()
-        if text:
-            try:
-                self.write(text)
-            except OSError:
-                raise ClientGone()
-
-
-class Stream(object):
-    """A streamed answer on its way through the Pump. rest: bytes that the client did not take at once; error: what was raised;
-    back: set once the stream's own thread has to go on."""
-
-    __slots__ = (
-        "handler",
-        "batches",
-        "exchange",
-        "reply",
-        "descriptors",
-        "moved",
-        "rest",
-        "error",
-        "back",
-    )
-
-    def __init__(self, handler, batches, exchange):
-        self.handler, self.batches, self.exchange, self.reply = (
-            handler,
-            batches,
-            exchange,
-            exchange.flowing(),
-        )
-        self.descriptors = [self.reply.wire.sock.fileno()] + [
-            handler.watch.client_fd
-        ] * handler.watch.client_open
-        self.moved, self.rest, self.error, self.back = 0, b"", None, threading.Event()
-
-    def step(self, now):
-        """Pass on what has come. False: that was all, or the stream's own thread has to go on."""
-        try:
-            text = next(self.batches, None)
-            if text:
-                self.moved = now
-                data = self.handler.framed(text)
-                self.rest = data[self.handler.connection.send(data) :]
-            return not self.rest and self.exchange.reply is not None
-        except BlockingIOError:
-            self.rest = data
-        except BaseException as e:
-            self.error = e
-        return False
-
-
-class Pump(object):
-    """Moves all streams that flow, in one thread. With a thread each, every chunk of a model wakes one that has long lost its
-    place in the processor's caches: 200 streams then cost three times as much, and wait for each other.
-
-    A stream comes from its own thread once its answer has begun, and goes back to it as soon as there is more to do than to
-    pass data on: at its end, in a silence, when the client hangs up or reads too slowly. So nothing here ever waits.
-    """
-
-    def __init__(self, log):
-        self.log, self.lock, self.coming, self.streams = (
-            log,
-            threading.Lock(),
-            collections.deque(),
-            set(),
-        )
-        self.selector, self.bell, self.look = None, None, 0
-
-    def move(self, stream):
-        """Returns when the stream's own thread has to go on. Raises what was raised on the way."""
-        if not self.enter(stream):
-            return
-        stream.back.wait()
-        if stream.error:
-            error, stream.error = stream.error, None
-            try:
-                raise error
-            finally:
-                error = None  # else it and this frame would know each other
-        stream.handler.write(stream.rest)
-
-    def close(self):
-        """Ends the thread; streams go on in their own."""
-        self.enter(None)
-
-    def enter(self, stream):
-        """Have the thread take a stream; None ends it. False: there is no place."""
-        with self.lock:
-            if stream and self.bell is None:
-                try:
-                    self.selector, (self.bell, ear) = (
-                        selectors.DefaultSelector(),
-                        socket.socketpair(),
-                    )
-                except OSError:  # out of descriptors
-                    return False
-                self.bell.setblocking(False)
-                self.selector.register(ear, selectors.EVENT_READ)
-                threading.Thread(target=self.run, args=(ear,), daemon=True).start()
-            if self.bell is None or stream and len(self.streams) >= MOST_STREAMS:
-                return False
-            self.coming.append(stream)
-            with contextlib.suppress(BlockingIOError):  # it has not heard the last hundreds
-                self.bell.send(b".")
-            return True
-
-    def run(self, ear):
-        """The thread."""
-        try:
-            while self.take():
-                self.work(
-                    self.selector.select(QUIET_SECONDS if self.streams else None),
-                    ear,
-                    time.monotonic(),
-                )
-        except Exception:  # our bug: the streams go on in their threads
-            self.log("error", "the pump failed inside ccfix:\n" + traceback.format_exc())
-        finally:
-            with self.lock:
-                for stream in list(self.streams) + [stream for stream in self.coming if stream]:
-                    self.release(stream)
-                self.coming.clear()
-                self.selector.close()
-                self.bell.close()
-                ear.close()
-                self.bell = None
-
-    def work(self, events, ear, now):
-        """Do what events ask for, and give back the streams that are silent."""
-        for key, _ in events:
-            if key.data is None:
-                ear.recv(4096)
-            elif key.data in self.streams:  # an event before this one may have ended it
-                self.turn(key.data, key.fd, now)
-        if now >= self.look:
-            self.look = now + QUIET_SECONDS / 2
-            for stream in [stream for stream in self.streams if now - stream.moved > QUIET_SECONDS]:
-                self.release(stream)
-
-    def take(self):
-        """Take what is coming. False: the end."""
-        while self.coming:
-            stream = self.coming.popleft()
-            if stream is None:
-                return False
-            stream.moved, stream.reply.patient = time.monotonic(), False
-            self.streams.add(stream)
-            for number in stream.descriptors:
-                self.selector.register(number, selectors.EVENT_READ, stream)
-        return True
-
-    def turn(self, stream, descriptor, now):
-        """A descriptor of a stream can be read."""
-        if descriptor != stream.descriptors[0] or not stream.step(now):
-            self.release(stream)
-
-    def release(self, stream):
-        """Give a stream back to its thread."""
-        if stream in self.streams:
-            self.streams.remove(stream)
-            for number in stream.descriptors:
-                with contextlib.suppress(KeyError):  # it was not yet taken wholly
-                    self.selector.unregister(number)
-        stream.reply.patient = True
-        stream.back.set()
+        if not self.sent_early:
+            raise ClientGone()
 
 
 MAY_BE_HALF = re.compile(rb"\\u[dD]")
 SURROGATE = re.compile(
-    rb"(\\\\|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2})|\\u[dD][89a-fA-F][0-9a-fA-F]{2}"
+    # an escaped backslash, a whole pair: both stay as they are; else half a pair
+    rb"(\\\\|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2})"
+    rb"|\\u[dD][89a-fA-F][0-9a-fA-F]{2}"
 )
 
 
 def without_halves(raw):
-    """JSON bytes in which half a surrogate pair is U+FFFD: strict parsers refuse it, and no UTF-8 has it."""
+    """JSON bytes in which half a surrogate pair is U+FFFD.
+
+    JavaScript cuts strings within a pair, and writes the half as an escape. Strict parsers refuse
+    it, and UTF-8 has no form for it. The first look is for speed: most bodies have no such escape.
+    """
     if not MAY_BE_HALF.search(raw):
         return raw
     return SURROGATE.sub(lambda found: found.group(1) or b"\\ufffd", raw)
 
 
+class Fields(http.client.HTTPMessage):
+    """The header fields of a request."""
+
+    def get_content_type(self):
+        """Not the client's. By that, email's parser would look for the parts of a body in the head,
+        with decoders whose time can grow with the square of a field's length."""
+        return "text/plain"
+
+
 class Handler(http.server.BaseHTTPRequestHandler):
-    """One client connection. Every error of a request ends in `fail`, every reply in `send`."""
+    """One client connection, in a thread of its own.
+
+    http.server parses the heads and keeps the connection; what is stricter here is in read_fields
+    and check_head. Every error of a request ends in `fail`, every reply begins in `head`.
+    """
 
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True  # else every kept-alive reply waits 40 ms for an ACK
+    MessageClass = Fields
 
     ROUTES = (
-        # method, pattern of the path, name of the method that answers
+        # method, pattern of the path, name of the method, which replies itself or returns JSON
         ("POST", r".*/v1/messages/?", "post_messages"),
         ("POST", r".*/v1/messages/count_tokens/?", "post_count_tokens"),
-        ("GET", r".*/v1/models/?", "get_models"),
-        ("GET", r".*/v1/models/(.+)", "get_model"),
-        ("GET", r"/health/?", "get_health"),
-        ("GET", r"/api/hello", "get_health"),
+        ("GET", r".*/v1/models(?:/(.+?))?/?", "get_models"),
+        ("GET", r"/health/?|/api/hello", "get_health"),
         ("GET", r"/", "get_root"),
         ("GET", r"/stats/?", "get_stats"),
         ("GET", r"/cache/stats/?", "get_cache_stats"),
-        ("POST", r"/cache/clear/?", "post_cache_clear"),
-        ("POST", r"/cache/clear-expired/?", "post_cache_clear_expired"),
+        ("POST", r"/cache/clear(-expired)?/?", "post_cache_clear"),
         ("POST", r"/lessons/forget/?", "post_lessons_forget"),
     )
-    ROUTES = tuple((method, re.compile(pattern + r"\Z"), name) for method, pattern, name in ROUTES)
 
     # -- the connection
 
     def setup(self):
         http.server.BaseHTTPRequestHandler.setup(self)
-        self.rfile.close()
         self.connection.setblocking(False)
-        self.inbox = Inbox(self.connection)
-        self.rfile = io.BufferedReader(self.inbox, 16384)
+        self.inbox = io.BufferedReader(Inbox(self.connection), 16384)
         self.proxy = self.server.proxy
 
     def handle_one_request(self):
         """One request, from its first byte to the last of its reply."""
-        self.inbox.deadline, self.request_id = None, "req_" + self.proxy.new_id()
-        self.command, self.path, self.request_version, self.headers = "", "", "HTTP/1.1", Headers()
-        self.close_connection, self.began_reply, self.unread = True, False, False
-        self.route()
+        self.request_id = "req_" + self.proxy.new_id()
+        self.command, self.request_version, self.headers = "", "HTTP/1.1", Fields()
+        self.length = None  # of the body, as Content-Length says
+        self.chunked = False  # the body comes in chunks
+        self.awaited = False  # the client waits for "100 Continue" before it sends the body
+        # The client sent more than was read, or may have: nobody knows where its next request
+        # begins, so the connection ends with this reply.
+        self.unread = False
+        self.close_connection = True
+        self.began_reply = False  # it is too late for another status
+        self.exchange = None  # of a message: it knows what a silence is filled with
+        try:
+            if self.read_head():
+                self.guard()
+                self.route()
+        except Exception as error:
+            self.fail(error)
         if self.close_connection and (self.unread or self.began_reply):
             self.drain()
 
     def drain(self):
-        """Read what the client still sends, for a moment: closing before that would take the reply from it (RFC 9112, 9.6)."""
-        end = time.monotonic() + LINGER_SECONDS
-        try:
+        """Read what the client still sends, for a moment, and throw it away.
+
+        Closing a socket with unread data resets the connection, and that can take the reply from
+        the client before it has read it (RFC 9112, 9.6).
+        """
+        with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_WR)
-            while poll_socket(
-                self.connection, max(end - time.monotonic(), 0)
-            ) and self.connection.recv(65536):
+            self.inbox.raw.allow(LINGER_SECONDS)
+            while self.inbox.read1(65536):
                 pass
-        except OSError:
-            return
+
+    # -- the head
 
     def read_head(self):
-        """Read a request's head. False: there is none, the client is done. Raises ProxyError.
+        """Read a request's head. False: there is only a blank line, or the end of the connection.
 
-        Strict, without folded lines, bare line breaks and lines that are no fields: in those another server between could
-        see another request than we do.
+        Raises ProxyError for a head that is not valid HTTP/1.1 or 1.0. `unread` is true until the
+        head is known to be sound, so that each of these errors ends the connection.
         """
-        line, left, lines = self.rfile.readline(MAX_HEAD), MAX_HEAD, []
-        if not line.strip():
-            self.close_connection = (
-                not line
-            )  # RFC 9112, 2.2: an empty line before a request is no fault
+        self.inbox.raw.allow(IDLE_SECONDS)
+        if not self.inbox.peek(1):
+            return False
+        self.inbox.raw.allow(HEAD_SECONDS)
+        self.raw_requestline = line = self.inbox.readline(MAX_HEAD_BYTES)
+        if not line.strip():  # RFC 9112, 2.2: an empty line before a request is no fault
+            self.close_connection = False
             return False
         self.unread = True
         found = REQUEST_LINE.fullmatch(line)
+        if len(line) == MAX_HEAD_BYTES:
+            raise ProxyError("the request line is too long", 414)
         if not found:
-            is_long = len(line) == MAX_HEAD
-            raise ProxyError(
-                "the request line is " + ("too long" if is_long else "no HTTP"),
-                414 if is_long else 400,
-            )
-        self.command, self.path = found.group(1).decode("ascii"), found.group(2).decode("latin-1")
-        if found.group(3) != b"1":
+            raise BadRequest("the request line is not HTTP")
+        if found.group(1) not in (b"1.0", b"1.1"):
             raise ProxyError("only HTTP/1.1 and 1.0 are served", 505)
-        while line not in (b"\r\n", b"\n"):
-            left -= len(line)
-            if left <= 0 or len(lines) > MAX_FIELDS:
-                raise ProxyError("the request has too many or too long header fields", 431)
-            line = self.rfile.readline(left)
-            if not line:
-                raise ClientGone()
-            lines.append(line[:-2] if line.endswith(b"\r\n") else line[:-1])
-        try:
-            self.headers = Headers(lines[:-1], strict=True)
-        except ValueError as e:
-            raise ProxyError("malformed HTTP: %s" % e, 400)
-        options = self.headers.tokens("connection")
-        self.request_version = "HTTP/1.0" if found.group(4) == b"0" else "HTTP/1.1"
-        self.close_connection = (
-            "close" in options or self.request_version == "HTTP/1.0" and "keep-alive" not in options
-        )
-        self.unread = any(length != "0" for length in self.headers.all("content-length")) or bool(
-            self.headers.all("transfer-encoding")
-        )
+        self.rfile = io.BytesIO(self.read_fields(MAX_HEAD_BYTES - len(line)))
+        self.parse_request()  # http.server's, which reads from rfile
+        self.check_head()
         return True
 
-    def route(self):
-        """Find who answers; every exception of a request ends here."""
-        try:
-            if not self.read_head():
-                return
-            netloc, path = re.match(r"(?i)(?:http://([^/?]*))?([^?]*)", self.path).groups()
-            path = path or "/"
-            self.guard(path, netloc)
-            found = [(method, pattern.match(path), name) for method, pattern, name in self.ROUTES]
-            found = [(method, match, name) for method, match, name in found if match]
-            for method, match, name in found:
-                if method == self.command or method == "GET" and self.command == "HEAD":
-                    return getattr(self, name)(*match.groups())
-            if found:
-                allow = "GET, HEAD" if found[0][0] == "GET" else found[0][0]
-                raise ProxyError(
-                    "%s is not allowed here; use %s" % (self.command[:20], allow),
-                    405,
-                    headers={"allow": allow},
-                )
-            raise ProxyError("no such address: %s" % path[:200], 404)
-        except ProxyError as error:
-            self.fail(error)
-        except (ClientGone, Dropped, OSError) as e:
-            self.proxy.log("debug", "%s ended early: %s" % (self.request_id, type(e).__name__))
-            self.close_connection = True
-        except RecursionError:
-            self.fail(BadRequest("the request is nested too deeply"))
-        except Exception:  # our bug: the one bare catch-all of a request
-            self.proxy.log(
-                "error", "%s failed inside ccfix:\n%s" % (self.request_id, traceback.format_exc())
+    def read_line(self, limit):
+        """A line, cut at `limit` bytes; ClientGone when the connection ends within it."""
+        line = self.inbox.readline(limit)
+        if len(line) < limit and not line.endswith(b"\n"):
+            raise ClientGone()
+        return line
+
+    def read_fields(self, left=MAX_HEAD_BYTES):
+        """The lines of header fields, or of a body's trailers, up to the empty one, as bytes.
+
+        Folded lines, lines that are not fields and control characters are refused: another server
+        on the way could see a different request in them (RFC 9112, section 5). They must not even
+        reach email's parser, which accepts them all and takes a bare CR for the end of a line.
+        """
+        lines = []
+        while not lines or lines[-1] != b"\r\n":
+            line = self.read_line(left)
+            left -= len(line)
+            if left <= 0:
+                raise ProxyError("the request has too many or too long header fields", 431)
+            if not FIELD_LINE.fullmatch(line):
+                raise BadRequest("malformed HTTP: not a header field: %s" % ascii(line[:60])[1:])
+            lines.append(line.rstrip() + b"\r\n")  # email would keep trailing spaces
+        return b"".join(lines)
+
+    def send_error(self, code, message=None, explain=None):
+        """Where http.server's parser reports what it refuses.
+
+        After our own checks of the lines it has only one reason left: more than 100 header fields.
+        """
+        raise ProxyError("malformed HTTP: %s" % message, int(code))
+
+    def handle_expect_100(self):
+        """http.server's parser found "Expect: 100-continue"; read_body writes it, or refuses."""
+        self.awaited = True
+        return True
+
+    def check_head(self):
+        """Raise BadRequest for what http.server accepts, but another server might read differently.
+
+        Where a server before us sees another end of a request than we do, a client can hide a
+        request in the body of another (request smuggling). So there must be one host (RFC 9112,
+        3.2) and one way to tell the length (6.1 and 6.3); a contradiction is an error, not a guess.
+        """
+        is_old = self.request_version == "HTTP/1.0"
+        hosts = self.headers.get_all("Host", [""] if is_old else [])
+        lengths = self.headers.get_all("Content-Length", [])
+        codings = self.headers.get_all("Transfer-Encoding", [])
+        netloc, path = re.match(r"(?i)(?:http://([^/?]*))?([^?]*)", self.path).groups()
+        if len(hosts) != 1 or netloc and netloc.lower() != hosts[0].lower():
+            raise BadRequest("the request must name one host, in one Host header")
+        if lengths and not re.fullmatch(r"[0-9]{1,15}", ",".join(lengths)):
+            raise BadRequest("Content-Length must be one number")
+        if codings and (is_old or lengths or ",".join(codings).lower() != "chunked"):
+            raise BadRequest(
+                "Transfer-Encoding may only be chunked, in HTTP/1.1 and without Content-Length"
             )
-            self.fail(ProxyError("ccfix itself failed; its log has the details", 500))
+        self.path = path or "/"  # without host and query
+        self.length, self.chunked = int(lengths[0]) if lengths else None, bool(codings)
+        self.unread = bool(self.chunked or self.length)
+        # HTTP/1.0 keeps connections only by an extension that every reply would have to name.
+        options = ",".join(self.headers.get_all("Connection", [])).lower()
+        self.close_connection = is_old or "close" in re.split(r"[\t ,]+", options)
+
+    def route(self):
+        """Call the method that answers; ProxyError where there is none (404, 405)."""
+        wanted = "GET" if self.command == "HEAD" else self.command
+        for method, pattern, name in self.ROUTES:
+            found = re.fullmatch(pattern, self.path)
+            if found and method == wanted:
+                value = getattr(self, name)(*found.groups())
+                return self.send_json(value) if value else None
+            if found:
+                allow = "GET, HEAD" if method == "GET" else method
+                words = "%s is not allowed here; use %s" % (self.command[:20], allow)
+                raise ProxyError(words, 405, headers={"allow": allow})
+        raise ProxyError("no such address: %s" % self.path[:200], 404)
 
     # -- who may ask
 
-    def guard(self, path, netloc):
-        """Raise ProxyError unless the request may be served: the proxy key where there is one; else only names of this
-        machine, so that a web page cannot spend the user's key (DNS rebinding, foreign origins)."""
+    def guard(self):
+        """Raise ProxyError unless the request may be served.
+
+        Where there is a proxy key, it decides. Without one, only names of this machine are served,
+        or a web page whose own name was made to point here (DNS rebinding) could spend the user's
+        money. For the same reason no page of another origin is served, except by the API itself to
+        one that knows the key.
+        """
+        # The request is served by these, also when the user changes them meanwhile.
         settings = self.settings = self.proxy.settings()
-        host = self.headers.get("host", "")
-        if len(self.headers.all("host")) > 1 or netloc and netloc.lower() != host.lower():
-            raise self.closing(ProxyError("the request names two hosts", 400))
-        origin = self.headers.get("origin")
-        key = settings.anthropic_api_key
-        allowed = key and self.knows(key)
-        if (
-            origin is not None
-            and origin not in ("http://" + host, "https://" + host)
-            and not (allowed and "/v1/" in path)
+        key, host = settings.anthropic_api_key, self.headers.get("Host", "")
+        origin = self.headers.get("Origin")
+        known = key and self.knows(key)
+        if origin not in (None, "http://" + host, "https://" + host) and not (
+            known and "/v1/" in self.path
         ):
             raise ProxyError(
                 "requests from the origin %s are not served" % ascii(origin)[:100], 403
             )
-        if re.match(r"/health/?\Z", path) or (
-            key and path == "/" and "text/html" in self.headers.get("accept", "")
-        ):
-            return  # the page itself holds nothing; it asks for the key
-        if key and not allowed:
+        if known or re.fullmatch(r"/health/?", self.path):
+            return
+        if key and not self.wants_page():  # the page itself holds nothing; it asks for the key
             raise ProxyError(
-                "the proxy key is missing or wrong: set ANTHROPIC_AUTH_TOKEN (or ANTHROPIC_API_KEY) of Claude Code to the"
-                " ANTHROPIC_API_KEY of ccfix",
+                "the proxy key is missing or wrong: set ANTHROPIC_AUTH_TOKEN (or ANTHROPIC_API_KEY)"
+                " of Claude Code to the ANTHROPIC_API_KEY of ccfix",
                 401,
                 headers=dict(NEVER),
             )
         if not key and not self.server.answers_to(host, settings.allowed_hosts):
             raise ProxyError(
-                "ccfix does not answer to the host name %s; add it to ALLOWED_HOSTS, or set a proxy key (ANTHROPIC_API_KEY)"
-                % ascii(host)[:100],
+                "ccfix does not answer to the host name %s; add it to ALLOWED_HOSTS, or set a proxy"
+                " key (ANTHROPIC_API_KEY)" % ascii(host)[:100],
                 403,
             )
 
     def knows(self, key):
-        """Whether the request carries the proxy key."""
-        bearer = re.sub(r"(?i)\Abearer[ \t]+", "", self.headers.get("authorization", ""))
-        shown = [value.encode("latin-1") for value in (self.headers.get("x-api-key", ""), bearer)]
-        wanted = [
-            key.encode(encoding, "backslashreplace") for encoding in ("utf-8", "latin-1")
-        ]  # clients send either
-        return any([hmac.compare_digest(one, other) for one in shown for other in wanted])
+        """Whether the request carries the proxy key, compared in constant time."""
+        bearer = re.sub(r"(?i)\Abearer[ \t]+", "", self.headers.get("Authorization", ""))
+        return any(
+            [
+                hmac.compare_digest(
+                    shown.encode("latin-1"), key.encode(encoding, "backslashreplace")
+                )
+                for shown in (self.headers.get("x-api-key", ""), bearer)
+                for encoding in ("utf-8", "latin-1")  # clients send either
+            ]
+        )
+
+    def wants_page(self):
+        """Whether this is a browser that asks for the status page."""
+        return self.path == "/" and "text/html" in self.headers.get("Accept", "")
 
     # -- bodies
 
     def read_body(self):
-        """The request's body. Raises ProxyError; the connection then closes, since nobody knows where the next request begins."""
-        lengths = self.headers.all("content-length")
-        if self.headers.all("transfer-encoding") or not lengths:
-            raise self.closing(
-                ProxyError("a Content-Length is required; chunked bodies are not taken", 411)
-            )
-        if len(lengths) > 1 or not re.match(r"[0-9]{1,15}\Z", lengths[0]):
-            raise self.closing(ProxyError("Content-Length must be one number", 400))
-        if self.headers.get("content-encoding", "identity").lower() != "identity":
-            raise self.closing(ProxyError("compressed request bodies are not taken", 415))
-        length = int(lengths[0])
-        if length > MAX_BODY_BYTES:
-            raise self.closing(
-                ProxyError(
-                    "the request has %d bytes; the limit is %d MB" % (length, MAX_BODY_BYTES >> 20),
-                    413,
-                )
-            )
-        if (
-            self.headers.get("expect", "").lower() == "100-continue"
-            and self.request_version == "HTTP/1.1"
-        ):
+        """The request's body as bytes.
+
+        Raises ProxyError: 411 without a length, 415 compressed, 413 too long, 408 too slow, 400 or
+        431 for malformed chunks; ClientGone if the connection ends in it. `unread` stays true then.
+        """
+        if self.length is None and not self.chunked:
+            self.unread = True  # it may send one all the same
+            raise ProxyError("a Content-Length, or Transfer-Encoding: chunked, is required", 411)
+        if self.headers.get("Content-Encoding", "identity").lower() != "identity":
+            raise ProxyError("compressed request bodies are not taken", 415)
+        self.check_size(self.length or 0)
+        if self.awaited:
             self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        self.inbox.deadline = time.monotonic() + BODY_SECONDS
+        self.inbox.raw.allow(BODY_SECONDS, HEAD_SECONDS)
         try:
-            raw = self.rfile.read(length)
+            raw = self.read_chunks() if self.chunked else self.read_exactly(self.length)
         except socket.timeout:
-            raise self.closing(ProxyError("the request's body did not arrive in time", 408))
-        if len(raw) < length:
-            raise ClientGone()
+            raise ProxyError("the request's body did not arrive in time", 408)
         self.unread = False
         return raw
 
-    def closing(self, error):
-        """The error, after which the connection closes."""
-        self.close_connection = True
-        return error
+    def check_size(self, size):
+        """Raise ProxyError if a body of this many bytes is too large."""
+        if size > MAX_BODY_BYTES:
+            raise ProxyError(
+                "the request has %d bytes; the limit is %d MB" % (size, MAX_BODY_BYTES >> 20), 413
+            )
+
+    def read_exactly(self, size):
+        """Exactly `size` bytes; ClientGone when the connection ends first."""
+        raw = self.inbox.read(size)
+        if len(raw) < size:
+            raise ClientGone()
+        return raw
+
+    def read_chunks(self):
+        """A body sent in chunks (RFC 9112, 7.1). Extensions and trailers are read, and ignored.
+
+        Each chunk is a line with its size in hex digits, its bytes, and CRLF; a size of 0 and the
+        trailers end the body. It is kept in a bytearray: a list of 64 million chunks of one byte
+        would take eight times the memory.
+        """
+        body = bytearray()
+        while True:
+            found = CHUNK_LINE.fullmatch(self.read_line(MAX_CHUNK_LINE))
+            size = int(found.group(1), 16) if found else 0
+            if size:
+                self.check_size(len(body) + size)
+                body += self.read_exactly(size)
+                found = self.read_line(2) == b"\r\n"
+            if not found:
+                raise BadRequest("the request's chunked body is malformed")
+            if not size:
+                self.read_fields()
+                return body
 
     def read_json(self):
-        """(the body as a dict, its length). Raises BadRequest."""
+        """(the body as a dict, its length in bytes). Raises BadRequest, and what read_body does."""
         raw = self.read_body()
         try:
             body = STRICT.decode(without_halves(raw).decode("utf-8"))
-        except RecursionError:
-            raise BadRequest("the request body is nested too deeply")
-        except UnicodeDecodeError:
-            raise BadRequest("the request body is not UTF-8")
         except ValueError as e:
-            raise BadRequest("the request body is not JSON: %s" % e)
+            raise BadRequest("the request body is not valid JSON in UTF-8: %s" % e)
         if not isinstance(body, dict):
             raise BadRequest("the request body must be a JSON object")
         return body, len(raw)
@@ -8573,227 +8118,210 @@ class Handler(http.server.BaseHTTPRequestHandler):
     # -- replies
 
     def write(self, data):
-        """Send bytes to the client. OSError when it is gone, or takes none for SEND_SECONDS."""
+        """Send bytes to the client. ClientGone when it left, or reads nothing for SEND_SECONDS."""
         while data:
             try:
-                sent = self.connection.send(data)
-                if sent == len(data):
-                    return
-                data = memoryview(data)[sent:]
+                data = memoryview(data)[self.connection.send(data) :]
             except BlockingIOError:
                 if not poll_socket(self.connection, SEND_SECONDS, read=False, write=True):
-                    raise socket.timeout("the client reads nothing")
+                    raise ClientGone()
+            except OSError:
+                raise ClientGone()
 
     def head(self, status, headers):
-        """A reply's head as bytes."""
-        lines = [
-            "HTTP/1.1 %d %s" % (status, REASONS.get(status, ("Error",))[0]),
-            "request-id: " + self.request_id,
-        ]
-        lines += [
-            "%s: %s" % (name, re.sub(r"[^\t\x20-\x7e]", " ", str(value)))
-            for name, value in headers.items()
-        ]
-        self.close_connection = self.close_connection or self.server.stopping
+        """A reply's head as bytes. headers: {name: value}.
+
+        Some values come from the provider: what HTTP forbids in them becomes a space.
+        """
+        self.began_reply, self.wfile = True, io.BytesIO()  # where http.server writes to
+        self.close_connection |= self.unread or self.server.stopping
+        self.send_response_only(status)
+        for name, value in dict(headers, **{"request-id": self.request_id}).items():
+            self.send_header(name, re.sub(r"[^\t\x20-\x7e]", " ", str(value)))
         if self.close_connection:
-            lines.append("Connection: close")
-        return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
+            self.send_header("Connection", "close")
+        self.end_headers()
+        return self.wfile.getvalue()
 
-    def send(self, status, data, content_type="application/json", headers=()):
-        """A whole reply in one write; none of the body for HEAD."""
-        headers = dict(headers, **{"Content-Type": content_type, "Content-Length": len(data)})
-        self.close_connection = self.close_connection or self.unread
-        self.began_reply = True
+    def send(self, data, headers=(), status=200):
+        """A whole reply in one write; none of the body for HEAD. -> the body's length"""
+        headers = dict({"Content-Type": "application/json"}, **dict(headers))
+        headers["Content-Length"] = len(data)
         self.write(self.head(status, headers) + (b"" if self.command == "HEAD" else data))
+        return len(data)
 
-    def send_json(self, value, status=200, headers=()):
-        self.send(status, compact_json(value).encode(), headers=headers)
+    def send_json(self, value, headers=(), status=200):
+        return self.send(compact_json(value).encode(), headers, status)
 
     def fail(self, error):
-        """Answer with an Anthropic error. After a stream has begun it is too late for a status: then the connection ends."""
-        if self.began_reply:
-            self.close_connection = True
-            return
-        error.message = redact(error.message, self.proxy.settings().secrets())
-        # Claude Code shows its own words for a 404, and asks twice; 424 it asks once, and shows ours.
-        hidden = (
-            error.status == 404
-            and error.kind
-            and self.headers
-            and "claude-cli/" in (self.headers.get("User-Agent") or "")
-        )
-        try:
-            self.send_json(
-                error.body(self.request_id), 424 if hidden else error.status, error.headers
-            )
-        except OSError:
-            self.close_connection = True
+        """The one error funnel: answer with what went wrong -> (status, words) for the ledger.
 
-    def framed(self, text):
-        """SSE text as one chunk of the body."""
-        data = text.encode("ascii")
-        return data if self.request_version == "HTTP/1.0" else b"%x\r\n%s\r\n" % (len(data), data)
+        499 is nginx's status for a client that hung up. An answer that broke off in a tool call is
+        dropped: its status was 200, and Claude Code asks again when the connection just ends.
+        """
+        if isinstance(error, RecursionError):
+            error = BadRequest("the request is nested too deeply")
+        elif not isinstance(error, (ProxyError, ClientGone, Dropped, OSError)):  # our bug
+            seen = self.request_id, traceback.format_exc()
+            self.proxy.log("error", "%s failed inside ccfix:\n%s" % seen)
+            error = ProxyError("ccfix itself failed; its log has the details", 500)
+        if isinstance(error, ProxyError):
+            self.send_problem(error)
+            return error.status, error.message
+        self.close_connection = True
+        self.proxy.log("debug", "%s ended early: %s" % (self.request_id, type(error).__name__))
+        if isinstance(error, Dropped):
+            return 200, error.args[0].message + " (in a tool call; the client asks again)"
+        return 499, "the client hung up"
+
+    def send_problem(self, error):
+        """Reply with a ProxyError, its text without the user's keys.
+
+        When a reply has already begun, it is too late for that: then the connection just ends.
+        """
+        error.message = redact(error.message, self.proxy.settings().secrets())
+        # Claude Code asks twice after a 404, and shows its own words; after a 424 once, and ours.
+        is_claude = "claude-cli/" in self.headers.get("User-Agent", "")
+        status = 424 if error.status == 404 and error.kind and is_claude else error.status
+        try:
+            if not self.began_reply:
+                return self.send_json(error.body(self.request_id), error.headers, status)
+        except ClientGone:
+            pass
+        self.close_connection = True
 
     def write_events(self, text):
-        """Write SSE text as one chunk, after the head if this is the first. Also called by Watch, in silences."""
-        data, chunked = self.framed(text), self.request_version != "HTTP/1.0"
+        """Write SSE text (ASCII) in one piece, after the head if this is the first.
+
+        It is a chunk of the body; HTTP/1.0 has none, there the end of the connection ends the body.
+        """
+        data, chunked = text.encode("ascii"), self.request_version == "HTTP/1.1"
+        if chunked:
+            data = b"%x\r\n%s\r\n" % (len(data), data)
         if not self.began_reply:
-            self.began_reply = True
             headers = {
                 "Content-Type": "text/event-stream; charset=utf-8",
                 "Cache-Control": "no-cache",
-                "x-ccfix-cache": self.watch.exchange.cache_state,
+                "x-ccfix-cache": self.exchange.cache_state,
             }
             if chunked:
                 headers["Transfer-Encoding"] = "chunked"
-            else:
-                self.close_connection = True
             data = self.head(200, headers) + data
         self.write(data)
+
+    def break_silence(self):
+        """Write what the exchange has to say in a silence. Watch calls it while it waits."""
+        text = self.exchange.silence()
+        if text:
+            self.write_events(text)
 
     # -- the endpoints
 
     def post_messages(self):
+        """What all of this is for: a message. It is noted in the ledger, however it ends."""
         body, size = self.read_json()
         check_request(body)
-        self.watch = Watch(self.connection, self.write_events)
-        exchange = Exchange(
+        exchange = self.exchange = Exchange(
             self.proxy,
             body,
             self.headers,
-            self.watch,
+            Watch(self.connection, self.break_silence),
             settings=self.settings,
             id=self.request_id[4:],
         )
-        self.watch.exchange, exchange.bytes_in = exchange, size
-        status, error = 499, "the client hung up"
+        exchange.bytes_in = size
         with self.proxy.counted():
             try:
                 self.answer(exchange)
-                status, error = 200, exchange.broken_by()
-            except Dropped as dropped:
-                status, error = (
-                    200,
-                    dropped.args[0].message + " (in a tool call; the client asks again)",
-                )
-                self.close_connection = True
-            except ProxyError as e:
-                status, error = e.status, e.message
-                self.fail(e)
-            except (ClientGone, OSError):
-                self.close_connection = True
-            except Exception:
-                status, error = 500, "ccfix itself failed"
-                raise
-            finally:
-                exchange.close(status, error)
-                self.watch.exchange = self.watch = (
-                    None  # they know each other: only the collector would find them
-                )
+                outcome = 200, exchange.broken_by()
+            except Exception as error:
+                outcome = self.fail(error)
+            exchange.close(*outcome)
+        self.exchange = None  # break the reference cycle: only the collector would find it
 
     def answer(self, exchange):
-        """Write the exchange's answer, streamed or whole."""
+        """Write the exchange's answer, streamed or whole.
+
+        A batch is what one wait brought from the provider, so that a burst of chunks is one write.
+        """
         if not exchange.stream:
-            message = exchange.message()
-            data = compact_json(message).encode()
-            exchange.bytes_out = len(data)
-            self.send(200, data, headers={"x-ccfix-cache": exchange.cache_state})
+            exchange.bytes_out = self.send_json(
+                exchange.message(), {"x-ccfix-cache": exchange.cache_state}
+            )
             return
         with contextlib.closing(exchange.batches()) as batches:
-            pieces = 0
             for text in batches:
                 if text:
                     self.write_events(text)
-                    pieces += 1
-                if pieces >= SETTLED and getattr(exchange, "reply", None):
-                    pieces = 0
-                    self.server.pump.move(Stream(self, batches, exchange))
-                    self.watch.look_at_client()
-        if self.request_version != "HTTP/1.0":
+        if self.request_version == "HTTP/1.1":
             self.write(b"0\r\n\r\n")
 
     def post_count_tokens(self):
         body, _ = self.read_json()
-        self.send_json(self.proxy.count_tokens(body, self.headers, Watch(self.connection, None)))
+        return self.proxy.count_tokens(body, self.headers, Watch(self.connection))
 
-    def get_models(self):
-        self.send_json(self.proxy.models(self.proxy.settings()))
-
-    def get_model(self, name):
-        """Any name is served, so any name exists."""
+    def get_models(self, name):
+        """The list, or one model of it. Any name is served, so any name exists."""
+        models = self.proxy.models(self.settings)
+        if not name:
+            return models
         name = urllib.parse.unquote(name)[:200]
-        known = {row["id"]: row for row in self.proxy.models(self.proxy.settings())["data"]}
-        self.send_json(
-            known.get(name)
-            or {
-                "type": "model",
-                "id": name,
-                "display_name": name,
-                "created_at": "2025-01-01T00:00:00Z",
-            }
-        )
+        other = dict(models["data"][0], id=name, display_name=name)
+        return {row["id"]: row for row in models["data"]}.get(name, other)
 
     def get_health(self):
-        self.send_json({"status": "ok", "name": "ccfix", "version": __version__})
+        return {"status": "ok", "name": "ccfix", "version": __version__}
 
     def get_root(self):
         """The status page for browsers, JSON for everything else."""
-        if "text/html" in self.headers.get("Accept", ""):
-            nonce = base64.b64encode(os.urandom(12)).decode()
-            self.send(
-                200,
-                status_page(nonce),
-                "text/html; charset=utf-8",
-                {
-                    "Content-Security-Policy": page_policy(nonce),
-                    "X-Content-Type-Options": "nosniff",
-                    "Referrer-Policy": "no-referrer",
-                    "Cache-Control": "no-store",
-                },
-            )
-        else:
-            self.get_stats()
+        if not self.wants_page():
+            return self.get_stats()
+        nonce = base64.b64encode(os.urandom(12)).decode()
+        headers = {
+            "Content-Type": "text/html; charset=utf-8",
+            "Content-Security-Policy": page_policy(nonce),
+            "X-Content-Type-Options": "nosniff",
+            "Referrer-Policy": "no-referrer",
+            "Cache-Control": "no-store",
+        }
+        self.send(status_page(nonce), headers)
 
     def get_stats(self):
-        self.send_json(
-            self.proxy.status(self.server.address()), headers={"Cache-Control": "no-store"}
-        )
+        self.send_json(self.proxy.status(self.server.address()), {"Cache-Control": "no-store"})
 
     def get_cache_stats(self):
-        settings, store = self.proxy.settings(), self.proxy.store
-        shown = store.stats() if store else {}
-        self.send_json(
-            dict(
-                shown,
-                enabled=settings.cache_enabled,
-                mode=settings.cache_key_mode,
-                ttl=settings.cache_ttl,
-            )
+        settings, store = self.settings, self.proxy.store
+        return dict(
+            store.stats() if store else {},
+            enabled=settings.cache_enabled,
+            mode=settings.cache_key_mode,
+            ttl=settings.cache_ttl,
         )
 
-    def post_cache_clear(self):
-        self.send_json({"removed": self.proxy.store.clear() if self.proxy.store else 0})
-
-    def post_cache_clear_expired(self):
-        self.send_json({"removed": self.proxy.store.clear_expired() if self.proxy.store else 0})
+    def post_cache_clear(self, only_expired):
+        store = self.proxy.store
+        clear = store and (store.clear_expired if only_expired else store.clear)
+        return {"removed": clear() if clear else 0}
 
     def post_lessons_forget(self):
-        self.send_json({"removed": self.proxy.forget()})
+        return {"removed": self.proxy.forget()}
 
 
 class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
-    """The listening server: a thread a connection. address: (host, port)."""
+    """The listening server: a thread for each connection. address: (host, port).
+
+    proxy: what the handler needs; a Proxy, but for the servers of the demo and of replays.
+    """
 
     daemon_threads = True
-    request_queue_size = (
-        1024  # with 5, the default, most of 200 connections at once wait for seconds
-    )
-    allow_reuse_address = os.name != "nt"  # on Windows it would let two servers share the port
-
+    # With 5, the default, most of 200 connections at once would wait for seconds.
+    request_queue_size = 1024
+    # On Windows it would let two servers share the port.
+    allow_reuse_address = os.name != "nt"
     stopping = False  # once true, each connection ends with its next reply
 
     def __init__(self, address, proxy, handler=Handler):
-        self.proxy, self.pump = proxy, Pump(getattr(proxy, "log", None))
+        self.proxy = proxy
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         http.server.HTTPServer.__init__(self, address, handler)
 
@@ -8802,46 +8330,41 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = self.server_address[:2]
 
-    def server_close(self):
-        http.server.HTTPServer.server_close(self)
-        self.pump.close()
-
     def address(self):
         """The URL that clients on this machine use."""
-        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self.server_name, self.server_name)
-        return "http://%s:%d" % (
-            "[%s]" % host if ":" in host and host[0] != "[" else host,
-            self.server_port,
-        )
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.server_name, self.server_name)
+        return "http://" + host_port(host, self.server_port)
 
     def answers_to(self, host, more):
-        """Whether a Host header names this server: an address (no web page has one that resolves elsewhere), localhost,
-        the name it was bound to, or one of `more` (ALLOWED_HOSTS)."""
-        name = re.sub(r":\d+\Z", "", host.strip().lower())
-        if name in ("localhost", self.server_name.lower()) or name in more:
-            return True
-        is_address = bool(re.match(r"\d{1,3}(\.\d{1,3}){3}\Z|\[[0-9a-f:.]+\]\Z", name))
-        if self.server_name in ("0.0.0.0", "::"):
-            return is_address
-        return (
-            bool(re.match(r"127\.\d+\.\d+\.\d+\Z|\[::1\]\Z", name))
-            or name.strip("[]") == self.server_name
-        )
+        """Whether a Host header names this server.
+
+        It does with an IP address (a web page cannot have one that resolves elsewhere), where the
+        server can be reached by it; with localhost, the name the server was bound to, and the names
+        in `more` (ALLOWED_HOSTS).
+        """
+        name = re.sub(r":\d+\Z", "", host.lower())
+        bare = name.strip("[]")
+        if re.fullmatch(r"\d{1,3}(\.\d{1,3}){3}|\[[0-9a-f:.]+\]", name):
+            if self.server_name in ("0.0.0.0", "::") or LOOPBACK.match(bare):
+                return True
+        return bare in ("localhost", self.server_name.lower()) or name in more
 
     def service_actions(self):
-        """What the accepting thread does twice a second."""
+        """What the accepting thread does twice a second: close idle connections to providers."""
         if isinstance(self.proxy, Proxy) and self.proxy.wires:
             self.proxy.wires[1].close_idle()
 
     def get_request(self):
+        """The next connection. When the process is out of descriptors, it stays in the queue, and
+        select() reports it again at once: a pause keeps that from burning a core."""
         try:
             return http.server.HTTPServer.get_request(self)
         except OSError:
-            time.sleep(0.05)  # out of descriptors: do not spin until one is free
+            time.sleep(0.05)
             raise
 
     def handle_error(self, request, client_address):
-        """A connection's thread failed outside of any request."""
+        """A connection's thread failed outside of any request: the client reset it, mostly."""
         if isinstance(self.proxy, Proxy):
             self.proxy.log("debug", "connection failed:\n" + traceback.format_exc())
 
@@ -8856,8 +8379,29 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
 #
 # Every string in /stats may come from somebody else: a model name from a client, an error from a
 # provider. They enter the document through textContent and append() only, which never parse
-# markup; a test searches PAGE for all other ways. `sync` rebuilds only what has changed, so a poll
-# takes away neither the keyboard's focus nor a selection, and opened details stay open.
+# markup; a test searches PAGE for all other ways.
+#
+# The script, in its order. refresh() -> call("stats") -> show(stats) -> one function a section.
+#   el        makes an HTML element: "tag" or "tag.classes", children; fill gives it attributes
+#   svg       makes an SVG element: tag, attributes, children
+#   sync      makes parent's children show items; a child whose item is as before stays as it is,
+#             so that a poll takes away neither the keyboard's focus nor a selection, and opened
+#             details stay open. An item is known again by its JSON, in which a function is null
+#   orDash    what is not known (null, or 0 / 0) is a dash, in whatever format
+#   money     has no currency, since PRICES names none
+#   span      a time in its two largest units
+#   list      joins strings; what is false, 0 or empty is left out, as is a count of 0
+#   readShare "input" leaves out what was read from the cache, as in Anthropic's usage
+#   memory    keeps the key: as long as the tab, or as the page where storage is forbidden
+#   call      the JSON of an answer; throws an Error with a message to show, and the status if
+#             there was one
+#   refresh   polls, but does not knock on with a wrong key: then it waits for the form
+#   copy      has no clipboard outside https and localhost: there it selects the text for the user
+#   PLOTS     title, format, top of the scale (0: the highest bar), and the parts of the bar of a
+#             minute: class, name, field of a row of stats.series
+#   COLUMNS   of the requests: title, class, cell. A phone leaves out what is "wide"
+#   DETAILS   what a click on a request shows, where there is something to show. Each request is
+#             a tbody of its own, which takes the details in
 #
 # A figure that is not known is a dash or is left out, never 0: `cost` is null as long as no request
 # had a price, and where only some had one, the tile says how many had none.
@@ -8890,10 +8434,10 @@ body {
 }
 h1 { font-size: 22px; }
 h2 { margin: 32px 0 10px; font-size: 16px; }
-button, input {
-  padding: 5px 12px; border: 1px solid var(--line); border-radius: 6px;
-  background: var(--card); color: inherit; font: inherit;
+button, input, .card {
+  border: 1px solid var(--line); border-radius: 8px; background: var(--card);
 }
+button, input { padding: 5px 12px; color: inherit; font: inherit; }
 button { cursor: pointer; }
 button:hover { border-color: var(--accent); }
 h3, th, dt, small, button, input, pre, code, .soft { font-size: 13px; font-weight: 400; }
@@ -8906,10 +8450,7 @@ h3, th, dt, small, .soft { color: var(--soft); }
   content: ""; display: inline-block; width: 9px; height: 9px; margin: 0 4px 0 5px;
   border-radius: 3px; background: var(--dot);
 }
-.card {
-  padding: 14px 16px; border: 1px solid var(--line);
-  border-radius: 8px; background: var(--card);
-}
+.card { padding: 14px 16px; }
 .grid {
   display: grid; gap: 12px; margin-top: 12px;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, var(--least, 400px)), 1fr));
@@ -8927,7 +8468,7 @@ h3, th, dt, small, .soft { color: var(--soft); }
 #flow > span { align-self: center; color: var(--accent); font-size: 22px; }
 ul { padding: 0; list-style: none; }
 li, pre, .pairs { margin-top: 6px; }
-ul:empty, dl:empty { display: none; }
+dl:empty { display: none; }
 dt + dd { font-size: 24px; font-weight: 600; }
 svg {
   display: block; width: 100%; height: 72px; margin: 8px 0 4px;
@@ -9057,7 +8598,6 @@ thead:only-child::after { content: "No request yet."; display: block; padding: 7
 <p id="message" role="status"></p>
 <script nonce="{nonce}">
 "use strict";
-// refresh() -> call("stats") -> show(stats) -> one function a section.
 const POLL_MS = 2000, PATIENCE_MS = 10000;
 const NONE = "\u2013", DOT = " \u00b7 ";
 let polling = false, pollTimer, messageTimer;
@@ -9067,17 +8607,17 @@ const byId = id => document.getElementById(id);
 function put(id, text) {
   if (byId(id).textContent !== text) byId(id).textContent = text;
 }
-function fill(node, attributes, children) {
+function fill(node, attributes, ...children) {
   for (const name in attributes) node.setAttribute(name, attributes[name]);
   node.append(...children);
   return node;
 }
-const el = (tag, attributes, ...children) =>
-  fill(document.createElement(tag), attributes, children);
+function el(kind, ...children) {
+  const [tag, classes] = kind.split(".");
+  return fill(document.createElement(tag), classes ? { class: classes } : {}, ...children);
+}
 const svg = (tag, attributes, ...children) =>
-  fill(document.createElementNS("http://www.w3.org/2000/svg", tag), attributes, children);
-
-// Make parent's children show items; a child whose item is as before stays as it is.
+  fill(document.createElementNS("http://www.w3.org/2000/svg", tag), attributes, ...children);
 function sync(parent, items, build) {
   const kept = new Map([...parent.children].map(child => [child.key, child]));
   const keys = items.map(item => JSON.stringify(item));
@@ -9089,20 +8629,17 @@ function sync(parent, items, build) {
   });
 }
 
-// -- Numbers as text; what is not known (null, 0 / 0) is a dash
+// -- Numbers as text
 const orDash = format => value => Number.isFinite(value) ? format(value) : NONE;
 const number = orDash(value => value.toLocaleString("en-US"));
 const percent = orDash(value => Math.round(value * 100) + " %");
-const money = orDash(value => value.toFixed(value < 1 ? 4 : 2));  // PRICES names no currency
+const money = orDash(value => value.toFixed(value < 1 ? 4 : 2));
 const clock = orDash(time => new Date(time * 1000).toLocaleTimeString("en-GB"));
-const compact = orDash(value => {
-  let power = 0;
-  for (; value >= 1000 && power < 3; power += 1) value /= 1000;
-  const text = power && value < 100 ? value.toFixed(1) : Math.round(value);
-  return text + ["", "k", "M", "G"][power];
-});
+const compact = orDash(value => value
+  .toLocaleString("en-US", { notation: "compact", maximumSignificantDigits: 3 })
+  .replace("K", "k").replace("B", "G"));
 const bytes = orDash(value => compact(value).replace(/[kMG]?$/, " $&B"));
-const span = orDash(seconds => {  // in its two largest units
+const span = orDash(seconds => {
   const parts = [["d", 86400], ["h", 3600], ["min", 60], ["s", 1]].map(([unit, size]) => {
     const amount = Math.floor(seconds / size);
     seconds -= amount * size;
@@ -9114,15 +8651,13 @@ const duration = orDash(ms =>
   ms < 1000 ? Math.round(ms) + " ms"
     : ms < 60000 ? (ms / 1000).toFixed(1) + " s" : span(ms / 1000));
 const list = (...texts) => texts.filter(Boolean).join(DOT);
-const count = (amount, one, many) => number(amount) + " " + (amount === 1 ? one : many);
-// "input" leaves out what was read from the cache, as in Anthropic's usage.
+const count = (amount, noun) =>
+  amount && number(amount) + " " + (amount === 1 ? noun : noun.replace(/y$/, "ie") + "s");
 const readShare = row => row.cache_read / (row.input + row.cache_read);
 
 // -- Talking to the proxy
-let memory = {};  // keeps the key: as long as the tab, or the page where storage is forbidden
+let memory = {};
 try { memory = sessionStorage; } catch (error) { }
-
-// The JSON of an answer; throws an Error with a message to show, and the status if there was one.
 async function call(path, method) {
   const headers = memory.ccfixKey ? { "x-api-key": memory.ccfixKey } : {};
   const options = { method, headers, cache: "no-store", signal: AbortSignal.timeout(PATIENCE_MS) };
@@ -9149,7 +8684,6 @@ async function refresh() {
   polling = true;
   try { show(await call("stats")); } catch (error) { lose(error); }
   polling = false;
-  // Do not knock on with a wrong key: wait for the form.
   if (byId("key-form").hidden) pollTimer = setTimeout(refresh, POLL_MS);
 }
 function lose({ status, message }) {
@@ -9169,7 +8703,7 @@ async function copy(source) {
   try {
     await navigator.clipboard.writeText(source.textContent);
     tell("Copied.");
-  } catch (error) {  // no clipboard outside https and localhost: select it for the user
+  } catch (error) {
     getSelection().selectAllChildren(source);
     tell("Selected: press Ctrl+C or Cmd+C.");
   }
@@ -9191,7 +8725,7 @@ function show(stats) {
   showLessons(stats.lessons);
   sync(byId("settings").tBodies[0], stats.settings, settingRow);
 }
-const pair = ([name, text]) => el("div", {}, el("dt", {}, name), el("dd", {}, text));
+const pair = ([name, text]) => el("div", el("dt", name), el("dd", text));
 function showModels({ target, disguise, routes }) {
   document.title = target.model + " - ccfix";
   put("disguise", disguise.model || "the name it asks for");
@@ -9199,7 +8733,7 @@ function showModels({ target, disguise, routes }) {
   put("target", target.model);
   put("target-base", list(target.api_base, "profile " + target.profile, target.format));
   sync(byId("routes"), routes,
-    row => el("li", {}, row.family + " \u2192 " + row.model + " at " + row.api_base));
+    row => el("li", row.family + " \u2192 " + row.model + " at " + row.api_base));
 }
 function showTotals(totals) {
   for (const name of ["requests", "errors", "input", "output", "cache_read"])
@@ -9209,77 +8743,68 @@ function showTotals(totals) {
   put("share", percent(readShare(totals)) + " of the input");
   put("cost-total", money(totals.cost));
   put("cost-hint", totals.cost === null ? "no price known: set PRICES" : totals.unpriced
-    ? count(totals.unpriced, "request", "requests") + " without a price" : "");
+    ? count(totals.unpriced, "request") + " without a price" : "");
 }
 function shellCard([shell, lines]) {
-  const code = el("code", {}, lines.join("\n"));
-  const button = el("button", { "aria-label": "Copy the lines for " + shell }, "Copy");
+  const code = el("code", lines.join("\n"));
+  const button = fill(el("button", "Copy"), { "aria-label": "Copy the lines for " + shell });
   button.addEventListener("click", () => copy(code));
-  const bar = el("div", { class: "bar" }, el("h3", {}, shell), button);
-  return el("div", { class: "card" }, bar, el("pre", {}, code));
+  return el("div.card",
+    el("div.bar", el("h3", shell), button), el("pre", code));
 }
 
-// Plots: title, format, top of the scale (0: the highest bar), parts of the bar of a minute;
-// parts: class, name, value of a row of stats.series.
 const PLOTS = [
-  ["Tokens a minute", compact, 0, [
-    ["accent", "in", row => row.input],
-    ["pale", "cached", row => row.cache_read],
-    ["grey", "out", row => row.output],
-  ]],
-  ["Latency to first content", duration, 0, [["accent", "", row => row.first_ms]]],
-  ["Cache-read share of input", percent, 1, [["accent", "", readShare]]],
-  ["Cost a minute", money, 0, [["accent", "", row => row.cost]]],
+  ["Tokens a minute", compact, 0,
+    [["accent", "in", "input"], ["pale", "cached", "cache_read"], ["grey", "out", "output"]]],
+  ["Latency to first content", duration, 0, [["accent", "", "first_ms"]]],
+  ["Cache-read share of input", percent, 1, [["accent", "", "share"]]],
+  ["Cost a minute", money, 0, [["accent", "", "cost"]]],
 ];
 function showPlots({ series, totals }) {
-  const plots = PLOTS.map(([title, , , parts], index) => {
-    const bars = series.map((row, x) => ({ x, t: row.t, values: parts.map(part => part[2](row)) }));
-    return { title, index, bars: bars.filter(bar => Number.isFinite(bar.values[0])) };
-  });
-  const shown = totals.cost === null ? plots.slice(0, -1) : plots;
-  sync(byId("plots"), shown, plot => plotFigure(plot, series.length));
+  const barsOf = parts => series
+    .map(row => ({ ...row, share: readShare(row) }))
+    .map((row, x) => ({ x, t: row.t, values: parts.map(([, , field]) => row[field]) }))
+    .filter(bar => Number.isFinite(bar.values[0]));
+  const plots = totals.cost === null ? PLOTS.slice(0, -1) : PLOTS;
+  sync(byId("plots"), plots.map(plot => [...plot, barsOf(plot[3]), series.length]), plotFigure);
 }
-function plotFigure({ title, index, bars }, minutes) {
-  const [, format, top, parts] = PLOTS[index];
+function plotFigure([title, format, top, parts, bars, minutes]) {
   const sums = bars.map(bar => bar.values.reduce((a, b) => a + b)), peak = Math.max(...sums);
-  const summary = !bars.length ? "nothing yet"
-    : "last " + format(sums.at(-1)) + ", peak " + format(peak);
-  const label = title + " in the last hour: " + summary, scale = 96 / (top || peak || 1);
-  const box = { viewBox: "0 0 " + minutes + " 100", preserveAspectRatio: "none" };
-  const drawing = svg("svg", { ...box, role: "img", "aria-label": label },
-    ...bars.map(bar => barShape(bar, parts, format, scale)));
-  const keys = parts.filter(part => part[1])
-    .map(([color, name]) => el("span", { class: "key " + color }, name));
-  const axis = [["1 h ago"], keys, ["now"]].map(texts => el("span", {}, ...texts));
-  return el("div", { class: "card" }, el("h3", {}, title), el("small", {}, summary), drawing,
-    el("div", { class: "bar soft" }, ...axis));
+  const summary = bars.length ? "last " + format(sums.at(-1)) + ", peak " + format(peak)
+    : "nothing yet";
+  const drawing = svg("svg", {
+    viewBox: "0 0 " + minutes + " 100", preserveAspectRatio: "none", role: "img",
+    "aria-label": title + " in the last hour: " + summary,
+  }, ...bars.map(bar => barShape(bar, parts, format, 96 / (top || peak || 1))));
+  const keys = parts.filter(([, name]) => name)
+    .map(([color, name]) => el("span.key " + color, name));
+  const axis = [["1 h ago"], keys, ["now"]].map(texts => el("span", ...texts));
+  return el("div.card", el("h3", title), el("small", summary), drawing,
+    el("div.bar soft", ...axis));
 }
 function barShape({ x, t, values }, parts, format, scale) {
   const texts = parts.map((part, index) => format(values[index]) + " " + part[1]);
-  const group = svg("g", {}, svg("title", {}, clock(t) + DOT + texts.join(", ")),
-    svg("rect", { class: "hover", x, width: 1, height: 100 }));
   let y = 100;
-  parts.forEach(([color], index) => {
-    const height = values[index] * scale;
-    y -= height;
-    group.append(svg("rect", { class: color, x: x + 0.1, y, width: 0.8, height }));
-  });
-  return group;
+  return svg("g", {}, svg("title", {}, clock(t) + DOT + texts.join(", ")),
+    svg("rect", { class: "hover", x, width: 1, height: 100 }),
+    ...parts.map(([color], index) => {
+      const height = values[index] * scale;
+      y -= height;
+      return svg("rect", { class: color, x: x + 0.1, y, width: 0.8, height });
+    }));
 }
 
-// The table: title, class, cell. A phone leaves out what is "wide"; the details have it.
 const COLUMNS = [
-  ["Time", "", row => el("button", { "aria-expanded": false }, clock(row.time))],
+  ["Time", "", row => fill(el("button", clock(row.time)), { "aria-expanded": false })],
   ["Model", "name", modelCell],
   ["Status", "n", ({ status, error }) =>
-    el("span", { class: status >= 400 || error ? "bad" : "" }, status || NONE)],
+    el(status >= 400 || error ? "span.bad" : "span", status || NONE)],
   ["In", "n wide", row => number(row.input)],
   ["Cache read", "n wide", row => number(row.cache_read)],
   ["Out", "n wide", row => number(row.output)],
   ["First", "n wide", row => duration(row.first_ms)],
   ["Total", "n", row => duration(row.total_ms)],
 ];
-// What a click on a row shows, where there is something to show.
 const DETAILS = [
   ["Error", row => row.error],
   ["Prefix cache lost", row => row.broke],
@@ -9293,27 +8818,24 @@ const DETAILS = [
     duration(row.total_ms) + " in all")],
   ["Cost", row => row.cost === null ? "" : money(row.cost)],
   ["Bytes", row => list(bytes(row.bytes_in) + " in", bytes(row.bytes_out) + " out")],
-  ["Mode", row => list(row.stream ? "streamed" : "whole", retries(row),
+  ["Mode", row => list(row.stream ? "streamed" : "whole", count(row.retries, "retry"),
     row.cache && "cache " + row.cache)],
   ["Session", row => row.session],
   ["Id", row => row.id],
 ];
-const retries = row => row.retries && count(row.retries, "retry", "retries");
 function modelCell(row) {
-  const learned = row.lessons.length;
-  const notes = list(row.cache === "hit" && "answered from the cache", retries(row),
-    learned && count(learned, "lesson", "lessons"), row.broke && "prefix cache lost");
-  const lines = [el("small", { class: "bad" }, row.error || ""), el("small", {}, notes)];
-  return el("span", {}, row.model || row.asked || NONE, ...lines.filter(line => line.textContent));
+  const notes = list(row.cache === "hit" && "answered from the cache", count(row.retries, "retry"),
+    count(row.lessons.length, "lesson"), row.broke && "prefix cache lost");
+  return el("span", row.model || row.asked || NONE,
+    el("small.bad", row.error || ""), el("small", notes));
 }
 function headRow() {
-  const cells = COLUMNS.map(([title, kind]) => el("th", { class: kind }, title));
-  return el("thead", {}, el("tr", {}, ...cells));
+  const cells = COLUMNS.map(([title, kind]) => el("th." + kind, title));
+  return el("thead", el("tr", ...cells));
 }
-// A request is a tbody of its own, which takes the details in when its row is clicked.
 function requestRow(row) {
-  const cells = COLUMNS.map(([, kind, cell]) => el("td", { class: kind }, cell(row)));
-  const line = el("tr", { "data-id": row.id }, ...cells), body = el("tbody", {}, line);
+  const cells = COLUMNS.map(([, kind, cell]) => el("td." + kind, cell(row)));
+  const line = fill(el("tr"), { "data-id": row.id }, ...cells), body = el("tbody", line);
   line.addEventListener("click", () => {
     const details = line.nextElementSibling;
     if (details) details.remove();
@@ -9324,8 +8846,8 @@ function requestRow(row) {
 }
 function detailRow(row) {
   const pairs = DETAILS.map(([name, text]) => [name, text(row)]).filter(([, text]) => text);
-  const details = el("dl", { class: "pairs" }, ...pairs.map(pair));
-  return el("tr", { class: "detail" }, el("td", { colspan: COLUMNS.length }, details));
+  return el("tr.detail",
+    fill(el("td"), { colspan: COLUMNS.length }, el("dl.pairs", ...pairs.map(pair))));
 }
 function showCache(cache) {
   put("cache-mode", !cache.enabled ? "Off (CACHE_ENABLED)"
@@ -9334,23 +8856,22 @@ function showCache(cache) {
   sync(byId("cache-text"), !cache.enabled ? [] : [
     ["Hit rate", list(percent(cache.hit_rate),
       number(cache.hits) + " hits, " + number(cache.misses) + " misses")],
-    ["Kept", list(count(cache.entries, "entry", "entries"), bytes(cache.bytes))],
+    ["Kept", list(count(cache.entries, "entry") || "no entry", bytes(cache.bytes))],
     ["So far", number(cache.inserts) + " stored, " + number(cache.evictions) + " evicted"],
     ["Saved", duration(cache.saved_ms) + " of waiting"],
   ], pair);
 }
 function showLessons(lessons) {
-  const many = lessons.length;
-  put("lessons-count", many ? count(many, "lesson", "lessons") : "Nothing had to be learned yet.");
-  byId("lessons-forget").hidden = !many;
+  put("lessons-count", count(lessons.length, "lesson") || "Nothing had to be learned yet.");
+  byId("lessons-forget").hidden = !lessons.length;
   sync(byId("lessons"), lessons,
-    row => el("li", {}, row.text, el("small", {}, row.model + " at " + row.upstream)));
+    row => el("li", row.text, el("small", row.model + " at " + row.upstream)));
 }
 function settingRow({ name, help, value, origin }) {
-  return el("tr", {},
-    el("td", {}, el("code", {}, name), el("small", { class: "wide" }, help)),
-    el("td", {}, value || NONE),
-    el("td", { class: origin === "default" ? "soft" : "changed" }, origin));
+  return el("tr",
+    el("td", el("code", name), el("small.wide", help)),
+    el("td", value || NONE),
+    el(origin === "default" ? "td.soft" : "td.changed", origin));
 }
 
 // -- Start
@@ -9407,154 +8928,103 @@ DEMO_HELP = (
     "I am the demo model inside ccfix: no key, no network, no intelligence. Your words: %s\n\n"
     "Say 'read FILE', 'run COMMAND' or 'think' to see tools and thinking travel through the proxy."
 )
+DEMO_CALLS = (
+    # (tool, its argument, the words that ask for it); each is called only where it is offered
+    ("Read", "file_path", r"\bread\s+(\S+)"),
+    ("Bash", "command", r"\brun\s+(.+)"),
+    ("get_weather", "place", r"weather in (\w+)"),  # the tool of `check`
+)
 
 
 def demo_reply(body):
-    """(reasoning, text, [(tool, arguments)]) of the demo model for an OpenAI request."""
-    messages = [as_dict(message) for message in as_list(body.get("messages"))]
-    offered = {
-        as_dict(as_dict(tool).get("function")).get("name") for tool in as_list(body.get("tools"))
-    }
-    last = messages[-1] if messages else {}
+    """(reasoning, text, call) of the demo model for an OpenAI request.
+
+    call: (tool name, arguments dict) or None. Only the last message counts: the demo has no memory.
+    """
+    messages = as_list(body.get("messages"))
+    last = as_dict(messages[-1]) if messages else {}
+    said = "\n".join(map(block_text, as_blocks(last.get("content"))))
     if last.get("role") == "tool":
-        return "", "The tool answered:\n" + str(last.get("content"))[:2000], []
-    said = re.sub(
-        r"(?s)<system-reminder>.*?</system-reminder>", "", said_text(last.get("content"))
-    ).strip()
-    wants = [
-        ("Read", "file_path", r"\bread\s+(\S+)"),
-        ("Bash", "command", r"\brun\s+(.+)"),
-        ("get_weather", "place", r"weather in (\w+)"),
-    ]
-    for name, field, pattern in wants:
-        found = re.search(pattern, said, re.I)
-        if found and name in offered:
-            arguments = {field: found.group(1).strip("`'\" ")}
-            return (
-                "The user wants %s." % name,
-                "Let me see.",
-                [(name, dict(arguments, description="demo") if name == "Bash" else arguments)],
-            )
-    return (
-        "The user said something; I say it back." if "think" in said.lower() else "",
-        DEMO_HELP % said[:500],
-        [],
-    )
-
-
-def said_text(content):
-    """A message's text."""
-    return (
-        content
-        if isinstance(content, str)
-        else "\n".join(str(as_dict(part).get("text") or "") for part in as_list(content))
-    )
+        return "", "The tool answered:\n" + said[:2000], None
+    # Claude Code puts its own notes into the user's message; they are full of words like "read".
+    said = re.sub(r"(?s)<system-reminder>.*?</system-reminder>", "", said).strip()
+    offered = [as_dict(as_dict(tool).get("function")) for tool in as_list(body.get("tools"))]
+    names = [function.get("name") for function in offered]
+    for name, argument, words in DEMO_CALLS:
+        found = re.search(words, said, re.I)
+        if found and name in names:
+            call = name, {argument: found.group(1).strip("`'\" ")}
+            return "The user wants %s." % name, "Let me see.", call
+    reasoning = "The user said something; I say it back." if "think" in said.lower() else ""
+    return reasoning, DEMO_HELP % said[:500], None
 
 
 def demo_chunks(body):
-    """The deltas of the demo model's reply, word by word."""
-    reasoning, text, calls = demo_reply(body)
-    for word in re.findall(r"\S+\s*|\s+", reasoning):
-        yield {"reasoning_content": word}, None
-    for word in re.findall(r"\S+\s*|\s+", text):
-        yield {"content": word}, None
-    for index, (name, arguments) in enumerate(calls):
-        yield {
-            "tool_calls": [
-                {
-                    "index": index,
-                    "id": "call_" + os.urandom(8).hex(),
-                    "type": "function",
-                    "function": {"name": name, "arguments": ""},
-                }
-            ]
-        }, None
-        for piece in re.findall(r"(?s).{1,12}", json.dumps(arguments)):
-            yield {"tool_calls": [{"index": index, "function": {"arguments": piece}}]}, None
-    yield {}, "tool_calls" if calls else "stop"
+    """The chunks of the demo model's reply: a delta a word, arguments in small pieces."""
+    reasoning, text, call = demo_reply(body)
+    deltas = [{"reasoning_content": word} for word in re.findall(r"\S+\s*", reasoning)]
+    deltas += [{"content": word} for word in re.findall(r"\S+\s*", text)]
+    if call:
+        head = {"index": 0, "id": "call_" + os.urandom(8).hex(), "type": "function"}
+        deltas.append({"tool_calls": [dict(head, function={"name": call[0], "arguments": ""})]})
+        for piece in re.findall(r"(?s).{1,12}", json.dumps(call[1])):
+            deltas.append({"tool_calls": [{"index": 0, "function": {"arguments": piece}}]})
+    # Neither id, object nor model stand in a chunk: the proxy, its only reader, asks for none.
+    choices = [{"index": 0, "delta": delta} for delta in deltas]
+    choices.append({"index": 0, "delta": {}, "finish_reason": "tool_calls" if call else "stop"})
+    read = max(1, len(compact_json(body)) // 4)  # the usual four characters a token
+    usage = {"prompt_tokens": read, "completion_tokens": len(deltas)}
+    return [{"choices": [choice]} for choice in choices] + [{"choices": [], "usage": usage}]
 
 
 class DemoModel(http.server.BaseHTTPRequestHandler):
-    """A chat-completions server on loopback that needs no model."""
+    """A chat-completions server on loopback that needs no model.
+
+    It streams, also where no stream was asked for: the proxy folds what it reads.
+    """
 
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
 
-    def log_message(self, format, *args):
+    def log_message(self, *args):
         """Silent: the proxy's own log tells enough."""
 
     def do_GET(self):
-        self.reply(
-            compact_json(
-                {"object": "list", "data": [{"id": "demo", "object": "model", "owned_by": "ccfix"}]}
-            )
-        )
+        self.reply('{"object":"list","data":[{"id":"demo","object":"model","owned_by":"ccfix"}]}')
 
     def do_POST(self):
-        body = as_dict(json_or_none(self.rfile.read(int(self.headers.get("Content-Length") or 0))))
-        usage = {
-            "prompt_tokens": max(1, len(compact_json(body)) // 4),
-            "completion_tokens": 0,
-            "total_tokens": 0,
-        }
-        deltas = list(demo_chunks(body))
-        usage["completion_tokens"] = len(deltas)
-        usage["total_tokens"] = usage["prompt_tokens"] + len(deltas)
-        if body.get("stream"):
-            chunks = [
-                {"choices": [{"index": 0, "delta": delta, "finish_reason": finish}]}
-                for delta, finish in deltas
-            ]
-            chunks.append({"choices": [], "usage": usage})
-            text = "".join(
-                "data: %s\n\n"
-                % compact_json(dict(chunk, id="demo", object="chat.completion.chunk", model="demo"))
-                for chunk in chunks
-            )
-            self.reply(text + "data: [DONE]\n\n", "text/event-stream")
-        else:
-            reasoning, text, calls = demo_reply(body)
-            message = {"role": "assistant", "content": text, "reasoning_content": reasoning}
-            if calls:
-                message["tool_calls"] = [
-                    {
-                        "id": "call_" + os.urandom(8).hex(),
-                        "type": "function",
-                        "function": {"name": name, "arguments": json.dumps(arguments)},
-                    }
-                    for name, arguments in calls
-                ]
-            self.reply(
-                compact_json(
-                    {
-                        "id": "demo",
-                        "object": "chat.completion",
-                        "model": "demo",
-                        "usage": usage,
-                        "choices": [
-                            {
-                                "index": 0,
-                                "message": message,
-                                "finish_reason": "tool_calls" if calls else "stop",
-                            }
-                        ],
-                    }
-                )
-            )
+        chunks = demo_chunks(as_dict(json_or_none(self.read_body())))
+        payloads = list(map(compact_json, chunks)) + ["[DONE]"]
+        self.reply("".join("data: %s\n\n" % text for text in payloads), "text/event-stream")
+
+    def read_body(self):
+        return self.rfile.read(int(self.headers.get("Content-Length") or 0))
 
     def reply(self, text, content_type="application/json"):
-        data = text.encode()
-        self.send_response(200)
-        self.send_header("Content-Type", content_type)
+        self.send(200, {"Content-Type": content_type}, text)
+
+    def send(self, status, headers, text):
+        """Write a whole answer; headers: {name: value}."""
+        data = text.encode("utf-8", "replace")
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
 
 
-def start_demo():
-    """Start the demo model on a free loopback port -> its base URL."""
-    server = Server(("127.0.0.1", 0), None, DemoModel)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+def start_thread(target, *args):
+    """Run a function in a thread that does not keep the program alive -> the thread."""
+    thread = threading.Thread(target=target, args=args, daemon=True)
+    thread.start()
+    return thread
+
+
+def start_model(handler=DemoModel, source=None):
+    """Serve a handler on a free loopback port -> its base URL. `source` is its server.proxy."""
+    server = Server(("127.0.0.1", 0), source, handler)
+    start_thread(server.serve_forever)
     return server.address() + "/v1"
 
 
@@ -9564,104 +9034,181 @@ def start_demo():
 
 
 class Usage(Exception):
-    """The command cannot go on as it was given; the message says what to do. Exit code 2."""
+    """The command cannot go on as it was given; the message says what to do.
+
+    main() prints it and ends with exit code 2, as argparse does for a wrong flag.
+    """
 
 
-class Log(object):
-    """Lines on stderr, and in a file that is begun anew at 10 MB. log(level, text); a line cannot be forged by line
-    breaks in text, and secrets are hidden."""
+def to_ascii(text):
+    """text with everything but ASCII escaped.
+
+    A terminal of LC_ALL=C takes nothing else: print() would end the program with a UnicodeError.
+    """
+    return text.encode("ascii", "backslashreplace").decode()
+
+
+def say(*lines, out=None):
+    """Print lines for a person; out: where to, instead of stdout."""
+    out = out or sys.stdout
+    for line in lines:
+        out.write(to_ascii(line) + "\n")
+    out.flush()
+
+
+def notify(message):
+    """Tell the user something beside the output: on stderr, so that stdout stays data."""
+    say("ccfix: " + message, out=sys.stderr)
+
+
+@contextlib.contextmanager
+def usage_errors(words):
+    """An OSError inside becomes a Usage: these words and the system's reason."""
+    try:
+        yield
+    except OSError as e:
+        raise Usage("%s: %s" % (words, e.strerror or e))
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+
+def home_folder():
+    """The user's folder; the current one where there is none (a service without HOME)."""
+    home = os.path.expanduser("~")
+    return home if home != "~" else os.getcwd()
+
+
+def file_text(path):
+    """The content of a text file, at most its first MB; "" where it cannot be read.
+
+    utf-8-sig: editors on Windows begin a file with a byte order mark, which JSON does not know.
+    """
+    try:
+        with open(path, encoding="utf-8-sig", errors="replace") as file:
+            return file.read(1 << 20)
+    except (OSError, ValueError):
+        return ""
+
+
+# ---- the log -------------------------------------------------------------------------------------
+
+
+class Log:
+    """log(level, text): a line on stderr, and in LOG_FILE, which starts over at 10 MB.
+
+    Line breaks in text cannot forge a line, and secrets are hidden. A closed terminal or a full
+    disk must not stop a request: what cannot be written is lost.
+    """
 
     LEVELS = ("debug", "info", "warning", "error")
-    MAX_FILE = 10 << 20
+    MAX_FILE = 10 << 20  # bytes; then the file becomes NAME.1
 
     def __init__(self, settings, out=None):
-        self.lock, self.out, self.file, self.path = threading.Lock(), out or sys.stderr, None, ""
+        self.lock, self.out = threading.Lock(), out or sys.stderr
         self.configure(settings)
-        if self.path:
-            self.write_file("")  # OSError: better now than never
 
     def configure(self, settings):
-        """Take level, file and secrets from (changed) settings."""
-        self.least, self.secrets = self.LEVELS.index(settings.log_level), settings.secrets()
-        if settings.log_file != self.path:
-            self.path, self.file = settings.log_file, None
+        """Take level, file and secrets of (changed) settings.
+
+        Raises SettingError, and changes nothing, where the file cannot be written.
+        """
+        path = settings.log_file
+        try:
+            self.append(path, "")  # better to fail now than to lose every line
+        except OSError as e:
+            raise SettingError("LOG_FILE %s cannot be written: %s" % (path, e.strerror or e))
+        self.path, self.secrets = path, settings.secrets()
+        self.least = self.LEVELS.index(settings.log_level)
 
     def __call__(self, level, text):
         if self.LEVELS.index(level) < self.least:
             return
-        text = redact(text, self.secrets)
-        safe = re.sub(
-            r"[\x00-\x1f\x7f-\x9f]",
-            lambda m: (
-                "\n    "
-                if m.group() == "\n" and level == "error" and "Traceback" in text
-                else m.group().encode("unicode_escape").decode()
-            ),
-            text,
-        )
-        line = "%s %-7s %s\n" % (
-            time.strftime("%Y-%m-%d %H:%M:%S"),
-            level,
-            safe.encode("ascii", "backslashreplace").decode(),
-        )
-        with self.lock:
-            try:
-                self.out.write(line)
-                self.out.flush()
-                if self.path:
-                    self.write_file(line)
-            except (
-                OSError,
-                ValueError,
-            ):  # a closed terminal or a full disk must not stop a request
-                return
+        text, unsafe = redact(text, self.secrets), r"[\x00-\x1f\x7f-\x9f]"
+        if level == "error" and "Traceback" in text:  # our own: the one text whose lines count
+            text, unsafe = text.replace("\n", "\n    "), r"(?!\n)" + unsafe
+        text = re.sub(unsafe, lambda found: ascii(found.group())[1:-1], text)
+        stamp = time.strftime("%Y-%m-%d %H:%M:%S")
+        line = "%s %-7s %s\n" % (stamp, level, to_ascii(text))
+        with self.lock, contextlib.suppress(OSError, ValueError):
+            self.out.write(line)
+            self.out.flush()
+            self.append(self.path, line)
 
-    def write_file(self, line):
-        """Append to the log file; at 10 MB it becomes NAME.1."""
-        if self.file is None:
-            self.file = open(
-                os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600),
-                "a",
-                encoding="utf-8",
+    def append(self, path, line):
+        """Write to the end of the log file, if there is to be one. Raises OSError.
+
+        It is opened for each line (30 us): so it can be moved away at any time, and no open file
+        stands in the way of renaming it on Windows.
+        """
+        if not path:
+            return
+        handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        with open(handle, "a") as file:
+            file.write(line)
+            size = file.tell()
+        if size > self.MAX_FILE:
+            os.replace(path, path + ".1")
+
+
+# ---- the settings of now -------------------------------------------------------------------------
+
+
+def check_settings(settings, port=0):
+    """Raise SettingError for what no single value shows: a name or a file that does not exist,
+    prices that cannot be used, a target that is this proxy itself. port: the one it listens on.
+
+    Used at the start and for each change of .env, so that a typing error never breaks what serves.
+    """
+    try:
+        prices_from(settings.prices)
+    except ValueError as e:
+        raise SettingError("PRICES cannot be used: %s" % e)
+    files = [("CA_BUNDLE", settings.ca_bundle)]
+    files += [("CLIENT_CERT", path) for path in settings.client_cert.split(",")]
+    for name, path in files:
+        if path and not os.path.exists(path):
+            raise SettingError("%s names %s, which does not exist" % (name, path))
+    for base in [getattr(settings, row.name) for row in SETTINGS if row.parse is parse_base_url]:
+        if port and is_loopback(base) and url_origin(base)[2] == port:
+            # Passed through to itself, one request would become thousands.
+            raise SettingError(
+                "the target %s is ccfix's own port; give ccfix another one, say -p %d"
+                % (without_password(base), port + 1)
             )
-        self.file.write(line)
-        self.file.flush()
-        if self.file.tell() > self.MAX_FILE:
-            self.file.close()
-            self.file = None
-            os.replace(self.path, self.path + ".1")
 
 
-class Config(object):
-    """The settings of now: config() reads .env again when it has changed. A broken .env keeps the old values.
+class Config:
+    """The settings of now: config() -> Settings.
 
-    given: {ENV_NAME: text} from the command line; environ: the environment; path: the .env file; home: the user's folder;
-    alone: the command line alone says where requests go (the demo must never reach a provider); found: a server that
-    was found on this machine.
+    It looks at the .env file each time (one stat call) and reads it again when it has changed. What
+    cannot be used raises SettingError at the start, and later leaves the old values in place.
     """
 
+    # Settings of the provider: they do not count where the command line alone says who answers.
+    TARGET_ROWS = re.compile("TARGET_|EXTRA_|PROFILE|MAX_")
+
     def __init__(self, given, environ, path, home, alone=False):
-        self.given, self.environ, self.path, self.home, self.alone, self.found = (
-            given,
-            environ,
-            path,
-            home,
-            alone,
-            {},
-        )
-        self.lock, self.log, self.mark = threading.Lock(), None, self.file_mark()
-        self.settings = Settings(self.layers())
+        self.given = given  # {ENV_NAME: string} of the command line
+        self.environ = environ  # the same of the environment
+        self.path = path  # the .env file; "" for none
+        self.home = home  # the user's folder, for Claude Code's settings
+        self.alone = alone  # only `given` says who answers: the demo must reach no provider
+        self.found = {}  # {ENV_NAME: string} of a server that was found on this machine
+        self.port = 0  # the port that the proxy listens on, once it is known
+        self.log = None  # set once the proxy serves; .env is not followed before
+        self.lock = threading.Lock()
+        self.mark = self.file_mark()
+        self.settings = self.read()
 
     def file_mark(self):
-        """What changes when .env does."""
-        try:
+        """What changes when .env does: an editor may keep the size, or the time, or the file."""
+        with contextlib.suppress(OSError, ValueError):
             info = os.stat(self.path)
-        except (OSError, ValueError):
-            return None
-        return info.st_mtime, info.st_size, info.st_ino
+            return info.st_mtime, info.st_size, info.st_ino
 
     def layers(self):
-        """The layers of settings, most important first. Raises SettingError for a file that cannot be read."""
+        """[(origin, {ENV_NAME: string})], most important first."""
         claude = os.path.join(self.home, ".claude", "settings.json")
         layers = [
             ("the environment", self.environ),
@@ -9671,27 +9218,25 @@ class Config(object):
         ]
         if self.alone:
             layers = [
-                (
-                    name,
-                    {
-                        key: value
-                        for key, value in values.items()
-                        if not re.match("TARGET_|EXTRA_|PROFILE|MAX_", key)
-                    },
-                )
+                (name, {key: values[key] for key in values if not self.TARGET_ROWS.match(key)})
                 for name, values in layers
             ]
         return [("the command line", self.given)] + layers
 
-    def aim(self, found, **given):
-        """Take a server that was found on this machine, and settings that count like the command line's."""
-        self.found = dict(self.found, **found)
-        self.given = dict(self.given, **given)
-        self.settings = Settings(self.layers())
+    def read(self):
+        """The Settings of all layers. Raises SettingError."""
+        settings = Settings(self.layers())
+        check_settings(settings, self.port)
+        return settings
+
+    def add(self, layer, **values):
+        """Put values into a layer: `given` or `found`. Raises SettingError."""
+        layer.update(values)
+        self.settings = self.read()
 
     def __call__(self):
         mark = self.file_mark()
-        if mark != self.mark:
+        if self.log and mark != self.mark:
             with self.lock:
                 if mark != self.mark:
                     self.mark = mark
@@ -9699,90 +9244,52 @@ class Config(object):
         return self.settings
 
     def reload(self):
+        """Take the changed file; where it cannot be used, say why and keep the old settings."""
         try:
-            new = Settings(self.layers())
+            new = self.read()
+            self.log.configure(new)
         except SettingError as e:
-            self.log(
-                "warning",
-                "%s was changed but cannot be used, the old settings stay: %s" % (self.path, e),
-            )
-            return
+            said = "was changed but cannot be used, the old settings stay"
+            return self.log("warning", "%s %s: %s" % (self.path, said, e))
         old, self.settings = self.settings, new
         changed = [
-            "%s" % row.env if row.secret else "%s = %s" % (row.env, getattr(new, row.name))
+            row.env if row.secret else "%s = %s" % (row.env, getattr(new, row.name))
             for row in SETTINGS
             if getattr(old, row.name) != getattr(new, row.name)
         ]
-        self.log.configure(new)
         self.log("info", "%s was changed: %s" % (self.path, "; ".join(changed) or "no setting"))
 
 
-def file_text(path):
-    """A small text file's content; "" where there is none, or where it cannot be read."""
-    try:
-        with open(path, encoding="utf-8-sig", errors="replace") as file:
-            return file.read(1 << 20)
-    except (OSError, ValueError):
-        return ""
+# ---- serve ---------------------------------------------------------------------------------------
 
 
-def home_folder():
-    """The user's folder, also where HOME is not set."""
-    home = os.path.expanduser("~")
-    return home if home != "~" else os.getcwd()
+class Running:
+    """A proxy that serves: config, log, proxy and server belong together.
 
+    out: where log lines go, instead of stderr. Raises Usage, SettingError.
+    """
 
-def say(*lines, **kwargs):
-    """Print lines for a person, in ASCII: a terminal of LC_ALL=C takes nothing else."""
-    out = kwargs.get("out") or sys.stdout
-    for line in lines:
-        out.write(line.encode("ascii", "backslashreplace").decode() + "\n")
-    out.flush()
-
-
-def complain(message):
-    """Say on stderr what is wrong; exit code 2."""
-    say("ccfix: " + message, out=sys.stderr)
-    return 2
-
-
-# ---- serve -------------------------------------------------------------------------------------------
-
-
-class Running(object):
-    """A proxy that serves: server, proxy, log and config belong together. out: where log lines go, instead of stderr."""
-
-    def __init__(self, config, host=None, port=None, out=None):
+    def __init__(self, config, out=None):
         settings = config()
-        self.config = config
-        try:
-            self.log = Log(settings, out)
-        except OSError as e:
-            raise Usage("LOG_FILE %s cannot be written: %s" % (settings.log_file, e.strerror or e))
-        config.log = self.log
-        try:
-            self.proxy = Proxy(config, self.log)
-        except ValueError as e:
-            raise Usage("PRICES cannot be used: %s" % e)
-        place = (host or settings.proxy_host, settings.proxy_port if port is None else port)
+        self.config, self.log = config, Log(settings, out)
+        self.proxy = Proxy(config, self.log)
+        place = settings.proxy_host, settings.proxy_port
         try:
             self.server = Server(place, self.proxy)
         except OSError as e:
             raise Usage(
-                "cannot listen on %s port %d (%s); choose another port with -p, or end the program that has it"
-                % (place + (e.strerror or e,))
+                "cannot listen on %s port %d (%s); choose another port with -p, or end the program"
+                " that has it" % (place + (e.strerror or e,))
             )
-        self.thread = threading.Thread(target=self.server.serve_forever, daemon=True)
+        config.log, config.port = self.log, self.server.server_port
 
     def start(self, wait=0):
-        """Serve, and ask the provider about itself meanwhile; wait: seconds to wait for its answer."""
-        self.thread.start()
-        probe = threading.Thread(target=self.proxy.probe, args=(self.plan(),), daemon=True)
-        probe.start()
-        probe.join(wait)
-        later = threading.Timer(1, give_memory_back)
-        later.daemon = True
-        later.start()
+        """Serve, and ask the provider about itself meanwhile -> self.
+
+        wait: seconds to await that answer; without it the first requests go by the profile alone.
+        """
+        start_thread(self.server.serve_forever)
+        start_thread(self.proxy.probe, self.plan()).join(wait)
         return self
 
     def plan(self):
@@ -9791,7 +9298,8 @@ class Running(object):
         return plan_for(settings, "", self.proxy.profile_of(settings))
 
     def stop(self, grace=5.0):
-        """End: no new requests; open replies get `grace` seconds, then a second to say that they were broken off."""
+        """End: no new requests; open replies get `grace` seconds, and one more to say that they
+        were broken off."""
         self.server.stopping = True
         self.server.shutdown()
         self.server.server_close()
@@ -9809,33 +9317,6 @@ class Running(object):
             time.sleep(0.02)
 
 
-def give_memory_back():
-    """Have glibc give the system what was needed at the start only (see main_as_hook); elsewhere free() does that itself."""
-    try:
-        import ctypes
-
-        ctypes.CDLL(None).malloc_trim(0)
-    except (ImportError, AttributeError, OSError, TypeError, MemoryError):
-        """Another C library, or no ctypes."""
-
-
-def check_target(settings):
-    """Raise Usage when the target cannot work: a key is missing, or a file that is named."""
-    for name in ("ca_bundle", "client_cert"):
-        for path in filter(None, getattr(settings, name).split(",")):
-            if not os.path.exists(path):
-                raise Usage("%s names %s, which is not there" % (name.upper(), path))
-    if (
-        not settings.target_api_key
-        and not is_loopback(settings.target_api_base)
-        and not settings.extra_headers
-    ):
-        raise Usage(
-            "no key for %s: give it as TARGET_API_KEY in the environment or .env, or with -k KEY; or try --demo"
-            % without_password(settings.target_api_base)
-        )
-
-
 INSECURE_WORDS = (
     "WARNING: TLS certificates are not verified (INSECURE): anyone on the way can read the key"
 )
@@ -9843,18 +9324,16 @@ INSECURE_WORDS = (
 
 def banner(settings, address):
     """What is printed at the start: under 12 lines."""
-    key = settings.anthropic_api_key
-    lines = [
-        "ccfix %s on %s" % (__version__, address),
-        "  target    %s at %s"
-        % (settings.target_model, without_password(settings.target_api_base)),
-        "  disguise  %s" % (settings.disguise_model or "the model name that Claude Code asks for"),
-        "  proxy key %s"
-        % ("on, from %s" % settings.origins["anthropic_api_key"] if key else "off"),
+    key, base = settings.anthropic_api_key, without_password(settings.target_api_base)
+    rows = [
+        ("target", "%s at %s" % (settings.target_model, base)),
+        ("disguise", settings.disguise_model or "the model name that Claude Code asks for"),
+        ("proxy key", "on, from " + settings.origins["anthropic_api_key"] if key else "off"),
     ]
-    for shell, commands in connect_lines(address, bool(key)):
-        lines.append("  %-9s %s" % (shell, "; ".join(commands)))
-    if settings.proxy_host not in ("127.0.0.1", "localhost", "::1") and not key:
+    rows += [(shell, "; ".join(words)) for shell, words in connect_lines(address, bool(key))]
+    lines = ["ccfix %s on %s" % (__version__, address)] + ["  %-9s %s" % row for row in rows]
+    host = settings.proxy_host  # 0.0.0.0 is every address, though it also reaches this machine
+    if not key and (host == "0.0.0.0" or not is_loopback("http://" + host_port(host, 0))):
         lines.append("  WARNING: open to the network without a proxy key; set ANTHROPIC_API_KEY")
     return lines + ["  " + INSECURE_WORDS] * settings.insecure
 
@@ -9862,16 +9341,9 @@ def banner(settings, address):
 def serve(config, options):
     """Serve until Ctrl-C or SIGTERM -> exit code."""
     find_target(config)
-    base, port = config().target_api_base, config().proxy_port
-    if (
-        is_loopback(base) and url_origin(base)[2] == port
-    ):  # passed through to itself, one request would become thousands
-        raise Usage(
-            "the target %s is ccfix's own port; give ccfix another one, say -p %d"
-            % (without_password(base), port + 1)
-        )
+    check_settings(config(), config().proxy_port)
     stopped = threading.Event()
-    for name in ("SIGINT", "SIGTERM"):  # before the first request can come
+    for name in ("SIGINT", "SIGTERM"):  # taken before the first request can come
         signal.signal(getattr(signal, name), lambda *_: stopped.set())
     running = Running(config).start()
     say(*banner(config(), running.server.address()))
@@ -9881,16 +9353,17 @@ def serve(config, options):
     return 0
 
 
-# ---- the target where none is configured: a server on this machine, a recording --------------------------
+# ---- the target where none is configured: a server on this machine, a recording ------------------
 
 LOCAL_SERVERS = (
+    # (title, the port that it takes unless told otherwise); the first that answers is used
     ("Ollama", 11434),
     ("vLLM", 8000),
     ("llama.cpp", 8080),
     ("LM Studio", 1234),
     ("SGLang", 30000),
 )
-GLANCE_SECONDS = 0.3
+GLANCE_SECONDS = 0.3  # a server on this machine answers at once, or is not there
 NO_TARGET = """nothing is configured, and no model server was found on this machine.
 Three ways to go on:
   a provider     {0} init
@@ -9900,44 +9373,18 @@ Three ways to go on:
                  an embedded model: no key, no network"""
 
 
-def local_servers():
-    """[(title, base URL, [model names])] of the model servers that answer on their usual ports of this machine."""
-    upstream, found = Upstream(GLANCE_SECONDS, GLANCE_SECONDS), []
-    for title, port in LOCAL_SERVERS:
-        base = "http://127.0.0.1:%d/v1" % port
-        try:
-            answer = glance_json(upstream, base + "/models", GLANCE_SECONDS)
-        except ProxyError:
-            continue
-        if (
-            answer.get("object") == "list"
-        ):  # our own proxy's list, in Anthropic's form, has no such field
-            found.append((title, base, model_names(answer)))
-    upstream.close()
-    return [row for row in found if row[2]]
-
-
-def glance_json(upstream, url, seconds, headers=()):
-    """The JSON object at a URL; {} for anything else, and for an error status. Raises ProxyError."""
-    reply = upstream.open("GET", url, dict(headers), None, patience(seconds), seconds)
-    try:
-        return as_dict(json_or_none(reply.read(4 << 20))) if reply.status == 200 else {}
-    finally:
-        reply.close()
-
-
-def model_names(answer):
-    """Model names of a /models answer; those that only embed texts come last."""
-    found = [
-        str(row["id"])
-        for row in as_list(answer.get("data"))
-        if isinstance(row, dict) and row.get("id")
-    ]
-    return sorted(found, key=lambda name: "embed" in name.lower())
+def program_name():
+    """What the user types to start this program, for messages that say what to type next."""
+    name = os.path.basename(sys.argv[0] or "")
+    return "python3 " + name if name.endswith(".py") else name or "ccfix"
 
 
 def patience(limit):
-    """A wait(sock, seconds) for `Upstream.open` that ends the whole exchange after `limit` seconds."""
+    """A wait(sock, seconds) for `Upstream.open` that bounds the whole exchange.
+
+    Its own timeout bounds a silence only: a server that sends a byte now and then would hold a
+    command up for ever. Raises UpstreamError `limit` seconds from now.
+    """
     end = time.monotonic() + limit
 
     def wait(sock, seconds):
@@ -9945,135 +9392,193 @@ def patience(limit):
         if left > 0 and poll_socket(sock, min(seconds, left)):
             return True
         if seconds >= left:
-            raise UpstreamError(
-                "no complete answer within %g s" % limit, 504, "timeout_error", kind="timeout"
-            )
+            said = "no complete answer within %g s" % limit
+            raise UpstreamError(said, 504, "timeout_error", kind="timeout")
         return False
 
     return wait
 
 
-def program_name():
-    """What the user types to start this program."""
-    name = os.path.basename(sys.argv[0] or "")
-    return "python3 " + name if name.endswith(".py") else name or "ccfix"
+def fetch(upstream, url, seconds, headers=()):
+    """The JSON object at a URL, {} for anything else; closes the Upstream. Raises ProxyError where
+    it does not come within so many seconds."""
+    with contextlib.closing(upstream):
+        return get_json(upstream, url, dict(headers), patience(seconds), seconds)
+
+
+def glance(url, seconds=GLANCE_SECONDS):
+    """The JSON object at a URL of this machine; {} where nobody answers."""
+    try:
+        return fetch(Upstream(seconds, seconds), url, seconds)
+    except ProxyError:
+        return {}
+
+
+def model_names(answer):
+    """Model names of a /models answer; those that only embed come last.
+
+    Ollama lists what was pulled last first, and that is often nomic-embed-text.
+    """
+    names = [as_dict(row).get("id") for row in as_list(answer.get("data"))]
+    return sorted(map(str, filter(None, names)), key=lambda name: "embed" in name.lower())
+
+
+def list_models(settings, seconds=10):
+    """Names of the models that the target lists.
+
+    Where it lists none within so many seconds, the user is told why, and can still name one.
+    """
+    plan = target_plan(settings)
+    upstream = Upstream(
+        seconds, seconds, settings.ca_bundle, settings.client_cert, settings.insecure
+    )
+    try:
+        headers = upstream_headers(plan, settings, {})
+        return model_names(fetch(upstream, models_url(plan), seconds, headers))
+    except ProxyError as e:
+        notify("its models cannot be listed: %s" % e)
+        return []
+
+
+def target_plan(settings):
+    """The Plan of requests for no family, as far as the settings alone tell: nobody is asked."""
+
+    def profile_of(base, model):
+        return profile_for(base, model, settings.profile, settings.target_format)
+
+    return plan_for(settings, "", profile_of)
+
+
+def local_servers():
+    """[(title, base URL, [model names])] of the model servers that answer on this machine."""
+    servers = []
+    for title, port in LOCAL_SERVERS:
+        base = "http://127.0.0.1:%d/v1" % port
+        answer = glance(base + "/models")
+        # The list of another ccfix is in Anthropic's form, which has no such field.
+        if answer.get("object") == "list":
+            servers.append((title, base, model_names(answer)))
+    return [row for row in servers if row[2]]
+
+
+def check_target(settings):
+    """Raise Usage where the target needs a key and has none; EXTRA_HEADERS may hold it."""
+    base = settings.target_api_base
+    if not (settings.target_api_key or settings.extra_headers or is_loopback(base)):
+        raise Usage(
+            "no key for %s: give it as TARGET_API_KEY in the environment or .env, or with -k KEY;"
+            " or try --demo" % without_password(base)
+        )
 
 
 def find_target(config):
-    """Where nothing is configured, aim at a model server on this machine, and say so. Raises Usage when there is none,
-    or when what is configured cannot work."""
+    """Where nothing is configured, aim at a model server on this machine, and say so.
+
+    A base URL, a key or headers count as configured; a model name alone does not, and is looked for
+    among the servers' own. Raises Usage where no server is found, or a key is missing.
+    """
     settings = config()
-    if any(
-        settings.origins[name] != "default"
-        for name in ("target_api_base", "target_api_key", "extra_headers")
-    ):
+    given = {name for name, origin in settings.origins.items() if origin != "default"}
+    if given & {"target_api_base", "target_api_key", "extra_headers"}:
         check_target(settings)
-        return find_model(config)
-    servers, wanted = local_servers(), (
-        settings.target_model if settings.origins["target_model"] != "default" else ""
-    )
+        if "target_model" not in given and is_loopback(settings.target_api_base):
+            find_model(config)
+        return
+    servers = local_servers()
     if not servers:
         raise Usage(NO_TARGET.format(program_name()))
+    wanted = settings.target_model if "target_model" in given else ""
     title, base, models = next((row for row in servers if wanted in row[2]), servers[0])
     model = wanted or models[0]
-    found = {"TARGET_API_BASE": base, "TARGET_MODEL": model}
-    if settings.proxy_port == url_origin(base)[2] and settings.origins["proxy_port"] == "default":
-        found["PROXY_PORT"] = "8081"
-    config.aim(found)
-    others = [name for name in models if name != model]
-    say(
-        "ccfix: nothing is configured; found %s at %s, using its model %s" % (title, base, model)
-        + (" (-m takes another: %s)" % shorten(", ".join(others), 200) if others else ""),
-        out=sys.stderr,
-    )
+    config.add(config.found, TARGET_API_BASE=base, TARGET_MODEL=model)
+    if settings.proxy_port == url_origin(base)[2] and "proxy_port" not in given:
+        config.add(config.found, PROXY_PORT="8081")  # llama.cpp's usual port is the proxy's own
+    others = shorten(", ".join(name for name in models if name != model), 200)
+    hint = " (-m takes another: %s)" % others if others else ""
+    said = "nothing is configured; found %s at %s, using its model %s%s"
+    notify(said % (title, base, model, hint))
 
 
 def find_model(config):
-    """Where a server on this machine is configured but no model, take one that it has, and say so."""
+    """Take a model that the server on this machine has, and say so."""
     settings = config()
-    if settings.origins["target_model"] != "default" or not is_loopback(settings.target_api_base):
-        return
-    upstream = Upstream(GLANCE_SECONDS, GLANCE_SECONDS)
-    try:
-        models = model_names(
-            glance_json(
-                upstream,
-                settings.target_api_base.partition("?")[0] + "/models",
-                GLANCE_SECONDS,
-                {"Authorization": "Bearer " + settings.target_api_key},
-            )
-        )
-    except ProxyError:
-        return
-    finally:
-        upstream.close()
+    models = list_models(settings, GLANCE_SECONDS)
     if models and settings.target_model not in models:
-        config.aim({"TARGET_MODEL": models[0]})
-        say(
-            "ccfix: no model is configured; using %s of %s"
-            % (models[0], without_password(settings.target_api_base)),
-            out=sys.stderr,
-        )
+        config.add(config.found, TARGET_MODEL=models[0])
+        base = without_password(settings.target_api_base)
+        notify("no model is configured; using %s of %s" % (models[0], base))
 
 
 class ReplayModel(DemoModel):
     """Answers each POST with the next recorded reply; server.proxy is a deque of them."""
 
+    # Headers of the recorded connection and of its body's form, which was recorded as plain text.
     NOT_REPEATED = re.compile(
-        r"(?i)content-length|content-encoding|transfer-encoding|connection|keep-alive|date|server|set-cookie\Z"
+        r"(?i)content-(length|encoding)|transfer-encoding|connection|keep-alive|date|server"
+        r"|set-cookie\Z"
     )
+    OVER = {
+        "status": 400,
+        "headers": {},
+        "body": '{"error":{"message":"the recording has no further reply"}}',
+    }
 
     def do_POST(self):
-        self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        over = {
-            "status": 400,
-            "headers": {},
-            "body": '{"error":{"message":"the recording has no further reply"}}',
+        self.read_body()
+        reply = self.server.proxy.popleft() if self.server.proxy else self.OVER
+        headers = {
+            name: re.sub(r"[^\t\x20-\x7e]", " ", str(value))
+            for name, value in reply["headers"].items()
+            if not self.NOT_REPEATED.match(name) and value != HIDDEN
         }
-        reply = self.server.proxy.popleft() if self.server.proxy else over
-        data = reply["body"].encode("utf-8", "replace")
-        self.send_response(reply["status"])
-        for name, value in reply["headers"].items():
-            if not self.NOT_REPEATED.match(name) and value != HIDDEN:
-                self.send_header(name, re.sub(r"[^\t\x20-\x7e]", " ", str(value)))
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
+        self.send(reply["status"], headers, reply["body"])
 
 
 def start_replay(folder):
-    """Serve the recorded replies of a folder on a free loopback port -> settings that aim at them. Raises Usage."""
+    """Serve the recorded replies of a folder -> settings that aim at them. Raises Usage.
+
+    The replies do not say which format they are in; only Anthropic's have "type": "message". Tries
+    again would eat the next reply, so there are none.
+    """
     try:
         replies = read_recording(folder)
     except (OSError, ValueError) as e:
         raise Usage("--replay cannot be used: %s" % e)
     if not replies:
         raise Usage("--replay: %s holds no recorded replies" % folder)
-    server = Server(("127.0.0.1", 0), collections.deque(replies), ReplayModel)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
     native = any(re.search(r'"type": ?"message(_start)?"', reply["body"]) for reply in replies)
     return {
-        "TARGET_API_BASE": server.address() + "/v1",
+        "TARGET_API_BASE": start_model(ReplayModel, collections.deque(replies)),
+        "TARGET_MODEL": "replay",
         "TARGET_FORMAT": "anthropic" if native else "openai",
         "TARGET_RETRIES": "0",
     }
 
 
-# ---- run: a proxy and Claude Code, for one session ------------------------------------------------------
+# ---- run: a proxy and Claude Code, for one session -----------------------------------------------
 
 CLAUDE_DEFAULTS = {
-    # What a session through a proxy wants unless the user says otherwise. Measured with Claude Code 2.1.330.
-    "CLAUDE_CODE_ATTRIBUTION_HEADER": "0",  # a line in the prompt that spoils the provider's prefix cache
-    "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",  # this session is not Anthropic's: no telemetry, no other host
-    "CLAUDE_CODE_DISABLE_1M_CONTEXT": "1",  # a window that nobody knows counts as 200k, not 1M
-    "CLAUDE_STREAM_IDLE_TIMEOUT_MS": "1500000",  # a local model may think for minutes before its first word
+    # What a session through a proxy wants unless the user says otherwise. Measured with Claude Code
+    # 2.1.330. The billing line of the system prompt differs in each conversation, so that none can
+    # use what the provider's prefix cache has of another.
+    "CLAUDE_CODE_ATTRIBUTION_HEADER": "0",
+    # This session is not Anthropic's: no telemetry, no other host. Nothing less stops all of it.
+    "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
+    # The window of an unknown model counts as 200k tokens, not as 1M.
+    "CLAUDE_CODE_DISABLE_1M_CONTEXT": "1",
+    # A local model may read a long prompt for minutes before its first word; 300 s is the default.
+    "CLAUDE_STREAM_IDLE_TIMEOUT_MS": "1500000",
     "CLAUDE_BYTE_STREAM_IDLE_TIMEOUT_MS": "1500000",
 }
+CLAUDE_LIMITS = ("CLAUDE_CODE_MAX_CONTEXT_TOKENS", "CLAUDE_CODE_MAX_OUTPUT_TOKENS")
 FOREIGN = re.compile(
-    # Variables that would lead Claude Code to another server, key or model.
-    r"(?:ANTHROPIC_(?:API_KEY|AUTH_TOKEN|BASE_URL|UNIX_SOCKET|CUSTOM_HEADERS|MODEL|SMALL_FAST_MODEL|CUSTOM_MODEL_OPTION\w*|DEFAULT_\w+)"
-    r"|CLAUDE_CODE_(?:OAUTH_TOKEN|USE_(?:BEDROCK|VERTEX|FOUNDRY|MANTLE|GATEWAY|ANTHROPIC_AWS|ANTHROPIC_GOOGLE_CLOUD)))\Z"
+    # Variables that would lead Claude Code to another server, key or model: those of its own
+    # environment, and the switches for the clouds that it can reach without ANTHROPIC_BASE_URL.
+    r"(?:ANTHROPIC_(?:API_KEY|AUTH_TOKEN|BASE_URL|UNIX_SOCKET|CUSTOM_HEADERS|MODEL|SMALL_FAST_MODEL"
+    r"|CUSTOM_MODEL_OPTION\w*|DEFAULT_\w+)|CLAUDE_CODE_(?:OAUTH_TOKEN|USE_(?:BEDROCK|VERTEX|FOUNDRY"
+    r"|MANTLE|GATEWAY|ANTHROPIC_AWS|ANTHROPIC_GOOGLE_CLOUD)))\Z"
 )
+# Flags that say how to ask for permission: then "auto" is not what the user gets unasked.
 ASKS_FOR_MODE = (
     "--permission-mode",
     "--dangerously-skip-permissions",
@@ -10081,45 +9586,49 @@ ASKS_FOR_MODE = (
     "--enable-auto-mode",
 )
 MAIN_NAME = "ccfix-main"
+PROBE_SECONDS = 6  # how long a session waits for the model's window, which it cannot learn later
 WHY_NO_AUTO = (
-    "ccfix: auto permission mode is off: its safety check runs on Anthropic's servers, which no proxy can stand in for"
-    " (run -- --permission-mode auto asks for it all the same)"
+    "auto permission mode is off: its safety check runs on Anthropic's servers, which no proxy"
+    " can stand in for (run -- --permission-mode auto asks for it all the same)"
 )
 
 
 def session_variables(address, key, settings, plan):
     """Variables that connect Claude Code to this proxy, with the target's real limits.
 
-    The model's name is the target's own: Claude Code obeys CLAUDE_CODE_MAX_CONTEXT_TOKENS only for names that it does
-    not know, and the proxy routes by family words; a target named like a Claude model goes by another name.
+    The model's name is the target's own: Claude Code obeys CLAUDE_CODE_MAX_CONTEXT_TOKENS only for
+    names that it does not know, and the proxy routes by family words; a target that is named like a
+    Claude model goes by another name. A *_NAME variable is what its /model menu shows.
     """
-    known = family_of(plan.model) or "claude" in plan.model.lower()
+    is_known = family_of(plan.model) or "claude" in plan.model.lower()
+    main_name = MAIN_NAME if is_known else plan.model
     found = {
         "ANTHROPIC_BASE_URL": address,
         "ANTHROPIC_AUTH_TOKEN": key,
-        "ANTHROPIC_MODEL": MAIN_NAME if known else plan.model,
-        "ANTHROPIC_DEFAULT_FABLE_MODEL": MAIN_NAME if known else plan.model,
+        "ANTHROPIC_MODEL": main_name,
+        "ANTHROPIC_DEFAULT_FABLE_MODEL": main_name,
     }
     for family in FAMILIES:
         own = getattr(settings, "target_model_" + family) or plan.model
+        has_target = own != plan.model or getattr(settings, "target_api_base_" + family)
         name = "ANTHROPIC_DEFAULT_%s_MODEL" % family.upper()
-        routed = own != plan.model or getattr(settings, "target_api_base_" + family)
-        found.update(
-            {name: "ccfix-" + family if routed else found["ANTHROPIC_MODEL"], name + "_NAME": own}
-        )
-    limit = plan.profile.max_output
-    if plan.profile.context:
-        found["CLAUDE_CODE_MAX_CONTEXT_TOKENS"] = str(plan.profile.context)
-        # A small window must keep room for the conversation: Claude Code would reserve 20,000 tokens for its output.
-        limit = limit or (plan.profile.context // 4 if plan.profile.context < 128000 else 0)
-    if limit:
-        found["CLAUDE_CODE_MAX_OUTPUT_TOKENS"] = str(limit)
+        found[name] = "ccfix-" + family if has_target else main_name
+        found[name + "_NAME"] = own
+    window, limit = plan.profile.context, plan.profile.max_output
+    if not limit and 0 < window < 128000:
+        # Claude Code compacts at 33,000 tokens below the window, 20,000 of them for its output:
+        # nothing would be left of a small one. The reserve shrinks with the limit.
+        limit = window // 4
+    found.update((name, str(value)) for name, value in zip(CLAUDE_LIMITS, (window, limit)) if value)
     return found
 
 
 def claude_environment(environ, address, key, settings, plan):
-    """The environment of Claude Code for one session, from the user's own: nothing in it leads elsewhere, and it
-    holds no secret of ccfix, since the model's commands can read it."""
+    """The environment of Claude Code for one session, from the user's own.
+
+    Nothing in it leads elsewhere, and it holds no secret of ccfix: the model's commands can read
+    it.
+    """
     secret = {row.env for row in SETTINGS if row.secret}
     found = dict(CLAUDE_DEFAULTS)
     found.update(
@@ -10128,52 +9637,58 @@ def claude_environment(environ, address, key, settings, plan):
         if not FOREIGN.match(name) and name not in secret
     )
     found.update(session_variables(address, key, settings, plan))
-    if any(
-        name.lower() in ("http_proxy", "https_proxy", "all_proxy") and value
-        for name, value in environ.items()
-    ):
+    # A company proxy does not reach this machine's loopback.
+    if any(environ[name] for name in environ if re.match(r"(?i)(https?|all)_proxy\Z", name)):
         for name in [name for name in found if name.lower() == "no_proxy"] or ["NO_PROXY"]:
             found[name] = ",".join(filter(None, [found.get(name), "127.0.0.1", "localhost"]))
     return found
 
 
-def settings_overrides(texts, environment):
-    """{variable: value} that must be set again by --settings: "env" in Claude Code's settings files (their texts) beats
-    the environment. An empty value takes a variable away."""
-    found = {}
-    for source in texts:
-        for name in as_dict(as_dict(json_or_none(source)).get("env")):
-            if FOREIGN.match(name) or name in (
-                "CLAUDE_CODE_MAX_CONTEXT_TOKENS",
-                "CLAUDE_CODE_MAX_OUTPUT_TOKENS",
-            ):
-                found[name] = environment.get(name, "")
-    return found
+def settings_overrides(sources, environment):
+    """{variable: value} that must be set again by --settings, "" to take one away.
+
+    sources: the content of Claude Code's settings files; their "env" beats the environment.
+    """
+    return {
+        name: environment.get(name, "")
+        for source in sources
+        for name in as_dict(as_dict(json_or_none(source)).get("env"))
+        if FOREIGN.match(name) or name in CLAUDE_LIMITS
+    }
 
 
 def claude_settings(arguments, overrides):
-    """(settings for --settings, the other arguments): the user's own --settings are joined in; no auto mode unless the
-    arguments say how to ask, or print mode, where it makes no difference."""
-    rest, given = list(arguments), ""
-    for at, word in enumerate(arguments):
-        if word == "--settings" and at + 1 < len(arguments):
-            rest, given = arguments[:at] + arguments[at + 2 :], arguments[at + 1]
-        elif word.startswith("--settings="):
-            rest, given = arguments[:at] + arguments[at + 1 :], word.partition("=")[2]
-    found = as_dict(
-        json_or_none(given if given.lstrip().startswith("{") else file_text(given) if given else "")
-    )
+    """(settings for --settings, the other arguments) of a session.
+
+    The user's own --settings, a JSON object or the name of a file, are merged in: of two such flags
+    only one would count. Auto mode is off unless the arguments say how to ask, or print (-p, also
+    among joined short flags), where it makes no difference.
+    """
+    words, rest, given = iter(arguments), [], ""
+    for word in words:
+        if word.partition("=")[0] == "--settings":
+            given = word.partition("=")[2] or next(words, "")
+        else:
+            rest.append(word)
+    source = given if given.lstrip().startswith("{") else file_text(given)
+    found = as_dict(json_or_none(source))
     if overrides:
         found["env"] = dict(as_dict(found.get("env")), **overrides)
-    printing = any(re.match(r"--print\Z|-[a-z]*p[a-z]*\Z", word) for word in rest)
-    if not printing and not any(word.partition("=")[0] in ASKS_FOR_MODE for word in rest):
+    chosen = any(
+        word.partition("=")[0] in ASKS_FOR_MODE or re.match(r"--print\Z|-[a-z]*p[a-z]*\Z", word)
+        for word in rest
+    )
+    if not chosen:
         found["permissions"] = dict(as_dict(found.get("permissions")), disableAutoMode="disable")
     return found, rest
 
 
 def claude_command(path, read=file_text):
-    """The command line's front for the `claude` that was found: on Windows the program behind npm's .cmd, so that no shell
-    takes the arguments apart."""
+    """The command line's front for the `claude` that was found at a path.
+
+    On Windows it is the program behind npm's .cmd, a file that ends in: "%dp0%\\...\\cli.js" %*.
+    Started itself, cmd.exe would take the arguments apart once more, at every & and ^ in them.
+    """
     if not path.lower().endswith((".cmd", ".bat")):
         return [path]
     found = re.search(r'"%~?dp0%?\\([^"%]+\.(exe|[cm]?js))"\s+%\*', read(path))
@@ -10185,16 +9700,19 @@ def claude_command(path, read=file_text):
 
 @contextlib.contextmanager
 def settings_argument(settings):
-    """["--settings", ...] for Claude Code. With a key in it, it is a file that only the user can read, gone afterwards:
-    command lines can be read by everyone on the machine."""
+    """["--settings", ...] for Claude Code, [] for no settings.
+
+    With a key in them they go into a file that only the user can read, gone afterwards: command
+    lines can be read by everyone on the machine.
+    """
     if not settings.get("env"):
         yield ["--settings", compact_json(settings)] if settings else []
         return
     import tempfile  # here, not above: serving does not need it
 
-    number, path = tempfile.mkstemp(prefix="ccfix-", suffix=".json")
+    handle, path = tempfile.mkstemp(prefix="ccfix-", suffix=".json")
     try:
-        with open(number, "w", encoding="utf-8") as file:
+        with open(handle, "w", encoding="utf-8") as file:
             file.write(compact_json(settings))
         yield ["--settings", path]
     finally:
@@ -10202,103 +9720,104 @@ def settings_argument(settings):
 
 
 def exit_code(child):
-    """Wait for a child that shares our terminal -> its exit code, 128 + N for signal N. Ctrl-C is the child's; SIGTERM and
-    SIGHUP are passed on; when it stops (Ctrl-Z), so do we, so that the shell takes over. Claude Code stops its whole
-    process group: then we were stopped and continued ourselves before we are told of the child's stop.
+    """Wait for a child that shares our terminal -> its exit code, 128 + N for signal N.
+
+    Ctrl-C is the child's; SIGTERM and SIGHUP are passed on; when it stops (Ctrl-Z), so do we, so
+    that the shell takes over. Claude Code stops its whole process group: then we were stopped and
+    continued ourselves before we are told of the child's stop.
     """
+    continued = []
 
     def pass_on(number, _):  # not by Popen.send_signal: it would take the exit code first
         if child.returncode is None:
             os.kill(child.pid, number)
 
-    before, continued = {}, []
+    # They stay: the program ends soon after its child.
     for name, handler in (
         ("SIGINT", lambda *_: None),
         ("SIGTERM", pass_on),
         ("SIGHUP", pass_on),
         ("SIGCONT", lambda *_: continued.append(True)),
     ):
-        number = getattr(signal, name, None)
-        if number is not None and signal.getsignal(number) != signal.SIG_IGN:
-            before[number] = signal.signal(number, handler)
-    try:
-        if not hasattr(os, "WUNTRACED"):  # Windows
-            return child.wait()
-        while True:
-            _, status = os.waitpid(child.pid, os.WUNTRACED | os.WCONTINUED)
-            if os.WIFCONTINUED(status):
-                continued.clear()
-            elif os.WIFSTOPPED(status):
-                if not continued:
-                    os.kill(os.getpid(), signal.SIGSTOP)
-                os.kill(child.pid, signal.SIGCONT)
-            else:
-                child.returncode = (
-                    128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
-                )
-                return child.returncode
-    finally:
-        for number, handler in before.items():
+        number = getattr(signal, name, None)  # Windows has two of them
+        if number and signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, handler)
+    if not hasattr(os, "WUNTRACED"):  # Windows
+        return child.wait()
+    while child.returncode is None:
+        _, status = os.waitpid(child.pid, os.WUNTRACED | os.WCONTINUED)
+        if os.WIFCONTINUED(status):
+            continued.clear()
+        elif os.WIFSTOPPED(status):
+            if not continued:
+                os.kill(os.getpid(), signal.SIGSTOP)
+            os.kill(child.pid, signal.SIGCONT)
+        elif os.WIFSIGNALED(status):
+            child.returncode = 128 + os.WTERMSIG(status)
+        else:
+            child.returncode = os.WEXITSTATUS(status)
+    return child.returncode
 
 
 def run(config, options):
-    """A proxy on a free loopback port, and Claude Code on it -> Claude Code's exit code."""
-    find_target(config)
-    import subprocess  # here, not above: serving does not need it
+    """A proxy on a free loopback port, and Claude Code on it -> Claude Code's exit code.
 
+    The port is the command line's, never one of .env: that is for the proxy that serves always. The
+    key is fresh: other users of the machine reach the port too.
+    """
+    find_target(config)
     path = shutil.which("claude")
     if not path:
         raise Usage(
-            "claude is not on the PATH; install Claude Code (npm install -g @anthropic-ai/claude-code) and try again"
+            "claude is not on the PATH; install Claude Code (npm install -g"
+            " @anthropic-ai/claude-code) and try again"
         )
+    port = config.given.get("PROXY_PORT", "0")
     key = os.urandom(24).hex()
-    config.aim({}, ANTHROPIC_API_KEY=key)
-    port = config().proxy_port if "PROXY_PORT" in config.given else 0
-    with open(
-        os.devnull, "w"
-    ) as nowhere:  # a log line would garble Claude Code's screen; LOG_FILE has them
-        running = Running(config, "127.0.0.1", port, nowhere).start(
-            wait=0 if config().max_context else 6
-        )
+    config.add(config.given, ANTHROPIC_API_KEY=key, PROXY_HOST="127.0.0.1", PROXY_PORT=port)
+    # Log lines would garble Claude Code's screen; LOG_FILE has them.
+    with open(os.devnull, "w") as out:
+        running = Running(config, out).start(0 if config().max_context else PROBE_SECONDS)
         try:
-            environment = claude_environment(
-                os.environ, running.server.address(), key, config(), running.plan()
-            )
-            settings, rest = claude_settings(
-                options.arguments, settings_overrides(claude_files(config.home), environment)
-            )
-            say(
-                *[WHY_NO_AUTO] * ("disableAutoMode" in as_dict(settings.get("permissions")))
-                + ["ccfix: " + INSECURE_WORDS] * config().insecure,
-                out=sys.stderr,
-            )
-            with settings_argument(settings) as more:
-                return exit_code(
-                    subprocess.Popen(claude_command(path) + more + rest, env=environment)
-                )
-        except OSError as e:
-            raise Usage("claude cannot be started (%s): %s" % (path, e.strerror or e))
+            with usage_errors("claude cannot be started (%s)" % path):
+                return run_claude(path, running, options.arguments)
         finally:
             running.stop(0.5)
 
 
+def run_claude(path, running, arguments):
+    """Start Claude Code on a running proxy -> its exit code. Raises OSError."""
+    import subprocess  # here, not above: serving does not need it
+
+    settings, address = running.config(), running.server.address()
+    key = settings.anthropic_api_key
+    environment = claude_environment(os.environ, address, key, settings, running.plan())
+    overrides = settings_overrides(claude_files(running.config.home), environment)
+    wanted, rest = claude_settings(arguments, overrides)
+    if "disableAutoMode" in as_dict(wanted.get("permissions")):
+        notify(WHY_NO_AUTO)
+    if settings.insecure:
+        notify(INSECURE_WORDS)
+    with settings_argument(wanted) as more:
+        child = subprocess.Popen(claude_command(path) + more + rest, env=environment)
+        return exit_code(child)
+
+
 def claude_files(home):
-    """The texts of the settings files that Claude Code will read."""
+    """The content of the settings files that Claude Code will read: the user's, the project's,
+    and the project's that is not shared."""
     folder = os.environ.get("CLAUDE_CONFIG_DIR") or os.path.join(home, ".claude")
-    places = [os.path.join(folder, "settings.json")] + [
-        os.path.join(".claude", name) for name in ("settings.json", "settings.local.json")
-    ]
-    return [file_text(place) for place in places]
+    places = ((folder, ""), (".claude", ""), (".claude", ".local"))
+    return [file_text(os.path.join(place, "settings%s.json" % kind)) for place, kind in places]
 
 
 # ---- check: what the target can do, through the code that serves ---------------------------------
 #
-# A row of CHECKS is a name and a function that asks one thing of the target and returns a Verdict.
-# It asks through the Proxy and Exchange that serve Claude Code, so a row shows what Claude Code
-# would get, with everything that ccfix does for it except second tries. A ProxyError on the way is
-# a verdict as well. Each docstring says what the row proves, and what Claude Code does without it
-# (seen with Claude Code 2.1.330).
+# A row of CHECKS asks the target one thing and judges the answer: a Verdict. It asks through the
+# Proxy and Exchange that serve Claude Code, so a row shows what Claude Code would get, with
+# everything that ccfix does for it except second tries. A ProxyError on the way is a verdict as
+# well. Each docstring says what the row proves, and what Claude Code does without it (seen with
+# Claude Code 2.1.330).
 
 ROW_SECONDS, LONG_SECONDS = 60, 180  # for one question; for a long prompt on a small machine
 ANSWER_TOKENS = 400  # enough for a model that thinks before it calls a tool
@@ -10319,22 +9838,42 @@ WEATHER = {
         "additionalProperties": False,
     },
 }
-# name -> arguments of Tester.ask. Several rows look at these answers, so each is asked only once.
-QUESTIONS = {
-    "plain": {"content": "Reply with the one word: pong", "stream": False},
-    "count": {"content": "Count from 1 to 30 in digits, separated by blanks."},
-    "tool": {"content": "What is the weather in Paris? Use the tool.", "tools": [WEATHER]},
-}
 # A PNG in base64. 64 x 64 pixels, since some vision models refuse a picture of under 28.
 RED_SQUARE = (
     "iVBORw0KGgoAAAANSUhEUgAAAEAAAABAAQMAAACQp+OdAAAAA1BMVEX/AAAZ4gk3AAAAD0lEQVR42mNgGAWj"
     "gHwAAAJAAAHgTR1EAAAAAElFTkSuQmCC"
 )
+RED_IMAGE = {
+    "type": "image",
+    "source": {"type": "base64", "media_type": "image/png", "data": RED_SQUARE},
+}
+# name -> arguments of Tester.ask. Each is asked once, however many rows look at its answer.
+QUESTIONS = {
+    "plain": dict(content="Reply with the one word: pong", stream=False),
+    "count": dict(content="Count from 1 to 30 in digits, separated by blanks."),
+    "tool": dict(content="What is the weather in Paris? Use the tool.", tools=[WEATHER]),
+    "forced": dict(  # the words alone would not lead to a call
+        content="Good morning! I am in Rome.",
+        tools=[WEATHER],
+        tool_choice={"type": "tool", "name": WEATHER["name"]},
+    ),
+    "parallel": dict(
+        content="What is the weather in Paris, and what in Rome? Call the tool for both at once.",
+        tools=[WEATHER],
+    ),
+    # 1,024 is the least budget that Anthropic's API takes, and max_tokens must be above it.
+    "thinking": dict(
+        content="How many times is the letter r in strawberry? Think first.",
+        max_tokens=1200,
+        thinking={"type": "enabled", "budget_tokens": 1024},
+    ),
+    "image": dict(content=[RED_IMAGE, {"type": "text", "text": "Which colour is this picture?"}]),
+}
 
 TRAINED = "choose a model that was trained for tools"
 # kind of a ProxyError -> what to do. The other kinds have no fix that helps in general.
 ADVICE = {
-    "auth": "set the right key: -k KEY, or TARGET_API_KEY in the environment or .env",
+    "auth": "set the right key: -k KEY, or TARGET_API_KEY",
     "billing": "add credit at the provider, or choose another one",
     "policy": "ask the provider what this key may use",
     "model": "choose one of the provider's models: -m NAME, or TARGET_MODEL",
@@ -10342,10 +9881,10 @@ ADVICE = {
     "overflow": "choose a model with a larger context window, or raise the server's "
     "(llama.cpp: -c, vLLM: --max-model-len, Ollama: OLLAMA_CONTEXT_LENGTH=65536)",
     "timeout": "try again; for a server that is always slow, raise TARGET_TIMEOUT",
-    "rate": "wait until the provider's limit allows more, or ask for a higher one",
+    "rate": "wait, or ask the provider for a higher limit",
     "overloaded": "try again later, or set TARGET_MODEL_FALLBACK",
-    "server": "try again later; if it persists, see the server's own log",
-    "cut": "try again; if it persists, see the server's log, and look for proxies in between",
+    "server": "try again later, or see the server's own log",
+    "cut": "try again; if it persists, see the logs of the server and of proxies in between",
     "sampling": TRAINED,
 }
 # profile -> what makes tools work there, where a model trained for them is not enough
@@ -10357,19 +9896,23 @@ NO_TOOLS = {
     "lmstudio": "choose a model that LM Studio marks with a hammer",
 }
 
-# What a row found. status: ok, fail, or skip where it cannot tell; seen: what, in a few words; fix:
-# what to do about it, or "".
-Verdict = collections.namedtuple("Verdict", "status seen fix")
+
+class Verdict(NamedTuple):
+    """What a row found."""
+
+    status: str  # ok, skip or fail
+    seen: str  # what, in a few words
+    fix: str = ""  # what to do about it
 
 
 def ok(seen):
     """The row holds."""
-    return Verdict("ok", seen, "")
+    return Verdict("ok", seen)
 
 
 def skip(seen):
     """The row cannot tell, and is no reason to doubt the target."""
-    return Verdict("skip", seen, "")
+    return Verdict("skip", seen)
 
 
 def fail(seen, fix=""):
@@ -10395,25 +9938,26 @@ class Answer:
     """What the target answered to one question. Raises ProxyError, like Exchange.events."""
 
     def __init__(self, exchange):
-        events, began = [], time.monotonic()
+        events = []
         self.marks = []  # seconds after which each piece of text, thinking or arguments came
         for event in filter(None, exchange.events()):
             events.append(event)
             if event["type"] == "content_block_delta":
-                self.marks.append(time.monotonic() - began)
+                self.marks.append(exchange.clock() - exchange.began)
         if exchange.broken_by():
             raise exchange.error
-        self.message = fold(events)  # Anthropic's message (dict)
-        self.plan = exchange.plan  # with the lessons learned on the way
+        self.content = fold(events)["content"]  # Anthropic's blocks
+        self.profile = exchange.plan.profile  # with the lessons learned on the way
         self.usage = exchange.reader.raw_usage  # the provider's own; {} if it told none
-        self.tokens = exchange.reader.usage()  # Anthropic's usage; estimated if need be
+        tokens = exchange.reader.usage()  # Anthropic's usage; estimated if need be
+        self.output, self.cached = tokens["output_tokens"], tokens["cache_read_input_tokens"]
         # Tokens of the prompt, whether they were read anew, from a cache or into one.
-        names = [name for name in self.tokens if name.endswith("input_tokens")]
-        self.prompt = sum(self.tokens[name] for name in names)
+        self.prompt = sum(tokens.values()) - self.output
         self.text = "".join(block["text"] for block in self.blocks("text")).strip()
 
     def blocks(self, kind):
-        return [block for block in self.message["content"] if block["type"] == kind]
+        """The content blocks of a kind."""
+        return [block for block in self.content if block["type"] == kind]
 
     def calls(self):
         """The tool calls that fit WEATHER; Claude Code answers any other with an error."""
@@ -10433,13 +9977,14 @@ def question_body(model, content):
 class Tester:
     """What the rows share: a Proxy that tries nothing twice, and what the target has said so far.
 
-    settings is changed, so that nothing in it hides or repairs what the target does. asked: the
-    model name that Claude Code would ask for; its family decides where requests go. models: the
-    names that the provider lists, once a row has looked. To be closed.
+    settings is changed, so that nothing in it hides or repairs what the target does. family: whose
+    models Claude Code would ask for, which decides where requests go; any other word means the main
+    target. To be closed.
     """
 
-    def __init__(self, settings, asked="ccfix-check"):
-        self.settings, self.asked, self.models = settings, asked, []
+    def __init__(self, settings, family="check"):
+        self.settings, self.asked = settings, "claude-" + family
+        self.models = []  # the names that the provider lists, once a row has looked
         self.known = {}  # name of a question -> its Answer, or the ProxyError that it ended with
         settings.target_retries, settings.target_model_fallback = 0, ""
         settings.cache_enabled, settings.record_dir = False, ""
@@ -10498,34 +10043,25 @@ def models_url(plan):
 
 # The first four rows. Where one of them fails, the rest would only say the same again.
 
+ELSEWHERE = skip("unknown: the question failed otherwise, see below")
+
 
 def is_reachable(tester):
     """Name, network, proxy and TLS work: any HTTP answer will do.
 
     Otherwise Claude Code says "API Error" after three minutes of trying again.
     """
-    plan, upstream = tester.plan, tester.proxy.upstream(tester.settings)
-    headers = upstream_headers(plan, tester.settings, {})
+    plan, settings = tester.plan, tester.settings
+    upstream, headers = tester.proxy.upstream(settings), upstream_headers(plan, settings)
     tester.models = model_names(get_json(upstream, models_url(plan), headers, patience(20)))
     tester.proxy.probe(plan, patience(10))  # tells a local server's kind, and so its profile
-    way = upstream.route(plan.base)
+    way = upstream.way_to(plan.base)
     seen = host_port(way.host, way.port) + " answers"
     if way.scheme == "https":
-        seen += ", TLS %s" % ("NOT verified (INSECURE)" if tester.settings.insecure else "verified")
+        seen += ", TLS NOT verified (INSECURE)" if settings.insecure else ", TLS verified"
     if way.proxy:
         seen += ", through the proxy " + host_port(*way.proxy)
-    return ok("%s; profile %s" % (seen, tester.plan.profile.name))
-
-
-def judge_plain(tester, kinds, seen):
-    """The Verdict by the plain question: `seen` if it was answered, else whether it failed with
-    one of these kinds of errors; another row tells of the others."""
-    error = tester.plain_error()
-    if error is None:
-        return ok(seen)
-    if error.kind in kinds:
-        return failure(error)
-    return skip("unknown: the question failed otherwise, see below")
+    return ok(seen + "; profile " + tester.plan.profile.name)
 
 
 def takes_key(tester):
@@ -10533,8 +10069,10 @@ def takes_key(tester):
 
     Otherwise every turn ends with an error about the login (401, 403) or the credit (402).
     """
-    seen = "accepted" if tester.plan.key else "none given, none needed"
-    return judge_plain(tester, ("auth", "billing", "policy", "connect"), seen)
+    error = tester.plain_error()
+    if not error:
+        return ok("accepted" if tester.plan.key else "none given, none needed")
+    return failure(error) if error.kind in ("auth", "billing", "policy", "connect") else ELSEWHERE
 
 
 def has_model(tester):
@@ -10542,30 +10080,25 @@ def has_model(tester):
 
     Without it, Claude Code says that the selected model may not exist (404).
     """
-    model = tester.plan.model
-    kinds = () if model in tester.models else ("model", "path")
-    verdict = judge_plain(tester, kinds, model)
-    if verdict.status != "fail":
-        return verdict
+    model, error = tester.plan.model, tester.plain_error()
+    if not error:
+        return ok(model)
+    if error.kind not in ("model", "path") or model in tester.models:
+        return ELSEWHERE
     import difflib  # nothing else needs it, and a start should not wait for it
 
     # At 0.3 "sonnet" is still like "anthropic/claude-sonnet-4.5".
     near = difflib.get_close_matches(model, tester.models, 12, 0.3) or tester.models[:12]
     fix = "-m with one of: " + shorten(", ".join(near), 300) if near else ADVICE["model"]
-    if tester.plain_error().kind == "model":
+    if error.kind == "model":
         return fail("the provider has no model " + model, fix)
     return fail("no such address, or no model " + model, ADVICE["path"] + "; or " + fix)
 
 
-def answers_plainly(tester):
-    """A whole answer, without streaming: what Claude Code asks for after a stream has failed."""
-    return judge_text(tester.once("plain"))
-
-
 def judge_text(answer):
-    """The Verdict of an answer that should be text."""
+    """The answer is text. Of "plain" it comes whole, as Claude Code asks after a failed stream."""
     if answer.text:
-        return ok("%s, %d tokens" % (quote(answer.text), answer.tokens["output_tokens"]))
+        return ok("%s, %d tokens" % (quote(answer.text), answer.output))
     if answer.blocks("tool_use"):
         return fail("a tool call instead of text", TRAINED)
     if answer.blocks("thinking"):
@@ -10577,77 +10110,61 @@ def judge_text(answer):
 # The stream.
 
 
-def streams(tester):
+def judge_stream(answer):
     """The answer comes in pieces. In one piece it works as well, but nothing is seen for long."""
-    answer = tester.once("count")
     if not answer.marks:
         return fail("an empty stream", ADVICE["server"])
-    if len(answer.marks) == 1 and answer.tokens["output_tokens"] > 8:
+    if len(answer.marks) == 1 and answer.output > 8:
         return ok("all in one piece, at the end: the server, or a proxy in between, holds it back")
     return ok("%d pieces in %.1f s" % (len(answer.marks), answer.marks[-1]))
 
 
-def tells_usage(tester):
+def judge_usage(answer):
     """The stream tells token counts. Claude Code adds them up to know when to compact; where there
     are none, ccfix sends estimates in their place."""
-    usage = tester.once("count").usage
-    told = (
-        positive_int(usage, "prompt_tokens", "input_tokens"),
-        positive_int(usage, "completion_tokens", "output_tokens"),
-    )
-    if all(told):
-        return ok("%d in, %d out" % told)
+    if answer.usage and answer.output:  # Answer.prompt is an estimate where it has no number
+        return ok("%d in, %d out" % (answer.prompt, answer.output))
     seen = "none: token counts are estimates, so compaction may come early or late"
     return fail(seen, "turn on usage in the server's streams")
 
 
-def is_fast(tester):
+def judge_speed(answer):
     """How long a user waits, and how fast the answer comes then; for a person to judge."""
-    answer = tester.once("count")
-    # The first content is at `first` already, so that one token less came in between.
-    first, last = (answer.marks or [0])[0], (answer.marks or [0])[-1]
-    seen = "first content after %.2f s" % first
-    if last > first:
-        seen += ", then %.0f tokens/s" % ((answer.tokens["output_tokens"] - 1) / (last - first))
+    marks = answer.marks or [0]
+    seen = "first content after %.2f s" % marks[0]
+    if marks[-1] > marks[0]:
+        # The first token is there at the first mark already: one less came in between.
+        seen += ", then %.0f tokens/s" % ((answer.output - 1) / (marks[-1] - marks[0]))
     return ok(seen)
 
 
 # Tools: without them Claude Code reads no file and runs no command, it only talks.
 
 
-def calls_tool(tester):
+def judge_call(answer):
     """The model calls a tool when it is told to."""
-    return judge_call(tester, tester.once("tool"))
-
-
-def judge_call(tester, answer):
-    """The Verdict of an answer that should call WEATHER."""
-    if answer.calls():
-        return ok("get_weather(%s)" % compact_json(answer.calls()[0]["input"]))
+    calls = answer.calls()
+    if calls:
+        return ok("get_weather(%s)" % compact_json(calls[0]["input"]))
     seen = "text instead of a call: " + quote(answer.text)
-    if answer.blocks("tool_use"):
-        call = answer.blocks("tool_use")[0]
+    for call in answer.blocks("tool_use"):
         seen = "a call that does not fit the tool: " + compact_json(call["input"])
-    return fail(seen, NO_TOOLS.get(tester.plan.profile.name, TRAINED))
+    return fail(seen, NO_TOOLS.get(answer.profile.name, TRAINED))
 
 
-def calls_forced_tool(tester):
-    """tool_choice is obeyed; the words alone would not lead to a call."""
-    choice = {"type": "tool", "name": WEATHER["name"]}
-    answer = tester.ask("Good morning! I am in Rome.", tools=[WEATHER], tool_choice=choice)
+def judge_forced_call(answer):
+    """tool_choice is obeyed."""
     if answer.calls():
         return ok("called when told to")
     fix = "Claude Code needs it only for --json-schema and a few side requests"
-    return judge_call(tester, answer)._replace(fix=fix)
+    return judge_call(answer)._replace(fix=fix)
 
 
-def calls_in_parallel(tester):
+def judge_parallel_calls(answer):
     """One answer has two calls. Claude Code then runs both at once; otherwise, turn by turn."""
-    question = "What is the weather in Paris, and what in Rome? Call the tool for both at once."
-    calls = len(tester.ask(question, tools=[WEATHER]).calls())
-    if calls > 1:
-        return ok("%d calls in one answer" % calls)
-    return fail("%d call in one answer: work takes more turns" % calls)
+    calls = len(answer.calls())
+    seen = "calls in one answer: %d" % calls
+    return ok(seen) if calls > 1 else fail(seen + "; work takes more turns")
 
 
 def takes_result(tester):
@@ -10659,11 +10176,13 @@ def takes_result(tester):
     answer = tester.once("tool")
     if not answer.calls():
         return skip("not tried: there is no call to answer")
-    result = {"type": "tool_result", "content": "11 degrees, heavy rain"}
-    results = [dict(result, tool_use_id=call["id"]) for call in answer.blocks("tool_use")]
+    results = [
+        {"type": "tool_result", "tool_use_id": call["id"], "content": "11 degrees, heavy rain"}
+        for call in answer.blocks("tool_use")
+    ]
     messages = [
         {"role": "user", "content": QUESTIONS["tool"]["content"]},
-        {"role": "assistant", "content": answer.message["content"]},
+        {"role": "assistant", "content": answer.content},
         {"role": "user", "content": results},
     ]
     return judge_text(tester.ask(tools=[WEATHER], messages=messages))
@@ -10672,28 +10191,20 @@ def takes_result(tester):
 # What not every model can do.
 
 
-def thinks(tester):
+def judge_thinking(answer):
     """Reasoning is shown. Claude Code shows it too, and sends it back; it works without."""
-    answer = tester.ask(
-        "How many times is the letter r in strawberry? Think first.",
-        max_tokens=1200,
-        thinking={"type": "enabled", "budget_tokens": 1024},
-    )
     size = sum(len(block["thinking"]) for block in answer.blocks("thinking"))
     if size:
         return ok("%d characters" % size)
     return skip("none shown: the model does not reason, or the provider hides it")
 
 
-def sees(tester):
+def judge_sight(answer):
     """The model tells the colour of a picture. Some servers drop images without a word."""
-    source = {"type": "base64", "media_type": "image/png", "data": RED_SQUARE}
-    question = "Which colour is this picture?"
-    answer = tester.ask([{"type": "image", "source": source}, {"type": "text", "text": question}])
     if re.search(r"\bred\b", answer.text, re.I):  # and not "rendered"
         return ok("it saw the colour")
     seen = "it did not see a red square: " + quote(answer.text)
-    if not answer.plan.profile.images:  # known before, or a lesson: ccfix left the picture out
+    if not answer.profile.images:  # known before, or a lesson: ccfix left the picture out
         seen = "the provider is known to take no images, or refused the image"
     return fail(seen, "name a model that sees pictures: TARGET_MODEL_IMAGE")
 
@@ -10714,8 +10225,7 @@ def holds_context(tester):
     Otherwise the first turn ends with "Prompt is too long", or, where a server cuts prompts without
     a word, as Ollama did at 4,096 tokens, with an answer to another question.
     """
-    if tester.plan.profile.name == "ollama":
-        tester.proxy.probe(tester.plan, patience(10))  # it tells only the window of loaded models
+    tester.proxy.probe(tester.plan, patience(10))  # Ollama tells it only of a model that is loaded
     window = tester.plan.profile.context
     if not window:
         return takes_long_prompt(tester)
@@ -10734,12 +10244,13 @@ def takes_long_prompt(tester):
     """
     prompt = "The code word is %s.\n%sWhat is the code word at the top?"
     answer = tester.ask(prompt % (CODE_WORD, fill_prompt(900)), LONG_SECONDS)
-    size = answer.prompt
-    if answer.usage and size < FIRST_REQUEST // 2:
-        return fail("the server silently cut the prompt to %d tokens" % size, ADVICE["overflow"])
-    memory = "" if CODE_WORD in answer.text else ", but forgot its beginning"
-    limit = "the limit is unknown: set MAX_CONTEXT so that Claude Code compacts in time"
-    return ok("took a prompt of %d tokens%s; %s" % (size, memory, limit))
+    if answer.usage and answer.prompt < FIRST_REQUEST // 2:
+        seen = "the server silently cut the prompt to %d tokens" % answer.prompt
+        return fail(seen, ADVICE["overflow"])
+    seen = "took a prompt of %d tokens" % answer.prompt
+    if CODE_WORD not in answer.text:
+        seen += ", but forgot its beginning"
+    return ok(seen + "; the limit is unknown: set MAX_CONTEXT so that Claude Code compacts in time")
 
 
 def caches_prefix(tester):
@@ -10750,9 +10261,8 @@ def caches_prefix(tester):
     system = "You are a terse clerk.\n" + fill_prompt(170)  # most caches begin at 1,024 tokens
     for question in ("Say yes.", "Say no."):
         answer = tester.ask(question, LONG_SECONDS, system=system, max_tokens=16)
-    cached = answer.tokens["cache_read_input_tokens"]
-    if cached:
-        return ok("%d of %d tokens" % (cached, answer.prompt))
+    if answer.cached:
+        return ok("%d of %d tokens" % (answer.cached, answer.prompt))
     return fail("none reported: each turn may be read, and paid for, in full")
 
 
@@ -10765,17 +10275,26 @@ def orders_events(tester):
     Claude Code gives up a stream that lacks some, and asks again without streaming. Here nothing of
     ccfix is in between: an Exchange would show the events as ccfix writes them.
     """
-    plan, upstream = tester.plan, tester.proxy.upstream(tester.settings)
-    url, headers = plan.url(plan.format.path), upstream_headers(plan, tester.settings, {})
+    plan, settings = tester.plan, tester.settings
+    if not plan.format.relays:
+        return None  # the client is sent ccfix's own events
     data = compact_json(question_body(plan.model, "Say hello.")).encode()
-    reply = upstream.open("POST", url, headers, data, patience(ROW_SECONDS))
+    address = plan.url(plan.format.path), upstream_headers(plan, settings)
+    reply = tester.proxy.upstream(settings).open("POST", *address, data, patience(ROW_SECONDS))
     with contextlib.closing(reply):
         raw = reply.read(4 << 20)
     if reply.status != 200:
         return failure(upstream_error(reply.status, {}, raw))
-    wrong = grammar_fault(raw.decode("utf-8", "replace"))
+    fault = grammar_fault(to_string(raw))
     fix = "Claude Code needs Anthropic's event order; report it to the server's makers"
-    return fail(wrong, fix) if wrong else ok("as Anthropic's")
+    return fail(fault, fix) if fault else ok("as Anthropic's")
+
+
+# The types of the events of a whole stream, pings apart.
+EVENT_ORDER = re.compile(
+    "message_start (content_block_start (content_block_delta )*content_block_stop )*"
+    "message_delta message_stop $"
+)
 
 
 def grammar_fault(text):
@@ -10785,7 +10304,7 @@ def grammar_fault(text):
     name in an `event:` line it does not see at all.
     https://docs.anthropic.com/en/docs/build-with-claude/streaming
     """
-    shape, index = "", -1
+    order, index = "", -1
     for name, data in re.findall(r"^(?:event: ?(.*?)\r?\n)?data: ?(\{.*)", text, re.M):
         event = as_dict(json_or_none(data))
         kind = str(event.get("type"))
@@ -10796,58 +10315,59 @@ def grammar_fault(text):
         index += kind == "content_block_start"
         if kind.startswith("content_block_") and event.get("index") != index:
             return "%s with index %a where %d was due" % (kind, event.get("index"), index)
-        shape += kind + " " if kind != "ping" else ""
-    block = "content_block_start (content_block_delta )*content_block_stop "
-    if re.match("message_start (%s)*message_delta message_stop $" % block, shape):
+        order += kind + " " if kind != "ping" else ""
+    if EVENT_ORDER.match(order):
         return ""
-    return "events out of order: " + shorten(shape or "none", 200)
+    return "events out of order: " + shorten(order or "none", 200)
 
 
 CHECKS = (
-    # (name, required: Claude Code cannot work without it, function(tester) -> Verdict,
-    # and True where it is of use only for a format whose events are relayed as they come)
-    ("reachable", True, is_reachable),
-    ("key accepted", True, takes_key),
-    ("model exists", True, has_model),
-    ("plain reply", True, answers_plainly),
-    ("stream", True, streams),
-    ("event order", True, orders_events, True),
-    ("usage in stream", False, tells_usage),
-    ("tool call", True, calls_tool),
-    ("forced tool choice", False, calls_forced_tool),
-    ("parallel tools", False, calls_in_parallel),
-    ("tool result turn", True, takes_result),
-    ("thinking", False, thinks),
-    ("image", False, sees),
-    ("long prompt", True, holds_context),
-    ("cached tokens", False, caches_prefix),
-    ("speed", False, is_fast),
+    # (name, required: Claude Code cannot work without it, a row of QUESTIONS or "", what judges the
+    # Answer to it, or looks at the Tester where there is none: a function that returns a Verdict,
+    # or None where the row makes no sense)
+    ("reachable", True, "", is_reachable),
+    ("key accepted", True, "", takes_key),
+    ("model exists", True, "", has_model),
+    ("plain reply", True, "plain", judge_text),
+    ("stream", True, "count", judge_stream),
+    ("event order", True, "", orders_events),
+    ("usage in stream", False, "count", judge_usage),
+    ("tool call", True, "tool", judge_call),
+    ("forced tool choice", False, "forced", judge_forced_call),
+    ("parallel tools", False, "parallel", judge_parallel_calls),
+    ("tool result turn", True, "", takes_result),
+    ("thinking", False, "thinking", judge_thinking),
+    ("image", False, "image", judge_sight),
+    ("long prompt", True, "", holds_context),
+    ("cached tokens", False, "", caches_prefix),
+    ("speed", False, "count", judge_speed),
 )
+# Rows are in this order since each rests on those above it: a failure is told where it begins.
 GATES = 4  # the first rows, without which the rest is not tried
-MARKS = {"ok": "ok", "skip": "--", "fail": "no"}
 
 
 def run_checks(tester, progress=False):
-    """Try the rows of CHECKS in turn -> (name, required, Verdict, ms) as each is done.
+    """Try the rows of CHECKS in turn -> {name, required, status, seen, fix, ms} as each is done.
 
     progress: show on a terminal which row is under way; its own line then covers that. Secrets are
     hidden in what comes out, since a provider may repeat a key in its error.
     """
-    blocked = ""
-    for number, (name, required, look, *relayed) in enumerate(CHECKS):
-        if relayed and not tester.plan.format.relays:
-            continue
+    blocked = None
+    for number, (name, required, question, judge) in enumerate(CHECKS):
         if progress and sys.stdout.isatty():
             print("...  " + name, end="\r", flush=True)
         began = time.monotonic()
         try:
-            verdict = skip('not tried: first "%s" must work' % blocked) if blocked else look(tester)
+            verdict = blocked or judge(tester.once(question) if question else tester)
         except ProxyError as error:
             verdict = failure(error)
+        if not verdict:
+            continue
         if verdict.status == "fail" and number < GATES:
-            blocked = blocked or name
-        verdict = Verdict(*redact(verdict, tester.settings.secrets()))
-        yield name, required, verdict, round((time.monotonic() - began) * 1000)
+            blocked = skip('not tried: first "%s" must work' % name)
+        row = Verdict(*redact(verdict, tester.settings.secrets()))._asdict()
+        ms = round((time.monotonic() - began) * 1000)
+        yield dict(row, name=name, required=required, ms=ms)
 
 
 def check(config, options):
@@ -10858,41 +10378,45 @@ def check(config, options):
     """
     if not options.base_url:
         find_target(config)
-    tester = Tester(config(), "claude-" + options.family if options.family else "ccfix-check")
+    tester = Tester(config(), options.family or "check")
     show = (lambda line: None) if options.json else say
     plan, rows, bad = tester.plan, [], []
     base = without_password(plan.base)
     show("%s at %s" % (plan.model, base))
-    for name, required, verdict, ms in run_checks(tester, not options.json):
-        rows.append(dict(verdict._asdict(), name=name, required=required, ms=ms))
-        if required and verdict.status == "fail":
-            bad.append(name)
-        mark = "FAIL" if name in bad else MARKS[verdict.status]
-        show("%-4s %-18s  %s" % (mark, name, verdict.seen))
-        if verdict.fix:
-            show("     %-18s  fix: %s" % ("", verdict.fix))
+    for row in run_checks(tester, not options.json):
+        rows.append(row)
+        mark = {"ok": "ok", "skip": "--", "fail": "no"}[row["status"]]
+        if row["required"] and mark == "no":
+            bad.append(row["name"])
+            mark = "FAIL"
+        show("%-4s %-18s  %s" % (mark, row["name"], row["seen"]))
+        if row["fix"]:
+            show("%25sfix: %s" % ("", row["fix"]))
     tester.close()
-    learned = tester.proxy.lessons.values()
-    lessons = [lesson_text(*change) for changes in learned for change in changes.items()]
+    lessons = [lesson["text"] for lesson in tester.proxy.lesson_rows()]
     for lesson in lessons:
         show("     learned on the way: " + lesson)
+    cannot = "Claude Code cannot work with it: " + ", ".join(bad)
+    show(cannot if bad else "Claude Code can work with it.")
     if options.json:
-        report = {"ok": not bad, "model": plan.model, "api_base": base}
-        report.update(profile=plan.profile.name, checks=rows, lessons=lessons)
-        say(json.dumps(report, indent=1))
-    elif bad:
-        say("Claude Code cannot work with it: " + ", ".join(bad))
-    else:
-        say("Claude Code can work with it.")
+        report = dict(ok=not bad, model=plan.model, api_base=base, profile=plan.profile.name)
+        say(json.dumps(dict(report, checks=rows, lessons=lessons), indent=1))
     return 1 if bad else 0
 
 
-# ---- init: a .env, and the lines for Claude Code ---------------------------------------------------------
+# ---- init: a .env, and the lines for Claude Code -------------------------------------------------
 
 
-def ask_user(question, default=""):
-    """What the user types, on stderr so that stdout stays data; default for nothing. Raises Usage at the end of input."""
-    say("", out=sys.stderr)
+def choose(title, rows, default=""):
+    """One of rows (strings) by its number, or whatever else the user types; an empty line takes the
+    first row, or the default where there are none.
+
+    It asks on stderr, so that stdout stays data. Raises Usage at the end of input.
+    """
+    numbered = {str(number): row for number, row in enumerate(rows, 1)}
+    say(title, *["  %s  %s" % row for row in numbered.items()] + [""], out=sys.stderr)
+    default = "1" if rows else default
+    question = "number, or another" if rows else "answer"
     sys.stderr.write(question + (" [%s]: " % default if default else ": "))
     sys.stderr.flush()
     line = sys.stdin.readline()
@@ -10900,379 +10424,349 @@ def ask_user(question, default=""):
         raise Usage(
             "init was not finished; give -b URL, -k KEY and -m MODEL where nobody can answer"
         )
-    return line.strip() or default
+    said = line.strip() or default
+    return numbered.get(said, said)
 
 
-def choose(title, rows, default=""):
-    """One of rows (texts) by number, or any other text that the user types."""
-    say(title, *["  %d  %s" % (number, row) for number, row in enumerate(rows, 1)], out=sys.stderr)
-    said = ask_user("number, or another" if rows else "answer", default or ("1" if rows else ""))
-    return (
-        rows[int(said) - 1] if re.match(r"\d{1,3}\Z", said) and 0 < int(said) <= len(rows) else said
-    )
+def ask_target(values):
+    """Ask for what the flags left open: fills in {ENV_NAME: string}.
 
-
-def ask_target(given):
-    """Ask for what the flags left open -> {ENV_NAME: text}. Raises Usage."""
-    values = dict(given)
+    The key is read without showing it, and not at all for a server on this machine. Raises Usage,
+    SettingError for an address that is none.
+    """
     if "TARGET_API_BASE" not in values:
-        servers = local_servers()
         rows = [
             "%s (%s on this machine: %s)" % (base, title, shorten(", ".join(models), 60))
-            for title, base, models in servers
+            for title, base, models in local_servers()
         ]
-        values["TARGET_API_BASE"] = choose(
-            "Where is the model? A base URL%s:" % (", or one that was found" if rows else ""),
-            rows,
-            "" if rows else BY_ENV["TARGET_API_BASE"].default,
-        ).partition(" ")[0]
-    base = parse_base_url(values["TARGET_API_BASE"])
+        title = "Where is the model? A base URL%s:" % (", or one that was found" if rows else "")
+        said = choose(title, rows, BY_ENV["TARGET_API_BASE"].default)
+        values["TARGET_API_BASE"] = said.partition(" ")[0]
+    base = Settings([("init", values)]).target_api_base
     if "TARGET_API_KEY" not in values and not is_loopback(base):
         import getpass
 
         values["TARGET_API_KEY"] = getpass.getpass("Key (not shown): ", sys.stderr).strip()
     if "TARGET_MODEL" not in values:
-        values["TARGET_MODEL"] = choose("Which model?", list_models(values)[:30])
-    return values
+        models = list_models(Settings([("init", values)]))
+        values["TARGET_MODEL"] = choose("Which model?", models[:30])
 
 
-def list_models(values):
-    """The models that a target lists; none where it does not answer."""
-    settings = Settings([("init", values)])
-    plan = plan_for(settings, "", lambda base, model: profile_for(base, model, settings.profile))
-    upstream = Upstream(10, 10, settings.ca_bundle, settings.client_cert, settings.insecure)
-    try:
-        return model_names(
-            glance_json(upstream, models_url(plan), 10, upstream_headers(plan, settings, {}))
-        )
-    except ProxyError as e:
-        say("ccfix: its models cannot be listed: %s" % e, out=sys.stderr)
-        return []
-    finally:
-        upstream.close()
+def detect_target(values):
+    """Find what the flags left open, where nobody can be asked: fills in {ENV_NAME: string}.
 
-
-def detect_target(given):
-    """What the flags left open, where nobody can be asked: a server found on this machine. Raises Usage."""
-    values = dict(given)
-    if "TARGET_API_BASE" not in values and "TARGET_API_KEY" not in values:
+    A key without a base URL is one of the default provider's; otherwise a server on this machine is
+    looked for. Raises Usage.
+    """
+    if not {"TARGET_API_BASE", "TARGET_API_KEY"} & set(values):
         servers = local_servers()
         if not servers:
             raise Usage(
-                "nobody can be asked and no model server was found on this machine: give -b URL, -k KEY and -m MODEL"
+                "nobody can be asked and no model server was found on this machine: give -b URL,"
+                " -k KEY and -m MODEL"
             )
         values["TARGET_API_BASE"] = servers[0][1]
-        say("ccfix: found %s at %s" % servers[0][:2], out=sys.stderr)
+        notify("found %s at %s" % servers[0][:2])
     if "TARGET_MODEL" not in values:
-        models = list_models(values)
+        models = list_models(Settings([("init", values)]))
         if not models:
             raise Usage("no model was given: -m MODEL")
         values["TARGET_MODEL"] = models[0]
-    return values
+
+
+INIT_DONE = """wrote {0} (only you can read it). Next:
+  {1} check
+  {1} run
+or  {1}  with this in ~/.claude/settings.json:"""
 
 
 def init(config, options):
-    """Write a commented .env, and print the lines for Claude Code's settings.json."""
-    path = options.env_file
+    """Write a commented .env, and print the lines for Claude Code's settings.json.
+
+    They are all that stdout gets. Claude Code's own file is left to the user: an error in it would
+    stop every session.
+    """
+    path, values = options.env_file or ".env", dict(config.given)
     if os.path.lexists(path) and not options.force:
-        raise Usage(
-            "%s is there already; --force replaces it, --env-file FILE writes another" % path
-        )
-    given = {name: value for name, value in config.given.items() if name in BY_ENV}
-    values = (
-        ask_target(given) if sys.stdin is not None and sys.stdin.isatty() else detect_target(given)
-    )
+        raise Usage("%s exists already; --force replaces it, --env-file FILE writes another" % path)
+    complete = ask_target if sys.stdin is not None and sys.stdin.isatty() else detect_target
+    complete(values)
     settings = Settings([("init", values)])
-    try:
+    with usage_errors("%s cannot be written" % path):
         write_file(path, env_template(values))
-    except OSError as e:
-        raise Usage("%s cannot be written: %s" % (path, e.strerror or e))
-    say(
-        "ccfix: wrote %s (only you can read it). Next:" % path,
-        "  %s check" % program_name(),
-        "  %s run" % program_name(),
-        "or  %s  with this in ~/.claude/settings.json:" % program_name(),
-        out=sys.stderr,
-    )
-    key = settings.anthropic_api_key or "ccfix"
-    lines = {
-        "ANTHROPIC_BASE_URL": "http://127.0.0.1:%d" % settings.proxy_port,
-        "ANTHROPIC_AUTH_TOKEN": key,
-    }
-    plan = plan_for(
-        settings,
-        "",
-        lambda base, model: profile_for(base, model, settings.profile)._replace(
-            context=settings.max_context
-        ),
-    )
-    wanted = session_variables(lines["ANTHROPIC_BASE_URL"], key, settings, plan)
-    say(
-        json.dumps(
-            {"env": dict(wanted, **CLAUDE_DEFAULTS), "permissions": {"disableAutoMode": "disable"}},
-            indent=2,
-        )
-    )
+    notify(INIT_DONE.format(path, program_name()))
+    key, address = settings.anthropic_api_key, "http://127.0.0.1:%d" % settings.proxy_port
+    wanted = session_variables(address, key or "ccfix", settings, target_plan(settings))
+    wanted.update(CLAUDE_DEFAULTS)
+    say(json.dumps({"env": wanted, "permissions": {"disableAutoMode": "disable"}}, indent=2))
     return 0
 
 
-# ---- install, uninstall, open ----------------------------------------------------------------------------
+# ---- install, uninstall, open --------------------------------------------------------------------
 
-OURS = "ccfix: let Claude Code use any model"  # in every file that install writes
-CMD = '@rem %s\r\n@"%s" "%%~dp0ccfix.py" %s\r\n'
+# What install writes, and uninstall removes:
+#     ~/.local/bin/ccfix, ccf              stubs of a few lines
+#     ~/.local/share/ccfix/ccfix.py        the module; in $XDG_DATA_HOME/ccfix where that is set
+#     ~/.local/share/ccfix/__pycache__/    its byte code, a file for each version of Python
+# With --dir DIR, and on Windows, the stubs stand in that folder and the module in ccfix-module
+# below it. Older versions wrote all of ccfix.py in the place of the first stub, or beside the .cmd.
+OURS = "ccfix: let Claude Code use any model"  # stands in each of these files
+STUB = (
+    # What ccfix and ccf do. Python keeps the byte code of a module, but compiles a script anew at
+    # every start: importing takes half the time and half the memory (24 MB instead of 47). The
+    # module's folder replaces the first place where Python looks for modules: the stub's folder, or
+    # after -c the current one, where anybody's json.py may lie. Messages name the program by its
+    # argv[0]; `ccf` alone would open the page.
+    "import os, sys",
+    "sys.path[0] = %s",
+    "sys.argv[0] = 'ccfix'",
+    "import ccfix",
+    "sys.exit(ccfix.main(sys.argv[1:] or %s))",
+)
 
 
-def install_folder(windows, environ, home):
-    """Where programs of the user's own go. On Windows one that is on the PATH from the start, if it is there."""
-    if not windows:
-        return os.path.join(home, ".local", "bin")
-    local = environ.get("LOCALAPPDATA") or os.path.join(home, "AppData", "Local")
-    apps = os.path.join(local, "Microsoft", "WindowsApps")
-    return (
-        apps
-        if apps.lower() in environ.get("PATH", "").lower().split(";")
-        else os.path.join(local, "Programs", "ccfix")
-    )
+def installed_files(directory, environ, home, windows=os.name == "nt"):
+    """{path: content} of an installation, the module first, so that no stub is ever without it.
+
+    directory: where all of it goes; "" for the user's own folders. Since Windows 10 one of these is
+    on the PATH from the start, but for installations of Windows without its store.
+    """
+    data = environ.get("XDG_DATA_HOME", "")
+    if not os.path.isabs(data):  # the XDG base directory specification says to ignore it then
+        data = os.path.join(home, ".local", "share")
+    folder, module_folder = os.path.join(home, ".local", "bin"), os.path.join(data, "ccfix")
+    if windows:
+        local = environ.get("LOCALAPPDATA") or os.path.join(home, "AppData", "Local")
+        folder = os.path.join(local, "Microsoft", "WindowsApps")
+        if folder.lower() not in environ.get("PATH", "").lower().split(";"):
+            folder = os.path.join(local, "Programs", "ccfix")
+    folder = os.path.abspath(directory or folder)
+    if windows or directory:
+        module_folder = os.path.join(folder, "ccfix-module")
+    with open(os.path.abspath(__file__), encoding="utf-8") as file:
+        files = {os.path.join(module_folder, "ccfix.py"): file.read()}
+    for name, arguments in (("ccfix", "[]"), ("ccf", "['open']")):
+        path = os.path.join(folder, name) + ".cmd" * windows
+        files[path] = (cmd_stub if windows else script_stub)(module_folder, arguments)
+    return files
 
 
-def installed_files(windows, source_text, python):
-    """{file name: text} of an installation. `ccf` alone opens the status page."""
-    if not windows:
-        return {
-            "ccfix": source_text,
-            "ccf": '#!/bin/sh\n# %s\n[ $# -gt 0 ] || set -- open\nexec "$(dirname "$0")/ccfix" "$@"\n'
-            % OURS,
-        }
-    opening = '%%*\r\n@goto :eof\r\n:open\r\n@"%s" "%%~dp0ccfix.py" open' % python
-    return {
-        "ccfix.py": source_text,
-        "ccfix.cmd": CMD % (OURS, python, "%*"),
-        "ccf.cmd": '@if "%~1"=="" goto open\r\n' + CMD % (OURS, python, opening),
-    }
+def script_stub(module_folder, arguments):
+    """The content of a stub for Linux and macOS; arguments: what main() gets where none are given.
+
+    The folder stands in it as bytes, in ASCII: it must also work in another locale than this one.
+    """
+    place = "os.fsdecode(%r)" % os.fsencode(module_folder)
+    return "#!/usr/bin/env python3\n# %s\n%s\n" % (OURS, "\n".join(STUB) % (place, arguments))
+
+
+def cmd_stub(module_folder, arguments):
+    """The content of a stub for Windows, which finds the module's folder from its own.
+
+    cmd.exe puts the folder of the .cmd file for %~dp0, and all arguments for %*.
+    """
+    words = OURS, sys.executable, "; ".join(STUB) % ("sys.argv.pop(1)", arguments)
+    return '@rem %s\r\n@"%s" -c "%s" "%%~dp0ccfix-module" %%*\r\n' % words
 
 
 def is_ours(path):
-    """Whether install wrote this file (or it is not there)."""
+    """Whether install wrote this file, or may: nothing is there. A folder is never ours."""
     return not os.path.lexists(path) or OURS in file_text(path)
 
 
 def install(config, options):
-    """Copy this file to a folder of the user's on the PATH, as ccfix and ccf."""
-    windows = os.name == "nt"
-    folder = os.path.abspath(options.dir or install_folder(windows, os.environ, config.home))
-    with open(os.path.abspath(__file__), encoding="utf-8") as file:
-        files = installed_files(windows, file.read(), sys.executable)
-    foreign = [name for name in files if not is_ours(os.path.join(folder, name))]
+    """Put the module and the programs ccfix and ccf into folders of the user's.
+
+    Another program's file is only replaced with --force. The PATH is not changed: that is in files
+    of the user's; what to add is said instead.
+    """
+    import compileall
+
+    files = installed_files(options.dir, os.environ, config.home)
+    module, *programs = files
+    folder = os.path.dirname(programs[0])
+    foreign = [path for path in files if not is_ours(path)]
     if foreign and not options.force:
         raise Usage(
             "%s is another program's; --force replaces it, --dir DIR takes another folder"
-            % os.path.join(folder, foreign[0])
+            % foreign[0]
         )
-    try:
-        os.makedirs(folder, exist_ok=True)
-        for name, text in files.items():
-            write_file(os.path.join(folder, name), text, 0o755)
-    except OSError as e:
-        raise Usage(
-            "cannot install in %s: %s; --dir DIR takes another folder" % (folder, e.strerror or e)
-        )
-    say(
-        "installed ccfix %s as %s"
-        % (__version__, ", ".join(os.path.join(folder, name) for name in files))
-    )
+    with usage_errors("cannot install in %s (--dir DIR takes another folder)" % folder):
+        for path in files:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            write_file(path, files[path], 0o755)
+    # force: two versions within a second have the same time. quiet=2: no byte code is no failure,
+    # Python then makes it at the first start, or goes without.
+    compileall.compile_file(module, force=True, quiet=2)
+    say("installed ccfix %s as %s" % (__version__, ", ".join(programs)))
     if folder not in os.environ.get("PATH", "").split(os.pathsep):
-        say(
-            "ccfix: %s is not on your PATH; add it:" % folder,
-            (
-                '  setx PATH "%%PATH%%;%s"' % folder
-                if windows
-                else "  export PATH=\"%s:$PATH\"    (in ~/.profile or your shell's own file)"
-                % folder
-            ),
-            out=sys.stderr,
-        )
+        shown = "export PATH=\"%s:$PATH\"    (in ~/.profile or your shell's own file)"
+        shown = 'setx PATH "%%PATH%%;%s"' if os.name == "nt" else shown
+        notify("%s is not on your PATH; add it:\n  %s" % (folder, shown % folder))
     return 0
 
 
 def uninstall(config, options):
-    """Remove what install wrote; nothing else."""
-    windows = os.name == "nt"
-    folder = os.path.abspath(options.dir or install_folder(windows, os.environ, config.home))
-    paths = [os.path.join(folder, name) for name in installed_files(windows, "", "")]
+    """Remove what install wrote, now or in older versions; nothing else -> 1 if a file stays.
+
+    The programs' folder stays too: it was there before, or others use it now.
+    """
+    paths, code = list(installed_files(options.dir, os.environ, config.home)), 0
+    module, folder = paths[0], os.path.dirname(paths[1])
+    if os.name == "nt":  # where the module was in older versions
+        paths.append(os.path.join(folder, "ccfix.py"))
     there = [path for path in paths if os.path.lexists(path)]
-    foreign = [path for path in there if not is_ours(path)]
-    try:
-        for path in there:
-            if path not in foreign:
-                os.remove(path)
-                say("removed " + path)
-    except OSError as e:
-        raise Usage("cannot remove %s: %s" % (path, e.strerror or e))
-    for path in foreign:
-        say("ccfix: %s is another program's and stays" % path, out=sys.stderr)
     if not there:
-        say("ccfix: nothing of ccfix is in " + folder, out=sys.stderr)
-    return 1 if foreign else 0
+        notify("nothing of ccfix is in " + folder)
+    for path in there:
+        if not is_ours(path):
+            notify("%s is another program's and stays" % path)
+            code = 1
+            continue
+        with usage_errors("cannot remove " + path):
+            os.remove(path)
+        say("removed " + path)
+    if not os.path.lexists(module):
+        remove_byte_code(os.path.dirname(module))
+    return code
+
+
+def remove_byte_code(folder):
+    """Remove what Pythons kept of the module in a folder, and the folder itself if that was all.
+
+    No failure is told: what stays is a cache, or belongs to somebody else.
+    """
+    kept = os.path.join(folder, "__pycache__")
+    with contextlib.suppress(OSError):
+        for name in os.listdir(kept):
+            if re.match(r"ccfix\..*\.pyc\Z", name):
+                os.remove(os.path.join(kept, name))
+        os.rmdir(kept)
+    with contextlib.suppress(OSError):
+        os.rmdir(folder)
 
 
 def open_page(config, options):
-    """Open the status page of the running proxy in the browser; its address goes to stdout."""
+    """Open the status page of the running proxy in the browser; its address goes to stdout.
+
+    /health says whether it is ccfix that listens there: anything may have the port.
+    """
     settings = config()
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.proxy_host, settings.proxy_host)
-    url, upstream = "http://%s/" % host_port(host, settings.proxy_port), Upstream(3, 3)
-    try:
-        running = glance_json(upstream, url + "health", 3).get("name") == "ccfix"
-    except ProxyError:
-        running = False
-    finally:
-        upstream.close()
-    if not running:
-        say(
-            "ccfix: no ccfix is running at %s; start it (%s), or name its port with -p"
-            % (url, program_name()),
-            out=sys.stderr,
-        )
+    url = "http://%s/" % host_port(host, settings.proxy_port)
+    if glance(url + "health", 3).get("name") != "ccfix":
+        said = "no ccfix is running at %s; start it (%s), or name its port with -p"
+        notify(said % (url, program_name()))
         return 1
     say(url)
     import webbrowser
 
     if not webbrowser.open(url):
-        say("ccfix: no browser was found; open the address yourself", out=sys.stderr)
+        notify("no browser was found; open the address yourself")
     return 0
 
 
-# ---- the command line --------------------------------------------------------------------------------
+# ---- the command line ----------------------------------------------------------------------------
+
+# Each command has a parser of its own, not one of argparse's subparsers: serving needs no word, and
+# the flags of most settings go with most commands.
 
 
-def settings_options(parser):
-    """Add the flags of all settings; a flag that is not given leaves no trace."""
-    for row in SETTINGS:
-        if row.const:
-            parser.add_argument(
-                *row.flags,
-                dest=row.env,
-                action="store_const",
-                const=row.const,
-                default=argparse.SUPPRESS,
-                help=row.help,
-            )
-        elif row.flags:
-            parser.add_argument(
-                *row.flags,
-                dest=row.env,
-                metavar=row.env.rsplit("_", 1)[-1],
-                default=argparse.SUPPRESS,
-                help=row.help,
-            )
-    parser.add_argument(
-        "--env-file", metavar="FILE", help="read settings from FILE instead of .env"
-    )
+def option(flag, text, **how):
+    """A row of a command's own options: (flag, what argparse is told of it)."""
+    return flag, dict(how, help=text)
 
 
-def target_options(parser):
-    """What stands in for a provider."""
-    parser.add_argument(
-        "--demo", action="store_true", help="use the embedded demo model: no key, no network"
-    )
-    parser.add_argument(
+SWITCH = "store_true"
+TARGET_OPTIONS = (
+    option("--demo", "use the embedded demo model: no key, no network", action=SWITCH),
+    option(
         "--replay",
+        "answer with the replies that --record DIR wrote, in order, instead of a provider's",
         metavar="DIR",
-        help="answer with the replies that --record DIR wrote, in order, instead of a provider's",
-    )
-
-
-def run_options(parser):
-    target_options(parser)
-    parser.add_argument("arguments", nargs="*", help=argparse.SUPPRESS)
-
-
-def check_options(parser):
-    target_options(parser)
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON object instead of the checklist"
-    )
-    parser.add_argument(
-        "--family", choices=FAMILIES, help="check the target of this family of Claude models"
-    )
-    parser.add_argument(
+    ),
+)
+RUN_OPTIONS = TARGET_OPTIONS + (option("arguments", argparse.SUPPRESS, nargs="*"),)
+CHECK_OPTIONS = TARGET_OPTIONS + (
+    option("--json", "print one JSON object instead of the checklist", action=SWITCH),
+    option("--family", "check the target of this family of Claude models", choices=FAMILIES),
+    option(
         "--base-url",
-        metavar="URL",
-        help="check a server that speaks Anthropic, ccfix itself too, with the key from -k,"
+        "check a server that speaks Anthropic, ccfix itself too, with the key from -k,"
         " ANTHROPIC_AUTH_TOKEN or ANTHROPIC_API_KEY",
-    )
-
-
-def init_options(parser):
-    parser.add_argument("--force", action="store_true", help="replace the file if it is there")
-
-
-def install_options(parser):
-    parser.add_argument(
+        metavar="URL",
+    ),
+)
+INIT_OPTIONS = (option("--force", "replace the file if it exists", action=SWITCH),)
+INSTALL_OPTIONS = (
+    option(
         "--dir",
+        "the folder for everything (default: ~/.local/bin, and ~/.local/share/ccfix for the module;"
+        " on Windows one of %%LOCALAPPDATA%%)",
         metavar="DIR",
-        help="the folder (default: ~/.local/bin; on Windows one of %%LOCALAPPDATA%%)",
-    )
-    parser.add_argument(
-        "--force", action="store_true", help="replace another program's file of that name"
-    )
+    ),
+    option("--force", "replace another program's file of that name", action=SWITCH),
+)
 
 
 class Command(NamedTuple):
-    """A command: act(config, options) -> exit code; what it does in a line; more: options of its own; settings: whether
-    it takes the settings' flags; example: shown under its --help."""
+    """A row of COMMANDS: what a word on the command line does."""
 
-    act: object
-    help: str
-    more: object = None
-    settings: bool = True
-    example: str = ""
+    act: object  # (config, options) -> exit code
+    help: str  # what it does, in a line
+    options: tuple = ()  # its own, beside the settings' flags
+    settings: bool = True  # whether it takes the settings' flags
+    example: str = ""  # shown under its --help
 
 
 COMMANDS = {
     "serve": Command(
         serve,
         "serve; what is done without a command",
-        target_options,
+        TARGET_OPTIONS,
         example="ccfix -k KEY -b https://api.example.com/v1 -m MODEL",
     ),
     "run": Command(
         run,
         "start a proxy and Claude Code on it, for one session",
-        run_options,
+        RUN_OPTIONS,
         example="ccfix run\nccfix run -m MODEL -- -p \"hello\"",
     ),
     "check": Command(
         check,
-        "try the model, and print what works and how to mend the rest",
-        check_options,
-        example="ccfix check\nccfix check --base-url http://127.0.0.1:8080\nexit code: 0 if Claude Code can work with it, 1 if not",
+        "try the model, and print what works and how to fix the rest",
+        CHECK_OPTIONS,
+        example="ccfix check\nccfix check --base-url http://127.0.0.1:8080\n"
+        "exit code: 0 if Claude Code can work with it, 1 if not",
     ),
     "init": Command(
         init,
         "ask for provider, key and model, and write .env",
-        init_options,
+        INIT_OPTIONS,
         example="ccfix init\nccfix init -b https://api.example.com/v1 -k KEY -m MODEL",
     ),
     "install": Command(
         install,
         "put ccfix and ccf on the PATH (ccf alone opens the status page)",
-        install_options,
+        INSTALL_OPTIONS,
         settings=False,
     ),
-    "uninstall": Command(uninstall, "remove what install wrote", install_options, settings=False),
+    "uninstall": Command(uninstall, "remove what install wrote", INSTALL_OPTIONS, settings=False),
     "open": Command(
         open_page,
         "open the status page of the running proxy in the browser",
         example="ccfix open\nccfix open -p 9000",
     ),
 }
-
-
 USAGES = {"": "ccfix [COMMAND] [options]", "run": "ccfix run [options] [-- claude arguments]"}
+SETTINGS_HINT = (
+    "Settings without a flag stand in the environment or .env; ccfix --help has\nthe list."
+)
 
 
 def settings_help():
-    """The settings that have no flag, for --help: two columns within 78."""
+    """The settings that have no flag, for --help: two columns, as argparse sets the flags, narrow
+    enough for a terminal of 80."""
     import textwrap
 
     lines = [
@@ -11280,126 +10774,153 @@ def settings_help():
         "the environment, .env, Claude Code's settings.json; keys are best kept in .env,",
         "since everyone on a machine can read command lines):",
     ]
-    for row in SETTINGS:
-        if not row.flags:
-            lines += textwrap.wrap(
-                "%-24s %s%s"
-                % (
-                    row.env,
-                    row.help,
-                    " (%s)" % row.default if row.default and row.default not in row.help else "",
-                ),
-                76,
-                initial_indent="  ",
-                subsequent_indent=" " * 27,
-                break_on_hyphens=False,
-            )
+    for row in [row for row in SETTINGS if not row.flags]:
+        default = " (%s)" % row.default if row.default and row.default not in row.help else ""
+        lines += textwrap.wrap(
+            "%-24s %s%s" % (row.env, row.help, default),
+            76,
+            initial_indent="  ",
+            subsequent_indent=" " * 27,
+            break_on_hyphens=False,
+        )
     return "\n".join(lines)
 
 
-def parser_of(name):
-    """The parser of a command; "": of ccfix without one."""
-    command = COMMANDS[name or "serve"]
-    epilog = []
+def help_epilog(name):
+    """What stands under a command's options in its --help: for ccfix alone all commands, examples,
+    and where the other settings are told."""
+    command, parts = COMMANDS[name or "serve"], []
     if not name:
-        epilog.append(
-            "commands (ccfix COMMAND --help tells more):\n"
-            + "\n".join("  %-10s %s" % (word, row.help) for word, row in COMMANDS.items())
-        )
+        rows = ["\n  %-10s %s" % (word, row.help) for word, row in COMMANDS.items()]
+        parts.append("commands (ccfix COMMAND --help tells more):" + "".join(rows))
     if command.example:
-        epilog.append("examples:\n" + re.sub(r"(?m)^", "  ", command.example))
-    if command.act in (serve, check):
-        epilog.append(settings_help())
-    elif command.settings:
-        epilog.append(
-            "Settings without a flag stand in the environment or .env; ccfix --help has\nthe list."
-        )
+        parts.append("examples:\n" + re.sub(r"(?m)^", "  ", command.example))
+    if command.settings:
+        parts.append(settings_help() if command.act in (serve, check) else SETTINGS_HINT)
+    return "\n\n".join(parts)
+
+
+def make_parser(name):
+    """The parser of a command; "": of ccfix without one, which serves.
+
+    Its texts name ccfix, whatever the file is called: they stand in the README too.
+    """
+    command = COMMANDS[name or "serve"]
+    said = command.help[0].upper() + command.help[1:]
     parser = argparse.ArgumentParser(
         prog=("ccfix " + name).strip(),
         usage=USAGES.get(name),
-        epilog="\n\n".join(epilog),
+        epilog=help_epilog(name),
         description=(
-            command.help[0].upper() + command.help[1:] + "."
-            if name
-            else "Let Claude Code use any model behind an OpenAI-compatible API."
+            said + "." if name else "Let Claude Code use any model behind an OpenAI-compatible API."
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.color = False  # 3.14 colours its help
     parser.add_argument("--version", action="version", version="ccfix " + __version__)
+    for row in SETTINGS * command.settings:
+        if row.flags:
+            parser.add_argument(*row.flags, **flag_options(row))
     if command.settings:
-        settings_options(parser)
-    if command.more:
-        command.more(parser)
+        parser.add_argument(
+            "--env-file", metavar="FILE", help="read settings from FILE instead of .env"
+        )
+    for flag, how in command.options:
+        parser.add_argument(flag, **how)
     return parser
 
 
+def flag_options(row):
+    """What argparse is told of a setting's flag.
+
+    One that is not given leaves no trace (SUPPRESS): the layers below the command line then count.
+    """
+    how = dict(dest=row.env, default=argparse.SUPPRESS, help=row.help)
+    if row.const:
+        return dict(how, action="store_const", const=row.const)
+    return dict(how, metavar=row.env.rsplit("_", 1)[-1])
+
+
 def command_line(argv):
-    """(Command, its options). Raises Usage for a command that is none."""
+    """(Command, its options) of argv, without the program's name.
+
+    Raises Usage for an unknown command; argparse itself ends the program (SystemExit 2) for an
+    unknown flag.
+    """
     name = argv[0] if argv and not argv[0].startswith("-") else ""
     if name and name not in COMMANDS:
         raise Usage(
             "there is no command %s; the commands are %s" % (ascii(name), ", ".join(COMMANDS))
         )
-    words, behind = argv[1 if name else 0 :], []
-    if name == "run" and "--" in words:
-        at = words.index("--")
-        words, behind = words[:at], words[at + 1 :]
-    options = parser_of(name).parse_args(words)
+    words = argv[bool(name) :]
+    # argparse would drop the "--", and with it what tells claude's arguments from ours.
+    end = words.index("--") if name == "run" and "--" in words else len(words)
+    options = make_parser(name).parse_args(words[:end])
     if name == "run":
         if options.arguments:
             raise Usage("%s: arguments for claude come after --" % ascii(options.arguments[0]))
-        options.arguments = behind
+        options.arguments = words[end + 1 :]
     return COMMANDS[name or "serve"], options
 
 
-def config_of(command, options):
-    """The Config of a command line. Raises Usage, SettingError."""
-    given = {row.env: getattr(options, row.env) for row in SETTINGS if hasattr(options, row.env)}
-    alone, env_file = False, getattr(options, "env_file", None)
-    if env_file and command.act is not init and not os.path.isfile(env_file):
-        raise Usage("--env-file %s is not there" % env_file)
+def stand_in(options, given):
+    """Settings of who answers instead of the configured provider; {} where it answers itself.
+
+    The demo (--demo), a recording (--replay), or a server that speaks Anthropic (check --base-url),
+    which gets the key that Claude Code would send it. Raises Usage.
+    """
     if getattr(options, "demo", False):
-        given.update(
-            TARGET_API_BASE=start_demo(),
-            TARGET_MODEL=given.get("TARGET_MODEL", "demo"),
-            PROFILE="demo",
-            TARGET_FORMAT="openai",
-        )
-        alone = True
-    elif getattr(options, "replay", None):
-        given.update(dict({"TARGET_MODEL": "replay"}, **given), **start_replay(options.replay))
-        alone = True
-    elif getattr(options, "base_url", None):
-        key = (
-            given.get("TARGET_API_KEY")
-            or os.environ.get("ANTHROPIC_AUTH_TOKEN")
-            or os.environ.get("ANTHROPIC_API_KEY")
-            or ""
-        )
-        given.update(
-            TARGET_API_BASE=options.base_url, TARGET_FORMAT="anthropic", TARGET_API_KEY=key
-        )
-        given.setdefault("TARGET_MODEL", "claude-opus-5-5")
-        alone = True
-    if hasattr(options, "env_file"):
-        options.env_file = env_file or ".env"
-    # init must also work where the .env that it replaces is broken.
-    layers = {} if command.act is init else dict(os.environ)
-    return Config(
-        given, layers, "" if command.act is init else env_file or ".env", home_folder(), alone
-    )
+        return {
+            "TARGET_API_BASE": start_model(),
+            "TARGET_MODEL": "demo",
+            "TARGET_FORMAT": "openai",
+            "PROFILE": "demo",
+        }
+    if getattr(options, "replay", None):
+        return start_replay(options.replay)
+    if getattr(options, "base_url", None):
+        keys = [given.get("TARGET_API_KEY")]
+        keys += [os.environ.get(name) for name in ("ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_API_KEY")]
+        return {
+            "TARGET_API_BASE": options.base_url,
+            "TARGET_API_KEY": next(filter(None, keys), ""),
+            "TARGET_MODEL": "claude-opus-5-5",
+            "TARGET_FORMAT": "anthropic",
+        }
+    return {}
+
+
+def config_of(command, options):
+    """The Config of a command line.
+
+    Only a file that --env-file names must exist; .env need not. Raises Usage, SettingError.
+    """
+    given = {row.env: getattr(options, row.env) for row in SETTINGS if hasattr(options, row.env)}
+    if command.act is init or not command.settings:
+        # init replaces the .env, and install does without: a broken one must not stop them.
+        return Config(given, {}, "", home_folder())
+    if options.env_file and not os.path.isfile(options.env_file):
+        raise Usage("--env-file %s does not exist" % options.env_file)
+    target = stand_in(options, given)
+    if "TARGET_MODEL" in given:  # as the model's name, it counts for the stand-in too
+        target.pop("TARGET_MODEL", None)
+    given.update(target)
+    path = options.env_file or ".env"
+    return Config(given, os.environ, path, home_folder(), alone=bool(target))
 
 
 def main(argv=None):
-    """Run the command line -> exit code: 0 good, 1 failed, 2 used wrongly."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    """Run the command line -> exit code: 0 good, 1 failed, 2 used wrongly, 130 ended by Ctrl-C.
+
+    argv: the words after the program's name; by default those of sys.argv. `run` gives back the
+    exit code of Claude Code.
+    """
     try:
-        command, options = command_line(argv)
-        config = config_of(command, options)
-        return command.act(config, options)
+        command, options = command_line(list(sys.argv[1:] if argv is None else argv))
+        return command.act(config_of(command, options), options)
     except (Usage, SettingError) as e:
-        return complain(str(e))
+        notify(str(e))
+        return 2
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # | head: nobody reads on; Python must not complain about it at its end
@@ -11407,21 +10928,5 @@ def main(argv=None):
         return 1
 
 
-def main_as_hook(*_):
-    """main(), as the exception hook of the script. CPython holds the syntax tree of the script it was given (18 MB of this one)
-    while the script runs; the hook is what it calls after that. The last line's error is for nothing else.
-    """
-    sys.excepthook = sys.__excepthook__
-    try:
-        code = main()
-    except Exception:
-        traceback.print_exc()
-        code = 1
-    sys.exit(code)
-
-
 if __name__ == "__main__":
-    if sys._getframe().f_back:  # -m, a debugger, or another program runs it: they hold no tree
-        sys.exit(main())
-    sys.excepthook = main_as_hook
-    raise SyntaxWarning("the syntax tree is no longer needed")
+    sys.exit(main())

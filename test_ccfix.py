@@ -120,7 +120,7 @@ class FakeReply(object):
     """What Upstream.open returns, without sockets."""
 
     def __init__(self, status, headers, pieces):
-        self.status, self.pieces, self.closed, self.patient = status, pieces, False, True
+        self.status, self.pieces, self.closed = status, pieces, False
         self.headers = email.message.Message()
         for name, value in headers.items():
             self.headers[name] = value
@@ -1617,6 +1617,22 @@ class TestLayers(unittest.TestCase):
         self.assertNotIn("sk-secret", shown)
         self.assertNotIn("pass-word", shown)
         self.assertEqual(settings.secrets(), ["sk-secret"])
+
+    def test_only_headers_that_carry_secrets_are_hidden(self):
+        for name, value, hidden in (
+            ("Authorization", "Bearer abcdef", ["Bearer abcdef", "abcdef"]),
+            ("Ocp-Apim-Subscription-Key", "abcdef", ["abcdef"]),
+            ("X-Auth-Token", "abcdef", ["abcdef"]),
+            ("Cookie", "a=1; b=abcdef", ["a=1; b=abcdef", "b=abcdef"]),
+            ("CF-Access-Client-Secret", "abcdef", ["abcdef"]),
+            ("Proxy-Password", "abcdef", ["abcdef"]),
+            ("X-Title", "ccfix", []),
+            ("HTTP-Referer", "https://example.com/my ccfix", []),
+            ("Authorization", None, []),
+        ):
+            headers = json.dumps({name: value})
+            settings = ccfix.Settings([("x", {"EXTRA_HEADERS": headers})])
+            self.assertEqual(settings.secrets(), hidden, name)
 
     def test_names_and_flags_are_used_once(self):
         envs, flags = [s.env for s in ccfix.SETTINGS], [f for s in ccfix.SETTINGS for f in s.flags]
@@ -3725,7 +3741,9 @@ REPAIRS = [
     ('{"free":' + "[" * 20000 + "]" * 20000 + "}", "Mixed", None),
     ("'" * 1001, "Bash", None),
     (r'"{\"command\": \"ls\"', "Bash", None),
-    ("{'a':1}" * 50, "Mixed", None),
+    ("{'a':1}" * 50, "Mixed", {"a": 1}),
+    ("{'a':1}" * 9 + "{'b':1}", "Mixed", None),
+    ("{'a':1}" + "{}" * 9 + "{'b':1}", "Mixed", None),
 ]
 
 # tool, arguments, coerced
@@ -3796,7 +3814,7 @@ ARGUMENT_STREAMS = [
     ("Bash", "  ", "{}"),
     ("Bash", "null", "{}"),
     ("Bash", "{}", "{}"),
-    ("Bash", " { } ", " { }"),
+    ("Bash", " { } ", "{}"),
     (
         "Bash",
         '{"command":"ls -la\\n\\u00e9","timeout":5}',
@@ -3820,6 +3838,11 @@ ARGUMENT_STREAMS = [
     ("Bash", '{"command":"ls",}', '{"command":"ls"}'),
     ("Bash", '{"command":"ls"}{"command":"ls"}', '{"command":"ls"}'),
     ("Bash", '{"command":"ls"}}', '{"command":"ls"}'),
+    ("Read", '{"pages":"","file_path":"a\\n', '{"file_path":"a\\n'),
+    ("Bash", '{"command":"ls",,}', '{"command":"ls",,}'),
+    ("Bash", '{"command":"ls" "timeout":5}', '{"command":"ls" "timeout":5}'),
+    ("Bash", '{"command":"ls"{"timeout":5}', '{"command":"ls"{"timeout":5}'),
+    ("Mixed", '{"o":{"a":"%s"},"s":"b"}' % ("x" * 99), '{"o":{"a":"%s"},"s":"b"}' % ("x" * 99)),
     ("Bash", '{"command":"ls"}' + "\n " * 20, '{"command":"ls"}'),
     ("Bash", '{}{"command":"ls"}', '{"command": "ls"}'),
     ("Bash", '{"command":"ls"} {"command":"rm"}', '{"command":"ls"} {"command":"rm"}'),
@@ -3831,9 +3854,9 @@ ARGUMENT_STREAMS = [
         '{"command":"ls","run_in_background":True}',
         '{"command":"ls", "run_in_background": true}',
     ),
-    ("Mixed", '{"i":"1","i":"2"}', '{"i":1, "i": 2}'),
+    ("Mixed", '{"i":"1","i":"2"}', '{"i":1,"i":2}'),
     ("Mixed", '{"list":["1"],"o":"{}"}', '{"list":[1],"o":{}}'),
-    ("Mixed", '{"o":{"a":"x\ny"}}', '{"o":{"a": "x\\ny"}}'),
+    ("Mixed", '{"o":{"a":"x\ny"}}', '{"o": {"a": "x\\ny"}}'),
     ("Bash", '{"command":"ls', '{"command":"ls'),
     ("Bash", '{"command":"ls"', '{"command":"ls"'),
     ("Bash", '{"command":"\\d"}', '{"command":"\\d"}'),
@@ -3846,7 +3869,7 @@ ARGUMENT_STREAMS = [
 ]
 
 
-def argument_streamed(tool, fragments, cut=False):
+def stream_arguments(tool, fragments, cut=False):
     stream = ccfix.ArgumentStream(tool, ARGUMENT_SCHEMAS.get(tool))
     text = "".join([stream.feed(fragment) for fragment in fragments]) + stream.finish(cut)
     return text, stream
@@ -3901,7 +3924,7 @@ class TestArgumentStream(unittest.TestCase):
         for tool, text, wanted in ARGUMENT_STREAMS:
             with self.subTest(text=text):
                 for fragments in splits(text):
-                    joined, stream = argument_streamed(tool, fragments)
+                    joined, stream = stream_arguments(tool, fragments)
                     self.assertEqual((joined, stream.raw), (wanted, text), fragments)
 
     def test_each_repair_is_the_same_when_streamed(self):
@@ -3910,7 +3933,7 @@ class TestArgumentStream(unittest.TestCase):
                 for fragments in (
                     splits(text) if len(text) < 100 else ([text], [text[:50], text[50:]])
                 ):
-                    joined, stream = argument_streamed(tool, fragments)
+                    joined, stream = stream_arguments(tool, fragments)
                     if wanted is None:
                         self.assertEqual(joined, text)
                     else:
@@ -3926,9 +3949,10 @@ class TestArgumentStream(unittest.TestCase):
             ("Bash", '{"command": "ls"}  ', '{"command": "ls"}'),
             ("Bash", "", ""),
             ("Bash", '{"command": "ls"}{"comm', '{"command": "ls"}'),
+            ("Mixed", '{"o":{"a":"x\ny"}}', '{"o": {"a": "x\\ny"}}'),
         ]:
             for fragments in splits(text):
-                self.assertEqual(argument_streamed(tool, fragments, cut=True)[0], wanted)
+                self.assertEqual(stream_arguments(tool, fragments, cut=True)[0], wanted)
 
     def test_strings_go_out_at_once_and_the_rest_when_whole(self):
         stream = ccfix.ArgumentStream("Bash", BASH)
@@ -3974,7 +3998,7 @@ class TestArgumentStream(unittest.TestCase):
             "x" * 30000,
             '{"s":"x"}' + " " * 30000,
         ):
-            joined, stream = argument_streamed(
+            joined, stream = stream_arguments(
                 "Mixed", [text[at : at + 3] for at in range(0, len(text), 3)]
             )
             self.assertEqual(stream.raw, text)
@@ -4098,7 +4122,7 @@ def random_fragments(dice, text):
     return fragments
 
 
-def corrupted(dice, text):
+def corrupt(dice, text):
     for _ in range(dice.randint(1, 3)):
         at = dice.randrange(len(text) + 1)
         text = dice.choice(
@@ -4147,7 +4171,7 @@ class TestArgumentFuzz(unittest.TestCase):
 
     def test_corrupted_text_is_repaired_or_stays_bad(self):
         for dice, tool, schema, _, text in self.cases(2, 1000):
-            text = corrupted(dice, text)
+            text = corrupt(dice, text)
             joined, stream = self.run_stream(dice, tool, schema, text)
             found = ccfix.fix_arguments(text, schema)
             self.assertEqual(stream.raw, text)
@@ -4208,15 +4232,22 @@ def wide(text):
 
 HERMES = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>'
 HERMES_OSLO = HERMES.replace("Paris", "Oslo")
-QWEN = "<function=get_weather>\n<parameter=city>\nParis\n</parameter>\n<parameter=days>\n3\n</parameter>\n</function>"
+QWEN = (
+    "<function=get_weather>\n<parameter=city>\nParis\n</parameter>\n"
+    "<parameter=days>\n3\n</parameter>\n</function>"
+)
 GLM = (
     "<tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value>Paris</arg_value>\n"
     "<arg_key>days</arg_key>\n<arg_value>3</arg_value>\n</tool_call>"
 )
-KIMI_ONE = '<|tool_call_begin|>functions.get_weather:0<|tool_call_argument_begin|>{"city": "Paris"}<|tool_call_end|>'
+KIMI_ONE = (
+    "<|tool_call_begin|>functions.get_weather:0"
+    '<|tool_call_argument_begin|>{"city": "Paris"}<|tool_call_end|>'
+)
 KIMI = "<|tool_calls_section_begin|>" + KIMI_ONE + "<|tool_calls_section_end|>"
 DSML_ONE = (
-    '<|DSML|invoke name="get_weather">\n<|DSML|parameter name="city" string="true">Paris</|DSML|parameter>\n'
+    '<|DSML|invoke name="get_weather">\n'
+    '<|DSML|parameter name="city" string="true">Paris</|DSML|parameter>\n'
     '<|DSML|parameter name="days" string="false">3</|DSML|parameter>\n</|DSML|invoke>'
 ).replace("|", "\uff5c")
 DSML = "<\uff5cDSML\uff5cfunction_calls>\n" + DSML_ONE + "\n</\uff5cDSML\uff5cfunction_calls>"
@@ -4244,10 +4275,14 @@ V31_ONE = (
 )
 V31 = wide("<|tool_calls_begin|>") + V31_ONE + wide("<|tool_calls_end|>")
 MINIMAX = (
-    '<minimax:tool_call>\n<invoke name="get_weather">\n<parameter name="city">Paris</parameter>\n</invoke>\n'
+    '<minimax:tool_call>\n<invoke name="get_weather">\n'
+    '<parameter name="city">Paris</parameter>\n</invoke>\n'
     '<invoke name="now">\n</invoke>\n</minimax:tool_call>'
 )
-HARMONY = '<|channel|>commentary to=functions.get_weather <|constrain|>json<|message|>{"city":"Paris"}<|call|>'
+HARMONY = (
+    "<|channel|>commentary to=functions.get_weather "
+    '<|constrain|>json<|message|>{"city":"Paris"}<|call|>'
+)
 JSON_CALL = '{"name": "get_weather", "%s": {"city": "Paris"}}'
 FILE = 'print("</tool_call>")\n\nx = "<tool_call>"\n</parameter>\n`'
 
@@ -4274,7 +4309,8 @@ CALLS = [  # name, text, pieces
     ("python quotes", HERMES.replace('"', "'"), call(PARIS)),
     (
         "a list",
-        '<tool_call>[{"name": "get_weather", "arguments": {"city": "Paris"}}, {"name": "now"}]</tool_call>',
+        '<tool_call>[{"name": "get_weather", "arguments": {"city": "Paris"}}, '
+        '{"name": "now"}]</tool_call>',
         call(PARIS, NOW),
     ),
     ("stuttered opening", "<tool_call>\n" + HERMES, plain_piece("<tool_call>") + call(PARIS)),
@@ -4361,6 +4397,11 @@ CALLS = [  # name, text, pieces
         "[TOOL_CALLS][" + JSON_CALL % "arguments" + "]\nDone.",
         call(PARIS) + plain_piece("Done."),
     ),
+    (
+        "mistral, a bracket behind",
+        '[TOOL_CALLS]get_weather[ARGS]{"city": "Paris"}[1] is a note',
+        call(PARIS) + plain_piece("[1] is a note"),
+    ),
     ("llama tag", "<|python_tag|>" + JSON_CALL % "parameters", call(PARIS)),
     ("llama bare", JSON_CALL % "parameters", call(PARIS)),
     (
@@ -4381,12 +4422,14 @@ CALLS = [  # name, text, pieces
     ("harmony, stop token eaten", HARMONY.replace("<|call|>", ""), call(PARIS)),
     (
         "harmony, recipient first",
-        "<|start|>assistant to=functions.now<|channel|>commentary <|constrain|>json<|message|>{}<|call|>",
+        "<|start|>assistant to=functions.now"
+        "<|channel|>commentary <|constrain|>json<|message|>{}<|call|>",
         call(NOW),
     ),
     (
         "harmony final",
-        "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>Hello <|x|>.<|return|>",
+        "<|channel|>analysis<|message|>Hm.<|end|>"
+        "<|start|>assistant<|channel|>final<|message|>Hello <|x|>.<|return|>",
         [("thinking", "Hm."), ("text", "Hello <|x|>.")],
     ),
     (
@@ -4398,7 +4441,8 @@ CALLS = [  # name, text, pieces
     ("lfm2", "<|tool_call_start|>[" + JSON_CALL % "arguments" + "]<|tool_call_end|>", call(PARIS)),
     (
         "cohere",
-        '<|START_ACTION|>[{"tool_call_id": "0", "tool_name": "now", "parameters": {}}]<|END_ACTION|>',
+        '<|START_ACTION|>[{"tool_call_id": "0", "tool_name": "now", "parameters": {}}]'
+        "<|END_ACTION|>",
         call(NOW),
     ),
 ]
@@ -4489,7 +4533,7 @@ SOUP = [
 ] + [wide("<|tool_calls_begin|>"), wide("<|tool_sep|>"), DSML_ONE[:20], DSML_ONE[-20:]]
 
 
-def joined(pieces):
+def join_pieces(pieces):
     """Pieces with neighbours of a kind joined, and arguments read."""
     out = []
     for kind, value in pieces:
@@ -4501,7 +4545,7 @@ def joined(pieces):
     return out
 
 
-def scanned(deltas, tools=OFFERED):
+def scan_deltas(deltas, tools=OFFERED):
     """What a caller makes of deltas who feeds only what may matter."""
     calls, out = ccfix.TextCalls(tools), []
     for delta in deltas:
@@ -4509,10 +4553,10 @@ def scanned(deltas, tools=OFFERED):
             out += calls.feed(delta)
         else:
             out.append(("text", delta))
-    return joined(out + calls.finish())
+    return join_pieces(out + calls.finish())
 
 
-def in_any_split(text):
+def split_anyhow(text):
     """The text whole, cut in two at each place, and in single characters."""
     yield [text]
     yield list(text)
@@ -4526,14 +4570,14 @@ class TestTextCalls(unittest.TestCase):
     def test_calls_are_found_in_any_split(self):
         for name, text, pieces in CALLS:
             with self.subTest(name):
-                for deltas in in_any_split(text):
-                    self.assertEqual(scanned(deltas), pieces, deltas)
+                for deltas in split_anyhow(text):
+                    self.assertEqual(scan_deltas(deltas), pieces, deltas)
 
     def test_prose_stays_as_it_is_in_any_split(self):
         for name, text in PROSE:
             with self.subTest(name):
-                for deltas in in_any_split(text):
-                    self.assertEqual(scanned(deltas), plain_piece(text), deltas)
+                for deltas in split_anyhow(text):
+                    self.assertEqual(scan_deltas(deltas), plain_piece(text), deltas)
 
     def test_values_take_the_type_of_their_schema(self):
         for key, written, value in [
@@ -4561,7 +4605,7 @@ class TestTextCalls(unittest.TestCase):
                     key,
                     written,
                 )
-                self.assertEqual(scanned([text]), call(("get_weather", {key: value})))
+                self.assertEqual(scan_deltas([text]), call(("get_weather", {key: value})))
 
     def test_dsml_says_itself_what_is_a_string(self):
         parameter = (
@@ -4579,7 +4623,7 @@ class TestTextCalls(unittest.TestCase):
                 + parameter % (verbatim, written)
                 + "</\uff5cDSML\uff5cinvoke>"
             )
-            self.assertEqual(scanned([text]), call(("get_weather", {"days": value})))
+            self.assertEqual(scan_deltas([text]), call(("get_weather", {"days": value})))
 
     def test_prose_is_not_held_longer_than_needed(self):
         calls = ccfix.TextCalls(OFFERED)
@@ -4594,7 +4638,7 @@ class TestTextCalls(unittest.TestCase):
             ("\n<tool_call>no ", []),
             ("<b", plain_piece("\n<tool_call>no <b")),
         ]:
-            self.assertEqual(joined(calls.feed(delta)), out, delta)
+            self.assertEqual(join_pieces(calls.feed(delta)), out, delta)
         self.assertFalse(calls.held)
 
     def test_prose_in_the_middle_of_a_line_need_not_be_fed(self):
@@ -4607,8 +4651,10 @@ class TestTextCalls(unittest.TestCase):
         self.assertEqual(out, [])
         for _ in range(70):
             out += calls.feed("x" * 4096)
-        self.assertEqual(joined(out)[0], ("text", text + "x" * len(joined(out)[0][1][len(text) :])))
-        self.assertGreater(len(joined(out)[0][1]), 1 << 18)
+        self.assertEqual(
+            join_pieces(out)[0], ("text", text + "x" * len(join_pieces(out)[0][1][len(text) :]))
+        )
+        self.assertGreater(len(join_pieces(out)[0][1]), 1 << 18)
         self.assertFalse(calls.held)
 
     def test_any_soup_is_text_or_calls_and_no_split_changes_it(self):
@@ -4616,9 +4662,9 @@ class TestTextCalls(unittest.TestCase):
         for _ in range(300):
             pieces = [rng.choice(SOUP) for _ in range(rng.randrange(1, 25))]
             text = "".join(pieces)
-            whole = scanned([text])
-            self.assertEqual(scanned(pieces), whole, text)
-            self.assertEqual(scanned(list(text)), whole, text)
+            whole = scan_deltas([text])
+            self.assertEqual(scan_deltas(pieces), whole, text)
+            self.assertEqual(scan_deltas(list(text)), whole, text)
             if all(kind != "call" for kind, _ in whole):
                 self.assertEqual(whole, plain_piece(text) if text else [])
 
@@ -4626,7 +4672,7 @@ class TestTextCalls(unittest.TestCase):
         for name, text, pieces in CALLS:
             made = [value for kind, value in pieces if kind == "call"]
             for end in range(len(text)):
-                found = [value for kind, value in scanned([text[:end]]) if kind == "call"]
+                found = [value for kind, value in scan_deltas([text[:end]]) if kind == "call"]
                 for (tool, arguments), (wanted, whole) in zip(
                     found, made
                 ):  # GLM writes no end of the parameters
@@ -4652,8 +4698,8 @@ class TestTextCalls(unittest.TestCase):
             for head in ("", opening):
                 text = head + piece * (12000 // len(piece))
                 start = time.process_time()
-                scanned([text[at : at + 5] for at in range(0, len(text), 5)])
-                scanned([text])
+                scan_deltas([text[at : at + 5] for at in range(0, len(text), 5)])
+                scan_deltas([text])
                 self.assertLess(time.process_time() - start, 2, (head, piece))
 
 
@@ -7614,9 +7660,10 @@ Request = namedtuple("Request", "method path headers body connection")
 class FakeUpstream:
     """A scripted server on a free port of 127.0.0.1.
 
-    script: one reply for each request in order of arrival, the last one for all that follow. A reply is a piece or a list of
-    pieces: bytes; a float, seconds to wait; a threading.Event to wait for; CUT or RST; EARLY, first of all; or a function of
-    the Request that returns a reply. The connection is then kept for the next request. tls: (cert, key) files.
+    script: one reply for each request in order of arrival, the last one for all that follow. A
+    reply is a piece or a list of pieces: bytes; a float, seconds to wait; a threading.Event to wait
+    for; CUT or RST; EARLY, first of all; or a function of the Request that returns a reply. The
+    connection is then kept for the next request. tls: (cert, key) files.
 
     requests: what came, as Request; headers have lower-case names. connections: how many came.
     gone: an Event, set as soon as a client hangs up, also in the middle of a reply.
@@ -7797,60 +7844,136 @@ class TestHttpFraming(UpstreamCase):
             [b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n", 0.01, counted(b"hello")],
             b"hello",
         ),
+        (
+            "three interim heads",
+            [b"HTTP/1.1 %d Wait\r\n\r\n" % status for status in (100, 102, 103)]
+            + [counted(b"hello")],
+            b"hello",
+        ),
+        ("a large head", [counted(b"hello", extra="X: %s\r\n" % ("a" * 60000))], b"hello"),
+        ("many fields", [counted(b"hello", extra="X: y\r\n" * 90)], b"hello"),
+        ("two equal lengths", [counted(b"hello", extra="Content-Length: 5\r\n")], b"hello"),
+        (
+            "spaces around the coding",
+            [chunked(b"hello").replace(b"chunked", b"\t Chunked \t")],
+            b"hello",
+        ),
         ("gzip", [counted(gzip.compress(b"hello"), extra="Content-Encoding: gzip\r\n")], b"hello"),
         (
             "deflate",
             [counted(zlib.compress(b"hello"), extra="Content-Encoding: deflate\r\n")],
             b"hello",
         ),
-        (
-            "raw deflate",
-            [counted(zlib.compress(b"hello")[2:-4], extra="Content-Encoding: deflate\r\n")],
-            b"hello",
-        ),
         ("gzip, empty", [counted(b"", extra="Content-Encoding: gzip\r\n")], b""),
     ]
-    BROKEN = [
-        ("cut between chunks", [chunked(b"hello", end=b""), CUT], "cut", "in the middle"),
-        ("reset between chunks", [chunked(b"hello", end=b""), RST], "cut", "in the middle"),
-        ("cut inside a chunk", [chunked(b"hello", end=b"9\r\nwor"), CUT], "cut", "in the middle"),
-        (
-            "cut before the last line break",
-            [chunked(b"hello", end=b"0\r\n"), CUT],
-            "cut",
-            "in the middle",
-        ),
-        ("short content-length", [counted(b"hello")[:-1], CUT], "cut", "in the middle"),
-        ("cut head", [b"HTTP/1.1 200 OK\r\nServ", CUT], "cut", "in the middle"),
-        ("no answer", [CUT], "cut", "before it answered"),
-        ("reset", [RST], "cut", "before it answered"),
-        ("bad chunk size", [chunked(b"hello", end=b"-5\r\n")], "cut", "valid size"),
-        (
-            "chunk longer than its size",
-            [chunked(end=b"5\r\nhello!!\r\n0\r\n\r\n")],
-            "cut",
-            "valid size",
-        ),
-        ("endless chunk extension", [chunked(end=b"5;" + b"a" * 40000)], "cut", "valid size"),
-        ("garbage", [b"SSH-2.0-OpenSSH_9.6\r\n"], "cut", "SSH-2.0"),
-        ("TLS alert", [b"\x15\x03\x01\x00\x02\x02\x0a", CUT], "cut", "https://"),
-        ("bad status", [b"HTTP/1.1 abc OK\r\n\r\n"], "cut", "proper HTTP"),
-        ("endless header", [b"HTTP/1.1 200 OK\r\nX: " + b"a" * 200000], "cut", "proper HTTP"),
-        (
-            "header flood",
-            [b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 500 + b"\r\n"],
-            "cut",
-            "proper HTTP",
-        ),
-        (
-            "cut gzip",
-            [counted(gzip.compress(b"hello")[:-9], extra="Content-Encoding: gzip\r\n")],
-            "cut",
-            "cut off",
-        ),
-        ("false gzip", [counted(b"hello", extra="Content-Encoding: gzip\r\n")], "cut", "damaged"),
-        ("brotli", [counted(b"hello", extra="Content-Encoding: br\r\n")], "body", "'br'"),
-    ]
+    BROKEN = (
+        [
+            ("cut between chunks", [chunked(b"hello", end=b""), CUT], "cut", "in the middle"),
+            ("reset between chunks", [chunked(b"hello", end=b""), RST], "cut", "in the middle"),
+            (
+                "cut inside a chunk",
+                [chunked(b"hello", end=b"9\r\nwor"), CUT],
+                "cut",
+                "in the middle",
+            ),
+            (
+                "cut before the last line break",
+                [chunked(b"hello", end=b"0\r\n"), CUT],
+                "cut",
+                "in the middle",
+            ),
+            ("short content-length", [counted(b"hello")[:-1], CUT], "cut", "in the middle"),
+            ("cut head", [b"HTTP/1.1 200 OK\r\nServ", CUT], "cut", "in the middle"),
+            ("no answer", [CUT], "cut", "before it answered"),
+            ("reset", [RST], "cut", "before it answered"),
+        ]
+        + [
+            ("chunk size %r" % size, [chunked(b"hello", end=size + b"\r\n")], "cut", "valid size")
+            for size in (b"-5", b"+5", b"0x5", b"1_0", b"", b"5 5", b"g", b"1" * 16)
+        ]
+        + [
+            ("length %r" % length, [counted(b"hello", extra="").replace(b": 5", b": " + length)])
+            + ("cut", "Content-Length")
+            for length in (b"+5", b"-5", b"5, 6", b"0x5", b"1_0", b"9" * 19, b"", b"\xb2")
+        ]
+        + [
+            (
+                "two lengths",
+                [counted(b"hello", extra="Content-Length: 6\r\n")],
+                "cut",
+                "Content-Length",
+            ),
+            (
+                "length and chunks",
+                [chunked(b"hello").replace(b"\r\n", b"\r\nContent-Length: 5\r\n", 1)],
+                "cut",
+                "Transfer-Encoding",
+            ),
+            (
+                "chunked twice",
+                [chunked(b"hello").replace(b"chunked", b"chunked, chunked")],
+                "cut",
+                "Transfer-Encoding",
+            ),
+            (
+                "another coding",
+                [chunked(b"hello").replace(b"chunked", b"gzip, chunked")],
+                "cut",
+                "Transfer-Encoding",
+            ),
+            (
+                "a malformed field hides the framing",
+                [chunked(b"hello").replace(b"\r\n", b"\r\nno field\r\n", 1)],
+                "cut",
+                "malformed field",
+            ),
+            ("garbage without a line", [b"\x00\x01\x02"], "cut", "x00"),
+            ("another version", [b"HTTP/2.0 200 OK\r\n\r\n"], "cut", "proper HTTP"),
+            (
+                "chunk longer than its size",
+                [chunked(end=b"5\r\nhello!!\r\n0\r\n\r\n")],
+                "cut",
+                "valid size",
+            ),
+            ("endless chunk extension", [chunked(end=b"5;" + b"a" * 40000)], "cut", "valid size"),
+            ("garbage", [b"SSH-2.0-OpenSSH_9.6\r\n"], "cut", "SSH-2.0"),
+            ("TLS alert", [b"\x15\x03\x01\x00\x02\x02\x0a", CUT], "cut", "https://"),
+            ("bad status", [b"HTTP/1.1 abc OK\r\n\r\n"], "cut", "proper HTTP"),
+            ("endless header", [b"HTTP/1.1 200 OK\r\nX: " + b"a" * 200000], "cut", "proper HTTP"),
+            (
+                "header flood",
+                [b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 500 + b"\r\n"],
+                "cut",
+                "proper HTTP",
+            ),
+            (
+                "cut gzip",
+                [counted(gzip.compress(b"hello")[:-9], extra="Content-Encoding: gzip\r\n")],
+                "cut",
+                "cut off",
+            ),
+            (
+                "false gzip",
+                [counted(b"hello", extra="Content-Encoding: gzip\r\n")],
+                "cut",
+                "damaged",
+            ),
+            ("brotli", [counted(b"hello", extra="Content-Encoding: br\r\n")], "body", "'br'"),
+        ]
+    )
+
+    def test_endless_heads_are_given_up(self):
+        for status in (100, 102, 103):
+            interim = b"HTTP/1.1 %d Wait\r\n\r\n" % status
+            with self.subTest(status), self.fake([interim] * 10000) as server:
+                self.assertIn("64 KB", self.failure(self.client(timeout=60), server.url).message)
+            with self.subTest(status, slow=True), self.fake([interim, 0.02] * 1000) as server:
+                error = self.failure(self.client(timeout=0.2), server.url)
+                self.assertEqual((error.kind, error.status), ("timeout", 504))
+        with self.fake([b"HTTP/1.1 200 OK\r\n"] + [b"X", 0.02] * 1000) as server:
+            error = self.failure(self.client(timeout=0.2), server.url)
+            self.assertEqual((error.kind, error.status), ("timeout", 504))
+            self.assertIn("sent no whole head in 0.2 s", error.message)
 
     def test_every_framing_is_read_whole(self):
         for name, reply, body in self.WHOLE:
@@ -7876,7 +7999,7 @@ class TestHttpFraming(UpstreamCase):
             while left and not dechunker.done:
                 got += dechunker.feed(left.pop(0))
             self.assertEqual(
-                (got, dechunker.done, dechunker.rest + b"".join(left)), (body, True, rest), pieces
+                (got, dechunker.done, dechunker.tail + b"".join(left)), (body, True, rest), pieces
             )
 
     def test_chunks_that_come_together_are_one_block(self):
@@ -7896,6 +8019,20 @@ class TestHttpFraming(UpstreamCase):
             go.set()
             self.assertEqual(list(blocks), [b"two"])
             reply.close()
+
+    def test_compressed_blocks_come_as_they_arrive(self):
+        for wbits, coding in ((31, "gzip"), (15, "deflate")):
+            go, packer = threading.Event(), zlib.compressobj(6, zlib.DEFLATED, wbits)
+            one = packer.compress(b"one") + packer.flush(zlib.Z_SYNC_FLUSH)
+            two = packer.compress(b"two") + packer.flush()
+            head = "HTTP/1.1 200 OK\r\nContent-Encoding: %s\r\n\r\n" % coding
+            with self.fake([head.encode() + one, go, two, CUT]) as server:
+                reply = self.client().open("POST", server.url, {}, b"{}")
+                blocks = reply.blocks()
+                self.assertEqual(next(blocks), b"one")
+                go.set()
+                self.assertEqual(list(blocks), [b"two"])
+                reply.close()
 
     def test_a_bomb_is_unpacked_in_small_blocks(self):
         bomb = gzip.compress(bytes(20000000))
@@ -7933,13 +8070,21 @@ class TestPool(UpstreamCase):
             ("old server", [b"HTTP/1.0 200 OK\r\nContent-Length: 1\r\n\r\na"]),
             ("more than announced", [counted(b"a") + b"HTTP/1.1 200 OK\r\n"]),
             ("more after the chunks", [chunked(b"a") + b"x"]),
+            ("no framing", [b"HTTP/1.1 200 OK\r\nConnection: keep-alive\r\n\r\na", CUT]),
         ]
+        for status in (101, 204, 205, 304):
+            head = b"HTTP/1.1 %d Nothing\r\n" % status
+            rows.append((status, [head + b"Content-Length: 0\r\n\r\n"]))
+            rows.append(("%d with a body" % status, [head + b"Content-Length: 1\r\n\r\na"]))
+            rows.append(
+                ("chunked %d" % status, [chunked(b"a").replace(b"HTTP/1.1 200 OK\r\n", head)])
+            )
         for name, reply in rows:
             with self.subTest(name), self.fake(reply, counted(b"b")) as server:
                 upstream = self.client()
-                self.assertEqual(
-                    [self.ask(upstream, server.url)[1] for _ in range(2)], [b"a", b"b"]
-                )
+                first, second = [self.ask(upstream, server.url)[1] for _ in range(2)]
+                self.assertIn(first, (b"", b"a"))
+                self.assertEqual(second, b"b")
                 self.assertEqual(self.connections(server), [1, 2])
 
     def test_a_half_read_stream_is_ended_at_once(self):
@@ -7968,9 +8113,11 @@ class TestPool(UpstreamCase):
             self.assertEqual(self.connections(server), [1, 1])
 
     def test_a_connection_closed_while_idle_is_replaced(self):
-        server, upstream = self.fake([counted(b"a"), CUT], counted(b"b")), self.client()
+        kept = threading.Event()
+        server, upstream = self.fake([counted(b"a"), kept, CUT], counted(b"b")), self.client()
         self.ask(upstream, server.url)
-        self.assertTrue(ccfix.poll_socket(upstream.pool[upstream.route(server.url)][0].sock, 5))
+        kept.set()
+        self.assertTrue(ccfix.poll_socket(upstream.pool[upstream.way_to(server.url)][0].sock, 5))
         self.assertEqual(self.ask(upstream, server.url), (200, b"b"))
         self.assertEqual(self.connections(server), [1, 2])
 
@@ -7984,6 +8131,28 @@ class TestPool(UpstreamCase):
         self.ask(upstream, server.url)
         self.assertEqual(self.failure(upstream, server.url).kind, "cut")
         self.assertEqual(self.connections(server), [1, 1, 2])
+
+        server, upstream = (
+            self.fake(counted(b"a"), [b"HTTP/1.1 2", CUT], counted(b"b")),
+            self.client(),
+        )
+        self.ask(upstream, server.url)  # what was heard of is not asked again
+        self.assertEqual(self.failure(upstream, server.url).kind, "cut")
+        self.assertEqual(self.connections(server), [1, 1])
+
+    def test_an_answer_that_nobody_asked_for_is_not_taken(self):
+        kept = threading.Event()
+        server, upstream = (
+            self.fake([counted(b"a"), kept, counted(b"x")], counted(b"b")),
+            self.client(),
+        )
+        self.ask(upstream, server.url)
+        (line,) = upstream.live
+        self.assertIsNone(line.wait)  # it would hold the last client
+        kept.set()
+        self.assertTrue(ccfix.poll_socket(line.sock, 10))
+        self.assertEqual(self.ask(upstream, server.url), (200, b"b"))
+        self.assertEqual(self.connections(server), [1, 2])
 
     def test_an_idle_connection_is_ended_after_its_time(self):
         server, upstream = self.fake(counted(b"a")), self.client(idle=-1.0)
@@ -8006,6 +8175,30 @@ class TestPool(UpstreamCase):
         self.assertEqual(got, [(200, b"a")] * 160)
         self.assertLessEqual(server.connections, 8)
         self.assertEqual(len(upstream.live), sum(map(len, upstream.pool.values())))
+
+    def test_the_number_of_idle_connections_is_limited(self):
+        server, upstream = self.fake(counted(b"a")), self.client()
+        with mock.patch.object(ccfix, "KEPT_LINES", 2):
+            replies = [upstream.open("GET", server.url, {}) for _ in range(4)]
+            for reply in replies:
+                reply.read()
+                reply.close()
+        self.assertEqual(len(upstream.live), 2)
+        self.assertEqual(sum(map(len, upstream.pool.values())), 2)
+
+    def test_close_ends_a_handshake(self):
+        with socket.socket() as listener:  # the system accepts, nobody answers
+            listener.bind(("127.0.0.1", 0))
+            listener.listen(4)
+            upstream = self.client(connect_timeout=60.0)
+
+            def wait(sock, seconds):
+                if sock is not None:
+                    upstream.close()
+                return ccfix.poll_socket(sock, seconds)
+
+            url = "https://127.0.0.1:%d/" % listener.getsockname()[1]
+            self.assertEqual(self.failure(upstream, url, wait=wait).kind, "connect")
 
     def test_close_ends_a_waiting_exchange(self):
         server, upstream = self.fake([chunked(b"one", end=b""), threading.Event()]), self.client()
@@ -8043,17 +8236,39 @@ class TestExchange(UpstreamCase):
         self.assertEqual(request.headers, wanted)
 
     def test_an_early_refusal_is_read_while_5_mb_are_being_sent(self):
-        refusal = counted(b"too large", "413 Payload Too Large", "Connection: close\r\n")
-        for reply in ([EARLY, refusal, CUT], [EARLY, refusal, threading.Event()]):
-            with self.fake(reply) as server:
-                self.assertEqual(
-                    self.ask(self.client(), server.url, body=bytes(5000000)), (413, b"too large")
-                )
+        for extra, end in (("Connection: close\r\n", CUT), ("", threading.Event())):
+            refusal = counted(b"too large", "413 Payload Too Large", extra)
+            with self.fake([EARLY, refusal, end]) as server:
+                upstream = self.client(timeout=5)
+                answer = self.ask(upstream, server.url, body=bytes(5000000))
+                self.assertEqual(answer, (413, b"too large"))
+                self.assertFalse(upstream.live)
+
+    def test_an_interim_answer_does_not_stop_the_request(self):
+        body, got = bytes(20000000), []
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            listener.listen(4)
+
+            def serve():
+                sock, _ = listener.accept()
+                with sock, sock.makefile("rb") as file:
+                    sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+                    while file.readline() != b"\r\n":
+                        pass
+                    got.append(file.read(len(body)))
+                    sock.sendall(counted(b"whole"))
+
+            threading.Thread(target=serve, daemon=True).start()
+            url = "http://127.0.0.1:%d/" % listener.getsockname()[1]
+            self.assertEqual(self.ask(self.client(), url, body=body), (200, b"whole"))
+        self.assertEqual(got, [body])
 
     def test_an_upstream_that_takes_no_bytes_times_out(self):
         server = self.fake([EARLY, threading.Event()])
         error = self.failure(self.client(timeout=0.2), server.url, body=bytes(20000000))
         self.assertEqual((error.kind, error.status, error.type), ("timeout", 504, "timeout_error"))
+        self.assertIn("took no byte of the request for 0.2 s", error.message)
 
     def test_silence_times_out(self):
         for start in ([], [b"HTTP/1.1 200 OK\r\n"], [chunked(b"one", end=b"")]):
@@ -8065,19 +8280,69 @@ class TestExchange(UpstreamCase):
             )
             self.assertTrue(server.gone.wait(5))
 
+    @staticmethod
+    def leaving(sock, seconds):
+        """A wait in which the client is gone as soon as nothing is there for a moment."""
+        if sock is not None and ccfix.poll_socket(sock, 0.01):
+            return True
+        raise ccfix.ClientGone()
+
+    @staticmethod
+    def left_later(sock, seconds):
+        """The same, but a name is looked up and a connection made before it looks."""
+        return sock is None or TestExchange.leaving(sock, seconds)
+
     def test_a_client_that_leaves_ends_the_upstream_call_at_once(self):
         for start in ([], [b"HTTP/1.1 200 OK\r\n"], [chunked(b"one", end=b"")]):
             server = self.fake(start + [threading.Event()])
-
-            def wait(sock, seconds):
-                """The client is gone as soon as nothing is there for a moment."""
-                if ccfix.poll_socket(sock, 0.01):
-                    return True
-                raise ccfix.ClientGone()
-
             with self.assertRaises(ccfix.ClientGone):
-                self.ask(self.client(), server.url, wait=wait)
-            self.assertTrue(server.gone.wait(5))
+                self.ask(self.client(), server.url, wait=self.left_later)
+            self.assertTrue(server.gone.wait(10))
+
+    def test_a_client_that_leaves_while_connecting(self):
+        answer, made, sock = threading.Event(), threading.Event(), mock.Mock()
+
+        def create_connection(address, timeout):
+            answer.wait(60)
+            sock.close.side_effect = made.set
+            return sock
+
+        with mock.patch("socket.create_connection", create_connection):
+            with self.assertRaises(ccfix.ClientGone):
+                self.ask(self.client(), "http://provider.test/", wait=self.leaving)
+            self.assertFalse(answer.is_set())
+            answer.set()  # what is made after all is closed
+            self.assertTrue(made.wait(10))
+
+    def test_a_client_that_leaves_in_the_handshake(self):
+        with socket.socket() as listener:  # the system accepts, nobody answers
+            listener.bind(("127.0.0.1", 0))
+            listener.listen(4)
+            place = "127.0.0.1:%d" % listener.getsockname()[1]
+            os.environ["https_proxy"] = "http://" + place
+            for url in ("https://%s/" % place, "https://provider.test/"):
+                with self.subTest(url), self.assertRaises(ccfix.ClientGone):
+                    self.ask(self.client(connect_timeout=60.0), url, wait=self.left_later)
+                sock, _ = listener.accept()
+                with sock:
+                    sock.settimeout(10)
+                    while sock.recv(4096):
+                        pass
+
+    def test_a_handshake_and_a_tunnel_have_their_time(self):
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            listener.listen(4)
+            place = "127.0.0.1:%d" % listener.getsockname()[1]
+            os.environ["https_proxy"] = "http://" + place
+            rows = [
+                ("https://%s/" % place, place + " cannot be reached (timed out)"),
+                ("https://provider.test/", "the proxy %s has been silent for 0.1 s" % place),
+            ]
+            for url, words in rows:
+                error = self.failure(self.client(connect_timeout=0.1), url)
+                self.assertEqual((error.kind, error.retry), ("connect", True))
+                self.assertTrue(error.message.startswith(words), error.message)
 
     def test_redirects_stay_on_the_host(self):
         elsewhere = self.fake(counted(b"stolen"))
@@ -8110,6 +8375,19 @@ class TestExchange(UpstreamCase):
                 self.assertEqual(server.connections, 1)
         self.assertEqual(elsewhere.requests, [])
 
+    def test_redirects_to_https_are_followed_between_the_usual_ports(self):
+        rows = [
+            ("http://a.test/", "https://a.test/x", "https://a.test/x"),
+            ("http://a.test/", "https://b.test/x", ""),
+            ("http://a.test:81/", "https://a.test/x", ""),
+            ("http://a.test/", "https://a.test:444/x", ""),
+            ("https://a.test/", "http://a.test/x", ""),
+            ("https://a.test/v1", "//a.test:443/x", "https://a.test:443/x"),
+        ]
+        for url, location, target in rows:
+            reply = FakeReply(307, {"Location": location}, [])
+            self.assertEqual(ccfix.redirect_target("POST", url, reply), target, location)
+
     def test_what_http_forbids_is_refused_without_showing_it(self):
         rows = [
             ("http://127.0.0.1:1/", {"Authorization": "Bearer sec\r\nret"}),
@@ -8118,8 +8396,12 @@ class TestExchange(UpstreamCase):
             ("ftp://me:secret@x/", {}),
             ("http://:secret@/", {}),
             ("http://h:secret/", {}),
+            ("http://se cret/", {}),
+            ("http://..secret/", {}),
             ("no url, secret", {}),
             ("http://127.0.0.1:1/", {"bad name\n": "x"}),
+            ("http://127.0.0.1:1/", {"bad name": "x"}),
+            ("http://127.0.0.1:1/", {"X": "sec\0ret"}),
         ]
         for url, headers in rows:
             with self.subTest(url), self.assertRaises(ccfix.UpstreamError) as caught:
@@ -8190,6 +8472,14 @@ class TestTls(UpstreamCase):
         self.assertEqual(self.ask(upstream, server.url), (200, b"a"))
         self.assertEqual(server.connections, 1)
 
+    def test_the_rest_of_a_record_is_not_waited_for(self):
+        first, body = b"HTTP/1.1 200 OK\r\nContent-Le", bytes(16360)
+        rest = b"ngth: %d\r\n\r\n" % len(body) + body  # one record, larger than the buffer's room
+        self.assertLess(ccfix.READ_SIZE - len(first), len(rest))
+        server = self.fake([first, 0.01, rest, threading.Event()], tls=self.pair)
+        upstream = self.client(insecure=True, timeout=5)
+        self.assertEqual(self.ask(upstream, server.url), (200, body))
+
     def test_a_silent_server_is_waited_for_without_spinning(self):
         calls = []
 
@@ -8200,6 +8490,13 @@ class TestTls(UpstreamCase):
         server = self.fake([0.1, counted(b"a")], tls=self.pair)
         self.assertEqual(self.ask(self.client(insecure=True), server.url, wait=wait), (200, b"a"))
         self.assertLess(len(calls), 8)
+
+    def test_one_context_is_made_when_it_is_needed(self):
+        upstream = self.client()
+        self.assertIsNone(upstream.context)
+        context = upstream.tls()
+        self.assertIs(upstream.tls(), context)
+        self.assertFalse(context.verify_flags & getattr(ssl, "VERIFY_X509_STRICT", 0))
 
     def test_an_untrusted_certificate_says_what_to_set(self):
         error = self.failure(self.client(), self.fake(counted(b"a"), tls=self.pair).url)
@@ -8237,9 +8534,8 @@ class TestTls(UpstreamCase):
         for _ in range(2):
             self.assertEqual(self.ask(upstream, "https://provider.test:4430/v1"), (200, b"a"))
         self.assertEqual((len(proxy.heads), server.connections), (1, 1))
-        self.assertIn(
-            b"CONNECT provider.test:4430 HTTP/1.1\r\nHost: provider.test:4430\r\n", proxy.heads[0]
-        )
+        self.assertTrue(proxy.heads[0].startswith(b"CONNECT provider.test:4430 HTTP/1.1\r\n"))
+        self.assertIn(b"\r\nHost: provider.test:4430\r\n", proxy.heads[0])
         self.assertIn(
             b"\r\nProxy-Authorization: Basic %s\r\n" % base64.b64encode(b"me:p@ss"), proxy.heads[0]
         )
@@ -8253,7 +8549,8 @@ class TestTls(UpstreamCase):
 
 
 class TunnelProxy:
-    """Answers CONNECT (or whatever comes up to `end`) with `answer`, or by joining the client to a port of this machine."""
+    """Answers CONNECT (or whatever comes up to `end`) with `answer`, or by joining the client to a
+    port of this machine."""
 
     def __init__(self, port=0, answer=b"", end=b"\r\n\r\n"):
         self.end, self.target, self.answer, self.heads, self.sockets = (
@@ -8324,6 +8621,24 @@ class TestProxies(UpstreamCase):
             self.assertEqual(
                 self.ask(self.client(), "http://%s:%d/" % (host, server.port)), (200, b"a")
             )
+        for host in ("host.docker.internal", "HOST.docker.internal", "x.localhost", "[::1]"):
+            self.assertIsNone(self.client().way_to("http://%s:1/" % host).proxy, host)
+        self.assertIsNotNone(self.client().way_to("http://docker.internal:1/").proxy)
+
+    def test_names_and_addresses_of_all_kinds(self):
+        proxy = self.fake(counted(b"a"))
+        os.environ["http_proxy"] = proxy.url
+        rows = [
+            ("b\xfccher.test:81", "xn--bcher-kva.test:81"),
+            ("[2001:db8::1]:81", "[2001:db8::1]:81"),
+            ("[2001:db8::1]", "[2001:db8::1]:80"),
+            ("Provider.test", "provider.test:80"),
+        ]
+        for name, host in rows:
+            self.assertEqual(self.ask(self.client(), "http://%s/v1" % name), (200, b"a"))
+            request = proxy.requests[-1]
+            self.assertEqual(request.path, "http://%s/v1" % host)
+            self.assertEqual(request.headers["host"], host)
 
     def test_refusals_say_what_to_do(self):
         rows = [
@@ -8360,6 +8675,8 @@ class TestProxies(UpstreamCase):
                 "the proxy 127.0.0.1:%d cannot be reached" % port,
             ),
             ("socks5://me:secret@127.0.0.1:1", "socks5:// proxies are not supported"),
+            ("https://me:secret@127.0.0.1:1", "https:// proxies are not supported: write http://"),
+            ("http://me:secret@[x:1", "no valid host and port"),
             ("http://me:secret@host:port", "no valid host and port"),
         ):
             os.environ["https_proxy"] = value
@@ -11278,7 +11595,10 @@ def deltas(*fields):
 
 
 def answers_in(raw):
-    """The answers in what a connection gave, as [Answer]; the body of a chunked one is joined, and ends with CUT if it was cut."""
+    """The answers in what a connection gave, as [Answer].
+
+    The body of a chunked one is joined, and ends with CUT if it was cut.
+    """
     found = []
     while raw:
         head, mark, rest = raw.partition(b"\r\n\r\n")
@@ -11423,7 +11743,7 @@ class HttpCase(unittest.TestCase):
         )
         self.assertEqual([text for level, text in self.log if "Traceback" in text], [])
 
-    def wait_until(self, condition, seconds=5):
+    def wait_until(self, condition, seconds=15):
         end = time.monotonic() + seconds
         while not condition():
             self.assertLess(time.monotonic(), end, "did not come true")
@@ -11578,142 +11898,117 @@ class TestEndpoints(HttpCase):
 
 class TestBadHttp(HttpCase):
     HOST = b"Host: 127.0.0.1\r\n"
+    GET = b"GET / HTTP/1.1\r\n" + HOST
+    POST = b"POST /v1/messages HTTP/1.1\r\n" + HOST
+    LENGTH = b"Content-Length: 2\r\n"
+    TE = b"Transfer-Encoding: "
+    CODING = TE + b"chunked\r\n"
+    CHUNKS = b"\r\n2\r\n{}\r\n0\r\n\r\n"
+    GZIP = b"Content-Encoding: gzip\r\n"
+    SMUGGLED = b"GET /nothing HTTP/1.1\r\nHost: a\r\n\r\n"
     ROWS = [
         # name, bytes sent, status (0: the connection ends without an answer), words
-        ("garbage", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\n\n", 400, "no HTTP"),
-        ("HTTP/0.9", b"GET /\r\n", 400, "no HTTP"),
-        ("two blanks", b"GET  / HTTP/1.1\r\n" + HOST + b"\r\n", 400, "no HTTP"),
+        ("garbage", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\n\n", 400, "not HTTP"),
+        ("HTTP/0.9", b"GET /\r\n", 400, "not HTTP"),
+        ("HTTP/0.9 in the line", b"GET / HTTP/0.9\r\n\r\n", 505, "HTTP/1.1"),
+        ("HTTP/1.2", b"GET / HTTP/1.2\r\n" + HOST + b"\r\n", 505, "HTTP/1.1"),
         ("HTTP/2 preface", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505, "HTTP/1.1"),
-        ("odd version", b"GET / HTTP/1.1.1\r\n\r\n", 400, "no HTTP"),
-        ("control in the path", b"GET /\x00x HTTP/1.1\r\n" + HOST + b"\r\n", 400, "no HTTP"),
+        ("odd version", b"GET / HTTP/1.1.1\r\n\r\n", 400, "not HTTP"),
+        ("lower-case version", b"GET / http/1.1\r\n" + HOST + b"\r\n", 400, "not HTTP"),
+        ("two spaces", b"GET  / HTTP/1.1\r\n" + HOST + b"\r\n", 400, "not HTTP"),
+        ("space first", b" GET / HTTP/1.1\r\n" + HOST + b"\r\n", 400, "not HTTP"),
+        ("space last", b"GET / HTTP/1.1 \r\n" + HOST + b"\r\n", 400, "not HTTP"),
+        ("tab for a space", b"GET\t/ HTTP/1.1\r\n" + HOST + b"\r\n", 400, "not HTTP"),
+        ("four words", b"GET / x HTTP/1.1\r\n" + HOST + b"\r\n", 400, "not HTTP"),
+        ("control in the path", b"GET /\x00x HTTP/1.1\r\n" + HOST + b"\r\n", 400, "not HTTP"),
+        ("CR in the path", b"GET /\rx HTTP/1.1\r\n" + HOST + b"\r\n", 400, "not HTTP"),
+        ("NEL in the path", b"GET /\x85x HTTP/1.1\r\n" + HOST + b"\r\n", 400, "not HTTP"),
+        ("NEL before the path", b"GET \x85/ HTTP/1.1\r\n" + HOST + b"\r\n", 400, "not HTTP"),
+        ("no-break space", b"GET /\xa0 HTTP/1.1\r\n" + HOST + b"\r\n", 400, "not HTTP"),
+        ("odd method", b"G\xc4T / HTTP/1.1\r\n" + HOST + b"\r\n", 400, "not HTTP"),
         ("long request line", b"GET /" + b"a" * 70000 + b" HTTP/1.1\r\n\r\n", 414, "too long"),
         ("endless request line", b"a" * 200000, 414, "too long"),
-        ("long header", b"GET / HTTP/1.1\r\nX: " + b"a" * 70000 + b"\r\n\r\n", 431, "header"),
+        ("long header", GET + b"X: " + b"a" * 70000 + b"\r\n\r\n", 431, "header"),
         (
-            "header flood",
-            b"GET / HTTP/1.1\r\n" + b"".join(b"X-%d: y\r\n" % n for n in range(5000)) + b"\r\n",
+            "long path and header",
+            b"GET /" + b"a" * 40000 + b" HTTP/1.1\r\n" + HOST + b"X: " + b"a" * 40000 + b"\r\n\r\n",
             431,
             "header",
         ),
+        ("long head", GET + (b"X: " + b"a" * 900 + b"\r\n") * 80 + b"\r\n", 431, "header"),
+        ("many headers", GET + b"X: y\r\n" * 101 + b"\r\n", 431, "header"),
+        ("header flood", GET + b"X: y\r\n" * 5000 + b"\r\n", 431, "header"),
         ("endless headers", b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 100000, 431, "header"),
-        (
-            "folded header",
-            b"GET / HTTP/1.1\r\n" + HOST + b"X: a\r\n b\r\n\r\n",
-            400,
-            "no header field",
-        ),
-        (
-            "blank before the colon",
-            b"POST / HTTP/1.1\r\n" + HOST + b"Content-Length : 5\r\n\r\nhello",
-            400,
-            "no header field",
-        ),
-        (
-            "line without a colon",
-            b"POST / HTTP/1.1\r\n" + HOST + b"hello\r\nContent-Length: 5\r\n\r\nhello",
-            400,
-            "no header field",
-        ),
-        (
-            "bare CR",
-            b"POST / HTTP/1.1\r\n" + HOST + b"X: a\rContent-Length: 5\r\n\r\nhello",
-            400,
-            "no header field",
-        ),
-        ("NUL", b"GET / HTTP/1.1\r\n" + HOST + b"X: a\x00b\r\n\r\n", 400, "no header field"),
-        ("no host", b"GET / HTTP/1.1\r\n\r\n", 403, "ALLOWED_HOSTS"),
-        ("two hosts", b"GET / HTTP/1.1\r\n" + HOST + HOST + b"\r\n", 400, "two hosts"),
-        (
-            "another host in the target",
-            b"GET http://evil.test/ HTTP/1.1\r\n" + HOST + b"\r\n",
-            400,
-            "two hosts",
-        ),
-        ("no length", b"POST /v1/messages HTTP/1.1\r\n" + HOST + b"\r\n", 411, "Content-Length"),
-        (
-            "chunked",
-            b"POST /v1/messages HTTP/1.1\r\n"
-            + HOST
-            + b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n",
-            411,
-            "chunked",
-        ),
-        (
-            "length and chunked",
-            b"POST /v1/messages HTTP/1.1\r\n"
-            + HOST
-            + b"Content-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n{}",
-            411,
-            "chunked",
-        ),
-        (
-            "two lengths",
-            b"POST /v1/messages HTTP/1.1\r\n"
-            + HOST
-            + b"Content-Length: 2\r\nContent-Length: 2\r\n\r\n{}",
-            400,
-            "one number",
-        ),
+        ("folded header", GET + b"X: a\r\n b\r\n\r\n", 400, "not a header field"),
+        ("folded by a tab", GET + b"X: a\r\n\tb\r\n\r\n", 400, "not a header field"),
+        ("folded at once", b"GET / HTTP/1.1\r\n X: a\r\n\r\n", 400, "not a header field"),
+        ("folded length", POST + b"X: a\r\n Content-Length: 2\r\n\r\n{}", 400, "header field"),
+        ("folded to nothing", POST + LENGTH + b" \r\n\r\n{}", 400, "not a header field"),
+        ("space before the colon", POST + b"Content-Length : 2\r\n\r\n{}", 400, "header field"),
+        ("tab before the colon", POST + b"Content-Length\t: 2\r\n\r\n{}", 400, "header field"),
+        ("space in a name", GET + b"X y: a\r\n\r\n", 400, "not a header field"),
+        ("line without a colon", POST + b"hello\r\n" + LENGTH + b"\r\n{}", 400, "header field"),
+        ("line with a colon only", GET + b":\r\n\r\n", 400, "not a header field"),
+        ("line without a name", GET + b": x\r\n\r\n", 400, "not a header field"),
+        ("envelope line", GET + b"From a b: c\r\n\r\n", 400, "not a header field"),
+        ("envelope line first", b"GET / HTTP/1.1\r\nFrom me\r\n" + HOST, 400, "not a header field"),
+        ("bare CR", POST + b"X: a\rContent-Length: 5\r\n\r\nhello", 400, "not a header field"),
+        ("CR before the end", POST + b"X: a\r\r\n" + LENGTH + b"\r\n{}", 400, "header field"),
+        ("CR alone in a line", GET + b"X: a\r\n\r\r\n\r\n", 400, "not a header field"),
+        ("CR in a name", GET + b"X\r: a\r\n\r\n", 400, "not a header field"),
+        ("NUL", GET + b"X: a\x00b\r\n\r\n", 400, "not a header field"),
+        ("NUL in a name", GET + b"X\x00: a\r\n\r\n", 400, "not a header field"),
+        ("vertical tab", GET + b"X: a\x0bb\r\n\r\n", 400, "not a header field"),
+        ("form feed", POST + b"Content-Length: 2\x0c\r\n\r\n{}", 400, "not a header field"),
+        ("delete", GET + b"X: a\x7fb\r\n\r\n", 400, "not a header field"),
+        ("umlaut in a name", GET + b"\xc4: a\r\n\r\n", 400, "not a header field"),
+        ("no host", b"GET / HTTP/1.1\r\n\r\n", 400, "Host"),
+        ("two hosts", GET + HOST + b"\r\n", 400, "one Host"),
+        ("another host", b"GET http://evil.test/ HTTP/1.1\r\n" + HOST + b"\r\n", 400, "one Host"),
+        ("a foreign host", b"GET / HTTP/1.1\r\nHost: evil.test\r\n\r\n", 403, "ALLOWED_HOSTS"),
+        ("no length", POST + b"\r\n", 411, "Content-Length"),
+        ("length and chunked", POST + LENGTH + CODING + b"\r\n{}", 400, "chunked"),
+        ("chunked and length", POST + CODING + LENGTH + CHUNKS, 400, "chunked"),
+        ("chunked and length 0", POST + CODING + b"Content-Length: 0\r\n" + CHUNKS, 400, "chunked"),
+        ("chunked twice", POST + CODING + CODING + CHUNKS, 400, "chunked"),
+        ("chunked, then another", POST + CODING + TE + b"x\r\n" + CHUNKS, 400, "chunk"),
+        ("chunked in HTTP/1.0", POST.replace(b"1.1", b"1.0") + CODING + CHUNKS, 400, "chunked"),
+        ("another coding", POST + TE + b"gzip\r\n" + CHUNKS, 400, "chunked"),
+        ("two codings", POST + TE + b"gzip, chunked\r\n" + CHUNKS, 400, "chunked"),
+        ("a list", POST + TE + b"chunked, identity\r\n" + CHUNKS, 400, "chunked"),
+        ("identity", POST + TE + b"identity\r\n" + LENGTH + b"\r\n{}", 400, "chunk"),
+        ("coding with more", POST + TE + b"chunked;q=1\r\n" + CHUNKS, 400, "chunked"),
+        ("coding quoted", POST + TE + b'"chunked"\r\n' + CHUNKS, 400, "chunked"),
+        ("coding like it", POST + TE + b"xchunked\r\n" + CHUNKS, 400, "chunked"),
+        ("no coding", POST + b"Transfer-Encoding:\r\n" + LENGTH + b"\r\n{}", 400, "chunked"),
+        ("coding after NBSP", POST + TE + b"\xa0chunked\r\n" + CHUNKS, 400, "chunk"),
+        ("coding of a GET", GET + TE + b"x\r\n" + CHUNKS + SMUGGLED, 400, "chunked"),
+        ("two lengths", POST + LENGTH + LENGTH + b"\r\n{}", 400, "one number"),
         (
             "two lengths, the first 0",
-            b"GET /health HTTP/1.1\r\n"
-            + HOST
-            + b"Content-Length: 0\r\nContent-Length: 36\r\n\r\nGET /nothing HTTP/1.1\r\nHost: a\r\n\r\n\r\n",
-            200,
-            "",
-        ),
-        (
-            "list of lengths",
-            b"POST /v1/messages HTTP/1.1\r\n" + HOST + b"Content-Length: 2, 2\r\n\r\n{}",
+            GET + b"Content-Length: 0\r\nContent-Length: 36\r\n\r\n" + SMUGGLED,
             400,
             "one number",
         ),
-        (
-            "negative length",
-            b"POST /v1/messages HTTP/1.1\r\n" + HOST + b"Content-Length: -1\r\n\r\n{}",
-            400,
-            "one number",
-        ),
-        (
-            "signed length",
-            b"POST /v1/messages HTTP/1.1\r\n" + HOST + b"Content-Length: +2\r\n\r\n{}",
-            400,
-            "one number",
-        ),
-        (
-            "huge length",
-            b"POST /v1/messages HTTP/1.1\r\n"
-            + HOST
-            + b"Content-Length: "
-            + b"9" * 4000
-            + b"\r\n\r\n{}",
-            400,
-            "one number",
-        ),
-        (
-            "over the limit",
-            b"POST /v1/messages HTTP/1.1\r\n" + HOST + b"Content-Length: 67108865\r\n\r\n{}",
-            413,
-            "64 MB",
-        ),
-        (
-            "compressed",
-            b"POST /v1/messages HTTP/1.1\r\n"
-            + HOST
-            + b"Content-Encoding: gzip\r\nContent-Length: 2\r\n\r\n{}",
-            415,
-            "compressed",
-        ),
-        ("cut head", b"GET / HTT", 400, "no HTTP"),
+        ("list of lengths", POST + b"Content-Length: 2, 2\r\n\r\n{}", 400, "one number"),
+        ("no digits", POST + b"Content-Length:\r\n\r\n{}", 400, "one number"),
+        ("negative length", POST + b"Content-Length: -1\r\n\r\n{}", 400, "one number"),
+        ("signed length", POST + b"Content-Length: +2\r\n\r\n{}", 400, "one number"),
+        ("length in hex", POST + b"Content-Length: 0x2\r\n\r\n{}", 400, "one number"),
+        ("underscore in a length", POST + b"Content-Length: 0_2\r\n\r\n{}", 400, "one number"),
+        ("space in a length", POST + b"Content-Length: 2 2\r\n\r\n{}", 400, "one number"),
+        ("superscript length", POST + b"Content-Length: \xb2\r\n\r\n{}", 400, "one number"),
+        ("length after NBSP", POST + b"Content-Length: \xa02\r\n\r\n{}", 400, "one number"),
+        ("huge length", POST + b"Content-Length: " + b"9" * 400 + b"\r\n\r\n{}", 400, "one number"),
+        ("over the limit", POST + b"Content-Length: 67108865\r\n\r\n{}", 413, "64 MB"),
+        ("compressed", POST + GZIP + LENGTH + b"\r\n{}", 415, "compressed"),
+        ("chunks of gzip", POST + GZIP + CODING + CHUNKS, 415, "compressed"),
+        ("cut head", b"GET / HTT", 400, "not HTTP"),
         ("cut headers", b"GET / HTTP/1.1\r\nHost: 1", 0, ""),
-        (
-            "cut body",
-            b"POST /v1/messages HTTP/1.1\r\n" + HOST + b"Content-Length: 20\r\n\r\n{}",
-            0,
-            "",
-        ),
+        ("cut before the empty line", GET, 0, ""),
+        ("cut body", POST + b"Content-Length: 20\r\n\r\n{}", 0, ""),
         ("nothing", b"", 0, ""),
-        ("blank lines only", b"\r\n\r\n", 0, ""),
+        ("empty lines only", b"\r\n\r\n", 0, ""),
     ]
 
     def test_malformed_http(self):
@@ -11732,13 +12027,57 @@ class TestBadHttp(HttpCase):
                         if status > 200:
                             self.is_error(answer, status, words=words)
                         self.assertEqual(
-                            answer.headers.get("connection"),
-                            "close" if status not in (403,) and name != "no host" else None,
+                            answer.headers.get("connection"), None if status == 403 else "close"
                         )
                     else:
                         self.assertIn(got, (b"", b"RST"))
         self.is_fine()
         self.assertEqual(len(self.upstream.requests), 1)
+
+    ODD_TYPES = [
+        "multipart/form-data",
+        "multipart/form-data; boundary=x",
+        "multipart/x; boundary*%s=x" % ("9" * 5000),
+        "multipart/x; boundary*=idna'x'%ff",
+        "multipart/x; boundary*=punycode''" + "a-" + "b9" * 20000,
+        "message/rfc822",
+        "message/delivery-status",
+        "x" * 60000,
+        "",
+    ]
+
+    def test_a_head_is_read_whatever_content_type_it_names(self):
+        self.serve()
+        for name in self.ODD_TYPES:
+            began = time.process_time()
+            answer = self.post(request("hi"), {"Content-Type": name})
+            self.assertEqual(answer.status, 200, name[:60])
+            self.assertLess(time.process_time() - began, 0.5, name[:60])
+        self.is_fine()
+
+    def test_spaces_around_a_value_do_not_count(self):
+        self.serve()
+        data = json.dumps(request("hi")).encode()
+        (answer,) = self.talk(
+            b"POST /v1/messages HTTP/1.1\nhost:localhost\r\nCONTENT-LENGTH:\t %d \t\r\n"
+            b"Connection: TE ,\t Close \r\nExpect:\r\n\n%s" % (len(data), data)
+        )
+        self.assertEqual((answer.status, answer.headers["connection"]), (200, "close"))
+
+    def test_a_head_of_a_hundred_fields_is_read(self):
+        self.serve()
+        raw = self.head("GET", "/health", {"X-%d" % n: "y" * 500 for n in range(97)})
+        answers = self.talk(raw, self.head("GET", "/health", {"Connection": "close"}))
+        self.assertEqual([answer.status for answer in answers], [200, 200])
+
+    def test_a_client_that_still_sends_gets_the_answer(self):
+        self.serve()
+        head = self.head("POST", "/v1/messages", (), 1 << 30)
+        with mock.patch.object(ccfix, "LINGER_SECONDS", 30), self.connect() as sock:
+            sock.sendall(head + b" " * 1000000)
+            sock.shutdown(socket.SHUT_WR)
+            (answer,) = answers_in(read_all(sock))  # not reset
+        self.is_error(answer, 413, "request_too_large", "64 MB")
 
     def test_slow_senders_are_cut_off(self):
         self.serve()
@@ -11757,9 +12096,9 @@ class TestBadHttp(HttpCase):
                 with self.subTest(name):
                     began = time.monotonic()
                     self.assertEqual([a.status for a in self.talk(raw)], statuses)
-                    self.assertLess(time.monotonic() - began, 2)
+                    self.assertLess(time.monotonic() - began, 15)
             with self.connect() as sock:  # a byte now and then does not help
-                stop = time.monotonic() + 3
+                stop = time.monotonic() + 15
                 try:
                     while time.monotonic() < stop:
                         sock.sendall(b"X")
@@ -11770,15 +12109,15 @@ class TestBadHttp(HttpCase):
         self.is_fine()
 
     BODIES = [
-        ("empty", b"", "not JSON"),
-        ("not JSON", b"{", "not JSON"),
+        ("empty", b"", "not valid JSON"),
+        ("not JSON", b"{", "not valid JSON"),
         ("not UTF-8", b'{"a":"\xff"}', "UTF-8"),
         ("UTF-16", '{"a":1}'.encode("utf-16"), "UTF-8"),
         ("list", b"[]", "object"),
         ("text", b'"x"', "object"),
         ("null", b"null", "object"),
         ("number", b"1", "object"),
-        ("BOM", b"\xef\xbb\xbf{", "not JSON"),
+        ("BOM", b"\xef\xbb\xbf{", "not valid JSON"),
         ("NaN", b'{"messages":[],"temperature":NaN}', "NaN"),
         ("Infinity", b'{"messages":[-Infinity]}', "Infinity"),
         ("huge number", b'{"max_tokens":' + b"9" * 3000000 + b"}", "digits"),
@@ -11797,7 +12136,7 @@ class TestBadHttp(HttpCase):
         self.serve()
         for name, body, words in self.BODIES:
             with self.subTest(name):
-                began = time.monotonic()
+                began = time.process_time()
                 self.is_error(self.post(body), 400, "invalid_request_error", words)
                 if "messages" not in name:
                     self.is_error(
@@ -11806,7 +12145,7 @@ class TestBadHttp(HttpCase):
                         "invalid_request_error",
                         words,
                     )
-                self.assertLess(time.monotonic() - began, 3)
+                self.assertLess(time.process_time() - began, 3)
         self.is_fine()
 
     def test_deep_but_parseable_bodies(self):
@@ -11814,12 +12153,13 @@ class TestBadHttp(HttpCase):
         for depth in (50, 300, 600, 900, 990):
             deep = b"[" * depth + b"]" * depth
             for body in (
-                b'{"messages":[{"role":"user","content":[{"type":"tool_result","content":%s}]}],"stream":true}'
-                % deep,
-                b'{"messages":[{"role":"user","content":"x"}],"tools":[{"name":"t","input_schema":{"properties":%s}}]}'
+                b'{"messages":[{"role":"user","content":[{"type":"tool_result","content":%s}]}],'
+                b'"stream":true}' % deep,
+                b'{"messages":[{"role":"user","content":"x"}],'
+                b'"tools":[{"name":"t","input_schema":{"properties":%s}}]}'
                 % (b'{"a":' * depth + b"1" + b"}" * depth),
-                b'{"messages":[{"role":"assistant","content":[{"type":"tool_use","id":"a","name":"b","input":{"x":%s}}]}]}'
-                % deep,
+                b'{"messages":[{"role":"assistant","content":'
+                b'[{"type":"tool_use","id":"a","name":"b","input":{"x":%s}}]}]}' % deep,
             ):
                 status = self.post(body).status
                 self.assertIn(status, (200, 400), depth)
@@ -11958,6 +12298,153 @@ class TestBadHttp(HttpCase):
         return value
 
 
+class TestChunkedBodies(HttpCase):
+    BODY = json.dumps(request("hi", stream=False)).encode()
+    WHOLE = piece(BODY)
+    END = b"0\r\n\r\n"
+    CODING = {"Transfer-Encoding": "chunked"}
+    GOOD = [
+        # name, the body as it is sent
+        ("one chunk", WHOLE + END),
+        ("a chunk a byte", b"".join(piece(bytes([byte])) for byte in BODY) + END),
+        ("upper-case size", b"%X\r\n%s\r\n" % (len(BODY), BODY) + END),
+        ("leading zeros", b"%08x\r\n%s\r\n00\r\n\r\n" % (len(BODY), BODY)),
+        ("extensions", b"%x;a\r\n%s\r\n0 ; b=\"c d\";\xfc\r\n\r\n" % (len(BODY), BODY)),
+        ("trailers", WHOLE + b"0\r\nX: y\r\nContent-Length: 7\r\nHost: evil.test\r\n\r\n"),
+    ]
+    BAD = [
+        # name, what comes after the first chunk, status (0: no answer), words
+        ("no size", b"\r\n" + END, 400, "malformed"),
+        ("no digits", b"xyz\r\n" + END, 400, "malformed"),
+        ("negative size", b"-5\r\nhello\r\n" + END, 400, "malformed"),
+        ("signed size", b"+5\r\nhello\r\n" + END, 400, "malformed"),
+        ("size with a prefix", b"0x5\r\nhello\r\n" + END, 400, "malformed"),
+        ("underscore in a size", b"0_5\r\nhello\r\n" + END, 400, "malformed"),
+        ("space before the size", b" 5\r\nhello\r\n" + END, 400, "malformed"),
+        ("space after the size", b"5 \r\nhello\r\n" + END, 400, "malformed"),
+        ("NUL after the size", b"5\x00\r\nhello\r\n" + END, 400, "malformed"),
+        ("size without CR", b"5\nhello\r\n" + END, 400, "malformed"),
+        ("size with two CR", b"5\r\r\nhello\r\n" + END, 400, "malformed"),
+        ("CR in an extension", b"5;a\rb\r\nhello\r\n" + END, 400, "malformed"),
+        ("LF ends an extension", b"5;a\nhello\r\n" + END, 400, "malformed"),
+        ("long extension", b"5;" + b"a" * 5000 + b"\r\nhello\r\n" + END, 400, "malformed"),
+        ("long size", b"0" * 5000 + b"\r\n\r\n", 400, "malformed"),
+        ("too many digits", b"fffffffff\r\n", 400, "malformed"),
+        ("chunk longer than said", b"5\r\nhello!\r\n" + END, 400, "malformed"),
+        ("chunk shorter than said", b"5\r\nhell\r\n" + END, 400, "malformed"),
+        ("chunk ended by LF", b"5\r\nhello\n" + END, 400, "malformed"),
+        ("over the limit", b"4000000\r\n", 413, "64 MB"),
+        ("trailer without a colon", b"0\r\nhello\r\n\r\n", 400, "header field"),
+        ("folded trailer", b"0\r\nX: y\r\n z\r\n\r\n", 400, "header field"),
+        ("trailer with CR", b"0\r\nX: y\rz\r\n\r\n", 400, "header field"),
+        ("long trailer", b"0\r\nX: " + b"y" * 70000 + b"\r\n\r\n", 431, "header"),
+        ("endless trailers", b"0\r\n" + b"X: y\r\n" * 20000, 431, "header"),
+        ("cut after a chunk", b"", 0, ""),
+        ("cut in a size", b"1", 0, ""),
+        ("cut after a size", b"5\r\n", 0, ""),
+        ("cut in a chunk", b"5\r\nhel", 0, ""),
+        ("cut before its end", b"5\r\nhello\r", 0, ""),
+        ("cut at the end", b"0\r\n", 0, ""),
+        ("cut in a trailer", b"0\r\nX: y", 0, ""),
+    ]
+
+    def chunked(self, *parts, **headers):
+        """The bytes of a request with this body."""
+        headers = dict(self.CODING, **headers)
+        return self.head("POST", "/v1/messages", headers) + b"".join(parts)
+
+    def test_a_body_in_chunks_is_read_and_the_connection_kept(self):
+        self.serve()
+        last = self.head("GET", "/health", {"Connection": "close"})
+        for name, body in self.GOOD:
+            with self.subTest(name):
+                answers = self.talk(self.chunked(body) * 2 + last)
+                self.assertEqual([answer.status for answer in answers], [200] * 3)
+                self.assertEqual(answers[1].headers.get("connection"), None)
+        sent = self.upstream.requests
+        self.assertEqual(len(sent), 2 * len(self.GOOD))
+        self.assertEqual(len({request_.body for request_ in sent}), 1)
+
+    def test_half_a_surrogate_pair_in_a_chunk(self):
+        self.serve()
+        body = json.dumps(request("a\ud83d", stream=False)).encode()
+        answers = self.talk(self.chunked(piece(body), self.END, Connection="close"))
+        self.assertEqual([answer.status for answer in answers], [200])
+        self.assertIn(b"a\\ufffd", self.upstream.requests[0].body)
+
+    def test_a_body_that_comes_byte_by_byte(self):
+        self.serve()
+        raw = self.chunked(self.GOOD[-1][1], Connection="close")
+        answers = self.talk(*[raw[at : at + 1] for at in range(len(raw))])
+        self.assertEqual([answer.status for answer in answers], [200])
+
+    def test_a_malformed_body_ends_the_connection(self):
+        self.serve()
+        hidden = self.head("GET", "/health")
+        with mock.patch.object(ccfix, "LINGER_SECONDS", 0.05):
+            for name, rest, status, words in self.BAD:
+                with self.subTest(name), self.connect() as sock:
+                    try:
+                        sock.sendall(self.chunked(self.WHOLE, rest) + (hidden if status else b""))
+                        sock.shutdown(socket.SHUT_WR)
+                    except OSError:
+                        pass
+                    got = read_all(sock)
+                    if status:
+                        (answer,) = answers_in(got[:-3] if got.endswith(b"RST") else got)
+                        self.is_error(answer, status, words=words)
+                        self.assertEqual(answer.headers["connection"], "close")
+                    else:
+                        self.assertIn(got, (b"", b"RST"))
+        self.assertEqual(self.upstream.requests, [])
+        self.is_fine()
+
+    def test_expect_continue(self):
+        self.serve()
+        with self.connect() as sock:
+            sock.sendall(self.chunked(Expect="100-continue", Connection="close"))
+            self.assertEqual(sock.recv(100), b"HTTP/1.1 100 Continue\r\n\r\n")
+            sock.sendall(self.WHOLE + self.END)
+            self.assertEqual(answers_in(read_all(sock))[0].status, 200)
+
+    def test_the_limit_holds_for_all_chunks_together(self):
+        self.serve()
+        with mock.patch.object(ccfix, "MAX_BODY_BYTES", 2 * len(self.BODY)):
+            for count, status in ((1, 200), (2, 400), (3, 413)):
+                answers = self.talk(self.chunked(self.WHOLE * count, self.END, Connection="close"))
+                self.assertEqual([answer.status for answer in answers], [status])
+
+    def test_a_slow_body_is_cut_off(self):
+        self.serve()
+        for patch, steps in (({"HEAD_SECONDS": 0.05}, 0), ({"BODY_SECONDS": 0.3}, 2000)):
+            with mock.patch.multiple(ccfix, LINGER_SECONDS=0.05, **patch), self.connect() as sock:
+                sock.sendall(self.chunked(self.WHOLE))
+                for _ in range(steps):  # chunks now and then do not help
+                    if ccfix.poll_socket(sock, 0.01):
+                        break
+                    sock.sendall(piece(b" "))
+                (answer,) = answers_in(read_all(sock).replace(b"RST", b""))
+                self.is_error(answer, 408, "timeout_error", "in time")
+        self.is_fine()
+
+    def test_a_flood_of_chunks_is_cut_off(self):
+        self.serve()
+        flood = b"1;%s\r\n \r\n" % (b"a" * 1000) * 60  # so fast that nobody ever waits for it
+        with mock.patch.multiple(ccfix, LINGER_SECONDS=0.05, BODY_SECONDS=0.3):
+            with self.connect() as sock:
+                sock.sendall(self.chunked())
+                with self.assertRaises(OSError):
+                    for _ in range(1000000):
+                        sock.sendall(flood)
+        self.is_fine()
+
+    def test_a_body_that_nobody_wants_ends_the_connection(self):
+        self.serve()
+        head = self.head("GET", "/health", self.CODING)
+        (answer,) = self.talk(head + self.WHOLE + self.END + head)
+        self.assertEqual((answer.status, answer.headers["connection"]), (200, "close"))
+
+
 class TestWhoMayAsk(HttpCase):
     def test_without_a_key_only_names_of_this_machine_are_served(self):
         self.serve(ALLOWED_HOSTS="box.internal, host.docker.internal")
@@ -12040,6 +12527,12 @@ class TestWhoMayAsk(HttpCase):
                 self.assertNotIn("access-control-allow-origin", answer.headers)
         self.assertEqual(self.post(request("hi"), {"Origin": "http://evil.test"}).status, 403)
         self.assertEqual(len(self.upstream.requests), 0)
+
+    def test_a_foreign_origin_with_the_key_gets_the_api_only(self):
+        self.serve(ANTHROPIC_API_KEY=PROXY_KEY)
+        headers = {"Origin": "http://evil.test", "x-api-key": PROXY_KEY}
+        for path, status in (("/v1/models", 200), ("/stats", 403), ("/", 403), ("/health", 403)):
+            self.assertEqual(self.call("GET", path, headers=headers).status, status, path)
 
     KEYS = [
         "sk-secret-proxy-2",
@@ -12208,7 +12701,7 @@ class TestInjection(HttpCase):
         self.proxy.log = ccfix.Log(settings, lines)
         answer = self.post(
             request("hi", model=nasty),
-            {"x-claude-code-session-id": "a\x85b\xff", "anthropic-version": "x\x7f"},
+            {"x-claude-code-session-id": "a\x85b\xff", "anthropic-version": "x\x9b"},
         )
         self.assertEqual(answer.status, 200)
         self.assertNotIn("set-cookie", answer.headers)
@@ -12246,9 +12739,15 @@ class TestInjection(HttpCase):
 
 
 class TestHangUp(HttpCase):
-    """Whenever the client leaves, the upstream call ends at once."""
+    """Whenever the client leaves, the upstream call ends at once: long before the next look."""
 
-    def left(self, sock, seconds=0.5):
+    def setUp(self):
+        HttpCase.setUp(self)
+        patch = mock.patch.object(ccfix, "LOOK_SECONDS", 60)
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    def left(self, sock, seconds=15):
         """Asserts that the upstream sees the end soon after the client hung up."""
         sock.close()
         self.assertTrue(self.upstream.gone.wait(seconds), "the upstream call went on")
@@ -12295,7 +12794,7 @@ class TestHangUp(HttpCase):
         sock = self.begin(request("hi"))
         self.wait_until(lambda: any("try 2" in text for _, text in self.log))
         sock.close()
-        self.wait_until(lambda: self.proxy.active == 0, 0.5)
+        self.wait_until(lambda: self.proxy.active == 0, 12)  # the retry comes after 15 s
         self.assertEqual(len(self.upstream.requests), 1)
 
     def test_while_the_body_is_sent(self):
@@ -12303,7 +12802,27 @@ class TestHangUp(HttpCase):
         sock = self.begin(request("x" * 20000000))
         self.wait_until(lambda: self.upstream.requests)
         sock.close()
-        self.wait_until(lambda: not self.proxy.active and not self.proxy.wires[1].live, 0.8)
+        self.wait_until(lambda: not self.proxy.active and not self.proxy.wires[1].live)
+
+    def test_while_connecting(self):
+        self.serve()
+        begun, answer, create = threading.Event(), threading.Event(), socket.create_connection
+
+        def create_connection(address, *rest):
+            """The provider does not accept."""
+            if address[1] == self.upstream.port:
+                begun.set()
+                answer.wait(60)
+            return create(address, *rest)
+
+        self.addCleanup(answer.set)
+        with mock.patch("socket.create_connection", create_connection):
+            sock = self.begin(request("hi"))
+            self.assertTrue(begun.wait(10))
+            self.assertEqual(self.proxy.active, 1)
+            sock.close()
+            self.wait_until(lambda: self.proxy.active == 0, 10)
+        self.assertFalse(answer.is_set())
 
     def test_while_it_reads_nothing(self):
         block = piece(deltas(*[delta(content="x" * 1000)] * 16))
@@ -12323,7 +12842,7 @@ class TestHangUp(HttpCase):
             self.serve(lambda request_: [SSE_HEAD] + [block] * 3000)
             sock = self.begin(request("hi"))
             sock.recv(10)
-            self.assertTrue(self.upstream.gone.wait(5))
+            self.assertTrue(self.upstream.gone.wait(15))
             self.wait_until(lambda: self.proxy.active == 0)
 
     def test_a_slow_reader_gets_everything(self):
@@ -12341,6 +12860,29 @@ class TestHangUp(HttpCase):
         message = ccfix.fold(sse_events(answer.body.decode()))
         self.assertEqual(len(message["content"][0]["text"]), 6400005)
 
+    def test_a_request_sent_early_is_answered_after_the_stream(self):
+        go = threading.Event()
+        self.serve(
+            [
+                SSE_HEAD + piece(deltas(delta(content="Hel"))),
+                go,
+                piece(sse(delta(content="lo"), delta("stop"))) + b"0\r\n\r\n",
+            ]
+        )
+        looks, look = [], ccfix.Watch.look_at_client
+        with mock.patch.object(ccfix.Watch, "look_at_client", lambda w: looks.append(look(w))):
+            sock = self.begin(request("hi"))
+            got = sock.recv(10)
+            sock.sendall(self.head("GET", "/health", {"Connection": "close"}))
+            self.wait_until(lambda: looks)
+            time.sleep(0.05)
+            go.set()
+            first, second = answers_in(got + read_all(sock))
+        self.assertEqual(len(looks), 1, "its data woke the thread again")
+        message = ccfix.fold(sse_events(first.body.decode()))
+        self.assertEqual(message["content"], [{"type": "text", "text": "Hello"}])
+        self.assertEqual((second.status, second.headers["connection"]), (200, "close"))
+
     def test_a_finished_stream_keeps_the_connection(self):
         self.serve()
         for _ in range(3):
@@ -12357,6 +12899,18 @@ class TestHonestStreams(HttpCase):
         answer = self.post(request("hi", **fields))
         body = answer.body[:-3] if answer.body.endswith(b"CUT") else answer.body
         return answer, sse_events(body.decode()) if answer.status == 200 else None
+
+    def stream_until(self, seen, go, *script):
+        """The same, where `go`, for which the script waits, is set once seen(bytes that came)."""
+        self.serve(*script)
+        sock, raw = self.begin(request("hi"), {"Connection": "close"}), b""
+        while not seen(raw):
+            block = sock.recv(65536)
+            self.assertTrue(block, raw)
+            raw += block
+        go.set()
+        (answer,) = answers_in(raw + read_all(sock))
+        return answer, sse_events(answer.body.decode())
 
     def test_early_errors_keep_their_status(self):
         early = sse({"error": {"message": "slow down", "code": 429}})
@@ -12376,17 +12930,21 @@ class TestHonestStreams(HttpCase):
                 self.is_error(answer, status)
 
     def test_silence_is_filled_with_pings_then_signs_of_life(self):
+        def seen(raw):
+            if raw.count(b"event: ping") > 2:
+                ccfix.SIGN_SECONDS = 0
+            return b"thinking_delta" in raw
+
         with mock.patch.multiple(ccfix, **self.FAST):
             for name, before in (
                 ("before the head", []),
                 ("after the head", [SSE_HEAD]),
                 ("between comments", [SSE_HEAD] + [piece(b": x\n\n"), 0.02] * 12),
             ):
-                with self.subTest(name):
-                    answer, events = self.stream(
-                        before
-                        + [0.35, (b"" if before else SSE_HEAD) + piece(HELLO_STREAM) + b"0\r\n\r\n"]
-                    )
+                with self.subTest(name), mock.patch.object(ccfix, "SIGN_SECONDS", 99):
+                    go, rest = threading.Event(), piece(HELLO_STREAM) + b"0\r\n\r\n"
+                    script = before + [go, rest if before else SSE_HEAD + rest]
+                    _, events = self.stream_until(seen, go, script)
                     kinds = [event["type"] for event in events]
                     self.assertEqual(kinds[:2], ["message_start", "ping"])
                     self.assertGreater(kinds.count("ping"), 2)
@@ -12396,10 +12954,10 @@ class TestHonestStreams(HttpCase):
                     self.assertEqual(content[0]["type"], "thinking")
 
     def test_an_error_after_the_hold_is_an_event(self):
-        with mock.patch.multiple(ccfix, **dict(self.FAST, SIGN_SECONDS=9)):
-            answer, events = self.stream(
-                [0.2, counted(b'{"error":{"message":"broken"}}', "400 Bad")]
-            )
+        go = threading.Event()
+        broken = counted(b'{"error":{"message":"broken"}}', "400 Bad")
+        with mock.patch.multiple(ccfix, **dict(self.FAST, SIGN_SECONDS=99)):
+            answer, events = self.stream_until(bool, go, [go, broken])
         self.assertEqual(
             (answer.status, [e["type"] for e in events if e["type"] != "ping"]),
             (200, ["message_start", "error"]),
@@ -12466,9 +13024,9 @@ class TestHonestStreams(HttpCase):
         self.assertEqual(grammar(self, events), "error")
 
     def test_comments_without_content_are_given_up(self):
-        with mock.patch.multiple(ccfix, **dict(self.FAST, STALLED=1, HOLD_SECONDS=9)):
+        with mock.patch.multiple(ccfix, **dict(self.FAST, STALLED=0.3, HOLD_SECONDS=99)):
             answer, _ = self.stream(
-                [SSE_HEAD] + [piece(b": x\n\n"), 0.02] * 100, TARGET_TIMEOUT="0.3"
+                [SSE_HEAD] + [piece(b": x\n\n"), 0.02] * 500, TARGET_TIMEOUT="2"
             )
         self.is_error(answer, 504, "timeout_error", "no content")
 
@@ -12520,7 +13078,7 @@ class TestServerItself(HttpCase):
         self.assertEqual(len(upstream.live), 1)
         upstream.idle = 0
         self.wait_until(lambda: not upstream.live)
-        self.assertTrue(self.upstream.gone.wait(2))
+        self.assertTrue(self.upstream.gone.wait(15))
         self.is_fine()
 
     def test_a_stopping_server_ends_each_connection_with_its_reply(self):
@@ -12544,13 +13102,13 @@ class TestServerItself(HttpCase):
         gc.disable()
         try:
             with self.connect() as sock:
-                for _ in range(3):
+                for headers in ({}, {}, {"Connection": "close"}):
                     data = json.dumps(request("x" * 1000)).encode()
-                    sock.sendall(self.head("POST", "/v1/messages", (), len(data)) + data)
+                    sock.sendall(self.head("POST", "/v1/messages", headers, len(data)) + data)
                     while not sock.recv(65536).endswith(b"0\r\n\r\n"):
                         pass
                 self.wait_until(
-                    lambda: not [o for o in gc.get_objects() if isinstance(o, ccfix.Exchange)], 2
+                    lambda: not [o for o in gc.get_objects() if isinstance(o, ccfix.Exchange)]
                 )
         finally:
             gc.enable()
@@ -12578,7 +13136,7 @@ class TestSignals(unittest.TestCase):
     """A process that serves, ended while a stream is open."""
 
     def run_until(self, signum, *script):
-        """(exit code, what the client got, what was printed) when the signal comes while the stream is open."""
+        """(exit code, what the client got, what was printed) when the signal comes in a stream."""
         with FakeUpstream(*script) as upstream, tempfile.TemporaryDirectory() as folder:
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
@@ -12617,11 +13175,8 @@ class TestSignals(unittest.TestCase):
                         time.sleep(0.02)
                 data = json.dumps(request("hi")).encode()
                 with sock:
-                    sock.sendall(
-                        b"POST /v1/messages HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n"
-                        % len(data)
-                        + data
-                    )
+                    head = b"POST /v1/messages HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d"
+                    sock.sendall(head % len(data) + b"\r\n\r\n" + data)
                     got = sock.recv(100)
                     process.send_signal(signum)
                     got += read_all(sock)
@@ -12719,6 +13274,65 @@ class TestStatusPage(unittest.TestCase):
             },
             set(ids),
         )
+
+
+# ==================================================================================================
+# 14  Demo
+# ==================================================================================================
+
+
+class TestDemo(unittest.TestCase):
+    """The demo model through the whole proxy."""
+
+    def setUp(self):
+        base = ccfix.start_model()
+        settings = settings_of(TARGET_API_BASE=base, TARGET_MODEL="demo", PROFILE="demo")
+        self.proxy = ccfix.Proxy(lambda: settings, lambda level, text: None)
+        self.addCleanup(lambda: self.proxy.wires[1].close())
+
+    def ask(self, *messages, **fields):
+        """The finished message, streamed or not."""
+        body = request(*messages, **fields)
+        exchange = ccfix.Exchange(self.proxy, body, {}, ccfix.patience(30))
+        if not body["stream"]:
+            return exchange.message()
+        events = sse_events("".join(exchange.batches()))
+        self.assertEqual(grammar(self, events), "done")
+        return ccfix.fold(events)
+
+    def test_an_answer_is_whole_streamed_or_not(self):
+        for stream in (True, False):
+            message = self.ask("Please think, friend", stream=stream)
+            thinking, text = message["content"]
+            self.assertEqual(thinking["thinking"], "The user said something; I say it back.")
+            self.assertEqual(text["text"], ccfix.DEMO_HELP % "Please think, friend")
+            self.assertEqual(message["stop_reason"], "end_turn")
+            self.assertEqual(message["usage"]["output_tokens"], len(text["text"].split()) + 8)
+
+    def test_tools_are_called_where_they_are_offered(self):
+        for stream in (True, False):
+            for said, name, given in (
+                ("read `a b.txt`", "Read", {"file_path": "a"}),
+                ("run ls -l", "Bash", {"command": "ls -l"}),
+                ("the weather in Paris", "get_weather", {"place": "Paris"}),
+            ):
+                argument = list(given)[0]
+                tools = [tool(name, [argument], **{argument: "string"})]
+                message = self.ask(said, stream=stream, tools=tools)
+                call = message["content"][-1]
+                self.assertEqual((call["name"], call["input"]), (name, given))
+                self.assertEqual(message["stop_reason"], "tool_use")
+                self.assertEqual(self.ask(said, stream=stream)["stop_reason"], "end_turn")
+                result = {"type": "tool_result", "tool_use_id": call["id"], "content": "11 degrees"}
+                turns = [said, {"role": "assistant", "content": message["content"]}]
+                turns.append({"role": "user", "content": [result]})
+                text = self.ask(*turns, stream=stream, tools=tools)["content"][0]["text"]
+                self.assertEqual(text, "The tool answered:\n11 degrees")
+
+    def test_claude_codes_own_notes_are_not_taken_for_wishes(self):
+        said = "<system-reminder>read this</system-reminder>hello"
+        tools = [tool("Read", ["file_path"], file_path="string")]
+        self.assertEqual(self.ask(said, tools=tools)["stop_reason"], "end_turn")
 
 
 # ======================================================================================================
@@ -12900,7 +13514,7 @@ class TestCommandLine(CommandsCase):
             (["--nosuch"], "unrecognized arguments"),
             (["run", "hello"], "come after --"),
             (["-p", "seven"], "a port number"),
-            (["--env-file", "nope"], "nope is not there"),
+            (["--env-file", "nope"], "nope does not exist"),
             (["--replay", "nope"], "--replay"),
             ([], "Three ways to go on"),
             (["check"], "Three ways to go on"),
@@ -13038,6 +13652,72 @@ class TestLiveSettings(CommandsCase):
         self.change("TARGET_MODEL=three\n")
         self.assertEqual(config().target_model, "three")
 
+    def test_a_change_is_checked_as_at_the_start(self):
+        """Each of these ends a start with a message; a live .env must not break what serves."""
+        self.write("broken.json", "{")
+        rows = (
+            ("PROFILE=bogus", "PROFILE is 'bogus' (from .env); allowed: "),
+            ("PRICES={broken}", "PRICES cannot be used: "),
+            ("PRICES=broken.json", "PRICES cannot be used: "),
+            ("PRICES=nope.json", "PRICES cannot be used: "),
+            ('PRICES={"m": {"input": "dear"}}', "PRICES cannot be used: "),
+            ("CA_BUNDLE=nope.pem", "CA_BUNDLE names nope.pem, which does not exist"),
+            ("CLIENT_CERT=.env,nope.pem", "CLIENT_CERT names nope.pem, which does not exist"),
+            ("LOG_FILE=nope/x.log", "LOG_FILE nope/x.log cannot be written: "),
+            ("TARGET_API_BASE=localhost:8080", "localhost:8080/v1 is ccfix's own port"),
+            ("TARGET_API_BASE_HAIKU=[::1]:8080", "[::1]:8080/v1 is ccfix's own port"),
+        )
+        for line, said in rows:
+            self.change("TARGET_MODEL=one\n")
+            config = self.config()
+            config.port = 8080
+            proxy = ccfix.Proxy(config, config.log)
+            self.change("TARGET_MODEL=two\n%s\n" % line)
+            self.assertEqual(proxy.status()["target"]["model"], "one", line)
+            self.assertEqual(len(self.lines), 1, self.lines)
+            self.assertIn(
+                "warning .env was changed but cannot be used, the old settings stay: ",
+                self.lines[0],
+            )
+            self.assertIn(said, self.lines.pop())
+            self.assertEqual(proxy.status()["target"]["model"], "one", line)
+            self.assertEqual(self.lines, [], "told once")
+            self.change(line)
+            code, _, err = self.main("-k", "k", "-m", "m", "-p", "8080")
+            self.assertEqual(code, 2, line)
+            self.assertIn(said, err)
+
+    def test_a_log_file_that_is_changed_is_written_from_then_on(self):
+        self.change("LOG_FILE=one.log\n")
+        config = ccfix.Config({}, {}, ".env", self.home)
+        log = config.log = ccfix.Log(config(), io.StringIO())
+        log("info", "first")
+        self.change("LOG_FILE=two.log\n")
+        config()
+        log("info", "second")
+        self.change("")
+        config()
+        log("info", "third")
+        self.assertEqual(
+            [re.findall("first|second|third", self.read(name)) for name in ("one.log", "two.log")],
+            [["first"], ["second"]],
+        )
+
+    def test_a_log_file_of_full_size_gives_way_to_a_new_one(self):
+        self.change("LOG_FILE=one.log\n")
+        log = ccfix.Log(ccfix.Config({}, {}, ".env", self.home)(), io.StringIO())
+        with mock.patch.object(ccfix.Log, "MAX_FILE", 100):
+            for word in ("first", "x" * 100, "third"):
+                log("info", word)
+        self.assertEqual(
+            sorted(name for name in os.listdir(".") if name != ".env"), ["one.log", "one.log.1"]
+        )
+        self.assertIn("first", self.read("one.log.1"))
+        self.assertIn("third", self.read("one.log"))
+        os.remove("one.log")
+        log("info", "fourth")
+        self.assertIn("fourth", self.read("one.log"), "one that was moved away is made again")
+
     def test_a_file_that_goes_or_comes_counts_as_a_change(self):
         config = self.config()
         self.change("TARGET_MODEL=one\n")
@@ -13052,7 +13732,10 @@ class TestCheck(CommandsCase):
         """{row name: Verdict} of a check."""
         tester = ccfix.Tester(settings_of(**values))
         try:
-            return {name: verdict for name, _, verdict, _ in ccfix.run_checks(tester)}
+            return {
+                row["name"]: ccfix.Verdict(row["status"], row["seen"], row["fix"])
+                for row in ccfix.run_checks(tester)
+            }
         finally:
             tester.close()
 
@@ -13196,7 +13879,11 @@ class TestCheck(CommandsCase):
         told = json.loads(out)
         self.assertEqual((code, told["ok"], err), (0, True, ""))
         self.assertEqual(
-            [row["name"] for row in told["checks"]], [row[0] for row in ccfix.CHECKS if not row[3:]]
+            [row["name"] for row in told["checks"]],
+            [row[0] for row in ccfix.CHECKS if row[0] != "event order"],
+        )
+        self.assertEqual(
+            set(told["checks"][0]), {"status", "seen", "fix", "name", "required", "ms"}
         )
         code, out, _ = self.main("check", "-b", bad, "-m", "deepseek-chat", "-k", "sk-very-secret")
         self.assertEqual(code, 1)
@@ -13218,15 +13905,14 @@ class TestCheck(CommandsCase):
                 self.assertIn("...  tool call\rok   tool call ", out.getvalue())
 
     def test_only_the_word_red_shows_that_the_picture_was_seen(self):
-        tester = mock.Mock()
         for text, status in (
             ("Red.", "ok"),
             ("The picture is **red**", "ok"),
             ("No picture was rendered, so I inferred nothing.", "fail"),
             ("", "fail"),
         ):
-            tester.ask.return_value = mock.Mock(text=text)
-            self.assertEqual(ccfix.sees(tester).status, status, text)
+            answer = mock.Mock(text=text)
+            self.assertEqual(ccfix.judge_sight(answer).status, status, text)
 
     def test_the_picture_is_a_red_png(self):
         data = base64.b64decode(ccfix.RED_SQUARE)
@@ -13560,16 +14246,12 @@ class TestRunWithAClient(CommandsCase):
 
 
 class TestTheScript(CommandsCase):
-    """main() of the script runs in its exception hook; nobody must notice."""
+    """ccfix.py as a program: what main() returns is its exit code."""
 
     def script(self, begin):
-        """(exit code, stdout, stderr) of ccfix.py with these lines at the beginning of main."""
-        path = self.write(
-            "script.py",
-            ccfix_source().replace(
-                "    argv = list(sys.argv[1:] if argv is None else argv)\n", "    %s\n" % begin
-            ),
-        )
+        """(exit code, stdout, stderr) of ccfix.py with this line at the beginning of main."""
+        head = re.search(r'def main\(argv=None\):\n    """.*?"""\n', ccfix_source(), re.S).group()
+        path = self.write("script.py", ccfix_source().replace(head, head + "    %s\n" % begin))
         child = subprocess.Popen(
             [sys.executable, path],
             stdout=subprocess.PIPE,
@@ -13587,19 +14269,13 @@ class TestTheScript(CommandsCase):
             (code, out, err.splitlines()[0], err.splitlines()[-1]),
             (1, "", "Traceback (most recent call last):", "ZeroDivisionError: division by zero"),
         )
-        self.assertNotIn("excepthook", err)
 
-    def test_threads_can_be_started_in_it(self):
-        self.assertEqual(
-            self.script(
-                "import threading; t = threading.Thread(target=print, args=('ran',)); t.start(); t.join(); return 0"
-            ),
-            (0, "ran\n", ""),
-        )
-
-    def test_as_a_module_and_under_another_program_it_is_called_directly(self):
+    def test_as_a_module_and_under_another_program_it_starts_too(self):
         folder = os.path.dirname(os.path.abspath(ccfix.__file__))
-        by_path = "import runpy, sys; sys.argv[1:] = ['--version']; runpy.run_path('ccfix.py', run_name='__main__')"
+        by_path = (
+            "import runpy, sys; sys.argv[1:] = ['--version'];"
+            " runpy.run_path('ccfix.py', run_name='__main__')"
+        )
         for words in (["-m", "ccfix", "--version"], ["-c", by_path]):
             self.assertEqual(
                 subprocess.check_output(
@@ -13664,46 +14340,174 @@ class TestInit(CommandsCase):
 
 class TestInstall(CommandsCase):
 
+    def listed(self, folder="."):
+        """Paths of all files below a folder of the home, byte code by any Python's name."""
+        return sorted(
+            re.sub(
+                r"ccfix\.[\w-]+\.pyc",
+                "BYTE CODE",
+                os.path.relpath(os.path.join(path, name), folder),
+            )
+            for path, _, names in os.walk(folder)
+            for name in names
+        )
+
+    def ask(self, *words, **env):
+        """(exit code, what was printed) of an installed program, in a folder full of traps."""
+        folder = os.path.join(self.home, "trap")
+        os.makedirs(folder, exist_ok=True)
+        for name in ("ccfix", "json", "os"):
+            self.write("trap/%s.py" % name, "raise SystemExit('a trap')")
+        path = os.pathsep.join([os.path.dirname(sys.executable), "/usr/bin", "/bin"])
+        child = subprocess.Popen(
+            words,
+            env=dict({"PATH": path, "HOME": self.home}, **env),
+            cwd=folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        out = child.communicate(timeout=60)[0].decode("utf-8")
+        shutil.rmtree(folder)
+        return child.returncode, out
+
     @unittest.skipUnless(os.name == "posix", "POSIX")
     def test_installed_programs_work_and_go_again(self):
+        version = (0, "ccfix %s\n" % ccfix.__version__)
+        module = ".local/share/ccfix/ccfix.py"
+        byte_code = ".local/share/ccfix/__pycache__/BYTE CODE"
         code, out, err = self.main("install")
         folder = os.path.join(self.home, ".local", "bin")
-        self.assertEqual((code, sorted(os.listdir(folder))), (0, ["ccf", "ccfix"]))
-        self.assertIn("not on your PATH", err)
-        with open(ccfix.__file__, "rb") as mine, open(os.path.join(folder, "ccfix"), "rb") as copy_:
-            self.assertEqual(mine.read(), copy_.read())
-        path = os.pathsep.join([os.path.dirname(sys.executable), "/usr/bin", "/bin"])
-        shown = subprocess.check_output(
-            [os.path.join(folder, "ccf"), "--version"],
-            env={"PATH": path, "HOME": self.home},
-            universal_newlines=True,
+        self.assertEqual(
+            (code, self.listed()), (0, [".local/bin/ccf", ".local/bin/ccfix", byte_code, module])
         )
-        self.assertEqual(shown, "ccfix %s\n" % ccfix.__version__)
+        self.assertIn("not on your PATH", err)
+        self.assertEqual(self.read(module), ccfix_source())
+        for name in ("ccf", "ccfix"):
+            self.assertLess(os.path.getsize(os.path.join(folder, name)), 400)
+            self.assertEqual(self.ask(os.path.join(folder, name), "--version"), version)
+        code, out = self.ask(os.path.join(folder, "ccf"))
+        self.assertEqual(code, 1)
+        self.assertIn("no ccfix is running at http://127.0.0.1:8080/; start it (ccfix)", out)
+        self.assertIn("  neither        ccfix --demo\n", self.ask(os.path.join(folder, "ccfix"))[1])
         self.assertEqual(self.main("install")[0], 0)
-        self.assertEqual(self.main("uninstall")[0], 0)
+        self.assertEqual(self.ask(os.path.join(folder, "ccfix"), "uninstall")[0], 0)
+        self.assertEqual(self.listed(), [])
         self.assertEqual(os.listdir(folder), [])
+        self.assertFalse(os.path.exists(os.path.join(self.home, ".local", "share", "ccfix")))
+
+    @unittest.skipUnless(os.name == "posix", "POSIX")
+    def test_the_byte_code_is_used(self):
+        self.assertEqual(self.main("install")[0], 0)
+        stub = os.path.join(self.home, ".local", "bin", "ccfix")
+        told = self.ask(sys.executable, "-v", stub, "--version")[1].splitlines()
+        told = [line for line in told if "/share/ccfix/" in line]
+        self.assertEqual(len(told), 2, told)
+        self.assertRegex(told[0], r"ccfix\.[\w-]+\.pyc matches .*ccfix\.py$")
+        self.assertRegex(told[1], r"code object from .*ccfix\.[\w-]+\.pyc")
+
+    @unittest.skipUnless(os.name == "posix", "POSIX")
+    def test_any_folder_will_do_and_holds_everything(self):
+        for name in ("it's 100%s [a] \u00e9", "plain"):
+            folder = os.path.join(self.home, name)
+            self.assertEqual(self.main("install", "--dir", folder)[0], 0)
+            self.assertEqual(
+                self.listed(folder),
+                ["ccf", "ccfix", "ccfix-module/__pycache__/BYTE CODE", "ccfix-module/ccfix.py"],
+            )
+            for env in ({}, {"LC_ALL": "C"}):
+                code, out = self.ask(os.path.join(folder, "ccf"), "--version", **env)
+                self.assertEqual((code, out), (0, "ccfix %s\n" % ccfix.__version__))
+            self.assertEqual(self.main("uninstall", "--dir", folder)[0], 0)
+            self.assertEqual(os.listdir(folder), [])
+
+    def test_the_module_goes_where_the_users_data_is(self):
+        for data, folder in (
+            (os.path.join(self.home, "data"), "data/ccfix"),
+            ("relative", ".local/share/ccfix"),  # which the specification says to ignore
+            ("", ".local/share/ccfix"),
+        ):
+            files = ccfix.installed_files("", {"XDG_DATA_HOME": data}, self.home, False)
+            names = [folder + "/ccfix.py", ".local/bin/ccfix", ".local/bin/ccf"]
+            self.assertEqual(list(files), [os.path.join(self.home, name) for name in names])
+
+    @unittest.skipUnless(os.name == "posix", "POSIX")
+    def test_an_older_installation_is_replaced_and_removed(self):
+        for steps in (["uninstall"], ["install", "uninstall"]):
+            os.makedirs(".local/bin", exist_ok=True)
+            self.write(".local/bin/ccfix", ccfix_source())
+            self.write(
+                ".local/bin/ccf",
+                "#!/bin/sh\n# ccfix: let Claude Code use any model\n[ $# -gt 0 ] || set -- open\n"
+                'exec "$(dirname "$0")/ccfix" "$@"\n',
+            )
+            for step in steps:
+                self.assertEqual(self.main(step)[0], 0)
+            self.assertEqual(self.listed(), [])
+
+    def test_what_somebody_else_put_there_stays(self):
+        self.assertEqual(self.main("install", "--dir", "bin")[0], 0)
+        self.write("bin/other", "x")
+        self.write("bin/ccfix-module/notes", "x")
+        self.write("bin/ccfix-module/__pycache__/other.pyc", "x")
+        self.assertEqual(self.main("uninstall", "--dir", "bin")[0], 0)
+        self.assertEqual(
+            [name.replace(os.sep, "/") for name in self.listed("bin")],
+            ["ccfix-module/__pycache__/other.pyc", "ccfix-module/notes", "other"],
+        )
 
     def test_another_programs_file_stays(self):
-        os.makedirs("bin")
-        self.write("bin/ccf", "#!/bin/sh\necho other\n")
-        self.assertEqual(self.main("install", "--dir", "bin")[0], 2)
-        self.assertEqual(self.main("uninstall", "--dir", "bin")[0], 1)
-        self.assertEqual(self.read("bin/ccf"), "#!/bin/sh\necho other\n")
-        self.assertEqual(os.listdir("bin"), ["ccf"])
+        os.makedirs("bin/ccfix-module")
+        name = "ccf.cmd" if os.name == "nt" else "ccf"
+        for path in ("bin/" + name, "bin/ccfix-module/ccfix.py"):
+            self.write(path, "#!/bin/sh\necho other\n")
+            self.assertEqual(self.main("install", "--dir", "bin")[0], 2)
+            self.assertEqual(self.main("uninstall", "--dir", "bin")[0], 1)
+            self.assertEqual(self.read(path), "#!/bin/sh\necho other\n")
+            self.assertEqual(self.listed(), [os.path.normpath(path)])
+            self.assertEqual(self.main("install", "--dir", "bin", "--force")[0], 0)
+            self.assertEqual(self.main("uninstall", "--dir", "bin")[0], 0)
+            self.assertEqual(self.listed(), [])
+            os.makedirs("bin/ccfix-module")
+
+    def test_a_folder_that_cannot_be_written_is_told(self):
+        self.write("file", "")
+        code, _, err = self.main("install", "--dir", "file")
+        self.assertEqual(code, 2)
+        self.assertIn("cannot install in %s (" % os.path.join(self.home, "file"), err)
+
+    def test_a_broken_env_does_not_matter(self):
+        self.write(".env", "PROFILE=bogus\nPROXY_PORT=many\n")
+        self.assertEqual(self.main("install", "--dir", "bin")[0], 0)
+        self.assertEqual(self.main("uninstall", "--dir", "bin")[0], 0)
 
     def test_windows_gets_cmd_files_in_a_folder_of_the_users_own(self):
-        files = ccfix.installed_files(True, "source", "C:\\py\\python.exe")
-        self.assertEqual(sorted(files), ["ccf.cmd", "ccfix.cmd", "ccfix.py"])
-        self.assertIn('"C:\\py\\python.exe" "%~dp0ccfix.py" %*\r\n', files["ccfix.cmd"])
-        self.assertIn('"%~dp0ccfix.py" open\r\n', files["ccf.cmd"])
         apps = os.path.join("L", "Microsoft", "WindowsApps")
-        self.assertEqual(
-            ccfix.install_folder(True, {"LOCALAPPDATA": "L", "PATH": "x;" + apps}, "h"), apps
-        )
-        self.assertEqual(
-            ccfix.install_folder(True, {}, "h"),
-            os.path.join("h", "AppData", "Local", "Programs", "ccfix"),
-        )
+        for environ, folder in (
+            ({"LOCALAPPDATA": "L", "PATH": "x;" + apps}, apps),
+            ({}, os.path.join("h", "AppData", "Local", "Programs", "ccfix")),
+        ):
+            folder = os.path.abspath(folder)
+            with mock.patch.object(ccfix.sys, "executable", "C:\\py\\python.exe"):
+                files = ccfix.installed_files("", environ, "h", True)
+            names = ["ccfix-module/ccfix.py", "ccfix.cmd", "ccf.cmd"]
+            self.assertEqual(list(files), [os.path.join(folder, name) for name in names])
+        code = "import os, sys; sys.path[0] = sys.argv.pop(1); sys.argv[0] = 'ccfix'; import ccfix"
+        line = '@"C:\\py\\python.exe" -c "%s; sys.exit(ccfix.main(sys.argv[1:] or %s))"'
+        for name, alone in (("ccfix.cmd", "[]"), ("ccf.cmd", "['open']")):
+            text = files[os.path.join(folder, name)]
+            self.assertIn(line % (code, alone) + ' "%~dp0ccfix-module" %*\r\n', text)
+
+    @unittest.skipUnless(os.name == "posix", "POSIX")
+    def test_the_code_in_a_cmd_file_works(self):
+        """As far as that can be seen here: what python.exe gets from cmd.exe."""
+        self.assertEqual(self.main("install", "--dir", "bin")[0], 0)
+        for name, words, said in (
+            ("[]", ["--version"], "ccfix %s\n" % ccfix.__version__),
+            ("['open']", [], "no ccfix is running at http://127.0.0.1:8080/; start it (ccfix)"),
+        ):
+            code = re.search(r'-c "([^"]*)"', ccfix.cmd_stub("", name)).group(1)
+            folder = os.path.join(self.home, "bin", "ccfix-module")
+            self.assertIn(said, self.ask(sys.executable, "-c", code, folder, *words)[1])
 
     def test_open_finds_the_running_proxy(self):
         import webbrowser
@@ -13896,8 +14700,7 @@ class TestFollowing(unittest.TestCase):
         proxy = ccfix.Proxy(config, mock.Mock())
         self.change("PRICES={broken}", "RECORD_DIR=" + os.path.join(self.folder, "r"))
         proxy.settings()
-        self.assertIsNotNone(proxy.recorder, "other changes are followed all the same")
-        self.assertIn("PRICES cannot be used", proxy.log.call_args[0][1])
+        self.assertIn("PRICES cannot be used", config.log.call_args[0][1])
 
     def test_a_log_file_that_cannot_be_written_is_told_at_the_start(self):
         with mock.patch("sys.stderr", io.StringIO()) as said:
@@ -13915,10 +14718,10 @@ class TestFollowing(unittest.TestCase):
         self.assertEqual(code, 2)
         self.assertIn("LOG_FILE", said.getvalue())
 
-    def test_a_certificate_file_that_is_not_there_is_told_at_the_start(self):
+    def test_a_certificate_file_that_does_not_exist_is_told_at_the_start(self):
         for name in ("CA_BUNDLE", "CLIENT_CERT"):
-            with self.assertRaises(ccfix.Usage) as caught:
-                ccfix.check_target(settings_of(**{name: os.path.join(self.folder, "none.pem")}))
+            with self.assertRaises(ccfix.SettingError) as caught:
+                ccfix.check_settings(settings_of(**{name: os.path.join(self.folder, "none.pem")}))
             self.assertIn(name, str(caught.exception))
 
     def test_a_local_server_without_a_model_name_gives_one(self):
@@ -13936,9 +14739,8 @@ class TestFollowing(unittest.TestCase):
 
     def test_a_private_file_is_written_whole_or_not_at_all(self):
         path = os.path.join(self.folder, "file")
-        ccfix.write_file(
-            path, "K\udcc3\udca9"
-        )  # as Python 3.6 reads the command line under LC_ALL=C
+        # as Python 3.6 reads the command line under LC_ALL=C
+        ccfix.write_file(path, "K\udcc3\udca9")
         with open(path, "rb") as file:
             self.assertEqual(file.read(), "K\u00e9".encode("utf-8"))
         with self.assertRaises(OSError):
@@ -14158,7 +14960,8 @@ class TestReadme(unittest.TestCase):
 
     # Names of others: Claude Code's, the shell's, and those of servers and of networks.
     FOREIGN = re.compile(
-        r"CLAUDE_\w+|ENABLE_TOOL_SEARCH|ANTHROPIC_(?:BASE_URL|AUTH_TOKEN|MODEL)|(?:HTTPS?|ALL|NO)_PROXY|SSL_CERT_FILE"
+        r"CLAUDE_\w+|ENABLE_TOOL_SEARCH|ANTHROPIC_(?:BASE_URL|AUTH_TOKEN|MODEL)"
+        r"|(?:HTTPS?|ALL|NO)_PROXY|SSL_CERT_FILE|XDG_DATA_HOME"
         r"|NODE_EXTRA_CA_CERTS|OLLAMA_CONTEXT_LENGTH|YOUR_PROXY_KEY|NO_COLOR|GET|POST|HEAD"
     )
 
@@ -14332,9 +15135,10 @@ class TestHouse(unittest.TestCase):
 
     def test_only_the_standard_library_is_imported(self):
         allowed = set(
-            """argparse ast base64 ctypes collections contextlib difflib email functools getpass hashlib hmac http io itertools json math operator os platform
-            random re secrets select selectors shlex shutil signal socket socketserver sqlite3 ssl stat string subprocess sys tempfile textwrap threading time traceback
-            typing urllib uuid webbrowser zlib""".split()
+            """argparse ast base64 collections compileall contextlib difflib email functools
+            getpass hashlib hmac http io itertools json math operator os platform random re secrets select
+            selectors shlex shutil signal socket socketserver sqlite3 ssl stat string subprocess sys
+            tempfile textwrap threading time traceback typing urllib uuid webbrowser zlib""".split()
         )
         found = set()
         for node in ast.walk(self.tree):
