@@ -1865,6 +1865,11 @@ def text_block(text):
     return {"type": "text", "text": text}
 
 
+def empty_block(kind, **fields):
+    """A block of `kind`, a key of BLOCKS, as it starts in a stream; fields: what it has already."""
+    return dict(dict(BLOCKS[kind].empty, type=kind), **fields)
+
+
 def find_blocks(body, kind):
     """The request's content blocks of a kind, outer ones first, then those in tool results."""
     for message in as_list(body.get("messages")):
@@ -2100,10 +2105,10 @@ def bring_back(said, thoughts, profile, notes, call_ids):
     if shape == "parts":
         # What is remembered is whole; a signature holds what had come when its block was closed.
         kept = [note["details"] for note in notes + states[::-1] if note.get("details")]
-        return [add_note(thinking_block(""), details=kept[0])] + said if kept else said
+        return [add_note(empty_block("thinking"), details=kept[0])] + said if kept else said
     kept = ["".join(state["text"] for state in states)] + [note.get("reasoning") for note in notes]
     text = next(filter(None, kept), profile.placeholder)
-    return [thinking_block(text)] + said if text else said
+    return [empty_block("thinking", thinking=text)] + said if text else said
 
 
 def sign_calls(said, states, profile, notes, call_ids):
@@ -2118,11 +2123,6 @@ def sign_calls(said, states, profile, notes, call_ids):
         add_note(block, google=next(found)) if block.get("type") == "tool_use" else block
         for block in said
     ]
-
-
-def thinking_block(text):
-    """A thinking block without a signature: only a format's writer sees it."""
-    return {"type": "thinking", "thinking": text, "signature": ""}
 
 
 def add_note(block, **note):
@@ -3866,11 +3866,6 @@ def stop_event(index):
     return {"type": "content_block_stop", "index": index}
 
 
-def empty_block(kind, **fields):
-    """The content_block with which a block of `kind`, a key of BLOCKS, starts."""
-    return dict(BLOCKS[kind].empty, type=kind, **fields)
-
-
 def zero_usage(input_tokens=0):
     """Anthropic's usage before anything is known: all four fields, as the client expects."""
     return {
@@ -4825,9 +4820,10 @@ def learn_betas(found, profile, body, sent):
     return {"betas": profile.betas + tuple(re.findall(r"[\w-]+", found.group(1)))}
 
 
-def learn_cache_marks(found, profile, body, sent):
-    """Cache marks, which some relays of Anthropic's API refuse; they stand on blocks and tools."""
-    return never_send(profile, "cache_control") if '"cache_control"' in compact_json(sent) else {}
+def learn_named(found, profile, body, sent):
+    """The field that the words name, wherever it stands in the request."""
+    field = found.group(1)
+    return never_send(profile, field) if '"%s"' % field in compact_json(sent) else {}
 
 
 def learn_no_thinking(found, profile, body, sent):
@@ -4835,11 +4831,6 @@ def learn_no_thinking(found, profile, body, sent):
     if not sent.get("stream"):
         return {"always_stream": True}
     return {"body": profile.body + (("enable_thinking", False),)}
-
-
-def learn_no_effort(found, profile, body, sent):
-    """DeepSeek: an effort beside thinking that is off."""
-    return never_send(profile, "reasoning_effort") if "reasoning_effort" in sent else {}
 
 
 def learn_thinking(found, profile, body, sent):
@@ -4964,7 +4955,7 @@ LESSON_RULES = (
     #
     # "Unexpected value(s) `x`, `y` for the `anthropic-beta` header." (Bedrock)
     (r"value\(s\) (.+?) for the .?anthropic-beta", learn_betas),
-    (r"cache_control", learn_cache_marks),
+    (r"(cache_control)", learn_named),
     (r"messages\.\d+\.role|Unexpected role .?system", {"untouched": False}),  # older Claude models
     (r"tools with reasoning_effort are not supported", {"effort_with_tools": "none"}),  # gpt-5.4
     (r"thought_signature", {"reasoning_field": "google", "placeholder": GEMINI_SKIP}),
@@ -4974,7 +4965,7 @@ LESSON_RULES = (
     (r"role: system|Developer instruction is not enabled", {"system_role": False}),  # Gemma
     # "parameter.enable_thinking must be set to false for non-streaming calls" (DashScope)
     (r"enable_thinking must be set to false", learn_no_thinking),
-    (r"cannot be disabled when reasoning_effort", learn_no_effort),  # DeepSeek, of thinking
+    (r"cannot be disabled when (reasoning_effort)", learn_named),  # DeepSeek, of thinking
     (REFUSED, learn_thinking),
     # "The reasoning_content in the thinking mode must be passed back to the API." (DeepSeek, MiMo)
     (r"reasoning_content.{0,80}(?:passed back|missing)", learn_reasoning),
