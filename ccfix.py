@@ -4288,8 +4288,8 @@ class ChatReader(Reader):
         """Reasoning from the first field that holds any (chutes.ai sends the same in two); opaque
         details are kept for the next turn and shown where no plain field has the text.
 
-        An entry of OpenRouter's reasoning_details is {"type": "reasoning.text" | "reasoning.summary"
-        | "reasoning.encrypted", "text" | "summary" | "data", "signature", "index"}; a signature may
+        An entry of OpenRouter's reasoning_details: {"type": "reasoning.text", "reasoning.summary" or
+        "reasoning.encrypted", "text", "summary" or "data", "signature", "index"}; a signature may
         come after the text has begun, and opens no block.
         """
         shown = False
