@@ -7332,6 +7332,22 @@ class Proxy:
             with self.lock:
                 self.active -= 1
 
+    def close(self, grace=0.0):
+        """Close connections and store; requests under way get `grace` seconds to end, and one more
+        to say that they were broken off."""
+        self.wait_idle(grace)
+        if self.wires:
+            self.wires[1].close()
+            self.wait_idle(1)
+        if self.store:
+            self.store.close()
+
+    def wait_idle(self, seconds):
+        """Wait until no request is under way, at most so long."""
+        end = time.monotonic() + seconds
+        while self.active and time.monotonic() < end:
+            time.sleep(0.02)
+
     # -- the small endpoints
 
     def models(self, settings):
@@ -7384,7 +7400,6 @@ class Proxy:
         has_key = bool(settings.anthropic_api_key)
         families = FAMILIES + ("fallback", "image")
         plans = [plan_for(settings, family, self.profile_of(settings)) for family in families]
-        cache = self.store.stats() if self.store and settings.cache_enabled else {}
         target = {"model": plan.model, "api_base": without_password(plan.base)}
         return {
             "name": "ccfix",
@@ -7412,14 +7427,18 @@ class Proxy:
             "series": self.ledger.series(),
             "requests": self.ledger.rows(100),
             "lessons": self.lesson_rows(),
-            "cache": dict(
-                cache,
-                enabled=settings.cache_enabled,
-                mode=settings.cache_key_mode,
-                ttl=settings.cache_ttl,
-            ),
+            "cache": self.cache_status(settings),
             "settings": settings.shown(),
         }
+
+    def cache_status(self, settings):
+        """What GET /cache/stats tells: the counts of the store, and how the cache is set up."""
+        return dict(
+            self.store.stats() if self.store else {},
+            enabled=settings.cache_enabled,
+            mode=settings.cache_key_mode,
+            ttl=settings.cache_ttl,
+        )
 
     def lesson_rows(self):
         """[{upstream, model, field, value, text}] of all lessons."""
@@ -8056,11 +8075,13 @@ class Inbox(io.RawIOBase):
     """What a client sends, as a raw file with deadlines.
 
     The socket never blocks. Reading raises socket.timeout when the time that allow() gave is over,
-    also for a sender that is never silent but never done.
+    also for a sender that is never silent but never done; and ClientGone at the end of the
+    connection, unless it may end here.
     """
 
     def __init__(self, sock):
         self.sock, self.deadline, self.pause = sock, 0, 0
+        self.may_end = True  # no request has begun
 
     def allow(self, seconds, pause=None):
         """What is read next must come within `seconds`, with no silence longer than `pause`."""
@@ -8073,7 +8094,10 @@ class Inbox(io.RawIOBase):
         seconds = min(self.deadline - time.monotonic(), self.pause)
         if seconds < 0 or not poll_socket(self.sock, seconds):
             raise socket.timeout("the client sent nothing for too long")
-        return self.sock.recv_into(buffer)
+        size = self.sock.recv_into(buffer)
+        if not size and not self.may_end:
+            raise ClientGone()
+        return size
 
 
 def wait_for_data(socks, seconds):
@@ -8100,16 +8124,14 @@ class Watch:
     """
 
     def __init__(self, client, on_look=None):
-        self.client, self.on_look, self.next_look = client, on_look, 0
-        self.sent_early = False  # there is data of the client's that nobody reads yet
+        self.client = client  # its socket; None once it has sent its next request early
+        self.on_look, self.next_look = on_look, 0
 
     def __call__(self, sock, seconds):
         """True: sock can be read; False: the seconds are over. Without a sock it only waits."""
         end = time.monotonic() + seconds
         while True:
-            socks = [sock] if sock else []
-            if not self.sent_early:
-                socks.append(self.client)
+            socks = [one for one in (sock, self.client) if one]
             ready = wait_for_data(socks, max(min(seconds, LOOK_SECONDS), 0))
             now = time.monotonic()
             if self.client in ready:
@@ -8124,15 +8146,19 @@ class Watch:
                 return False
 
     def look_at_client(self):
-        """The client's socket can be read: it hung up, or it sent its next request early."""
+        """The client's socket can be read: it hung up, or it sent its next request early.
+
+        Nobody reads that request yet, so that the socket would end each further wait at once.
+        """
         try:
-            self.sent_early = bool(self.client.recv(1, socket.MSG_PEEK))
+            data = self.client.recv(1, socket.MSG_PEEK)
         except BlockingIOError:
             return
         except OSError:
+            data = b""
+        if not data:
             raise ClientGone()
-        if not self.sent_early:
-            raise ClientGone()
+        self.client = None
 
 
 MAY_BE_HALF = re.compile(rb"\\u[dD]")
@@ -8223,7 +8249,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         Closing a socket with unread data resets the connection, and that can take the reply from
         the client before it has read it (RFC 9112, 9.6).
         """
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ClientGone):
             self.connection.shutdown(socket.SHUT_WR)
             self.inbox.raw.allow(LINGER_SECONDS)
             while self.inbox.read1(65536):
@@ -8238,6 +8264,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         head is known to be sound, so that each of these errors ends the connection.
         """
         self.inbox.raw.allow(IDLE_SECONDS)
+        self.inbox.raw.may_end = True
         if not self.inbox.peek(1):
             return False
         self.inbox.raw.allow(HEAD_SECONDS)
@@ -8245,7 +8272,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not line.strip():  # RFC 9112, 2.2: an empty line before a request is no fault
             self.close_connection = False
             return False
-        self.unread = True
+        self.unread, self.inbox.raw.may_end = True, False
         found = REQUEST_LINE.fullmatch(line)
         if len(line) == MAX_HEAD_BYTES:
             raise ProxyError("the request line is too long", 414)
@@ -8258,13 +8285,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.check_head()
         return True
 
-    def read_line(self, limit):
-        """A line, cut at `limit` bytes; ClientGone when the connection ends within it."""
-        line = self.inbox.readline(limit)
-        if len(line) < limit and not line.endswith(b"\n"):
-            raise ClientGone()
-        return line
-
     def read_fields(self, left=MAX_HEAD_BYTES):
         """The lines of header fields, or of a body's trailers, up to the empty one, as bytes.
 
@@ -8274,7 +8294,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """
         lines = []
         while not lines or lines[-1] != b"\r\n":
-            line = self.read_line(left)
+            line = self.inbox.readline(left)
             left -= len(line)
             if left <= 0:
                 raise ProxyError("the request has too many or too long header fields", 431)
@@ -8408,7 +8428,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         self.inbox.raw.allow(BODY_SECONDS, HEAD_SECONDS)
         try:
-            raw = self.read_chunks() if self.chunked else self.read_exactly(self.length)
+            raw = self.read_chunks() if self.chunked else self.inbox.read(self.length)
         except socket.timeout:
             raise ProxyError("the request's body did not arrive in time", 408)
         self.unread = False
@@ -8421,13 +8441,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 "the request has %d bytes; the limit is %d MB" % (size, MAX_BODY_BYTES >> 20), 413
             )
 
-    def read_exactly(self, size):
-        """Exactly `size` bytes; ClientGone when the connection ends first."""
-        raw = self.inbox.read(size)
-        if len(raw) < size:
-            raise ClientGone()
-        return raw
-
     def read_chunks(self):
         """A body sent in chunks (RFC 9112, 7.1). Extensions and trailers are read, and ignored.
 
@@ -8437,12 +8450,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """
         body = bytearray()
         while True:
-            found = CHUNK_LINE.fullmatch(self.read_line(MAX_CHUNK_LINE))
+            found = CHUNK_LINE.fullmatch(self.inbox.readline(MAX_CHUNK_LINE))
             size = int(found.group(1), 16) if found else 0
             if size:
                 self.check_size(len(body) + size)
-                body += self.read_exactly(size)
-                found = self.read_line(2) == b"\r\n"
+                body += self.inbox.read(size)
+                found = self.inbox.read(2) == b"\r\n"
             if not found:
                 raise BadRequest("the request's chunked body is malformed")
             if not size:
@@ -8481,8 +8494,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.began_reply, self.wfile = True, io.BytesIO()  # where http.server writes to
         self.close_connection |= self.unread or self.server.stopping
         self.send_response_only(status)
-        for name, value in dict(headers, **{"request-id": self.request_id}).items():
+        for name, value in headers.items():
             self.send_header(name, re.sub(r"[^\t\x20-\x7e]", " ", str(value)))
+        self.send_header("request-id", self.request_id)
         if self.close_connection:
             self.send_header("Connection", "close")
         self.end_headers()
@@ -8635,21 +8649,25 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_json(self.proxy.status(self.server.address()), {"Cache-Control": "no-store"})
 
     def get_cache_stats(self):
-        settings, store = self.settings, self.proxy.store
-        return dict(
-            store.stats() if store else {},
-            enabled=settings.cache_enabled,
-            mode=settings.cache_key_mode,
-            ttl=settings.cache_ttl,
-        )
+        return self.proxy.cache_status(self.settings)
 
     def post_cache_clear(self, only_expired):
         store = self.proxy.store
-        clear = store and (store.clear_expired if only_expired else store.clear)
-        return {"removed": clear() if clear else 0}
+        if not store:
+            return {"removed": 0}
+        return {"removed": store.clear_expired() if only_expired else store.clear()}
 
     def post_lessons_forget(self):
         return {"removed": self.proxy.forget()}
+
+
+# Where a server listens at every address -> the one by which this machine reaches it.
+ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+
+
+def local_url(host, port):
+    """The URL by which clients on this machine reach a server that listens there."""
+    return "http://" + host_port(ANY_ADDRESS.get(host, host), port)
 
 
 class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
@@ -8677,8 +8695,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
 
     def address(self):
         """The URL that clients on this machine use."""
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.server_name, self.server_name)
-        return "http://" + host_port(host, self.server_port)
+        return local_url(self.server_name, self.server_port)
 
     def answers_to(self, host, more):
         """Whether a Host header names this server.
@@ -8690,7 +8707,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         name = re.sub(r":\d+\Z", "", host.lower())
         bare = name.strip("[]")
         if re.fullmatch(r"\d{1,3}(\.\d{1,3}){3}|\[[0-9a-f:.]+\]", name):
-            if self.server_name in ("0.0.0.0", "::") or LOOPBACK.match(bare):
+            if self.server_name in ANY_ADDRESS or is_loopback(bare):
                 return True
         return bare in ("localhost", self.server_name.lower()) or name in more
 
@@ -9650,18 +9667,7 @@ class Running:
         self.server.stopping = True
         self.server.shutdown()
         self.server.server_close()
-        self.wait_idle(grace)
-        if self.proxy.wires:
-            self.proxy.wires[1].close()
-            self.wait_idle(1)
-        if self.proxy.store:
-            self.proxy.store.close()
-
-    def wait_idle(self, seconds):
-        """Until no request is open, at most so long."""
-        end = time.monotonic() + seconds
-        while self.proxy.active and time.monotonic() < end:
-            time.sleep(0.02)
+        self.proxy.close(grace)
 
 
 INSECURE_WORDS = (
@@ -9679,8 +9685,8 @@ def banner(settings, address):
     ]
     rows += [(shell, "; ".join(words)) for shell, words in connect_lines(address, bool(key))]
     lines = ["ccfix %s on %s" % (__version__, address)] + ["  %-9s %s" % row for row in rows]
-    host = settings.proxy_host  # 0.0.0.0 is every address, though it also reaches this machine
-    if not key and (host == "0.0.0.0" or not is_loopback("http://" + host_port(host, 0))):
+    host = settings.proxy_host
+    if not key and (host in ANY_ADDRESS or not is_loopback(host)):
         lines.append("  WARNING: open to the network without a proxy key; set ANTHROPIC_API_KEY")
     return lines + ["  " + INSECURE_WORDS] * settings.insecure
 
@@ -10351,10 +10357,7 @@ class Tester:
 
     def close(self):
         """Close the connections that are kept alive, and the store."""
-        if self.proxy.wires:
-            self.proxy.wires[1].close()
-        if self.proxy.store:
-            self.proxy.store.close()
+        self.proxy.close()
 
 
 def models_url(plan):
@@ -11001,8 +11004,7 @@ def open_page(config, options):
     /health says whether it is ccfix that listens there: anything may have the port.
     """
     settings = config()
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.proxy_host, settings.proxy_host)
-    url = "http://%s/" % host_port(host, settings.proxy_port)
+    url = local_url(settings.proxy_host, settings.proxy_port) + "/"
     if glance(url + "health", 3).get("name") != "ccfix":
         said = "no ccfix is running at %s; start it (%s), or name its port with -p"
         notify(said % (url, program_name()))
