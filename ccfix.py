@@ -8161,23 +8161,19 @@ class Watch:
         self.client = None
 
 
-MAY_BE_HALF = re.compile(rb"\\u[dD]")
-SURROGATE = re.compile(
-    # an escaped backslash, a whole pair: both stay as they are; else half a pair
-    rb"(\\\\|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2})"
-    rb"|\\u[dD][89a-fA-F][0-9a-fA-F]{2}"
-)
+HALF_PAIR = re.compile("[\ud800-\udfff]")
 
 
-def without_halves(raw):
-    """JSON bytes in which half a surrogate pair is U+FFFD.
+def decode_json(raw):
+    """The value of JSON bytes in UTF-8, with U+FFFD for half a surrogate pair. Raises ValueError.
 
     JavaScript cuts strings within a pair, and writes the half as an escape. Strict parsers refuse
     it, and UTF-8 has no form for it. The first look is for speed: most bodies have no such escape.
     """
-    if not MAY_BE_HALF.search(raw):
-        return raw
-    return SURROGATE.sub(lambda found: found.group(1) or b"\\ufffd", raw)
+    value = STRICT.decode(raw.decode("utf-8"))
+    if re.search(rb"\\u[dD]", raw):
+        value = json.loads(HALF_PAIR.sub("\ufffd", json.dumps(value, ensure_ascii=False)))
+    return value
 
 
 class Fields(http.client.HTTPMessage):
@@ -8216,7 +8212,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     # -- the connection
 
     def setup(self):
-        http.server.BaseHTTPRequestHandler.setup(self)
+        super().setup()
         self.connection.setblocking(False)
         self.inbox = io.BufferedReader(Inbox(self.connection), 16384)
         self.proxy = self.server.proxy
@@ -8466,7 +8462,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """(the body as a dict, its length in bytes). Raises BadRequest, and what read_body does."""
         raw = self.read_body()
         try:
-            body = STRICT.decode(without_halves(raw).decode("utf-8"))
+            body = decode_json(raw)
         except ValueError as e:
             raise BadRequest("the request body is not valid JSON in UTF-8: %s" % e)
         if not isinstance(body, dict):
@@ -8504,8 +8500,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def send(self, data, headers=(), status=200):
         """A whole reply in one write; none of the body for HEAD. -> the body's length"""
-        headers = dict({"Content-Type": "application/json"}, **dict(headers))
-        headers["Content-Length"] = len(data)
+        usual = {"Content-Type": "application/json", "Cache-Control": "no-store"}
+        headers = dict(usual, **dict(headers, **{"Content-Length": len(data)}))
         self.write(self.head(status, headers) + (b"" if self.command == "HEAD" else data))
         return len(data)
 
@@ -8635,18 +8631,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """The status page for browsers, JSON for everything else."""
         if not self.wants_page():
             return self.get_stats()
-        nonce = base64.b64encode(os.urandom(12)).decode()
+        nonce = os.urandom(12).hex()
         headers = {
             "Content-Type": "text/html; charset=utf-8",
             "Content-Security-Policy": page_policy(nonce),
             "X-Content-Type-Options": "nosniff",
             "Referrer-Policy": "no-referrer",
-            "Cache-Control": "no-store",
         }
         self.send(status_page(nonce), headers)
 
     def get_stats(self):
-        self.send_json(self.proxy.status(self.server.address()), {"Cache-Control": "no-store"})
+        return self.proxy.status(self.server.address())
 
     def get_cache_stats(self):
         return self.proxy.cache_status(self.settings)
@@ -8670,9 +8665,10 @@ def local_url(host, port):
     return "http://" + host_port(ANY_ADDRESS.get(host, host), port)
 
 
-class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
+class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
     """The listening server: a thread for each connection. address: (host, port).
 
+    Not http.server's HTTPServer: that looks its own name up in the DNS first, slow in companies.
     proxy: what the handler needs; a Proxy, but for the servers of the demo and of replays.
     """
 
@@ -8686,11 +8682,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
     def __init__(self, address, proxy, handler=Handler):
         self.proxy = proxy
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-        http.server.HTTPServer.__init__(self, address, handler)
-
-    def server_bind(self):
-        """Without HTTPServer's getfqdn: a DNS look-up at start, slow in companies."""
-        socketserver.TCPServer.server_bind(self)
+        super().__init__(address, handler)
         self.server_name, self.server_port = self.server_address[:2]
 
     def address(self):
@@ -8720,7 +8712,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         """The next connection. When the process is out of descriptors, it stays in the queue, and
         select() reports it again at once: a pause keeps that from burning a core."""
         try:
-            return http.server.HTTPServer.get_request(self)
+            return super().get_request()
         except OSError:
             time.sleep(0.05)
             raise
@@ -9303,7 +9295,7 @@ DEMO_CALLS = (
 def demo_reply(body):
     """(reasoning, text, call) of the demo model for an OpenAI request.
 
-    call: (tool name, arguments dict) or None. Only the last message counts: the demo has no memory.
+    call: (tool name, its arguments as JSON) or None. Only the last message counts: the demo has no memory.
     """
     messages = as_list(body.get("messages"))
     last = as_dict(messages[-1]) if messages else {}
@@ -9317,7 +9309,7 @@ def demo_reply(body):
     for name, argument, words in DEMO_CALLS:
         found = re.search(words, said, re.I)
         if found and name in names:
-            call = name, {argument: found.group(1).strip("`'\" ")}
+            call = name, json.dumps({argument: found.group(1).strip("`'\" ")})
             return "The user wants %s." % name, "Let me see.", call
     reasoning = "The user said something; I say it back." if "think" in said.lower() else ""
     return reasoning, DEMO_HELP % said[:500], None
@@ -9326,16 +9318,19 @@ def demo_reply(body):
 def demo_chunks(body):
     """The chunks of the demo model's reply: a delta a word, arguments in small pieces."""
     reasoning, text, call = demo_reply(body)
-    deltas = [{"reasoning_content": word} for word in re.findall(r"\S+\s*", reasoning)]
-    deltas += [{"content": word} for word in re.findall(r"\S+\s*", text)]
+    deltas = [
+        {field: word}
+        for field, said in (("reasoning_content", reasoning), ("content", text))
+        for word in re.findall(r"\S+\s*", said)
+    ]
     if call:
-        head = {"index": 0, "id": "call_" + os.urandom(8).hex(), "type": "function"}
-        deltas.append({"tool_calls": [dict(head, function={"name": call[0], "arguments": ""})]})
-        for piece in re.findall(r"(?s).{1,12}", json.dumps(call[1])):
-            deltas.append({"tool_calls": [{"index": 0, "function": {"arguments": piece}}]})
+        name, arguments = call
+        pieces = [{"function": {"arguments": part}} for part in re.findall(".{1,12}", arguments)]
+        begin = {"id": "call_" + os.urandom(8).hex(), "function": {"name": name, "arguments": ""}}
+        deltas += [{"tool_calls": [dict(piece, index=0)]} for piece in [begin] + pieces]
     # Neither id, object nor model stand in a chunk: the proxy, its only reader, asks for none.
-    choices = [{"index": 0, "delta": delta} for delta in deltas]
-    choices.append({"index": 0, "delta": {}, "finish_reason": "tool_calls" if call else "stop"})
+    choices = [{"delta": delta} for delta in deltas]
+    choices.append({"delta": {}, "finish_reason": "tool_calls" if call else "stop"})
     read = max(1, len(compact_json(body)) // 4)  # the usual four characters a token
     usage = {"prompt_tokens": read, "completion_tokens": len(deltas)}
     return [{"choices": [choice]} for choice in choices] + [{"choices": [], "usage": usage}]
@@ -9354,7 +9349,7 @@ class DemoModel(http.server.BaseHTTPRequestHandler):
         """Silent: the proxy's own log tells enough."""
 
     def do_GET(self):
-        self.reply('{"object":"list","data":[{"id":"demo","object":"model","owned_by":"ccfix"}]}')
+        self.reply('{"object":"list","data":[{"id":"demo"}]}')
 
     def do_POST(self):
         chunks = demo_chunks(as_dict(json_or_none(self.read_body())))

@@ -14255,8 +14255,8 @@ class TestRequestChecks(unittest.TestCase):
             ('"plain"', '"plain"'),
         ]
         for source, wanted in rows:
-            self.assertEqual(ccfix.without_halves(source.encode()), wanted.encode())
-            json.loads(ccfix.without_halves(source.encode()).decode()).encode("utf-8")
+            self.assertEqual(ccfix.decode_json(source.encode()), json.loads(wanted))
+            ccfix.decode_json(source.encode()).encode("utf-8")
 
 
 class TestFollowing(unittest.TestCase):
