@@ -9295,7 +9295,8 @@ DEMO_CALLS = (
 def demo_reply(body):
     """(reasoning, text, call) of the demo model for an OpenAI request.
 
-    call: (tool name, its arguments as JSON) or None. Only the last message counts: the demo has no memory.
+    call: (tool name, its arguments as JSON) or None. Only the last message counts: the demo has no
+    memory.
     """
     messages = as_list(body.get("messages"))
     last = as_dict(messages[-1]) if messages else {}
@@ -9304,11 +9305,10 @@ def demo_reply(body):
         return "", "The tool answered:\n" + said[:2000], None
     # Claude Code puts its own notes into the user's message; they are full of words like "read".
     said = re.sub(r"(?s)<system-reminder>.*?</system-reminder>", "", said).strip()
-    offered = [as_dict(as_dict(tool).get("function")) for tool in as_list(body.get("tools"))]
-    names = [function.get("name") for function in offered]
+    offered = list(map(name_of, as_list(body.get("tools"))))
     for name, argument, words in DEMO_CALLS:
         found = re.search(words, said, re.I)
-        if found and name in names:
+        if found and name in offered:
             call = name, json.dumps({argument: found.group(1).strip("`'\" ")})
             return "The user wants %s." % name, "Let me see.", call
     reasoning = "The user said something; I say it back." if "think" in said.lower() else ""
@@ -9329,11 +9329,11 @@ def demo_chunks(body):
         begin = {"id": "call_" + os.urandom(8).hex(), "function": {"name": name, "arguments": ""}}
         deltas += [{"tool_calls": [dict(piece, index=0)]} for piece in [begin] + pieces]
     # Neither id, object nor model stand in a chunk: the proxy, its only reader, asks for none.
-    choices = [{"delta": delta} for delta in deltas]
-    choices.append({"delta": {}, "finish_reason": "tool_calls" if call else "stop"})
+    end = {"delta": {}, "finish_reason": "tool_calls" if call else "stop"}
+    chunks = [{"choices": [choice]} for choice in [{"delta": delta} for delta in deltas] + [end]]
     read = max(1, len(compact_json(body)) // 4)  # the usual four characters a token
     usage = {"prompt_tokens": read, "completion_tokens": len(deltas)}
-    return [{"choices": [choice]} for choice in choices] + [{"choices": [], "usage": usage}]
+    return chunks + [{"choices": [], "usage": usage}]
 
 
 class DemoModel(http.server.BaseHTTPRequestHandler):
@@ -9691,8 +9691,8 @@ def serve(config, options):
     find_target(config)
     check_settings(config(), config().proxy_port)
     stopped = threading.Event()
-    for name in ("SIGINT", "SIGTERM"):  # taken before the first request can come
-        signal.signal(getattr(signal, name), lambda *_: stopped.set())
+    for number in (signal.SIGINT, signal.SIGTERM):  # taken before the first request can come
+        signal.signal(number, lambda *_: stopped.set())
     running = Running(config).start()
     say(*banner(config(), running.server.address()))
     while not stopped.wait(0.5):  # a wait without a limit would not notice signals on Windows
@@ -9747,17 +9747,20 @@ def patience(limit):
     return wait
 
 
-def fetch(upstream, url, seconds, headers=()):
-    """The JSON object at a URL, {} for anything else; closes the Upstream. Raises ProxyError where
-    it does not come within so many seconds."""
-    with contextlib.closing(upstream):
+def fetch(url, seconds, headers=(), *tls):
+    """The JSON object at a URL, {} for anything else.
+
+    tls: CA_BUNDLE, CLIENT_CERT, INSECURE. Raises ProxyError where it does not come within so many
+    seconds.
+    """
+    with contextlib.closing(Upstream(seconds, seconds, *tls)) as upstream:
         return get_json(upstream, url, dict(headers), patience(seconds), seconds)
 
 
 def glance(url, seconds=GLANCE_SECONDS):
     """The JSON object at a URL of this machine; {} where nobody answers."""
     try:
-        return fetch(Upstream(seconds, seconds), url, seconds)
+        return fetch(url, seconds)
     except ProxyError:
         return {}
 
@@ -9777,12 +9780,10 @@ def list_models(settings, seconds=10):
     Where it lists none within so many seconds, the user is told why, and can still name one.
     """
     plan = target_plan(settings)
-    upstream = Upstream(
-        seconds, seconds, settings.ca_bundle, settings.client_cert, settings.insecure
-    )
+    tls = settings.ca_bundle, settings.client_cert, settings.insecure
     try:
-        headers = upstream_headers(plan, settings, {})
-        return model_names(fetch(upstream, models_url(plan), seconds, headers))
+        headers = upstream_headers(plan, settings)
+        return model_names(fetch(models_url(plan), seconds, headers, *tls))
     except ProxyError as e:
         notify("its models cannot be listed: %s" % e)
         return []
@@ -9809,38 +9810,42 @@ def local_servers():
     return [row for row in servers if row[2]]
 
 
-def check_target(settings):
-    """Raise Usage where the target needs a key and has none; EXTRA_HEADERS may hold it."""
+def find_target(config):
+    """Aim at a model server on this machine where nothing is configured, and say so.
+
+    A base URL, a key or headers count as configured. Raises Usage where no server is found, or the
+    configured target needs a key and has none; EXTRA_HEADERS may hold it.
+    """
+    settings = config()
     base = settings.target_api_base
-    if not (settings.target_api_key or settings.extra_headers or is_loopback(base)):
+    given = {name for name, origin in settings.origins.items() if origin != "default"}
+    if not given & {"target_api_base", "target_api_key", "extra_headers"}:
+        find_server(config, given)
+    elif is_loopback(base):
+        if "target_model" not in given:
+            find_model(config)
+    elif not (settings.target_api_key or settings.extra_headers):
         raise Usage(
             "no key for %s: give it as TARGET_API_KEY in the environment or .env, or with -k KEY;"
             " or try --demo" % without_password(base)
         )
 
 
-def find_target(config):
-    """Where nothing is configured, aim at a model server on this machine, and say so.
+def find_server(config, given):
+    """Take a model server on this machine, and a model of it; given: names of what is configured.
 
-    A base URL, a key or headers count as configured; a model name alone does not, and is looked for
-    among the servers' own. Raises Usage where no server is found, or a key is missing.
+    A model name that is given is looked for among the servers' own. Raises Usage.
     """
-    settings = config()
-    given = {name for name, origin in settings.origins.items() if origin != "default"}
-    if given & {"target_api_base", "target_api_key", "extra_headers"}:
-        check_target(settings)
-        if "target_model" not in given and is_loopback(settings.target_api_base):
-            find_model(config)
-        return
-    servers = local_servers()
+    settings, servers = config(), local_servers()
     if not servers:
         raise Usage(NO_TARGET.format(program_name()))
     wanted = settings.target_model if "target_model" in given else ""
     title, base, models = next((row for row in servers if wanted in row[2]), servers[0])
     model = wanted or models[0]
-    config.add(config.found, TARGET_API_BASE=base, TARGET_MODEL=model)
+    found = {"TARGET_API_BASE": base, "TARGET_MODEL": model}
     if settings.proxy_port == url_origin(base)[2] and "proxy_port" not in given:
-        config.add(config.found, PROXY_PORT="8081")  # llama.cpp's usual port is the proxy's own
+        found["PROXY_PORT"] = "8081"  # llama.cpp's usual port is the proxy's own
+    config.add(config.found, **found)
     others = shorten(", ".join(name for name in models if name != model), 200)
     hint = " (-m takes another: %s)" % others if others else ""
     said = "nothing is configured; found %s at %s, using its model %s%s"
@@ -9882,6 +9887,11 @@ class ReplayModel(DemoModel):
         self.send(reply["status"], headers, reply["body"])
 
 
+def target_values(base, model, spoken, **others):
+    """{ENV_NAME: string} that aim at a base URL; spoken: "openai" or "anthropic"."""
+    return dict(others, TARGET_API_BASE=base, TARGET_MODEL=model, TARGET_FORMAT=spoken)
+
+
 def start_replay(folder):
     """Serve the recorded replies of a folder -> settings that aim at them. Raises Usage.
 
@@ -9895,12 +9905,8 @@ def start_replay(folder):
     if not replies:
         raise Usage("--replay: %s holds no recorded replies" % folder)
     native = any(re.search(r'"type": ?"message(_start)?"', reply["body"]) for reply in replies)
-    return {
-        "TARGET_API_BASE": start_model(ReplayModel, collections.deque(replies)),
-        "TARGET_MODEL": "replay",
-        "TARGET_FORMAT": "anthropic" if native else "openai",
-        "TARGET_RETRIES": "0",
-    }
+    base = start_model(ReplayModel, collections.deque(replies))
+    return target_values(base, "replay", "anthropic" if native else "openai", TARGET_RETRIES="0")
 
 
 # ---- run: a proxy and Claude Code, for one session -----------------------------------------------
@@ -9932,6 +9938,7 @@ ASKS_FOR_MODE = (
     "--dangerously-skip-permissions",
     "--allow-dangerously-skip-permissions",
     "--enable-auto-mode",
+    "--print",  # which asks nobody
 )
 MAIN_NAME = "ccfix-main"
 PROBE_SECONDS = 6  # how long a session waits for the model's window, which it cannot learn later
@@ -9941,7 +9948,7 @@ WHY_NO_AUTO = (
 )
 
 
-def session_variables(address, key, settings, plan):
+def session_variables(address, settings, plan):
     """Variables that connect Claude Code to this proxy, with the target's real limits.
 
     The model's name is the target's own: Claude Code obeys CLAUDE_CODE_MAX_CONTEXT_TOKENS only for
@@ -9952,7 +9959,7 @@ def session_variables(address, key, settings, plan):
     main_name = MAIN_NAME if is_known else plan.model
     found = {
         "ANTHROPIC_BASE_URL": address,
-        "ANTHROPIC_AUTH_TOKEN": key,
+        "ANTHROPIC_AUTH_TOKEN": settings.anthropic_api_key or "ccfix",
         "ANTHROPIC_MODEL": main_name,
         "ANTHROPIC_DEFAULT_FABLE_MODEL": main_name,
     }
@@ -9971,7 +9978,7 @@ def session_variables(address, key, settings, plan):
     return found
 
 
-def claude_environment(environ, address, key, settings, plan):
+def claude_environment(environ, address, settings, plan):
     """The environment of Claude Code for one session, from the user's own.
 
     Nothing in it leads elsewhere, and it holds no secret of ccfix: the model's commands can read
@@ -9984,7 +9991,7 @@ def claude_environment(environ, address, key, settings, plan):
         for name, value in environ.items()
         if not FOREIGN.match(name) and name not in secret
     )
-    found.update(session_variables(address, key, settings, plan))
+    found.update(session_variables(address, settings, plan))
     # A company proxy does not reach this machine's loopback.
     if any(environ[name] for name in environ if re.match(r"(?i)(https?|all)_proxy\Z", name)):
         for name in [name for name in found if name.lower() == "no_proxy"] or ["NO_PROXY"]:
@@ -10012,21 +10019,20 @@ def claude_settings(arguments, overrides):
     only one would count. Auto mode is off unless the arguments say how to ask, or print (-p, also
     among joined short flags), where it makes no difference.
     """
-    words, rest, given = iter(arguments), [], ""
+    words, rest, given, is_chosen = iter(arguments), [], "", False
     for word in words:
-        if word.partition("=")[0] == "--settings":
-            given = word.partition("=")[2] or next(words, "")
-        else:
-            rest.append(word)
+        flag, _, value = word.partition("=")
+        if flag == "--settings":
+            given = value or next(words, "")
+            continue
+        rest.append(word)
+        if flag in ASKS_FOR_MODE or re.match(r"-[a-z]*p[a-z]*\Z", word):
+            is_chosen = True
     source = given if given.lstrip().startswith("{") else file_text(given)
     found = as_dict(json_or_none(source))
     if overrides:
         found["env"] = dict(as_dict(found.get("env")), **overrides)
-    chosen = any(
-        word.partition("=")[0] in ASKS_FOR_MODE or re.match(r"--print\Z|-[a-z]*p[a-z]*\Z", word)
-        for word in rest
-    )
-    if not chosen:
+    if not is_chosen:
         found["permissions"] = dict(as_dict(found.get("permissions")), disableAutoMode="disable")
     return found, rest
 
@@ -10060,7 +10066,7 @@ def settings_argument(settings):
 
     handle, path = tempfile.mkstemp(prefix="ccfix-", suffix=".json")
     try:
-        with open(handle, "w", encoding="utf-8") as file:
+        with open(handle, "w") as file:
             file.write(compact_json(settings))
         yield ["--settings", path]
     finally:
@@ -10138,8 +10144,7 @@ def run_claude(path, running, arguments):
     import subprocess  # here, not above: serving does not need it
 
     settings, address = running.config(), running.server.address()
-    key = settings.anthropic_api_key
-    environment = claude_environment(os.environ, address, key, settings, running.plan())
+    environment = claude_environment(os.environ, address, settings, running.plan())
     overrides = settings_overrides(claude_files(running.config.home), environment)
     wanted, rest = claude_settings(arguments, overrides)
     if "disableAutoMode" in as_dict(wanted.get("permissions")):
@@ -10842,8 +10847,8 @@ def init(config, options):
     with usage_errors("%s cannot be written" % path):
         write_file(path, env_template(values))
     notify(INIT_DONE.format(path, program_name()))
-    key, address = settings.anthropic_api_key, "http://127.0.0.1:%d" % settings.proxy_port
-    wanted = session_variables(address, key or "ccfix", settings, target_plan(settings))
+    address = local_url(settings.proxy_host, settings.proxy_port)
+    wanted = session_variables(address, settings, target_plan(settings))
     wanted.update(CLAUDE_DEFAULTS)
     say(json.dumps({"env": wanted, "permissions": {"disableAutoMode": "disable"}}, indent=2))
     return 0
@@ -11215,24 +11220,16 @@ def stand_in(options, given):
     The demo (--demo), a recording (--replay), or a server that speaks Anthropic (check --base-url),
     which gets the key that Claude Code would send it. Raises Usage.
     """
-    if getattr(options, "demo", False):
-        return {
-            "TARGET_API_BASE": start_model(),
-            "TARGET_MODEL": "demo",
-            "TARGET_FORMAT": "openai",
-            "PROFILE": "demo",
-        }
-    if getattr(options, "replay", None):
+    wanted = vars(options)  # not every command has all three
+    if wanted.get("demo"):
+        return target_values(start_model(), "demo", "openai", PROFILE="demo")
+    if wanted.get("replay"):
         return start_replay(options.replay)
-    if getattr(options, "base_url", None):
+    if wanted.get("base_url"):
         keys = [given.get("TARGET_API_KEY")]
         keys += [os.environ.get(name) for name in ("ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_API_KEY")]
-        return {
-            "TARGET_API_BASE": options.base_url,
-            "TARGET_API_KEY": next(filter(None, keys), ""),
-            "TARGET_MODEL": "claude-opus-5-5",
-            "TARGET_FORMAT": "anthropic",
-        }
+        key = next(filter(None, keys), "")
+        return target_values(options.base_url, "claude-opus-5-5", "anthropic", TARGET_API_KEY=key)
     return {}
 
 
@@ -11241,7 +11238,7 @@ def config_of(command, options):
 
     Only a file that --env-file names must exist; .env need not. Raises Usage, SettingError.
     """
-    given = {row.env: getattr(options, row.env) for row in SETTINGS if hasattr(options, row.env)}
+    given = {name: value for name, value in vars(options).items() if name in BY_ENV}
     if command.act is init or not command.settings:
         # init replaces the .env, and install does without: a broken one must not stop them.
         return Config(given, {}, "", home_folder())

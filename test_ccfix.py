@@ -13626,8 +13626,9 @@ class TestRun(CommandsCase):
         return ccfix.Plan("", model, "b", "k", ccfix.DEFAULT._replace(**fields))
 
     def environment(self, environ=(), plan=None, **values):
+        settings = settings_of(ANTHROPIC_API_KEY="fresh", **values)
         return ccfix.claude_environment(
-            dict(environ), "http://127.0.0.1:9", "fresh", settings_of(**values), plan or self.plan()
+            dict(environ), "http://127.0.0.1:9", settings, plan or self.plan()
         )
 
     def test_what_leads_elsewhere_is_taken_out_of_the_environment(self):
