@@ -9409,10 +9409,7 @@ def to_ascii(text):
 
 def say(*lines, out=None):
     """Print lines for a person; out: where to, instead of stdout."""
-    out = out or sys.stdout
-    for line in lines:
-        out.write(to_ascii(line) + "\n")
-    out.flush()
+    print(*map(to_ascii, lines), sep="\n", file=out, flush=True)
 
 
 def notify(message):
@@ -9792,10 +9789,11 @@ def list_models(settings, seconds=10):
 def target_plan(settings):
     """The Plan of requests for no family, as far as the settings alone tell: nobody is asked."""
 
-    def profile_of(base, model):
-        return profile_for(base, model, settings.profile, settings.target_format)
-
-    return plan_for(settings, "", profile_of)
+    return plan_for(
+        settings,
+        "",
+        lambda base, model: profile_for(base, model, settings.profile, settings.target_format),
+    )
 
 
 def local_servers():
@@ -9804,10 +9802,11 @@ def local_servers():
     for title, port in LOCAL_SERVERS:
         base = "http://127.0.0.1:%d/v1" % port
         answer = glance(base + "/models")
+        names = model_names(answer)
         # The list of another ccfix is in Anthropic's form, which has no such field.
-        if answer.get("object") == "list":
-            servers.append((title, base, model_names(answer)))
-    return [row for row in servers if row[2]]
+        if names and answer.get("object") == "list":
+            servers.append((title, base, names))
+    return servers
 
 
 def find_target(config):
@@ -9870,15 +9869,13 @@ class ReplayModel(DemoModel):
         r"(?i)content-(length|encoding)|transfer-encoding|connection|keep-alive|date|server"
         r"|set-cookie\Z"
     )
-    OVER = {
-        "status": 400,
-        "headers": {},
-        "body": '{"error":{"message":"the recording has no further reply"}}',
-    }
+    OVER = '{"error":{"message":"the recording has no further reply"}}'
 
     def do_POST(self):
         self.read_body()
-        reply = self.server.proxy.popleft() if self.server.proxy else self.OVER
+        if not self.server.proxy:
+            return self.send(400, {}, self.OVER)
+        reply = self.server.proxy.popleft()
         headers = {
             name: re.sub(r"[^\t\x20-\x7e]", " ", str(value))
             for name, value in reply["headers"].items()
@@ -10126,9 +10123,9 @@ def run(config, options):
             "claude is not on the PATH; install Claude Code (npm install -g"
             " @anthropic-ai/claude-code) and try again"
         )
-    port = config.given.get("PROXY_PORT", "0")
+    config.given.setdefault("PROXY_PORT", "0")
     key = os.urandom(24).hex()
-    config.add(config.given, ANTHROPIC_API_KEY=key, PROXY_HOST="127.0.0.1", PROXY_PORT=port)
+    config.add(config.given, ANTHROPIC_API_KEY=key, PROXY_HOST="127.0.0.1")
     # Log lines would garble Claude Code's screen; LOG_FILE has them.
     with open(os.devnull, "w") as out:
         running = Running(config, out).start(0 if config().max_context else PROBE_SECONDS)
@@ -10769,8 +10766,8 @@ def choose(title, rows, default=""):
     say(title, *["  %s  %s" % row for row in numbered.items()] + [""], out=sys.stderr)
     default = "1" if rows else default
     question = "number, or another" if rows else "answer"
-    sys.stderr.write(question + (" [%s]: " % default if default else ": "))
-    sys.stderr.flush()
+    hint = " [%s]: " % default if default else ": "
+    print(question + hint, end="", file=sys.stderr, flush=True)
     line = sys.stdin.readline()
     if not line:
         raise Usage(
@@ -10781,7 +10778,7 @@ def choose(title, rows, default=""):
 
 
 def ask_target(values):
-    """Ask for what the flags left open: fills in {ENV_NAME: string}.
+    """Ask for the address and key that the flags left open: fills in {ENV_NAME: string}.
 
     The key is read without showing it, and not at all for a server on this machine. Raises Usage,
     SettingError for an address that is none.
@@ -10799,13 +10796,10 @@ def ask_target(values):
         import getpass
 
         values["TARGET_API_KEY"] = getpass.getpass("Key (not shown): ", sys.stderr).strip()
-    if "TARGET_MODEL" not in values:
-        models = list_models(Settings([("init", values)]))
-        values["TARGET_MODEL"] = choose("Which model?", models[:30])
 
 
 def detect_target(values):
-    """Find what the flags left open, where nobody can be asked: fills in {ENV_NAME: string}.
+    """Find the address that the flags left open, where nobody can be asked: fills it in.
 
     A key without a base URL is one of the default provider's; otherwise a server on this machine is
     looked for. Raises Usage.
@@ -10819,11 +10813,6 @@ def detect_target(values):
             )
         values["TARGET_API_BASE"] = servers[0][1]
         notify("found %s at %s" % servers[0][:2])
-    if "TARGET_MODEL" not in values:
-        models = list_models(Settings([("init", values)]))
-        if not models:
-            raise Usage("no model was given: -m MODEL")
-        values["TARGET_MODEL"] = models[0]
 
 
 INIT_DONE = """wrote {0} (only you can read it). Next:
@@ -10841,9 +10830,15 @@ def init(config, options):
     path, values = options.env_file or ".env", dict(config.given)
     if os.path.lexists(path) and not options.force:
         raise Usage("%s exists already; --force replaces it, --env-file FILE writes another" % path)
-    complete = ask_target if sys.stdin is not None and sys.stdin.isatty() else detect_target
-    complete(values)
+    can_ask = sys.stdin is not None and sys.stdin.isatty()
+    (ask_target if can_ask else detect_target)(values)
     settings = Settings([("init", values)])
+    if "TARGET_MODEL" not in values:
+        models = list_models(settings)
+        if not models and not can_ask:
+            raise Usage("no model was given: -m MODEL")
+        values["TARGET_MODEL"] = choose("Which model?", models[:30]) if can_ask else models[0]
+        settings = Settings([("init", values)])
     with usage_errors("%s cannot be written" % path):
         write_file(path, env_template(values))
     notify(INIT_DONE.format(path, program_name()))
@@ -10878,28 +10873,27 @@ STUB = (
 
 
 def installed_files(directory, environ, home, windows=os.name == "nt"):
-    """{path: content} of an installation, the module first, so that no stub is ever without it.
+    """{Path: content} of an installation, the module first, so that no stub is ever without it.
 
     directory: where all of it goes; "" for the user's own folders. Since Windows 10 one of these is
     on the PATH from the start, but for installations of Windows without its store.
     """
-    data = environ.get("XDG_DATA_HOME", "")
-    if not os.path.isabs(data):  # the XDG base directory specification says to ignore it then
-        data = os.path.join(home, ".local", "share")
-    folder, module_folder = os.path.join(home, ".local", "bin"), os.path.join(data, "ccfix")
+    from pathlib import Path  # here, not above: serving does not need it
+
+    folder, data = Path(home, ".local", "bin"), Path(environ.get("XDG_DATA_HOME", ""))
     if windows:
-        local = environ.get("LOCALAPPDATA") or os.path.join(home, "AppData", "Local")
-        folder = os.path.join(local, "Microsoft", "WindowsApps")
-        if folder.lower() not in environ.get("PATH", "").lower().split(";"):
-            folder = os.path.join(local, "Programs", "ccfix")
-    folder = os.path.abspath(directory or folder)
-    if windows or directory:
-        module_folder = os.path.join(folder, "ccfix-module")
-    with open(os.path.abspath(__file__), encoding="utf-8") as file:
-        files = {os.path.join(module_folder, "ccfix.py"): file.read()}
+        local = Path(environ.get("LOCALAPPDATA") or Path(home, "AppData", "Local"))
+        folder = local / "Microsoft" / "WindowsApps"
+        if str(folder).lower() not in environ.get("PATH", "").lower().split(";"):
+            folder = local / "Programs" / "ccfix"
+    folder = Path(os.path.abspath(directory or str(folder)))
+    if not data.is_absolute():  # the XDG base directory specification says to ignore it then
+        data = Path(home, ".local", "share")
+    module_folder = folder / "ccfix-module" if windows or directory else data / "ccfix"
+    files = {module_folder / "ccfix.py": Path(__file__).read_text("utf-8")}
     for name, arguments in (("ccfix", "[]"), ("ccf", "['open']")):
-        path = os.path.join(folder, name) + ".cmd" * windows
-        files[path] = (cmd_stub if windows else script_stub)(module_folder, arguments)
+        stub = cmd_stub if windows else script_stub
+        files[folder / (name + ".cmd" * windows)] = stub(module_folder, arguments)
     return files
 
 
@@ -10936,7 +10930,7 @@ def install(config, options):
 
     files = installed_files(options.dir, os.environ, config.home)
     module, *programs = files
-    folder = os.path.dirname(programs[0])
+    folder = str(programs[0].parent)
     foreign = [path for path in files if not is_ours(path)]
     if foreign and not options.force:
         raise Usage(
@@ -10944,13 +10938,13 @@ def install(config, options):
             % foreign[0]
         )
     with usage_errors("cannot install in %s (--dir DIR takes another folder)" % folder):
-        for path in files:
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            write_file(path, files[path], 0o755)
+        for path, content in files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_file(path, content, 0o755)
     # force: two versions within a second have the same time. quiet=2: no byte code is no failure,
     # Python then makes it at the first start, or goes without.
-    compileall.compile_file(module, force=True, quiet=2)
-    say("installed ccfix %s as %s" % (__version__, ", ".join(programs)))
+    compileall.compile_file(str(module), force=True, quiet=2)
+    say("installed ccfix %s as %s, %s" % ((__version__,) + tuple(programs)))
     if folder not in os.environ.get("PATH", "").split(os.pathsep):
         shown = "export PATH=\"%s:$PATH\"    (in ~/.profile or your shell's own file)"
         shown = 'setx PATH "%%PATH%%;%s"' if os.name == "nt" else shown
@@ -10964,22 +10958,22 @@ def uninstall(config, options):
     The programs' folder stays too: it was there before, or others use it now.
     """
     paths, code = list(installed_files(options.dir, os.environ, config.home)), 0
-    module, folder = paths[0], os.path.dirname(paths[1])
-    if os.name == "nt":  # where the module was in older versions
-        paths.append(os.path.join(folder, "ccfix.py"))
-    there = [path for path in paths if os.path.lexists(path)]
+    module, folder = paths[0], paths[1].parent
+    if os.name == "nt":
+        paths.append(folder / "ccfix.py")  # where the module was in older versions
+    there = list(filter(os.path.lexists, paths))
     if not there:
-        notify("nothing of ccfix is in " + folder)
+        notify("nothing of ccfix is in %s" % folder)
     for path in there:
         if not is_ours(path):
             notify("%s is another program's and stays" % path)
             code = 1
             continue
-        with usage_errors("cannot remove " + path):
-            os.remove(path)
-        say("removed " + path)
+        with usage_errors("cannot remove %s" % path):
+            path.unlink()
+        say("removed %s" % path)
     if not os.path.lexists(module):
-        remove_byte_code(os.path.dirname(module))
+        remove_byte_code(module.parent)
     return code
 
 
@@ -10988,14 +10982,13 @@ def remove_byte_code(folder):
 
     No failure is told: what stays is a cache, or belongs to somebody else.
     """
-    kept = os.path.join(folder, "__pycache__")
+    kept = folder / "__pycache__"
     with contextlib.suppress(OSError):
-        for name in os.listdir(kept):
-            if re.match(r"ccfix\..*\.pyc\Z", name):
-                os.remove(os.path.join(kept, name))
-        os.rmdir(kept)
+        for path in kept.glob("ccfix.*.pyc"):
+            path.unlink()
+        kept.rmdir()
     with contextlib.suppress(OSError):
-        os.rmdir(folder)
+        folder.rmdir()
 
 
 def open_page(config, options):
@@ -11120,20 +11113,16 @@ def settings_help():
     enough for a terminal of 80."""
     import textwrap
 
+    rows = textwrap.TextWrapper(76, "  ", " " * 27, break_on_hyphens=False)
     lines = [
         "settings without a flag, in the environment or .env (the command line wins, then",
         "the environment, .env, Claude Code's settings.json; keys are best kept in .env,",
         "since everyone on a machine can read command lines):",
     ]
-    for row in [row for row in SETTINGS if not row.flags]:
-        default = " (%s)" % row.default if row.default and row.default not in row.help else ""
-        lines += textwrap.wrap(
-            "%-24s %s%s" % (row.env, row.help, default),
-            76,
-            initial_indent="  ",
-            subsequent_indent=" " * 27,
-            break_on_hyphens=False,
-        )
+    for row in SETTINGS:
+        if not row.flags:
+            default = " (%s)" % row.default if row.default and row.default not in row.help else ""
+            lines.append(rows.fill("%-24s %s%s" % (row.env, row.help, default)))
     return "\n".join(lines)
 
 
@@ -11226,8 +11215,8 @@ def stand_in(options, given):
     if wanted.get("replay"):
         return start_replay(options.replay)
     if wanted.get("base_url"):
-        keys = [given.get("TARGET_API_KEY")]
-        keys += [os.environ.get(name) for name in ("ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_API_KEY")]
+        names = "ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_API_KEY"
+        keys = [given.get("TARGET_API_KEY")] + list(map(os.environ.get, names))
         key = next(filter(None, keys), "")
         return target_values(options.base_url, "claude-opus-5-5", "anthropic", TARGET_API_KEY=key)
     return {}

@@ -14064,7 +14064,9 @@ class TestInstall(CommandsCase):
         ):
             files = ccfix.installed_files("", {"XDG_DATA_HOME": data}, self.home, False)
             names = [folder + "/ccfix.py", ".local/bin/ccfix", ".local/bin/ccf"]
-            self.assertEqual(list(files), [os.path.join(self.home, name) for name in names])
+            self.assertEqual(
+                list(map(str, files)), [os.path.join(self.home, name) for name in names]
+            )
 
     @unittest.skipUnless(os.name == "posix", "POSIX")
     def test_an_older_installation_is_replaced_and_removed(self):
@@ -14125,6 +14127,7 @@ class TestInstall(CommandsCase):
             folder = os.path.abspath(folder)
             with mock.patch.object(ccfix.sys, "executable", "C:\\py\\python.exe"):
                 files = ccfix.installed_files("", environ, "h", True)
+            files = {str(path): content for path, content in files.items()}
             names = ["ccfix-module/ccfix.py", "ccfix.cmd", "ccf.cmd"]
             self.assertEqual(list(files), [os.path.join(folder, name) for name in names])
         code = "import os, sys; sys.path[0] = sys.argv.pop(1); sys.argv[0] = 'ccfix'; import ccfix"
@@ -14772,8 +14775,8 @@ class TestHouse(unittest.TestCase):
     def test_only_the_standard_library_is_imported(self):
         allowed = set(
             """argparse ast base64 collections compileall contextlib difflib email functools
-            getpass hashlib hmac http io itertools json math operator os platform random re secrets select
-            selectors shlex shutil signal socket socketserver sqlite3 ssl stat string subprocess sys
+            getpass hashlib hmac http io itertools json math operator os pathlib platform random re secrets
+            select selectors shlex shutil signal socket socketserver sqlite3 ssl stat string subprocess sys
             tempfile textwrap threading time traceback typing urllib uuid webbrowser zlib""".split()
         )
         found = set()
