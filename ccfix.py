@@ -8046,9 +8046,9 @@ def search_web(exchange, query):
     ]
 
 
-# ======================================================================================================
+# ==================================================================================================
 # 13  HTTP: handler, routes, the one error funnel, server
-# ======================================================================================================
+# ==================================================================================================
 
 # Limits on what a client sends: whoever reaches the port can neither fill the memory nor hold a
 # thread for ever. Anthropic's own API takes 32 MB, so Claude Code sends no more.
@@ -9276,9 +9276,9 @@ def page_policy(nonce):
     ).format(nonce)
 
 
-# ======================================================================================================
+# ==================================================================================================
 # 15  Demo: an embedded model, reached like any other provider
-# ======================================================================================================
+# ==================================================================================================
 
 DEMO_HELP = (
     "I am the demo model inside ccfix: no key, no network, no intelligence. Your words: %s\n\n"
@@ -9316,7 +9316,11 @@ def demo_reply(body):
 
 
 def demo_chunks(body):
-    """The chunks of the demo model's reply: a delta a word, arguments in small pieces."""
+    """The chunks of the demo model's reply: a delta a word, arguments in small pieces.
+
+    As OpenAI streams: one choice a chunk, a finish_reason in the last of them, and then a chunk
+    without choices that holds the usage.
+    """
     reasoning, text, call = demo_reply(body)
     deltas = [
         {field: word}
@@ -9363,7 +9367,10 @@ class DemoModel(http.server.BaseHTTPRequestHandler):
         self.send(200, {"Content-Type": content_type}, text)
 
     def send(self, status, headers, text):
-        """Write a whole answer; headers: {name: value}."""
+        """Write a whole answer; headers: {name: value}, without Content-Length.
+
+        "replace", since a recorded text may hold half a surrogate pair, which UTF-8 cannot express.
+        """
         data = text.encode("utf-8", "replace")
         self.send_response(status)
         for name, value in headers.items():
@@ -9387,9 +9394,9 @@ def start_model(handler=DemoModel, source=None):
     return server.address() + "/v1"
 
 
-# ======================================================================================================
+# ==================================================================================================
 # 16  Commands: serve, run, check, init, install, uninstall, open
-# ======================================================================================================
+# ==================================================================================================
 
 
 class Usage(Exception):
@@ -11121,7 +11128,7 @@ def settings_help():
     ]
     for row in SETTINGS:
         if not row.flags:
-            default = " (%s)" % row.default if row.default and row.default not in row.help else ""
+            default = "" if row.default in row.help else " (%s)" % row.default
             lines.append(rows.fill("%-24s %s%s" % (row.env, row.help, default)))
     return "\n".join(lines)
 
