@@ -8500,9 +8500,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def send(self, data, headers=(), status=200):
         """A whole reply in one write; none of the body for HEAD. -> the body's length"""
-        usual = {"Content-Type": "application/json", "Cache-Control": "no-store"}
-        headers = dict(usual, **dict(headers, **{"Content-Length": len(data)}))
-        self.write(self.head(status, headers) + (b"" if self.command == "HEAD" else data))
+        usual = {
+            "Content-Type": "application/json",
+            "Cache-Control": "no-store",
+            "Content-Length": len(data),
+        }
+        head = self.head(status, dict(usual, **dict(headers)))
+        self.write(head if self.command == "HEAD" else head + data)
         return len(data)
 
     def send_json(self, value, headers=(), status=200):
@@ -8517,8 +8521,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if isinstance(error, RecursionError):
             error = BadRequest("the request is nested too deeply")
         elif not isinstance(error, (ProxyError, ClientGone, Dropped, OSError)):  # our bug
-            seen = self.request_id, traceback.format_exc()
-            self.proxy.log("error", "%s failed inside ccfix:\n%s" % seen)
+            seen = "%s failed inside ccfix:\n%s" % (self.request_id, traceback.format_exc())
+            self.proxy.log("error", seen)
             error = ProxyError("ccfix itself failed; its log has the details", 500)
         if isinstance(error, ProxyError):
             self.send_problem(error)
@@ -9944,7 +9948,6 @@ ASKS_FOR_MODE = (
     "--enable-auto-mode",
     "--print",  # which asks nobody
 )
-MAIN_NAME = "ccfix-main"
 PROBE_SECONDS = 6  # how long a session waits for the model's window, which it cannot learn later
 WHY_NO_AUTO = (
     "auto permission mode is off: its safety check runs on Anthropic's servers, which no proxy"
@@ -9960,7 +9963,7 @@ def session_variables(address, settings, plan):
     Claude model goes by another name. A *_NAME variable is what its /model menu shows.
     """
     is_known = family_of(plan.model) or "claude" in plan.model.lower()
-    main_name = MAIN_NAME if is_known else plan.model
+    main_name = "ccfix-main" if is_known else plan.model
     found = {
         "ANTHROPIC_BASE_URL": address,
         "ANTHROPIC_AUTH_TOKEN": settings.anthropic_api_key or "ccfix",
@@ -10063,15 +10066,16 @@ def settings_argument(settings):
     With a key in them they go into a file that only the user can read, gone afterwards: command
     lines can be read by everyone on the machine.
     """
+    text = compact_json(settings)
     if not settings.get("env"):
-        yield ["--settings", compact_json(settings)] if settings else []
+        yield ["--settings", text] if settings else []
         return
     import tempfile  # here, not above: serving does not need it
 
     handle, path = tempfile.mkstemp(prefix="ccfix-", suffix=".json")
     try:
         with open(handle, "w") as file:
-            file.write(compact_json(settings))
+            file.write(text)
         yield ["--settings", path]
     finally:
         os.remove(path)
@@ -11133,10 +11137,10 @@ def settings_help():
     return "\n".join(lines)
 
 
-def help_epilog(name):
+def help_epilog(name, command):
     """What stands under a command's options in its --help: for ccfix alone all commands, examples,
     and where the other settings are told."""
-    command, parts = COMMANDS[name or "serve"], []
+    parts = []
     if not name:
         rows = ["\n  %-10s %s" % (word, row.help) for word, row in COMMANDS.items()]
         parts.append("commands (ccfix COMMAND --help tells more):" + "".join(rows))
@@ -11147,17 +11151,16 @@ def help_epilog(name):
     return "\n\n".join(parts)
 
 
-def make_parser(name):
+def make_parser(name, command):
     """The parser of a command; "": of ccfix without one, which serves.
 
     Its texts name ccfix, whatever the file is called: they stand in the README too.
     """
-    command = COMMANDS[name or "serve"]
     said = command.help[0].upper() + command.help[1:]
     parser = argparse.ArgumentParser(
         prog=("ccfix " + name).strip(),
         usage=USAGES.get(name),
-        epilog=help_epilog(name),
+        epilog=help_epilog(name, command),
         description=(
             said + "." if name else "Let Claude Code use any model behind an OpenAI-compatible API."
         ),
@@ -11199,15 +11202,15 @@ def command_line(argv):
         raise Usage(
             "there is no command %s; the commands are %s" % (ascii(name), ", ".join(COMMANDS))
         )
-    words = argv[bool(name) :]
+    command, words = COMMANDS[name or "serve"], argv[bool(name) :]
     # argparse would drop the "--", and with it what tells claude's arguments from ours.
     end = words.index("--") if name == "run" and "--" in words else len(words)
-    options = make_parser(name).parse_args(words[:end])
+    options = make_parser(name, command).parse_args(words[:end])
     if name == "run":
         if options.arguments:
             raise Usage("%s: arguments for claude come after --" % ascii(options.arguments[0]))
         options.arguments = words[end + 1 :]
-    return COMMANDS[name or "serve"], options
+    return command, options
 
 
 def stand_in(options, given):
