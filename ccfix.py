@@ -8380,7 +8380,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 "the proxy key is missing or wrong: set ANTHROPIC_AUTH_TOKEN (or ANTHROPIC_API_KEY)"
                 " of Claude Code to the ANTHROPIC_API_KEY of ccfix",
                 401,
-                headers=dict(NEVER),
+                headers=NEVER,
             )
         if not key and not self.server.answers_to(host, settings.allowed_hosts):
             raise ProxyError(
@@ -9749,7 +9749,7 @@ def patience(limit):
             return True
         if seconds >= left:
             said = "no complete answer within %g s" % limit
-            raise UpstreamError(said, 504, "timeout_error", kind="timeout")
+            raise UpstreamError(said, 504, kind="timeout")
         return False
 
     return wait
@@ -10955,7 +10955,7 @@ def install(config, options):
     # force: two versions within a second have the same time. quiet=2: no byte code is no failure,
     # Python then makes it at the first start, or goes without.
     compileall.compile_file(str(module), force=True, quiet=2)
-    say("installed ccfix %s as %s, %s" % ((__version__,) + tuple(programs)))
+    say("installed ccfix %s as %s, %s" % (__version__, *programs))
     if folder not in os.environ.get("PATH", "").split(os.pathsep):
         shown = "export PATH=\"%s:$PATH\"    (in ~/.profile or your shell's own file)"
         shown = 'setx PATH "%%PATH%%;%s"' if os.name == "nt" else shown
