@@ -9940,7 +9940,7 @@ FOREIGN = re.compile(
     r"|CUSTOM_MODEL_OPTION\w*|DEFAULT_\w+)|CLAUDE_CODE_(?:OAUTH_TOKEN|USE_(?:BEDROCK|VERTEX|FOUNDRY"
     r"|MANTLE|GATEWAY|ANTHROPIC_AWS|ANTHROPIC_GOOGLE_CLOUD)))\Z"
 )
-# Flags that say how to ask for permission: then "auto" is not what the user gets unasked.
+# Flags by which the user decides about permissions: auto mode is not switched off beside them.
 ASKS_FOR_MODE = (
     "--permission-mode",
     "--dangerously-skip-permissions",

@@ -12694,6 +12694,7 @@ class TestCacheOverHttp(HttpCase):
         self.assertEqual(states, ["miss", "hit", "hit"])
         self.assertEqual(len(self.upstream.requests), 1)
         stats = json.loads(self.call("GET", "/cache/stats").body.decode())
+        self.assertEqual(json.loads(self.call("GET", "/stats").body.decode())["cache"], stats)
         self.assertEqual((stats["entries"], stats["hits"], stats["enabled"]), (1, 2, True))
         self.assertEqual(
             json.loads(self.call("POST", "/cache/clear-expired", b"").body.decode()), {"removed": 0}
@@ -12851,9 +12852,9 @@ class TestSignals(unittest.TestCase):
             self.assertNotIn(KEY, printed)
 
 
-# ======================================================================================================
+# ==================================================================================================
 # 13  Status page
-# ======================================================================================================
+# ==================================================================================================
 
 
 class TestStatusPage(unittest.TestCase):
@@ -12976,9 +12977,9 @@ class TestDemo(unittest.TestCase):
         self.assertEqual(self.ask(said, tools=tools)["stop_reason"], "end_turn")
 
 
-# ======================================================================================================
+# ==================================================================================================
 # 15  Commands
-# ======================================================================================================
+# ==================================================================================================
 
 
 class Faulty(ccfix.DemoModel):
@@ -13082,7 +13083,7 @@ class Faulty(ccfix.DemoModel):
 
 
 class CommandsCase(unittest.TestCase):
-    """A bare account: an empty folder that is home and current folder, and nothing in the environment."""
+    """A bare account: an empty folder is home and current folder, and the environment is empty."""
 
     def setUp(self):
         self.home = os.path.realpath(tempfile.mkdtemp())
@@ -13287,7 +13288,8 @@ class TestLiveSettings(CommandsCase):
         self.change("TARGET_MODEL=two\nCACHE_TTL=soon\n")
         self.assertEqual((config().target_model, config().cache_ttl), ("one", 3600))
         self.assertIn(
-            "warning .env was changed but cannot be used, the old settings stay: CACHE_TTL is 'soon' (from .env)",
+            "warning .env was changed but cannot be used, the old settings stay: CACHE_TTL is 'soon'"
+            " (from .env)",
             self.lines[0],
         )
         self.change("TARGET_MODEL=three\n")
@@ -13722,7 +13724,8 @@ class TestRun(CommandsCase):
 
     def test_settings_files_that_beat_the_environment_are_overruled(self):
         texts = [
-            '{"env":{"ANTHROPIC_BASE_URL":"https://elsewhere","CLAUDE_CODE_USE_BEDROCK":"1","FOO":"1"}}',
+            '{"env":{"ANTHROPIC_BASE_URL":"https://elsewhere","CLAUDE_CODE_USE_BEDROCK":"1",'
+            '"FOO":"1"}}',
             "broken",
             '{"env":[]}',
             "",
@@ -13787,11 +13790,15 @@ if "wait" in sys.argv:
     print("ready", flush=True)
     time.sleep(20)
 base, key = os.environ["ANTHROPIC_BASE_URL"], os.environ["ANTHROPIC_AUTH_TOKEN"]
-body = {"model": os.environ["ANTHROPIC_MODEL"], "max_tokens": 9, "messages": [{"role": "user", "content": sys.stdin.read()}]}
+messages = [{"role": "user", "content": sys.stdin.read()}]
+body = {"model": os.environ["ANTHROPIC_MODEL"], "max_tokens": 9, "messages": messages}
+body = json.dumps(body).encode()
+direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 for given in (key, "wrong"):
-    asked = urllib.request.Request(base + "/v1/messages", json.dumps(body).encode(), {"Authorization": "Bearer " + given})
+    headers = {"Authorization": "Bearer " + given}
+    asked = urllib.request.Request(base + "/v1/messages", body, headers)
     try:
-        answer = json.loads(urllib.request.build_opener(urllib.request.ProxyHandler({})).open(asked).read().decode())
+        answer = json.loads(direct.open(asked).read().decode())
         print(answer["content"][0]["text"])
     except urllib.error.HTTPError as error:
         print(error.code)
@@ -13811,7 +13818,10 @@ def late(pid, options):
         os.kill(os.getpid(), signal.SIGSTOP)
     return found
 os.waitpid = late
-stop = "import os, signal, time; os.kill(os.getpid(), signal.SIGSTOP); time.sleep(0.3); os.kill(os.getpid(), signal.SIGSTOP); os._exit(7)"
+stop = (
+    "import os, signal, time; os.kill(os.getpid(), signal.SIGSTOP); time.sleep(0.3);"
+    " os.kill(os.getpid(), signal.SIGSTOP); os._exit(7)"
+)
 sys.exit(ccfix.exit_code(subprocess.Popen([sys.executable, "-c", stop])))
 """
 
@@ -13854,7 +13864,8 @@ class TestRunWithAClient(CommandsCase):
         self.assertEqual(err.count("auto permission mode is off"), 1)
 
     def test_each_stop_of_the_client_stops_us_once(self):
-        """Claude Code stops its whole process group, so that our own stop may come before or after we see the client's."""
+        """Claude Code stops its whole process group, so that our own stop may come before or after
+        we see the client's."""
         for words in ([], ["group"]):
             child = subprocess.Popen(
                 [
@@ -13943,6 +13954,14 @@ class TestInit(CommandsCase):
         )
         self.assertNotIn("k\"", out + err)
         self.assertEqual(os.listdir("."), [".env"])
+
+    def test_the_printed_address_is_one_that_reaches_the_proxy(self):
+        for host, address in (("0.0.0.0", "127.0.0.1"), ("::", "[::1]"), ("10.0.0.7", "10.0.0.7")):
+            words = "-b http://127.0.0.1:1 -m m --force --host".split() + [host]
+            code, out, err = self.main("init", *words)
+            self.assertEqual(code, 0, err)
+            env = json.loads(out)["env"]
+            self.assertEqual(env["ANTHROPIC_BASE_URL"], "http://%s:8080" % address)
 
     def test_an_existing_file_is_replaced_by_force_only(self):
         self.write(".env", "TARGET_API_BASE=broken base\n")
