@@ -13288,8 +13288,8 @@ class TestLiveSettings(CommandsCase):
         self.change("TARGET_MODEL=two\nCACHE_TTL=soon\n")
         self.assertEqual((config().target_model, config().cache_ttl), ("one", 3600))
         self.assertIn(
-            "warning .env was changed but cannot be used, the old settings stay: CACHE_TTL is 'soon'"
-            " (from .env)",
+            "warning .env was changed but cannot be used, the old settings stay: CACHE_TTL is"
+            " 'soon' (from .env)",
             self.lines[0],
         )
         self.change("TARGET_MODEL=three\n")
