@@ -6264,7 +6264,7 @@ def write_file(path, text, mode=0o600):
 
 # ---- The key: which requests may share an answer
 
-KEY_VERSION = 3  # raise it when a rule below changes, so that older entries are never found again
+KEY_VERSION = 4  # raise it when a rule below changes, so that older entries are never found again
 
 # Fields of the request as it is sent that do not decide what a right answer is, or that the parts
 # below cover. `stop` is not among them: it decides where an answer ends. The limits are, because
@@ -6275,6 +6275,7 @@ NOT_IN_KEY = frozenset(
     "service_tier store ANTHROPIC_BASE_URL ANTHROPIC_MODEL".split()
 )
 SHAPE_FIELDS = ("thinking", "output_config", "tool_choice", "stop_sequences")  # of `body`
+REMINDER_END = "</system-reminder>"
 SEND_HINTS = ("cache_control", "eager_input_streaming")  # on tools and blocks: how to send them
 CALL_IDS = ("id", "tool_call_id", "tool_use_id")
 
@@ -6282,23 +6283,25 @@ CALL_IDS = ("id", "tool_call_id", "tool_use_id")
 def cache_key(body, sent, mode, model):
     """The sha256 (hex) under which an answer is kept, or None where none may be; never raises.
 
-    body: the client's Anthropic request; sent: the request in the provider's own form, OpenAI's
-    or Anthropic's; model: the target (put the upstream's host in front where several share one
-    cache). Every mode keeps apart what changes an answer's shape: thinking, effort, output
-    format, tool choice, stop sequences and every other field sent, except sampling, limits and
-    stream.
+    body: the request as `normalize` gives it without `recall`; sent: the same in the provider's
+    own form, OpenAI's or Anthropic's; model: the target (put the upstream's host in front where
+    several share one cache). Every mode keeps apart what changes an answer's shape: thinking,
+    effort, output format, tool choice, stop sequences and every other field sent, except
+    sampling, limits and stream.
 
     full    What is sent, with tool-call ids numbered in order of appearance: they are new in
             every run.
     prefix  System text, tools, model and the conversation up to and with the last user message,
-            without what differs from session to session: billing line, session and call ids,
-            cache_control, string or block form, the order of tools and of parallel results,
-            signatures, and blocks that are nothing but a token counter. What makes it safe:
+            without what still differs from session to session in a normalized request: call ids,
+            cache_control, string or block form, signatures. `normalize` has taken the rest away
+            (billing line, session id, token counters) and has put parallel results in order.
+            What makes it safe:
             1. The whole conversation counts, so "continue", "yes" or "go on" finds an answer
-               only where every earlier turn, the model's own and its thinking included, was the
-               same. The first question has no earlier turns: there, another session hits.
-            2. Nothing is kept or found while the last user turn has a tool result: the world
-               answered, so the model is asked.
+               only where every earlier turn was the same, with all that the model is told of
+               its own earlier thinking. The first question has no earlier turns: there, another
+               session hits.
+            2. Nothing is kept or found while the last user turn has a tool result, or nothing
+               but reminders: the world answered, so the model is asked.
     none    None.
     """
     find_parts = {"full": full_parts, "prefix": prefix_parts}.get(mode)
@@ -6322,50 +6325,28 @@ def full_parts(body, sent):
 
 
 def prefix_parts(body, sent):
-    """System, conversation and tools as `prefix` counts them; None where no answer may be kept."""
-    messages = [message for message in as_list(body.get("messages")) if isinstance(message, dict)]
-    if not ends_in_question(messages):
-        return None
-    numbers = {}
-    blocks = as_blocks(body.get("system"))
-    system = [dict(block, text=without_billing(block_text(block))) for block in blocks]
-    turns = [prefix_turn(message, numbers) for message in messages]
-    return [
-        prefix_turn({"role": "system", "content": system}, numbers),
-        [turn for turn in turns if turn["content"] or len(turn) > 2],
-        sorted((key_part(tool, {}, True) for tool in as_list(sent.get("tools"))), key=compact_json),
-    ]
+    """System, conversation and tools as `prefix` counts them; None where no answer may be kept.
 
-
-def ends_in_question(messages):
-    """Whether the conversation ends in a user turn without a tool result."""
-    is_asked = False
-    for message in reversed(messages):
-        if message.get("role") == "assistant":
-            break
-        kinds = [str(block.get("type")) for block in as_blocks(message.get("content"))]
-        if any(kind.endswith("tool_result") for kind in kinds):
-            return False
-        is_asked = is_asked or message.get("role") == "user"
-    return is_asked
-
-
-def prefix_turn(message, numbers):
-    """An Anthropic message as `prefix` counts it; parallel results in the order of their calls.
-
-    Content is always a list, without blocks that say nothing; other fields (the effort of a turn)
-    stay.
+    The tools are those sent, in one order: where the request goes out as it came, the client's
+    order is another each time.
     """
-    blocks = as_blocks(message.get("content"))
-    blocks = [block for block in blocks if says_something(block, message.get("role"))]
-    turn = key_part(dict(message, content=blocks), numbers, True)
+    turns = as_list(body.get("messages"))
+    if not ends_in_question(turns):
+        return None
+    numbers, system = {}, {"content": body.get("system")}
+    tools = [key_part(tool, {}, True) for tool in as_list(sent.get("tools"))]
+    turns = [key_part(turn, numbers, True) for turn in [system] + turns]
+    return [turns, sorted(tools, key=compact_json)]
 
-    def call_place(block):
-        is_result = block.get("type") == "tool_result"
-        return block.get("tool_use_id", len(numbers)) if is_result else len(numbers)
 
-    turn["content"].sort(key=call_place)
-    return turn
+def ends_in_question(turns):
+    """Whether a user asks at the end: a turn without a tool result, and more than reminders."""
+    last = as_dict(turns[-1]) if turns else {}
+    blocks = as_blocks(last.get("content"))
+    has_result = any(str(block.get("type")).endswith("tool_result") for block in blocks)
+    words = [block_text(block).rstrip() for block in blocks]
+    is_asked = not all(text.endswith(REMINDER_END) for text in words)
+    return last.get("role") == "user" and is_asked and not has_result
 
 
 def key_part(item, numbers, is_loose=False):
@@ -6373,14 +6354,17 @@ def key_part(item, numbers, is_loose=False):
 
     numbers: call id -> int, in order of appearance; grows. Only the fields that hold calls are
     walked: an "id" among a call's arguments, or of a file, decides what the answer is. is_loose:
-    also without what may differ though the model is told the same. A signature counts where it is
-    all there is of a thought; images and documents count by their bytes.
+    also without what may differ though the model is told the same: of a call, the signature that
+    `normalize` put beside it, which a served answer's new ids lose. A thought's signature counts
+    where it is all there is of the thought; images and documents count by their bytes.
     """
     if not isinstance(item, dict):
         return item
     hidden = SEND_HINTS if is_loose else ()
     if is_loose and item.get("thinking"):
         hidden += ("signature",)
+    elif is_loose and "input" in item:
+        hidden += ("ccfix",)
     if is_loose and not item.get("is_error"):
         hidden += ("is_error",)
     result = {name: value for name, value in item.items() if name not in hidden}
@@ -7810,9 +7794,13 @@ class Exchange:
 
     def from_cache(self):
         """A stored answer, or None."""
+        profile, sent = self.plan.profile, self.write_request()
+        normalized = self.normalized
+        if profile.untouched:  # sent as it came, with what differs from session to session
+            profile = profile._replace(untouched=False)
+            normalized = normalize(self.body, profile, memo=self.proxy.memo)
         place = "%s %s" % (self.plan.base, self.plan.model)
-        mode = self.settings.cache_key_mode
-        self.key = cache_key(self.body, self.write_request(), mode, place)
+        self.key = cache_key(normalized, sent, self.settings.cache_key_mode, place)
         if self.key is None:
             return None
         hit = self.proxy.store.get(self.key) if self.proxy.store else None
