@@ -6697,10 +6697,8 @@ def prices_from(text_or_path):
             with open(text, encoding="utf-8-sig") as file:
                 text = file.read()
         table = json.loads(text or "{}")
-    except OSError as error:
-        raise ValueError("PRICES: cannot read %r (%s); give JSON or a path" % (text, error))
-    except ValueError as error:
-        raise ValueError("PRICES: not JSON (%s)" % error)
+    except (OSError, ValueError) as error:
+        raise ValueError("PRICES: not JSON, and not a file that holds it (%s)" % error)
     if not isinstance(table, dict):
         example = '{"model-name": {"input": 1, "output": 2}}'
         raise ValueError("PRICES: must be an object such as " + example)
@@ -6709,18 +6707,17 @@ def prices_from(text_or_path):
 
 def check_price(model, price):
     """A model's prices as a whole row: {field of PRICE_FIELDS: float}. Raises ValueError."""
-    words = ""
+    fields = as_dict(price)
+    wrong = [field for field in fields.items() if not (is_number(field[1]) and field[1] >= 0)]
     if "*" in model[:-1]:
         words = ": a * may only stand at the end of a model's name"
-    elif not isinstance(price, dict) or not {"input", "output"} <= set(price) <= set(PRICE_FIELDS):
+    elif not {"input", "output"} <= set(fields) <= set(PRICE_FIELDS):
         words = " needs input and output, and may have cache_read and cache_write"
+    elif wrong:
+        words = ": %s must be a price per million tokens, not %r" % wrong[0]
     else:
-        for name, value in price.items():
-            if type(value) not in (int, float) or not 0 <= value < 1e9:  # nor NaN, nor true
-                words = ": %s must be a price per million tokens, not %r" % (name, value)
-    if words:
-        raise ValueError("PRICES: %r%s" % (model, words))
-    return {name: float(price.get(name, price["input"])) for name in PRICE_FIELDS}
+        return {name: float(price.get(name, price["input"])) for name in PRICE_FIELDS}
+    raise ValueError("PRICES: %r%s" % (model, words))
 
 
 class Sums:
@@ -7023,6 +7020,8 @@ SMALL_CONTEXT = 30000  # tokens; below it Claude Code is of no practical use
 FALLBACK_KINDS = (
     "connect timeout cut overloaded server rate billing sampling".split()
 )  # of errors after which another model may do better
+STORE_SETTINGS = ("cache_enabled", "ledger", "cache_dir", "cache_ttl", "cache_max_mb")
+TLS_SETTINGS = ("ca_bundle", "client_cert", "insecure")  # the names of Upstream's arguments, too
 CREATED = "2025-01-01T00:00:00Z"  # of every model; the client wants some date
 
 
@@ -7107,27 +7106,35 @@ def add_extra_body(sent, settings):
 
 
 def encode_request(sent):
-    """(the request's JSON bytes, [(label, bytes)] of its parts): encoded once, in pieces, so that the
-    pieces can be compared with those of the session's last request (see `sections`).
+    """(the request's JSON bytes, [(label, bytes)] of its parts).
 
-    Labels: "system", "tool NAME", "message 3 (user)", in the order in which a model reads them.
+    Encoded once, in pieces, so that the pieces can be compared with those of the session's last
+    request (see `sections`). Labels: "system", "tool NAME", "message 3 (user)", in the order in
+    which a model reads them.
     """
-    messages, tools = as_list(sent.get("messages")), as_list(sent.get("tools"))
-    encoded = [compact_json(message).encode() for message in messages]
-    head = {key: value for key, value in sent.items() if key not in ("messages", "tools")}
-    pieces = [compact_json(head).encode()[:-1], b',"messages":[', b",".join(encoded)]
-    parts = []
-    if isinstance(sent.get("system"), (str, list)):
-        parts.append(("system", compact_json(sent["system"]).encode()))
-    if tools:
-        encoded_tools = [compact_json(tool).encode() for tool in tools]
-        pieces += [b'],"tools":[', b",".join(encoded_tools)]
-        parts += [("tool " + name_of(tool), part) for tool, part in zip(tools, encoded_tools)]
-    for number, (message, part) in enumerate(zip(messages, encoded)):
-        role = as_dict(message).get("role")
-        leads = number == 0 and role == "system"
-        parts.append(("system" if leads else "message %d (%s)" % (number, role), part))
-    return b"".join(pieces + [b"]}"]), parts
+    lists = {name: as_list(sent.get(name)) for name in ("messages", "tools")}
+    encoded = {name: [to_json_bytes(item) for item in items] for name, items in lists.items()}
+    body = to_json_bytes({name: value for name, value in sent.items() if name not in lists})[:-1]
+    for name, items in encoded.items():
+        if items:
+            body += b',"%s":[%s]' % (name.encode(), b",".join(items))
+    system = [sent["system"]] if sent.get("system") else []
+    labels = ["system"] * len(system)
+    labels += ["tool " + name_of(tool) for tool in lists["tools"]]
+    labels += [message_label(*numbered) for numbered in enumerate(lists["messages"])]
+    parts = list(map(to_json_bytes, system)) + encoded["tools"] + encoded["messages"]
+    return body + b"}", list(zip(labels, parts))
+
+
+def to_json_bytes(value):
+    """value as JSON in ASCII bytes."""
+    return compact_json(value).encode("ascii")
+
+
+def message_label(number, message):
+    """What the explainer of lost prefixes calls a message: a leading one may hold the system text."""
+    role = as_dict(message).get("role")
+    return "system" if (number, role) == (0, "system") else "message %d (%s)" % (number, role)
 
 
 def name_of(tool):
@@ -7210,19 +7217,15 @@ class Proxy:
         Raises ValueError for PRICES that cannot be used."""
         with self.lock:
             old, self.seen = self.seen, settings
-
-            def changed(*names):
-                if old is None:
-                    return True
-                return any(getattr(old, name) != getattr(settings, name) for name in names)
-
+            names = STORE_SETTINGS + ("prices", "record_dir")
+            changed = {name for name in names if getattr(old, name, self) != getattr(settings, name)}
             try:  # prices first: rows that the store gives back are priced by them
-                if changed("prices"):
+                if "prices" in changed:
                     self.ledger.price(prices_from(settings.prices))
             finally:
-                if changed("cache_enabled", "ledger", "cache_dir", "cache_ttl", "cache_max_mb"):
+                if changed.intersection(STORE_SETTINGS):
                     self.open_store(settings)
-                if changed("record_dir"):
+                if "record_dir" in changed:
                     folder, secrets = settings.record_dir, settings.secrets()
                     self.recorder = Recorder(folder, secrets, self.warn) if folder else None
 
@@ -7248,16 +7251,11 @@ class Proxy:
 
     def upstream(self, settings):
         """The shared connections; made anew when a setting about TLS changed."""
-        made = (settings.ca_bundle, settings.client_cert, settings.insecure)
+        made = tuple(getattr(settings, name) for name in TLS_SETTINGS)
         with self.lock:
             if self.wires is None or self.wires[0] != made:
-                upstream = Upstream(
-                    settings.target_timeout,
-                    ca_bundle=settings.ca_bundle,
-                    client_cert=settings.client_cert,
-                    insecure=settings.insecure,
-                )
-                self.wires = (made, upstream)
+                tls = dict(zip(TLS_SETTINGS, made))
+                self.wires = (made, Upstream(settings.target_timeout, **tls))
             return self.wires[1]
 
     def profile_of(self, settings):
@@ -7332,17 +7330,22 @@ class Proxy:
 
     # -- the small endpoints
 
+    def plan_of(self, settings, family=""):
+        """The Plan of a family, with what was learned."""
+        return plan_for(settings, family, self.profile_of(settings))
+
     def models(self, settings):
-        """Anthropic's model list: the families, and the disguise or target, under names that Claude
-        Code accepts (those that begin with claude or anthropic), as
-        https://docs.anthropic.com/en/api/models-list has it. There is only one page."""
+        """Anthropic's model list: the families, and the disguise or target.
+
+        Under names that Claude Code accepts: those that begin with claude or anthropic. There is
+        only one page. https://docs.anthropic.com/en/api/models-list
+        """
         shown = settings.disguise_model or settings.target_model
         named = shown if shown.startswith(("claude", "anthropic")) else "claude-" + shown
-        rows = [(named, settings.target_model)]
+        data = [model_row(named, settings.target_model)]
         for family in FAMILIES:
-            model = plan_for(settings, family, self.profile_of(settings)).model
-            rows.append(("claude-" + family, "%s (%s)" % (model, family)))
-        data = [dict(model_row(name, title), description="through ccfix") for name, title in rows]
+            title = "%s (%s)" % (self.plan_of(settings, family).model, family)
+            data.append(model_row("claude-" + family, title))
         ends = {"first_id": data[0]["id"], "last_id": data[-1]["id"]}
         return dict({"data": data, "has_more": False}, **ends)
 
@@ -7355,35 +7358,28 @@ class Proxy:
             raise BadRequest("messages: a list is required")
         settings = self.settings()
         plan = plan_request(settings, str(body.get("model")), False, self.profile_of(settings))
+        count = None
         if plan.format.count_path and body["messages"]:
-            sent = plan.format.write(
-                normalize(body, plan.profile, memo=self.memo), plan.model, plan.profile
-            )
-            sent = {key: sent[key] for key in sent if key not in ("max_tokens", "stream")}
+            sent = normalize(body, plan.profile, memo=self.memo)
+            sent = plan.format.write(sent, plan.model, plan.profile)
+            sent = {name: sent[name] for name in sent if name not in ("max_tokens", "stream")}
+            headers = upstream_headers(plan, settings, headers)
+            url, upstream = plan.url(plan.format.count_path), self.upstream(settings)
             try:
-                answer = get_json(
-                    self.upstream(settings),
-                    plan.url(plan.format.count_path),
-                    upstream_headers(plan, settings, headers),
-                    wait,
-                    timeout=10,
-                    body=sent,
-                )
-                if isinstance(answer.get("input_tokens"), int):
-                    return {"input_tokens": answer["input_tokens"]}
+                count = get_json(upstream, url, headers, wait, 10, sent).get("input_tokens")
             except ProxyError as error:
                 self.log("debug", "count_tokens of the provider failed: %s" % error)
-        return {"input_tokens": estimate_tokens(body)}
+        return {"input_tokens": count if isinstance(count, int) else estimate_tokens(body)}
 
     def status(self, address=""):
         """What GET /stats tells; the status page shows it."""
         settings = self.settings()
-        plan = plan_for(settings, "", self.profile_of(settings))
-        has_key = bool(settings.anthropic_api_key)
-        families = FAMILIES + ("fallback", "image")
-        plans = [plan_for(settings, family, self.profile_of(settings)) for family in families]
+        plan = self.plan_of(settings)
+        profile, has_key = plan.profile, bool(settings.anthropic_api_key)
+        plans = [self.plan_of(settings, family) for family in FAMILIES + ("fallback", "image")]
         cache = self.store.stats() if self.store and settings.cache_enabled else {}
-        target = {"model": plan.model, "api_base": without_password(plan.base)}
+        limits = {name: getattr(profile, name) for name in ("format", "context", "max_output")}
+        kept = {name: getattr(settings, "cache_" + name) for name in ("enabled", "ttl")}
         return {
             "name": "ccfix",
             "version": __version__,
@@ -7391,31 +7387,16 @@ class Proxy:
             "uptime_s": round(self.now() - self.started, 1),
             "address": address,
             "proxy_key": has_key,
-            "demo": plan.profile.name == "demo",
-            "target": dict(
-                target,
-                profile=plan.profile.name,
-                format=plan.profile.format,
-                context=plan.profile.context,
-                max_output=plan.profile.max_output,
-            ),
+            "demo": profile.name == "demo",
+            "target": dict(place_of(plan), profile=profile.name, **limits),
             "disguise": {"model": settings.disguise_model, "api_base": settings.disguise_api_base},
-            "routes": [
-                {"family": row.family, "model": row.model, "api_base": without_password(row.base)}
-                for row in plans
-                if row.family
-            ],
+            "routes": [dict(place_of(row), family=row.family) for row in plans if row.family],
             "connect": dict(connect_lines(address, has_key)),
             "totals": dict(self.ledger.totals(), active=self.active),
             "series": self.ledger.series(),
             "requests": self.ledger.rows(100),
             "lessons": self.lesson_rows(),
-            "cache": dict(
-                cache,
-                enabled=settings.cache_enabled,
-                mode=settings.cache_key_mode,
-                ttl=settings.cache_ttl,
-            ),
+            "cache": dict(cache, mode=settings.cache_key_mode, **kept),
             "settings": settings.shown(),
         }
 
@@ -7434,29 +7415,51 @@ class Proxy:
         ]
 
 
+def place_of(plan):
+    """Where a plan goes, as the status shows it."""
+    return {"model": plan.model, "api_base": without_password(plan.base)}
+
+
 def model_row(name, title):
     """A model as Anthropic's list shows it."""
-    return {"type": "model", "id": name, "display_name": title, "created_at": CREATED}
+    row = {"type": "model", "id": name, "display_name": title, "created_at": CREATED}
+    return dict(row, description="through ccfix")
 
 
 def get_json(upstream, url, headers, wait=None, timeout=None, body=None):
-    """The JSON object that a URL answers with (to a POST where there is a body); {} for anything
-    else, and for an error status. Raises ProxyError."""
-    data = None if body is None else compact_json(body).encode()
-    reply = upstream.open("GET" if body is None else "POST", url, headers, data, wait, timeout)
+    """The JSON object that a URL answers with (to a POST where there is a body).
+
+    {} for anything else, and for an error status. timeout: seconds. Raises ProxyError.
+    """
+    return fetch_json(upstream, url, headers, wait, timeout, body)[1]
+
+
+def fetch_json(upstream, url, headers, wait=None, timeout=None, body=None):
+    """(HTTP status, JSON object), see `get_json`."""
+    method, data = ("GET", None) if body is None else ("POST", to_json_bytes(body))
+    reply = upstream.open(method, url, headers, data, wait, timeout)
     try:
-        return as_dict(json_or_none(reply.read(4 << 20))) if reply.status == 200 else {}
+        found = as_dict(json_or_none(reply.read(4 << 20))) if reply.status == 200 else {}
+        return reply.status, found
     finally:
         reply.close()
 
 
-def ask_provider(upstream, plan, headers, wait=None):
-    """{"owner", "context", "models"} from /models, and from /props (llama.cpp) or /api/ps (Ollama)
-    where the owner is known (see OWNERS).
+# Fields in which rows of /models tell the context window, in tokens, the surest first.
+CONTEXT_FIELDS = (
+    "max_model_len",  # vLLM
+    "context_length",  # OpenRouter
+    "context_window",  # Groq
+    "max_context_length",  # LM Studio
+    "max_prompt_tokens",  # GitHub Copilot
+)
 
-    context: tokens, 0 where nothing tells: OpenAI and most clouds do not. llama.cpp's /models has the
-    window that the model was trained with, /props the one that it was started with; Ollama tells it
-    for loaded models only.
+
+def ask_provider(upstream, plan, headers, wait=None):
+    """{"owner", "context", "models"} from /models, and from a local server's own endpoint.
+
+    owner: see OWNERS; context: tokens, 0 where nothing tells: OpenAI and most clouds do not.
+    Raises ProxyError.
     """
 
     def ask(url):
@@ -7464,30 +7467,34 @@ def ask_provider(upstream, plan, headers, wait=None):
 
     rows = as_list(ask(plan.url(plan.format.models_path)).get("data"))
     rows = [row for row in rows if isinstance(row, dict)]
-    named = next((row for row in rows if row.get("id") == plan.model), None)
-    mine = named or (rows[0] if len(rows) == 1 else {})
-    limits = as_dict(as_dict(mine.get("capabilities")).get("limits"))  # GitHub Copilot
-    context = positive_int(
-        dict(
-            as_dict(mine.get("top_provider")), **dict(limits, **mine)
-        ),  # OpenRouter's top provider
-        "max_model_len",  # vLLM
-        "context_length",
-        "context_window",  # Groq
-        "max_context_length",  # LM Studio
-        "max_prompt_tokens",
-    )
-    owner = str(mine.get("owned_by") or (rows[0].get("owned_by") if rows else "") or "")
-    parts = urllib.parse.urlsplit(plan.base)
-    root = "%s://%s" % (parts.scheme, parts.netloc)
-    if owner == "llamacpp":
-        settings = as_dict(ask(root + "/props").get("default_generation_settings"))
-        context = positive_int(settings, "n_ctx") or context
-    elif OWNERS.get(owner) == "ollama":
-        running = map(as_dict, as_list(ask(root + "/api/ps").get("models")))
-        loaded = next((row for row in running if row.get("name") == plan.model), {})
-        context = positive_int(loaded, "context_length") or context
+    named = [row for row in rows if row.get("id") == plan.model]
+    mine = (named or (rows if len(rows) == 1 else [{}]))[0]
+    owners = (row.get("owned_by") for row in named + rows)
+    owner = str(next(filter(None, owners), ""))
+    context = loaded_context(ask, plan, owner) or positive_int(limits_of(mine), *CONTEXT_FIELDS)
     return {"owner": owner, "context": context, "models": [str(row.get("id")) for row in rows]}
+
+
+def limits_of(row):
+    """The fields of a row of /models, and those that some providers put one level down."""
+    limits = as_dict(as_dict(row.get("capabilities")).get("limits"))  # GitHub Copilot
+    return dict(as_dict(row.get("top_provider")), **dict(limits, **row))  # OpenRouter's provider
+
+
+def loaded_context(ask, plan, owner):
+    """The context window with which a local server runs the model, 0 where it does not tell.
+
+    ask(url) -> JSON object. llama.cpp's /models has the window that the model was trained with,
+    /props the one that it was started with; Ollama tells it for loaded models only.
+    """
+    root = "%s://%s" % urllib.parse.urlsplit(plan.base)[:2]
+    if owner == "llamacpp":
+        return positive_int(as_dict(ask(root + "/props").get("default_generation_settings")), "n_ctx")
+    if OWNERS.get(owner) != "ollama":
+        return 0
+    running = map(as_dict, as_list(ask(root + "/api/ps").get("models")))
+    loaded = [row for row in running if row.get("name") == plan.model]
+    return positive_int(loaded[0], "context_length") if loaded else 0
 
 
 def connect_lines(address, has_key):
@@ -7498,6 +7505,16 @@ def connect_lines(address, has_key):
         ("bash", ["export %s=%s" % pair for pair in variables] + ["claude"]),
         ("powershell", ['$env:%s="%s"' % pair for pair in variables] + ["claude"]),
     )
+
+
+# Fields of a ledger row: those that are attributes of an Exchange, and those of Anthropic's usage.
+ROW_FIELDS = ("id", "asked", "stream", "bytes_in", "bytes_out", "retries", "broke")
+USAGE_FIELDS = {
+    "input": "input_tokens",
+    "output": "output_tokens",
+    "cache_read": "cache_read_input_tokens",
+    "cache_write": "cache_creation_input_tokens",
+}
 
 
 class Exchange:
@@ -7536,37 +7553,42 @@ class Exchange:
 
     # -- what goes out
 
+    def event_batches(self):
+        """Lists of events: all that one read of the provider's reply brought."""
+        batch = []
+        for event in self.events():
+            if event is not None:
+                batch.append(event)
+            elif batch:
+                self.last_write = self.last_sign = self.clock()
+                if self.first_ms is None:
+                    self.first_ms = self.spent_ms()
+                yield batch
+                batch = []
+        if batch:
+            yield batch
+
     def batches(self):
         """SSE text, to be written as it comes. Raises ProxyError only before the first, Dropped in
         the middle. One write for all that one read brought: a burst costs one wake-up, not fifty.
         """
-        out = []
-        for event in self.events():
-            if event is not None:
-                out.append(encode_event(event))
-            elif out:
-                self.last_write = self.last_sign = self.clock()
-                if self.first_ms is None:
-                    self.first_ms = (self.last_write - self.began) * 1000
-                text, out = "".join(out), []
-                self.bytes_out += len(text)
-                yield text
-        if out:
-            yield "".join(out)
+        for batch in self.event_batches():
+            text = "".join(map(encode_event, batch))
+            self.bytes_out += len(text)
+            yield text
 
     def message(self):
         """The whole answer as one message. Raises ProxyError."""
-        events, seen = [], 0
         try:
-            for event in self.events():
-                if event is not None:
-                    events.append(event)
-                elif len(events) > seen:
-                    seen, self.last_sign = len(events), self.clock()
+            events = [event for batch in self.event_batches() for event in batch]
         except Dropped as dropped:
             raise dropped.args[0]
-        self.first_ms = (self.clock() - self.began) * 1000
+        self.first_ms = self.spent_ms()  # the client sees the content only now
         return fold(events)
+
+    def spent_ms(self):
+        """Milliseconds since the request came."""
+        return (self.clock() - self.began) * 1000
 
     def silence(self):
         """SSE text to write in a silence, or "": after 15 s message_start, then pings, and after
@@ -7752,24 +7774,24 @@ class Exchange:
         worth it, or another model takes over. Waits where it says so; ClientGone comes through."""
         if self.learn_from(error):
             return True
-        wait = str(error.headers.get("retry-after") or "0")
+        wait = str(error.headers.get("retry-after"))
         wait = int(wait) if wait.isdigit() else 0
         if error.retry and self.retries < self.settings.target_retries and wait <= LONGEST_WAIT:
             self.retries += 1
-            tried = (self.id, self.retries + 1, error.message)
-            self.proxy.log("info", "%s: try %d after: %s" % tried)
+            self.log_again("info", "try %d" % (self.retries + 1), error)
             self.wait(None, max(wait, 0.4 * 2**self.retries * random.uniform(0.6, 1.2)))
             return True
-        settings = self.settings
-        if error.kind not in FALLBACK_KINDS or not settings.target_model_fallback:
+        has_other = self.settings.target_model_fallback and self.plan.family != "fallback"
+        if error.kind not in FALLBACK_KINDS or not has_other:
             return False
-        if self.plan.family == "fallback":
-            return False
-        self.plan = plan_for(settings, "fallback", self.proxy.profile_of(settings))
+        self.plan = self.proxy.plan_of(self.settings, "fallback")
         self.room = self.retries = 0
-        told = (self.id, self.plan.model, error.message)
-        self.proxy.log("warning", "%s: %s takes over after: %s" % told)
+        self.log_again("warning", self.plan.model + " takes over", error)
         return True
+
+    def log_again(self, level, act, error):
+        """Tell the log what is done after an error."""
+        self.proxy.log(level, "%s: %s after: %s" % (self.id, act, error.message))
 
     def learn_from(self, error):
         """Learn from an error -> whether there is something new to try."""
@@ -7786,8 +7808,7 @@ class Exchange:
         self.proxy.teach(self.plan, changes)
         self.plan = self.plan._replace(profile=apply_lesson(profile, changes))
         if changes.get("images") is False and self.settings.target_model_image:
-            profile_of = self.proxy.profile_of(self.settings)
-            self.plan = plan_for(self.settings, "image", profile_of)
+            self.plan = self.proxy.plan_of(self.settings, "image")
         return True
 
     # -- cache
@@ -7822,7 +7843,7 @@ class Exchange:
         main model's place is not taken for long."""
         whole = message.get("stop_reason") in ("end_turn", "tool_use", "stop_sequence")
         if whole and message["content"] and self.proxy.store and self.plan.family != "fallback":
-            self.proxy.store.put(self.key, message, (self.clock() - self.began) * 1000)
+            self.proxy.store.put(self.key, message, self.spent_ms())
 
     # -- what is noted
 
@@ -7834,28 +7855,19 @@ class Exchange:
         """Note the exchange in the ledger, the log and the record. status: what the client got, 499
         where it left; error: its text."""
         usage = self.reader.usage() if self.reader and self.writer.content else zero_usage()
-        row = {
-            "time": self.proxy.now(),
-            "id": self.id,
-            "session": self.headers.get("x-claude-code-session-id") or "",
-            "asked": self.asked,
-            "model": self.plan.model,
-            "stream": self.stream,
-            "status": status,
-            "input": usage["input_tokens"],
-            "output": usage["output_tokens"],
-            "cache_read": usage["cache_read_input_tokens"],
-            "cache_write": usage["cache_creation_input_tokens"],
-            "first_ms": self.first_ms and round(self.first_ms, 1),
-            "total_ms": round((self.clock() - self.began) * 1000, 1),
-            "bytes_in": self.bytes_in,
-            "bytes_out": self.bytes_out,
-            "retries": self.retries,
-            "lessons": self.learned,
-            "cache": self.cache_state,
-            "error": error,
-            "broke": self.broke,
-        }
+        row = {name: getattr(self, name) for name in ROW_FIELDS}
+        row.update({name: usage[field] for name, field in USAGE_FIELDS.items()})
+        row.update(
+            time=self.proxy.now(),
+            session=self.headers.get("x-claude-code-session-id") or "",
+            model=self.plan.model,
+            status=status,
+            first_ms=self.first_ms and round(self.first_ms, 1),
+            total_ms=round(self.spent_ms(), 1),
+            lessons=self.learned,
+            cache=self.cache_state,
+            error=error,
+        )
         self.proxy.ledger.add(row)
         self.proxy.log("error" if status >= 500 else "info", row_text(row))
         headers, secrets = dict(self.headers.items()), self.settings.secrets()
@@ -7962,36 +7974,32 @@ def is_search(body):
     return bool(tools) and all(kind.startswith("web_search_") for kind in tools)
 
 
+HIT = {"type": "web_search_result", "encrypted_content": "", "page_age": None}
+SEARCH_ERROR = {"type": "web_search_tool_result_error", "error_code": "unavailable"}
+NO_SEARCH = (
+    "Web search is not configured: set SEARCH_URL in ccfix to a SearXNG address. No search was made."
+)
+
+
 def search_message(exchange):
     """The answer to a web search as a message: real results from SEARCH_URL, or a clear error block;
     never a model's invention, which the client would show as results."""
-    texts = []
-    for _, blocks, _ in split_turns(exchange.body["messages"])[-1:]:
-        texts = [block_text(block) for block in blocks if block.get("type") == "text"]
-    query = re.sub(r"(?is)^.*?web search for the query:\s*", "", "\n".join(texts)).strip()[:400]
-    call_id = "srvtoolu_" + exchange.proxy.new_id()
+    _, blocks, _ = (split_turns(exchange.body["messages"]) or [("", [], None)])[-1]
+    text = "\n".join(block_text(block) for block in blocks if block.get("type") == "text")
+    query = re.sub(r"(?is)^.*?web search for the query:\s*", "", text).strip()[:400]
     try:
         hits = search_web(exchange, query)
-        content = [
-            {
-                "type": "web_search_result",
-                "title": hit["title"],
-                "url": hit["url"],
-                "encrypted_content": "",
-                "page_age": None,
-            }
-            for hit in hits
-        ]
+        content = [dict(HIT, title=hit["title"], url=hit["url"]) for hit in hits]
         text = "\n\n".join("%(title)s\n%(url)s\n%(content)s" % hit for hit in hits)
         text = text or "The search found nothing."
     except (ProxyError, ValueError) as error:
-        content = {"type": "web_search_tool_result_error", "error_code": "unavailable"}
-        text = str(error)
+        content, text = SEARCH_ERROR, str(error)
+    call_id = "srvtoolu_" + exchange.proxy.new_id()
     call = {"type": "server_tool_use", "id": call_id, "name": "web_search"}
     result = {"type": "web_search_tool_result", "tool_use_id": call_id, "content": content}
     blocks = [dict(call, input={"query": query}), result, text_block(text)]
-    ends = {"stop_reason": "end_turn", "stop_sequence": None}
-    return dict({"type": "message", "role": "assistant", "content": blocks}, **ends)
+    message = {"type": "message", "role": "assistant", "content": blocks}
+    return dict(message, stop_reason="end_turn", stop_sequence=None)
 
 
 def search_web(exchange, query):
@@ -7999,33 +8007,25 @@ def search_web(exchange, query):
     ValueError with a sentence for the model. https://docs.searxng.org/dev/search_api.html"""
     url = exchange.settings.search_url
     if not url:
-        raise ValueError(
-            "Web search is not configured: set SEARCH_URL in ccfix to a SearXNG address. No search"
-            " was made."
-        )
+        raise ValueError(NO_SEARCH)
     url += ("&" if "?" in url else "?") + urllib.parse.urlencode({"q": query, "format": "json"})
     headers = {"Accept": "application/json", "User-Agent": USER_AGENT}
     upstream = exchange.proxy.upstream(exchange.settings)
     try:
-        reply = upstream.open("GET", url, headers, None, exchange.wait, timeout=30)
-        try:
-            raw = reply.read(4 << 20)
-        finally:
-            reply.close()
+        status, found = fetch_json(upstream, url, headers, exchange.wait, 30)
     except ProxyError as error:
         raise ValueError("The web search failed: %s" % error)
-    rows = as_dict(json_or_none(raw)).get("results")
-    if reply.status != 200 or not isinstance(rows, list):
-        found = "SEARCH_URL answered HTTP %d without a list of results" % reply.status
-        raise ValueError("The web search failed: " + found)
+    if not isinstance(found.get("results"), list):
+        words = "The web search failed: SEARCH_URL answered HTTP %d without a list of results"
+        raise ValueError(words % status)
+    rows = [row for row in found["results"][:10] if isinstance(row, dict) and row.get("url")]
     return [
         {
             "title": str(row.get("title") or row["url"]),
             "url": str(row["url"]),
             "content": str(row.get("content") or ""),
         }
-        for row in rows[:10]
-        if isinstance(row, dict) and row.get("url")
+        for row in rows
     ]
 
 
