@@ -6384,28 +6384,21 @@ def key_part(item, numbers, is_loose=False):
 
 # Not a small number, so that another program's database is not taken for ours.
 SCHEMA_VERSION = 20261
-# `used` orders answers by their last use. A counter, because SUM(size) would read every page of
-# the file at each put. `value` is what `pack` made, and the last column of each table.
+# `used` orders answers by their last use; size stands in its index, so that SUM(size) need not read
+# the answers. `value` is what `pack` made, and the last column of each table.
 SCHEMA = """
 BEGIN IMMEDIATE;
 CREATE TABLE IF NOT EXISTS responses
     (key TEXT PRIMARY KEY, size INTEGER, born REAL, used INTEGER, cost_ms REAL, value BLOB);
-CREATE INDEX IF NOT EXISTS responses_used ON responses (used);
-CREATE TABLE IF NOT EXISTS counters (name TEXT PRIMARY KEY, value INTEGER);
-INSERT OR IGNORE INTO counters VALUES ('bytes', 0);
-CREATE TRIGGER IF NOT EXISTS more AFTER INSERT ON responses
-    BEGIN UPDATE counters SET value = value + NEW.size; END;
-CREATE TRIGGER IF NOT EXISTS less AFTER DELETE ON responses
-    BEGIN UPDATE counters SET value = value - OLD.size; END;
-CREATE TABLE IF NOT EXISTS memory
-    (seq INTEGER PRIMARY KEY, id TEXT UNIQUE, value BLOB);
-CREATE TABLE IF NOT EXISTS ledger
-    (seq INTEGER PRIMARY KEY, id TEXT, value BLOB);
+CREATE INDEX IF NOT EXISTS responses_used ON responses (used, size);
+CREATE TABLE IF NOT EXISTS memory (seq INTEGER PRIMARY KEY, id TEXT UNIQUE, value BLOB);
+CREATE TABLE IF NOT EXISTS ledger (seq INTEGER PRIMARY KEY, id TEXT, value BLOB);
 CREATE TABLE IF NOT EXISTS lessons
     (upstream TEXT, model TEXT, value TEXT, PRIMARY KEY (upstream, model));
 PRAGMA user_version = %d;
 COMMIT;
 """ % SCHEMA_VERSION
+ALL_BYTES = "SELECT COALESCE(SUM(size), 0) FROM responses"
 NEXT_USE = "(SELECT COALESCE(MAX(used), 0) + 1 FROM responses)"
 BUSY_SECONDS = 0.25  # how long a request waits for another process's lock
 SLOW_SECONDS = 0.1  # a failure that took longer than this ...
@@ -6487,14 +6480,11 @@ class Cache:
     def _replace(self, db, row):
         """Put a row in and make room for it, as one transaction -> how many others had to go."""
         db.execute("BEGIN IMMEDIATE")
-        # Not INSERT OR REPLACE, which would not fire the trigger that counts.
-        db.execute("DELETE FROM responses WHERE key = ?", row[:1])
-        db.execute("INSERT INTO responses VALUES (?, ?, ?, %s, ?, ?)" % NEXT_USE, row)
+        db.execute("INSERT OR REPLACE INTO responses VALUES (?, ?, ?, %s, ?, ?)" % NEXT_USE, row)
         evicted = 0
         oldest = "(SELECT key FROM responses ORDER BY used LIMIT 1)"
-        while db.execute("SELECT value FROM counters").fetchone()[0] > self._max_bytes:
-            if not db.execute("DELETE FROM responses WHERE key = " + oldest).rowcount:
-                break
+        while db.execute(ALL_BYTES).fetchone()[0] > self._max_bytes:
+            db.execute("DELETE FROM responses WHERE key = " + oldest)
             evicted += 1
         db.execute("COMMIT")
         return evicted
@@ -6505,7 +6495,7 @@ class Cache:
         saved_ms: what the answers took upstream that were found here; error: None once a put has
         gone well again.
         """
-        figures = "SELECT COUNT(*), (SELECT value FROM counters) FROM responses"
+        figures = "SELECT COUNT(*), (%s) FROM responses" % ALL_BYTES
         entries, size = self._run(lambda db: db.execute(figures).fetchone(), (0, 0))
         with self._lock:
             counts = dict(self._counts, saved_ms=round(self._counts["saved_ms"]))
@@ -6752,7 +6742,7 @@ class Ledger:
     """The last `size` requests, and sums over all of them."""
 
     def __init__(self, size=1000, prices=None, now=time.time, save=None):
-        self._prices = prices or {}  # as `prices_from` gives them
+        self.prices = prices or {}  # as `prices_from` gives them; of the rows that come
         self._now = now  # () -> seconds since the epoch
         self.save = save  # save(row), called for each new row, outside the lock; see Cache.save_row
         self._lock = threading.Lock()
@@ -6795,17 +6785,13 @@ class Ledger:
         model = str(row.get("model"))
         fits = [
             name
-            for name in self._prices
+            for name in self.prices
             if name == model or name.endswith("*") and model.startswith(name[:-1])
         ]
         if not fits:
             return None
-        price = self._prices[max(fits, key=lambda name: (name == model, len(name)))]
+        price = self.prices[max(fits, key=lambda name: (name == model, len(name)))]
         return sum((row.get(name) or 0) * price[name] for name in PRICE_FIELDS) / 1e6
-
-    def price(self, prices):
-        """Count with these prices from now on."""
-        self._prices = prices
 
     def restore(self, rows):
         """Take in rows (newest first) that an earlier run saved, where there are none yet."""
@@ -6821,7 +6807,7 @@ class Ledger:
     def totals(self):
         """COUNTED and the cost (or None), of all requests since the start."""
         with self._lock:
-            return self._totals.figures(bool(self._prices))
+            return self._totals.figures(bool(self.prices))
 
     def series(self, minutes=60):
         """One dict a minute, the running minute last: t, first_ms (the median) and the sums.
@@ -6833,7 +6819,7 @@ class Ledger:
         with self._lock:
             for minute in range(last - minutes + 1, last + 1):
                 sums = self._minutes.get(minute) or Sums()
-                figures = sums.figures(bool(self._prices))
+                figures = sums.figures(bool(self.prices))
                 result.append(dict(figures, t=minute * 60, first_ms=sums.median_ms()))
         return result
 
@@ -6873,8 +6859,6 @@ def why_broken(old, new):
 
 def tools_broken(old, new):
     """ "tools reordered", or "tools changed" with the names that came, went or changed; or ""."""
-    if sorted(old) == sorted(new):
-        return "" if old == new else "tools reordered"
     before, after = dict(old), dict(new)
     both = set(before) & set(after)
     changes = (
@@ -6883,7 +6867,9 @@ def tools_broken(old, new):
         ("edited", {label for label in both if before[label] != after[label]}),
     )
     words = ["%s %s" % (verb, tool_list(labels)) for verb, labels in changes if labels]
-    return "tools changed" + (" (%s)" % "; ".join(words) if words else "")
+    if words:
+        return "tools changed (%s)" % "; ".join(words)
+    return "" if old == new else "tools reordered"
 
 
 def tool_list(labels):
@@ -6993,9 +6979,9 @@ def read_recording(folder):
         try:
             with open(os.path.join(folder, name), encoding="utf-8") as file:
                 for reply in json.load(file)["replies"]:
-                    status, headers = int(reply["status"]), dict(reply.get("headers") or {})
-                    body = str(reply.get("body") or "")
-                    replies.append({"status": status, "headers": headers, "body": body})
+                    headers, body = dict(reply.get("headers") or {}), reply.get("body") or ""
+                    status = int(reply["status"])
+                    replies.append({"status": status, "headers": headers, "body": str(body)})
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             words = "replay: %s is not a recorded exchange (%s: %s)"
             raise ValueError(words % (name, type(error).__name__, error))
@@ -7086,8 +7072,7 @@ def upstream_headers(plan, settings, client_headers=()):
     headers.update(plan.format.headers(plan.key, plan.profile, client_headers or {}))
     headers.update(plan.profile.headers)
     for name, value in settings.extra_headers.items():
-        same = next((known for known in headers if known.lower() == name.lower()), name)
-        headers.pop(same, None)
+        headers = {known: headers[known] for known in headers if known.lower() != name.lower()}
         if value is not None:
             headers[name] = str(value)
     return headers
@@ -7159,8 +7144,7 @@ class Memory:
         """Keep {id: note}."""
         with self.lock:
             for call_id, note in notes.items():
-                sizes = (len(part) if isinstance(part, str) else 1000 for part in note.values())
-                size = 200 + sum(sizes)
+                size = 200 + len(compact_json(note))  # 200: what a row costs besides
                 self.size += size - self.notes.pop(call_id, (None, 0))[1]
                 self.notes[call_id] = (note, size)
             while len(self.notes) > MEMORY_CALLS or self.size > MEMORY_BYTES:
@@ -7197,7 +7181,6 @@ class Proxy:
         self.lessons = {}  # (base, model) -> {profile field: value}
         self.found = {}  # (base, model) -> {"owner", "context"}: what the provider tells of itself
         self.memo = {}  # cleaned tools, see clean_tool
-        self.rows = {}  # profile_for's answers
         self.wires = None  # (the TLS settings it was made from, Upstream)
         self.seen = None  # the Settings that store, ledger and recorder were made from
         self.follow(config())
@@ -7221,7 +7204,7 @@ class Proxy:
             changed = {name for name in names if getattr(old, name, self) != getattr(settings, name)}
             try:  # prices first: rows that the store gives back are priced by them
                 if "prices" in changed:
-                    self.ledger.price(prices_from(settings.prices))
+                    self.ledger.prices = prices_from(settings.prices)
             finally:
                 if changed.intersection(STORE_SETTINGS):
                     self.open_store(settings)
@@ -7234,17 +7217,15 @@ class Proxy:
         folder: nothing is written otherwise."""
         if self.store:
             self.store.close()
-        named = settings.origins["cache_dir"] != "default"
-        self.store = None
-        if settings.cache_enabled or settings.ledger or named:
-            size = settings.cache_max_mb << 20
-            self.store = Cache(settings.cache_dir, settings.cache_ttl, size, log=self.warn)
-        self.memory.store = self.store
-        self.ledger.save = self.store.save_row if self.store and settings.ledger else None
-        if self.store:
-            for place, changes in self.store.lessons().items():
-                self.lessons[tuple(place)] = as_dict(changes)
-            self.ledger.restore(self.store.saved_rows() if settings.ledger else ())
+        store, size = None, settings.cache_max_mb << 20
+        is_named = settings.origins["cache_dir"] != "default"
+        if settings.cache_enabled or settings.ledger or is_named:
+            store = Cache(settings.cache_dir, settings.cache_ttl, size, log=self.warn)
+            self.lessons.update(store.lessons())
+        self.store = self.memory.store = store
+        self.ledger.save = store.save_row if settings.ledger else None
+        if settings.ledger:
+            self.ledger.restore(store.saved_rows())
 
     def warn(self, text):
         self.log("warning", text)
@@ -7268,17 +7249,15 @@ class Proxy:
         main = settings.target_api_base, without_mark(settings.target_model)
 
         def profile(base, model):
-            found = self.found.get((base, model), {})
+            place = base, model
+            found = self.found.get(place, {})
             forced = (settings.profile, settings.target_format) if base == main[0] else ("", "auto")
-            key = (base, model) + forced + (found.get("owner", ""),)
-            row = self.rows.get(key) or self.rows.setdefault(key, profile_for(*key))
-            if found.get("context") and not row.context:
-                row = row._replace(context=found["context"])
-            row = apply_lesson(row, self.lessons.get((base, model)))
+            row = profile_for(base, model, *forced, found.get("owner", ""))
+            row = row._replace(context=row.context or found.get("context", 0))
+            row = apply_lesson(row, self.lessons.get(place))
             limits = {"max_output": settings.max_output, "context": settings.max_context}
-            if (base, model) == main:
-                row = row._replace(**{field: value for field, value in limits.items() if value})
-            return row
+            own = {field: value for field, value in limits.items() if value and place == main}
+            return row._replace(**own)
 
         return profile
 
@@ -7507,14 +7486,11 @@ def connect_lines(address, has_key):
     )
 
 
-# Fields of a ledger row: those that are attributes of an Exchange, and those of Anthropic's usage.
+# Fields of a ledger row that are attributes of an Exchange, and of Anthropic's usage those that a
+# ledger counts as PRICE_FIELDS.
 ROW_FIELDS = ("id", "asked", "stream", "bytes_in", "bytes_out", "retries", "broke")
-USAGE_FIELDS = {
-    "input": "input_tokens",
-    "output": "output_tokens",
-    "cache_read": "cache_read_input_tokens",
-    "cache_write": "cache_creation_input_tokens",
-}
+USAGE_FIELDS = ("input_tokens", "output_tokens")
+USAGE_FIELDS += ("cache_read_input_tokens", "cache_creation_input_tokens")
 
 
 class Exchange:
@@ -7677,12 +7653,9 @@ class Exchange:
         data, parts = encode_request(self.sent)
         if not self.retries + self.fixes and len(parts) > 1:
             self.broke = self.explain_prefix(parts)
-        url, headers = plan.url(plan.format.path), upstream_headers(
-            plan, self.settings, self.headers
-        )
-        timeout = self.settings.target_timeout
-        upstream = proxy.upstream(self.settings)
-        reply = upstream.open("POST", url, headers, data, self.wait, timeout)
+        url, wires = plan.url(plan.format.path), proxy.upstream(self.settings)
+        headers, timeout = upstream_headers(plan, self.settings, self.headers), self.settings.target_timeout
+        reply = wires.open("POST", url, headers, data, self.wait, timeout)
         kept = []  # what came, for the record
         try:
             if reply.status >= 300:
@@ -7692,11 +7665,8 @@ class Exchange:
             yield from self.read(reply, record_blocks(blocks, kept) if proxy.recorder else blocks)
         finally:
             reply.close()
-            if proxy.recorder:
-                headers, text = dict(reply.headers.items()), b"".join(kept).decode(
-                    "utf-8", "replace"
-                )
-                self.replies.append({"status": reply.status, "headers": headers, "body": text})
+            row = {"status": reply.status, "headers": dict(reply.headers.items())}
+            self.replies.append(dict(row, body=b"".join(kept)))
         proxy.memory.keep(self.writer.memory)
 
     def new_writer(self):
@@ -7856,7 +7826,7 @@ class Exchange:
         where it left; error: its text."""
         usage = self.reader.usage() if self.reader and self.writer.content else zero_usage()
         row = {name: getattr(self, name) for name in ROW_FIELDS}
-        row.update({name: usage[field] for name, field in USAGE_FIELDS.items()})
+        row.update(zip(PRICE_FIELDS, (usage[name] for name in USAGE_FIELDS)))
         row.update(
             time=self.proxy.now(),
             session=self.headers.get("x-claude-code-session-id") or "",
@@ -7918,13 +7888,12 @@ def first_bytes(blocks):
 
 def read_all(head, blocks):
     """All of a reply that is not a stream. Raises UpstreamError when it is far too long."""
-    pieces, size = [head], len(head)
+    raw = bytearray(head)
     for block in blocks:
-        pieces.append(block)
-        size += len(block)
-        if size > MAX_LINE:
+        raw += block
+        if len(raw) > MAX_LINE:
             raise too_long("JSON")
-    return b"".join(pieces)
+    return bytes(raw)
 
 
 def whole_reply(raw, start, plan):
