@@ -6212,9 +6212,8 @@ def redact(value, secrets=(), longest=None, depth=60):
     describes the field. Bytes become strings. Strings are cut to `longest` characters, if given;
     what lies deeper than `depth` levels is hidden whole.
     """
-    if isinstance(value, bytes):
-        value = value.decode("utf-8", "replace")
-    if isinstance(value, str):
+    if isinstance(value, (bytes, str)):
+        value = to_string(value)
         # The longest first: a key may be the beginning of another.
         for secret in sorted(filter(None, secrets), key=len, reverse=True):
             if len(secret) >= SHORTEST_SECRET:
@@ -6669,7 +6668,7 @@ def is_corruption(error):
 # row comes: prices that change later do not rewrite what was spent.
 
 PRICE_FIELDS = ("input", "output", "cache_read", "cache_write")  # tokens of a row of the ledger
-COUNTED = ("requests", "errors", "unpriced") + PRICE_FIELDS
+COUNTED = ("requests", "errors", "unpriced", "cost") + PRICE_FIELDS
 KEPT_MINUTES = 1440
 KEPT_SAMPLES = 500  # first-content times kept of a minute, for its median
 
@@ -6714,8 +6713,8 @@ class Sums:
     """Sums over requests."""
 
     def __init__(self):
+        # cost: of the requests whose model has a price; unpriced: how many others there are
         self.counts = collections.Counter(dict.fromkeys(COUNTED, 0))
-        self.cost = 0.0  # of the requests whose model has a price; `unpriced` counts the others
         self.first_ms = []  # of the first KEPT_SAMPLES requests
 
     def add(self, row):
@@ -6723,15 +6722,14 @@ class Sums:
         failed = bool(row.get("error")) or (row.get("status") or 0) >= 400
         row = dict(row, requests=1, errors=failed, unpriced=row["cost"] is None)
         self.counts.update({name: row.get(name) or 0 for name in COUNTED})
-        self.cost += row["cost"] or 0
         if row.get("first_ms") is not None and len(self.first_ms) < KEPT_SAMPLES:
             self.first_ms.append(row["first_ms"])
 
     def figures(self, has_prices):
         """The sums as a dict; cost is None where no request had a price."""
         counts = self.counts
-        known = counts["requests"] > counts["unpriced"] or has_prices and not counts["requests"]
-        return dict(counts, cost=round(self.cost, 6) if known else None)
+        is_known = counts["requests"] > counts["unpriced"] or has_prices and not counts["requests"]
+        return dict(counts, cost=round(counts["cost"], 6) if is_known else None)
 
     def median_ms(self):
         """The median time to the first content, or None."""
@@ -7008,6 +7006,7 @@ FALLBACK_KINDS = (
 )  # of errors after which another model may do better
 STORE_SETTINGS = ("cache_enabled", "ledger", "cache_dir", "cache_ttl", "cache_max_mb")
 TLS_SETTINGS = ("ca_bundle", "client_cert", "insecure")  # the names of Upstream's arguments, too
+WHOLE_ENDS = ("end_turn", "tool_use", "stop_sequence")  # stop reasons of answers that are stored
 CREATED = "2025-01-01T00:00:00Z"  # of every model; the client wants some date
 
 
@@ -7480,10 +7479,8 @@ def connect_lines(address, has_key):
     """(shell, the lines to paste) that connect Claude Code to this proxy."""
     key = "YOUR_PROXY_KEY" if has_key else "ccfix"
     variables = (("ANTHROPIC_BASE_URL", address), ("ANTHROPIC_AUTH_TOKEN", key))
-    return (
-        ("bash", ["export %s=%s" % pair for pair in variables] + ["claude"]),
-        ("powershell", ['$env:%s="%s"' % pair for pair in variables] + ["claude"]),
-    )
+    shells = (("bash", "export %s=%s"), ("powershell", '$env:%s="%s"'))
+    return [(shell, [form % pair for pair in variables] + ["claude"]) for shell, form in shells]
 
 
 # Fields of a ledger row that are attributes of an Exchange, and of Anthropic's usage those that a
@@ -7521,6 +7518,7 @@ class Exchange:
         self.room = 0  # output tokens to ask for, after an overflow
         self.learned = []  # what, in sentences
         self.replies = []  # for the record
+        self.store = proxy.store if self.settings.cache_enabled else None  # a Cache, or None
         self.cache_state, self.key = "off", None  # off, miss or hit; the cache key
         self.bytes_in = self.bytes_out = 0
         self.began = self.last_write = self.last_sign = clock()  # last_sign: of content
@@ -7584,15 +7582,14 @@ class Exchange:
             )
         if not self.stream or self.writer is None or self.writer.state in ENDED:
             return ""
-        if self.writer.state == IDLE:
-            if now - self.began < HOLD_SECONDS:
-                return ""
-            events = list(self.writer.start()) + [PING]
-        elif now - self.last_write < PING_SECONDS:
+        is_held = self.writer.state == IDLE
+        if is_held and now - self.began < HOLD_SECONDS:
             return ""
-        else:
-            silent = now - self.last_sign >= SIGN_SECONDS
-            events = self.reader.idle() if silent else [PING]
+        if not is_held and now - self.last_write < PING_SECONDS:
+            return ""
+        events = list(self.writer.start()) + [PING] if is_held else [PING]
+        if not is_held and now - self.last_sign >= SIGN_SECONDS:
+            events = self.reader.idle()
         self.last_write = now
         return "".join(map(encode_event, events))
 
@@ -7604,11 +7601,11 @@ class Exchange:
         check_messages(self.body)
         if is_search(self.body) and not self.plan.profile.searches:
             return self.unfolded(search_message(self), None)
-        hit = self.from_cache() if self.settings.cache_enabled else None
+        hit = self.store and self.from_cache()
         if hit:
-            return self.unfolded(hit, self.proxy.new_id)
+            return self.unfolded(hit[0], self.proxy.new_id)
         events = self.from_provider()
-        return events if self.key is None else self.stored(events)
+        return events if self.key is None else self.store_answer(events)
 
     def unfolded(self, message, new_id):
         """A finished message as events, under today's name and a fresh id, with no tokens counted:
@@ -7653,9 +7650,10 @@ class Exchange:
         data, parts = encode_request(self.sent)
         if not self.retries + self.fixes and len(parts) > 1:
             self.broke = self.explain_prefix(parts)
-        url, wires = plan.url(plan.format.path), proxy.upstream(self.settings)
-        headers, timeout = upstream_headers(plan, self.settings, self.headers), self.settings.target_timeout
-        reply = wires.open("POST", url, headers, data, self.wait, timeout)
+        headers = upstream_headers(plan, self.settings, self.headers)
+        url, timeout = plan.url(plan.format.path), self.settings.target_timeout
+        upstream = proxy.upstream(self.settings)
+        reply = upstream.open("POST", url, headers, data, self.wait, timeout)
         kept = []  # what came, for the record
         try:
             if reply.status >= 300:
@@ -7689,13 +7687,10 @@ class Exchange:
         plan, settings = self.plan, self.settings
         profile, memo = plan.profile, self.proxy.memo
         self.normalized = normalize(self.body, profile, recall, memo, self.output_room())
-        attach = {
-            "ANTHROPIC_BASE_URL": settings.disguise_api_base,
-            "ANTHROPIC_MODEL": self.shown,
-        }
-        wanted = settings.attach_fields
-        attached = recall and (wanted == "always" or wanted == "auto" and not profile.strict)
-        sent = plan.format.write(self.normalized, plan.model, profile, attach if attached else ())
+        attach = {"ANTHROPIC_BASE_URL": settings.disguise_api_base, "ANTHROPIC_MODEL": self.shown}
+        is_wanted = {"always": True, "auto": not profile.strict}.get(settings.attach_fields)
+        attach = attach if recall and is_wanted else ()
+        sent = plan.format.write(self.normalized, plan.model, profile, attach)
         return add_extra_body(sent, settings)
 
     def output_room(self):
@@ -7784,7 +7779,7 @@ class Exchange:
     # -- cache
 
     def from_cache(self):
-        """A stored answer, or None."""
+        """What Cache.get has for this request; None for nothing."""
         profile, sent = self.plan.profile, self.write_request()
         normalized = self.normalized
         if profile.untouched:  # sent as it came, with what differs from session to session
@@ -7792,28 +7787,26 @@ class Exchange:
             normalized = normalize(self.body, profile, memo=self.proxy.memo)
         place = "%s %s" % (self.plan.base, self.plan.model)
         self.key = cache_key(normalized, sent, self.settings.cache_key_mode, place)
-        if self.key is None:
-            return None
-        hit = self.proxy.store.get(self.key) if self.proxy.store else None
-        self.cache_state = "hit" if hit else "miss"
-        return hit and hit[0]
+        hit = self.store.get(self.key)
+        if self.key is not None:
+            self.cache_state = "hit" if hit else "miss"
+        return hit
 
-    def stored(self, events):
-        """The events, as they come; a complete answer is stored."""
+    def store_answer(self, events):
+        """The events, as they come; a complete answer is stored.
+
+        Not one that a limit cut, nor an empty one, nor the fallback's: the main model's place is
+        not taken for long.
+        """
         seen = []
         for event in events:
-            if event is not None:
-                seen.append(event)
+            seen.append(event)
             yield event
-        if seen and seen[-1]["type"] == "message_stop":
-            self.store_answer(fold(seen))
-
-    def store_answer(self, message):
-        """Store an answer, unless it was cut by a limit, or is empty; nor that of the fallback: the
-        main model's place is not taken for long."""
-        whole = message.get("stop_reason") in ("end_turn", "tool_use", "stop_sequence")
-        if whole and message["content"] and self.proxy.store and self.plan.family != "fallback":
-            self.proxy.store.put(self.key, message, self.spent_ms())
+        seen = list(filter(None, seen))
+        is_done = seen and seen[-1]["type"] == "message_stop" and self.plan.family != "fallback"
+        message = fold(seen) if is_done else {}
+        if message.get("stop_reason") in WHOLE_ENDS and message["content"]:
+            self.store.put(self.key, message, self.spent_ms())
 
     # -- what is noted
 
