@@ -6830,28 +6830,28 @@ class Ledger:
 # changed.
 
 
-def sections(parts):
-    """{"system": [(label, crc)], "tool": [...], "message": [...]} of [(label, bytes)].
+class Outline(NamedTuple):
+    """Checksums of a request's parts, in the order in which a model reads them.
 
-    Labels: "system", "tool NAME" (one part a tool) and "message 3 (user)", counted from 1.
+    system: [crc]; tools: [(name, crc)]; messages: [(role, crc)].
     """
-    groups = {"system": [], "tool": [], "message": []}
-    for label, data in parts:
-        groups[label.split(" ")[0]].append((label, zlib.crc32(data)))
-    return groups
+
+    system: list
+    tools: list
+    messages: list
 
 
 def common_prefix(old, new):
-    """How many sections at the front are the same: what a provider's cache can still use."""
+    """How many parts at the front are the same: what a provider's cache can still use."""
     same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(old, new))
     return len(list(same))
 
 
 def why_broken(old, new):
-    """Why `new` (sections) does not go on where `old` stopped; "" where it does, or is a part."""
-    system = "" if old["system"] == new["system"] else "system text changed"
-    tools = tools_broken(old["tool"], new["tool"])
-    messages = messages_broken(old["message"], new["message"])
+    """Why `new` (an Outline) does not go on where `old` stopped; "" where it does, or is a part."""
+    system = "" if old.system == new.system else "system text changed"
+    tools = tools_broken(old.tools, new.tools)
+    messages = messages_broken(old.messages, new.messages)
     return "; ".join(filter(None, (system, tools, messages)))
 
 
@@ -6862,22 +6862,22 @@ def tools_broken(old, new):
     changes = (
         ("added", set(after) - both),
         ("removed", set(before) - both),
-        ("edited", {label for label in both if before[label] != after[label]}),
+        ("edited", {name for name in both if before[name] != after[name]}),
     )
-    words = ["%s %s" % (verb, tool_list(labels)) for verb, labels in changes if labels]
+    words = ["%s %s" % (verb, list_names(names)) for verb, names in changes if names]
     if words:
         return "tools changed (%s)" % "; ".join(words)
     return "" if old == new else "tools reordered"
 
 
-def tool_list(labels):
-    """The names of at most three tools, and how many more there are."""
-    names = [label.partition(" ")[2] for label in sorted(labels)]
+def list_names(names):
+    """At most three of the names, and how many more there are."""
+    names = sorted(names)
     return ", ".join(names[:3]) + (" and %d more" % (len(names) - 3) if names[3:] else "")
 
 
 def messages_broken(old, new):
-    """Which message changed, or where the history was cut.
+    """Which message changed (counted from 1), or where the history was cut.
 
     "" where one list is the front of the other: a request that goes on, or a side request.
     """
@@ -6885,14 +6885,14 @@ def messages_broken(old, new):
     if same in (len(old), len(new)):
         return ""
     if len(new) >= len(old):
-        return "%s changed" % new[same][0]
+        return "message %d (%s) changed" % (same + 1, new[same][0])
     if not same:
         return "history was replaced (compaction)"
-    return "history was cut after %s (compaction)" % new[same - 1][0].partition(" (")[0]
+    return "history was cut after message %d (compaction)" % same
 
 
 class Sessions:
-    """The last sections of each session, least recently used forgotten.
+    """The last outlines of each session, least recently used forgotten.
 
     One session has several lines of requests (main, title, web fetch), so the last few are kept,
     and a request is compared with the one it shares most messages with. Give subagents a session
@@ -6904,14 +6904,18 @@ class Sessions:
     def __init__(self, size=200):
         self._size = size
         self._lock = threading.Lock()
-        self._lines = collections.OrderedDict()  # session -> [sections, ...], latest last
+        self._lines = collections.OrderedDict()  # session -> [Outline, ...], latest last
 
     def compare(self, session, new):
         """`why_broken` against the earlier request of the same line, whose place `new` takes."""
+
+        def likeness(line):
+            return common_prefix(line.messages, new.messages), line.tools == new.tools
+
         with self._lock:
             lines = self._lines.pop(session, [])
             related = [line for line in lines if is_related(line, new)]
-            old = max(reversed(related), key=lambda line: likeness(line, new), default=None)
+            old = max(reversed(related), key=likeness, default=None)
             lines = [line for line in lines if line is not old] + [new]
             self._lines[session] = lines[-self.LINES :]
             if len(self._lines) > self._size:
@@ -6925,13 +6929,8 @@ def is_related(old, new):
     The latter only with a history, of more than two messages: a first question is a line of its
     own.
     """
-    has_history = len(new["message"]) > 2 and old["system"] == new["system"]
-    return has_history or old["message"][:1] == new["message"][:1]
-
-
-def likeness(old, new):
-    """How alike two requests are: (messages shared from the front, same tools)."""
-    return common_prefix(old["message"], new["message"]), old["tool"] == new["tool"]
+    has_history = len(new.messages) > 2 and old.system == new.system
+    return has_history or old.messages[:1] == new.messages[:1]
 
 
 # ---- Records, which `--replay` serves again
@@ -6986,24 +6985,21 @@ def read_recording(folder):
     return replies
 
 
-# ======================================================================================================
+# ==================================================================================================
 # 12  Proxy: joins the above; Anthropic body in, events out; knows no client socket
-# ======================================================================================================
+# ==================================================================================================
 
 HOLD_SECONDS = 15  # the status waits so long for the first content; then message_start goes out
 PING_SECONDS = 5  # between pings in a silence
 STALLED = 10  # times TARGET_TIMEOUT without content, though bytes come: given up
 SIGN_SECONDS = 240  # of pings alone; then empty deltas: the client gives up after 600 s of pings
 MAX_LESSONS = 3  # that one request may cost
-LONGEST_WAIT = (
-    20  # seconds of Retry-After that are waited here; longer ones the client waits itself
-)
+LONGEST_WAIT = 20  # seconds of Retry-After that are waited here; longer ones the client waits
 MEMORY_CALLS = 5000  # tool calls whose arguments and reasoning are remembered
 MEMORY_BYTES = 32 << 20
 SMALL_CONTEXT = 30000  # tokens; below it Claude Code is of no practical use
-FALLBACK_KINDS = (
-    "connect timeout cut overloaded server rate billing sampling".split()
-)  # of errors after which another model may do better
+# Kinds of errors after which another model may do better.
+FALLBACK_KINDS = "connect timeout cut overloaded server rate billing sampling".split()
 STORE_SETTINGS = ("cache_enabled", "ledger", "cache_dir", "cache_ttl", "cache_max_mb")
 TLS_SETTINGS = ("ca_bundle", "client_cert", "insecure")  # the names of Upstream's arguments, too
 WHOLE_ENDS = ("end_turn", "tool_use", "stop_sequence")  # stop reasons of answers that are stored
@@ -7011,17 +7007,13 @@ CREATED = "2025-01-01T00:00:00Z"  # of every model; the client wants some date
 
 
 class Plan(NamedTuple):
-    """Where a request goes.
+    """Where a request goes: the first stop of every decision, and what learning replaces."""
 
-    family: whose settings were used ("" the main ones, opus, ..., fallback, image); model: without
-    [1m]; base: the base URL; key: "" for none; profile: with what was learned.
-    """
-
-    family: str
-    model: str
-    base: str
-    key: str
-    profile: Profile
+    family: str  # whose settings were used: "" the main ones, opus, ..., fallback, image
+    model: str  # without [1m]
+    base: str  # the base URL
+    key: str  # "" for none
+    profile: Profile  # with what was learned
 
     @property
     def format(self):
@@ -7037,8 +7029,8 @@ def plan_request(settings, asked, with_images, profile_of):
     """The Plan for a model name that the client asked for.
 
     A family without settings of its own takes the main ones, and so does a name of no family.
-    profile_of(base, model) -> Profile. Requests with images go to TARGET_MODEL_IMAGE where the plan
-    takes none.
+    profile_of(base, model) -> Profile. Requests with images go to TARGET_MODEL_IMAGE where the
+    plan takes none.
     """
     plan = plan_for(settings, family_of(asked), profile_of)
     if with_images and settings.target_model_image and not plan.profile.images:
@@ -7047,8 +7039,10 @@ def plan_request(settings, asked, with_images, profile_of):
 
 
 def plan_for(settings, family, profile_of):
-    """The Plan of a family: its own model, base and key where they are set. A base of its own never
-    gets the main key: it is another company's."""
+    """The Plan of a family: its own model, base and key where they are set.
+
+    A base of its own never gets the main key: it is another company's.
+    """
 
     def own(name):
         return getattr(settings, "%s_%s" % (name, family)) if family else ""
@@ -7062,7 +7056,11 @@ def plan_for(settings, family, profile_of):
 
 
 def upstream_headers(plan, settings, client_headers=()):
-    """Headers for the provider: its format's, its constants, and EXTRA_HEADERS (null removes)."""
+    """Headers for the provider: its format's, its constants, and EXTRA_HEADERS (null removes).
+
+    client_headers: by get(); a format passes some of them on. Names match in any case (RFC 9110,
+    5.1), so that EXTRA_HEADERS replaces a header however it is spelled.
+    """
     headers = {
         "Content-Type": "application/json",
         "Accept": "application/json, text/event-stream",
@@ -7090,11 +7088,9 @@ def add_extra_body(sent, settings):
 
 
 def encode_request(sent):
-    """(the request's JSON bytes, [(label, bytes)] of its parts).
+    """(the request's JSON bytes, its Outline): each part is encoded once, for both.
 
-    Encoded once, in pieces, so that the pieces can be compared with those of the session's last
-    request (see `sections`). Labels: "system", "tool NAME", "message 3 (user)", in the order in
-    which a model reads them.
+    A leading system message counts as system text, as it is in OpenAI's form.
     """
     lists = {name: as_list(sent.get(name)) for name in ("messages", "tools")}
     encoded = {name: [to_json_bytes(item) for item in items] for name, items in lists.items()}
@@ -7102,23 +7098,17 @@ def encode_request(sent):
     for name, items in encoded.items():
         if items:
             body += b',"%s":[%s]' % (name.encode(), b",".join(items))
-    system = [sent["system"]] if sent.get("system") else []
-    labels = ["system"] * len(system)
-    labels += ["tool " + name_of(tool) for tool in lists["tools"]]
-    labels += [message_label(*numbered) for numbered in enumerate(lists["messages"])]
-    parts = list(map(to_json_bytes, system)) + encoded["tools"] + encoded["messages"]
-    return body + b"}", list(zip(labels, parts))
+    tools = list(zip(map(name_of, lists["tools"]), map(zlib.crc32, encoded["tools"])))
+    roles = [as_dict(message).get("role") for message in lists["messages"]]
+    messages = list(zip(roles, map(zlib.crc32, encoded["messages"])))
+    first = 1 if roles[:1] == ["system"] else 0
+    system = messages[:first] + [zlib.crc32(to_json_bytes(sent.get("system")))]
+    return body + b"}", Outline(system, tools, messages[first:])
 
 
 def to_json_bytes(value):
     """value as JSON in ASCII bytes."""
     return compact_json(value).encode("ascii")
-
-
-def message_label(number, message):
-    """What the explainer of lost prefixes calls a message: a leading one may hold the system text."""
-    role = as_dict(message).get("role")
-    return "system" if (number, role) == (0, "system") else "message %d (%s)" % (number, role)
 
 
 def name_of(tool):
@@ -7129,10 +7119,10 @@ def name_of(tool):
 
 class Memory:
     """What is remembered of tool calls, by tool id: bounded, the least recently used go first.
-    Thread-safe. store: a Cache that keeps them too, or None.
 
-    The client drops what it does not know, and rewrites arguments; what a provider needs back byte
-    for byte is kept here as well as in signatures (see `normalize` for what a note holds).
+    Thread-safe. store: a Cache that keeps them too, or None. The client drops what it does not
+    know, and rewrites arguments; what a provider needs back byte for byte is kept here as well as
+    in signatures (see `normalize` for what a note holds).
     """
 
     def __init__(self, store=None):
@@ -7164,7 +7154,8 @@ class Memory:
 class Proxy:
     """What all requests share: settings, connections, lessons, memory, cache and ledger.
 
-    config(): the Settings of now. log(level, text). new_id() -> a fresh hex string. now(): epoch.
+    config() -> the Settings of now; log(level, text); new_id() -> a fresh hex string; now() ->
+    seconds since the epoch. Everything here may be called by several threads at once.
     """
 
     def __init__(self, config, log, new_id=lambda: "%024x" % random.getrandbits(96), now=time.time):
@@ -7195,12 +7186,16 @@ class Proxy:
         return settings
 
     def follow(self, settings):
-        """Make anew what depends on settings that changed: .env is read again while the server runs.
-        Raises ValueError for PRICES that cannot be used."""
+        """Make anew what depends on settings that changed: .env is read again while serving.
+
+        Raises ValueError for PRICES that cannot be used; all else has followed by then.
+        """
         with self.lock:
             old, self.seen = self.seen, settings
             names = STORE_SETTINGS + ("prices", "record_dir")
-            changed = {name for name in names if getattr(old, name, self) != getattr(settings, name)}
+            changed = {
+                name for name in names if getattr(old, name, self) != getattr(settings, name)
+            }
             try:  # prices first: rows that the store gives back are priced by them
                 if "prices" in changed:
                     self.ledger.prices = prices_from(settings.prices)
@@ -7212,8 +7207,10 @@ class Proxy:
                     self.recorder = Recorder(folder, secrets, self.warn) if folder else None
 
     def open_store(self, settings):
-        """Open the Cache in CACHE_DIR where the user asked for the cache or the ledger, or named the
-        folder: nothing is written otherwise."""
+        """Open the Cache in CACHE_DIR, if the user asked for the cache or the ledger, or named it.
+
+        Nothing is written otherwise. What an earlier run kept comes back.
+        """
         if self.store:
             self.store.close()
         store, size = None, settings.cache_max_mb << 20
@@ -7227,6 +7224,7 @@ class Proxy:
             self.ledger.restore(store.saved_rows())
 
     def warn(self, text):
+        """Log a warning."""
         self.log("warning", text)
 
     def upstream(self, settings):
@@ -7239,11 +7237,10 @@ class Proxy:
             return self.wires[1]
 
     def profile_of(self, settings):
-        """A function (base, model) -> Profile, with what was found and learned, and with the user's
-        own limits, which count most.
+        """A function (base, model) -> Profile, with what was found and learned.
 
-        PROFILE and TARGET_FORMAT are about the main base, MAX_OUTPUT and MAX_CONTEXT about the main
-        model there; a family of its own goes elsewhere.
+        The user's own limits count most. PROFILE and TARGET_FORMAT are about the main base,
+        MAX_OUTPUT and MAX_CONTEXT about the main model there; a family of its own goes elsewhere.
         """
         main = settings.target_api_base, without_mark(settings.target_model)
 
@@ -7261,7 +7258,7 @@ class Proxy:
         return profile
 
     def teach(self, plan, changes):
-        """Remember lessons about a plan's provider and model."""
+        """Remember lessons about a plan's provider and model. changes: {profile field: value}."""
         place = (plan.base, plan.model)
         with self.lock:
             self.lessons[place] = dict(self.lessons.get(place, {}), **changes)
@@ -7280,8 +7277,10 @@ class Proxy:
         return count
 
     def probe(self, plan, wait=None):
-        """Ask the provider once what it tells for free: who it is, and the model's context window.
-        Never raises: it is asked beside the first request, and nothing depends on the answer."""
+        """Ask the provider once what it tells for free: who it is, and the context window.
+
+        Never raises: it is asked beside the first request, and nothing depends on the answer.
+        """
         try:
             headers = upstream_headers(plan, self.settings())
             found = ask_provider(self.upstream(self.settings()), plan, headers, wait)
@@ -7467,7 +7466,9 @@ def loaded_context(ask, plan, owner):
     """
     root = "%s://%s" % urllib.parse.urlsplit(plan.base)[:2]
     if owner == "llamacpp":
-        return positive_int(as_dict(ask(root + "/props").get("default_generation_settings")), "n_ctx")
+        return positive_int(
+            as_dict(ask(root + "/props").get("default_generation_settings")), "n_ctx"
+        )
     if OWNERS.get(owner) != "ollama":
         return 0
     running = map(as_dict, as_list(ask(root + "/api/ps").get("models")))
@@ -7493,9 +7494,10 @@ USAGE_FIELDS += ("cache_read_input_tokens", "cache_creation_input_tokens")
 class Exchange:
     """One client request, from the parsed body to the last event.
 
-    body: the client's, checked by check_request; headers: its, by get(). batches() generates SSE text, one piece for all that one read of the provider's reply brought;
-    message() is the unstreamed answer. wait(sock, seconds) waits for the client as well and writes
-    what silence() gives meanwhile.
+    body: the client's, checked by check_request; headers: its, by get(). batches() generates the
+    streamed answer, message() is the unstreamed one; one of them is called, and close() at the
+    end. wait(sock, seconds) waits for the client as well, writes what silence() gives meanwhile,
+    and raises ClientGone.
     """
 
     def __init__(self, proxy, body, headers, wait, clock=time.monotonic, settings=None, id=""):
@@ -7517,12 +7519,15 @@ class Exchange:
         self.fixes = 0  # tries again because something was learned
         self.room = 0  # output tokens to ask for, after an overflow
         self.learned = []  # what, in sentences
-        self.replies = []  # for the record
+        self.replies = []  # one a try, for the record
         self.store = proxy.store if self.settings.cache_enabled else None  # a Cache, or None
-        self.cache_state, self.key = "off", None  # off, miss or hit; the cache key
-        self.bytes_in = self.bytes_out = 0
-        self.began = self.last_write = self.last_sign = clock()  # last_sign: of content
-        self.first_ms = None  # until the first content
+        self.cache_state = "off"  # or miss, hit
+        self.key = None  # the cache key; None where the answer may not be stored
+        self.bytes_in = self.bytes_out = 0  # of the request's JSON, and of the answer
+        self.began = clock()  # when the request came ...
+        self.last_write = self.began  # ... and when the client last got something
+        self.last_sign = self.began  # when the provider last sent content
+        self.first_ms = None  # milliseconds until the client got the first content
         self.broke = ""  # why the provider's prefix cache was lost
 
     # -- what goes out
@@ -7543,8 +7548,10 @@ class Exchange:
             yield batch
 
     def batches(self):
-        """SSE text, to be written as it comes. Raises ProxyError only before the first, Dropped in
-        the middle. One write for all that one read brought: a burst costs one wake-up, not fifty.
+        """SSE text, to be written as it comes: one piece for all that one read brought.
+
+        A burst then costs one wake-up, not fifty. Raises ProxyError only before the first piece,
+        Dropped in the middle.
         """
         for batch in self.event_batches():
             text = "".join(map(encode_event, batch))
@@ -7565,12 +7572,12 @@ class Exchange:
         return (self.clock() - self.began) * 1000
 
     def silence(self):
-        """SSE text to write in a silence, or "": after 15 s message_start, then pings, and after
-        minutes a sign of life. Raises UpstreamError when the provider only keeps the connection.
+        """SSE text to write in a silence, or "".
 
-        Claude Code 2.1.330 gives up after 360 s without a head, 300 s without a byte and 600 s of
-        pings alone. Until message_start goes out the HTTP status is free, and an error can be one that
-        makes the client do the right thing.
+        After 15 s message_start, then pings, and after minutes a sign of life: Claude Code 2.1.330
+        gives up after 360 s without a head, 300 s without a byte and 600 s of pings alone. Until
+        message_start goes out the HTTP status is free, and an error can be one that makes the
+        client do the right thing. Raises UpstreamError when the provider only keeps the connection.
         """
         now = self.clock()
         if now - self.last_sign > STALLED * self.settings.target_timeout:
@@ -7596,8 +7603,10 @@ class Exchange:
     # -- where it comes from
 
     def events(self):
-        """Event dicts, and None where all that has arrived is given: from the cache, a search, or the
-        provider."""
+        """Event dicts, and None where all that has arrived is given.
+
+        They come from the cache, a search, or the provider.
+        """
         check_messages(self.body)
         if is_search(self.body) and not self.plan.profile.searches:
             return self.unfolded(search_message(self), None)
@@ -7608,15 +7617,19 @@ class Exchange:
         return events if self.key is None else self.store_answer(events)
 
     def unfolded(self, message, new_id):
-        """A finished message as events, under today's name and a fresh id, with no tokens counted:
-        none were used."""
+        """A finished message as events, under today's name and a fresh id.
+
+        No tokens are counted, as none were used. new_id: for fresh call ids; None leaves them.
+        """
         told = {"id": "msg_" + self.id, "model": self.shown, "usage": zero_usage()}
         yield from unfold(dict(message, **told), new_id)
         yield None
 
     def from_provider(self):
-        """Try until an answer comes, learning, waiting and falling back as errors ask for; nothing is
-        tried again once content went out: the client would see it twice."""
+        """Try until an answer comes, learning, waiting and falling back as errors ask for.
+
+        Nothing is tried again once content went out: the client would see it twice.
+        """
         while True:
             try:
                 yield from self.attempt()
@@ -7633,8 +7646,10 @@ class Exchange:
                     return
 
     def sized(self, error):
-        """An overflow error with the numbers that the provider's words left out: the client compacts
-        by them."""
+        """An overflow error with the numbers that the provider's words left out.
+
+        The client compacts by them.
+        """
         if error.kind != "overflow" or not error.text or (error.numbers[0] and error.numbers[2]):
             return error
         prompt, _, limit = error.numbers
@@ -7647,9 +7662,9 @@ class Exchange:
         self.writer.scope = plan.profile.scope
         self.reader = plan.format.reader(self.writer, plan.profile)
         self.sent = self.write_request(proxy.memory.recall)
-        data, parts = encode_request(self.sent)
-        if not self.retries + self.fixes and len(parts) > 1:
-            self.broke = self.explain_prefix(parts)
+        data, outline = encode_request(self.sent)
+        if not self.retries + self.fixes:
+            self.broke = self.explain_prefix(outline)
         headers = upstream_headers(plan, self.settings, self.headers)
         url, timeout = plan.url(plan.format.path), self.settings.target_timeout
         upstream = proxy.upstream(self.settings)
@@ -7681,8 +7696,8 @@ class Exchange:
     def write_request(self, recall=None):
         """The body for the provider, with the disguise attached and EXTRA_BODY applied.
 
-        recall: see normalize; without it (for the cache key) nothing is attached, as neither decides
-        what a right answer is.
+        recall: see normalize; without it (for the cache key) nothing is attached, as neither
+        decides what a right answer is.
         """
         plan, settings = self.plan, self.settings
         profile, memo = plan.profile, self.proxy.memo
@@ -7694,25 +7709,29 @@ class Exchange:
         return add_extra_body(sent, settings)
 
     def output_room(self):
-        """Output tokens that fit beside the prompt where the context window is known, else 0. The
-        prompt is taken larger than it is: a third of a token a byte, or what the provider was seen
-        to count."""
+        """Output tokens that fit beside the prompt where the context window is known, else 0.
+
+        The prompt is taken larger than it is: a third of a token a byte, or what the provider was
+        seen to count.
+        """
         profile = self.plan.profile
         if self.room or not profile.context:
             return self.room
         return max(1024, profile.context - int(self.bytes_in * profile.density) - 64)
 
-    def explain_prefix(self, parts):
+    def explain_prefix(self, outline):
         """Why this request does not go on where the session's last one stopped, or ""."""
         names = ("x-claude-code-session-id", "x-claude-code-agent-id")
         session = " ".join(self.headers.get(name) or "" for name in names)
         if not session.strip():
             return ""
-        return self.proxy.sessions.compare(session + self.plan.model, sections(parts))
+        return self.proxy.sessions.compare(session + self.plan.model, outline)
 
     def read(self, reply, blocks):
-        """Events of a reply with a good status: SSE or JSON, whatever was asked for and whatever its
-        content type says (xAI answers a stream request with a JSON error, DashScope with SSE to all).
+        """Events of a reply with a good status: SSE or JSON, as its first byte says.
+
+        Neither the request nor the content type decides: xAI answers a stream request with a JSON
+        error, DashScope sends SSE to all.
         """
         reader, head = self.reader, first_bytes(blocks)
         start = head.lstrip(BLANK)[:1]
@@ -7735,8 +7754,11 @@ class Exchange:
     # -- again?
 
     def again(self, error):
-        """Whether to try once more after an error before any content: a lesson was learned, a wait is
-        worth it, or another model takes over. Waits where it says so; ClientGone comes through."""
+        """Whether to try once more after an error before any content.
+
+        That is, where a lesson was learned, a wait is worth it, or another model takes over. Waits
+        where it says so; ClientGone comes through.
+        """
         if self.learn_from(error):
             return True
         wait = str(error.headers.get("retry-after"))
@@ -7815,8 +7837,10 @@ class Exchange:
         return self.error.message if self.error and self.writer.state == FAILED else ""
 
     def close(self, status, error=""):
-        """Note the exchange in the ledger, the log and the record. status: what the client got, 499
-        where it left; error: its text."""
+        """Note the exchange in the ledger, the log and the record.
+
+        status: what the client got, 499 where it left; error: its text.
+        """
         usage = self.reader.usage() if self.reader and self.writer.content else zero_usage()
         row = {name: getattr(self, name) for name in ROW_FIELDS}
         row.update(zip(PRICE_FIELDS, (usage[name] for name in USAGE_FIELDS)))
@@ -7890,9 +7914,11 @@ def read_all(head, blocks):
 
 
 def whole_reply(raw, start, plan):
-    """A reply that is not a stream, as the one chunk (or message) that it is. Raises UpstreamError for
-    a web page or broken JSON. start: its first byte. A web page comes from a login portal, or from a
-    base URL without its /v1."""
+    """A reply that is not a stream, as the one chunk (or message) that it is.
+
+    start: its first byte. Raises UpstreamError for a web page or broken JSON. A web page comes
+    from a login portal, or from a base URL without its /v1.
+    """
     base = without_password(plan.base)
     if start == b"<":
         raise UpstreamError(
@@ -7918,7 +7944,7 @@ def whole_reply(raw, start, plan):
 
 
 def refusal(reply, raw, plan):
-    """The UpstreamError of a reply with an error status; a redirect says where the address is now."""
+    """The UpstreamError of a reply with an error status; a redirect says where it moved."""
     if reply.status < 400:
         place = (without_password(plan.base), reply.headers.get("location"))
         message = "%s has moved to %s; fix TARGET_API_BASE (-b)." % place
@@ -7926,12 +7952,14 @@ def refusal(reply, raw, plan):
     return upstream_error(reply.status, reply.headers, raw)
 
 
-# ---- web search: a server tool that other providers lack -----------------------------------------------
+# ---- web search: a server tool that other providers lack
 
 
 def is_search(body):
-    """Whether this is Claude Code's side request for a web search: the server tool and no other. It
-    asks "Perform a web search for the query: ..." and reads the results from the blocks."""
+    """Whether this is Claude Code's side request for a web search: the server tool and no other.
+
+    It asks "Perform a web search for the query: ..." and reads the results from the blocks.
+    """
     tools = [str(as_dict(tool).get("type")) for tool in as_list(body.get("tools"))]
     return bool(tools) and all(kind.startswith("web_search_") for kind in tools)
 
@@ -7939,13 +7967,16 @@ def is_search(body):
 HIT = {"type": "web_search_result", "encrypted_content": "", "page_age": None}
 SEARCH_ERROR = {"type": "web_search_tool_result_error", "error_code": "unavailable"}
 NO_SEARCH = (
-    "Web search is not configured: set SEARCH_URL in ccfix to a SearXNG address. No search was made."
+    "Web search is not configured: set SEARCH_URL in ccfix to a SearXNG address."
+    " No search was made."
 )
 
 
 def search_message(exchange):
-    """The answer to a web search as a message: real results from SEARCH_URL, or a clear error block;
-    never a model's invention, which the client would show as results."""
+    """The answer to a web search as a message: results from SEARCH_URL, or a clear error block.
+
+    Never a model's invention, which the client would show as results.
+    """
     _, blocks, _ = (split_turns(exchange.body["messages"]) or [("", [], None)])[-1]
     text = "\n".join(block_text(block) for block in blocks if block.get("type") == "text")
     query = re.sub(r"(?is)^.*?web search for the query:\s*", "", text).strip()[:400]
@@ -7965,8 +7996,11 @@ def search_message(exchange):
 
 
 def search_web(exchange, query):
-    """[{title, url, content}] of SEARCH_URL's JSON answer (SearXNG's form, at most ten). Raises
-    ValueError with a sentence for the model. https://docs.searxng.org/dev/search_api.html"""
+    """[{title, url, content}] of SEARCH_URL's JSON answer, at most ten.
+
+    SearXNG's form: https://docs.searxng.org/dev/search_api.html. Raises ValueError with a sentence
+    for the model.
+    """
     url = exchange.settings.search_url
     if not url:
         raise ValueError(NO_SEARCH)

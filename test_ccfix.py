@@ -8331,9 +8331,9 @@ class TestProxies(UpstreamCase):
             self.assertNotIn("secret", error.message)
 
 
-# ======================================================================================================
+# ==================================================================================================
 # 10  Store: cache, ledger, records
-# ======================================================================================================
+# ==================================================================================================
 
 DATED = "<system-reminder>\n# currentDate\nToday's date is 2026-11-22.\n</system-reminder>\n"
 TOOL = {
@@ -9404,7 +9404,8 @@ class TestCacheFaults(CacheCase):
         self.assertEqual((self.cache.get("k"), self.cache.recall("k"), self.told), (None, None, []))
 
 
-# A nursery loads the module once, forks writers and kills them: a whole interpreter each would take seconds.
+# A nursery loads the module once, forks writers and kills them: a whole interpreter each would
+# take seconds.
 KILLED_WRITERS = """
 import os, random, signal, sqlite3, sys
 sys.path.insert(0, sys.argv[1])
@@ -9644,15 +9645,10 @@ class TestLedger(unittest.TestCase):
 
 
 def request_parts(system="s", tools="ab", messages="1234"):
-    """Sections of a request in short: one letter a tool, one a message; roles alternate."""
-    return ccfix.sections(
-        [("system", system.encode())]
-        + [("tool %s" % name.lower(), name.encode()) for name in tools]
-        + [
-            ("message %d (%s)" % (place + 1, ("user", "assistant")[place % 2]), text.encode())
-            for place, text in enumerate(messages)
-        ]
-    )
+    """The outline of a request in short: one letter a tool, one a message; roles alternate."""
+    turns = itertools.cycle(("user", "assistant"))
+    tools = [(name.lower(), name) for name in tools]
+    return ccfix.Outline([system], tools, list(zip(turns, messages)))
 
 
 class TestWhyBroken(unittest.TestCase):
@@ -9678,9 +9674,31 @@ class TestWhyBroken(unittest.TestCase):
         ):
             self.assertEqual(ccfix.why_broken(request_parts(), new), reason)
         self.assertEqual(
-            ccfix.why_broken(ccfix.sections([]), request_parts()),
+            ccfix.why_broken(ccfix.Outline([], [], []), request_parts()),
             "system text changed; tools changed (added a, b)",
         )
+
+    def test_a_request_is_encoded_with_its_outline(self):
+        turns = [{"role": role, "content": "x"} for role in ("user", "assistant")]
+        tools = [{"type": "function", "function": {"name": "f"}}, {"name": "g"}]
+        leading = {"role": "system", "content": "s"}
+        for sent in (
+            {"model": "m", "messages": [leading] + turns, "tools": tools, "stream": True},
+            {"model": "m", "system": "s", "messages": turns, "tools": tools},
+        ):
+            data, outline = ccfix.encode_request(sent)
+            self.assertEqual(json.loads(data.decode()), sent)
+            self.assertEqual([name for name, _ in outline.tools], ["f", "g"])
+            self.assertEqual([role for role, _ in outline.messages], ["user", "assistant"])
+            for edit in ({"content": "y"}, {"role": "user"}):
+                other = dict(sent, messages=sent["messages"][:-1] + [dict(turns[1], **edit)])
+                reason = ccfix.why_broken(outline, ccfix.encode_request(other)[1])
+                self.assertRegex(reason, r"^message 2 \((user|assistant)\) changed$")
+        other = dict(sent, system="t")
+        reason = ccfix.why_broken(outline, ccfix.encode_request(other)[1])
+        self.assertEqual(reason, "system text changed")
+        data, outline = ccfix.encode_request({"model": "m", "messages": turns})
+        self.assertEqual(json.loads(data.decode()), {"model": "m", "messages": turns})
 
     def test_sessions_are_compared_with_themselves(self):
         sessions = ccfix.Sessions(size=2)
@@ -9839,11 +9857,12 @@ class TestRecorder(unittest.TestCase):
             self.assertIn("bad.json", str(caught.exception))
 
 
-# ======================================================================================================
+# ==================================================================================================
 # 10  Store: sessions
-# ======================================================================================================
+# ==================================================================================================
 
-# A session in the shape of the real client's: (what the user says, how many calls the model makes before it answers)
+# A session in the shape of the real client's: (what the user says, how many calls the model makes
+# before it answers).
 SESSION = (
     ("Make the colour in notes.txt blue.", 4),
     ("continue", 1),
@@ -9857,7 +9876,7 @@ NOTE = "<system-reminder>\n%s\n</system-reminder>"
 
 
 def session_reply(sent):
-    """The model of the session: the reply that belongs to the number of assistant turns; it names its place."""
+    """The model of the session: the reply for this number of assistant turns; it names its place."""
     place = sum(message["role"] == "assistant" for message in sent["messages"])
     plan = [kind for _, calls in SESSION for kind in ["call"] * calls + ["text"]]
     if plan[place] == "text":
@@ -9877,7 +9896,7 @@ def session_reply(sent):
 
 
 def marked_last(messages):
-    """A copy in which the last block has cache_control, and messages of one text are strings, as the client sends them."""
+    """A copy as the client sends it: cache_control on the last block, single texts as strings."""
     messages = copy.deepcopy(messages)
     for message in messages[:-1]:
         if (
@@ -10014,11 +10033,12 @@ class TestCacheSession(CachedCase):
             )
 
 
-# Requests that tempt a cache to answer with another conversation's reply: (what the right answer depends on, request)
+# Requests that tempt a cache to answer with another conversation's reply: (what the right answer
+# depends on, request).
 
 
 def provoking_requests():
-    """[(label, body)]: a body's right answer names its label; bodies of one label may be answered alike."""
+    """[(label, body)]: a right answer names the label; one label's may be answered alike."""
     rows = []
 
     def add(label, *messages, **fields):
@@ -10186,9 +10206,10 @@ def provoking_histories():
 
 
 def provoked(answer_of, rounds=2):
-    """Ask all provoking requests several times in a seeded order -> [label asked for, answer got] of those answered wrong.
+    """Ask all provoking requests several times in a seeded order.
 
-    answer_of(label, body) -> the answer's text; the model behind it answers with the label that it is told now.
+    -> [label asked for, answer got] of those answered wrong. answer_of(label, body) -> the
+    answer's text; the model behind it answers with the label that it is told now.
     """
     order = provoking_requests() * rounds
     random.Random(7).shuffle(order)
@@ -10222,9 +10243,9 @@ class TestProvokedCache(CachedCase):
             self.assertGreater(proxy.store.stats()["hits"], 50, mode)  # it was no idle test
 
 
-# ======================================================================================================
+# ==================================================================================================
 # 11  Proxy
-# ======================================================================================================
+# ==================================================================================================
 
 
 def hello(sent):
@@ -10283,7 +10304,7 @@ class TestRouting(unittest.TestCase):
                 )
 
     def test_whose_profile_and_limits_the_users_own_are(self):
-        """PROFILE is about the main base URL; MAX_CONTEXT and MAX_OUTPUT about the main model there."""
+        """PROFILE is about the main base URL, MAX_CONTEXT and MAX_OUTPUT about the main model."""
         proxy, _ = proxy_with(
             hello,
             TARGET_MODEL="m[1m]",
@@ -10646,7 +10667,10 @@ def native_bytes(events):
 
 
 class TestNative(unittest.TestCase):
-    """Providers that speak Anthropic: passed through, but for the model, the disguise and what describes the user's machine."""
+    """Providers that speak Anthropic: passed through.
+
+    But for the model, the disguise and what describes the user's machine.
+    """
 
     maxDiff = None
 
@@ -11151,7 +11175,8 @@ class TestSecrets(unittest.TestCase):
             "EXTRA_HEADERS": '{"x-key": "Token sk-very-secret-3"}',
             "ANTHROPIC_API_KEY": "sk-very-secret-4",
         }
-        text = "Incorrect API key provided: sk-very-secret-1, sk-very-secret-2, sk-very-secret-3, sk-very-secret-4."
+        keys = ", ".join("sk-very-secret-%d" % number for number in (1, 2, 3, 4))
+        text = "Incorrect API key provided: %s." % keys
         for answer in (
             refusal(401, text),
             refusal(400, text),
