@@ -6343,9 +6343,9 @@ def ends_in_question(turns):
     last = as_dict(turns[-1]) if turns else {}
     blocks = as_blocks(last.get("content"))
     has_result = any(str(block.get("type")).endswith("tool_result") for block in blocks)
-    words = [block_text(block).rstrip() for block in blocks]
-    is_asked = not all(text.endswith(REMINDER_END) for text in words)
-    return last.get("role") == "user" and is_asked and not has_result
+    if last.get("role") != "user" or has_result:
+        return False
+    return not all(block_text(block).rstrip().endswith(REMINDER_END) for block in blocks)
 
 
 def key_part(item, numbers, is_loose=False):
@@ -6725,10 +6725,10 @@ class Sums:
         if row.get("first_ms") is not None and len(self.first_ms) < KEPT_SAMPLES:
             self.first_ms.append(row["first_ms"])
 
-    def figures(self, has_prices):
-        """The sums as a dict; cost is None where no request had a price."""
+    def figures(self, prices):
+        """The sums as a dict; cost is None where no request had a price, or could have one."""
         counts = self.counts
-        is_known = counts["requests"] > counts["unpriced"] or has_prices and not counts["requests"]
+        is_known = counts["requests"] > counts["unpriced"] or prices and not counts["requests"]
         return dict(counts, cost=round(counts["cost"], 6) if is_known else None)
 
     def median_ms(self):
@@ -6805,7 +6805,7 @@ class Ledger:
     def totals(self):
         """COUNTED and the cost (or None), of all requests since the start."""
         with self._lock:
-            return self._totals.figures(bool(self.prices))
+            return self._totals.figures(self.prices)
 
     def series(self, minutes=60):
         """One dict a minute, the running minute last: t, first_ms (the median) and the sums.
@@ -6817,7 +6817,7 @@ class Ledger:
         with self._lock:
             for minute in range(last - minutes + 1, last + 1):
                 sums = self._minutes.get(minute) or Sums()
-                figures = sums.figures(bool(self.prices))
+                figures = sums.figures(self.prices)
                 result.append(dict(figures, t=minute * 60, first_ms=sums.median_ms()))
         return result
 
@@ -7433,7 +7433,7 @@ CONTEXT_FIELDS = (
 
 
 def ask_provider(upstream, plan, headers, wait=None):
-    """{"owner", "context", "models"} from /models, and from a local server's own endpoint.
+    """{"owner", "context"} from /models, and from a local server's own endpoint.
 
     owner: see OWNERS; context: tokens, 0 where nothing tells: OpenAI and most clouds do not.
     Raises ProxyError.
@@ -7449,7 +7449,7 @@ def ask_provider(upstream, plan, headers, wait=None):
     owners = (row.get("owned_by") for row in named + rows)
     owner = str(next(filter(None, owners), ""))
     context = loaded_context(ask, plan, owner) or positive_int(limits_of(mine), *CONTEXT_FIELDS)
-    return {"owner": owner, "context": context, "models": [str(row.get("id")) for row in rows]}
+    return {"owner": owner, "context": context}
 
 
 def limits_of(row):
@@ -7465,15 +7465,13 @@ def loaded_context(ask, plan, owner):
     /props the one that it was started with; Ollama tells it for loaded models only.
     """
     root = "%s://%s" % urllib.parse.urlsplit(plan.base)[:2]
+    found = {}
     if owner == "llamacpp":
-        return positive_int(
-            as_dict(ask(root + "/props").get("default_generation_settings")), "n_ctx"
-        )
-    if OWNERS.get(owner) != "ollama":
-        return 0
-    running = map(as_dict, as_list(ask(root + "/api/ps").get("models")))
-    loaded = [row for row in running if row.get("name") == plan.model]
-    return positive_int(loaded[0], "context_length") if loaded else 0
+        found = as_dict(ask(root + "/props").get("default_generation_settings"))
+    elif OWNERS.get(owner) == "ollama":
+        running = map(as_dict, as_list(ask(root + "/api/ps").get("models")))
+        found = next((row for row in running if row.get("name") == plan.model), found)
+    return positive_int(found, "n_ctx", "context_length")
 
 
 def connect_lines(address, has_key):
@@ -7650,7 +7648,7 @@ class Exchange:
 
         The client compacts by them.
         """
-        if error.kind != "overflow" or not error.text or (error.numbers[0] and error.numbers[2]):
+        if error.kind != "overflow" or not error.text:
             return error
         prompt, _, limit = error.numbers
         return overflow_error(prompt, limit, self.bytes_in // 4, self.plan.profile.context)
@@ -7982,9 +7980,8 @@ def search_message(exchange):
     query = re.sub(r"(?is)^.*?web search for the query:\s*", "", text).strip()[:400]
     try:
         hits = search_web(exchange, query)
-        content = [dict(HIT, title=hit["title"], url=hit["url"]) for hit in hits]
-        text = "\n\n".join("%(title)s\n%(url)s\n%(content)s" % hit for hit in hits)
-        text = text or "The search found nothing."
+        content = [dict(HIT, title=title, url=url) for title, url, _ in hits]
+        text = "\n\n".join(map("\n".join, hits)) or "The search found nothing."
     except (ProxyError, ValueError) as error:
         content, text = SEARCH_ERROR, str(error)
     call_id = "srvtoolu_" + exchange.proxy.new_id()
@@ -7996,7 +7993,7 @@ def search_message(exchange):
 
 
 def search_web(exchange, query):
-    """[{title, url, content}] of SEARCH_URL's JSON answer, at most ten.
+    """[(title, url, content)], all strings, of SEARCH_URL's JSON answer, at most ten.
 
     SearXNG's form: https://docs.searxng.org/dev/search_api.html. Raises ValueError with a sentence
     for the model.
@@ -8016,11 +8013,7 @@ def search_web(exchange, query):
         raise ValueError(words % status)
     rows = [row for row in found["results"][:10] if isinstance(row, dict) and row.get("url")]
     return [
-        {
-            "title": str(row.get("title") or row["url"]),
-            "url": str(row["url"]),
-            "content": str(row.get("content") or ""),
-        }
+        (str(row.get("title") or row["url"]), str(row["url"]), str(row.get("content") or ""))
         for row in rows
     ]
 

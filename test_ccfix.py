@@ -9876,7 +9876,7 @@ NOTE = "<system-reminder>\n%s\n</system-reminder>"
 
 
 def session_reply(sent):
-    """The model of the session: the reply for this number of assistant turns; it names its place."""
+    """The model of the session: the reply for this number of assistant turns; it names which."""
     place = sum(message["role"] == "assistant" for message in sent["messages"])
     plan = [kind for _, calls in SESSION for kind in ["call"] * calls + ["text"]]
     if plan[place] == "text":
