@@ -7763,8 +7763,7 @@ class Exchange:
         """
         if self.learn_from(error):
             return True
-        wait = str(error.headers.get("retry-after"))
-        wait = int(wait) if wait.isdigit() else 0
+        wait = int(error.headers.get("retry-after") or 0)  # see `retry_after`
         if error.retry and self.retries < self.settings.target_retries and wait <= LONGEST_WAIT:
             self.retries += 1
             self.log_again("info", "try %d" % (self.retries + 1), error)
@@ -7859,13 +7858,18 @@ class Exchange:
         )
         self.proxy.ledger.add(row)
         self.proxy.log("error" if status >= 500 else "info", row_text(row))
-        headers, secrets = dict(self.headers.items()), self.settings.secrets()
-        seen = {"request": without_person(self.body), "sent": self.sent}
+        told = {
+            "time": row["time"],
+            "id": self.id,
+            "row": row,
+            "request": without_person(self.body),
+            "sent": self.sent,
+            "client_headers": dict(self.headers.items()),
+        }
         if self.settings.log_level == "debug":
-            shown = redact(dict(seen, headers=headers, error=error), secrets, 500)
+            shown = redact(told, self.settings.secrets(), 500)
             self.proxy.log("debug", self.id + " " + compact_json(shown))
         if self.proxy.recorder:
-            told = dict(seen, time=row["time"], id=self.id, row=row, client_headers=headers)
             self.proxy.recorder.write(dict(told, replies=self.replies))
 
 
@@ -7921,28 +7925,25 @@ def whole_reply(raw, start, plan):
     start: its first byte. Raises UpstreamError for a web page or broken JSON. A web page comes
     from a login portal, or from a base URL without its /v1.
     """
-    base = without_password(plan.base)
     if start == b"<":
-        raise UpstreamError(
-            "%s answered with a web page (%s) instead of a completion; check TARGET_API_BASE (-b)."
-            % (base, error_fields(raw)[0]),
-            kind="path",
-        )
+        page = "a web page (%s) instead of a completion; check TARGET_API_BASE (-b)."
+        raise wrong_place(plan, page % error_fields(raw)[0])
     body = json_or_none(raw)
     body = body[0] if isinstance(body, list) and body else body
     if not isinstance(body, dict):
-        raise UpstreamError(
-            "The provider's reply was cut off or is not valid JSON.", kind="cut", retry=True
-        )
+        words = "The provider's reply was cut off or is not valid JSON."
+        raise UpstreamError(words, kind="cut", retry=True)
     error = error_in_reply(body)
     if error:
         raise error
     if not body.get("choices") and body.get("type") != "message":
-        raise UpstreamError(
-            "%s answered with JSON that is not a completion: %s" % (base, compact_json(body)[:300]),
-            kind="path",
-        )
+        raise wrong_place(plan, "JSON that is not a completion: " + compact_json(body)[:300])
     return body
+
+
+def wrong_place(plan, seen):
+    """The UpstreamError of a base URL behind which something else answers."""
+    return UpstreamError("%s answered with %s" % (without_password(plan.base), seen), kind="path")
 
 
 def refusal(reply, raw, plan):
