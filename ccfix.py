@@ -7925,9 +7925,12 @@ def whole_reply(raw, start, plan):
     start: its first byte. Raises UpstreamError for a web page or broken JSON. A web page comes
     from a login portal, or from a base URL without its /v1.
     """
+    base = without_password(plan.base)
     if start == b"<":
-        page = "a web page (%s) instead of a completion; check TARGET_API_BASE (-b)."
-        raise wrong_place(plan, page % error_fields(raw)[0])
+        words = (
+            "%s answered with a web page (%s) instead of a completion; check TARGET_API_BASE (-b)."
+        )
+        raise UpstreamError(words % (base, error_fields(raw)[0]), kind="path")
     body = json_or_none(raw)
     body = body[0] if isinstance(body, list) and body else body
     if not isinstance(body, dict):
@@ -7937,13 +7940,9 @@ def whole_reply(raw, start, plan):
     if error:
         raise error
     if not body.get("choices") and body.get("type") != "message":
-        raise wrong_place(plan, "JSON that is not a completion: " + compact_json(body)[:300])
+        words = "%s answered with JSON that is not a completion: %s"
+        raise UpstreamError(words % (base, compact_json(body)[:300]), kind="path")
     return body
-
-
-def wrong_place(plan, seen):
-    """The UpstreamError of a base URL behind which something else answers."""
-    return UpstreamError("%s answered with %s" % (without_password(plan.base), seen), kind="path")
 
 
 def refusal(reply, raw, plan):
