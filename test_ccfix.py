@@ -10965,7 +10965,7 @@ class TestNative(unittest.TestCase):
             proxy.store.close()
 
 
-class Folder(object):
+class Folder:
     """A folder for one test."""
 
     def __enter__(self):
@@ -11213,8 +11213,8 @@ class TestSmallEndpoints(unittest.TestCase):
         listed = proxy.models(proxy.config())
         self.assertTrue(
             all(
-                row_["id"].startswith(("claude", "anthropic")) and row_["type"] == "model"
-                for row_ in listed["data"]
+                row["id"].startswith(("claude", "anthropic")) and row["type"] == "model"
+                for row in listed["data"]
             )
         )
         self.assertIn("small", json.dumps(listed))
