@@ -6849,10 +6849,12 @@ def common_prefix(old, new):
 
 def why_broken(old, new):
     """Why `new` (an Outline) does not go on where `old` stopped; "" where it does, or is a part."""
-    system = "" if old.system == new.system else "system text changed"
-    tools = tools_broken(old.tools, new.tools)
-    messages = messages_broken(old.messages, new.messages)
-    return "; ".join(filter(None, (system, tools, messages)))
+    reasons = (
+        "" if old.system == new.system else "system text changed",
+        tools_broken(old.tools, new.tools),
+        messages_broken(old.messages, new.messages),
+    )
+    return "; ".join(filter(None, reasons))
 
 
 def tools_broken(old, new):
@@ -7254,10 +7256,10 @@ class Proxy:
             if found.get("context") and not row.context:
                 row = row._replace(context=found["context"])
             row = apply_lesson(row, self.lessons.get(place))
-            limits = {"max_output": settings.max_output, "context": settings.max_context}
-            if place == main:
-                row = row._replace(**{field: value for field, value in limits.items() if value})
-            return row
+            if place != main:
+                return row
+            context = settings.max_context or row.context
+            return row._replace(max_output=settings.max_output or row.max_output, context=context)
 
         return profile
 
@@ -7359,8 +7361,9 @@ class Proxy:
         profile, has_key = plan.profile, bool(settings.anthropic_api_key)
         plans = [self.plan_of(settings, family) for family in FAMILIES + ("fallback", "image")]
         cache = self.store.stats() if self.store and settings.cache_enabled else {}
-        limits = {name: getattr(profile, name) for name in ("format", "context", "max_output")}
-        kept = {name: getattr(settings, "cache_" + name) for name in ("enabled", "ttl")}
+        cache.update(
+            enabled=settings.cache_enabled, mode=settings.cache_key_mode, ttl=settings.cache_ttl
+        )
         return {
             "name": "ccfix",
             "version": __version__,
@@ -7369,7 +7372,13 @@ class Proxy:
             "address": address,
             "proxy_key": has_key,
             "demo": profile.name == "demo",
-            "target": dict(place_of(plan), profile=profile.name, **limits),
+            "target": dict(
+                place_of(plan),
+                profile=profile.name,
+                format=profile.format,
+                context=profile.context,
+                max_output=profile.max_output,
+            ),
             "disguise": {"model": settings.disguise_model, "api_base": settings.disguise_api_base},
             "routes": [dict(place_of(row), family=row.family) for row in plans if row.family],
             "connect": dict(connect_lines(address, has_key)),
@@ -7377,7 +7386,7 @@ class Proxy:
             "series": self.ledger.series(),
             "requests": self.ledger.rows(100),
             "lessons": self.lesson_rows(),
-            "cache": dict(cache, mode=settings.cache_key_mode, **kept),
+            "cache": cache,
             "settings": settings.shown(),
         }
 
@@ -7486,11 +7495,8 @@ def connect_lines(address, has_key):
     return [(shell, [form % pair for pair in variables] + ["claude"]) for shell, form in shells]
 
 
-# Fields of a ledger row that are attributes of an Exchange, and of Anthropic's usage those that a
-# ledger counts as PRICE_FIELDS.
+# Fields of a ledger row that are attributes of an Exchange.
 ROW_FIELDS = ("id", "asked", "stream", "bytes_in", "bytes_out", "retries", "broke")
-USAGE_FIELDS = ("input_tokens", "output_tokens")
-USAGE_FIELDS += ("cache_read_input_tokens", "cache_creation_input_tokens")
 
 
 class Exchange:
@@ -7844,12 +7850,15 @@ class Exchange:
         """
         usage = self.reader.usage() if self.reader and self.writer.content else zero_usage()
         row = {name: getattr(self, name) for name in ROW_FIELDS}
-        row.update(zip(PRICE_FIELDS, (usage[name] for name in USAGE_FIELDS)))
         row.update(
             time=self.proxy.now(),
             session=self.headers.get("x-claude-code-session-id") or "",
             model=self.plan.model,
             status=status,
+            input=usage["input_tokens"],
+            output=usage["output_tokens"],
+            cache_read=usage["cache_read_input_tokens"],
+            cache_write=usage["cache_creation_input_tokens"],
             first_ms=self.first_ms and round(self.first_ms, 1),
             total_ms=round(self.spent_ms(), 1),
             lessons=self.learned,
