@@ -8648,9 +8648,9 @@ class TestProxies(UpstreamCase):
             self.assertNotIn("secret", error.message)
 
 
-# ======================================================================================================
+# ==================================================================================================
 # 10  Store: cache, ledger, records
-# ======================================================================================================
+# ==================================================================================================
 
 DATED = "<system-reminder>\n# currentDate\nToday's date is 2026-11-22.\n</system-reminder>\n"
 TOOL = {
@@ -8743,8 +8743,13 @@ def in_anthropic_form(body):
     return sent
 
 
-def key_of(body, mode="prefix", model="target", sent_form=in_openai_form):
-    return ccfix.cache_key(body, sent_form(body), mode, model)
+CHAT = ccfix.Profile()
+NATIVE = ccfix.Profile(native_blocks=True)  # gets thinking blocks as they are
+
+
+def key_of(body, mode="prefix", model="target", sent_form=in_openai_form, profile=NATIVE):
+    normalized = ccfix.normalize(body, profile) if body["messages"] else body
+    return ccfix.cache_key(normalized, sent_form(body), mode, model)
 
 
 def assistant(text, *more):
@@ -8923,7 +8928,7 @@ SEPARATE = tuple(
         question("Delete it?", assistant("Shall I delete a.txt?"), word),
         question("Delete it?", assistant("Shall I delete b.txt?"), word),
     )
-    for word in ("continue", "yes", "go on", "ok", "1", "")
+    for word in ("continue", "yes", "go on", "ok", "1")
 ) + (
     (
         "bare yes after another first question",
@@ -9027,11 +9032,6 @@ SEPARATE = tuple(
         "file by its id",
         question({"role": "user", "content": [{"type": "file", "id": "one"}]}),
         question({"role": "user", "content": [{"type": "file", "id": "two"}]}),
-    ),
-    (
-        "a system block that is no text",
-        question("a", system=[{"type": "document", "source": {"data": "one"}}]),
-        question("a", system=[{"type": "document", "source": {"data": "two"}}]),
     ),
     ("system text or system turn", question("a", system="b"), question(system_turn("b"), "a")),
     (
@@ -9173,6 +9173,8 @@ NOT_KEPT = (
         question("a", *CALLED + [results(("toolu_1", "x"), ("toolu_2", "y")), system_turn("s")]),
     ),
     ("answer begun", question("a", assistant("The answer is"))),
+    ("an empty word after an answer", question("Delete it?", assistant("Shall I?"), "")),
+    ("only a reminder", question("a", assistant("b"), "<system-reminder>s</system-reminder>")),
     ("nothing asked", question()),
     ("only a system turn", question("a", assistant("b"), system_turn("s"))),
 )
@@ -9183,11 +9185,31 @@ SENT_FORMS = (in_openai_form, in_anthropic_form)
 
 class TestCacheKey(unittest.TestCase):
     def test_same_question_in_another_session_has_the_same_prefix_key(self):
-        for (name, one, other), sent_form in itertools.product(SHARED, SENT_FORMS):
-            with self.subTest(name, form=sent_form.__name__):
-                key = key_of(one, sent_form=sent_form)
+        rows = itertools.product(SHARED, SENT_FORMS, (CHAT, NATIVE))
+        for (name, one, other), sent_form, profile in rows:
+            with self.subTest(name, form=sent_form.__name__, native=profile.native_blocks):
+                key = key_of(one, sent_form=sent_form, profile=profile)
                 self.assertEqual(len(key), 64)
-                self.assertEqual(key, key_of(other, sent_form=sent_form))
+                self.assertEqual(key, key_of(other, sent_form=sent_form, profile=profile))
+
+    def test_thoughts_count_where_the_provider_is_told_them(self):
+        """What normalize leaves out decides nothing; what it brings back does."""
+
+        def key(thought, signature, **fields):
+            block = {"type": "thinking", "thinking": thought, "signature": signature}
+            body = question("a", dict(assistant("B"), content=[block, *CALLED[0]["content"]]))
+            body["messages"] += [results(("toolu_1", "x"), ("toolu_2", "y")), assistant("B")]
+            body["messages"].append({"role": "user", "content": "Tell it"})
+            return key_of(body, profile=ccfix.Profile(scope="here", **fields))
+
+        state = ccfix.write_state("here", {})
+        google = ccfix.write_state("here", {"google": {"toolu_1": "sig"}})
+        reasoning = {"reasoning_field": "reasoning_content"}
+        gemini = {"reasoning_field": "google", "placeholder": "skip"}
+        self.assertEqual(key("7", state), key("8", state))
+        self.assertEqual(key("7", state, **reasoning), key("7", state, **reasoning))
+        self.assertNotEqual(key("7", state, **reasoning), key("8", state, **reasoning))
+        self.assertEqual(key("7", google, **gemini), key("7", state, **gemini))
 
     def test_no_answer_is_shared_where_it_could_be_wrong(self):
         for (name, one, other), sent_form in itertools.product(SEPARATE, SENT_FORMS):
@@ -9699,7 +9721,8 @@ class TestCacheFaults(CacheCase):
         self.assertEqual((self.cache.get("k"), self.cache.recall("k"), self.told), (None, None, []))
 
 
-# A nursery loads the module once, forks writers and kills them: a whole interpreter each would take seconds.
+# A nursery loads the module once, forks writers and kills them: a whole interpreter each would
+# take seconds.
 KILLED_WRITERS = """
 import os, random, signal, sqlite3, sys
 sys.path.insert(0, sys.argv[1])
@@ -9721,8 +9744,8 @@ for _ in range(20):
     os.waitpid(pid, 0)
     os.close(reader), os.close(writer)
     db = sqlite3.connect(os.path.join(sys.argv[2], "responses.db"))
-    print(db.execute("PRAGMA integrity_check").fetchone()[0],
-          db.execute("SELECT COALESCE(SUM(size), 0) - (SELECT value FROM counters) FROM responses").fetchone()[0])
+    size, = db.execute("SELECT COALESCE(SUM(size), 0) FROM responses").fetchone()
+    print(db.execute("PRAGMA integrity_check").fetchone()[0], size <= 200000)
     db.close()
 """
 
@@ -9752,7 +9775,7 @@ class TestCacheProcesses(CacheCase):
         lines = (
             subprocess.check_output(self.command(KILLED_WRITERS), timeout=60).decode().split("\n")
         )
-        self.assertEqual(lines, ["ok 0"] * 20 + [""])
+        self.assertEqual(lines, ["ok True"] * 20 + [""])
         self.assertTrue(self.healthy(self.cache))
         self.assertFalse(glob.glob(self.file + ".broken*"))
 
@@ -9939,15 +9962,10 @@ class TestLedger(unittest.TestCase):
 
 
 def request_parts(system="s", tools="ab", messages="1234"):
-    """Sections of a request in short: one letter a tool, one a message; roles alternate."""
-    return ccfix.sections(
-        [("system", system.encode())]
-        + [("tool %s" % name.lower(), name.encode()) for name in tools]
-        + [
-            ("message %d (%s)" % (place + 1, ("user", "assistant")[place % 2]), text.encode())
-            for place, text in enumerate(messages)
-        ]
-    )
+    """The outline of a request in short: one letter a tool, one a message; roles alternate."""
+    turns = itertools.cycle(("user", "assistant"))
+    tools = [(name.lower(), name) for name in tools]
+    return ccfix.Outline([system], tools, list(zip(turns, messages)))
 
 
 class TestWhyBroken(unittest.TestCase):
@@ -9973,9 +9991,31 @@ class TestWhyBroken(unittest.TestCase):
         ):
             self.assertEqual(ccfix.why_broken(request_parts(), new), reason)
         self.assertEqual(
-            ccfix.why_broken(ccfix.sections([]), request_parts()),
+            ccfix.why_broken(ccfix.Outline([], [], []), request_parts()),
             "system text changed; tools changed (added a, b)",
         )
+
+    def test_a_request_is_encoded_with_its_outline(self):
+        turns = [{"role": role, "content": "x"} for role in ("user", "assistant")]
+        tools = [{"type": "function", "function": {"name": "f"}}, {"name": "g"}]
+        leading = {"role": "system", "content": "s"}
+        for sent in (
+            {"model": "m", "messages": [leading] + turns, "tools": tools, "stream": True},
+            {"model": "m", "system": "s", "messages": turns, "tools": tools},
+        ):
+            data, outline = ccfix.encode_request(sent)
+            self.assertEqual(json.loads(data.decode()), sent)
+            self.assertEqual([name for name, _ in outline.tools], ["f", "g"])
+            self.assertEqual([role for role, _ in outline.messages], ["user", "assistant"])
+            for edit in ({"content": "y"}, {"role": "user"}):
+                other = dict(sent, messages=sent["messages"][:-1] + [dict(turns[1], **edit)])
+                reason = ccfix.why_broken(outline, ccfix.encode_request(other)[1])
+                self.assertRegex(reason, r"^message 2 \((user|assistant)\) changed$")
+        other = dict(sent, system="t")
+        reason = ccfix.why_broken(outline, ccfix.encode_request(other)[1])
+        self.assertEqual(reason, "system text changed")
+        data, outline = ccfix.encode_request({"model": "m", "messages": turns})
+        self.assertEqual(json.loads(data.decode()), {"model": "m", "messages": turns})
 
     def test_sessions_are_compared_with_themselves(self):
         sessions = ccfix.Sessions(size=2)
@@ -10134,11 +10174,12 @@ class TestRecorder(unittest.TestCase):
             self.assertIn("bad.json", str(caught.exception))
 
 
-# ======================================================================================================
+# ==================================================================================================
 # 10  Store: sessions
-# ======================================================================================================
+# ==================================================================================================
 
-# A session in the shape of the real client's: (what the user says, how many calls the model makes before it answers)
+# A session in the shape of the real client's: (what the user says, how many calls the model makes
+# before it answers).
 SESSION = (
     ("Make the colour in notes.txt blue.", 4),
     ("continue", 1),
@@ -10152,7 +10193,7 @@ NOTE = "<system-reminder>\n%s\n</system-reminder>"
 
 
 def session_reply(sent):
-    """The model of the session: the reply that belongs to the number of assistant turns; it names its place."""
+    """The model of the session: the reply for this number of assistant turns; it names which."""
     place = sum(message["role"] == "assistant" for message in sent["messages"])
     plan = [kind for _, calls in SESSION for kind in ["call"] * calls + ["text"]]
     if plan[place] == "text":
@@ -10172,7 +10213,7 @@ def session_reply(sent):
 
 
 def marked_last(messages):
-    """A copy in which the last block has cache_control, and messages of one text are strings, as the client sends them."""
+    """A copy as the client sends it: cache_control on the last block, single texts as strings."""
     messages = copy.deepcopy(messages)
     for message in messages[:-1]:
         if (
@@ -10309,11 +10350,12 @@ class TestCacheSession(CachedCase):
             )
 
 
-# Requests that tempt a cache to answer with another conversation's reply: (what the right answer depends on, request)
+# Requests that tempt a cache to answer with another conversation's reply: (what the right answer
+# depends on, request).
 
 
 def provoking_requests():
-    """[(label, body)]: a body's right answer names its label; bodies of one label may be answered alike."""
+    """[(label, body)]: a right answer names the label; one label's may be answered alike."""
     rows = []
 
     def add(label, *messages, **fields):
@@ -10481,9 +10523,10 @@ def provoking_histories():
 
 
 def provoked(answer_of, rounds=2):
-    """Ask all provoking requests several times in a seeded order -> [label asked for, answer got] of those answered wrong.
+    """Ask all provoking requests several times in a seeded order.
 
-    answer_of(label, body) -> the answer's text; the model behind it answers with the label that it is told now.
+    -> [label asked for, answer got] of those answered wrong. answer_of(label, body) -> the
+    answer's text; the model behind it answers with the label that it is told now.
     """
     order = provoking_requests() * rounds
     random.Random(7).shuffle(order)
@@ -10517,9 +10560,9 @@ class TestProvokedCache(CachedCase):
             self.assertGreater(proxy.store.stats()["hits"], 50, mode)  # it was no idle test
 
 
-# ======================================================================================================
+# ==================================================================================================
 # 11  Proxy
-# ======================================================================================================
+# ==================================================================================================
 
 
 def hello(sent):
@@ -10578,7 +10621,7 @@ class TestRouting(unittest.TestCase):
                 )
 
     def test_whose_profile_and_limits_the_users_own_are(self):
-        """PROFILE is about the main base URL; MAX_CONTEXT and MAX_OUTPUT about the main model there."""
+        """PROFILE is about the main base URL, MAX_CONTEXT and MAX_OUTPUT about the main model."""
         proxy, _ = proxy_with(
             hello,
             TARGET_MODEL="m[1m]",
@@ -10941,7 +10984,10 @@ def native_bytes(events):
 
 
 class TestNative(unittest.TestCase):
-    """Providers that speak Anthropic: passed through, but for the model, the disguise and what describes the user's machine."""
+    """Providers that speak Anthropic: passed through.
+
+    But for the model, the disguise and what describes the user's machine.
+    """
 
     maxDiff = None
 
@@ -11236,7 +11282,7 @@ class TestNative(unittest.TestCase):
             proxy.store.close()
 
 
-class Folder(object):
+class Folder:
     """A folder for one test."""
 
     def __enter__(self):
@@ -11298,6 +11344,25 @@ class TestStore(unittest.TestCase):
                 ask(proxy, request("hi")), ask(proxy, request("hi"))
                 self.assertEqual(len(wires.sent), 2)
                 proxy.store.close()
+
+    def test_a_request_that_goes_on_as_it_came_is_kept_without_its_session(self):
+        """Anthropic itself gets counters and an order of tools that the key leaves out."""
+        raw = native_bytes(native_events({"type": "text", "text": "Hi"}))
+        with Folder() as folder:
+            proxy, wires = proxy_with(
+                lambda sent: FakeReply(200, {}, [raw]),
+                CACHE_ENABLED="true",
+                CACHE_DIR=folder,
+                PROFILE="anthropic-api",
+            )
+            tools = [tool("Read", path="string"), tool("Write", path="string")]
+            for count in (1, 2):
+                counter = {"role": "system", "content": COUNTER % count}
+                ask(proxy, request("hi", counter, tools=tools[:: (-1) ** count]))
+            ask(proxy, request("hi there", tools=tools))
+            proxy.store.close()
+        self.assertEqual(len(wires.sent), 2)
+        self.assertIn(COUNTER % 1, json.dumps(wires.sent[0]))
 
     def test_without_the_cache_nothing_is_written(self):
         proxy, wires = proxy_with(hello)
@@ -11427,7 +11492,8 @@ class TestSecrets(unittest.TestCase):
             "EXTRA_HEADERS": '{"x-key": "Token sk-very-secret-3"}',
             "ANTHROPIC_API_KEY": "sk-very-secret-4",
         }
-        text = "Incorrect API key provided: sk-very-secret-1, sk-very-secret-2, sk-very-secret-3, sk-very-secret-4."
+        keys = ", ".join("sk-very-secret-%d" % number for number in (1, 2, 3, 4))
+        text = "Incorrect API key provided: %s." % keys
         for answer in (
             refusal(401, text),
             refusal(400, text),
@@ -11464,8 +11530,8 @@ class TestSmallEndpoints(unittest.TestCase):
         listed = proxy.models(proxy.config())
         self.assertTrue(
             all(
-                row_["id"].startswith(("claude", "anthropic")) and row_["type"] == "model"
-                for row_ in listed["data"]
+                row["id"].startswith(("claude", "anthropic")) and row["type"] == "model"
+                for row in listed["data"]
             )
         )
         self.assertIn("small", json.dumps(listed))
