@@ -107,16 +107,12 @@ STOP_REASONS = {
     "sensitive": "refusal",  # Z.ai
 }
 
+MIDWAY = "The provider %s in the middle of the reply."
 FINISH_ERRORS = {
     # A finish_reason that says that the reply failed: (HTTP status for the client, sentence).
-    "insufficient_system_resource": (  # DeepSeek
-        529,
-        "The provider ran out of resources in the middle of the reply.",
-    ),
-    # OpenRouter, Mistral
-    "error": (502, "The provider reported an error in the middle of the reply."),
-    # Z.ai
-    "network_error": (502, "The provider lost its connection in the middle of the reply."),
+    "insufficient_system_resource": (529, MIDWAY % "ran out of resources"),  # DeepSeek
+    "error": (502, MIDWAY % "reported an error"),  # OpenRouter, Mistral
+    "network_error": (502, MIDWAY % "lost its connection"),  # Z.ai
     "abort": (502, "The model server aborted the reply."),  # SGLang
 }
 
@@ -149,20 +145,18 @@ BLOCKS = {
 }
 
 # HTTP status -> Anthropic's error type (docs.anthropic.com/en/api/errors); any other is api_error.
-ERROR_TYPES = dict.fromkeys((400, 405, 411, 414, 415, 417, 422, 424, 431), "invalid_request_error")
-ERROR_TYPES.update(
-    {
-        401: "authentication_error",
-        402: "billing_error",
-        403: "permission_error",
-        404: "not_found_error",
-        408: "timeout_error",
-        413: "request_too_large",
-        429: "rate_limit_error",
-        504: "timeout_error",
-        529: "overloaded_error",
-    }
-)
+ERROR_TYPES = {
+    **dict.fromkeys((400, 405, 411, 414, 415, 417, 422, 424, 431), "invalid_request_error"),
+    401: "authentication_error",
+    402: "billing_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    504: "timeout_error",
+    529: "overloaded_error",
+}
 
 FAMILIES = ("opus", "sonnet", "haiku")
 
@@ -180,13 +174,13 @@ REASONING_FIELDS = {
     "reasoning_details": "parts",  # OpenRouter; MiniMax with reasoning_split
     "google": "opaque",  # Gemini 3
 }
-REASONING_STRINGS = tuple(name for name, shape in REASONING_FIELDS.items() if shape == "string")
 
 # First line of Claude Code's system text: it describes the user's machine, and differs between
 # versions. Sent on, it would tell on the user, and cost the provider's whole prefix cache.
 BILLING_LINE = "x-anthropic-billing-header:"
 
-# What Claude Code tells the model of the tokens that are left; it takes it out of the history later.
+# What Claude Code tells the model of the tokens that are left. Later it takes that out of the
+# history.
 TOKEN_MARKER = re.compile(r"\s*<total_tokens>[^<]*</total_tokens>\s*$")
 
 
@@ -606,55 +600,43 @@ class ErrorRow(NamedTuple):
 
 
 NO_KEY = "The provider refused the key; check TARGET_API_KEY (-k):"
-ERROR_ROWS = (
-    # The first match counts. What providers send is theirs to change; what Claude Code does with
-    # each status was seen with version 2.1.330.
-    ErrorRow("rate", (429,), r"retry in \d", 429),  # Gemini: a rate limit in the words of a quota
-    ErrorRow(
-        "billing",
-        (200, 400, 402, 403, 429, 500),
-        BILLING,
-        402,
-        "The provider's account has no credit:",
-    ),
-    ErrorRow("billing", (402,), "", 402, "The provider wants payment:"),
-    # One status and one text for all of them: every version of Claude Code compacts by it.
-    ErrorRow("overflow", (), "", 400),
-    ErrorRow("auth", (401,), "", 401, NO_KEY),
-    ErrorRow("auth", (400, 403), BAD_KEY, 401, NO_KEY),  # Gemini
-    ErrorRow(
-        "model",
-        (400, 404, 410, 422),
-        NO_MODEL,
-        404,
-        "The provider has no such model; check TARGET_MODEL (-m):",
-    ),
-    # The same request may succeed the next time.
-    ErrorRow(
-        "sampling", (400, 422, 500), SAMPLING, 500, "The model produced a malformed tool call:"
-    ),
-    # OpenRouter: none of its providers takes images, or tools
-    ErrorRow(
-        "request", (404,), "No endpoints found that", 424, "The provider refused the request:"
-    ),
-    ErrorRow(
-        "path",
-        (404, 405),
-        "",
-        404,
-        "The provider has no such address or model;"
-        " check TARGET_API_BASE (-b) and TARGET_MODEL (-m):",
-    ),
-    ErrorRow("model", (410,), "", 404, "The model is gone; choose another TARGET_MODEL (-m):"),
-    ErrorRow("policy", (403,), "", 403, "The provider forbids this request:"),
-    ErrorRow("overloaded", (200, 429, 500, 503), OVERLOADED, 529, "The provider is overloaded:"),
-    ErrorRow("rate", (429,), "", 429),
-    ErrorRow("size", (413,), "", 413, "The request is too large for the provider:"),
-    ErrorRow("request", (500,), PERMANENT_500, 424, "The provider cannot take this request:"),
-    ErrorRow("timeout", (408, 504, 522, 524), "", 504, "The provider took too long:"),
-    ErrorRow("overloaded", (503, 529), "", 529, "The provider is overloaded:"),
-    ErrorRow("server", tuple(range(500, 600)), "", 502, "The provider failed:"),
-    ErrorRow("request", (), "", 424, "The provider refused the request:"),
+NO_CREDIT = "The provider's account has no credit:"
+UNKNOWN_MODEL = "The provider has no such model; check TARGET_MODEL (-m):"
+NO_ADDRESS = (
+    "The provider has no such address or model; check TARGET_API_BASE (-b) and TARGET_MODEL (-m):"
+)
+BAD_CALL = "The model produced a malformed tool call:"
+BUSY = "The provider is overloaded:"
+REQUEST_REFUSED = "The provider refused the request:"
+ERROR_ROWS = tuple(
+    ErrorRow(*row)
+    for row in (
+        # The first match counts. What providers send is theirs to change; what Claude Code does
+        # with each status was seen with version 2.1.330.
+        ("rate", (429,), r"retry in \d", 429),  # Gemini: a rate limit in the words of a quota
+        ("billing", (200, 400, 402, 403, 429, 500), BILLING, 402, NO_CREDIT),
+        ("billing", (402,), "", 402, "The provider wants payment:"),
+        # One status and one text for all of them: every version of Claude Code compacts by it.
+        ("overflow", (), "", 400),
+        ("auth", (401,), "", 401, NO_KEY),
+        ("auth", (400, 403), BAD_KEY, 401, NO_KEY),  # Gemini
+        ("model", (400, 404, 410, 422), NO_MODEL, 404, UNKNOWN_MODEL),
+        # The same request may succeed the next time.
+        ("sampling", (400, 422, 500), SAMPLING, 500, BAD_CALL),
+        # OpenRouter: none of its providers takes images, or tools
+        ("request", (404,), "No endpoints found that", 424, REQUEST_REFUSED),
+        ("path", (404, 405), "", 404, NO_ADDRESS),
+        ("model", (410,), "", 404, "The model is gone; choose another TARGET_MODEL (-m):"),
+        ("policy", (403,), "", 403, "The provider forbids this request:"),
+        ("overloaded", (200, 429, 500, 503), OVERLOADED, 529, BUSY),
+        ("rate", (429,), "", 429),
+        ("size", (413,), "", 413, "The request is too large for the provider:"),
+        ("request", (500,), PERMANENT_500, 424, "The provider cannot take this request:"),
+        ("timeout", (408, 504, 522, 524), "", 504, "The provider took too long:"),
+        ("overloaded", (503, 529), "", 529, BUSY),
+        ("server", tuple(range(500, 600)), "", 502, "The provider failed:"),
+        ("request", (), "", 424, REQUEST_REFUSED),
+    )
 )
 
 
@@ -706,23 +688,25 @@ def parse_text(value):
 def parse_flag(value):
     """A bool, from true or false (also 1/0, yes/no, on/off); empty is false."""
     word = value.strip().lower()
-    if word not in ("true", "1", "yes", "on", "false", "0", "no", "off", ""):
+    is_on = word in ("true", "1", "yes", "on")
+    if not is_on and word not in ("false", "0", "no", "off", ""):
         raise ValueError("true or false")
-    return word in ("true", "1", "yes", "on")
+    return is_on
 
 
-def parse_port(value):
-    """A port number, 0 to 65535; 0 takes a free one."""
-    if not re.match(r"\d{1,5}$", value.strip()) or int(value) > 65535:
-        raise ValueError("a port number, 0 to 65535")
-    return int(value)
+def whole_number(allowed, most):
+    """A parser of whole numbers from 0 to `most`, in at most 12 digits; allowed: said of others."""
+
+    def parse(value):
+        if not re.match(r"\d{1,12}$", value.strip()) or int(value) > most:
+            raise ValueError(allowed)
+        return int(value)
+
+    return parse
 
 
-def parse_count(value):
-    """A whole number, 0 or more; at most 12 digits, which is more tokens, or MB, than there are."""
-    if not re.match(r"\d{1,12}$", value.strip()):
-        raise ValueError("a whole number, 0 or more")
-    return int(value)
+parse_port = whole_number("a port number, 0 to 65535", 65535)  # 0 takes a free one
+parse_count = whole_number("a whole number, 0 or more", 10**12)  # of tokens, MB, tries
 
 
 def parse_seconds(value):
@@ -731,6 +715,7 @@ def parse_seconds(value):
         number = float(value)
     except ValueError:
         number = 0.0
+    # float() reads "nan" and "inf" too; neither lies between.
     if not 0 < number < 1e7:
         raise ValueError("a number of seconds above 0")
     return number
@@ -881,11 +866,15 @@ SETTINGS = (
         "what the provider speaks: auto, openai or anthropic",
         parse_choice("auto", "openai", "anthropic"),
     ),
-    # Other targets. A base URL of its own never gets the main key; what is empty is the main
-    # target's.
-    *own_target("OPUS", "model for Claude's opus family", "for the opus family"),
-    *own_target("SONNET", "model for Claude's sonnet family", "for the sonnet family"),
-    *own_target("HAIKU", "model for Claude's haiku family", "for the haiku family"),
+    # Other targets; a family's is taken where the model that Claude Code asks for names the
+    # family. What is empty is the main target's, but a base URL of its own never gets the main key.
+    *(
+        row
+        for name in FAMILIES
+        for row in own_target(
+            name.upper(), "model for Claude's %s family" % name, "for the %s family" % name
+        )
+    ),
     *own_target(
         "FALLBACK",
         "model that takes over when the main one is down or out of quota",
@@ -1045,8 +1034,8 @@ SETTINGS = (
         const="true",
     ),
 )
-BY_ENV = {row.env: row for row in SETTINGS}
-# Headers of EXTRA_HEADERS whose values are secrets; "X-Title: ccfix" must not hide that word everywhere.
+BY_ENV = {row.env: row for row in SETTINGS}  # a file and the environment know no other name
+# Headers of EXTRA_HEADERS that hold secrets: "X-Title: ccfix" must not hide that word everywhere.
 SECRET_HEADER = re.compile("(?i)auth|cookie|credential|key|pass|secret|token")
 
 
@@ -1256,7 +1245,10 @@ class Profile(NamedTuple):
 
 
 DEFAULT = Profile()
-LOW_TO_HIGH = ("low", "medium", "high")
+# OpenAI's three words, which every server with reasoning_effort took over.
+EFFORT = dict(reasoning="effort", efforts=("low", "medium", "high"))
+# Reasoning comes and goes back in reasoning_content, and thinking is turned on and off.
+THINKING = dict(reasoning="thinking", reasoning_field="reasoning_content")
 NOT_KEPT = "(the reasoning of this step was not kept)"
 GEMINI_SKIP = "skip_thought_signature_validator"  # Google's own word for "there is none"
 
@@ -1278,8 +1270,7 @@ OPENAI_REASONING = OPENAI._replace(
     models=r"o\d|gpt-5",
     max_tokens="max_completion_tokens",
     never=("temperature", "top_p", "stop"),
-    reasoning="effort",
-    efforts=LOW_TO_HIGH,
+    **EFFORT,
 )
 # openai-python issue 1354. The key has a header of its own; PDF parts are refused on chat
 # (pydantic-ai).
@@ -1298,9 +1289,8 @@ MOONSHOT = Profile(
     tool_ids="kimi",
     typed_schema=True,
     image_urls=False,
-    reasoning_field="reasoning_content",
     reasoning_always=True,
-    reasoning="thinking",
+    **THINKING,
 )
 # pydantic-ai's models/zai.py. Without tool_stream a large call is minutes of silence (opencrabs).
 ZAI = Profile(
@@ -1310,9 +1300,8 @@ ZAI = Profile(
     body=(("tool_stream", True),),
     tool_choice=("none",),
     json_format="json_object",
-    reasoning_field="reasoning_content",
     reasoning_always=True,
-    reasoning="thinking",
+    **THINKING,
 )
 # groq-python. "property 'x' is unsupported", also in messages: musistudio/llms PR 64.
 GROQ = Profile(
@@ -1325,7 +1314,8 @@ GROQ = Profile(
 )
 # Model servers on the user's own machine: JSON by grammar; images as data, since Ollama fetches
 # none.
-LOCAL = DEFAULT._replace(json_format="json_schema", image_urls=False)
+# Most pass a switch for thinking on to the model's chat template.
+LOCAL = DEFAULT._replace(json_format="json_schema", image_urls=False, reasoning="kwargs")
 NATIVE = DEFAULT._replace(
     format="anthropic", native_blocks=True, files=True, json_format="json_schema"
 )
@@ -1373,9 +1363,8 @@ PROFILES = (
         images=False,
         json_format="json_object",
         tool_choice=("none",),
-        reasoning_field="reasoning_content",
         placeholder=NOT_KEPT,
-        reasoning="thinking",
+        **THINKING,
         efforts=("low", "high", "max"),
     ),
     # Thinking must be off where no stream is asked for: langchain4j issue 3974. PDF parts are
@@ -1440,8 +1429,7 @@ PROFILES = (
         context=131072,
         images=False,
         json_format="json_schema",
-        reasoning="effort",
-        efforts=LOW_TO_HIGH,
+        **EFFORT,
     ),
     GROQ,
     # "Argument not supported on this model": uni-api issue 105. vercel/ai's
@@ -1469,8 +1457,7 @@ PROFILES = (
         json_format="json_schema",
         reasoning_field="google",
         placeholder=GEMINI_SKIP,
-        reasoning="effort",
-        efforts=LOW_TO_HIGH,
+        **EFFORT,
     ),
     # openrouter.ai/docs/use-cases/reasoning-tokens: the details must come back as they came, and in
     # order. An effort of max is a 400 (cc-switch), so the strongest word here is xhigh.
@@ -1510,8 +1497,7 @@ PROFILES = (
         ("api.fireworks.ai",),
         strict=True,
         json_format="json_schema",
-        reasoning="effort",
-        efforts=LOW_TO_HIGH,
+        **EFFORT,
     ),
     # docs.together.ai/docs/glm-5.3-quickstart
     Profile(
@@ -1535,9 +1521,8 @@ PROFILES = (
         "mimo",
         "Xiaomi MiMo",
         ("xiaomimimo.com",),
-        reasoning_field="reasoning_content",
         placeholder=NOT_KEPT,
-        reasoning="thinking",
+        **THINKING,
     ),
     # copilot-api's api-config.ts: the headers of Copilot's own clients
     Profile(
@@ -1565,15 +1550,13 @@ PROFILES = (
         efforts=("none", "low", "medium", "high", "max"),
     ),
     # lmstudio-ai/docs, openai-compat/tools.mdx
-    LOCAL._replace(name="lmstudio", title="LM Studio", hosts=(":1234",)),
+    LOCAL._replace(name="lmstudio", title="LM Studio", hosts=(":1234",), reasoning=""),
     # sglang issue 20678, and its error texts
-    LOCAL._replace(name="sglang", title="SGLang", hosts=(":30000",), reasoning="kwargs"),
+    LOCAL._replace(name="sglang", title="SGLang", hosts=(":30000",)),
     # a real server, as it answers in the tests
-    LOCAL._replace(
-        name="llamacpp", title="llama.cpp server", hosts=(":8080",), reasoning="kwargs", tried=True
-    ),
+    LOCAL._replace(name="llamacpp", title="llama.cpp server", hosts=(":8080",), tried=True),
     # vllm's chat_completion/protocol.py
-    LOCAL._replace(name="vllm", title="vLLM", hosts=(":8000",), reasoning="kwargs"),
+    LOCAL._replace(name="vllm", title="vLLM", hosts=(":8000",)),
     # litellm issues 32086 and 17343. Strict, for the sake of the providers behind it.
     Profile("litellm", "LiteLLM gateway", (":4000",), strict=True),
     # set by --demo, whose server stands in this file
@@ -1597,8 +1580,9 @@ OWNERS = {
 ANTHROPIC_PATHS = re.compile(
     r"(/anthropic|/api/(coding|compatible|plan)|api\.kimi\.com/coding)(/v1)?$", re.I
 )
+# localhost with the names under it (RFC 6761, 6.3), and what containers call the machine they run on.
 LOOPBACK = re.compile(
-    r"(localhost|127\.\d+\.\d+\.\d+|::1|0\.0\.0\.0|host\.docker\.internal)$", re.I
+    r"((.*\.)?localhost|127(\.\d+){3}|::1?|0\.0\.0\.0|host\.(docker|containers)\.internal)$", re.I
 )
 
 
@@ -2786,189 +2770,193 @@ def without_keys(value, name):
     return [without_keys(part, name) for part in value] if isinstance(value, list) else value
 
 
-# ======================================================================================================
-# 7  Tool text: arguments mended against the tool's schema; tool calls that a model wrote as text
-# ======================================================================================================
+# ==================================================================================================
+# 7  Tool text: arguments fixed against the tool's schema; tool calls that a model wrote as text
+# ==================================================================================================
+#
+# Models write JSON by heart. Three things go wrong: the text is not quite JSON (fix_arguments), it
+# is JSON but not what the tool's schema says (coerce_arguments), or the call is not in the field
+# for calls at all, but in the text (TextCalls). Each is fixed only where its meaning is certain;
+# all else reaches the client as it came, and the model reads the client's error message.
 
-EMPTY_MEANS_ABSENT = (
-    {  # GPT models fill every optional field; never put Write.content or Edit.new_string here
-        ("Read", "pages"),
-        ("EnterWorktree", "name"),
-        ("EnterWorktree", "path"),
-    }
-)
-ABSENT = object()  # the value of a member that is left out
-ANY = "any"  # stands among a schema's types when they are not all known
-OBJECTS_IN_A_ROW = 8  # read at most; each costs one parse
-LONGEST_TOKEN = 4096  # of a key or number that is still coming in, before the stream gives up on it
+LENIENT = json.JSONDecoder(strict=False, **JSON_HOOKS)  # takes bare newlines and tabs in strings
+# What a decoder raises for strange text. "[" a million times is a RecursionError, not a ValueError.
 UNREADABLE = (ValueError, RecursionError, MemoryError)
 
 
-LENIENT = json.JSONDecoder(
-    strict=False, **JSON_HOOKS
-)  # takes unescaped newlines and tabs in strings
+def decode_or(text, otherwise):
+    """What the JSON `text` holds, or `otherwise` where it cannot be read."""
+    try:
+        return LENIENT.decode(text)
+    except UNREADABLE:
+        return otherwise
 
-# ---- repair: text -> dict ----------------------------------------------------------------------------------------------
 
+# ---- what we ask of a tool's schema, which comes from any MCP server and may be anything ---------
+
+ANY = "any"  # stands among a schema's types when they are not all known
+
+
+def required_names(schema):
+    """The names of the properties that a schema requires."""
+    names = as_list(as_dict(schema).get("required"))
+    return [name for name in names if isinstance(name, str)]
+
+
+def property_schema(schema, key):
+    """The schema of one property, {} where it has none that can be read."""
+    return as_dict(as_dict(as_dict(schema).get("properties")).get(key))
+
+
+def schema_types(schema):
+    """The type names that a schema allows, as a set; with ANY in it where there may be others.
+
+    Looks one level into anyOf and oneOf, which is where Pydantic and Zod put "or null".
+    """
+    schema = as_dict(schema)
+    branches = as_list(schema.get("anyOf") or schema.get("oneOf"))
+    parts = branches if branches and "type" not in schema else [schema]
+    kinds = [as_dict(part).get("type", ANY) for part in parts]
+    types = {
+        name for kind in kinds for name in as_list(kind) or [kind] if isinstance(name, str)
+    } or {ANY}
+    if schema.get("nullable") is True or ANY in types and None in as_list(schema.get("enum")):
+        types.add("null")
+    return types
+
+
+# ---- text -> dict --------------------------------------------------------------------------------
+
+OBJECTS_IN_A_ROW = 8  # read at most; each costs one parse
+# What may stand in an object that is nearly JSON. A string ends at its own kind of quote; one that
+# does not end matches nothing, so text that was cut off is never fixed.
 TOKEN = re.compile(
     r"""
-    (?P<double> "[^"\\]*(?:\\.[^"\\]*)*" )
-  | (?P<single> '[^'\\]*(?:\\.[^'\\]*)*' )
+    (?P<string> "[^"\\]*(?:\\.[^"\\]*)*" | '[^'\\]*(?:\\.[^'\\]*)*' )
   | (?P<space>  \s+ )
-  | (?P<extra>  ,(?=\s*[}\]]) )
-  | (?P<open>   [\[{] )
-  | (?P<close>  [\]}] )
-  | (?P<same>   [:,] | [-+.0-9][-+.0-9eE]* )
+  | (?P<comma>  ,(?=\s*[}\]]) )
+  | (?P<same>   [:,\[\]{}] | [-+.0-9][-+.0-9eE]* )
   | (?P<name>   [A-Za-z_$][\w$]*(?=\s*:) )
   | (?P<word>   [A-Za-z]+ )
 """,
     re.VERBOSE | re.DOTALL,
 )
-QUOTING = re.compile(r'\\.|"', re.DOTALL)
-REQUOTED = {"\\'": "'", '"': '\\"'}
 WORDS = {
     "True": "true",
     "False": "false",
     "None": "null",
-    "true": "true",
-    "false": "false",
-    "null": "null",
-}
-FENCE = re.compile(r"```\w*\s*(?=\{)")
-BETWEEN = re.compile(r"[\s,;]*")
-
-
-def requote(body):
-    """The inside of a single-quoted string, as the inside of a double-quoted one. Only \\' means something else in JSON."""
-    return QUOTING.sub(lambda found: REQUOTED.get(found.group(), found.group()), body)
-
-
-REWRITES = {  # kind of token -> its JSON
-    "double": lambda text: '"%s"' % requote(text[1:-1]) if "\\'" in text else text,
-    "single": lambda text: '"%s"' % requote(text[1:-1]),
+}  # Python's, which models mix up with JSON's
+QUOTING = re.compile(r'\\.|"', re.DOTALL)
+QUOTES = {"\\'": "'", '"': '\\"'}  # all that a single-quoted string writes differently
+REWRITES = {  # kind of TOKEN -> its JSON; other kinds stay
+    "string": lambda text: '"%s"' % QUOTING.sub(requote, text[1:-1]),
     "space": lambda text: " ",
-    "extra": lambda text: "",
+    "comma": lambda text: "",
     "name": lambda text: '"%s"' % text,
-    "word": WORDS.__getitem__,
+    "word": lambda text: WORDS.get(text, text),
 }
+FENCE = re.compile(r"(?:```\w*\s*)?(?=\{)")  # what may come before an object
+BETWEEN = re.compile(r"[\s,;]*")  # what may come between two of them
 
 
-def tolerant_object(text, start):
-    """(dict, end) of the object at `start`, which may use single quotes, Python words, bare keys and trailing commas.
-
-    ValueError or KeyError when it is not one, or not whole. Reads each character once.
-    """
-    written, depth, at = [], 0, start
-    while depth or not written:
-        token = TOKEN.match(text, at)
-        if not token:  # the end of the text, an open quote, or no idea
-            raise ValueError("no JSON at %d" % at)
-        kind, at = token.lastgroup, token.end()
-        depth += (kind == "open") - (kind == "close")
-        written.append(REWRITES.get(kind, str)(token.group()))
-    return LENIENT.decode("".join(written)), at
+def requote(found):
+    """The JSON of one match of QUOTING."""
+    return QUOTES.get(found.group(), found.group())
 
 
 def object_at(text, start):
-    """(dict, end); ValueError when no whole object begins there."""
+    """(dict, end) of the object at `start`; ValueError when it is not one, or not whole.
+
+    Takes single quotes, Python words, bare keys and trailing commas: what is not JSON is rewritten
+    token by token, and what that does not make JSON is not an object. Reads each character twice.
+    """
     try:
         return LENIENT.raw_decode(text, start)
     except ValueError:
         pass
-    try:
-        return tolerant_object(text, start)
-    except KeyError as word:
-        raise ValueError("%s is not JSON" % word)
+    rewritten, depth, at = [], 0, start
+    while depth or not rewritten:
+        token = TOKEN.match(text, at)
+        if not token:  # the end of the text, an open quote, or no idea
+            raise ValueError("not JSON at %d" % at)
+        part, at = token.group(), token.end()
+        depth += (part in "[{") - (part in "]}")
+        rewritten.append(REWRITES.get(token.lastgroup, str)(part))
+    return LENIENT.decode("".join(rewritten)), at
 
 
-def sole_object(text):
-    """The object that `text` begins with. Other text after it does not count, another object must be the same again.
+def leading_object(text, limit=OBJECTS_IN_A_ROW):
+    """The object that `text` begins with; ValueError where it is not clear which one is meant.
 
-    An empty one beside another is a placeholder (some servers send it first). ValueError if unclear.
+    Text behind it does not count. Another object must be the same again (it may have been cut), and
+    an empty one beside another is a placeholder: some servers send it first.
     """
-    found, at, first = {}, 0, ""
-    for _ in range(OBJECTS_IN_A_ROW):
-        if first and first.startswith(
-            text[at:].rstrip()
-        ):  # nothing more, or the same again and cut
-            return found
-        if text[at : at + 1] != "{":
-            return found
-        value, end = object_at(text, at)
-        if found and value and value != found:
-            raise ValueError("several objects")
-        found, first = found or value, first if found else text[at:end]
-        at = BETWEEN.match(text, end).end()
-    raise ValueError("too many objects")
+    found, end = object_at(text, 0)
+    rest = text[BETWEEN.match(text, end).end() :].rstrip()
+    if not rest.startswith("{") or text.startswith(rest):
+        return found
+    other = leading_object(rest, limit - 1) if limit > 1 else None
+    if other is None or found and other and found != other:
+        raise ValueError("several objects")
+    return found or other
 
 
-def required_names(schema):
-    """The names of the properties that a schema requires."""
-    names = schema.get("required") if isinstance(schema, dict) else None
-    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+# Text without a brace at its beginning that was still meant as JSON; %s: the argument's name. Shell
+# commands and paths, which are what models write bare, begin otherwise.
+BROKEN_JSON = r"""[^\w/.~$-]|true$|false$|[^{]*"\s*:|%s["']?\s*[:=]"""
 
 
-def sole_string(schema):
-    """The name of the one required property if that is a string, else None."""
-    names = required_names(schema)
-    return (
-        names[0]
-        if len(names) == 1 and schema_types(property_schema(schema, names[0])) == {"string"}
-        else None
-    )
-
-
-def bare_text(text, schema):
-    """{the sole string: text} for text that is no attempt at JSON, e.g. `ls -la` for Bash; ValueError otherwise."""
-    name = sole_string(schema)
-    attempt = re.match(
-        r"""[^\w/.~$-]|true$|false$|[^{]*"\s*:|%s["']?\s*[:=]""" % re.escape(name or ""), text, re.I
-    )
-    if name is None or attempt or text.endswith(("}", "]")):
-        raise ValueError("not arguments")
-    return {name: text}
-
-
-def read_arguments(text, schema):
-    """repair_arguments, raising ValueError, RecursionError or MemoryError where that returns None."""
+def parse_arguments(text, schema):
+    """fix_arguments of a string, raising one of UNREADABLE where that returns None."""
     text = text.strip("\ufeff \t\r\n\f\v\0")
     if text in ("", "null", "None"):
         return {}
-    fence = FENCE.match(text)
-    if fence or text.startswith("{"):
-        return sole_object(text[fence.end() :] if fence else text)
-    if not text.startswith('"'):
-        return bare_text(text, schema)
-    inner = LENIENT.decode(text)
-    if not inner.strip():
-        return {}
-    if inner.lstrip().startswith(
-        ("{", '"{', '"\\"')
-    ):  # encoded once more; each level halves the text
-        return read_arguments(inner, schema)
-    name = sole_string(schema)
-    if name is None:
-        raise ValueError("a string, not arguments")
-    return {name: inner}
+    opening = FENCE.match(text)
+    if opening:
+        return leading_object(text[opening.end() :])
+    quoted = text.startswith('"')
+    if quoted:
+        text = LENIENT.decode(text)
+        if not text.strip():
+            return {}
+        if text.lstrip().startswith(("{", '"{', '"\\"')):  # encoded again; each level halves it
+            return parse_arguments(text, schema)
+    names = required_names(schema)
+    if len(names) != 1 or schema_types(property_schema(schema, names[0])) != {"string"}:
+        raise ValueError("not JSON, and no single string is required")
+    signs = BROKEN_JSON % re.escape(names[0])
+    if not quoted and (re.match(signs, text, re.I) or text.endswith(("}", "]"))):
+        raise ValueError("broken JSON")
+    return {names[0]: text}
 
 
 def fix_arguments(text, schema):
-    """The arguments that `text` certainly means, as a dict, or None. Never raises; time grows with the length only.
+    """The arguments that `text` certainly means, as a dict, or None. Never raises; linear time.
 
-    Mended: nothing at all, null; an object encoded as a string, fenced, written twice, or with something after it; trailing
-    commas, single quotes, Python words, bare keys, unescaped newlines; a bare string for the one required (string)
-    property. Never: text that was cut off, or two different objects.
+    Fixed: nothing at all, null; an object encoded as a string, fenced, written twice, or with
+    something behind it; trailing commas, single quotes, Python words, bare keys, unescaped
+    newlines; a bare string for the one required (string) property, e.g. `ls -la` for Bash. Never
+    fixed: text that was cut off, or two different objects. Some servers send the object itself, or
+    null: these are taken as well.
     """
-    if text is None or isinstance(text, dict):  # some servers send the object itself
+    if text is None or isinstance(text, dict):
         return text or {}
     try:
-        return read_arguments(text, schema) if isinstance(text, str) else None
+        return parse_arguments(text, schema) if isinstance(text, str) else None
     except UNREADABLE:
         return None
 
 
-# ---- coercion: dict -> dict that fits the schema -----------------------------------------------------------------------
+# ---- dict -> dict that fits the schema -----------------------------------------------------------
 
+ABSENT = object()  # the value of a member that is left out
+EMPTY_MEANS_ABSENT = {
+    # (tool, argument): GPT models fill every optional field. Never put Write.content or
+    # Edit.new_string here, where an empty string is meant.
+    ("Read", "pages"),
+    ("EnterWorktree", "name"),
+    ("EnterWorktree", "path"),
+}
 TYPE_NAMES = {
     str: "string",
     bool: "boolean",
@@ -2976,219 +2964,125 @@ TYPE_NAMES = {
     float: "number",
     list: "array",
     dict: "object",
-    type(None): "null",
 }
-INTEGER = re.compile(r"0|-?[1-9][0-9]{0,14}")  # 15 digits are exact in a double
-DECIMAL = re.compile(r"(?=.{1,16}$)-?(?:0|[1-9][0-9]*)\.[0-9]+")
-BOOLEANS = {"true": True, "false": False, "True": True, "False": False}
-
-
-def property_schema(schema, key):
-    """The schema of one property as a dict, or None when it has none that can be read."""
-    properties = schema.get("properties") if isinstance(schema, dict) else None
-    found = properties.get(key) if isinstance(properties, dict) else None
-    return found if isinstance(found, dict) else None
-
-
-def declared_types(schema):
-    """The names under `type`, as a set; {ANY} when there are none."""
-    kind = schema.get("type") if isinstance(schema, dict) else None
-    names = {name for name in (kind if isinstance(kind, list) else [kind]) if isinstance(name, str)}
-    return names or {ANY}
-
-
-def schema_types(schema):
-    """The type names a schema allows, as a set; with ANY in it when there may be others. Looks one level into anyOf."""
-    types = declared_types(schema)
-    if not isinstance(schema, dict):
-        return types
-    branches = schema.get("anyOf") or schema.get("oneOf")
-    if types == {ANY} and isinstance(branches, list):
-        types = set().union(*map(declared_types, branches))
-    choices = schema.get("enum")
-    if (
-        schema.get("nullable") is True
-        or ANY in types
-        and isinstance(choices, list)
-        and None in choices
-    ):
-        types = types | {"null"}
-    return types
-
-
-def as_integer(value):
-    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
-        return int(value)
-    return int(value) if isinstance(value, str) and INTEGER.fullmatch(value) else value
-
-
-def as_number(value):
-    if isinstance(value, str) and DECIMAL.fullmatch(value):
-        return float(value)
-    return as_integer(value) if isinstance(value, str) else value
-
-
-def as_boolean(value):
-    return BOOLEANS.get(value, value) if isinstance(value, str) else value
-
-
-def as_string(value):
-    """Integers and booleans only: 1.10 has already become 1.1, and a version number would be another one."""
-    return json.dumps(value) if isinstance(value, int) else value
-
-
-def as_parsed(kind):
-    def parsed(value):
-        try:
-            found = LENIENT.decode(value) if isinstance(value, str) else value
-        except UNREADABLE:
-            return value
-        return found if isinstance(found, kind) else value
-
-    return parsed
-
-
-CASTS = {
-    "integer": as_integer,
-    "number": as_number,
-    "boolean": as_boolean,
-    "string": as_string,
-    "array": as_parsed(list),
-    "object": as_parsed(dict),
+INTEGER = r"0|-?[1-9][0-9]{0,14}"  # 15 digits are exact in a double
+STRING_FORMS = {
+    # type -> regex of the strings that certainly mean a value of it
+    "integer": INTEGER,
+    "number": INTEGER + r"|(?=.{1,16}$)-?(?:0|[1-9][0-9]*)\.[0-9]+",
+    "boolean": r"[Tt]rue|[Ff]alse",
+    "array": r"\s*\[.*",
+    "object": r"\s*\{.*",
 }
 
 
-def scalar_as_declared(value, types):
-    """The value in the one type that the schema allows beside null, if nothing is lost by it; else the value itself."""
-    kind = TYPE_NAMES.get(type(value))
+def coerce_scalar(value, types):
+    """The value in the one type that is allowed beside null, if nothing is lost by it; else itself.
+
+    types: a set as schema_types returns it. Where several types are allowed, the value may be meant
+    as it is. A float never becomes a string: 1.10 has already become 1.1, which is another version.
+    """
     wanted = types - {"null"}
-    if kind in types or ANY in types or len(wanted) != 1 or value is None:
+    if value is None or TYPE_NAMES.get(type(value)) in types or ANY in types or len(wanted) != 1:
         return value
-    (name,) = wanted
-    return CASTS[name](value) if name in CASTS else value
+    (kind,) = wanted
+    if isinstance(value, str) and re.fullmatch(STRING_FORMS.get(kind, r"(?!)"), value, re.DOTALL):
+        return decode_or(WORDS.get(value, value), value)
+    if kind == "string" and isinstance(value, int):
+        return json.dumps(value)
+    if kind == "integer" and isinstance(value, float) and value.is_integer():
+        return int(value) if abs(value) < 2**53 else value
+    return value
 
 
-def as_declared(value, schema):
-    """scalar_as_declared, for the items of an array too. The very same object when nothing changes."""
-    value = scalar_as_declared(value, schema_types(schema))
-    if not isinstance(value, list) or not schema:
+def coerce_value(value, schema):
+    """coerce_scalar, for the items of an array too. The very same object when nothing changes."""
+    value = coerce_scalar(value, schema_types(schema))
+    if not isinstance(value, list):
         return value
     types = schema_types(schema.get("items"))
-    items = [scalar_as_declared(item, types) for item in value]
+    items = [coerce_scalar(item, types) for item in value]
     return items if any(new is not old for new, old in zip(items, value)) else value
 
 
 def null_means_absent(schema, key):
     """Models in strict mode write null for what they leave out; the client refuses it."""
-    required = schema.get("required", []) if isinstance(schema, dict) else None
-    if not isinstance(required, list) or key in required:
+    if key in required_names(schema):
         return False
-    properties = schema.get("properties")
-    if isinstance(properties, dict) and key in properties:
-        found = property_schema(schema, key)
-        return found is not None and "null" not in schema_types(found)
-    return schema.get("additionalProperties") is False
+    schema = as_dict(schema)
+    found = as_dict(schema.get("properties")).get(key, ABSENT)
+    if found is ABSENT:
+        return schema.get("additionalProperties") is False
+    return isinstance(found, dict) and "null" not in schema_types(found)
 
 
 def coerce_member(name, key, value, schema):
-    """The value that goes to the client, the very same object when nothing changes, or ABSENT."""
+    """The value that goes to the client, the very same object when nothing changes, or ABSENT.
+
+    name: the tool's, as the client knows it.
+    """
     if value is None and null_means_absent(schema, key):
         return ABSENT
     if value == "" and (name, key) in EMPTY_MEANS_ABSENT:
         return ABSENT
-    return as_declared(value, property_schema(schema, key))
+    return coerce_value(value, property_schema(schema, key))
 
 
 def coerce_arguments(name, arguments, schema):
-    """A new dict of the arguments of tool `name` as its schema wants them, as far as that is certain and lossless."""
+    """A new dict: the arguments of tool `name` as its schema wants them, if that loses nothing."""
     pairs = [(key, coerce_member(name, key, value, schema)) for key, value in arguments.items()]
     return {key: value for key, value in pairs if value is not ABSENT}
 
 
-# ---- the same, while the text comes in ---------------------------------------------------------------------------------
+# ---- the same, while the text comes in -----------------------------------------------------------
 
-SPACE = re.compile(r"[ \t\r\n]*")
-KEY = re.compile(r'"[^"\\\x00-\x1f]*(?:\\.[^"\\\x00-\x1f]*)*"')
+# These match the text at one place, and need no more than a look at what follows. White space is
+# JSON's: \s knows more.
+NEXT = re.compile(
+    r"((?:[ \t\r\n]*[{,])?[ \t\r\n]*)"  # what stands before it; then the closing brace, or a key,
+    r'(?:(\})|("[^"\\\x00-\x1f]*(?:\\.[^"\\\x00-\x1f]*)*")[ \t\r\n]*:[ \t\r\n]*)'
+    r'(?=("[^"])?)',  # and whether a string begins that is not empty
+    re.DOTALL,
+)
+VALUE_END = re.compile(r"[ \t\r\n]*[,}]")
+# The one place that says what the inside of a string may be in JSON.
 RUN = re.compile(r'[^"\\\x00-\x1f]*(?:\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})[^"\\\x00-\x1f]*)*')
-is_run = RUN.fullmatch
-PART_OF_ESCAPE = re.compile(r"\\(?:u[0-9a-fA-F]{0,3})?")
-QUOTED = re.compile(r'[^"\\]*(?:\\.[^"\\]*)*', re.DOTALL)
-UNQUOTED = re.compile(r'[^"\[\]{}]*')
-SCALAR = re.compile(r"[-+.0-9A-Za-z]*")
-
-
-def write_member(name, key, text, schema):
-    """The JSON of the member whose value is written `text`: that very text if it may stay, "" if the member is left out."""
-    try:
-        value = STRICT.decode(text)
-    except ValueError:
-        value, text = LENIENT.decode(text), ""
-    sent = coerce_member(name, key, value, schema)
-    if sent is ABSENT:
-        return ""
-    return text if text and sent is value else json.dumps(sent)
+READ_AGAIN = 64  # characters that are read again with each fragment; what is more must double
 
 
 class ArgumentStream:
-    """One call's argument text, sent on while it comes in, mended on the way.
+    """One call's argument text, sent on while it comes in, and fixed on the way.
 
-    state    what comes next                       leads to
-    START    {                                     FIRST
-    FIRST    " or }                                KEY, DONE
-    NEXT     , or }                                COMMA, DONE
-    COMMA    " or } (a trailing comma)             KEY, DONE
-    KEY      the key                               COLON
-    COLON    :                                     VALUE
-    VALUE    the first character of a value        STRING, QUOTED, NESTED, SCALAR
-    STRING   a string that is sent as it comes     NEXT
-    QUOTED   a string that is held                 NEXT, or NESTED when it stands in one
-    NESTED   an array or object, held              NEXT, QUOTED
-    SCALAR   a number or word, held                NEXT
-    DONE     white space                           LOST
-    LOST     anything; all is held until finish()
+    state    what comes next                                     leads to
+    START    {, then as MEMBER                                   the same
+    MEMBER   a key, and the quote of a string that may stay      STRING
+             a key, and another value, whole                     MEMBER
+             }                                                   DONE
+    STRING   more of the string, which goes out as it comes      STRING, MEMBER
+    DONE     nothing, or white space
     OVER     nothing: finish() was called
 
-    What does not fit leads to LOST. All that feed() and finish() returned, joined, is the JSON of what coerce_arguments makes
-    of repair_arguments(raw): byte by byte the text that came when nothing had to change. When nothing certain can be made
-    of it, it is the raw text, as far as no changed member has gone out before.
+    What does not fit its state, or is not whole, is held until more has come, at last until
+    finish(). Held text is read again once it has doubled, so time is linear however the text is
+    split. Strings go out at once: a file that a model writes is thousands of deltas, and the client
+    shows its progress.
 
-    complete: a whole object has come (after finish(): or could be made of what came).
+    All that feed() and finish() return, joined, is the JSON of what coerce_arguments makes of
+    fix_arguments(raw): byte for byte the text that came when nothing had to change (but {} for an
+    empty object, which waits: it may be a placeholder). When nothing certain can be made of it, it
+    is the raw text, as far as no changed member has gone out before.
     """
 
-    MOVES = {
-        ("START", "{"): "FIRST",
-        ("FIRST", '"'): "KEY",
-        ("FIRST", "}"): "DONE",
-        ("NEXT", ","): "COMMA",
-        ("NEXT", "}"): "DONE",
-        ("COMMA", '"'): "KEY",
-        ("COMMA", "}"): "DONE",
-        ("COLON", ":"): "VALUE",
-    }
-    SPACED = {
-        "START",
-        "FIRST",
-        "NEXT",
-        "COMMA",
-        "COLON",
-        "VALUE",
-        "DONE",
-    }  # white space may come first
-
     def __init__(self, name, schema):
-        self.name, self.schema = name, schema
-        self.complete = False
+        self.name, self.schema = name, schema  # of the tool, as the client knows it
+        self.complete = False  # a whole object has come; after finish(): or could be made of it
         self._state = "START"
         self._pieces = []  # all that came
-        self._sent = []  # all that went out
-        self._out = []  # what this feed() sends
-        self._begun = False  # something went out
-        self._held = []  # read, not sent: since the end of the last value
-        self._rest = ""  # not read: the beginning of an escape, a key or a scalar
-        self._keys = set()
-        self._key = ""  # of the member at hand
-        self._value_at = 0  # where in _held its value begins
-        self._depth = 0  # open brackets of a NESTED value
+        self._held = []  # what came and was not read
+        self._size = 0  # of _held, in characters
+        self._enough = 0  # the size from which on _held is read again
+        self._begun = False  # a member, or its beginning, went out
+        self._out = []  # what goes out next
 
     @property
     def raw(self):
@@ -3197,620 +3091,452 @@ class ArgumentStream:
         return self._pieces[0]
 
     def feed(self, fragment):
-        """The text that may go out now, "" for nothing."""
+        """The text that may go out now, "" for nothing. RuntimeError after finish()."""
         self._pieces.append(fragment)
-        if self._state == "STRING" and not self._rest and is_run(fragment):
-            self._sent.append(fragment)  # the hot path: thousands of these make a file
-            return fragment
-        self._read(self._rest + fragment)
-        text, self._out = "".join(self._out), []
-        if text:
-            self._sent.append(text)
-        return text
+        if self._state == "STRING" and not self._size and RUN.fullmatch(fragment):
+            return fragment  # the hot path: thousands of these make a file
+        if self._state == "OVER":
+            raise RuntimeError("feed() after finish()")
+        self._held.append(fragment)
+        self._size += len(fragment)
+        return self._read() if self._size >= self._enough else ""
 
-    def _read(self, text):
-        at = 0
-        while at < len(text):
-            start, state = at, self._state
-            if state in self.SPACED:
-                at = SPACE.match(text, at).end()
-                self._held.append(text[start:at])
-            if at < len(text):
-                at = self.STEPS[state](self, text, at)
-            if at == start and self._state == state:  # it takes more text to go on
-                break
-        if len(text) - at > LONGEST_TOKEN:
-            at = self._lose(text, at)
-        self._rest = text[at:]
+    def _read(self):
+        """Read what is held as far as possible; returns what goes out.
 
-    def _emit(self, text):
-        self._out.append(text)
-        self._begun = True
-
-    # Steps: each reads `text` from `at` and returns where it stopped, `at` itself when it needs more text.
-
-    def _lose(self, text, at):
-        self._held.append(text[at:])
-        self._state = "LOST"
-        return len(text)
-
-    def _move(self, text, at):
-        state = self.MOVES.get((self._state, text[at]))
-        if state is None:
-            return self._lose(text, at)
-        self._state = state
-        if state == "KEY":
-            return at
-        self._held.append(text[at])
-        if state == "DONE":
-            self._close()
-        return at + 1
-
-    def _close(self):
-        self.complete = True
-        self._held = ["".join(self._held).replace(",", "")]  # a trailing comma
-        if self._begun:  # else it may be a placeholder: see sole_object
-            self._emit(self._held.pop())
-
-    def _read_key(self, text, at):
-        found = KEY.match(text, at)
-        if not found:
-            return at
+        A step that has no more to read stays where it is; one that meets half a value raises.
+        """
+        text, at, before = "".join(self._held), 0, -1
         try:
-            self._key = STRICT.decode(found.group())
-        except ValueError:
-            return self._lose(text, at)
-        if self._key in self._keys:  # the last one would count, and the first is out
-            return self._lose(text, at)
-        self._keys.add(self._key)
-        if not self._begun:  # the members before this one were left out, and so is the comma
-            self._held = ["".join(self._held).replace(",", "")]
-        self._held.append(found.group())
-        self._state = "COLON"
-        return found.end()
-
-    def _begin_value(self, text, at):
-        self._value_at, self._depth = len(self._held), 0
-        if text[at] != '"':
-            self._state = "NESTED" if text[at] in "[{" else "SCALAR"
-            return at
-        if schema_types(property_schema(self.schema, self._key)) & {"string", ANY}:
-            if at + 1 == len(text):  # an empty string may mean absent
-                return at
-            if text[at + 1] != '"':
-                self._emit("".join(self._held) + '"')
-                self._held, self._state = [], "STRING"
-                return at + 1
-        self._held.append('"')
-        self._state = "QUOTED"
-        return at + 1
-
-    def _send_string(self, text, at):
-        end = RUN.match(text, at).end()
-        self._emit(text[at:end])
-        if end == len(text):
-            return end
-        if text[end] == '"':
-            self._state = "NEXT"
-        if text[end] != "\\":
-            self._emit(
-                '"' if text[end] == '"' else json.dumps(text[end])[1:-1]
-            )  # an unescaped newline or tab
-            return end + 1
-        if text.startswith("\\'", end):
-            self._emit("'")  # as in requoted
-            return end + 2
-        return end if PART_OF_ESCAPE.fullmatch(text, end) else self._lose(text, end)
-
-    def _hold_string(self, text, at):
-        end = QUOTED.match(text, at).end()
-        self._held.append(text[at:end])
-        if text[end : end + 1] != '"':
-            return end
-        self._held.append('"')
-        self._state = "NESTED"
-        return end + 1 if self._depth else self._end_value(text, end + 1)
-
-    def _hold_nested(self, text, at):
-        end = UNQUOTED.match(text, at).end()
-        self._held.append(text[at : end + 1])
-        mark = text[end : end + 1]
-        if mark == '"':
-            self._state = "QUOTED"
-        self._depth += (mark in ("[", "{")) - (mark in ("]", "}"))
-        return end + len(mark) if self._depth else self._end_value(text, end + 1)
-
-    def _hold_scalar(self, text, at):
-        end = SCALAR.match(text, at).end()
-        if end == len(text):
-            return at
-        self._held.append(text[at:end])
-        return self._end_value(text, end)
-
-    def _end_value(self, text, at):
-        """Send the held member, coerced, or leave it out."""
-        written = "".join(self._held[self._value_at :])
-        try:
-            written = write_member(self.name, self._key, written, self.schema)
+            while before < at < len(text) and self._state != "DONE":
+                step = self._read_string if self._state == "STRING" else self._read_member
+                before, at = at, step(text, at)
         except UNREADABLE:
-            return self._lose(text, at)
-        if written:
-            self._emit("".join(self._held[: self._value_at]) + written)
-        self._held = [] if self._begun else ["{"]
-        self._state = "NEXT"
-        return at
+            pass  # not whole, or broken: finish() will know
+        self._held, self._size = [text[at:]], len(text) - at
+        self._enough = 2 * self._size - READ_AGAIN
+        sent, self._out = "".join(self._out), []
+        return sent
 
-    def _refuse(self, text, at):
-        raise RuntimeError("feed() after finish()")
+    def _read_member(self, text, at):
+        """Read a member of the object, or its end, at `at`; returns where that ends in `text`."""
+        found = NEXT.match(text, at)
+        if not found or ("{" in found.group(1)) != (self._state == "START"):
+            return at
+        gap, brace, quoted, filled = found.groups()
+        if brace:
+            self.complete, self._state = True, "DONE"
+            if self._begun:  # else it may be a placeholder: see leading_object
+                self._out.append(gap.replace(",", "") + brace)
+            return found.end()
+        if not gap.strip():
+            return at  # no comma
+        key, start = STRICT.decode(quoted), found.end()
+        value, end, self._state = self._read_value(key, text, start, filled)
+        if value:
+            if not self._begun:
+                gap = gap.replace(",", "{")  # all members before were left out
+            self._out.append(gap + text[found.start(3) : start] + value)
+            self._begun = True
+        return end
 
-    STEPS = dict.fromkeys(("START", "FIRST", "NEXT", "COMMA", "COLON"), _move)
-    STEPS.update(
-        KEY=_read_key,
-        VALUE=_begin_value,
-        STRING=_send_string,
-        QUOTED=_hold_string,
-        NESTED=_hold_nested,
-        SCALAR=_hold_scalar,
-        DONE=_lose,
-        LOST=_lose,
-        OVER=_refuse,
-    )
+    def _read_value(self, key, text, start, filled):
+        """(what goes out, "" for nothing; where it ends in `text`; the next state)"""
+        if filled and schema_types(property_schema(self.schema, key)) & {"string", ANY}:
+            return '"', start + 1, "STRING"
+        value, end = STRICT.raw_decode(text, start)
+        if not VALUE_END.match(text, end):
+            raise ValueError("a number may go on")
+        fitting = coerce_member(self.name, key, value, self.schema)
+        if fitting is ABSENT:
+            return "", end, "MEMBER"
+        return text[start:end] if fitting is value else json.dumps(fitting), end, "MEMBER"
 
-    def _missing(self, wanted, rest):
-        """What makes the text that went out the object `wanted`; `rest` when nothing can."""
-        if not self._begun:
-            self.complete = True
-            return json.dumps(wanted)
-        sent = "".join(self._sent)
-        have = LENIENT.decode(sent if self.complete else sent + "}")
-        missing = [
-            key
-            for key in wanted
-            if key not in have or json.dumps(have[key]) != json.dumps(wanted[key])
-        ]
-        if not have.keys() <= wanted.keys() or self.complete and missing:
-            return rest
-        if self.complete:
-            return ""
-        self.complete = True  # of a name that comes twice the last one counts
-        return (
-            "".join(", %s: %s" % (json.dumps(key), json.dumps(wanted[key])) for key in missing)
-            + "}"
-        )
+    def _read_string(self, text, at):
+        """Read more of a string that goes out as it comes; returns where it stopped."""
+        end = RUN.match(text, at).end()
+        self._out.append(text[at:end])
+        mark = text[end : end + 1]
+        if text.startswith("\\'", end):  # as REWRITES have it
+            self._out.append("'")
+            return end + 2
+        if mark in ("", "\\"):  # part of an escape, or a wrong one
+            return end
+        if mark == '"':
+            self._state = "MEMBER"
+        self._out.append(mark if mark == '"' else json.dumps(mark)[1:-1])  # a bare newline or tab
+        return end + 1
 
     def finish(self, cut=False):
         """The rest of the text, once nothing more comes. cut: the model hit its token limit."""
-        state, self._state = self._state, "OVER"
-        if state == "OVER":
+        if self._state == "OVER":
             return ""
-        if state == "DONE":
-            return "" if self._begun else self._held[0]
-        rest = "".join(self._held) + self._rest if self._begun else self.raw
-        wanted = None if cut and not self.complete else fix_arguments(self.raw, self.schema)
-        if wanted is None or not self.raw:
-            return rest
-        try:
-            return self._missing(coerce_arguments(self.name, wanted, self.schema), rest)
-        except UNREADABLE:
-            return rest
+        tail, rest = self._read(), "".join(self._held)
+        self._state = "OVER"
+        whole = self.complete or not cut or as_dict(decode_or(self.raw, None))
+        if self.raw and whole:
+            try:
+                return tail + self._fix(rest)
+            except UNREADABLE:
+                pass
+        return tail + (rest if self._begun else self.raw)
+
+    def _fix(self, rest):
+        """What goes out instead of `rest`. Raises one of UNREADABLE when nothing certain can be."""
+        wanted = parse_arguments(self.raw, self.schema)
+        if self._begun and self.complete:
+            return ""  # the same object again
+        if self._begun:  # only what has not gone out
+            wanted, _ = object_at("{" + rest.lstrip(", \t\r\n"), 0)
+        fixed = json.dumps(coerce_arguments(self.name, wanted, self.schema))
+        self.complete = True
+        if self._begun:
+            return "}" if fixed == "{}" else ", " + fixed[1:]
+        return fixed
 
 
-# ---- calls that a model wrote as plain text, because the server had no parser for its format --------------
+# ---- calls that a model wrote as text, because the server has no parser for its format -----------
 #
-# text -> tokens (white space, back-ticks, openings, prose) -> an opening that may count: held up to its closing literal
-#      -> read by the family's parser -> calls; or, when that fails, the same text again, with the opening as prose
+# text -> pieces (white space, back-ticks, literals, prose) -> a mark that counts here: a Candidate,
+# held
+#      up to its closing literal -> parse_calls -> calls; or, when that fails, the same text again,
+#      with the mark as prose
+#
+# A document that only talks about such calls must come out as it is. So a mark that begins with
+# what people also write counts at the start of a line only, none counts in code, the tool must be
+# one that was offered, and a call that was cut off must have all that its schema requires.
 
-MAX_HELD = 1 << 18  # characters of one call; an opening without an end is text
-MAX_LEAD_IN = (
-    200  # characters after the opening by which the name, or the first bracket, must have come
-)
+MAX_HELD = 1 << 18  # characters of one call; a mark without an end is text
+MAX_LEAD_IN = 200  # characters behind a mark within which its head must match
 MAX_CLOSINGS = 64  # closing literals inside one call's own values: bounds the re-reading
 MAX_BLANK = 1024  # white space, or back-ticks, that wait for what follows them
-STEP = 4096  # characters looked at in one go, so that no opening costs more than this again
+STEP = 4096  # characters looked at in one go, so that no mark costs more than this again
 
-# Where on the page we are, and where an opening counts.
-START, AFTER, LINE, MIDDLE = "message start", "right after a call", "line start", "middle of a line"
-ALONE, OWN_LINE, ANYWHERE = (START,), (START, AFTER, LINE), (START, AFTER, LINE, MIDDLE)
+# Where on the page we are; a mark counts in one of these places and in those before it.
+# The start of the message, right after a call, the start of a line, the middle of a line.
+NOWHERE, START, AFTER, LINE, MIDDLE = range(5)
 
 
 class Incomplete(ValueError):
     """The closing literal was part of a value; the call goes on."""
 
 
-# ---- values
+# ---- reading one call
 
 
-def parse_bare(value, schema):
-    """A parameter that was written as bare text, as its schema (dict or None) wants it: a string stays one, to the byte."""
-    types = schema_types(schema)
-    if "string" in types or ANY in types and "enum" in (schema or {}):
-        return value
-    try:
-        plain = LENIENT.decode(value.strip())
-    except UNREADABLE:
-        return value
-    return value if ANY in types and (plain is None or isinstance(plain, str)) else plain
+def widen(text):
+    """DeepSeek's marks, typed with | and _ for its full-width bars and low blocks."""
+    return text.replace("|", "\uff5c").replace("_", "\u2581")
 
 
-def strip_padding(value):
-    """Without the line breaks that some families put around a value: where the first is missing, the last is the value's own."""
-    if not value.startswith("\n"):
-        return value
-    return value[1:-1] if value.endswith("\n") and len(value) > 1 else value[1:]
+# The ways to write a call other than as JSON: what comes before its arguments -> what ends it. The
+# arguments are JSON, or PARAMETERS. No pattern repeats two classes that share a character, one
+# behind the other: time stays linear. All are compiled when the first mark comes, which in most
+# replies is never.
+DSML = r"(?:[\uff5c|]DSML[\uff5c|])?"  # some servers write plain bars
+CALLS = {
+    # Qwen3-Coder, and Llama with JSON in it
+    r"<function=(?P<name>[^>\s]+)>\s*": r"</function>",
+    # MiniMax, DeepSeek V3.2
+    r'<%sinvoke\s+name="(?P<name>[^"]+)"\s*>\s*' % DSML: r"</%sinvoke>" % DSML,
+    # Kimi
+    (
+        r"<\|tool_call_begin\|>\s*(?:functions\.)?(?P<name>[^\s<]+?)(?::\d+)?\s*"
+        r"<\|tool_call_argument_begin\|>\s*"
+    ): r"<\|tool_call_end\|>",
+    # DeepSeek R1 and V3.1
+    widen(
+        r"<|tool_call_begin|>(?:function<|tool_sep|>)?(?P<name>[^\s<]+)(?:<|tool_sep|>)?\s*"
+        r"(?:```(?:json)?\s*)?"
+    ): widen(r"(?:```\s*)?<|tool_call_end|>"),
+    # Mistral
+    r"(?:\[TOOL_CALLS\])?(?P<name>[\w.-]+)(?:\[CALL_ID\][\w-]*)?\[ARGS\]\s*": r"",
+    # GLM
+    r"(?P<name>[\w.:-]+)\s*(?=<arg_key>)": r"\Z",
+    # GPT-OSS
+    r"(?:functions\.)?(?P<name>[\w.-]+)(?![\w.-])[^{}\n]*?<\|message\|>\s*": r"\Z",
+}
+# Some put line breaks around a value. Without a first one, a last one is its own.
+VALUE = r"(?P<pad>\n)?(?P<value>.*?)(?(pad)\n?)"
+PARAMETERS = [
+    # Qwen, GLM, and invoke, where DeepSeek's attribute `string` says whether the value is one. What
+    # looks like an end and is not followed by a parameter, or the call's end, is part of the value.
+    r"\s*<parameter=(?P<key>[^>]+)>%s</parameter>(?=\s*(?:<parameter=|</function>))" % VALUE,
+    r"\s*<arg_key>(?P<key>[^<]+)</arg_key>\s*<arg_value>%s</arg_value>(?=\s*(?:<arg_key>|\Z))"
+    % VALUE,
+    (
+        r'\s*<DSMLparameter\s+name="(?P<key>[^"]+)"(?:\s+string="(?P<string>true|false)")?\s*>'
+        r"(?(string)|(?P<pad>\n)?)(?P<value>.*?)(?(pad)\n?)"
+        r"</DSMLparameter>(?=\s*(?:<DSMLparameter\s|</DSMLinvoke>))"
+    ).replace("DSML", DSML),
+]
+# That attribute -> the schema it stands for; a type that there is not means: any but a string.
+STRING_SCHEMAS = {"true": {"type": "string"}, "false": {"type": "JSON"}}
 
 
-def parse_object(text, schema):
-    """The dict that is the JSON text, or None; for text that may have been cut off, where nothing is repaired."""
-    try:
-        value = LENIENT.decode(text)
-    except UNREADABLE:
-        return None
-    return value if isinstance(value, dict) else None
+def match_any(patterns, text, at):
+    """The match at `at` of the first of `patterns` that has one, or None."""
+    matches = (re.compile(pattern, re.DOTALL).match(text, at) for pattern in patterns)
+    return next(filter(None, matches), None)
 
 
 def fix_object(text, schema):
-    """repair_arguments, for text that came whole: Qwen sometimes forgets the last brace."""
+    """fix_arguments; Qwen sometimes forgets the last brace."""
     found = fix_arguments(text, schema)
     return fix_arguments(text + "}", schema) if found is None else found
 
 
-# ---- parsers: (body, tools, loads) -> ([(name, arguments dict)], where in the body they end), or ValueError, or Incomplete
+def json_value(body, at, end, closed):
+    """(value, its end) of the JSON at `at`; broken JSON is taken up to `end` and fixed, or None.
 
-
-def find_tool(name, tools):
-    """The offered tool that a model means by name."""
-    for form in (name, re.sub(r"^functions\.", "", name)):
-        if form in tools:
-            return form
-    raise ValueError("not an offered tool")
-
-
-def json_value(body, at, stop, loads):
-    """(value, end) of the JSON at `at`; broken JSON is taken up to the regex `stop` and given to loads."""
+    Not closed: it may have been cut off, and nothing is fixed. Incomplete when it ends in a string.
+    """
     try:
         return LENIENT.raw_decode(body, at)
     except ValueError as error:
         if "Unterminated string" in str(error):
             raise Incomplete()
-    found = stop.search(body, at)
-    end = found.start() if found else len(body)
-    value = loads(body[at:end], {})
-    if value is None:
-        raise ValueError("no JSON")
-    return value, end
+    return fix_object(body[at:end], {}) if closed else None, end
 
 
-def json_call(value, tools, loads):
-    """(name, arguments) of {"name", "arguments"} in its many spellings."""
-    inner = value.get("function") if isinstance(value, dict) else {}
-    value = inner if isinstance(inner, dict) else value
-    name = next(
-        (
-            value[key]
-            for key in ("name", "tool_name", "function")
-            if isinstance(value.get(key), str)
-        ),
-        "",
-    )
-    name = find_tool(name, tools)
-    arguments = next(
-        (value[key] for key in ("arguments", "parameters", "args") if key in value), {}
-    )
+def json_call(value, tools):
+    """(name, arguments) of {"name", "arguments"} in its many spellings; both may be anything.
+
+    Llama says "parameters", Cohere "tool_name", and some wrap it like OpenAI, in {"function"}.
+    """
+    value = as_dict(value)
+    value = as_dict(value.get("function")) or value
+    name = value.get("name", value.get("tool_name", value.get("function")))
+    name = re.sub(r"^functions\.", "", str(name))
+    arguments = value.get("arguments", value.get("parameters", value.get("args", {})))
     if isinstance(arguments, str):
-        arguments = loads(arguments, tools[name]) if arguments.strip() else {}
-    if not isinstance(arguments, dict):
-        raise ValueError("the arguments are no object")
+        arguments = fix_object(arguments, tools.get(name))
     return name, arguments
 
 
-BODY_END = re.compile(r"\Z")
+def parse_bare(text, schema):
+    """A parameter that was written as bare text, as its schema wants it: a string to the byte.
+
+    Without a schema, text that reads as a number, true, an array or an object is one.
+    """
+    types = schema_types(schema)
+    if "string" in types or ANY in types and "enum" in schema:
+        return text
+    plain = decode_or(text.strip(), text)
+    return text if ANY in types and (plain is None or isinstance(plain, str)) else plain
 
 
-def json_calls(body, tools, loads):
-    """JSON calls in a row, or lists of them."""
+def tagged_parameters(body, at, schema):
+    """(arguments, their end) of the PARAMETERS at `at`."""
+    arguments, found = {}, match_any(PARAMETERS, body, at)
+    while found:
+        groups = found.groupdict()
+        key, at = groups["key"].strip(), found.end()
+        wanted = STRING_SCHEMAS.get(groups.get("string")) or property_schema(schema, key)
+        arguments[key] = parse_bare(groups["value"], wanted)
+        found = match_any(PARAMETERS, body, at)
+    return arguments, at
+
+
+def tagged_call(found, tools, closed):
+    """((name, arguments), their end) of the call that `found`, a match of one of CALLS, begins."""
+    name, body, at = found.group("name"), found.string, found.end()
+    stop = re.compile(CALLS[found.re.pattern])
+    if body.startswith("{", at):
+        end = stop.search(body, at)
+        arguments, at = json_value(body, at, end.start() if end else len(body), closed)
+    else:
+        arguments, at = tagged_parameters(body, at, tools.get(name))
+    end = stop.match(body, BETWEEN.match(body, at).end())
+    if not end:
+        raise Incomplete()
+    return (name, arguments), end.end()
+
+
+def parse_calls(body, tools, closed):
+    """([(name, arguments dict)], where in the body they end) of calls in a row.
+
+    tools: {offered name: JSON schema}; closed: the closing literal has come. Incomplete when one of
+    them goes on behind the body. What is not a call of an offered tool ends the row.
+    """
+    if body.strip() in tools:  # GLM, without arguments
+        return [(body.strip(), {})], len(body)
     calls, at = [], BETWEEN.match(body).end()
-    while body.startswith(("{", "["), at):
-        value, at = json_value(body, at, BODY_END, loads)
-        calls += [
-            json_call(one, tools, loads) for one in (value if isinstance(value, list) else [value])
-        ]
-        at = BETWEEN.match(body, at).end()
+    while at < len(body):
+        found = match_any(CALLS, body, at)
+        if found:
+            call, end = tagged_call(found, tools, closed)
+            more = [call]
+        elif body.startswith(("{", "["), at):
+            value, end = json_value(body, at, len(body), closed)
+            more = [json_call(one, tools) for one in as_list(value) or [value]]
+        else:
+            break
+        if not all(name in tools and isinstance(arguments, dict) for name, arguments in more):
+            break
+        calls += more
+        at = BETWEEN.match(body, end).end()
     return calls, at
 
 
-def only_json(body, tools, loads):
-    """JSON calls, and nothing behind them."""
-    calls, at = json_calls(body, tools, loads)
-    if at < len(body):
-        raise ValueError("text behind it")
-    return calls, at
+# ---- finding them in text
 
 
-def tagged_calls(start, stop, parameter=r"(?!)"):
-    """A parser of calls in a row, each `start` (with a group name), then parameters (groups key, value, perhaps string) or
-    a JSON object, then `stop`. The patterns are compiled when the first such call comes."""
+class Mark(NamedTuple):
+    """A literal in text that begins calls, or a channel."""
 
-    def calls_in(body, tools, loads):
-        begins, ends = re.compile(start, re.DOTALL), re.compile(r"\s*(?:%s)" % stop, re.DOTALL)
-        calls, at = [], 0
-        head = begins.match(body)
-        while head:
-            name = find_tool(head.group("name"), tools)
-            arguments, at = tagged_arguments(body, head.end(), tools[name], loads)
-            end = ends.match(body, at)
-            if not end:
-                raise Incomplete()
-            calls.append((name, arguments))
-            at = end.end()
-            head = begins.match(body, at) if at < len(body) else None
-        return calls, at
-
-    def tagged_arguments(body, at, schema, loads):
-        if body.startswith("{", at):
-            return json_value(body, at, re.compile(stop, re.DOTALL), loads)
-        arguments, member = {}, re.compile(parameter, re.DOTALL)
-        found = member.match(body, at)
-        while found:
-            groups = found.groupdict()
-            key, value, verbatim = groups["key"].strip(), groups["value"], groups.get("string")
-            wanted = VERBATIM.get(verbatim) or property_schema(schema, key)
-            arguments[key] = parse_bare(value if verbatim else strip_padding(value), wanted)
-            at = found.end()
-            found = member.match(body, at)
-        return arguments, at
-
-    return calls_in
+    literal: str
+    close: str = ""  # the literal that ends the calls; "" when only the end of the message does
+    head: str = r"\s*[<{\[]"  # regex of what must come soon behind it; group: the tool's name
+    where: int = MIDDLE  # the last of the places at which it counts
+    wrapped: bool = True  # whether both literals only wrap the calls, or belong to one of CALLS
+    channel: str = ""  # the kind of text behind the mark, which is not of calls then, and vanishes
 
 
-def either(*parsers):
-    """The first parser that finds a call."""
-
-    def calls_in(body, tools, loads):
-        for parser in parsers:
-            try:
-                calls, at = parser(body, tools, loads)
-            except Incomplete:
-                raise
-            except ValueError:
-                continue
-            if calls:
-                return calls, at
-        raise ValueError("no call")
-
-    return calls_in
-
-
-# ---- families
-
-VERBATIM = {
-    "true": {"type": "string"},
-    "false": {"type": "JSON"},
-}  # DeepSeek's string="..." -> the schema it stands for
-DSML = r"(?:[\uff5c|]DSML[\uff5c|])?"
-QWEN = tagged_calls(
-    r"\s*<function=(?P<name>[^>\s]+)>\s*",
-    r"</function>",
-    r"\s*<parameter=(?P<key>[^>]+)>(?P<value>.*?)</parameter>(?=\s*(?:<parameter=|</function>))",
-)
-GLM = tagged_calls(
-    r"\s*(?P<name>[\w.:-]+)\s*(?=<arg_key>|\Z)",
-    r"\Z",
-    r"\s*<arg_key>(?P<key>[^<]+)</arg_key>\s*<arg_value>(?P<value>.*?)</arg_value>(?=\s*(?:<arg_key>|\Z))",
-)
-INVOKE = tagged_calls(
-    r'\s*<%sinvoke\s+name="(?P<name>[^"]+)"\s*>\s*' % DSML,
-    r"</%sinvoke>" % DSML,
-    r'\s*<%sparameter\s+name="(?P<key>[^"]+)"(?:\s+string="(?P<string>true|false)")?\s*>'
-    r"(?P<value>.*?)</%sparameter>(?=\s*(?:<%sparameter\s|</%sinvoke>))" % (DSML, DSML, DSML, DSML),
-)
-KIMI = tagged_calls(
-    r"\s*<\|tool_call_begin\|>\s*(?P<name>[^\s<]+?)(?::\d+)?\s*<\|tool_call_argument_begin\|>\s*",
-    r"<\|tool_call_end\|>",
-)
-DEEPSEEK = tagged_calls(
-    r"\s*<\uff5ctool\u2581call\u2581begin\uff5c>(?:function<\uff5ctool\u2581sep\uff5c>)?(?P<name>[^\s<]+)"
-    r"(?:<\uff5ctool\u2581sep\uff5c>)?\s*(?:```(?:json)?\s*)?",
-    r"(?:```)?\s*<\uff5ctool\u2581call\u2581end\uff5c>",
-)
-MISTRAL = tagged_calls(
-    r"\s*(?:\[TOOL_CALLS\])?(?P<name>[\w.-]+)(?:\[CALL_ID\][\w-]*)?\[ARGS\]\s*", r""
-)
-HARMONY = tagged_calls(r"(?P<name>[\w.-]+)[^{}]*?<\|message\|>\s*", r"\Z")
-
-Family = collections.namedtuple("Family", "open close where head wrapped parse")
-Family.__doc__ = """One way to write calls as text.
-
-close: "" when nothing ends it but the end of the message; where: the places at which the opening counts;
-head: regex that what follows the opening must match soon, or it is prose; its group, if any, is the tool's name;
-wrapped: whether open and close only wrap what parse reads, or belong to it.
-"""
-
-CALL_FAMILIES = [
-    Family(*row)
-    for row in (
-        (
-            "<tool_call>",
-            "</tool_call>",
-            OWN_LINE,
-            r"\s*(?:[{\[]|<function=|([\w.:-]+)\s*<)",
-            True,
-            either(json_calls, QWEN, GLM),
-        ),
-        ("<function=", "</function>", OWN_LINE, r"([^>\s]+)>\s*[<{]", False, QWEN),
-        ("[TOOL_REQUEST]", "[END_TOOL_REQUEST]", OWN_LINE, r"\s*[{\[]", True, json_calls),
-        (
-            "<|tool_calls_section_begin|>",
-            "<|tool_calls_section_end|>",
-            ANYWHERE,
-            r"\s*<\|tool_call_begin",
-            True,
-            KIMI,
-        ),
-        ("<|tool_call_begin|>", "<|tool_call_end|>", ANYWHERE, r"[^<>]+<", False, KIMI),
-        (
-            "<\uff5cDSML\uff5cfunction_calls>",
-            "</\uff5cDSML\uff5cfunction_calls>",
-            ANYWHERE,
-            r"\s*<",
-            True,
-            INVOKE,
-        ),
-        (
-            "<\uff5cDSML\uff5ctool_calls>",
-            "</\uff5cDSML\uff5ctool_calls>",
-            ANYWHERE,
-            r"\s*<",
-            True,
-            INVOKE,
-        ),
-        (
-            "<\uff5cDSML\uff5cinvoke",
-            "</\uff5cDSML\uff5cinvoke>",
-            ANYWHERE,
-            r'\s+name="([^"]+)"',
-            False,
-            INVOKE,
-        ),
-        (
-            "<\uff5ctool\u2581calls\u2581begin\uff5c>",
-            "<\uff5ctool\u2581calls\u2581end\uff5c>",
-            ANYWHERE,
-            r"\s*<",
-            True,
-            DEEPSEEK,
-        ),
-        (
-            "<\uff5ctool\u2581call\u2581begin\uff5c>",
-            "<\uff5ctool\u2581call\u2581end\uff5c>",
-            ANYWHERE,
-            r"[^<>]+<",
-            False,
-            DEEPSEEK,
-        ),
-        (
-            "<minimax:tool_call>",
-            "</minimax:tool_call>",
-            ANYWHERE,
-            r"\s*[<{\[]",
-            True,
-            either(INVOKE, json_calls),
-        ),
-        (
-            "[TOOL_CALLS]",
-            "",
-            ANYWHERE,
-            r"\s*(?:[{\[]|([\w.-]+)\[)",
-            True,
-            either(json_calls, MISTRAL),
-        ),
-        ("<|python_tag|>", "", ANYWHERE, r"\s*[{\[]", True, json_calls),
-        ("<|tool_call_start|>", "<|tool_call_end|>", ANYWHERE, r"\s*[{\[]", True, json_calls),
-        ("<|START_ACTION|>", "<|END_ACTION|>", ANYWHERE, r"\s*[{\[]", True, json_calls),
-        ("<|channel|>commentary to=", "<|call|>", ANYWHERE, r"([\w.-]+)[^\w.-]", True, HARMONY),
-        ("<|channel|>analysis to=", "<|call|>", ANYWHERE, r"([\w.-]+)[^\w.-]", True, HARMONY),
-        ("<|start|>assistant to=", "<|call|>", ANYWHERE, r"([\w.-]+)[^\w.-]", True, HARMONY),
-        (
-            "<|start|>assistant<|channel|>commentary to=",
-            "<|call|>",
-            ANYWHERE,
-            r"([\w.-]+)[^\w.-]",
-            True,
-            HARMONY,
-        ),
-        (
-            "{",
-            "",
-            ALONE,
-            r'\s*"(?:name"\s*:\s*"([^"]+)"|type"\s*:\s*"function"|function"\s*:\s*\{)',
-            False,
-            only_json,
-        ),
-    )
+TEXT_MARKS = [
+    Mark("<tool_call>", "</tool_call>", r"\s*(?:[{\[]|<function=|([\w.:-]+)\s*<)", LINE),
+    Mark("<function=", "</function>", r"([^>\s]+)>\s*[<{]", LINE, wrapped=False),
+    Mark("[TOOL_REQUEST]", "[END_TOOL_REQUEST]", where=LINE),  # LM Studio
+    Mark("<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"),
+    Mark("<|tool_call_begin|>", "<|tool_call_end|>", r"[^<>]+<", wrapped=False),
+    Mark("<\uff5cDSML\uff5cfunction_calls>", "</\uff5cDSML\uff5cfunction_calls>"),
+    Mark("<\uff5cDSML\uff5ctool_calls>", "</\uff5cDSML\uff5ctool_calls>"),
+    Mark(
+        "<\uff5cDSML\uff5cinvoke",
+        "</\uff5cDSML\uff5cinvoke>",
+        r'\s+name="([^"]+)"',
+        wrapped=False,
+    ),
+    Mark(widen("<|tool_calls_begin|>"), widen("<|tool_calls_end|>")),
+    Mark(widen("<|tool_call_begin|>"), widen("<|tool_call_end|>"), r"[^<>]+<", wrapped=False),
+    Mark("<minimax:tool_call>", "</minimax:tool_call>"),
+    Mark("[TOOL_CALLS]", "", r"\s*(?:[{\[]|([\w.-]+)\[)"),  # Mistral
+    Mark("<|python_tag|>"),  # Llama
+    Mark("<|tool_call_start|>", "<|tool_call_end|>"),  # LFM2
+    Mark("<|START_ACTION|>", "<|END_ACTION|>"),  # Cohere
+    Mark(
+        "{",
+        "",
+        r'\s*"(?:name"\s*:\s*"([^"]+)"|type"\s*:\s*"function"|function"\s*:\s*\{)',
+        START,
+        wrapped=False,
+    ),
+    # GPT-OSS ("Harmony"): calls, and channels of text. What ends a channel counts only in one, and
+    # while one is open all of these marks count, in code too.
+    *[
+        Mark(start + " to=", "<|call|>", r"(?:functions\.)?([\w.-]+)[^\w.-]")
+        for start in (
+            "<|channel|>commentary",
+            "<|channel|>analysis",
+            "<|start|>assistant",
+            "<|start|>assistant<|channel|>commentary",
+        )
+    ],
+    *[
+        Mark("%s<|channel|>%s<|message|>" % (start, name), channel=kind)
+        for start in ("", "<|start|>assistant")
+        for name, kind in (("analysis", "thinking"), ("final", "text"), ("commentary", "text"))
+    ],
+    *[
+        Mark(end, channel="text", where=NOWHERE)
+        for end in ("<|start|>assistant", "<|end|>", "<|return|>", "<|call|>")
+    ],
 ]
-OPENINGS = {family.open: family for family in CALL_FAMILIES}
-
-# Harmony's other marks -> the kind of text behind them. They vanish; those that end a channel only once one was opened.
-CHANNELS = {
-    start + "<|channel|>" + name + "<|message|>": kind
-    for start in ("", "<|start|>assistant")
-    for name, kind in (("analysis", "thinking"), ("final", "text"), ("commentary", "text"))
-}
-CHANNEL_ENDS = {
-    mark: "text" for mark in ("<|start|>assistant", "<|end|>", "<|return|>", "<|call|>")
-}
-
-LITERALS = sorted(list(OPENINGS) + list(CHANNELS) + list(CHANNEL_ENDS), key=len, reverse=True)
-LONGEST = len(LITERALS[0])
+HARMONY = re.compile(r"<\|(?:channel|start|end|return|call)\|>")
+LITERALS = {mark.literal: mark for mark in TEXT_MARKS}
+LONGEST = max(map(len, LITERALS))
 PIECE = re.compile(
-    r"(?P<blank>\s+)|(?P<ticks>`+)|(?P<literal>%s)|(?P<prose>[^\s`<\[{](?:[^\n`<\[{]*[^\s`<\[{])?|.)"
-    % "|".join(map(re.escape, LITERALS))
+    r"(?P<blank>\s+)|(?P<ticks>`+)|(?P<literal>%s)"
+    r"|(?P<prose>[^\s`<\[{](?:[^\n`<\[{]*[^\s`<\[{])?|.)"
+    % "|".join(map(re.escape, sorted(LITERALS, key=len, reverse=True)))
 )
 
 
-class Held(object):
-    """The text of a possible call while it arrives. lead: the white space before it; headed: its head has matched."""
+class Candidate:
+    """The text of a possible call while it arrives, from its mark on."""
 
-    __slots__ = ("family", "lead", "parts", "size", "tail", "closings", "headed")
+    def __init__(self, mark, tools, space):
+        self.mark, self.tools = mark, tools
+        self.space = space  # the white space in front: kept before prose, dropped before a call
+        self.parts = []  # the text
+        self.size = 0  # of it
+        self.tail = ""  # its last characters, in which the closing literal may have begun
+        self.closings = 0  # closing literals that turned out to be part of a value
+        self.has_head = None  # whether the mark's head matches; None while too little has come
 
-    def __init__(self, family, lead):
-        self.family, self.lead, self.parts = family, lead, []
-        self.size, self.tail, self.closings, self.headed = 0, "", 0, False
-
-    def whole(self):
-        self.parts = ["".join(self.parts)]
-        return self.parts[0]
+    def text(self):
+        return "".join(self.parts)
 
     def add(self, text):
-        """Take more text; returns the offset behind each closing literal that it completed. Looks at no character twice."""
-        close, window, start = self.family.close, self.tail + text, self.size - len(self.tail)
+        """Take more text; the offset behind each closing literal that it completed.
+
+        Looks at no character twice.
+        """
+        close, window, start = self.mark.close, self.tail + text, self.size - len(self.tail)
         self.parts.append(text)
         self.size += len(text)
-        self.tail = window[1 - len(close) :] if close else ""
-        return (
-            [start + found.end() for found in re.finditer(re.escape(close), window)]
-            if close and close in window
-            else []
-        )
+        if not close:
+            return []
+        self.tail = window[1 - len(close) :]
+        return [start + found.end() for found in re.finditer(re.escape(close), window)]
 
-    def plausible(self, tools):
-        """Whether this can still become a call, by what follows the opening."""
-        if not self.headed:
-            start = len(self.family.open)
-            head = re.compile(self.family.head).match(self.whole(), start, start + MAX_LEAD_IN)
-            if not head:
-                return self.size < start + MAX_LEAD_IN
-            try:
-                self.headed = not (head.re.groups and head.group(1)) or bool(
-                    find_tool(head.group(1), tools)
-                )
-            except ValueError:
-                return False
-        return True
+    def check_head(self):
+        """Whether what follows the mark is its head, with an offered tool; None: not yet known."""
+        start = len(self.mark.literal)
+        head = re.compile(self.mark.head).match(self.text(), start, start + MAX_LEAD_IN)
+        if not head:
+            return None if self.size < start + MAX_LEAD_IN else False
+        return not head.lastindex or head.group(1) in self.tools
 
-    def calls(self, end, closed, tools):
-        """[(name, arguments JSON)] and where they end, of the text up to `end`; ValueError when it is no call, Incomplete
-        when it may become one. Not closed: nothing is repaired, and every required argument must be there.
+    def parse(self, end, closed):
+        """([("call", (name, arguments JSON))], where they end) of the text up to `end`.
+
+        ValueError when it is not all calls, Incomplete when it may become so.
+        Not closed: nothing is fixed, and every required argument must be there.
         """
-        family, text = self.family, self.whole()[:end]
-        first = len(family.open) if family.wrapped else 0
-        body = text[first : end - len(family.close) if family.wrapped and closed else end]
-        found, length = family.parse(body, tools, fix_object if closed else parse_object)
-        if not found or family.close and body[length:].strip():
-            raise ValueError("no call")
-        if not closed and any(
-            set(required_names(tools[name])) - set(arguments) for name, arguments in found
-        ):
-            raise ValueError("cut off")
+        mark, first, last = self.mark, 0, end
+        if mark.wrapped:
+            first, last = len(mark.literal), end - len(mark.close) * closed
+        body = self.text()[first:last]
+        calls, length = parse_calls(body, self.tools, closed)
+        if not calls or length < len(body) and (mark.close or mark.where == START):
+            raise ValueError("not a call")
+        for name, arguments in calls:
+            if not closed and set(required_names(self.tools[name])) - arguments.keys():
+                raise ValueError("cut off")
         end = end if closed else first + length
-        return [(name, json.dumps(arguments, allow_nan=False)) for name, arguments in found], end
+        return [("call", (name, json.dumps(arguments))) for name, arguments in calls], end
+
+    def feed(self, text, final):
+        """Take more text. None while undecided, else what parse returns.
+
+        ([], end): it is prose up to there.
+        """
+        ends = self.add(text)
+        if not self.has_head:
+            self.has_head = self.check_head()
+            if self.has_head is False or not self.has_head and (ends or final):
+                return [], len(self.mark.literal)
+        for end, closed in [(end, True) for end in ends] + [(self.size, False)] * final:
+            try:
+                return self.parse(end, closed)
+            except Incomplete:
+                self.closings += 1
+                if closed and self.closings < MAX_CLOSINGS:
+                    continue
+            except UNREADABLE:
+                pass
+            return [], end
+        return ([], self.size) if self.size > MAX_HELD else None
 
 
-class TextCalls(object):
+class TextCalls:
     """Finds the tool calls in a stream of text. tools: {offered name: JSON schema}.
 
-    feed(text) and finish() return pieces: ("text", str), ("thinking", str), ("call", (name, arguments JSON)). What is no
-    call comes out as it came in; white space next to a call is dropped. A caller may keep text from feed while `held` is
-    false and TRIGGER(text) finds nothing: such text stays in the middle of a line, and changes no state.
+    feed(text) and finish() return pieces: ("text", str), ("thinking", str), ("call", (name,
+    arguments JSON)). What is not a call comes out as it came in; white space next to a call is
+    dropped. A caller may keep text from feed while `held` is false and TRIGGER(text) finds nothing:
+    such text stays in the middle of a line, and changes no state.
     """
 
     TRIGGER = staticmethod(re.compile(r"[\n<`]|\[(?:T|\Z)|\s\Z").search)
@@ -3818,116 +3544,77 @@ class TextCalls(object):
     def __init__(self, tools):
         self.tools = tools
         self.place = START  # START, AFTER, LINE or MIDDLE
-        self.fences, self.inline = [], ""  # the back-ticks that opened the code we are in
+        self.code = []  # the back-ticks that opened the code we are in, the innermost last
+        self.inline = False  # the last of them came in this line
         self.channel = ""  # Harmony: the kind of text that its open channel holds
         self.pending = ""  # the end of the text, while the next characters decide what it is
-        self.call = None  # Held, while inside a possible call
-        self.held = True
+        self.call = None  # a Candidate, while inside one
 
-    def feed(self, text):
-        return self.joined(
-            piece
-            for at in range(0, len(text), STEP)
-            for piece in self.scan(text[at : at + STEP], False)
-        )
+    @property
+    def held(self):
+        """Whether all text must be fed: where we are, it may be more than prose."""
+        return bool(self.place != MIDDLE or self.call or self.pending or self.code or self.channel)
+
+    def feed(self, text, final=False):
+        steps = [text[at : at + STEP] for at in range(0, len(text) or 1, STEP)]
+        return [piece for step in steps for piece in self.scan(step, final) if piece[1]]
 
     def finish(self):
-        return self.joined(self.scan("", True))
-
-    def joined(self, pieces):
-        """The pieces, neighbours of a kind in one."""
-        runs = []
-        for kind, value in pieces:
-            if kind == "call":
-                runs.append((kind, value))
-            elif runs and runs[-1][0] == kind:
-                runs[-1][1].append(value)
-            elif value:
-                runs.append((kind, [value]))
-        self.held = bool(
-            self.call
-            or self.pending
-            or self.place != MIDDLE
-            or self.inline
-            or self.fences
-            or self.channel
-        )
-        return [(kind, value if kind == "call" else "".join(value)) for kind, value in runs]
+        return self.feed("", final=True)
 
     def scan(self, text, final):
         """Prose and possible calls in turn, until the text is used up."""
-        quiet = 0
+        quiet = 0  # no mark counts before it
         while True:
             if self.call is None:
                 text = yield from self.prose(text, quiet, final)
                 if self.call is None:
                     return
-            held, verdict = self.call, self.verdict(text, final)
+            candidate, verdict = self.call, self.call.feed(text, final)
             if verdict is None:
                 return
             calls, end = verdict
-            self.call, whole = None, held.whole()
+            self.call, text, quiet = None, candidate.text(), 0
             if calls:
-                yield from (("call", call) for call in calls)
+                yield from calls
                 self.place, self.channel = AFTER, self.channel and "text"
-                text, quiet = whole[end:], 0
+                text = text[end:]
             else:
-                yield self.channel or "text", held.lead
-                again = whole.rfind(
-                    held.family.open, 1, end
-                )  # the last opening before this end gets a try, no other:
-                text, quiet = whole, again if again > 0 else end  # so the time stays linear
-
-    def verdict(self, text, final):
-        """What the held call is, with text added: None while undecided, else (calls, end); no calls: it was prose."""
-        held = self.call
-        ends = held.add(text)
-        if not held.plausible(self.tools) or (ends or final) and not held.headed:
-            return [], len(held.family.open)
-        for end in ends:
-            try:
-                return held.calls(end, True, self.tools)
-            except Incomplete:
-                held.closings += 1
-            except UNREADABLE:
-                return [], end
-            if held.closings == MAX_CLOSINGS:
-                return [], end
-        if held.size > MAX_HELD:
-            return [], held.size
-        if not final:
-            return None
-        try:
-            return held.calls(held.size, False, self.tools)
-        except UNREADABLE:
-            return [], held.size
+                yield self.channel or "text", candidate.space
+                again = text.rfind(candidate.mark.literal, 1, end)
+                quiet = again if again > 0 else end  # only the last one gets a try: linear time
 
     # -- prose
 
     def prose(self, text, quiet, final):
-        """Yield text up to an opening that counts; return the text from there on. No opening counts before `quiet`."""
+        """Yield text up to a mark of calls that counts (none before `quiet`); return the rest.
+
+        What white space, back-ticks and the beginning of a literal mean shows only behind them:
+        they wait in `pending`.
+        """
         text, self.pending = self.pending + text, ""
-        done = solid = at = 0  # said up to done; white space alone from solid to at
+        done = solid = at = 0  # yielded up to done; white space alone from solid to at
         while at < len(text):
             token = PIECE.match(text, at)
-            kind, end = token.lastgroup, token.end()
+            kind, literal, end = token.lastgroup, token.group(), token.end()
             if not final and self.undecided(text, at, end):
                 break
             if kind == "blank":
-                self.blank(token.group())
+                self.blank(literal)
                 if self.place == AFTER:
                     done = solid = end
-            elif kind == "literal" and at >= quiet and self.counts(token.group()):
-                if token.group() in OPENINGS:
-                    yield self.channel or "text", text[done:solid]
-                    self.call = Held(OPENINGS[token.group()], text[solid:at])
+            elif kind == "literal" and at >= quiet and self.counts(literal):
+                mark = LITERALS[literal]
+                yield self.channel or "text", text[done : at if mark.channel else solid]
+                if not mark.channel:
+                    self.call = Candidate(mark, self.tools, text[solid:at])
                     return text[at:]
-                yield self.channel or "text", text[done:at]
-                self.enter(token.group())
+                self.channel = mark.channel
+                self.place, self.code, self.inline = LINE, [], False
                 done = solid = end
             else:
                 if kind == "ticks":
-                    self.ticks(token.group(), text[end : end + 1])
+                    self.ticks(literal, text[end : end + 1])
                 self.place, solid = MIDDLE, end
             at = end
         if final or len(text) - solid > MAX_BLANK:
@@ -3936,56 +3623,45 @@ class TextCalls(object):
         yield self.channel or "text", text[done:solid]
 
     def undecided(self, text, at, end):
-        """Whether the token at the end of text may go on: back-ticks, or the beginning of a literal that would count."""
-        first = text[at]
-        if first == "`":
+        """Whether the piece at the end of text may go on: back-ticks, or the beginning of a literal
+        that would count.
+        """
+        if text[at] == "`":
             return end == len(text) and end - at < MAX_BLANK
-        if first not in "<[{" or len(text) - at >= LONGEST:
-            return False
-        rest = text[at:]
-        return any(
+        rest = text[at : at + LONGEST]
+        return rest[0] in "<[{" and any(
             literal.startswith(rest) and literal != rest and self.counts(literal)
             for literal in LITERALS
         )
 
     def counts(self, literal):
-        """Whether a literal means something at this place. In an open Harmony channel all of Harmony's do, in code too."""
-        if (
-            literal in CHANNEL_ENDS
-            or self.channel
-            and literal.startswith(("<|channel|>", "<|start|>"))
-        ):
-            return bool(self.channel)
-        return (
-            not self.inline
-            and not self.fences
-            and (literal in CHANNELS or self.place in OPENINGS[literal].where)
-        )
-
-    def enter(self, mark):
-        """Go on in the channel that a Harmony mark opens."""
-        self.channel = CHANNELS.get(mark) or CHANNEL_ENDS[mark]
-        self.place, self.inline, self.fences = LINE, "", []
+        """Whether a literal means something here. In an open channel, nobody writes about marks."""
+        if self.channel and HARMONY.match(literal):
+            return True
+        return not self.code and self.place <= LITERALS[literal].where
 
     def blank(self, space):
-        """White space: a new line ends inline code, unless three or more back-ticks opened it: then it is a fence."""
+        """White space: a new line ends inline code, but three back-ticks or more opened a fence."""
         if "\n" in space:
-            if len(self.inline) >= 3:
-                self.fences.append(self.inline)
-            self.inline = ""
+            if self.inline and len(self.code[-1]) < 3:
+                self.code.pop()
+            self.inline = False
             self.place = LINE if self.place == MIDDLE else self.place
 
     def ticks(self, run, after):
-        """Back-ticks, and the character after them. In a fence, a run with a language opens one more, a bare one closes."""
+        """Back-ticks, and the character behind them.
+
+        In a fence, a run with a language opens one more, a bare one closes.
+        """
         if self.inline:
-            self.inline = "" if run == self.inline else self.inline
-        elif not self.fences:
-            self.inline = run
-        elif self.place != MIDDLE and len(run) >= 3:
-            if after.strip():
-                self.inline = run
-            elif len(run) >= len(self.fences[-1]):
-                self.fences.pop()
+            if run == self.code[-1]:
+                self.code.pop()
+                self.inline = False
+        elif not self.code or self.place != MIDDLE and len(run) >= 3 and after.strip():
+            self.code.append(run)
+            self.inline = True
+        elif self.place != MIDDLE and len(run) >= len(self.code[-1]):
+            self.code.pop()
 
 
 # ======================================================================================================
@@ -5378,479 +5054,453 @@ def apply_lesson(profile, changes):
     return profile._replace(**known)
 
 
-# ======================================================================================================
+# ==================================================================================================
 # 10  Upstream: connections to the provider, kept alive
-# ======================================================================================================
+# ==================================================================================================
+#
+#     Upstream.open -> Line.ask -> http.client -> Line.sendall, Line.readinto -> socket
+#     Reply.blocks  <- inflate <- Dechunker <- Line.file <- Line.readinto
+#
+# http.client writes requests and reads the heads of answers; urllib says which proxy is on the way.
+# Under them is no socket but a Line, which waits through the client's `wait`: so a client that
+# leaves is noticed, and pings go out, wherever http.client happens to read. Bodies are read past
+# http.client: its reader of chunks takes 13 us a chunk where the Dechunker takes 5, and it accepts
+# sizes such as -5, 0x5 and 1_0.
+#
+# The life of a Line: dial, with TLS secure, then ask -> Reply -> keep, kept, ask -> Reply -> ...
+# until something is wrong with it, or it was idle for too long: drop.
 
 READ_SIZE = 16384  # one TLS record; every waiting thread holds one
 SEND_SIZE = 1 << 18
-MAX_HEAD = 1 << 16
-MAX_FIELDS = 200
+MAX_HEAD = 1 << 16  # bytes that may come before a head, interim ones included, is whole
 MAX_BODY = 1 << 26  # of a reply that is read whole
 BLOCK_SIZE = 1 << 16  # of decompressed output: a bomb costs time, not memory
-KEPT_WIRES = 128  # idle connections to one place
+KEPT_LINES = 128  # idle connections to one place
 DRAIN_SECONDS = 0.05  # how long finish() waits for the end of a body
-ROUTE_SECONDS = 60  # how long a look-up of the system's proxy settings holds
+SLICE_SECONDS = 0.2  # between two looks at the client where the socket alone is waited for
+WAY_SECONDS = 60  # how long a look-up of the system's proxy settings holds
 MAX_REDIRECTS = 3
 
 PORTS = {"http": 80, "https": 443}
-INFLATERS = {"gzip": zlib.MAX_WBITS | 16, "x-gzip": zlib.MAX_WBITS | 16, "deflate": zlib.MAX_WBITS}
+# What a socket that never blocks says instead of waiting.
 NOTHING_YET = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
-HEAD_END = re.compile(rb"\r?\n\r?\n")
-INTERIM = re.compile(
-    rb"HTTP/1\.[01] 1(?!01)\d\d[ \r\n]"
-)  # 100 Continue, 103 Early Hints: the answer is still to come
-HEADER_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
-FIELD_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
-STATUS_LINE = re.compile(rb"HTTP/1\.(\d) +([1-9]\d\d)((?: .*)?)")
-LOCAL_HOSTS = re.compile(r"(?:.*\.)?localhost|127(?:\.\d+){3}|0\.0\.0\.0|::1|::")
+# "name:value" as it may go out: visible ASCII, then what RFC 9110, 5.5 allows, of latin-1.
+FIELD = re.compile(r"[!-9;-~]+:[\t -~\x80-\xff]*")
 
-Route = collections.namedtuple("Route", "scheme host port proxy proxy_auth")
-Route.__doc__ = """The way to an origin. proxy: (host, port) or None; proxy_auth: a Proxy-Authorization value, secret, or ""."""
+
+class Way(NamedTuple):
+    """How an origin is reached; connections are kept by it."""
+
+    scheme: str
+    host: str  # in its ASCII form
+    port: int
+    proxy: tuple = None  # (host, port)
+    proxy_auth: str = ""  # the value of Proxy-Authorization, a secret
 
 
 def host_port(host, port):
+    """host:port as in a URL, where an IPv6 address has brackets."""
     return ("[%s]:%d" if ":" in host else "%s:%d") % (host, port)
 
 
 def url_origin(url):
-    """(scheme, host, port) of an http(s) URL; ValueError for anything else."""
+    """(scheme, host, port) of an http(s) URL; ValueError for anything else. A name with other
+    letters is given in the ASCII form that DNS, TLS and the Host field take (RFC 5890)."""
     parts = urllib.parse.urlsplit(url)
-    if parts.scheme not in PORTS or not parts.hostname:
-        raise ValueError(url)
-    return parts.scheme, parts.hostname, parts.port or PORTS[parts.scheme]
+    host = (parts.hostname or "").encode("idna").decode("ascii")
+    if parts.scheme not in PORTS or not re.fullmatch("[!-~]+", host):
+        raise ValueError("not an http(s) URL")
+    return parts.scheme, host, parts.port or PORTS[parts.scheme]
 
 
 def basic_auth(parts):
-    pair = "%s:%s" % (
-        urllib.parse.unquote(parts.username or ""),
-        urllib.parse.unquote(parts.password or ""),
-    )
-    return "Basic " + base64.b64encode(pair.encode("utf-8")).decode("ascii")
+    """The Authorization value for the user and password of a split URL (RFC 7617)."""
+    pair = [urllib.parse.unquote(each or "") for each in (parts.username, parts.password)]
+    return "Basic " + base64.b64encode(":".join(pair).encode("utf-8")).decode("ascii")
 
 
-def route_to(scheme, host, port):
-    """The Route to an origin by HTTP(S)_PROXY, ALL_PROXY and NO_PROXY, or the settings of macOS and Windows."""
-    proxies = urllib.request.getproxies()
+def find_way(scheme, host, port):
+    """The Way to an origin by HTTP(S)_PROXY, ALL_PROXY and NO_PROXY, or the settings of macOS and
+    Windows."""
+    proxies, bypass = urllib.request.getproxies(), urllib.request.proxy_bypass
     proxy = proxies.get(scheme) or proxies.get("all")
-    if (
-        not proxy
-        or LOCAL_HOSTS.fullmatch(host)
-        or urllib.request.proxy_bypass(host_port(host, port))
-    ):
-        return Route(scheme, host, port, None, "")
+    if not proxy or LOOPBACK.match(host) or bypass(host_port(host, port)):
+        return Way(scheme, host, port)
+    setting, (kind, _, place) = scheme.upper() + "_PROXY", proxy.rpartition("://")
+    # The ssl module cannot run TLS with the origin inside TLS with the proxy, and to talk plainly
+    # to a proxy that is written with https:// would show its password to the network.
+    if kind.lower() not in ("", "http"):
+        raise UpstreamError(
+            "%s:// proxies are not supported: write http:// in %s if yours takes plain HTTP, as "
+            "most do, or name %s in NO_PROXY" % (kind, setting, host),
+            kind="connect",
+        )
     try:
-        parts = urllib.parse.urlsplit(proxy if "://" in proxy else "http://" + proxy)
-        address = parts.hostname, parts.port or PORTS.get(parts.scheme)
+        address = url_origin("http://" + place)[1:]
     except ValueError:
-        raise UpstreamError(
-            "the proxy setting for %s has no valid host and port: correct %s_PROXY"
-            % (host, scheme.upper()),
-            kind="connect",
-        )
-    # As in urllib, the way to an https:// proxy is plain too: nearly all that are written so are plain ones.
-    if parts.scheme not in PORTS or not parts.hostname:
-        raise UpstreamError(
-            "%s:// proxies are not supported: set %s_PROXY to an http:// proxy, or name %s in NO_PROXY"
-            % (parts.scheme, scheme.upper(), host),
-            kind="connect",
-        )
-    return Route(scheme, host, port, address, basic_auth(parts) if parts.username else "")
+        said = "the proxy setting for %s has no valid host and port: correct %s" % (host, setting)
+        raise UpstreamError(said, kind="connect")
+    parts = urllib.parse.urlsplit("http://" + place)
+    return Way(scheme, host, port, address, basic_auth(parts) if parts.username else "")
 
 
 def poll_socket(sock, seconds, read=True, write=False):
-    """Waits until `sock` can be read (or written, as asked). True: it can; False: the seconds are over. None sleeps."""
+    """Waits until `sock` can be read (or written, as asked). True: it can; False: the seconds are
+    over. Without a socket (None) it sleeps."""
     if sock is None:
         time.sleep(seconds)
         return True
     if not hasattr(select, "poll"):  # Windows
-        return any(select.select([sock] if read else [], [sock] if write else [], [], seconds))
+        return any(select.select([sock] * read, [sock] * write, [], seconds))
     poll = select.poll()
-    poll.register(sock, (select.POLLIN if read else 0) | (select.POLLOUT if write else 0))
+    poll.register(sock, select.POLLIN * read | select.POLLOUT * write)
     return bool(poll.poll(seconds * 1000))
 
 
-class Headers:
-    """The fields of a head, by lower-case name: get() gives the first of a name, all() every one. lines: bytes without line
-    breaks. strict: ValueError for a line that is no field (RFC 9112, section 5), else it is skipped.
-    """
-
-    __slots__ = ("fields",)
-
-    def __init__(self, lines=(), strict=False):
-        self.fields = fields = {}
-        for line in lines:
-            name, colon, value = line.decode("latin-1").partition(":")
-            if colon and FIELD_NAME.fullmatch(name) and "\r" not in value and "\0" not in value:
-                fields.setdefault(name.lower(), []).append(value.strip(" \t"))
-            elif strict:
-                raise ValueError("no header field: %s" % ascii(line[:60])[1:])
-
-    def get(self, name, default=None):
-        return self.fields.get(name.lower(), (default,))[0]
-
-    def all(self, name):
-        return self.fields.get(name, [])
-
-    def items(self):
-        return [(name, value) for name, values in self.fields.items() for value in values]
-
-    def tokens(self, name):
-        """The set of the lower-case words in a comma-separated field."""
-        return {word.strip().lower() for value in self.all(name) for word in value.split(",")}
-
-
-class Head:
-    """The head of an answer. chunked, length: how the body is framed (length None: until the connection ends, unless it is
-    chunked); last: the upstream closes the connection after it. ValueError for what is no head."""
-
-    __slots__ = ("status", "reason", "headers", "chunked", "length", "last")
-
-    def __init__(self, head, method):
-        lines = head.replace(b"\r\n", b"\n").split(b"\n")
-        status = STATUS_LINE.fullmatch(lines[0])
-        if not status or len(lines) > MAX_FIELDS:
-            raise ValueError("no HTTP head")
-        self.status, self.reason = int(status.group(2)), status.group(3).decode("latin-1").strip()
-        self.headers = Headers(lines[1:-2])
-        options = self.headers.tokens("connection")
-        self.last = "close" in options or status.group(1) == b"0" and "keep-alive" not in options
-        self.chunked, self.length = False, 0
-        if method == "HEAD" or self.status < 200 or self.status in (204, 304):
-            return
-        self.chunked, self.length = "chunked" in self.headers.tokens("transfer-encoding"), None
-        length = self.headers.get("content-length", "")
-        if not self.chunked and re.fullmatch("[0-9]{1,18}", length):
-            self.length = int(length)
-
-
-def ascii_host(name):
-    """A host with its port as it is written in HTTP."""
-    try:
-        return name.encode("idna").decode("ascii")
-    except UnicodeError:  # connecting will say what is wrong with it
-        return name.encode("ascii", "replace").decode("ascii")
-
-
-def request_bytes(route, method, url, headers, body):
-    """Head and body of a request as they go out; UpstreamError if a setting got something into them that HTTP forbids."""
+def request_parts(way, url, headers):
+    """(request target, header fields) as they go out. UpstreamError if a setting brought something
+    into them that HTTP forbids: http.client's own error would quote the value, and that may be an
+    API key."""
     parts = urllib.parse.urlsplit(url)
     target = (parts.path or "/") + ("?" + parts.query if parts.query else "")
-    names = {name.lower() for name in headers}
-    fields = [("Host", ascii_host(parts.netloc.rpartition("@")[2]))] if "host" not in names else []
-    fields += [("Accept-Encoding", "identity")] if "accept-encoding" not in names else []
-    if body is not None:
-        fields.append(("Content-Length", str(len(body))))
-    if parts.username and "authorization" not in names:
-        fields.append(("Authorization", basic_auth(parts)))
-    if route.proxy and route.scheme == "http":
-        target = "http://" + host_port(route.host, route.port) + target
-        if route.proxy_auth:
-            fields.append(("Proxy-Authorization", route.proxy_auth))
-    fields += [
-        (name, value)
-        for name, value in headers.items()
-        if name.lower() not in ("content-length", "transfer-encoding")
+    framing = ("content-length", "transfer-encoding")  # http.client's business
+    fields = {name: value for name, value in headers.items() if name.lower() not in framing}
+    if parts.username and "authorization" not in map(str.lower, fields):
+        fields["Authorization"] = basic_auth(parts)
+    if way.proxy and way.scheme == "http":
+        target = "http://" + host_port(way.host, way.port) + target
+        if way.proxy_auth:
+            fields["Proxy-Authorization"] = way.proxy_auth
+    # http.client lets \0 and names with blanks pass.
+    wrong = [
+        "the header " + ascii(name)
+        for name in fields
+        if not FIELD.fullmatch(name + ":" + fields[name])
     ]
-    for name, value in fields:
-        if not HEADER_VALUE.fullmatch(value):
-            raise UpstreamError(
-                "the header %s to the provider has a line break or another character in its value that HTTP "
-                "forbids: check the setting (an API key?) it comes from" % ascii(name),
-                500,
-                kind="request",
-            )
-    if not re.fullmatch("[!-~]+", target) or not all(
-        FIELD_NAME.fullmatch(name) for name, _ in fields
-    ):
+    if wrong or not re.fullmatch("[!-~]+", target):
         raise UpstreamError(
-            "the base URL or a header name has a blank or another character that HTTP forbids: check the "
-            "settings",
+            "%s to the provider has a line break or another character that HTTP forbids: check the "
+            "setting (an API key?) it comes from" % (wrong or ["the URL"])[0],
             500,
             kind="request",
         )
-    lines = ["%s %s HTTP/1.1" % (method, target)] + ["%s: %s" % field for field in fields]
-    return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1") + (body or b"")
+    return target, fields
 
 
-class Wire:
-    """One connection. The socket never blocks; all waiting goes through `wait(sock, seconds)`, which may raise ClientGone.
+class Head(http.client.HTTPResponse):
+    """The head of an answer, after any interim ones: status, reason, headers, chunked, length,
+    will_close. ValueError, beside http.client's own errors, where nobody can say how long the body
+    is."""
 
-    rest: bytes that came and are not used yet. heard: a byte of the current answer has come. since: idle from then on.
-    Whoever gets an exception from a method must drop the wire.
+    def begin(self):
+        while self.headers is None or 100 <= self.status < 200 and self.status != 101:
+            self.headers = None
+            http.client.HTTPResponse.begin(self)
+        # After a malformed line the email parser takes all others for a body, the framing with
+        # them.
+        if self.headers.defects:
+            raise ValueError("a malformed field in its head")
+        # Contradictions are errors, not something to choose from (RFC 9112, 6.3). http.client
+        # itself takes the first of two lengths, "+5" for 5, and "chunked " for no coding at all.
+        coding = ",".join(self.headers.get_all("Transfer-Encoding", ())).strip().lower()
+        lengths = {length.strip() for length in self.headers.get_all("Content-Length", ())}
+        self.chunked = coding == "chunked"
+        if coding not in ("", "identity", "chunked") or self.chunked and lengths:
+            raise ValueError("a Transfer-Encoding that cannot be")
+        if len(lengths) > 1 or not all(re.fullmatch("[0-9]{1,18}", length) for length in lengths):
+            raise ValueError("a Content-Length that is not one number")
+
+
+class Inlet(io.BufferedReader):
+    """What http.client reads a Line through."""
+
+    def close(self):
+        """Nothing: http.client closes its file after each answer, and the line lives on. A real
+        close could not be undone: the buffer is freed with it."""
+
+
+class Line(io.RawIOBase):
+    """A connection, in the form in which http.client uses a socket: sendall, makefile, close.
+
+    The socket never blocks; all waiting goes through `wait(sock, seconds)`. It gives True when the
+    socket can be read, False when the seconds are over; what it raises (ClientGone) comes through
+    http.client. Whoever gets an exception from a method must end the line.
     """
 
-    __slots__ = ("sock", "route", "peer", "wait", "timeout", "rest", "heard", "since", "buffer")
-
-    def __init__(self, sock, route, peer):
-        self.sock, self.route, self.peer = sock, route, peer
-        self.buffer = bytearray(
-            READ_SIZE
-        )  # recv() would take as much anew for each chunk, and leave holes in memory
-        self.begin(poll_socket, 0)
+    def __init__(self, sock, way):
+        self.sock, self.way = sock, way
+        self.peer = host_port(way.host, way.port)  # how messages name the other end
+        if way.proxy:
+            self.peer += " (through the proxy %s)" % host_port(*way.proxy)
+        self.file = Inlet(self, READ_SIZE)
+        self.since = 0.0  # monotonic time at which it became idle
+        self.begin(None, 0.0)
 
     def begin(self, wait, timeout):
-        """Starts an exchange, in which every silence may last `timeout` seconds."""
-        self.wait, self.timeout, self.rest, self.heard = wait, timeout, b"", False
+        """Starts an exchange: nothing is left of the one before."""
+        self.wait = wait  # None: only what is there is read
+        self.timeout = timeout  # seconds that a silence may last
+        # Monotonic time by which what is read must have come to its end, within MAX_HEAD bytes.
+        # None: a body, which may go on for as long as something comes.
+        self.deadline = None
+        self.came = 0  # bytes of the current answer, interim ones included
+        self.ended = False  # the other side has closed
+        self.whole = True  # all of the request could be sent
 
-    def ready(self, wait, seconds):
-        """`wait` on the socket, unless TLS has already taken from it what we are waiting for."""
-        return (
-            self.route.scheme == "https"
-            and getattr(self.sock, "pending", int)() > 0
-            or wait(self.sock, seconds)
+    def makefile(self, *_):
+        """Always the same file: what it read too much of belongs to what comes next."""
+        return self.file
+
+    def close(self):
+        """Nothing: http.client closes its socket before the body of a last answer is read."""
+
+    def end(self):
+        self.file = None  # break the reference cycle
+        self.sock.close()
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        """The next bytes into `buffer` -> their number, 0 at the end of the connection, None if
+        `wait` is None and nothing is there (or only a TLS session ticket)."""
+        while True:
+            if self.wait:
+                self.await_bytes()
+            try:
+                size = self.sock.recv_into(buffer)
+                break
+            except NOTHING_YET:
+                if not self.wait:
+                    return None
+            except OSError as error:
+                raise self.cut(error.strerror or "read error")
+        self.came += size
+        self.ended = not size
+        if self.ended and self.deadline:  # http.client would take half a head for a whole one
+            raise self.cut("closed by it")
+        return size
+
+    def await_bytes(self):
+        """Waits for the socket, unless TLS has already taken from it what we are waiting for."""
+        seconds = self.timeout
+        if self.deadline:
+            if self.came > MAX_HEAD:
+                raise self.garbage("a head of more than %d KB" % (MAX_HEAD >> 10))
+            seconds = self.deadline - time.monotonic()
+        if seconds > 0:
+            if getattr(self.sock, "pending", int)() or self.wait(self.sock, seconds):
+                return
+        if self.deadline and self.came:
+            raise self.stuck("%s sent no whole head in %g s: it is overloaded or stuck; try again")
+        raise self.stuck(
+            "%s has been silent for %g s: it is overloaded or stuck; try again, or raise the "
+            "timeout"
         )
 
-    def now(self):
-        """What has arrived: bytes, b"" at the end of the connection, None if nothing (or only a TLS session ticket)."""
+    def look(self):
+        """What has come and is not read yet, without waiting for more; None where the connection is
+        over."""
+        wait, self.wait = self.wait, None
         try:
-            size = self.sock.recv_into(self.buffer)
-            return bytes(memoryview(self.buffer)[:size])
-        except NOTHING_YET:
+            return self.file.peek(1) or (None if self.ended else b"")
+        except UpstreamError:
             return None
-        except OSError as error:
-            raise self.cut(error.strerror or "read error")
+        finally:
+            self.wait = wait
 
-    def receive(self, seconds=None):
-        """The next bytes, b"" at the end of the connection; waits at most `timeout` for them."""
-        while True:
-            if not self.ready(self.wait, self.timeout if seconds is None else max(seconds, 0)):
-                raise UpstreamError(
-                    "%s has been silent for %g s: it is overloaded or stuck; try again, or raise the timeout"
-                    % (self.peer, self.timeout),
-                    504,
-                    "timeout_error",
-                    kind="timeout",
-                )
-            data = self.now()
-            if data is not None:
-                return data
-
-    def send(self, data):
-        """Sends `data`; False if the upstream closed or answered before it had all (the answer is then in `rest`, or comes)."""
-        view, moved = memoryview(data), time.monotonic()
-        while view:
+    def sendall(self, data):
+        """Sends `data`, or (then it is not `whole`) as much as the other side takes before it
+        closes or answers: a 413 may come before the end of the request."""
+        view, moved, early = memoryview(data), time.monotonic(), b""
+        while view and self.whole:
             try:
                 view = view[self.sock.send(view[:SEND_SIZE]) :]
                 moved = time.monotonic()
                 continue
             except NOTHING_YET:
                 pass
-            except OSError:  # it may have answered before it hung up: head() sees
-                return False
-            if self.wait(self.sock, 0):
-                early = self.now()
-                self.rest += early or b""
-                self.heard = bool(self.rest)
-                if early is not None and not INTERIM.match(self.rest):
-                    return False
+            except OSError:  # it may have answered before it hung up: who reads will see
+                self.whole = False
+                return
+            poll_socket(self.sock, SLICE_SECONDS, read=not early, write=True)
+            self.wait(self.sock, 0)  # for the client's sake
+            early = self.look()
+            # HTTP/1.1 1.. is an interim answer: the real one is still to come (RFC 9110, 15.2).
+            self.whole = early is not None and early[9:10] in b"1"
             if time.monotonic() - moved > self.timeout:
-                raise UpstreamError(
+                raise self.stuck(
                     "%s took no byte of the request for %g s: it is overloaded or stuck; try again"
-                    % (self.peer, self.timeout),
-                    504,
-                    "timeout_error",
-                    kind="timeout",
                 )
-            poll_socket(self.sock, 0.2, read=not self.rest, write=True)
-        return True
 
-    def head(self, method):
-        """The head of the answer as an HTTPResponse that was never near the socket; the whole head within `timeout`."""
-        deadline = time.monotonic() + self.timeout
-        while True:
-            found = HEAD_END.search(self.rest)
-            if found:
-                head, self.rest = self.rest[: found.end()], self.rest[found.end() :]
-                if not INTERIM.match(head):
-                    return self.parsed(head, method)
-                continue
-            if len(self.rest) > MAX_HEAD or not b"HTTP/".startswith(self.rest[:5]):
-                raise self.garbage(self.rest)
-            data = self.receive(deadline - time.monotonic())
-            if not data:
-                raise self.cut("closed by it")
-            self.heard = True
-            self.rest += data
-
-    def parsed(self, head, method):
+    def ask(self, method, target, fields, body, wait, timeout):
+        """Sends a request and reads the head of the answer, which has `timeout` seconds -> Head."""
+        self.begin(wait, timeout)
+        # A new one for each request: the line is what is kept, and http.client's states go with the
+        # answer.
+        connection = http.client.HTTPConnection(self.way.host, self.way.port)
+        connection.default_port = PORTS[self.way.scheme]
+        connection.response_class, connection.sock = Head, self
         try:
-            return Head(head, method)
-        except ValueError:
-            raise self.garbage(head)
+            connection.request(method, target, body, fields)
+            self.deadline = time.monotonic() + timeout
+            start = self.file.peek(1)[:40]
+            # http.client would wait for the end of a line, whatever it begins with.
+            if not start.startswith(b"HTTP/"[: len(start)]):
+                raise self.garbage("it begins with " + ascii(start)[1:], start.startswith(b"\x15"))
+            head = connection.getresponse()
+        except (http.client.HTTPException, ValueError) as error:
+            raise self.garbage(ascii(str(error) or type(error).__name__)[1:-1][:100])
+        self.deadline = None
+        return head
 
-    def garbage(self, data):
-        if data[:1] == b"\x15":  # a TLS alert
-            advice = "it expects TLS; write https:// in the base URL"
-        else:
-            advice = "check host and port of the base URL"
-        return UpstreamError(
-            "%s does not answer with proper HTTP (its %d bytes begin with %s): %s"
-            % (self.peer, len(data), ascii(data[:40])[1:], advice),
-            kind="cut",
+    def handshake(self, context, seconds):
+        """TLS from here on, through the proxy if there is one. OSError, ValueError
+        (ssl.CertificateError on Python 3.6)."""
+        end = time.monotonic() + seconds
+        self.sock = context.wrap_socket(
+            self.sock, server_hostname=self.way.host, do_handshake_on_connect=False
         )
+        while True:
+            try:
+                return self.sock.do_handshake()
+            except NOTHING_YET:
+                if time.monotonic() > end:
+                    raise socket.timeout("timed out")
+                self.wait(self.sock, SLICE_SECONDS)
+
+    # -- what can be wrong with it
+
+    def stuck(self, said):
+        """It is there, and does nothing. No retry: with the same patience, that would take as long
+        again."""
+        said %= self.peer, self.timeout
+        return UpstreamError(said, 504, "timeout_error", kind="timeout")
+
+    def garbage(self, seen, alert=False):
+        """What came is not an answer. alert: it is one of TLS, whose records of this kind begin
+        with 21 (RFC 8446, 5.1)."""
+        advice = "it expects TLS; write https:// in" if alert else "check host and port of"
+        said = "%s does not answer with proper HTTP (%s): %s the base URL"
+        return UpstreamError(said % (self.peer, seen, advice), kind="cut")
 
     def cut(self, seen):
-        when = "in the middle of its answer" if self.heard else "before it answered"
-        return UpstreamError(
-            "the connection to %s ended %s (%s): a fault there or in the network; try again"
-            % (self.peer, when, seen),
-            kind="cut",
-            retry=True,
-        )
-
-    def close(self):
-        try:
-            self.sock.close()
-        except OSError:
-            pass
+        """It is over, before the end. The words tell a busy server's restart from a lost stream."""
+        when = "in the middle of its answer" if self.came else "before it answered"
+        said = "the connection to %s ended %s (%s): a fault there or in the network; try again"
+        return UpstreamError(said % (self.peer, when, seen), kind="cut", retry=True)
 
 
 class Dechunker:
-    """Undoes chunked framing. `left` bytes of a chunk are to come; `tail` is the unfinished line between two chunks.
+    """Undoes chunked framing (RFC 9112, 7.1), however it was split on its way.
 
-    done: the end was seen; rest: what came after it. A size line is taken with the line break before it, which ends the
-    chunk before; that is why it all begins with one.
+    A size line is taken with the line break before it, which ends the chunk before; that is why it
+    all begins with one. left: bytes of a chunk that are to come; tail: the unfinished line between
+    two chunks (one of them is always empty), or, when it is `done`, what came after the end.
     """
 
     SIZE_LINE = re.compile(rb"\r?\n([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\r\n]*)?\r?\n")
-    PART_OF_IT = re.compile(rb"(?:\r?\n?|\r?\n[0-9A-Fa-f]{1,15}[ \t]*(?:;[^\r\n]*)?\r?)\Z")
     TRAILERS = re.compile(rb"(?:[^\r\n][^\n]*\n)*\r?\n")
-    MAX_TAIL = 16384
 
     def __init__(self):
-        self.left, self.tail, self.done, self.rest = 0, b"\r\n", False, b""
-        self.sizes = {}  # of size lines seen: chunks of a model are alike, and this halves the time
+        self.left, self.tail, self.done = 0, b"\r\n", False
 
     def feed(self, data):
-        """The payload in `data`, however many chunks it spans, as one piece. ValueError if it is not chunked framing."""
-        if self.left >= len(data):
-            self.left -= len(data)
-            return data
-        data = self.tail + data  # one of `tail` and `left` is always empty
-        at, end, find, known = self.left, len(data), data.find, self.sizes.get
-        pieces = [data[:at]]
+        """The payload in `data`, however many chunks it spans, as one piece. ValueError for bad
+        framing."""
+        data, at = self.tail + data, self.left
+        pieces, end, self.tail = [data[:at]], len(data), b""
         while at < end:
-            start = find(b"\n", at + 2) + 1
-            if not start and data[at:] == b"\r\n":  # nearly always, when chunks come one by one
-                self.left, self.tail = 0, b"\r\n"
-                return b"".join(pieces)
-            size = known(data[at:start]) or self.size(data, at, start)
+            line = self.SIZE_LINE.match(data, at)
+            size = line and int(line.group(1), 16)
             if not size:
-                self.stop(data, at)
-                return b"".join(pieces)
+                self.stop(data, at, line)
+                at = end
+                break
+            start = line.end()
             at = start + size
             pieces.append(data[start:at])
-        self.left, self.tail = at - end, b""
+        self.left = at - end
         return b"".join(pieces)
 
-    def size(self, data, at, start):
-        line = self.SIZE_LINE.match(data, at, start)
-        size = int(line.group(1), 16) if line else 0
-        if start - at < 8:  # no more than 4,096 of them
-            self.sizes[data[at:start]] = size
-        return size
-
-    def stop(self, data, at):
-        """Takes what is not the size line of a chunk with payload: the last line and its trailers, or the part of a line."""
-        line = self.SIZE_LINE.match(data, at)
-        end = line and self.TRAILERS.match(data, line.end())
-        self.left, self.tail = 0, data[at:]
-        if end:
-            self.done, self.tail, self.rest = True, b"", data[end.end() :]
-        elif not (line or self.PART_OF_IT.match(self.tail)) or len(self.tail) > self.MAX_TAIL:
+    def stop(self, data, at, line):
+        """Takes what begins no chunk with payload: the last chunk and its trailers, or a part of a
+        line."""
+        last = line and self.TRAILERS.match(data, line.end())
+        self.done, self.tail = bool(last), data[last.end() if last else at :]
+        if not last and (len(self.tail) > READ_SIZE or not line and b"\n" in self.tail[2:]):
             raise ValueError("a chunk of the body has no valid size")
 
 
-class Counter:
-    """A body of `left` bytes, or, if that is None, of all until the connection ends."""
-
-    def __init__(self, length):
-        self.left, self.done, self.rest = length, length == 0, b""
-
-    def feed(self, data):
-        if self.left is None:
-            return data
-        block, self.rest = data[: self.left], data[self.left :]
-        self.left -= len(block)
-        self.done = not self.left
-        return block
-
-
-def inflate(pieces, wbits):
-    """The decompressed `pieces`, at most BLOCK_SIZE bytes at a time. zlib.error: damaged; ValueError: cut off."""
-    inflater, started = zlib.decompressobj(wbits), False
+# Neither raw deflate, which no server sends any more, nor brotli, which Python cannot read.
+def inflate(pieces):
+    """The decompressed `pieces` of gzip or zlib, each as soon as it is there, at most BLOCK_SIZE
+    bytes at a time. zlib.error: damaged; ValueError: cut off."""
+    inflater, begun = zlib.decompressobj(zlib.MAX_WBITS | 32), False
     for piece in pieces:
-        if not started and wbits == zlib.MAX_WBITS and piece[0] & 15 != 8:
-            inflater = zlib.decompressobj(
-                -wbits
-            )  # "deflate" without the zlib header that RFC 9110 wants
-        started, block = True, None
-        while piece or block is None or len(block) == BLOCK_SIZE:
+        begun = True
+        while piece and not inflater.eof:  # what follows the end is ignored, as browsers do
             block = inflater.decompress(piece, BLOCK_SIZE)
+            piece = inflater.unconsumed_tail
             if block:
                 yield block
-            piece = inflater.unconsumed_tail
-    if started and not inflater.eof:
+    if begun and not inflater.eof:
         raise ValueError("the compressed body is cut off")
 
 
 class Reply:
-    """An answer whose head has come: status, headers (Headers) and the body, to be read once.
+    """An answer whose head has come: status, headers (get() of any case, items()) and the body, to
+    be read once.
 
-    Whoever opened it calls close(), in `finally`; finish() before that if the rest of the body is not wanted but short.
+    Whoever opened it calls close(), in `finally`, whatever was raised; finish() before that if the
+    rest of the body is not wanted but short.
     """
 
-    def __init__(self, upstream, wire, response, keep):
-        self.status, self.headers = response.status, response.headers
-        self.upstream, self.wire, self.keep = upstream, wire, keep and not response.last
-        self.framing = Dechunker() if response.chunked else Counter(response.length)
+    def __init__(self, upstream, line, head):
+        self.status, self.headers = head.status, head.headers
+        self.upstream, self.line = upstream, line
+        self.chunks = Dechunker() if head.chunked else None
+        # Bytes of the body that are to come. None: that is not known, as it is in chunks or goes on
+        # until the connection ends.
+        self.left = head.length
+        # Only a body whose end is certain leaves a connection on which the next answer begins.
+        # http.client says will_close for one without a length; some servers send a body with 204
+        # all the same.
+        clean = head.status >= 200 and head.status not in (204, 205, 304)
+        self.keep = clean and line.whole and not head.will_close
 
     def blocks(self):
-        """Generates the body's bytes as they arrive, whatever one read brought. UpstreamError (timeout, cut, body), ClientGone."""
-        coding = self.headers.get("Content-Encoding", "").strip().lower()
-        try:
-            if coding in ("", "identity"):
-                yield from self.payload()
-            elif coding in INFLATERS:
-                yield from inflate(self.payload(), INFLATERS[coding])
-            else:
-                raise UpstreamError(
-                    "%s compresses its answer with %s although it was asked not to: only gzip and deflate "
-                    "can be read" % (self.wire.peer, ascii(coding)),
-                    kind="body",
-                )
-        except (
-            GeneratorExit
-        ):  # the consumer has enough: finish() or close() will say what becomes of the connection
-            raise
-        except (zlib.error, ValueError) as error:
-            peer = self.wire.peer
-            self.drop()
+        """Generates the body's bytes as they arrive, whatever one read brought. UpstreamError
+        (timeout, cut, body), ClientGone."""
+        coding, peer = self.headers.get("Content-Encoding", "").strip().lower(), self.line.peer
+        if coding not in ("", "identity", "gzip", "x-gzip", "deflate"):
             raise UpstreamError(
-                "the answer of %s is damaged (%s): a fault there or in a proxy between; try again"
-                % (peer, error),
-                kind="cut",
-                retry=True,
+                "%s compresses its answer with %s although it was asked not to: only gzip and "
+                "deflate can be read" % (peer, ascii(coding)),
+                kind="body",
             )
-        except BaseException:
-            self.drop()
-            raise
+        try:
+            yield from (self.payload() if coding in ("", "identity") else inflate(self.payload()))
+        except (zlib.error, ValueError) as error:
+            said = (
+                "the answer of %s is damaged (%s): a fault there or in a proxy between; try again"
+            )
+            raise UpstreamError(said % (peer, error), kind="cut", retry=True)
 
     def payload(self):
-        wire, framing = self.wire, self.framing
-        data, wire.rest = wire.rest, b""
-        while True:
-            block = framing.feed(data)
-            if block:
-                yield block
-            if framing.done or self.wire is None:
-                return
-            data = wire.receive()
-            if not data:
-                if framing.left is not None:
-                    raise wire.cut("closed by it")
-                framing.done, self.keep = True, False
+        """Generates the body without its framing, what one read brought as one piece."""
+        while self.line and self.left != 0:
+            most = READ_SIZE if self.left is None else min(self.left, READ_SIZE)
+            data = self.line.file.read1(most)
+            if not data and (self.chunks or self.left):
+                raise self.line.cut("closed by it")
+            if self.chunks:
+                data = self.chunks.feed(data)
+                self.left = 0 if self.chunks.done else None
+            elif self.left or not data:  # else it ends with the connection
+                self.left = (self.left or 0) - len(data)
+            if data:
+                yield data
 
     def read(self, limit=MAX_BODY):
         """The whole body. UpstreamError as in blocks(), and if it has more than `limit` bytes."""
@@ -5859,48 +5509,42 @@ class Reply:
             blocks.append(block)
             size += len(block)
             if size > limit:
-                peer = self.wire.peer
-                self.drop()
                 raise UpstreamError(
-                    "the answer of %s is longer than %d bytes: that is not a chat completion; check the base URL"
-                    % (peer, limit),
+                    "the answer of %s is longer than %d bytes: that is not a chat completion; "
+                    "check the base URL" % (self.line.peer, limit),
                     kind="body",
                 )
         return b"".join(blocks)
 
     def finish(self):
-        """close(), but first throws away the end of the body if it is there or comes at once: that saves the connection."""
-        wire, deadline = self.wire, time.monotonic() + DRAIN_SECONDS
-        try:
-            while wire and self.keep and not self.framing.done and time.monotonic() < deadline:
-                data, wire.rest = wire.rest, b""
-                if not data and wire.ready(poll_socket, max(deadline - time.monotonic(), 0)):
-                    data = wire.now()
-                    self.keep = data != b""
-                self.framing.feed(data or b"")
-        except (UpstreamError, ValueError):
-            self.keep = False
+        """close(), but first throws away the end of the body if it is there or comes at once: a
+        stream is done at its [DONE], and the last chunk, which comes after it, saves the
+        connection."""
+        if self.line and self.keep:
+            self.line.begin(poll_socket, 0.0)
+            self.line.deadline = time.monotonic() + DRAIN_SECONDS
+            with contextlib.suppress(UpstreamError, ValueError):
+                for _ in self.payload():
+                    pass
         self.close()
 
     def close(self):
-        """Keeps the connection for the next request if nothing of this answer is left on it, else ends it."""
-        wire = self.wire
-        if wire and self.keep and self.framing.done and not self.framing.rest and not wire.rest:
-            self.wire = None
-            self.upstream.keep(wire)
-        else:
-            self.drop()
-
-    def drop(self):
-        wire, self.wire = self.wire, None
-        if wire:
-            self.upstream.drop(wire)
+        """Keeps the connection for the next request if nothing of this answer is left on it, else
+        ends it."""
+        line, self.line = self.line, None
+        surplus = self.chunks and self.chunks.tail
+        if line and self.keep and self.left == 0 and not surplus and line.look() == b"":
+            self.upstream.keep(line)
+        elif line:
+            self.upstream.drop(line)
 
 
 def redirect_target(method, url, reply):
     """The URL that a redirect leads to, "" if it is none to follow.
 
-    Only on the same host, and there only to the same port or from http to https: the key must not go anywhere else.
+    Only on the same scheme, host and port, or from http to https on their own ports: the key must
+    not go anywhere else. A POST follows only the two that keep it a POST (RFC 9110, 15.4.8 and
+    15.4.9).
     """
     if reply.status not in (307, 308) and not (reply.status in (301, 302) and method == "GET"):
         return ""
@@ -5909,70 +5553,62 @@ def redirect_target(method, url, reply):
         old, new = url_origin(url), url_origin(target)
     except ValueError:
         return ""
-    upgrade = old[1] == new[1] and (old[0], new[0]) == ("http", "https")
+    upgrade = (old, new) == (("http", old[1], 80), ("https", old[1], 443))
     return target if old == new or upgrade else ""
 
 
-def connect_error(route, error):
+def connect_error(way, error):
     """Why no connection came about, as an UpstreamError."""
-    peer = host_port(*(route.proxy or (route.host, route.port)))
-    seen = (
-        getattr(error, "verify_message", "")
-        or getattr(error, "strerror", "")
-        or str(error)
-        or type(error).__name__
-    )
-    if isinstance(error, ssl.CertificateError) or "CERTIFICATE_VERIFY_FAILED" in str(error):
+    place, words = host_port(way.host, way.port), str(error) or type(error).__name__
+    seen = getattr(error, "verify_message", "") or getattr(error, "strerror", "") or words
+    untrusted = isinstance(error, ssl.CertificateError) or "CERTIFICATE_VERIFY_FAILED" in words
+    if untrusted:
         said = (
-            "%s shows a certificate that is not trusted here (%s): if a company proxy or a private CA signed it, name the "
-            "CA's file in SSL_CERT_FILE or --ca-bundle (NODE_EXTRA_CA_CERTS is for Node only)"
-            % (host_port(route.host, route.port), seen)
+            "%s shows a certificate that is not trusted here (%s): if a company proxy or a private "
+            "CA signed it, name the CA's file in SSL_CERT_FILE or --ca-bundle (NODE_EXTRA_CA_CERTS "
+            "is for Node only)"
         )
-        return UpstreamError(said, kind="connect")
-    if isinstance(error, ssl.SSLError):
+    elif isinstance(error, ssl.SSLError):
+        said = "no TLS with %s (%s): if it is a plain HTTP server, write http:// in the base URL"
+    elif way.proxy:
+        place = host_port(*way.proxy)
         said = (
-            "no TLS with %s (%s): if it is a plain HTTP server, write http:// in the base URL"
-            % (host_port(route.host, route.port), seen)
-        )
-    elif route.proxy:
-        said = (
-            "the proxy %s cannot be reached (%s): check HTTPS_PROXY and HTTP_PROXY, or name %s in NO_PROXY"
-            % (peer, seen, route.host)
+            "the proxy %s cannot be reached (%s): check HTTPS_PROXY and HTTP_PROXY, or name the "
+            "host in NO_PROXY"
         )
     elif isinstance(error, (socket.gaierror, UnicodeError)):
         said = (
-            "the host name of %s cannot be resolved (%s): check the base URL, the network and any proxy"
-            % (peer, seen)
+            "the host name of %s cannot be resolved (%s): check the base URL, the network and any "
+            "proxy"
         )
     else:
         said = (
             "%s cannot be reached (%s): check that the server runs and that the base URL is right"
-            % (peer, seen)
         )
-    return UpstreamError(said, kind="connect", retry=True)
+    return UpstreamError(said % (place, seen), kind="connect", retry=not untrusted)
 
 
-def proxy_refusal(route, status, reason):
-    """The proxy's answer to CONNECT as an UpstreamError."""
-    proxy = host_port(*route.proxy)
+def proxy_refusal(way, status, reason):
+    """The proxy's answer to CONNECT, or its 407 to a request, as an UpstreamError."""
+    said = (
+        "the proxy %s does not connect to %s (%d %s): ask who runs it, or name the host in NO_PROXY"
+        % (host_port(*way.proxy), host_port(way.host, way.port), status, ascii(reason)[1:-1])
+    )
     if status == 407:
         said = (
-            "the proxy %s wants a name and password (407): %s_PROXY needs user:password@ before its host"
-            % (proxy, route.scheme.upper())
+            "the proxy %s wants a name and password (407): %s_PROXY needs user:password@ before "
+            "its host"
         )
-    else:
-        said = (
-            "the proxy %s does not connect to %s (%d %s): ask who runs it, or name the host in NO_PROXY"
-            % (proxy, host_port(route.host, route.port), status, ascii(reason)[1:-1])
-        )
+        said %= host_port(*way.proxy), way.scheme.upper()
     return UpstreamError(said, kind="connect", retry=status >= 500)
 
 
 class Upstream:
     """Connections to providers, kept and shared by all threads.
 
-    ca_bundle: PEM file or folder, trusted besides the system's; client_cert: "cert.pem" or "cert.pem,key.pem"; idle: seconds
-    for which an unused connection is kept. The pool: Route -> wires, the latest used last.
+    ca_bundle: PEM file or folder, trusted besides the system's; client_cert: "cert.pem" or
+    "cert.pem,key.pem"; timeout, connect_timeout, idle (for which an unused connection is kept):
+    seconds.
     """
 
     def __init__(
@@ -5984,17 +5620,26 @@ class Upstream:
         insecure=False,
         idle=60.0,
     ):
+        # connect_timeout is for each address of a name, for the proxy's answer and for TLS anew.
         self.timeout, self.connect_timeout, self.idle = timeout, connect_timeout, idle
         self.ca_bundle, self.client_cert, self.insecure = ca_bundle, client_cert, insecure
-        self.lock, self.context_lock, self.context = threading.Lock(), threading.Lock(), None
-        self.closed, self.pool, self.live, self.routes = False, {}, set(), {}
+        self.lock = threading.Lock()  # for closed, pool and live
+        self.closed = False
+        self.pool = {}  # Way -> idle lines, the latest used last
+        self.live = set()  # every line, idle or in use
+        self.ways = {}  # (scheme, host, port) -> (monotonic time until which it holds, Way)
+        self.context = None  # the SSLContext, once it was needed
+        self.context_lock = threading.Lock()
 
     def open(self, method, url, headers, body=None, wait=None, timeout=None):
-        """Sends a request (body: bytes or None) and returns a Reply once its head has come; redirects on one host are followed.
+        """Sends a request (body: bytes or None) -> a Reply, once its head has come; redirects on
+        one host are followed.
 
-        wait(sock, seconds) is called for every silence: True if the socket can be read, False if the seconds are over; what it
-        raises (ClientGone) ends the connection and comes through. UpstreamError kinds: connect; timeout (504: silence of
-        `timeout` seconds); cut; body (cannot be decoded); request (a setting holds what HTTP forbids, 500).
+        wait(sock, seconds) is called for every silence: True if the socket can be read, False if
+        the seconds are over; sock is None where there is no socket to look at; what it raises
+        (ClientGone) ends the connection and comes through. UpstreamError kinds: connect; timeout
+        (504: silence of `timeout` seconds); cut; body (cannot be decoded); request (a setting holds
+        what HTTP forbids, 500).
         """
         wait, timeout = wait or poll_socket, timeout or self.timeout
         for left in range(MAX_REDIRECTS, -1, -1):
@@ -6006,128 +5651,146 @@ class Upstream:
             url = target
 
     def ask(self, method, url, headers, body, wait, timeout):
-        route = self.route(url)
-        data = request_bytes(route, method, url, headers, body)
-        wire = self.kept(route)
-        if wire:
+        """One request -> Reply, whatever its status. UpstreamError, ClientGone."""
+        way = self.way_to(url)
+        target, fields = request_parts(way, url, headers)
+        # First on an idle connection, if there is one; without it, or once it failed, on a new one.
+        for kept in (self.kept(way), None):
+            line = kept or self.dial(way, wait)
             try:
-                return self.exchange(wire, method, data, wait, timeout)
-            except UpstreamError as error:
-                # Closed by the upstream just as we took it: the one failure after which asking again is surely right.
-                if wire.heard or error.kind != "cut":
+                if not kept and way.scheme == "https":
+                    self.secure(line, wait)
+                head = line.ask(method, target, fields, body, wait, timeout)
+                if head.status == 407 and way.proxy:
+                    raise proxy_refusal(way, 407, "")
+                return Reply(self, line, head)
+            except BaseException as error:
+                self.drop(line)
+                # A kept connection was closed just as we took it (RFC 9112, 9.3.1): the one failure
+                # after which asking again is surely right.
+                if not kept or line.came or getattr(error, "kind", "") != "cut":
                     raise
-        return self.exchange(self.connect(route, wait), method, data, wait, timeout)
 
-    def exchange(self, wire, method, data, wait, timeout):
-        wire.begin(wait, timeout)
-        try:
-            sent = wire.send(data)
-            response = wire.head(method)
-            if response.status == 407 and wire.route.proxy:
-                raise proxy_refusal(wire.route, 407, "")
-        except BaseException:
-            self.drop(wire)
-            raise
-        return Reply(self, wire, response, sent)
-
-    def route(self, url):
-        """The Route of a URL; looked up once a minute, as that reads the whole environment (or the Windows registry)."""
+    def way_to(self, url):
+        """The Way to a URL; looked up once a minute, as that reads the whole environment (or the
+        Windows registry)."""
         try:
             place = url_origin(url)
         except ValueError:  # its text may hold a part of the URL, and that a password
             raise UpstreamError(
                 "the base URL is not one: write it like https://host:port/v1", 500, kind="request"
             )
-        until, route = self.routes.get(place, (0, None))
+        until, way = self.ways.get(place, (0, None))
         if until < time.monotonic():
-            route = route_to(*place)
-            self.routes[place] = time.monotonic() + ROUTE_SECONDS, route
-        return route
+            way = find_way(*place)
+            self.ways[place] = time.monotonic() + WAY_SECONDS, way
+        return way
 
-    def kept(self, route):
-        """An idle wire to `route` on which the upstream has not hung up, or None."""
-        old = []
+    def kept(self, way):
+        """An idle line on which the other side has neither hung up nor said anything, or None."""
         self.close_idle()
-        with self.lock:
-            if self.closed:
-                raise UpstreamError("this proxy is shutting down", 503, kind="connect")
-            wires = self.pool.get(route)
-            found = None
-            while wires and not found:
-                found = wires.pop()
-                if found.ready(poll_socket, 0):  # idle, yet readable: closed, or out of step
-                    old.append(found)
-                    found = None
-        for wire in old:
-            self.drop(wire)
-        return found
+        while True:
+            with self.lock:
+                lines = self.pool.get(way)
+                line = lines.pop() if lines else None
+            if not line or line.look() == b"":
+                return line
+            self.drop(line)
 
     def close_idle(self):
-        """Ends the connections that were idle too long."""
+        """Ends the connections that were idle too long. The server's accepting thread calls it too,
+        so that they end also where no request comes any more."""
         old, before = [], time.monotonic() - self.idle
         with self.lock:
-            for wires in self.pool.values():
-                while wires and wires[0].since < before:
-                    old.append(wires.pop(0))
-        for wire in old:
-            self.drop(wire)
+            for lines in self.pool.values():
+                while lines and lines[0].since < before:
+                    old.append(lines.pop(0))
+        for line in old:
+            self.drop(line)
 
-    def connect(self, route, wait):
-        """A new Wire, through the proxy if there is one, with TLS if the scheme says so. UpstreamError of kind connect."""
-        address = route.proxy or (route.host, route.port)
-        context = self.tls() if route.scheme == "https" else None
+    def dial(self, way, wait):
+        """A new Line, to the proxy if there is one. UpstreamError of kind connect, ClientGone.
+
+        A thread of its own connects, since to look up a name cannot be interrupted and does not
+        look at the client. Whoever cannot wait for it leaves it to close what it made.
+        """
+        made, failed, left = [], [], []
+
+        def connect():
+            try:
+                made.append(socket.create_connection(address, self.connect_timeout))
+                made[0].setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                made[0].setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                made[0].setblocking(False)
+            except (OSError, ValueError) as error:  # ValueError: a host name that is none
+                failed.append(error)
+            if left:
+                close_made()
+
+        def close_made():
+            for sock in made:
+                sock.close()
+
+        # It tries each address of the name in turn, as urllib does; that is why a name with a dead
+        # IPv6 address takes connect_timeout longer.
+        address = way.proxy or (way.host, way.port)
+        thread = threading.Thread(target=connect, daemon=True)
+        thread.start()
         try:
-            sock = socket.create_connection(address, self.connect_timeout)
-        except (OSError, UnicodeError) as error:
-            raise connect_error(route, error)
-        try:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            if context:
-                if route.proxy:
-                    self.tunnel(sock, route, wait)
-                sock = context.wrap_socket(sock, server_hostname=route.host)
-            sock.settimeout(0)
-        except (OSError, ValueError) as error:  # ssl.CertificateError is a ValueError on 3.6
-            sock.close()
-            raise connect_error(route._replace(proxy=None), error)
+            while thread.is_alive():
+                wait(None, 0)
+                thread.join(SLICE_SECONDS)
         except BaseException:
-            sock.close()
+            left.append(True)
+            close_made()
             raise
-        peer = host_port(route.host, route.port) + (
-            " (through the proxy %s)" % host_port(*address) if route.proxy else ""
-        )
-        wire = Wire(sock, route, peer)
-        with self.lock:
-            self.live.add(wire)
-        return wire
+        if failed:
+            raise connect_error(way, failed[0])
+        line = Line(made[0], way)
+        with self.lock:  # either close() finds it among the live ones, or it sees that it is closed
+            self.live.add(line)
+            closed = self.closed
+        if closed:
+            self.drop(line)
+            raise UpstreamError("this proxy is shutting down", 503, kind="connect")
+        return line
 
-    def tunnel(self, sock, route, wait):
-        """Has the proxy at the other end of `sock` connect it to the origin."""
-        target = host_port(route.host.encode("idna").decode("ascii"), route.port)
-        head = "CONNECT %s HTTP/1.1\r\nHost: %s\r\n" % (target, target)
-        if route.proxy_auth:
-            head += "Proxy-Authorization: %s\r\n" % route.proxy_auth
-        sock.settimeout(0)
-        wire = Wire(sock, route._replace(scheme="http"), "the proxy " + host_port(*route.proxy))
-        wire.begin(wait, self.connect_timeout)
+    def secure(self, line, wait):
+        """TLS with the origin, through the proxy if there is one."""
+        way, peer = line.way, line.peer
+        if way.proxy:
+            line.peer = "the proxy " + host_port(*way.proxy)
+            self.tunnel(line, wait)
+        line.begin(wait, self.connect_timeout)
         try:
-            wire.send(head.encode("ascii") + b"\r\n")
-            response = wire.head("CONNECT")
-        except UpstreamError as error:
-            raise UpstreamError(error.message, kind="connect", retry=True)
-        if response.status // 100 != 2:
-            raise proxy_refusal(route, response.status, response.reason)
-        sock.settimeout(self.connect_timeout)
+            line.handshake(self.tls(), self.connect_timeout)
+        except (OSError, ValueError) as error:
+            raise connect_error(way._replace(proxy=None), error)
+        line.peer = peer
+
+    def tunnel(self, line, wait):
+        """Has the proxy at the other end of `line` connect it to the origin (RFC 9110, 9.3.6)."""
+        way, target = line.way, host_port(line.way.host, line.way.port)
+        fields = {"Host": target}
+        if way.proxy_auth:
+            fields["Proxy-Authorization"] = way.proxy_auth
+        try:
+            head = line.ask("CONNECT", target, fields, None, wait, self.connect_timeout)
+        except UpstreamError as error:  # whatever it was, the request itself was not sent yet
+            error.kind, error.retry = "connect", True
+            raise
+        if head.status // 100 != 2:
+            raise proxy_refusal(way, head.status, head.reason)
 
     def tls(self):
-        """The one SSLContext, made when it is first needed: loading the certificates takes 25 ms."""
+        """The one SSLContext, made when it is first needed: loading certificates takes 25 ms, and
+        up to Python 3.11 each context does it anew."""
         with self.context_lock:
-            if not self.context:
-                self.context = self.new_context()
+            self.context = self.context or self.new_context()
             return self.context
 
     def new_context(self):
+        """By the user's settings; their mistakes show here, and not as a fault of the provider."""
         try:
             context = ssl.create_default_context()
             # Python 3.13 turned this on; many company CAs lack the extensions that it asks for.
@@ -6139,46 +5802,45 @@ class Upstream:
                 context.load_cert_chain(*self.client_cert.split(",", 1))
         except OSError as error:
             raise UpstreamError(
-                "the CA bundle %s or the client certificate %s cannot be loaded (%s): it must be a PEM file"
+                "the CA bundle %s or the client certificate %s cannot be loaded (%s): it must be a "
+                "PEM file"
                 % (ascii(self.ca_bundle), ascii(self.client_cert), error.strerror or error),
                 500,
                 kind="request",
             )
-        if self.insecure:
+        if self.insecure:  # in this order: ssl refuses not to verify while names are checked
             context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
         return context
 
-    def keep(self, wire):
-        """Takes a wire back on which nothing is under way."""
-        wire.begin(poll_socket, 0)
-        wire.since = time.monotonic()
+    def keep(self, line):
+        """Takes a line back on which nothing is under way. Its last `wait` is forgotten: it knows a
+        client, which would be kept as long as the line."""
+        line.wait, line.since = None, time.monotonic()
         with self.lock:
-            wires = self.pool.setdefault(wire.route, [])
-            if not self.closed and len(wires) < KEPT_WIRES:
-                wires.append(wire)
+            lines = self.pool.setdefault(line.way, [])
+            if not self.closed and len(lines) < KEPT_LINES:
+                lines.append(line)
                 return
-        self.drop(wire)
+        self.drop(line)
 
-    def drop(self, wire):
+    def drop(self, line):
+        """Ends a line, whatever its state."""
         with self.lock:
-            self.live.discard(wire)
-        wire.close()
+            self.live.discard(line)
+        line.end()
 
     def close(self):
         """Ends every connection; a thread that waits for one gets an UpstreamError (cut)."""
         with self.lock:
             self.closed = True
-            idle = [wire for wires in self.pool.values() for wire in wires]
-            self.pool.clear()
-            for wire in self.live:
+            self.idle = -1.0  # not even for no time
+            for line in self.live:
                 try:
-                    socket.socket.shutdown(
-                        wire.sock, socket.SHUT_RDWR
-                    )  # not SSLSocket's, which is not for two threads
+                    # Not SSLSocket's own shutdown, which is not for two threads.
+                    socket.socket.shutdown(line.sock, socket.SHUT_RDWR)
                 except OSError:
                     pass
-        for wire in idle:
-            self.drop(wire)
+        self.close_idle()
 
 
 # ==================================================================================================
@@ -6201,9 +5863,8 @@ def redact(value, secrets=(), longest=None, depth=60):
     describes the field. Bytes become strings. Strings are cut to `longest` characters, if given;
     what lies deeper than `depth` levels is hidden whole.
     """
-    if isinstance(value, bytes):
-        value = value.decode("utf-8", "replace")
-    if isinstance(value, str):
+    if isinstance(value, (bytes, str)):
+        value = to_string(value)
         # The longest first: a key may be the beginning of another.
         for secret in sorted(filter(None, secrets), key=len, reverse=True):
             if len(secret) >= SHORTEST_SECRET:
@@ -6253,7 +5914,7 @@ def write_file(path, text, mode=0o600):
 
 # ---- The key: which requests may share an answer
 
-KEY_VERSION = 3  # raise it when a rule below changes, so that older entries are never found again
+KEY_VERSION = 4  # raise it when a rule below changes, so that older entries are never found again
 
 # Fields of the request as it is sent that do not decide what a right answer is, or that the parts
 # below cover. `stop` is not among them: it decides where an answer ends. The limits are, because
@@ -6264,6 +5925,7 @@ NOT_IN_KEY = frozenset(
     "service_tier store ANTHROPIC_BASE_URL ANTHROPIC_MODEL".split()
 )
 SHAPE_FIELDS = ("thinking", "output_config", "tool_choice", "stop_sequences")  # of `body`
+REMINDER_END = "</system-reminder>"
 SEND_HINTS = ("cache_control", "eager_input_streaming")  # on tools and blocks: how to send them
 CALL_IDS = ("id", "tool_call_id", "tool_use_id")
 
@@ -6271,23 +5933,25 @@ CALL_IDS = ("id", "tool_call_id", "tool_use_id")
 def cache_key(body, sent, mode, model):
     """The sha256 (hex) under which an answer is kept, or None where none may be; never raises.
 
-    body: the client's Anthropic request; sent: the request in the provider's own form, OpenAI's
-    or Anthropic's; model: the target (put the upstream's host in front where several share one
-    cache). Every mode keeps apart what changes an answer's shape: thinking, effort, output
-    format, tool choice, stop sequences and every other field sent, except sampling, limits and
-    stream.
+    body: the request as `normalize` gives it without `recall`; sent: the same in the provider's
+    own form, OpenAI's or Anthropic's; model: the target (put the upstream's host in front where
+    several share one cache). Every mode keeps apart what changes an answer's shape: thinking,
+    effort, output format, tool choice, stop sequences and every other field sent, except
+    sampling, limits and stream.
 
     full    What is sent, with tool-call ids numbered in order of appearance: they are new in
             every run.
     prefix  System text, tools, model and the conversation up to and with the last user message,
-            without what differs from session to session: billing line, session and call ids,
-            cache_control, string or block form, the order of tools and of parallel results,
-            signatures, and blocks that are nothing but a token counter. What makes it safe:
+            without what still differs from session to session in a normalized request: call ids,
+            cache_control, string or block form, signatures. `normalize` has taken the rest away
+            (billing line, session id, token counters) and has put parallel results in order.
+            What makes it safe:
             1. The whole conversation counts, so "continue", "yes" or "go on" finds an answer
-               only where every earlier turn, the model's own and its thinking included, was the
-               same. The first question has no earlier turns: there, another session hits.
-            2. Nothing is kept or found while the last user turn has a tool result: the world
-               answered, so the model is asked.
+               only where every earlier turn was the same, with all that the model is told of
+               its own earlier thinking. The first question has no earlier turns: there, another
+               session hits.
+            2. Nothing is kept or found while the last user turn has a tool result, or nothing
+               but reminders: the world answered, so the model is asked.
     none    None.
     """
     find_parts = {"full": full_parts, "prefix": prefix_parts}.get(mode)
@@ -6311,50 +5975,28 @@ def full_parts(body, sent):
 
 
 def prefix_parts(body, sent):
-    """System, conversation and tools as `prefix` counts them; None where no answer may be kept."""
-    messages = [message for message in as_list(body.get("messages")) if isinstance(message, dict)]
-    if not ends_in_question(messages):
-        return None
-    numbers = {}
-    blocks = as_blocks(body.get("system"))
-    system = [dict(block, text=without_billing(block_text(block))) for block in blocks]
-    turns = [prefix_turn(message, numbers) for message in messages]
-    return [
-        prefix_turn({"role": "system", "content": system}, numbers),
-        [turn for turn in turns if turn["content"] or len(turn) > 2],
-        sorted((key_part(tool, {}, True) for tool in as_list(sent.get("tools"))), key=compact_json),
-    ]
+    """System, conversation and tools as `prefix` counts them; None where no answer may be kept.
 
-
-def ends_in_question(messages):
-    """Whether the conversation ends in a user turn without a tool result."""
-    is_asked = False
-    for message in reversed(messages):
-        if message.get("role") == "assistant":
-            break
-        kinds = [str(block.get("type")) for block in as_blocks(message.get("content"))]
-        if any(kind.endswith("tool_result") for kind in kinds):
-            return False
-        is_asked = is_asked or message.get("role") == "user"
-    return is_asked
-
-
-def prefix_turn(message, numbers):
-    """An Anthropic message as `prefix` counts it; parallel results in the order of their calls.
-
-    Content is always a list, without blocks that say nothing; other fields (the effort of a turn)
-    stay.
+    The tools are those sent, in one order: where the request goes out as it came, the client's
+    order is another each time.
     """
-    blocks = as_blocks(message.get("content"))
-    blocks = [block for block in blocks if says_something(block, message.get("role"))]
-    turn = key_part(dict(message, content=blocks), numbers, True)
+    turns = as_list(body.get("messages"))
+    if not ends_in_question(turns):
+        return None
+    numbers, system = {}, {"content": body.get("system")}
+    tools = [key_part(tool, {}, True) for tool in as_list(sent.get("tools"))]
+    turns = [key_part(turn, numbers, True) for turn in [system] + turns]
+    return [turns, sorted(tools, key=compact_json)]
 
-    def call_place(block):
-        is_result = block.get("type") == "tool_result"
-        return block.get("tool_use_id", len(numbers)) if is_result else len(numbers)
 
-    turn["content"].sort(key=call_place)
-    return turn
+def ends_in_question(turns):
+    """Whether a user asks at the end: a turn without a tool result, and more than reminders."""
+    last = as_dict(turns[-1]) if turns else {}
+    blocks = as_blocks(last.get("content"))
+    has_result = any(str(block.get("type")).endswith("tool_result") for block in blocks)
+    if last.get("role") != "user" or has_result:
+        return False
+    return not all(block_text(block).rstrip().endswith(REMINDER_END) for block in blocks)
 
 
 def key_part(item, numbers, is_loose=False):
@@ -6362,14 +6004,17 @@ def key_part(item, numbers, is_loose=False):
 
     numbers: call id -> int, in order of appearance; grows. Only the fields that hold calls are
     walked: an "id" among a call's arguments, or of a file, decides what the answer is. is_loose:
-    also without what may differ though the model is told the same. A signature counts where it is
-    all there is of a thought; images and documents count by their bytes.
+    also without what may differ though the model is told the same: of a call, the signature that
+    `normalize` put beside it, which a served answer's new ids lose. A thought's signature counts
+    where it is all there is of the thought; images and documents count by their bytes.
     """
     if not isinstance(item, dict):
         return item
     hidden = SEND_HINTS if is_loose else ()
     if is_loose and item.get("thinking"):
         hidden += ("signature",)
+    elif is_loose and "input" in item:
+        hidden += ("ccfix",)
     if is_loose and not item.get("is_error"):
         hidden += ("is_error",)
     result = {name: value for name, value in item.items() if name not in hidden}
@@ -6389,28 +6034,21 @@ def key_part(item, numbers, is_loose=False):
 
 # Not a small number, so that another program's database is not taken for ours.
 SCHEMA_VERSION = 20261
-# `used` orders answers by their last use. A counter, because SUM(size) would read every page of
-# the file at each put. `value` is what `pack` made, and the last column of each table.
+# `used` orders answers by their last use; size stands in its index, so that SUM(size) need not read
+# the answers. `value` is what `pack` made, and the last column of each table.
 SCHEMA = """
 BEGIN IMMEDIATE;
 CREATE TABLE IF NOT EXISTS responses
     (key TEXT PRIMARY KEY, size INTEGER, born REAL, used INTEGER, cost_ms REAL, value BLOB);
-CREATE INDEX IF NOT EXISTS responses_used ON responses (used);
-CREATE TABLE IF NOT EXISTS counters (name TEXT PRIMARY KEY, value INTEGER);
-INSERT OR IGNORE INTO counters VALUES ('bytes', 0);
-CREATE TRIGGER IF NOT EXISTS more AFTER INSERT ON responses
-    BEGIN UPDATE counters SET value = value + NEW.size; END;
-CREATE TRIGGER IF NOT EXISTS less AFTER DELETE ON responses
-    BEGIN UPDATE counters SET value = value - OLD.size; END;
-CREATE TABLE IF NOT EXISTS memory
-    (seq INTEGER PRIMARY KEY, id TEXT UNIQUE, value BLOB);
-CREATE TABLE IF NOT EXISTS ledger
-    (seq INTEGER PRIMARY KEY, id TEXT, value BLOB);
+CREATE INDEX IF NOT EXISTS responses_used ON responses (used, size);
+CREATE TABLE IF NOT EXISTS memory (seq INTEGER PRIMARY KEY, id TEXT UNIQUE, value BLOB);
+CREATE TABLE IF NOT EXISTS ledger (seq INTEGER PRIMARY KEY, id TEXT, value BLOB);
 CREATE TABLE IF NOT EXISTS lessons
     (upstream TEXT, model TEXT, value TEXT, PRIMARY KEY (upstream, model));
 PRAGMA user_version = %d;
 COMMIT;
 """ % SCHEMA_VERSION
+ALL_BYTES = "SELECT COALESCE(SUM(size), 0) FROM responses"
 NEXT_USE = "(SELECT COALESCE(MAX(used), 0) + 1 FROM responses)"
 BUSY_SECONDS = 0.25  # how long a request waits for another process's lock
 SLOW_SECONDS = 0.1  # a failure that took longer than this ...
@@ -6492,14 +6130,11 @@ class Cache:
     def _replace(self, db, row):
         """Put a row in and make room for it, as one transaction -> how many others had to go."""
         db.execute("BEGIN IMMEDIATE")
-        # Not INSERT OR REPLACE, which would not fire the trigger that counts.
-        db.execute("DELETE FROM responses WHERE key = ?", row[:1])
-        db.execute("INSERT INTO responses VALUES (?, ?, ?, %s, ?, ?)" % NEXT_USE, row)
+        db.execute("INSERT OR REPLACE INTO responses VALUES (?, ?, ?, %s, ?, ?)" % NEXT_USE, row)
         evicted = 0
         oldest = "(SELECT key FROM responses ORDER BY used LIMIT 1)"
-        while db.execute("SELECT value FROM counters").fetchone()[0] > self._max_bytes:
-            if not db.execute("DELETE FROM responses WHERE key = " + oldest).rowcount:
-                break
+        while db.execute(ALL_BYTES).fetchone()[0] > self._max_bytes:
+            db.execute("DELETE FROM responses WHERE key = " + oldest)
             evicted += 1
         db.execute("COMMIT")
         return evicted
@@ -6510,7 +6145,7 @@ class Cache:
         saved_ms: what the answers took upstream that were found here; error: None once a put has
         gone well again.
         """
-        figures = "SELECT COUNT(*), (SELECT value FROM counters) FROM responses"
+        figures = "SELECT COUNT(*), (%s) FROM responses" % ALL_BYTES
         entries, size = self._run(lambda db: db.execute(figures).fetchone(), (0, 0))
         with self._lock:
             counts = dict(self._counts, saved_ms=round(self._counts["saved_ms"]))
@@ -6684,7 +6319,7 @@ def is_corruption(error):
 # row comes: prices that change later do not rewrite what was spent.
 
 PRICE_FIELDS = ("input", "output", "cache_read", "cache_write")  # tokens of a row of the ledger
-COUNTED = ("requests", "errors", "unpriced") + PRICE_FIELDS
+COUNTED = ("requests", "errors", "unpriced", "cost") + PRICE_FIELDS
 KEPT_MINUTES = 1440
 KEPT_SAMPLES = 500  # first-content times kept of a minute, for its median
 
@@ -6702,10 +6337,8 @@ def prices_from(text_or_path):
             with open(text, encoding="utf-8-sig") as file:
                 text = file.read()
         table = json.loads(text or "{}")
-    except OSError as error:
-        raise ValueError("PRICES: cannot read %r (%s); give JSON or a path" % (text, error))
-    except ValueError as error:
-        raise ValueError("PRICES: not JSON (%s)" % error)
+    except (OSError, ValueError) as error:
+        raise ValueError("PRICES: not JSON, and not a file that holds it (%s)" % error)
     if not isinstance(table, dict):
         example = '{"model-name": {"input": 1, "output": 2}}'
         raise ValueError("PRICES: must be an object such as " + example)
@@ -6714,26 +6347,25 @@ def prices_from(text_or_path):
 
 def check_price(model, price):
     """A model's prices as a whole row: {field of PRICE_FIELDS: float}. Raises ValueError."""
-    words = ""
+    fields = as_dict(price)
+    wrong = [field for field in fields.items() if not (is_number(field[1]) and field[1] >= 0)]
     if "*" in model[:-1]:
         words = ": a * may only stand at the end of a model's name"
-    elif not isinstance(price, dict) or not {"input", "output"} <= set(price) <= set(PRICE_FIELDS):
+    elif not {"input", "output"} <= set(fields) <= set(PRICE_FIELDS):
         words = " needs input and output, and may have cache_read and cache_write"
+    elif wrong:
+        words = ": %s must be a price per million tokens, not %r" % wrong[0]
     else:
-        for name, value in price.items():
-            if type(value) not in (int, float) or not 0 <= value < 1e9:  # nor NaN, nor true
-                words = ": %s must be a price per million tokens, not %r" % (name, value)
-    if words:
-        raise ValueError("PRICES: %r%s" % (model, words))
-    return {name: float(price.get(name, price["input"])) for name in PRICE_FIELDS}
+        return {name: float(price.get(name, price["input"])) for name in PRICE_FIELDS}
+    raise ValueError("PRICES: %r%s" % (model, words))
 
 
 class Sums:
     """Sums over requests."""
 
     def __init__(self):
+        # cost: of the requests whose model has a price; unpriced: how many others there are
         self.counts = collections.Counter(dict.fromkeys(COUNTED, 0))
-        self.cost = 0.0  # of the requests whose model has a price; `unpriced` counts the others
         self.first_ms = []  # of the first KEPT_SAMPLES requests
 
     def add(self, row):
@@ -6741,15 +6373,14 @@ class Sums:
         failed = bool(row.get("error")) or (row.get("status") or 0) >= 400
         row = dict(row, requests=1, errors=failed, unpriced=row["cost"] is None)
         self.counts.update({name: row.get(name) or 0 for name in COUNTED})
-        self.cost += row["cost"] or 0
         if row.get("first_ms") is not None and len(self.first_ms) < KEPT_SAMPLES:
             self.first_ms.append(row["first_ms"])
 
-    def figures(self, has_prices):
-        """The sums as a dict; cost is None where no request had a price."""
+    def figures(self, prices):
+        """The sums as a dict; cost is None where no request had a price, or could have one."""
         counts = self.counts
-        known = counts["requests"] > counts["unpriced"] or has_prices and not counts["requests"]
-        return dict(counts, cost=round(self.cost, 6) if known else None)
+        is_known = counts["requests"] > counts["unpriced"] or prices and not counts["requests"]
+        return dict(counts, cost=round(counts["cost"], 6) if is_known else None)
 
     def median_ms(self):
         """The median time to the first content, or None."""
@@ -6760,7 +6391,7 @@ class Ledger:
     """The last `size` requests, and sums over all of them."""
 
     def __init__(self, size=1000, prices=None, now=time.time, save=None):
-        self._prices = prices or {}  # as `prices_from` gives them
+        self.prices = prices or {}  # as `prices_from` gives them; of the rows that come
         self._now = now  # () -> seconds since the epoch
         self.save = save  # save(row), called for each new row, outside the lock; see Cache.save_row
         self._lock = threading.Lock()
@@ -6803,17 +6434,13 @@ class Ledger:
         model = str(row.get("model"))
         fits = [
             name
-            for name in self._prices
+            for name in self.prices
             if name == model or name.endswith("*") and model.startswith(name[:-1])
         ]
         if not fits:
             return None
-        price = self._prices[max(fits, key=lambda name: (name == model, len(name)))]
+        price = self.prices[max(fits, key=lambda name: (name == model, len(name)))]
         return sum((row.get(name) or 0) * price[name] for name in PRICE_FIELDS) / 1e6
-
-    def price(self, prices):
-        """Count with these prices from now on."""
-        self._prices = prices
 
     def restore(self, rows):
         """Take in rows (newest first) that an earlier run saved, where there are none yet."""
@@ -6829,7 +6456,7 @@ class Ledger:
     def totals(self):
         """COUNTED and the cost (or None), of all requests since the start."""
         with self._lock:
-            return self._totals.figures(bool(self._prices))
+            return self._totals.figures(self.prices)
 
     def series(self, minutes=60):
         """One dict a minute, the running minute last: t, first_ms (the median) and the sums.
@@ -6841,7 +6468,7 @@ class Ledger:
         with self._lock:
             for minute in range(last - minutes + 1, last + 1):
                 sums = self._minutes.get(minute) or Sums()
-                figures = sums.figures(bool(self._prices))
+                figures = sums.figures(self.prices)
                 result.append(dict(figures, t=minute * 60, first_ms=sums.median_ms()))
         return result
 
@@ -6854,54 +6481,56 @@ class Ledger:
 # changed.
 
 
-def sections(parts):
-    """{"system": [(label, crc)], "tool": [...], "message": [...]} of [(label, bytes)].
+class Outline(NamedTuple):
+    """Checksums of a request's parts, in the order in which a model reads them.
 
-    Labels: "system", "tool NAME" (one part a tool) and "message 3 (user)", counted from 1.
+    system: [crc]; tools: [(name, crc)]; messages: [(role, crc)].
     """
-    groups = {"system": [], "tool": [], "message": []}
-    for label, data in parts:
-        groups[label.split(" ")[0]].append((label, zlib.crc32(data)))
-    return groups
+
+    system: list
+    tools: list
+    messages: list
 
 
 def common_prefix(old, new):
-    """How many sections at the front are the same: what a provider's cache can still use."""
+    """How many parts at the front are the same: what a provider's cache can still use."""
     same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(old, new))
     return len(list(same))
 
 
 def why_broken(old, new):
-    """Why `new` (sections) does not go on where `old` stopped; "" where it does, or is a part."""
-    system = "" if old["system"] == new["system"] else "system text changed"
-    tools = tools_broken(old["tool"], new["tool"])
-    messages = messages_broken(old["message"], new["message"])
-    return "; ".join(filter(None, (system, tools, messages)))
+    """Why `new` (an Outline) does not go on where `old` stopped; "" where it does, or is a part."""
+    reasons = (
+        "" if old.system == new.system else "system text changed",
+        tools_broken(old.tools, new.tools),
+        messages_broken(old.messages, new.messages),
+    )
+    return "; ".join(filter(None, reasons))
 
 
 def tools_broken(old, new):
     """ "tools reordered", or "tools changed" with the names that came, went or changed; or ""."""
-    if sorted(old) == sorted(new):
-        return "" if old == new else "tools reordered"
     before, after = dict(old), dict(new)
     both = set(before) & set(after)
     changes = (
         ("added", set(after) - both),
         ("removed", set(before) - both),
-        ("edited", {label for label in both if before[label] != after[label]}),
+        ("edited", {name for name in both if before[name] != after[name]}),
     )
-    words = ["%s %s" % (verb, tool_list(labels)) for verb, labels in changes if labels]
-    return "tools changed" + (" (%s)" % "; ".join(words) if words else "")
+    words = ["%s %s" % (verb, list_names(names)) for verb, names in changes if names]
+    if words:
+        return "tools changed (%s)" % "; ".join(words)
+    return "" if old == new else "tools reordered"
 
 
-def tool_list(labels):
-    """The names of at most three tools, and how many more there are."""
-    names = [label.partition(" ")[2] for label in sorted(labels)]
+def list_names(names):
+    """At most three of the names, and how many more there are."""
+    names = sorted(names)
     return ", ".join(names[:3]) + (" and %d more" % (len(names) - 3) if names[3:] else "")
 
 
 def messages_broken(old, new):
-    """Which message changed, or where the history was cut.
+    """Which message changed (counted from 1), or where the history was cut.
 
     "" where one list is the front of the other: a request that goes on, or a side request.
     """
@@ -6909,14 +6538,14 @@ def messages_broken(old, new):
     if same in (len(old), len(new)):
         return ""
     if len(new) >= len(old):
-        return "%s changed" % new[same][0]
+        return "message %d (%s) changed" % (same + 1, new[same][0])
     if not same:
         return "history was replaced (compaction)"
-    return "history was cut after %s (compaction)" % new[same - 1][0].partition(" (")[0]
+    return "history was cut after message %d (compaction)" % same
 
 
 class Sessions:
-    """The last sections of each session, least recently used forgotten.
+    """The last outlines of each session, least recently used forgotten.
 
     One session has several lines of requests (main, title, web fetch), so the last few are kept,
     and a request is compared with the one it shares most messages with. Give subagents a session
@@ -6928,14 +6557,18 @@ class Sessions:
     def __init__(self, size=200):
         self._size = size
         self._lock = threading.Lock()
-        self._lines = collections.OrderedDict()  # session -> [sections, ...], latest last
+        self._lines = collections.OrderedDict()  # session -> [Outline, ...], latest last
 
     def compare(self, session, new):
         """`why_broken` against the earlier request of the same line, whose place `new` takes."""
+
+        def likeness(line):
+            return common_prefix(line.messages, new.messages), line.tools == new.tools
+
         with self._lock:
             lines = self._lines.pop(session, [])
             related = [line for line in lines if is_related(line, new)]
-            old = max(reversed(related), key=lambda line: likeness(line, new), default=None)
+            old = max(reversed(related), key=likeness, default=None)
             lines = [line for line in lines if line is not old] + [new]
             self._lines[session] = lines[-self.LINES :]
             if len(self._lines) > self._size:
@@ -6949,13 +6582,8 @@ def is_related(old, new):
     The latter only with a history, of more than two messages: a first question is a line of its
     own.
     """
-    has_history = len(new["message"]) > 2 and old["system"] == new["system"]
-    return has_history or old["message"][:1] == new["message"][:1]
-
-
-def likeness(old, new):
-    """How alike two requests are: (messages shared from the front, same tools)."""
-    return common_prefix(old["message"], new["message"]), old["tool"] == new["tool"]
+    has_history = len(new.messages) > 2 and old.system == new.system
+    return has_history or old.messages[:1] == new.messages[:1]
 
 
 # ---- Records, which `--replay` serves again
@@ -7001,48 +6629,44 @@ def read_recording(folder):
         try:
             with open(os.path.join(folder, name), encoding="utf-8") as file:
                 for reply in json.load(file)["replies"]:
-                    status, headers = int(reply["status"]), dict(reply.get("headers") or {})
-                    body = str(reply.get("body") or "")
-                    replies.append({"status": status, "headers": headers, "body": body})
+                    headers, body = dict(reply.get("headers") or {}), reply.get("body") or ""
+                    status = int(reply["status"])
+                    replies.append({"status": status, "headers": headers, "body": str(body)})
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             words = "replay: %s is not a recorded exchange (%s: %s)"
             raise ValueError(words % (name, type(error).__name__, error))
     return replies
 
 
-# ======================================================================================================
+# ==================================================================================================
 # 12  Proxy: joins the above; Anthropic body in, events out; knows no client socket
-# ======================================================================================================
+# ==================================================================================================
 
 HOLD_SECONDS = 15  # the status waits so long for the first content; then message_start goes out
 PING_SECONDS = 5  # between pings in a silence
 STALLED = 10  # times TARGET_TIMEOUT without content, though bytes come: given up
 SIGN_SECONDS = 240  # of pings alone; then empty deltas: the client gives up after 600 s of pings
 MAX_LESSONS = 3  # that one request may cost
-LONGEST_WAIT = (
-    20  # seconds of Retry-After that are waited here; longer ones the client waits itself
-)
+LONGEST_WAIT = 20  # seconds of Retry-After that are waited here; longer ones the client waits
 MEMORY_CALLS = 5000  # tool calls whose arguments and reasoning are remembered
 MEMORY_BYTES = 32 << 20
 SMALL_CONTEXT = 30000  # tokens; below it Claude Code is of no practical use
-FALLBACK_KINDS = (
-    "connect timeout cut overloaded server rate billing sampling".split()
-)  # of errors after which another model may do better
+# Kinds of errors after which another model may do better.
+FALLBACK_KINDS = "connect timeout cut overloaded server rate billing sampling".split()
+STORE_SETTINGS = ("cache_enabled", "ledger", "cache_dir", "cache_ttl", "cache_max_mb")
+TLS_SETTINGS = ("ca_bundle", "client_cert", "insecure")  # the names of Upstream's arguments, too
+WHOLE_ENDS = ("end_turn", "tool_use", "stop_sequence")  # stop reasons of answers that are stored
 CREATED = "2025-01-01T00:00:00Z"  # of every model; the client wants some date
 
 
 class Plan(NamedTuple):
-    """Where a request goes.
+    """Where a request goes: the first stop of every decision, and what learning replaces."""
 
-    family: whose settings were used ("" the main ones, opus, ..., fallback, image); model: without
-    [1m]; base: the base URL; key: "" for none; profile: with what was learned.
-    """
-
-    family: str
-    model: str
-    base: str
-    key: str
-    profile: Profile
+    family: str  # whose settings were used: "" the main ones, opus, ..., fallback, image
+    model: str  # without [1m]
+    base: str  # the base URL
+    key: str  # "" for none
+    profile: Profile  # with what was learned
 
     @property
     def format(self):
@@ -7058,8 +6682,8 @@ def plan_request(settings, asked, with_images, profile_of):
     """The Plan for a model name that the client asked for.
 
     A family without settings of its own takes the main ones, and so does a name of no family.
-    profile_of(base, model) -> Profile. Requests with images go to TARGET_MODEL_IMAGE where the plan
-    takes none.
+    profile_of(base, model) -> Profile. Requests with images go to TARGET_MODEL_IMAGE where the
+    plan takes none.
     """
     plan = plan_for(settings, family_of(asked), profile_of)
     if with_images and settings.target_model_image and not plan.profile.images:
@@ -7068,8 +6692,10 @@ def plan_request(settings, asked, with_images, profile_of):
 
 
 def plan_for(settings, family, profile_of):
-    """The Plan of a family: its own model, base and key where they are set. A base of its own never
-    gets the main key: it is another company's."""
+    """The Plan of a family: its own model, base and key where they are set.
+
+    A base of its own never gets the main key: it is another company's.
+    """
 
     def own(name):
         return getattr(settings, "%s_%s" % (name, family)) if family else ""
@@ -7083,7 +6709,11 @@ def plan_for(settings, family, profile_of):
 
 
 def upstream_headers(plan, settings, client_headers=()):
-    """Headers for the provider: its format's, its constants, and EXTRA_HEADERS (null removes)."""
+    """Headers for the provider: its format's, its constants, and EXTRA_HEADERS (null removes).
+
+    client_headers: by get(); a format passes some of them on. Names match in any case (RFC 9110,
+    5.1), so that EXTRA_HEADERS replaces a header however it is spelled.
+    """
     headers = {
         "Content-Type": "application/json",
         "Accept": "application/json, text/event-stream",
@@ -7092,8 +6722,7 @@ def upstream_headers(plan, settings, client_headers=()):
     headers.update(plan.format.headers(plan.key, plan.profile, client_headers or {}))
     headers.update(plan.profile.headers)
     for name, value in settings.extra_headers.items():
-        same = next((known for known in headers if known.lower() == name.lower()), name)
-        headers.pop(same, None)
+        headers = {known: headers[known] for known in headers if known.lower() != name.lower()}
         if value is not None:
             headers[name] = str(value)
     return headers
@@ -7112,27 +6741,27 @@ def add_extra_body(sent, settings):
 
 
 def encode_request(sent):
-    """(the request's JSON bytes, [(label, bytes)] of its parts): encoded once, in pieces, so that the
-    pieces can be compared with those of the session's last request (see `sections`).
+    """(the request's JSON bytes, its Outline): each part is encoded once, for both.
 
-    Labels: "system", "tool NAME", "message 3 (user)", in the order in which a model reads them.
+    A leading system message counts as system text, as it is in OpenAI's form.
     """
-    messages, tools = as_list(sent.get("messages")), as_list(sent.get("tools"))
-    encoded = [compact_json(message).encode() for message in messages]
-    head = {key: value for key, value in sent.items() if key not in ("messages", "tools")}
-    pieces = [compact_json(head).encode()[:-1], b',"messages":[', b",".join(encoded)]
-    parts = []
-    if isinstance(sent.get("system"), (str, list)):
-        parts.append(("system", compact_json(sent["system"]).encode()))
-    if tools:
-        encoded_tools = [compact_json(tool).encode() for tool in tools]
-        pieces += [b'],"tools":[', b",".join(encoded_tools)]
-        parts += [("tool " + name_of(tool), part) for tool, part in zip(tools, encoded_tools)]
-    for number, (message, part) in enumerate(zip(messages, encoded)):
-        role = as_dict(message).get("role")
-        leads = number == 0 and role == "system"
-        parts.append(("system" if leads else "message %d (%s)" % (number, role), part))
-    return b"".join(pieces + [b"]}"]), parts
+    lists = {name: as_list(sent.get(name)) for name in ("messages", "tools")}
+    encoded = {name: [to_json_bytes(item) for item in items] for name, items in lists.items()}
+    body = to_json_bytes({name: value for name, value in sent.items() if name not in lists})[:-1]
+    for name, items in encoded.items():
+        if items:
+            body += b',"%s":[%s]' % (name.encode(), b",".join(items))
+    tools = list(zip(map(name_of, lists["tools"]), map(zlib.crc32, encoded["tools"])))
+    roles = [as_dict(message).get("role") for message in lists["messages"]]
+    messages = list(zip(roles, map(zlib.crc32, encoded["messages"])))
+    first = 1 if roles[:1] == ["system"] else 0
+    system = messages[:first] + [zlib.crc32(to_json_bytes(sent.get("system")))]
+    return body + b"}", Outline(system, tools, messages[first:])
+
+
+def to_json_bytes(value):
+    """value as JSON in ASCII bytes."""
+    return compact_json(value).encode("ascii")
 
 
 def name_of(tool):
@@ -7143,10 +6772,10 @@ def name_of(tool):
 
 class Memory:
     """What is remembered of tool calls, by tool id: bounded, the least recently used go first.
-    Thread-safe. store: a Cache that keeps them too, or None.
 
-    The client drops what it does not know, and rewrites arguments; what a provider needs back byte
-    for byte is kept here as well as in signatures (see `normalize` for what a note holds).
+    Thread-safe. store: a Cache that keeps them too, or None. The client drops what it does not
+    know, and rewrites arguments; what a provider needs back byte for byte is kept here as well as
+    in signatures (see `normalize` for what a note holds).
     """
 
     def __init__(self, store=None):
@@ -7157,8 +6786,7 @@ class Memory:
         """Keep {id: note}."""
         with self.lock:
             for call_id, note in notes.items():
-                sizes = (len(part) if isinstance(part, str) else 1000 for part in note.values())
-                size = 200 + sum(sizes)
+                size = 200 + len(compact_json(note))  # 200: what a row costs besides
                 self.size += size - self.notes.pop(call_id, (None, 0))[1]
                 self.notes[call_id] = (note, size)
             while len(self.notes) > MEMORY_CALLS or self.size > MEMORY_BYTES:
@@ -7179,7 +6807,8 @@ class Memory:
 class Proxy:
     """What all requests share: settings, connections, lessons, memory, cache and ledger.
 
-    config(): the Settings of now. log(level, text). new_id() -> a fresh hex string. now(): epoch.
+    config() -> the Settings of now; log(level, text); new_id() -> a fresh hex string; now() ->
+    seconds since the epoch. Everything here may be called by several threads at once.
     """
 
     def __init__(self, config, log, new_id=lambda: "%024x" % random.getrandbits(96), now=time.time):
@@ -7195,7 +6824,7 @@ class Proxy:
         self.lessons = {}  # (base, model) -> {profile field: value}
         self.found = {}  # (base, model) -> {"owner", "context"}: what the provider tells of itself
         self.memo = {}  # cleaned tools, see clean_tool
-        self.rows = {}  # profile_for's answers
+        self.rows = {}  # profile_for's answers by its arguments: each takes 30 us or more
         self.wires = None  # (the TLS settings it was made from, Upstream)
         self.seen = None  # the Settings that store, ledger and recorder were made from
         self.follow(config())
@@ -7208,86 +6837,82 @@ class Proxy:
         return settings
 
     def follow(self, settings):
-        """Make anew what depends on settings that changed: .env is read again while the server runs.
-        Raises ValueError for PRICES that cannot be used."""
+        """Make anew what depends on settings that changed: .env is read again while serving.
+
+        Raises ValueError for PRICES that cannot be used; all else has followed by then.
+        """
         with self.lock:
             old, self.seen = self.seen, settings
-
-            def changed(*names):
-                if old is None:
-                    return True
-                return any(getattr(old, name) != getattr(settings, name) for name in names)
-
+            names = STORE_SETTINGS + ("prices", "record_dir")
+            changed = {
+                name for name in names if getattr(old, name, self) != getattr(settings, name)
+            }
             try:  # prices first: rows that the store gives back are priced by them
-                if changed("prices"):
-                    self.ledger.price(prices_from(settings.prices))
+                if "prices" in changed:
+                    self.ledger.prices = prices_from(settings.prices)
             finally:
-                if changed("cache_enabled", "ledger", "cache_dir", "cache_ttl", "cache_max_mb"):
+                if changed.intersection(STORE_SETTINGS):
                     self.open_store(settings)
-                if changed("record_dir"):
+                if "record_dir" in changed:
                     folder, secrets = settings.record_dir, settings.secrets()
                     self.recorder = Recorder(folder, secrets, self.warn) if folder else None
 
     def open_store(self, settings):
-        """Open the Cache in CACHE_DIR where the user asked for the cache or the ledger, or named the
-        folder: nothing is written otherwise."""
+        """Open the Cache in CACHE_DIR, if the user asked for the cache or the ledger, or named it.
+
+        Nothing is written otherwise. What an earlier run kept comes back.
+        """
         if self.store:
             self.store.close()
-        named = settings.origins["cache_dir"] != "default"
-        self.store = None
-        if settings.cache_enabled or settings.ledger or named:
-            size = settings.cache_max_mb << 20
-            self.store = Cache(settings.cache_dir, settings.cache_ttl, size, log=self.warn)
-        self.memory.store = self.store
-        self.ledger.save = self.store.save_row if self.store and settings.ledger else None
-        if self.store:
-            for place, changes in self.store.lessons().items():
-                self.lessons[tuple(place)] = as_dict(changes)
-            self.ledger.restore(self.store.saved_rows() if settings.ledger else ())
+        store, size = None, settings.cache_max_mb << 20
+        is_named = settings.origins["cache_dir"] != "default"
+        if settings.cache_enabled or settings.ledger or is_named:
+            store = Cache(settings.cache_dir, settings.cache_ttl, size, log=self.warn)
+            self.lessons.update(store.lessons())
+        self.store = self.memory.store = store
+        self.ledger.save = store.save_row if settings.ledger else None
+        if settings.ledger:
+            self.ledger.restore(store.saved_rows())
 
     def warn(self, text):
+        """Log a warning."""
         self.log("warning", text)
 
     def upstream(self, settings):
         """The shared connections; made anew when a setting about TLS changed."""
-        made = (settings.ca_bundle, settings.client_cert, settings.insecure)
+        made = tuple(getattr(settings, name) for name in TLS_SETTINGS)
         with self.lock:
             if self.wires is None or self.wires[0] != made:
-                upstream = Upstream(
-                    settings.target_timeout,
-                    ca_bundle=settings.ca_bundle,
-                    client_cert=settings.client_cert,
-                    insecure=settings.insecure,
-                )
-                self.wires = (made, upstream)
+                tls = dict(zip(TLS_SETTINGS, made))
+                self.wires = (made, Upstream(settings.target_timeout, **tls))
             return self.wires[1]
 
     def profile_of(self, settings):
-        """A function (base, model) -> Profile, with what was found and learned, and with the user's
-        own limits, which count most.
+        """A function (base, model) -> Profile, with what was found and learned.
 
-        PROFILE and TARGET_FORMAT are about the main base, MAX_OUTPUT and MAX_CONTEXT about the main
-        model there; a family of its own goes elsewhere.
+        The user's own limits count most. PROFILE and TARGET_FORMAT are about the main base,
+        MAX_OUTPUT and MAX_CONTEXT about the main model there; a family of its own goes elsewhere.
         """
         main = settings.target_api_base, without_mark(settings.target_model)
 
         def profile(base, model):
-            found = self.found.get((base, model), {})
+            place = base, model
+            found = self.found.get(place, {})
             forced = (settings.profile, settings.target_format) if base == main[0] else ("", "auto")
             key = (base, model) + forced + (found.get("owner", ""),)
             row = self.rows.get(key) or self.rows.setdefault(key, profile_for(*key))
             if found.get("context") and not row.context:
                 row = row._replace(context=found["context"])
-            row = apply_lesson(row, self.lessons.get((base, model)))
-            limits = {"max_output": settings.max_output, "context": settings.max_context}
-            if (base, model) == main:
-                row = row._replace(**{field: value for field, value in limits.items() if value})
-            return row
+            row = apply_lesson(row, self.lessons.get(place))
+            if place != main:
+                return row
+            context = settings.max_context or row.context
+            return row._replace(max_output=settings.max_output or row.max_output, context=context)
 
         return profile
 
     def teach(self, plan, changes):
-        """Remember lessons about a plan's provider and model."""
+        """Remember lessons about a plan's provider and model. changes: {profile field: value}."""
         place = (plan.base, plan.model)
         with self.lock:
             self.lessons[place] = dict(self.lessons.get(place, {}), **changes)
@@ -7306,8 +6931,10 @@ class Proxy:
         return count
 
     def probe(self, plan, wait=None):
-        """Ask the provider once what it tells for free: who it is, and the model's context window.
-        Never raises: it is asked beside the first request, and nothing depends on the answer."""
+        """Ask the provider once what it tells for free: who it is, and the context window.
+
+        Never raises: it is asked beside the first request, and nothing depends on the answer.
+        """
         try:
             headers = upstream_headers(plan, self.settings())
             found = ask_provider(self.upstream(self.settings()), plan, headers, wait)
@@ -7350,17 +6977,22 @@ class Proxy:
 
     # -- the small endpoints
 
+    def plan_of(self, settings, family=""):
+        """The Plan of a family, with what was learned."""
+        return plan_for(settings, family, self.profile_of(settings))
+
     def models(self, settings):
-        """Anthropic's model list: the families, and the disguise or target, under names that Claude
-        Code accepts (those that begin with claude or anthropic), as
-        https://docs.anthropic.com/en/api/models-list has it. There is only one page."""
+        """Anthropic's model list: the families, and the disguise or target.
+
+        Under names that Claude Code accepts: those that begin with claude or anthropic. There is
+        only one page. https://docs.anthropic.com/en/api/models-list
+        """
         shown = settings.disguise_model or settings.target_model
         named = shown if shown.startswith(("claude", "anthropic")) else "claude-" + shown
-        rows = [(named, settings.target_model)]
+        data = [model_row(named, settings.target_model)]
         for family in FAMILIES:
-            model = plan_for(settings, family, self.profile_of(settings)).model
-            rows.append(("claude-" + family, "%s (%s)" % (model, family)))
-        data = [dict(model_row(name, title), description="through ccfix") for name, title in rows]
+            title = "%s (%s)" % (self.plan_of(settings, family).model, family)
+            data.append(model_row("claude-" + family, title))
         ends = {"first_id": data[0]["id"], "last_id": data[-1]["id"]}
         return dict({"data": data, "has_more": False}, **ends)
 
@@ -7373,34 +7005,25 @@ class Proxy:
             raise BadRequest("messages: a list is required")
         settings = self.settings()
         plan = plan_request(settings, str(body.get("model")), False, self.profile_of(settings))
+        count = None
         if plan.format.count_path and body["messages"]:
-            sent = plan.format.write(
-                normalize(body, plan.profile, memo=self.memo), plan.model, plan.profile
-            )
-            sent = {key: sent[key] for key in sent if key not in ("max_tokens", "stream")}
+            sent = normalize(body, plan.profile, memo=self.memo)
+            sent = plan.format.write(sent, plan.model, plan.profile)
+            sent = {name: sent[name] for name in sent if name not in ("max_tokens", "stream")}
+            headers = upstream_headers(plan, settings, headers)
+            url, upstream = plan.url(plan.format.count_path), self.upstream(settings)
             try:
-                answer = get_json(
-                    self.upstream(settings),
-                    plan.url(plan.format.count_path),
-                    upstream_headers(plan, settings, headers),
-                    wait,
-                    timeout=10,
-                    body=sent,
-                )
-                if isinstance(answer.get("input_tokens"), int):
-                    return {"input_tokens": answer["input_tokens"]}
+                count = get_json(upstream, url, headers, wait, 10, sent).get("input_tokens")
             except ProxyError as error:
                 self.log("debug", "count_tokens of the provider failed: %s" % error)
-        return {"input_tokens": estimate_tokens(body)}
+        return {"input_tokens": count if isinstance(count, int) else estimate_tokens(body)}
 
     def status(self, address=""):
         """What GET /stats tells; the status page shows it."""
         settings = self.settings()
-        plan = plan_for(settings, "", self.profile_of(settings))
-        has_key = bool(settings.anthropic_api_key)
-        families = FAMILIES + ("fallback", "image")
-        plans = [plan_for(settings, family, self.profile_of(settings)) for family in families]
-        target = {"model": plan.model, "api_base": without_password(plan.base)}
+        plan = self.plan_of(settings)
+        profile, has_key = plan.profile, bool(settings.anthropic_api_key)
+        plans = [self.plan_of(settings, family) for family in FAMILIES + ("fallback", "image")]
         return {
             "name": "ccfix",
             "version": __version__,
@@ -7408,20 +7031,16 @@ class Proxy:
             "uptime_s": round(self.now() - self.started, 1),
             "address": address,
             "proxy_key": has_key,
-            "demo": plan.profile.name == "demo",
+            "demo": profile.name == "demo",
             "target": dict(
-                target,
-                profile=plan.profile.name,
-                format=plan.profile.format,
-                context=plan.profile.context,
-                max_output=plan.profile.max_output,
+                place_of(plan),
+                profile=profile.name,
+                format=profile.format,
+                context=profile.context,
+                max_output=profile.max_output,
             ),
             "disguise": {"model": settings.disguise_model, "api_base": settings.disguise_api_base},
-            "routes": [
-                {"family": row.family, "model": row.model, "api_base": without_password(row.base)}
-                for row in plans
-                if row.family
-            ],
+            "routes": [dict(place_of(row), family=row.family) for row in plans if row.family],
             "connect": dict(connect_lines(address, has_key)),
             "totals": dict(self.ledger.totals(), active=self.active),
             "series": self.ledger.series(),
@@ -7455,29 +7074,51 @@ class Proxy:
         ]
 
 
+def place_of(plan):
+    """Where a plan goes, as the status shows it."""
+    return {"model": plan.model, "api_base": without_password(plan.base)}
+
+
 def model_row(name, title):
     """A model as Anthropic's list shows it."""
-    return {"type": "model", "id": name, "display_name": title, "created_at": CREATED}
+    row = {"type": "model", "id": name, "display_name": title, "created_at": CREATED}
+    return dict(row, description="through ccfix")
 
 
 def get_json(upstream, url, headers, wait=None, timeout=None, body=None):
-    """The JSON object that a URL answers with (to a POST where there is a body); {} for anything
-    else, and for an error status. Raises ProxyError."""
-    data = None if body is None else compact_json(body).encode()
-    reply = upstream.open("GET" if body is None else "POST", url, headers, data, wait, timeout)
+    """The JSON object that a URL answers with (to a POST where there is a body).
+
+    {} for anything else, and for an error status. timeout: seconds. Raises ProxyError.
+    """
+    return fetch_json(upstream, url, headers, wait, timeout, body)[1]
+
+
+def fetch_json(upstream, url, headers, wait=None, timeout=None, body=None):
+    """(HTTP status, JSON object), see `get_json`."""
+    method, data = ("GET", None) if body is None else ("POST", to_json_bytes(body))
+    reply = upstream.open(method, url, headers, data, wait, timeout)
     try:
-        return as_dict(json_or_none(reply.read(4 << 20))) if reply.status == 200 else {}
+        found = as_dict(json_or_none(reply.read(4 << 20))) if reply.status == 200 else {}
+        return reply.status, found
     finally:
         reply.close()
 
 
-def ask_provider(upstream, plan, headers, wait=None):
-    """{"owner", "context", "models"} from /models, and from /props (llama.cpp) or /api/ps (Ollama)
-    where the owner is known (see OWNERS).
+# Fields in which rows of /models tell the context window, in tokens, the surest first.
+CONTEXT_FIELDS = (
+    "max_model_len",  # vLLM
+    "context_length",  # OpenRouter
+    "context_window",  # Groq
+    "max_context_length",  # LM Studio
+    "max_prompt_tokens",  # GitHub Copilot
+)
 
-    context: tokens, 0 where nothing tells: OpenAI and most clouds do not. llama.cpp's /models has the
-    window that the model was trained with, /props the one that it was started with; Ollama tells it
-    for loaded models only.
+
+def ask_provider(upstream, plan, headers, wait=None):
+    """{"owner", "context"} from /models, and from a local server's own endpoint.
+
+    owner: see OWNERS; context: tokens, 0 where nothing tells: OpenAI and most clouds do not.
+    Raises ProxyError.
     """
 
     def ask(url):
@@ -7485,48 +7126,55 @@ def ask_provider(upstream, plan, headers, wait=None):
 
     rows = as_list(ask(plan.url(plan.format.models_path)).get("data"))
     rows = [row for row in rows if isinstance(row, dict)]
-    named = next((row for row in rows if row.get("id") == plan.model), None)
-    mine = named or (rows[0] if len(rows) == 1 else {})
-    limits = as_dict(as_dict(mine.get("capabilities")).get("limits"))  # GitHub Copilot
-    context = positive_int(
-        dict(
-            as_dict(mine.get("top_provider")), **dict(limits, **mine)
-        ),  # OpenRouter's top provider
-        "max_model_len",  # vLLM
-        "context_length",
-        "context_window",  # Groq
-        "max_context_length",  # LM Studio
-        "max_prompt_tokens",
-    )
-    owner = str(mine.get("owned_by") or (rows[0].get("owned_by") if rows else "") or "")
-    parts = urllib.parse.urlsplit(plan.base)
-    root = "%s://%s" % (parts.scheme, parts.netloc)
+    named = [row for row in rows if row.get("id") == plan.model]
+    mine = (named or (rows if len(rows) == 1 else [{}]))[0]
+    owners = (row.get("owned_by") for row in named + rows)
+    owner = str(next(filter(None, owners), ""))
+    context = loaded_context(ask, plan, owner) or positive_int(limits_of(mine), *CONTEXT_FIELDS)
+    return {"owner": owner, "context": context}
+
+
+def limits_of(row):
+    """The fields of a row of /models, and those that some providers put one level down."""
+    limits = as_dict(as_dict(row.get("capabilities")).get("limits"))  # GitHub Copilot
+    return dict(as_dict(row.get("top_provider")), **dict(limits, **row))  # OpenRouter's provider
+
+
+def loaded_context(ask, plan, owner):
+    """The context window with which a local server runs the model, 0 where it does not tell.
+
+    ask(url) -> JSON object. llama.cpp's /models has the window that the model was trained with,
+    /props the one that it was started with; Ollama tells it for loaded models only.
+    """
+    root = "%s://%s" % urllib.parse.urlsplit(plan.base)[:2]
+    found = {}
     if owner == "llamacpp":
-        settings = as_dict(ask(root + "/props").get("default_generation_settings"))
-        context = positive_int(settings, "n_ctx") or context
+        found = as_dict(ask(root + "/props").get("default_generation_settings"))
     elif OWNERS.get(owner) == "ollama":
         running = map(as_dict, as_list(ask(root + "/api/ps").get("models")))
-        loaded = next((row for row in running if row.get("name") == plan.model), {})
-        context = positive_int(loaded, "context_length") or context
-    return {"owner": owner, "context": context, "models": [str(row.get("id")) for row in rows]}
+        found = next((row for row in running if row.get("name") == plan.model), found)
+    return positive_int(found, "n_ctx", "context_length")
 
 
 def connect_lines(address, has_key):
     """(shell, the lines to paste) that connect Claude Code to this proxy."""
     key = "YOUR_PROXY_KEY" if has_key else "ccfix"
     variables = (("ANTHROPIC_BASE_URL", address), ("ANTHROPIC_AUTH_TOKEN", key))
-    return (
-        ("bash", ["export %s=%s" % pair for pair in variables] + ["claude"]),
-        ("powershell", ['$env:%s="%s"' % pair for pair in variables] + ["claude"]),
-    )
+    shells = (("bash", "export %s=%s"), ("powershell", '$env:%s="%s"'))
+    return [(shell, [form % pair for pair in variables] + ["claude"]) for shell, form in shells]
+
+
+# Fields of a ledger row that are attributes of an Exchange.
+ROW_FIELDS = ("id", "asked", "stream", "bytes_in", "bytes_out", "retries", "broke")
 
 
 class Exchange:
     """One client request, from the parsed body to the last event.
 
-    body: the client's, checked by check_request; headers: its, by get(). batches() generates SSE text, one piece for all that one read of the provider's reply brought;
-    message() is the unstreamed answer. wait(sock, seconds) waits for the client as well and writes
-    what silence() gives meanwhile.
+    body: the client's, checked by check_request; headers: its, by get(). batches() generates the
+    streamed answer, message() is the unstreamed one; one of them is called, and close() at the
+    end. wait(sock, seconds) waits for the client as well, writes what silence() gives meanwhile,
+    and raises ClientGone.
     """
 
     def __init__(self, proxy, body, headers, wait, clock=time.monotonic, settings=None, id=""):
@@ -7548,54 +7196,65 @@ class Exchange:
         self.fixes = 0  # tries again because something was learned
         self.room = 0  # output tokens to ask for, after an overflow
         self.learned = []  # what, in sentences
-        self.replies = []  # for the record
-        self.cache_state, self.key = "off", None  # off, miss or hit; the cache key
-        self.bytes_in = self.bytes_out = 0
-        self.began = self.last_write = self.last_sign = clock()  # last_sign: of content
-        self.first_ms = None  # until the first content
+        self.replies = []  # one a try, for the record
+        self.store = proxy.store if self.settings.cache_enabled else None  # a Cache, or None
+        self.cache_state = "off"  # or miss, hit
+        self.key = None  # the cache key; None where the answer may not be stored
+        self.bytes_in = self.bytes_out = 0  # of the request's JSON, and of the answer
+        self.began = clock()  # when the request came ...
+        self.last_write = self.began  # ... and when the client last got something
+        self.last_sign = self.began  # when the provider last sent content
+        self.first_ms = None  # milliseconds until the client got the first content
         self.broke = ""  # why the provider's prefix cache was lost
 
     # -- what goes out
 
-    def batches(self):
-        """SSE text, to be written as it comes. Raises ProxyError only before the first, Dropped in
-        the middle. One write for all that one read brought: a burst costs one wake-up, not fifty.
-        """
-        out = []
+    def event_batches(self):
+        """Lists of events: all that one read of the provider's reply brought."""
+        batch = []
         for event in self.events():
             if event is not None:
-                out.append(encode_event(event))
-            elif out:
+                batch.append(event)
+            elif batch:
                 self.last_write = self.last_sign = self.clock()
                 if self.first_ms is None:
-                    self.first_ms = (self.last_write - self.began) * 1000
-                text, out = "".join(out), []
-                self.bytes_out += len(text)
-                yield text
-        if out:
-            yield "".join(out)
+                    self.first_ms = self.spent_ms()
+                yield batch
+                batch = []
+        if batch:
+            yield batch
+
+    def batches(self):
+        """SSE text, to be written as it comes: one piece for all that one read brought.
+
+        A burst then costs one wake-up, not fifty. Raises ProxyError only before the first piece,
+        Dropped in the middle.
+        """
+        for batch in self.event_batches():
+            text = "".join(map(encode_event, batch))
+            self.bytes_out += len(text)
+            yield text
 
     def message(self):
         """The whole answer as one message. Raises ProxyError."""
-        events, seen = [], 0
         try:
-            for event in self.events():
-                if event is not None:
-                    events.append(event)
-                elif len(events) > seen:
-                    seen, self.last_sign = len(events), self.clock()
+            events = [event for batch in self.event_batches() for event in batch]
         except Dropped as dropped:
             raise dropped.args[0]
-        self.first_ms = (self.clock() - self.began) * 1000
+        self.first_ms = self.spent_ms()  # the client sees the content only now
         return fold(events)
 
-    def silence(self):
-        """SSE text to write in a silence, or "": after 15 s message_start, then pings, and after
-        minutes a sign of life. Raises UpstreamError when the provider only keeps the connection.
+    def spent_ms(self):
+        """Milliseconds since the request came."""
+        return (self.clock() - self.began) * 1000
 
-        Claude Code 2.1.330 gives up after 360 s without a head, 300 s without a byte and 600 s of
-        pings alone. Until message_start goes out the HTTP status is free, and an error can be one that
-        makes the client do the right thing.
+    def silence(self):
+        """SSE text to write in a silence, or "".
+
+        After 15 s message_start, then pings, and after minutes a sign of life: Claude Code 2.1.330
+        gives up after 360 s without a head, 300 s without a byte and 600 s of pings alone. Until
+        message_start goes out the HTTP status is free, and an error can be one that makes the
+        client do the right thing. Raises UpstreamError when the provider only keeps the connection.
         """
         now = self.clock()
         if now - self.last_sign > STALLED * self.settings.target_timeout:
@@ -7607,42 +7266,47 @@ class Exchange:
             )
         if not self.stream or self.writer is None or self.writer.state in ENDED:
             return ""
-        if self.writer.state == IDLE:
-            if now - self.began < HOLD_SECONDS:
-                return ""
-            events = list(self.writer.start()) + [PING]
-        elif now - self.last_write < PING_SECONDS:
+        is_held = self.writer.state == IDLE
+        if is_held and now - self.began < HOLD_SECONDS:
             return ""
-        else:
-            silent = now - self.last_sign >= SIGN_SECONDS
-            events = self.reader.idle() if silent else [PING]
+        if not is_held and now - self.last_write < PING_SECONDS:
+            return ""
+        events = list(self.writer.start()) + [PING] if is_held else [PING]
+        if not is_held and now - self.last_sign >= SIGN_SECONDS:
+            events = self.reader.idle()
         self.last_write = now
         return "".join(map(encode_event, events))
 
     # -- where it comes from
 
     def events(self):
-        """Event dicts, and None where all that has arrived is given: from the cache, a search, or the
-        provider."""
+        """Event dicts, and None where all that has arrived is given.
+
+        They come from the cache, a search, or the provider.
+        """
         check_messages(self.body)
         if is_search(self.body) and not self.plan.profile.searches:
             return self.unfolded(search_message(self), None)
-        hit = self.from_cache() if self.settings.cache_enabled else None
+        hit = self.store and self.from_cache()
         if hit:
-            return self.unfolded(hit, self.proxy.new_id)
+            return self.unfolded(hit[0], self.proxy.new_id)
         events = self.from_provider()
-        return events if self.key is None else self.stored(events)
+        return events if self.key is None else self.store_answer(events)
 
     def unfolded(self, message, new_id):
-        """A finished message as events, under today's name and a fresh id, with no tokens counted:
-        none were used."""
+        """A finished message as events, under today's name and a fresh id.
+
+        No tokens are counted, as none were used. new_id: for fresh call ids; None leaves them.
+        """
         told = {"id": "msg_" + self.id, "model": self.shown, "usage": zero_usage()}
         yield from unfold(dict(message, **told), new_id)
         yield None
 
     def from_provider(self):
-        """Try until an answer comes, learning, waiting and falling back as errors ask for; nothing is
-        tried again once content went out: the client would see it twice."""
+        """Try until an answer comes, learning, waiting and falling back as errors ask for.
+
+        Nothing is tried again once content went out: the client would see it twice.
+        """
         while True:
             try:
                 yield from self.attempt()
@@ -7659,9 +7323,11 @@ class Exchange:
                     return
 
     def sized(self, error):
-        """An overflow error with the numbers that the provider's words left out: the client compacts
-        by them."""
-        if error.kind != "overflow" or not error.text or (error.numbers[0] and error.numbers[2]):
+        """An overflow error with the numbers that the provider's words left out.
+
+        The client compacts by them.
+        """
+        if error.kind != "overflow" or not error.text:
             return error
         prompt, _, limit = error.numbers
         return overflow_error(prompt, limit, self.bytes_in // 4, self.plan.profile.context)
@@ -7673,13 +7339,11 @@ class Exchange:
         self.writer.scope = plan.profile.scope
         self.reader = plan.format.reader(self.writer, plan.profile)
         self.sent = self.write_request(proxy.memory.recall)
-        data, parts = encode_request(self.sent)
-        if not self.retries + self.fixes and len(parts) > 1:
-            self.broke = self.explain_prefix(parts)
-        url, headers = plan.url(plan.format.path), upstream_headers(
-            plan, self.settings, self.headers
-        )
-        timeout = self.settings.target_timeout
+        data, outline = encode_request(self.sent)
+        if not self.retries + self.fixes:
+            self.broke = self.explain_prefix(outline)
+        headers = upstream_headers(plan, self.settings, self.headers)
+        url, timeout = plan.url(plan.format.path), self.settings.target_timeout
         upstream = proxy.upstream(self.settings)
         reply = upstream.open("POST", url, headers, data, self.wait, timeout)
         kept = []  # what came, for the record
@@ -7691,11 +7355,8 @@ class Exchange:
             yield from self.read(reply, record_blocks(blocks, kept) if proxy.recorder else blocks)
         finally:
             reply.close()
-            if proxy.recorder:
-                headers, text = dict(reply.headers.items()), b"".join(kept).decode(
-                    "utf-8", "replace"
-                )
-                self.replies.append({"status": reply.status, "headers": headers, "body": text})
+            row = {"status": reply.status, "headers": dict(reply.headers.items())}
+            self.replies.append(dict(row, body=b"".join(kept)))
         proxy.memory.keep(self.writer.memory)
 
     def new_writer(self):
@@ -7712,41 +7373,42 @@ class Exchange:
     def write_request(self, recall=None):
         """The body for the provider, with the disguise attached and EXTRA_BODY applied.
 
-        recall: see normalize; without it (for the cache key) nothing is attached, as neither decides
-        what a right answer is.
+        recall: see normalize; without it (for the cache key) nothing is attached, as neither
+        decides what a right answer is.
         """
         plan, settings = self.plan, self.settings
         profile, memo = plan.profile, self.proxy.memo
         self.normalized = normalize(self.body, profile, recall, memo, self.output_room())
-        attach = {
-            "ANTHROPIC_BASE_URL": settings.disguise_api_base,
-            "ANTHROPIC_MODEL": self.shown,
-        }
-        wanted = settings.attach_fields
-        attached = recall and (wanted == "always" or wanted == "auto" and not profile.strict)
-        sent = plan.format.write(self.normalized, plan.model, profile, attach if attached else ())
+        attach = {"ANTHROPIC_BASE_URL": settings.disguise_api_base, "ANTHROPIC_MODEL": self.shown}
+        is_wanted = {"always": True, "auto": not profile.strict}.get(settings.attach_fields)
+        attach = attach if recall and is_wanted else ()
+        sent = plan.format.write(self.normalized, plan.model, profile, attach)
         return add_extra_body(sent, settings)
 
     def output_room(self):
-        """Output tokens that fit beside the prompt where the context window is known, else 0. The
-        prompt is taken larger than it is: a third of a token a byte, or what the provider was seen
-        to count."""
+        """Output tokens that fit beside the prompt where the context window is known, else 0.
+
+        The prompt is taken larger than it is: a third of a token a byte, or what the provider was
+        seen to count.
+        """
         profile = self.plan.profile
         if self.room or not profile.context:
             return self.room
         return max(1024, profile.context - int(self.bytes_in * profile.density) - 64)
 
-    def explain_prefix(self, parts):
+    def explain_prefix(self, outline):
         """Why this request does not go on where the session's last one stopped, or ""."""
         names = ("x-claude-code-session-id", "x-claude-code-agent-id")
         session = " ".join(self.headers.get(name) or "" for name in names)
         if not session.strip():
             return ""
-        return self.proxy.sessions.compare(session + self.plan.model, sections(parts))
+        return self.proxy.sessions.compare(session + self.plan.model, outline)
 
     def read(self, reply, blocks):
-        """Events of a reply with a good status: SSE or JSON, whatever was asked for and whatever its
-        content type says (xAI answers a stream request with a JSON error, DashScope with SSE to all).
+        """Events of a reply with a good status: SSE or JSON, as its first byte says.
+
+        Neither the request nor the content type decides: xAI answers a stream request with a JSON
+        error, DashScope sends SSE to all.
         """
         reader, head = self.reader, first_bytes(blocks)
         start = head.lstrip(BLANK)[:1]
@@ -7769,28 +7431,30 @@ class Exchange:
     # -- again?
 
     def again(self, error):
-        """Whether to try once more after an error before any content: a lesson was learned, a wait is
-        worth it, or another model takes over. Waits where it says so; ClientGone comes through."""
+        """Whether to try once more after an error before any content.
+
+        That is, where a lesson was learned, a wait is worth it, or another model takes over. Waits
+        where it says so; ClientGone comes through.
+        """
         if self.learn_from(error):
             return True
-        wait = str(error.headers.get("retry-after") or "0")
-        wait = int(wait) if wait.isdigit() else 0
+        wait = int(error.headers.get("retry-after") or 0)  # see `retry_after`
         if error.retry and self.retries < self.settings.target_retries and wait <= LONGEST_WAIT:
             self.retries += 1
-            tried = (self.id, self.retries + 1, error.message)
-            self.proxy.log("info", "%s: try %d after: %s" % tried)
+            self.log_again("info", "try %d" % (self.retries + 1), error)
             self.wait(None, max(wait, 0.4 * 2**self.retries * random.uniform(0.6, 1.2)))
             return True
-        settings = self.settings
-        if error.kind not in FALLBACK_KINDS or not settings.target_model_fallback:
+        has_other = self.settings.target_model_fallback and self.plan.family != "fallback"
+        if error.kind not in FALLBACK_KINDS or not has_other:
             return False
-        if self.plan.family == "fallback":
-            return False
-        self.plan = plan_for(settings, "fallback", self.proxy.profile_of(settings))
+        self.plan = self.proxy.plan_of(self.settings, "fallback")
         self.room = self.retries = 0
-        told = (self.id, self.plan.model, error.message)
-        self.proxy.log("warning", "%s: %s takes over after: %s" % told)
+        self.log_again("warning", self.plan.model + " takes over", error)
         return True
+
+    def log_again(self, level, act, error):
+        """Tell the log what is done after an error."""
+        self.proxy.log(level, "%s: %s after: %s" % (self.id, act, error.message))
 
     def learn_from(self, error):
         """Learn from an error -> whether there is something new to try."""
@@ -7807,39 +7471,40 @@ class Exchange:
         self.proxy.teach(self.plan, changes)
         self.plan = self.plan._replace(profile=apply_lesson(profile, changes))
         if changes.get("images") is False and self.settings.target_model_image:
-            profile_of = self.proxy.profile_of(self.settings)
-            self.plan = plan_for(self.settings, "image", profile_of)
+            self.plan = self.proxy.plan_of(self.settings, "image")
         return True
 
     # -- cache
 
     def from_cache(self):
-        """A stored answer, or None."""
+        """What Cache.get has for this request; None for nothing."""
+        profile, sent = self.plan.profile, self.write_request()
+        normalized = self.normalized
+        if profile.untouched:  # sent as it came, with what differs from session to session
+            profile = profile._replace(untouched=False)
+            normalized = normalize(self.body, profile, memo=self.proxy.memo)
         place = "%s %s" % (self.plan.base, self.plan.model)
-        mode = self.settings.cache_key_mode
-        self.key = cache_key(self.body, self.write_request(), mode, place)
-        if self.key is None:
-            return None
-        hit = self.proxy.store.get(self.key) if self.proxy.store else None
-        self.cache_state = "hit" if hit else "miss"
-        return hit and hit[0]
+        self.key = cache_key(normalized, sent, self.settings.cache_key_mode, place)
+        hit = self.store.get(self.key)
+        if self.key is not None:
+            self.cache_state = "hit" if hit else "miss"
+        return hit
 
-    def stored(self, events):
-        """The events, as they come; a complete answer is stored."""
+    def store_answer(self, events):
+        """The events, as they come; a complete answer is stored.
+
+        Not one that a limit cut, nor an empty one, nor the fallback's: the main model's place is
+        not taken for long.
+        """
         seen = []
         for event in events:
-            if event is not None:
-                seen.append(event)
+            seen.append(event)
             yield event
-        if seen and seen[-1]["type"] == "message_stop":
-            self.store_answer(fold(seen))
-
-    def store_answer(self, message):
-        """Store an answer, unless it was cut by a limit, or is empty; nor that of the fallback: the
-        main model's place is not taken for long."""
-        whole = message.get("stop_reason") in ("end_turn", "tool_use", "stop_sequence")
-        if whole and message["content"] and self.proxy.store and self.plan.family != "fallback":
-            self.proxy.store.put(self.key, message, (self.clock() - self.began) * 1000)
+        seen = list(filter(None, seen))
+        is_done = seen and seen[-1]["type"] == "message_stop" and self.plan.family != "fallback"
+        message = fold(seen) if is_done else {}
+        if message.get("stop_reason") in WHOLE_ENDS and message["content"]:
+            self.store.put(self.key, message, self.spent_ms())
 
     # -- what is noted
 
@@ -7848,40 +7513,41 @@ class Exchange:
         return self.error.message if self.error and self.writer.state == FAILED else ""
 
     def close(self, status, error=""):
-        """Note the exchange in the ledger, the log and the record. status: what the client got, 499
-        where it left; error: its text."""
+        """Note the exchange in the ledger, the log and the record.
+
+        status: what the client got, 499 where it left; error: its text.
+        """
         usage = self.reader.usage() if self.reader and self.writer.content else zero_usage()
-        row = {
-            "time": self.proxy.now(),
-            "id": self.id,
-            "session": self.headers.get("x-claude-code-session-id") or "",
-            "asked": self.asked,
-            "model": self.plan.model,
-            "stream": self.stream,
-            "status": status,
-            "input": usage["input_tokens"],
-            "output": usage["output_tokens"],
-            "cache_read": usage["cache_read_input_tokens"],
-            "cache_write": usage["cache_creation_input_tokens"],
-            "first_ms": self.first_ms and round(self.first_ms, 1),
-            "total_ms": round((self.clock() - self.began) * 1000, 1),
-            "bytes_in": self.bytes_in,
-            "bytes_out": self.bytes_out,
-            "retries": self.retries,
-            "lessons": self.learned,
-            "cache": self.cache_state,
-            "error": error,
-            "broke": self.broke,
-        }
+        row = {name: getattr(self, name) for name in ROW_FIELDS}
+        row.update(
+            time=self.proxy.now(),
+            session=self.headers.get("x-claude-code-session-id") or "",
+            model=self.plan.model,
+            status=status,
+            input=usage["input_tokens"],
+            output=usage["output_tokens"],
+            cache_read=usage["cache_read_input_tokens"],
+            cache_write=usage["cache_creation_input_tokens"],
+            first_ms=self.first_ms and round(self.first_ms, 1),
+            total_ms=round(self.spent_ms(), 1),
+            lessons=self.learned,
+            cache=self.cache_state,
+            error=error,
+        )
         self.proxy.ledger.add(row)
         self.proxy.log("error" if status >= 500 else "info", row_text(row))
-        headers, secrets = dict(self.headers.items()), self.settings.secrets()
-        seen = {"request": without_person(self.body), "sent": self.sent}
+        told = {
+            "time": row["time"],
+            "id": self.id,
+            "row": row,
+            "request": without_person(self.body),
+            "sent": self.sent,
+            "client_headers": dict(self.headers.items()),
+        }
         if self.settings.log_level == "debug":
-            shown = redact(dict(seen, headers=headers, error=error), secrets, 500)
+            shown = redact(told, self.settings.secrets(), 500)
             self.proxy.log("debug", self.id + " " + compact_json(shown))
         if self.proxy.recorder:
-            told = dict(seen, time=row["time"], id=self.id, row=row, client_headers=headers)
             self.proxy.recorder.write(dict(told, replies=self.replies))
 
 
@@ -7923,45 +7589,42 @@ def first_bytes(blocks):
 
 def read_all(head, blocks):
     """All of a reply that is not a stream. Raises UpstreamError when it is far too long."""
-    pieces, size = [head], len(head)
+    raw = bytearray(head)
     for block in blocks:
-        pieces.append(block)
-        size += len(block)
-        if size > MAX_LINE:
+        raw += block
+        if len(raw) > MAX_LINE:
             raise too_long("JSON")
-    return b"".join(pieces)
+    return bytes(raw)
 
 
 def whole_reply(raw, start, plan):
-    """A reply that is not a stream, as the one chunk (or message) that it is. Raises UpstreamError for
-    a web page or broken JSON. start: its first byte. A web page comes from a login portal, or from a
-    base URL without its /v1."""
+    """A reply that is not a stream, as the one chunk (or message) that it is.
+
+    start: its first byte. Raises UpstreamError for a web page or broken JSON. A web page comes
+    from a login portal, or from a base URL without its /v1.
+    """
     base = without_password(plan.base)
     if start == b"<":
-        raise UpstreamError(
+        words = (
             "%s answered with a web page (%s) instead of a completion; check TARGET_API_BASE (-b)."
-            % (base, error_fields(raw)[0]),
-            kind="path",
         )
+        raise UpstreamError(words % (base, error_fields(raw)[0]), kind="path")
     body = json_or_none(raw)
     body = body[0] if isinstance(body, list) and body else body
     if not isinstance(body, dict):
-        raise UpstreamError(
-            "The provider's reply was cut off or is not valid JSON.", kind="cut", retry=True
-        )
+        words = "The provider's reply was cut off or is not valid JSON."
+        raise UpstreamError(words, kind="cut", retry=True)
     error = error_in_reply(body)
     if error:
         raise error
     if not body.get("choices") and body.get("type") != "message":
-        raise UpstreamError(
-            "%s answered with JSON that is not a completion: %s" % (base, compact_json(body)[:300]),
-            kind="path",
-        )
+        words = "%s answered with JSON that is not a completion: %s"
+        raise UpstreamError(words % (base, compact_json(body)[:300]), kind="path")
     return body
 
 
 def refusal(reply, raw, plan):
-    """The UpstreamError of a reply with an error status; a redirect says where the address is now."""
+    """The UpstreamError of a reply with an error status; a redirect says where it moved."""
     if reply.status < 400:
         place = (without_password(plan.base), reply.headers.get("location"))
         message = "%s has moved to %s; fix TARGET_API_BASE (-b)." % place
@@ -7969,80 +7632,71 @@ def refusal(reply, raw, plan):
     return upstream_error(reply.status, reply.headers, raw)
 
 
-# ---- web search: a server tool that other providers lack -----------------------------------------------
+# ---- web search: a server tool that other providers lack
 
 
 def is_search(body):
-    """Whether this is Claude Code's side request for a web search: the server tool and no other. It
-    asks "Perform a web search for the query: ..." and reads the results from the blocks."""
+    """Whether this is Claude Code's side request for a web search: the server tool and no other.
+
+    It asks "Perform a web search for the query: ..." and reads the results from the blocks.
+    """
     tools = [str(as_dict(tool).get("type")) for tool in as_list(body.get("tools"))]
     return bool(tools) and all(kind.startswith("web_search_") for kind in tools)
 
 
+HIT = {"type": "web_search_result", "encrypted_content": "", "page_age": None}
+SEARCH_ERROR = {"type": "web_search_tool_result_error", "error_code": "unavailable"}
+NO_SEARCH = (
+    "Web search is not configured: set SEARCH_URL in ccfix to a SearXNG address."
+    " No search was made."
+)
+
+
 def search_message(exchange):
-    """The answer to a web search as a message: real results from SEARCH_URL, or a clear error block;
-    never a model's invention, which the client would show as results."""
-    texts = []
-    for _, blocks, _ in split_turns(exchange.body["messages"])[-1:]:
-        texts = [block_text(block) for block in blocks if block.get("type") == "text"]
-    query = re.sub(r"(?is)^.*?web search for the query:\s*", "", "\n".join(texts)).strip()[:400]
-    call_id = "srvtoolu_" + exchange.proxy.new_id()
+    """The answer to a web search as a message: results from SEARCH_URL, or a clear error block.
+
+    Never a model's invention, which the client would show as results.
+    """
+    _, blocks, _ = (split_turns(exchange.body["messages"]) or [("", [], None)])[-1]
+    text = "\n".join(block_text(block) for block in blocks if block.get("type") == "text")
+    query = re.sub(r"(?is)^.*?web search for the query:\s*", "", text).strip()[:400]
     try:
         hits = search_web(exchange, query)
-        content = [
-            {
-                "type": "web_search_result",
-                "title": hit["title"],
-                "url": hit["url"],
-                "encrypted_content": "",
-                "page_age": None,
-            }
-            for hit in hits
-        ]
-        text = "\n\n".join("%(title)s\n%(url)s\n%(content)s" % hit for hit in hits)
-        text = text or "The search found nothing."
+        content = [dict(HIT, title=title, url=url) for title, url, _ in hits]
+        text = "\n\n".join(map("\n".join, hits)) or "The search found nothing."
     except (ProxyError, ValueError) as error:
-        content = {"type": "web_search_tool_result_error", "error_code": "unavailable"}
-        text = str(error)
+        content, text = SEARCH_ERROR, str(error)
+    call_id = "srvtoolu_" + exchange.proxy.new_id()
     call = {"type": "server_tool_use", "id": call_id, "name": "web_search"}
     result = {"type": "web_search_tool_result", "tool_use_id": call_id, "content": content}
     blocks = [dict(call, input={"query": query}), result, text_block(text)]
-    ends = {"stop_reason": "end_turn", "stop_sequence": None}
-    return dict({"type": "message", "role": "assistant", "content": blocks}, **ends)
+    message = {"type": "message", "role": "assistant", "content": blocks}
+    return dict(message, stop_reason="end_turn", stop_sequence=None)
 
 
 def search_web(exchange, query):
-    """[{title, url, content}] of SEARCH_URL's JSON answer (SearXNG's form, at most ten). Raises
-    ValueError with a sentence for the model. https://docs.searxng.org/dev/search_api.html"""
+    """[(title, url, content)], all strings, of SEARCH_URL's JSON answer, at most ten.
+
+    SearXNG's form: https://docs.searxng.org/dev/search_api.html. Raises ValueError with a sentence
+    for the model.
+    """
     url = exchange.settings.search_url
     if not url:
-        raise ValueError(
-            "Web search is not configured: set SEARCH_URL in ccfix to a SearXNG address. No search"
-            " was made."
-        )
+        raise ValueError(NO_SEARCH)
     url += ("&" if "?" in url else "?") + urllib.parse.urlencode({"q": query, "format": "json"})
     headers = {"Accept": "application/json", "User-Agent": USER_AGENT}
     upstream = exchange.proxy.upstream(exchange.settings)
     try:
-        reply = upstream.open("GET", url, headers, None, exchange.wait, timeout=30)
-        try:
-            raw = reply.read(4 << 20)
-        finally:
-            reply.close()
+        status, found = fetch_json(upstream, url, headers, exchange.wait, 30)
     except ProxyError as error:
         raise ValueError("The web search failed: %s" % error)
-    rows = as_dict(json_or_none(raw)).get("results")
-    if reply.status != 200 or not isinstance(rows, list):
-        found = "SEARCH_URL answered HTTP %d without a list of results" % reply.status
-        raise ValueError("The web search failed: " + found)
+    if not isinstance(found.get("results"), list):
+        words = "The web search failed: SEARCH_URL answered HTTP %d without a list of results"
+        raise ValueError(words % status)
+    rows = [row for row in found["results"][:10] if isinstance(row, dict) and row.get("url")]
     return [
-        {
-            "title": str(row.get("title") or row["url"]),
-            "url": str(row["url"]),
-            "content": str(row.get("content") or ""),
-        }
-        for row in rows[:10]
-        if isinstance(row, dict) and row.get("url")
+        (str(row.get("title") or row["url"]), str(row["url"]), str(row.get("content") or ""))
+        for row in rows
     ]
 
 
@@ -8737,8 +8391,29 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
 #
 # Every string in /stats may come from somebody else: a model name from a client, an error from a
 # provider. They enter the document through textContent and append() only, which never parse
-# markup; a test searches PAGE for all other ways. `sync` rebuilds only what has changed, so a poll
-# takes away neither the keyboard's focus nor a selection, and opened details stay open.
+# markup; a test searches PAGE for all other ways.
+#
+# The script, in its order. refresh() -> call("stats") -> show(stats) -> one function a section.
+#   el        makes an HTML element: "tag" or "tag.classes", children; fill gives it attributes
+#   svg       makes an SVG element: tag, attributes, children
+#   sync      makes parent's children show items; a child whose item is as before stays as it is,
+#             so that a poll takes away neither the keyboard's focus nor a selection, and opened
+#             details stay open. An item is known again by its JSON, in which a function is null
+#   orDash    what is not known (null, or 0 / 0) is a dash, in whatever format
+#   money     has no currency, since PRICES names none
+#   span      a time in its two largest units
+#   list      joins strings; what is false, 0 or empty is left out, as is a count of 0
+#   readShare "input" leaves out what was read from the cache, as in Anthropic's usage
+#   memory    keeps the key: as long as the tab, or as the page where storage is forbidden
+#   call      the JSON of an answer; throws an Error with a message to show, and the status if
+#             there was one
+#   refresh   polls, but does not knock on with a wrong key: then it waits for the form
+#   copy      has no clipboard outside https and localhost: there it selects the text for the user
+#   PLOTS     title, format, top of the scale (0: the highest bar), and the parts of the bar of a
+#             minute: class, name, field of a row of stats.series
+#   COLUMNS   of the requests: title, class, cell. A phone leaves out what is "wide"
+#   DETAILS   what a click on a request shows, where there is something to show. Each request is
+#             a tbody of its own, which takes the details in
 #
 # A figure that is not known is a dash or is left out, never 0: `cost` is null as long as no request
 # had a price, and where only some had one, the tile says how many had none.
@@ -8771,10 +8446,10 @@ body {
 }
 h1 { font-size: 22px; }
 h2 { margin: 32px 0 10px; font-size: 16px; }
-button, input {
-  padding: 5px 12px; border: 1px solid var(--line); border-radius: 6px;
-  background: var(--card); color: inherit; font: inherit;
+button, input, .card {
+  border: 1px solid var(--line); border-radius: 8px; background: var(--card);
 }
+button, input { padding: 5px 12px; color: inherit; font: inherit; }
 button { cursor: pointer; }
 button:hover { border-color: var(--accent); }
 h3, th, dt, small, button, input, pre, code, .soft { font-size: 13px; font-weight: 400; }
@@ -8787,10 +8462,7 @@ h3, th, dt, small, .soft { color: var(--soft); }
   content: ""; display: inline-block; width: 9px; height: 9px; margin: 0 4px 0 5px;
   border-radius: 3px; background: var(--dot);
 }
-.card {
-  padding: 14px 16px; border: 1px solid var(--line);
-  border-radius: 8px; background: var(--card);
-}
+.card { padding: 14px 16px; }
 .grid {
   display: grid; gap: 12px; margin-top: 12px;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, var(--least, 400px)), 1fr));
@@ -8808,7 +8480,7 @@ h3, th, dt, small, .soft { color: var(--soft); }
 #flow > span { align-self: center; color: var(--accent); font-size: 22px; }
 ul { padding: 0; list-style: none; }
 li, pre, .pairs { margin-top: 6px; }
-ul:empty, dl:empty { display: none; }
+dl:empty { display: none; }
 dt + dd { font-size: 24px; font-weight: 600; }
 svg {
   display: block; width: 100%; height: 72px; margin: 8px 0 4px;
@@ -8938,7 +8610,6 @@ thead:only-child::after { content: "No request yet."; display: block; padding: 7
 <p id="message" role="status"></p>
 <script nonce="{nonce}">
 "use strict";
-// refresh() -> call("stats") -> show(stats) -> one function a section.
 const POLL_MS = 2000, PATIENCE_MS = 10000;
 const NONE = "\u2013", DOT = " \u00b7 ";
 let polling = false, pollTimer, messageTimer;
@@ -8948,17 +8619,17 @@ const byId = id => document.getElementById(id);
 function put(id, text) {
   if (byId(id).textContent !== text) byId(id).textContent = text;
 }
-function fill(node, attributes, children) {
+function fill(node, attributes, ...children) {
   for (const name in attributes) node.setAttribute(name, attributes[name]);
   node.append(...children);
   return node;
 }
-const el = (tag, attributes, ...children) =>
-  fill(document.createElement(tag), attributes, children);
+function el(kind, ...children) {
+  const [tag, classes] = kind.split(".");
+  return fill(document.createElement(tag), classes ? { class: classes } : {}, ...children);
+}
 const svg = (tag, attributes, ...children) =>
-  fill(document.createElementNS("http://www.w3.org/2000/svg", tag), attributes, children);
-
-// Make parent's children show items; a child whose item is as before stays as it is.
+  fill(document.createElementNS("http://www.w3.org/2000/svg", tag), attributes, ...children);
 function sync(parent, items, build) {
   const kept = new Map([...parent.children].map(child => [child.key, child]));
   const keys = items.map(item => JSON.stringify(item));
@@ -8970,20 +8641,17 @@ function sync(parent, items, build) {
   });
 }
 
-// -- Numbers as text; what is not known (null, 0 / 0) is a dash
+// -- Numbers as text
 const orDash = format => value => Number.isFinite(value) ? format(value) : NONE;
 const number = orDash(value => value.toLocaleString("en-US"));
 const percent = orDash(value => Math.round(value * 100) + " %");
-const money = orDash(value => value.toFixed(value < 1 ? 4 : 2));  // PRICES names no currency
+const money = orDash(value => value.toFixed(value < 1 ? 4 : 2));
 const clock = orDash(time => new Date(time * 1000).toLocaleTimeString("en-GB"));
-const compact = orDash(value => {
-  let power = 0;
-  for (; value >= 1000 && power < 3; power += 1) value /= 1000;
-  const text = power && value < 100 ? value.toFixed(1) : Math.round(value);
-  return text + ["", "k", "M", "G"][power];
-});
+const compact = orDash(value => value
+  .toLocaleString("en-US", { notation: "compact", maximumSignificantDigits: 3 })
+  .replace("K", "k").replace("B", "G"));
 const bytes = orDash(value => compact(value).replace(/[kMG]?$/, " $&B"));
-const span = orDash(seconds => {  // in its two largest units
+const span = orDash(seconds => {
   const parts = [["d", 86400], ["h", 3600], ["min", 60], ["s", 1]].map(([unit, size]) => {
     const amount = Math.floor(seconds / size);
     seconds -= amount * size;
@@ -8995,15 +8663,13 @@ const duration = orDash(ms =>
   ms < 1000 ? Math.round(ms) + " ms"
     : ms < 60000 ? (ms / 1000).toFixed(1) + " s" : span(ms / 1000));
 const list = (...texts) => texts.filter(Boolean).join(DOT);
-const count = (amount, one, many) => number(amount) + " " + (amount === 1 ? one : many);
-// "input" leaves out what was read from the cache, as in Anthropic's usage.
+const count = (amount, noun) =>
+  amount && number(amount) + " " + (amount === 1 ? noun : noun.replace(/y$/, "ie") + "s");
 const readShare = row => row.cache_read / (row.input + row.cache_read);
 
 // -- Talking to the proxy
-let memory = {};  // keeps the key: as long as the tab, or the page where storage is forbidden
+let memory = {};
 try { memory = sessionStorage; } catch (error) { }
-
-// The JSON of an answer; throws an Error with a message to show, and the status if there was one.
 async function call(path, method) {
   const headers = memory.ccfixKey ? { "x-api-key": memory.ccfixKey } : {};
   const options = { method, headers, cache: "no-store", signal: AbortSignal.timeout(PATIENCE_MS) };
@@ -9030,7 +8696,6 @@ async function refresh() {
   polling = true;
   try { show(await call("stats")); } catch (error) { lose(error); }
   polling = false;
-  // Do not knock on with a wrong key: wait for the form.
   if (byId("key-form").hidden) pollTimer = setTimeout(refresh, POLL_MS);
 }
 function lose({ status, message }) {
@@ -9050,7 +8715,7 @@ async function copy(source) {
   try {
     await navigator.clipboard.writeText(source.textContent);
     tell("Copied.");
-  } catch (error) {  // no clipboard outside https and localhost: select it for the user
+  } catch (error) {
     getSelection().selectAllChildren(source);
     tell("Selected: press Ctrl+C or Cmd+C.");
   }
@@ -9072,7 +8737,7 @@ function show(stats) {
   showLessons(stats.lessons);
   sync(byId("settings").tBodies[0], stats.settings, settingRow);
 }
-const pair = ([name, text]) => el("div", {}, el("dt", {}, name), el("dd", {}, text));
+const pair = ([name, text]) => el("div", el("dt", name), el("dd", text));
 function showModels({ target, disguise, routes }) {
   document.title = target.model + " - ccfix";
   put("disguise", disguise.model || "the name it asks for");
@@ -9080,7 +8745,7 @@ function showModels({ target, disguise, routes }) {
   put("target", target.model);
   put("target-base", list(target.api_base, "profile " + target.profile, target.format));
   sync(byId("routes"), routes,
-    row => el("li", {}, row.family + " \u2192 " + row.model + " at " + row.api_base));
+    row => el("li", row.family + " \u2192 " + row.model + " at " + row.api_base));
 }
 function showTotals(totals) {
   for (const name of ["requests", "errors", "input", "output", "cache_read"])
@@ -9090,77 +8755,68 @@ function showTotals(totals) {
   put("share", percent(readShare(totals)) + " of the input");
   put("cost-total", money(totals.cost));
   put("cost-hint", totals.cost === null ? "no price known: set PRICES" : totals.unpriced
-    ? count(totals.unpriced, "request", "requests") + " without a price" : "");
+    ? count(totals.unpriced, "request") + " without a price" : "");
 }
 function shellCard([shell, lines]) {
-  const code = el("code", {}, lines.join("\n"));
-  const button = el("button", { "aria-label": "Copy the lines for " + shell }, "Copy");
+  const code = el("code", lines.join("\n"));
+  const button = fill(el("button", "Copy"), { "aria-label": "Copy the lines for " + shell });
   button.addEventListener("click", () => copy(code));
-  const bar = el("div", { class: "bar" }, el("h3", {}, shell), button);
-  return el("div", { class: "card" }, bar, el("pre", {}, code));
+  return el("div.card",
+    el("div.bar", el("h3", shell), button), el("pre", code));
 }
 
-// Plots: title, format, top of the scale (0: the highest bar), parts of the bar of a minute;
-// parts: class, name, value of a row of stats.series.
 const PLOTS = [
-  ["Tokens a minute", compact, 0, [
-    ["accent", "in", row => row.input],
-    ["pale", "cached", row => row.cache_read],
-    ["grey", "out", row => row.output],
-  ]],
-  ["Latency to first content", duration, 0, [["accent", "", row => row.first_ms]]],
-  ["Cache-read share of input", percent, 1, [["accent", "", readShare]]],
-  ["Cost a minute", money, 0, [["accent", "", row => row.cost]]],
+  ["Tokens a minute", compact, 0,
+    [["accent", "in", "input"], ["pale", "cached", "cache_read"], ["grey", "out", "output"]]],
+  ["Latency to first content", duration, 0, [["accent", "", "first_ms"]]],
+  ["Cache-read share of input", percent, 1, [["accent", "", "share"]]],
+  ["Cost a minute", money, 0, [["accent", "", "cost"]]],
 ];
 function showPlots({ series, totals }) {
-  const plots = PLOTS.map(([title, , , parts], index) => {
-    const bars = series.map((row, x) => ({ x, t: row.t, values: parts.map(part => part[2](row)) }));
-    return { title, index, bars: bars.filter(bar => Number.isFinite(bar.values[0])) };
-  });
-  const shown = totals.cost === null ? plots.slice(0, -1) : plots;
-  sync(byId("plots"), shown, plot => plotFigure(plot, series.length));
+  const barsOf = parts => series
+    .map(row => ({ ...row, share: readShare(row) }))
+    .map((row, x) => ({ x, t: row.t, values: parts.map(([, , field]) => row[field]) }))
+    .filter(bar => Number.isFinite(bar.values[0]));
+  const plots = totals.cost === null ? PLOTS.slice(0, -1) : PLOTS;
+  sync(byId("plots"), plots.map(plot => [...plot, barsOf(plot[3]), series.length]), plotFigure);
 }
-function plotFigure({ title, index, bars }, minutes) {
-  const [, format, top, parts] = PLOTS[index];
+function plotFigure([title, format, top, parts, bars, minutes]) {
   const sums = bars.map(bar => bar.values.reduce((a, b) => a + b)), peak = Math.max(...sums);
-  const summary = !bars.length ? "nothing yet"
-    : "last " + format(sums.at(-1)) + ", peak " + format(peak);
-  const label = title + " in the last hour: " + summary, scale = 96 / (top || peak || 1);
-  const box = { viewBox: "0 0 " + minutes + " 100", preserveAspectRatio: "none" };
-  const drawing = svg("svg", { ...box, role: "img", "aria-label": label },
-    ...bars.map(bar => barShape(bar, parts, format, scale)));
-  const keys = parts.filter(part => part[1])
-    .map(([color, name]) => el("span", { class: "key " + color }, name));
-  const axis = [["1 h ago"], keys, ["now"]].map(texts => el("span", {}, ...texts));
-  return el("div", { class: "card" }, el("h3", {}, title), el("small", {}, summary), drawing,
-    el("div", { class: "bar soft" }, ...axis));
+  const summary = bars.length ? "last " + format(sums.at(-1)) + ", peak " + format(peak)
+    : "nothing yet";
+  const drawing = svg("svg", {
+    viewBox: "0 0 " + minutes + " 100", preserveAspectRatio: "none", role: "img",
+    "aria-label": title + " in the last hour: " + summary,
+  }, ...bars.map(bar => barShape(bar, parts, format, 96 / (top || peak || 1))));
+  const keys = parts.filter(([, name]) => name)
+    .map(([color, name]) => el("span.key " + color, name));
+  const axis = [["1 h ago"], keys, ["now"]].map(texts => el("span", ...texts));
+  return el("div.card", el("h3", title), el("small", summary), drawing,
+    el("div.bar soft", ...axis));
 }
 function barShape({ x, t, values }, parts, format, scale) {
   const texts = parts.map((part, index) => format(values[index]) + " " + part[1]);
-  const group = svg("g", {}, svg("title", {}, clock(t) + DOT + texts.join(", ")),
-    svg("rect", { class: "hover", x, width: 1, height: 100 }));
   let y = 100;
-  parts.forEach(([color], index) => {
-    const height = values[index] * scale;
-    y -= height;
-    group.append(svg("rect", { class: color, x: x + 0.1, y, width: 0.8, height }));
-  });
-  return group;
+  return svg("g", {}, svg("title", {}, clock(t) + DOT + texts.join(", ")),
+    svg("rect", { class: "hover", x, width: 1, height: 100 }),
+    ...parts.map(([color], index) => {
+      const height = values[index] * scale;
+      y -= height;
+      return svg("rect", { class: color, x: x + 0.1, y, width: 0.8, height });
+    }));
 }
 
-// The table: title, class, cell. A phone leaves out what is "wide"; the details have it.
 const COLUMNS = [
-  ["Time", "", row => el("button", { "aria-expanded": false }, clock(row.time))],
+  ["Time", "", row => fill(el("button", clock(row.time)), { "aria-expanded": false })],
   ["Model", "name", modelCell],
   ["Status", "n", ({ status, error }) =>
-    el("span", { class: status >= 400 || error ? "bad" : "" }, status || NONE)],
+    el(status >= 400 || error ? "span.bad" : "span", status || NONE)],
   ["In", "n wide", row => number(row.input)],
   ["Cache read", "n wide", row => number(row.cache_read)],
   ["Out", "n wide", row => number(row.output)],
   ["First", "n wide", row => duration(row.first_ms)],
   ["Total", "n", row => duration(row.total_ms)],
 ];
-// What a click on a row shows, where there is something to show.
 const DETAILS = [
   ["Error", row => row.error],
   ["Prefix cache lost", row => row.broke],
@@ -9174,27 +8830,24 @@ const DETAILS = [
     duration(row.total_ms) + " in all")],
   ["Cost", row => row.cost === null ? "" : money(row.cost)],
   ["Bytes", row => list(bytes(row.bytes_in) + " in", bytes(row.bytes_out) + " out")],
-  ["Mode", row => list(row.stream ? "streamed" : "whole", retries(row),
+  ["Mode", row => list(row.stream ? "streamed" : "whole", count(row.retries, "retry"),
     row.cache && "cache " + row.cache)],
   ["Session", row => row.session],
   ["Id", row => row.id],
 ];
-const retries = row => row.retries && count(row.retries, "retry", "retries");
 function modelCell(row) {
-  const learned = row.lessons.length;
-  const notes = list(row.cache === "hit" && "answered from the cache", retries(row),
-    learned && count(learned, "lesson", "lessons"), row.broke && "prefix cache lost");
-  const lines = [el("small", { class: "bad" }, row.error || ""), el("small", {}, notes)];
-  return el("span", {}, row.model || row.asked || NONE, ...lines.filter(line => line.textContent));
+  const notes = list(row.cache === "hit" && "answered from the cache", count(row.retries, "retry"),
+    count(row.lessons.length, "lesson"), row.broke && "prefix cache lost");
+  return el("span", row.model || row.asked || NONE,
+    el("small.bad", row.error || ""), el("small", notes));
 }
 function headRow() {
-  const cells = COLUMNS.map(([title, kind]) => el("th", { class: kind }, title));
-  return el("thead", {}, el("tr", {}, ...cells));
+  const cells = COLUMNS.map(([title, kind]) => el("th." + kind, title));
+  return el("thead", el("tr", ...cells));
 }
-// A request is a tbody of its own, which takes the details in when its row is clicked.
 function requestRow(row) {
-  const cells = COLUMNS.map(([, kind, cell]) => el("td", { class: kind }, cell(row)));
-  const line = el("tr", { "data-id": row.id }, ...cells), body = el("tbody", {}, line);
+  const cells = COLUMNS.map(([, kind, cell]) => el("td." + kind, cell(row)));
+  const line = fill(el("tr"), { "data-id": row.id }, ...cells), body = el("tbody", line);
   line.addEventListener("click", () => {
     const details = line.nextElementSibling;
     if (details) details.remove();
@@ -9205,8 +8858,8 @@ function requestRow(row) {
 }
 function detailRow(row) {
   const pairs = DETAILS.map(([name, text]) => [name, text(row)]).filter(([, text]) => text);
-  const details = el("dl", { class: "pairs" }, ...pairs.map(pair));
-  return el("tr", { class: "detail" }, el("td", { colspan: COLUMNS.length }, details));
+  return el("tr.detail",
+    fill(el("td"), { colspan: COLUMNS.length }, el("dl.pairs", ...pairs.map(pair))));
 }
 function showCache(cache) {
   put("cache-mode", !cache.enabled ? "Off (CACHE_ENABLED)"
@@ -9215,23 +8868,22 @@ function showCache(cache) {
   sync(byId("cache-text"), !cache.enabled ? [] : [
     ["Hit rate", list(percent(cache.hit_rate),
       number(cache.hits) + " hits, " + number(cache.misses) + " misses")],
-    ["Kept", list(count(cache.entries, "entry", "entries"), bytes(cache.bytes))],
+    ["Kept", list(count(cache.entries, "entry") || "no entry", bytes(cache.bytes))],
     ["So far", number(cache.inserts) + " stored, " + number(cache.evictions) + " evicted"],
     ["Saved", duration(cache.saved_ms) + " of waiting"],
   ], pair);
 }
 function showLessons(lessons) {
-  const many = lessons.length;
-  put("lessons-count", many ? count(many, "lesson", "lessons") : "Nothing had to be learned yet.");
-  byId("lessons-forget").hidden = !many;
+  put("lessons-count", count(lessons.length, "lesson") || "Nothing had to be learned yet.");
+  byId("lessons-forget").hidden = !lessons.length;
   sync(byId("lessons"), lessons,
-    row => el("li", {}, row.text, el("small", {}, row.model + " at " + row.upstream)));
+    row => el("li", row.text, el("small", row.model + " at " + row.upstream)));
 }
 function settingRow({ name, help, value, origin }) {
-  return el("tr", {},
-    el("td", {}, el("code", {}, name), el("small", { class: "wide" }, help)),
-    el("td", {}, value || NONE),
-    el("td", { class: origin === "default" ? "soft" : "changed" }, origin));
+  return el("tr",
+    el("td", el("code", name), el("small.wide", help)),
+    el("td", value || NONE),
+    el(origin === "default" ? "td.soft" : "td.changed", origin));
 }
 
 // -- Start
@@ -9661,8 +9313,7 @@ class Running:
 
     def plan(self):
         """The Plan of requests for no family."""
-        settings = self.config()
-        return plan_for(settings, "", self.proxy.profile_of(settings))
+        return self.proxy.plan_of(self.config())
 
     def stop(self, grace=5.0):
         """End: no new requests; open replies get `grace` seconds, and one more to say that they
@@ -10174,11 +9825,11 @@ def claude_files(home):
 
 # ---- check: what the target can do, through the code that serves ---------------------------------
 #
-# A row of CHECKS is a name and a function that asks one thing of the target and returns a Verdict.
-# It asks through the Proxy and Exchange that serve Claude Code, so a row shows what Claude Code
-# would get, with everything that ccfix does for it except second tries. A ProxyError on the way is
-# a verdict as well. Each docstring says what the row proves, and what Claude Code does without it
-# (seen with Claude Code 2.1.330).
+# A row of CHECKS asks the target one thing and judges the answer: a Verdict. It asks through the
+# Proxy and Exchange that serve Claude Code, so a row shows what Claude Code would get, with
+# everything that ccfix does for it except second tries. A ProxyError on the way is a verdict as
+# well. Each docstring says what the row proves, and what Claude Code does without it (seen with
+# Claude Code 2.1.330).
 
 ROW_SECONDS, LONG_SECONDS = 60, 180  # for one question; for a long prompt on a small machine
 ANSWER_TOKENS = 400  # enough for a model that thinks before it calls a tool
@@ -10199,22 +9850,42 @@ WEATHER = {
         "additionalProperties": False,
     },
 }
-# name -> arguments of Tester.ask. Several rows look at these answers, so each is asked only once.
-QUESTIONS = {
-    "plain": {"content": "Reply with the one word: pong", "stream": False},
-    "count": {"content": "Count from 1 to 30 in digits, separated by blanks."},
-    "tool": {"content": "What is the weather in Paris? Use the tool.", "tools": [WEATHER]},
-}
 # A PNG in base64. 64 x 64 pixels, since some vision models refuse a picture of under 28.
 RED_SQUARE = (
     "iVBORw0KGgoAAAANSUhEUgAAAEAAAABAAQMAAACQp+OdAAAAA1BMVEX/AAAZ4gk3AAAAD0lEQVR42mNgGAWj"
     "gHwAAAJAAAHgTR1EAAAAAElFTkSuQmCC"
 )
+RED_IMAGE = {
+    "type": "image",
+    "source": {"type": "base64", "media_type": "image/png", "data": RED_SQUARE},
+}
+# name -> arguments of Tester.ask. Each is asked once, however many rows look at its answer.
+QUESTIONS = {
+    "plain": dict(content="Reply with the one word: pong", stream=False),
+    "count": dict(content="Count from 1 to 30 in digits, separated by blanks."),
+    "tool": dict(content="What is the weather in Paris? Use the tool.", tools=[WEATHER]),
+    "forced": dict(  # the words alone would not lead to a call
+        content="Good morning! I am in Rome.",
+        tools=[WEATHER],
+        tool_choice={"type": "tool", "name": WEATHER["name"]},
+    ),
+    "parallel": dict(
+        content="What is the weather in Paris, and what in Rome? Call the tool for both at once.",
+        tools=[WEATHER],
+    ),
+    # 1,024 is the least budget that Anthropic's API takes, and max_tokens must be above it.
+    "thinking": dict(
+        content="How many times is the letter r in strawberry? Think first.",
+        max_tokens=1200,
+        thinking={"type": "enabled", "budget_tokens": 1024},
+    ),
+    "image": dict(content=[RED_IMAGE, {"type": "text", "text": "Which colour is this picture?"}]),
+}
 
 TRAINED = "choose a model that was trained for tools"
 # kind of a ProxyError -> what to do. The other kinds have no fix that helps in general.
 ADVICE = {
-    "auth": "set the right key: -k KEY, or TARGET_API_KEY in the environment or .env",
+    "auth": "set the right key: -k KEY, or TARGET_API_KEY",
     "billing": "add credit at the provider, or choose another one",
     "policy": "ask the provider what this key may use",
     "model": "choose one of the provider's models: -m NAME, or TARGET_MODEL",
@@ -10222,10 +9893,10 @@ ADVICE = {
     "overflow": "choose a model with a larger context window, or raise the server's "
     "(llama.cpp: -c, vLLM: --max-model-len, Ollama: OLLAMA_CONTEXT_LENGTH=65536)",
     "timeout": "try again; for a server that is always slow, raise TARGET_TIMEOUT",
-    "rate": "wait until the provider's limit allows more, or ask for a higher one",
+    "rate": "wait, or ask the provider for a higher limit",
     "overloaded": "try again later, or set TARGET_MODEL_FALLBACK",
-    "server": "try again later; if it persists, see the server's own log",
-    "cut": "try again; if it persists, see the server's log, and look for proxies in between",
+    "server": "try again later, or see the server's own log",
+    "cut": "try again; if it persists, see the logs of the server and of proxies in between",
     "sampling": TRAINED,
 }
 # profile -> what makes tools work there, where a model trained for them is not enough
@@ -10237,19 +9908,23 @@ NO_TOOLS = {
     "lmstudio": "choose a model that LM Studio marks with a hammer",
 }
 
-# What a row found. status: ok, fail, or skip where it cannot tell; seen: what, in a few words; fix:
-# what to do about it, or "".
-Verdict = collections.namedtuple("Verdict", "status seen fix")
+
+class Verdict(NamedTuple):
+    """What a row found."""
+
+    status: str  # ok, skip or fail
+    seen: str  # what, in a few words
+    fix: str = ""  # what to do about it
 
 
 def ok(seen):
     """The row holds."""
-    return Verdict("ok", seen, "")
+    return Verdict("ok", seen)
 
 
 def skip(seen):
     """The row cannot tell, and is no reason to doubt the target."""
-    return Verdict("skip", seen, "")
+    return Verdict("skip", seen)
 
 
 def fail(seen, fix=""):
@@ -10275,25 +9950,26 @@ class Answer:
     """What the target answered to one question. Raises ProxyError, like Exchange.events."""
 
     def __init__(self, exchange):
-        events, began = [], time.monotonic()
+        events = []
         self.marks = []  # seconds after which each piece of text, thinking or arguments came
         for event in filter(None, exchange.events()):
             events.append(event)
             if event["type"] == "content_block_delta":
-                self.marks.append(time.monotonic() - began)
+                self.marks.append(exchange.clock() - exchange.began)
         if exchange.broken_by():
             raise exchange.error
-        self.message = fold(events)  # Anthropic's message (dict)
-        self.plan = exchange.plan  # with the lessons learned on the way
+        self.content = fold(events)["content"]  # Anthropic's blocks
+        self.profile = exchange.plan.profile  # with the lessons learned on the way
         self.usage = exchange.reader.raw_usage  # the provider's own; {} if it told none
-        self.tokens = exchange.reader.usage()  # Anthropic's usage; estimated if need be
+        tokens = exchange.reader.usage()  # Anthropic's usage; estimated if need be
+        self.output, self.cached = tokens["output_tokens"], tokens["cache_read_input_tokens"]
         # Tokens of the prompt, whether they were read anew, from a cache or into one.
-        names = [name for name in self.tokens if name.endswith("input_tokens")]
-        self.prompt = sum(self.tokens[name] for name in names)
+        self.prompt = sum(tokens.values()) - self.output
         self.text = "".join(block["text"] for block in self.blocks("text")).strip()
 
     def blocks(self, kind):
-        return [block for block in self.message["content"] if block["type"] == kind]
+        """The content blocks of a kind."""
+        return [block for block in self.content if block["type"] == kind]
 
     def calls(self):
         """The tool calls that fit WEATHER; Claude Code answers any other with an error."""
@@ -10313,13 +9989,14 @@ def question_body(model, content):
 class Tester:
     """What the rows share: a Proxy that tries nothing twice, and what the target has said so far.
 
-    settings is changed, so that nothing in it hides or repairs what the target does. asked: the
-    model name that Claude Code would ask for; its family decides where requests go. models: the
-    names that the provider lists, once a row has looked. To be closed.
+    settings is changed, so that nothing in it hides or repairs what the target does. family: whose
+    models Claude Code would ask for, which decides where requests go; any other word means the main
+    target. To be closed.
     """
 
-    def __init__(self, settings, asked="ccfix-check"):
-        self.settings, self.asked, self.models = settings, asked, []
+    def __init__(self, settings, family="check"):
+        self.settings, self.asked = settings, "claude-" + family
+        self.models = []  # the names that the provider lists, once a row has looked
         self.known = {}  # name of a question -> its Answer, or the ProxyError that it ended with
         settings.target_retries, settings.target_model_fallback = 0, ""
         settings.cache_enabled, settings.record_dir = False, ""
@@ -10375,34 +10052,25 @@ def models_url(plan):
 
 # The first four rows. Where one of them fails, the rest would only say the same again.
 
+ELSEWHERE = skip("unknown: the question failed otherwise, see below")
+
 
 def is_reachable(tester):
     """Name, network, proxy and TLS work: any HTTP answer will do.
 
     Otherwise Claude Code says "API Error" after three minutes of trying again.
     """
-    plan, upstream = tester.plan, tester.proxy.upstream(tester.settings)
-    headers = upstream_headers(plan, tester.settings, {})
+    plan, settings = tester.plan, tester.settings
+    upstream, headers = tester.proxy.upstream(settings), upstream_headers(plan, settings)
     tester.models = model_names(get_json(upstream, models_url(plan), headers, patience(20)))
     tester.proxy.probe(plan, patience(10))  # tells a local server's kind, and so its profile
-    way = upstream.route(plan.base)
+    way = upstream.way_to(plan.base)
     seen = host_port(way.host, way.port) + " answers"
     if way.scheme == "https":
-        seen += ", TLS %s" % ("NOT verified (INSECURE)" if tester.settings.insecure else "verified")
+        seen += ", TLS NOT verified (INSECURE)" if settings.insecure else ", TLS verified"
     if way.proxy:
         seen += ", through the proxy " + host_port(*way.proxy)
-    return ok("%s; profile %s" % (seen, tester.plan.profile.name))
-
-
-def judge_plain(tester, kinds, seen):
-    """The Verdict by the plain question: `seen` if it was answered, else whether it failed with
-    one of these kinds of errors; another row tells of the others."""
-    error = tester.plain_error()
-    if error is None:
-        return ok(seen)
-    if error.kind in kinds:
-        return failure(error)
-    return skip("unknown: the question failed otherwise, see below")
+    return ok(seen + "; profile " + tester.plan.profile.name)
 
 
 def takes_key(tester):
@@ -10410,8 +10078,10 @@ def takes_key(tester):
 
     Otherwise every turn ends with an error about the login (401, 403) or the credit (402).
     """
-    seen = "accepted" if tester.plan.key else "none given, none needed"
-    return judge_plain(tester, ("auth", "billing", "policy", "connect"), seen)
+    error = tester.plain_error()
+    if not error:
+        return ok("accepted" if tester.plan.key else "none given, none needed")
+    return failure(error) if error.kind in ("auth", "billing", "policy", "connect") else ELSEWHERE
 
 
 def has_model(tester):
@@ -10419,30 +10089,25 @@ def has_model(tester):
 
     Without it, Claude Code says that the selected model may not exist (404).
     """
-    model = tester.plan.model
-    kinds = () if model in tester.models else ("model", "path")
-    verdict = judge_plain(tester, kinds, model)
-    if verdict.status != "fail":
-        return verdict
+    model, error = tester.plan.model, tester.plain_error()
+    if not error:
+        return ok(model)
+    if error.kind not in ("model", "path") or model in tester.models:
+        return ELSEWHERE
     import difflib  # nothing else needs it, and a start should not wait for it
 
     # At 0.3 "sonnet" is still like "anthropic/claude-sonnet-4.5".
     near = difflib.get_close_matches(model, tester.models, 12, 0.3) or tester.models[:12]
     fix = "-m with one of: " + shorten(", ".join(near), 300) if near else ADVICE["model"]
-    if tester.plain_error().kind == "model":
+    if error.kind == "model":
         return fail("the provider has no model " + model, fix)
     return fail("no such address, or no model " + model, ADVICE["path"] + "; or " + fix)
 
 
-def answers_plainly(tester):
-    """A whole answer, without streaming: what Claude Code asks for after a stream has failed."""
-    return judge_text(tester.once("plain"))
-
-
 def judge_text(answer):
-    """The Verdict of an answer that should be text."""
+    """The answer is text. Of "plain" it comes whole, as Claude Code asks after a failed stream."""
     if answer.text:
-        return ok("%s, %d tokens" % (quote(answer.text), answer.tokens["output_tokens"]))
+        return ok("%s, %d tokens" % (quote(answer.text), answer.output))
     if answer.blocks("tool_use"):
         return fail("a tool call instead of text", TRAINED)
     if answer.blocks("thinking"):
@@ -10454,77 +10119,61 @@ def judge_text(answer):
 # The stream.
 
 
-def streams(tester):
+def judge_stream(answer):
     """The answer comes in pieces. In one piece it works as well, but nothing is seen for long."""
-    answer = tester.once("count")
     if not answer.marks:
         return fail("an empty stream", ADVICE["server"])
-    if len(answer.marks) == 1 and answer.tokens["output_tokens"] > 8:
+    if len(answer.marks) == 1 and answer.output > 8:
         return ok("all in one piece, at the end: the server, or a proxy in between, holds it back")
     return ok("%d pieces in %.1f s" % (len(answer.marks), answer.marks[-1]))
 
 
-def tells_usage(tester):
+def judge_usage(answer):
     """The stream tells token counts. Claude Code adds them up to know when to compact; where there
     are none, ccfix sends estimates in their place."""
-    usage = tester.once("count").usage
-    told = (
-        positive_int(usage, "prompt_tokens", "input_tokens"),
-        positive_int(usage, "completion_tokens", "output_tokens"),
-    )
-    if all(told):
-        return ok("%d in, %d out" % told)
+    if answer.usage and answer.output:  # Answer.prompt is an estimate where it has no number
+        return ok("%d in, %d out" % (answer.prompt, answer.output))
     seen = "none: token counts are estimates, so compaction may come early or late"
     return fail(seen, "turn on usage in the server's streams")
 
 
-def is_fast(tester):
+def judge_speed(answer):
     """How long a user waits, and how fast the answer comes then; for a person to judge."""
-    answer = tester.once("count")
-    # The first content is at `first` already, so that one token less came in between.
-    first, last = (answer.marks or [0])[0], (answer.marks or [0])[-1]
-    seen = "first content after %.2f s" % first
-    if last > first:
-        seen += ", then %.0f tokens/s" % ((answer.tokens["output_tokens"] - 1) / (last - first))
+    marks = answer.marks or [0]
+    seen = "first content after %.2f s" % marks[0]
+    if marks[-1] > marks[0]:
+        # The first token is there at the first mark already: one less came in between.
+        seen += ", then %.0f tokens/s" % ((answer.output - 1) / (marks[-1] - marks[0]))
     return ok(seen)
 
 
 # Tools: without them Claude Code reads no file and runs no command, it only talks.
 
 
-def calls_tool(tester):
+def judge_call(answer):
     """The model calls a tool when it is told to."""
-    return judge_call(tester, tester.once("tool"))
-
-
-def judge_call(tester, answer):
-    """The Verdict of an answer that should call WEATHER."""
-    if answer.calls():
-        return ok("get_weather(%s)" % compact_json(answer.calls()[0]["input"]))
+    calls = answer.calls()
+    if calls:
+        return ok("get_weather(%s)" % compact_json(calls[0]["input"]))
     seen = "text instead of a call: " + quote(answer.text)
-    if answer.blocks("tool_use"):
-        call = answer.blocks("tool_use")[0]
+    for call in answer.blocks("tool_use"):
         seen = "a call that does not fit the tool: " + compact_json(call["input"])
-    return fail(seen, NO_TOOLS.get(tester.plan.profile.name, TRAINED))
+    return fail(seen, NO_TOOLS.get(answer.profile.name, TRAINED))
 
 
-def calls_forced_tool(tester):
-    """tool_choice is obeyed; the words alone would not lead to a call."""
-    choice = {"type": "tool", "name": WEATHER["name"]}
-    answer = tester.ask("Good morning! I am in Rome.", tools=[WEATHER], tool_choice=choice)
+def judge_forced_call(answer):
+    """tool_choice is obeyed."""
     if answer.calls():
         return ok("called when told to")
     fix = "Claude Code needs it only for --json-schema and a few side requests"
-    return judge_call(tester, answer)._replace(fix=fix)
+    return judge_call(answer)._replace(fix=fix)
 
 
-def calls_in_parallel(tester):
+def judge_parallel_calls(answer):
     """One answer has two calls. Claude Code then runs both at once; otherwise, turn by turn."""
-    question = "What is the weather in Paris, and what in Rome? Call the tool for both at once."
-    calls = len(tester.ask(question, tools=[WEATHER]).calls())
-    if calls > 1:
-        return ok("%d calls in one answer" % calls)
-    return fail("%d call in one answer: work takes more turns" % calls)
+    calls = len(answer.calls())
+    seen = "calls in one answer: %d" % calls
+    return ok(seen) if calls > 1 else fail(seen + "; work takes more turns")
 
 
 def takes_result(tester):
@@ -10536,11 +10185,13 @@ def takes_result(tester):
     answer = tester.once("tool")
     if not answer.calls():
         return skip("not tried: there is no call to answer")
-    result = {"type": "tool_result", "content": "11 degrees, heavy rain"}
-    results = [dict(result, tool_use_id=call["id"]) for call in answer.blocks("tool_use")]
+    results = [
+        {"type": "tool_result", "tool_use_id": call["id"], "content": "11 degrees, heavy rain"}
+        for call in answer.blocks("tool_use")
+    ]
     messages = [
         {"role": "user", "content": QUESTIONS["tool"]["content"]},
-        {"role": "assistant", "content": answer.message["content"]},
+        {"role": "assistant", "content": answer.content},
         {"role": "user", "content": results},
     ]
     return judge_text(tester.ask(tools=[WEATHER], messages=messages))
@@ -10549,28 +10200,20 @@ def takes_result(tester):
 # What not every model can do.
 
 
-def thinks(tester):
+def judge_thinking(answer):
     """Reasoning is shown. Claude Code shows it too, and sends it back; it works without."""
-    answer = tester.ask(
-        "How many times is the letter r in strawberry? Think first.",
-        max_tokens=1200,
-        thinking={"type": "enabled", "budget_tokens": 1024},
-    )
     size = sum(len(block["thinking"]) for block in answer.blocks("thinking"))
     if size:
         return ok("%d characters" % size)
     return skip("none shown: the model does not reason, or the provider hides it")
 
 
-def sees(tester):
+def judge_sight(answer):
     """The model tells the colour of a picture. Some servers drop images without a word."""
-    source = {"type": "base64", "media_type": "image/png", "data": RED_SQUARE}
-    question = "Which colour is this picture?"
-    answer = tester.ask([{"type": "image", "source": source}, {"type": "text", "text": question}])
     if re.search(r"\bred\b", answer.text, re.I):  # and not "rendered"
         return ok("it saw the colour")
     seen = "it did not see a red square: " + quote(answer.text)
-    if not answer.plan.profile.images:  # known before, or a lesson: ccfix left the picture out
+    if not answer.profile.images:  # known before, or a lesson: ccfix left the picture out
         seen = "the provider is known to take no images, or refused the image"
     return fail(seen, "name a model that sees pictures: TARGET_MODEL_IMAGE")
 
@@ -10591,8 +10234,7 @@ def holds_context(tester):
     Otherwise the first turn ends with "Prompt is too long", or, where a server cuts prompts without
     a word, as Ollama did at 4,096 tokens, with an answer to another question.
     """
-    if tester.plan.profile.name == "ollama":
-        tester.proxy.probe(tester.plan, patience(10))  # it tells only the window of loaded models
+    tester.proxy.probe(tester.plan, patience(10))  # Ollama tells it only of a model that is loaded
     window = tester.plan.profile.context
     if not window:
         return takes_long_prompt(tester)
@@ -10611,12 +10253,13 @@ def takes_long_prompt(tester):
     """
     prompt = "The code word is %s.\n%sWhat is the code word at the top?"
     answer = tester.ask(prompt % (CODE_WORD, fill_prompt(900)), LONG_SECONDS)
-    size = answer.prompt
-    if answer.usage and size < FIRST_REQUEST // 2:
-        return fail("the server silently cut the prompt to %d tokens" % size, ADVICE["overflow"])
-    memory = "" if CODE_WORD in answer.text else ", but forgot its beginning"
-    limit = "the limit is unknown: set MAX_CONTEXT so that Claude Code compacts in time"
-    return ok("took a prompt of %d tokens%s; %s" % (size, memory, limit))
+    if answer.usage and answer.prompt < FIRST_REQUEST // 2:
+        seen = "the server silently cut the prompt to %d tokens" % answer.prompt
+        return fail(seen, ADVICE["overflow"])
+    seen = "took a prompt of %d tokens" % answer.prompt
+    if CODE_WORD not in answer.text:
+        seen += ", but forgot its beginning"
+    return ok(seen + "; the limit is unknown: set MAX_CONTEXT so that Claude Code compacts in time")
 
 
 def caches_prefix(tester):
@@ -10627,9 +10270,8 @@ def caches_prefix(tester):
     system = "You are a terse clerk.\n" + fill_prompt(170)  # most caches begin at 1,024 tokens
     for question in ("Say yes.", "Say no."):
         answer = tester.ask(question, LONG_SECONDS, system=system, max_tokens=16)
-    cached = answer.tokens["cache_read_input_tokens"]
-    if cached:
-        return ok("%d of %d tokens" % (cached, answer.prompt))
+    if answer.cached:
+        return ok("%d of %d tokens" % (answer.cached, answer.prompt))
     return fail("none reported: each turn may be read, and paid for, in full")
 
 
@@ -10642,17 +10284,26 @@ def orders_events(tester):
     Claude Code gives up a stream that lacks some, and asks again without streaming. Here nothing of
     ccfix is in between: an Exchange would show the events as ccfix writes them.
     """
-    plan, upstream = tester.plan, tester.proxy.upstream(tester.settings)
-    url, headers = plan.url(plan.format.path), upstream_headers(plan, tester.settings, {})
+    plan, settings = tester.plan, tester.settings
+    if not plan.format.relays:
+        return None  # the client is sent ccfix's own events
     data = compact_json(question_body(plan.model, "Say hello.")).encode()
-    reply = upstream.open("POST", url, headers, data, patience(ROW_SECONDS))
+    address = plan.url(plan.format.path), upstream_headers(plan, settings)
+    reply = tester.proxy.upstream(settings).open("POST", *address, data, patience(ROW_SECONDS))
     with contextlib.closing(reply):
         raw = reply.read(4 << 20)
     if reply.status != 200:
         return failure(upstream_error(reply.status, {}, raw))
-    wrong = grammar_fault(raw.decode("utf-8", "replace"))
+    fault = grammar_fault(to_string(raw))
     fix = "Claude Code needs Anthropic's event order; report it to the server's makers"
-    return fail(wrong, fix) if wrong else ok("as Anthropic's")
+    return fail(fault, fix) if fault else ok("as Anthropic's")
+
+
+# The types of the events of a whole stream, pings apart.
+EVENT_ORDER = re.compile(
+    "message_start (content_block_start (content_block_delta )*content_block_stop )*"
+    "message_delta message_stop $"
+)
 
 
 def grammar_fault(text):
@@ -10662,7 +10313,7 @@ def grammar_fault(text):
     name in an `event:` line it does not see at all.
     https://docs.anthropic.com/en/docs/build-with-claude/streaming
     """
-    shape, index = "", -1
+    order, index = "", -1
     for name, data in re.findall(r"^(?:event: ?(.*?)\r?\n)?data: ?(\{.*)", text, re.M):
         event = as_dict(json_or_none(data))
         kind = str(event.get("type"))
@@ -10673,58 +10324,59 @@ def grammar_fault(text):
         index += kind == "content_block_start"
         if kind.startswith("content_block_") and event.get("index") != index:
             return "%s with index %a where %d was due" % (kind, event.get("index"), index)
-        shape += kind + " " if kind != "ping" else ""
-    block = "content_block_start (content_block_delta )*content_block_stop "
-    if re.match("message_start (%s)*message_delta message_stop $" % block, shape):
+        order += kind + " " if kind != "ping" else ""
+    if EVENT_ORDER.match(order):
         return ""
-    return "events out of order: " + shorten(shape or "none", 200)
+    return "events out of order: " + shorten(order or "none", 200)
 
 
 CHECKS = (
-    # (name, required: Claude Code cannot work without it, function(tester) -> Verdict,
-    # and True where it is of use only for a format whose events are relayed as they come)
-    ("reachable", True, is_reachable),
-    ("key accepted", True, takes_key),
-    ("model exists", True, has_model),
-    ("plain reply", True, answers_plainly),
-    ("stream", True, streams),
-    ("event order", True, orders_events, True),
-    ("usage in stream", False, tells_usage),
-    ("tool call", True, calls_tool),
-    ("forced tool choice", False, calls_forced_tool),
-    ("parallel tools", False, calls_in_parallel),
-    ("tool result turn", True, takes_result),
-    ("thinking", False, thinks),
-    ("image", False, sees),
-    ("long prompt", True, holds_context),
-    ("cached tokens", False, caches_prefix),
-    ("speed", False, is_fast),
+    # (name, required: Claude Code cannot work without it, a row of QUESTIONS or "", what judges the
+    # Answer to it, or looks at the Tester where there is none: a function that returns a Verdict,
+    # or None where the row makes no sense)
+    ("reachable", True, "", is_reachable),
+    ("key accepted", True, "", takes_key),
+    ("model exists", True, "", has_model),
+    ("plain reply", True, "plain", judge_text),
+    ("stream", True, "count", judge_stream),
+    ("event order", True, "", orders_events),
+    ("usage in stream", False, "count", judge_usage),
+    ("tool call", True, "tool", judge_call),
+    ("forced tool choice", False, "forced", judge_forced_call),
+    ("parallel tools", False, "parallel", judge_parallel_calls),
+    ("tool result turn", True, "", takes_result),
+    ("thinking", False, "thinking", judge_thinking),
+    ("image", False, "image", judge_sight),
+    ("long prompt", True, "", holds_context),
+    ("cached tokens", False, "", caches_prefix),
+    ("speed", False, "count", judge_speed),
 )
+# Rows are in this order since each rests on those above it: a failure is told where it begins.
 GATES = 4  # the first rows, without which the rest is not tried
-MARKS = {"ok": "ok", "skip": "--", "fail": "no"}
 
 
 def run_checks(tester, progress=False):
-    """Try the rows of CHECKS in turn -> (name, required, Verdict, ms) as each is done.
+    """Try the rows of CHECKS in turn -> {name, required, status, seen, fix, ms} as each is done.
 
     progress: show on a terminal which row is under way; its own line then covers that. Secrets are
     hidden in what comes out, since a provider may repeat a key in its error.
     """
-    blocked = ""
-    for number, (name, required, look, *relayed) in enumerate(CHECKS):
-        if relayed and not tester.plan.format.relays:
-            continue
+    blocked = None
+    for number, (name, required, question, judge) in enumerate(CHECKS):
         if progress and sys.stdout.isatty():
             print("...  " + name, end="\r", flush=True)
         began = time.monotonic()
         try:
-            verdict = skip('not tried: first "%s" must work' % blocked) if blocked else look(tester)
+            verdict = blocked or judge(tester.once(question) if question else tester)
         except ProxyError as error:
             verdict = failure(error)
+        if not verdict:
+            continue
         if verdict.status == "fail" and number < GATES:
-            blocked = blocked or name
-        verdict = Verdict(*redact(verdict, tester.settings.secrets()))
-        yield name, required, verdict, round((time.monotonic() - began) * 1000)
+            blocked = skip('not tried: first "%s" must work' % name)
+        row = Verdict(*redact(verdict, tester.settings.secrets()))._asdict()
+        ms = round((time.monotonic() - began) * 1000)
+        yield dict(row, name=name, required=required, ms=ms)
 
 
 def check(config, options):
@@ -10735,32 +10387,29 @@ def check(config, options):
     """
     if not options.base_url:
         find_target(config)
-    tester = Tester(config(), "claude-" + options.family if options.family else "ccfix-check")
+    tester = Tester(config(), options.family or "check")
     show = (lambda line: None) if options.json else say
     plan, rows, bad = tester.plan, [], []
     base = without_password(plan.base)
     show("%s at %s" % (plan.model, base))
-    for name, required, verdict, ms in run_checks(tester, not options.json):
-        rows.append(dict(verdict._asdict(), name=name, required=required, ms=ms))
-        if required and verdict.status == "fail":
-            bad.append(name)
-        mark = "FAIL" if name in bad else MARKS[verdict.status]
-        show("%-4s %-18s  %s" % (mark, name, verdict.seen))
-        if verdict.fix:
-            show("     %-18s  fix: %s" % ("", verdict.fix))
+    for row in run_checks(tester, not options.json):
+        rows.append(row)
+        mark = {"ok": "ok", "skip": "--", "fail": "no"}[row["status"]]
+        if row["required"] and mark == "no":
+            bad.append(row["name"])
+            mark = "FAIL"
+        show("%-4s %-18s  %s" % (mark, row["name"], row["seen"]))
+        if row["fix"]:
+            show("%25sfix: %s" % ("", row["fix"]))
     tester.close()
-    learned = tester.proxy.lessons.values()
-    lessons = [lesson_text(*change) for changes in learned for change in changes.items()]
+    lessons = [lesson["text"] for lesson in tester.proxy.lesson_rows()]
     for lesson in lessons:
         show("     learned on the way: " + lesson)
+    cannot = "Claude Code cannot work with it: " + ", ".join(bad)
+    show(cannot if bad else "Claude Code can work with it.")
     if options.json:
-        report = {"ok": not bad, "model": plan.model, "api_base": base}
-        report.update(profile=plan.profile.name, checks=rows, lessons=lessons)
-        say(json.dumps(report, indent=1))
-    elif bad:
-        say("Claude Code cannot work with it: " + ", ".join(bad))
-    else:
-        say("Claude Code can work with it.")
+        report = dict(ok=not bad, model=plan.model, api_base=base, profile=plan.profile.name)
+        say(json.dumps(dict(report, checks=rows, lessons=lessons), indent=1))
     return 1 if bad else 0
 
 

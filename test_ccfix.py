@@ -3736,7 +3736,9 @@ REPAIRS = [
     ('{"free":' + "[" * 20000 + "]" * 20000 + "}", "Mixed", None),
     ("'" * 1001, "Bash", None),
     (r'"{\"command\": \"ls\"', "Bash", None),
-    ("{'a':1}" * 50, "Mixed", None),
+    ("{'a':1}" * 50, "Mixed", {"a": 1}),
+    ("{'a':1}" * 9 + "{'b':1}", "Mixed", None),
+    ("{'a':1}" + "{}" * 9 + "{'b':1}", "Mixed", None),
 ]
 
 # tool, arguments, coerced
@@ -3807,7 +3809,7 @@ ARGUMENT_STREAMS = [
     ("Bash", "  ", "{}"),
     ("Bash", "null", "{}"),
     ("Bash", "{}", "{}"),
-    ("Bash", " { } ", " { }"),
+    ("Bash", " { } ", "{}"),
     (
         "Bash",
         '{"command":"ls -la\\n\\u00e9","timeout":5}',
@@ -3831,6 +3833,11 @@ ARGUMENT_STREAMS = [
     ("Bash", '{"command":"ls",}', '{"command":"ls"}'),
     ("Bash", '{"command":"ls"}{"command":"ls"}', '{"command":"ls"}'),
     ("Bash", '{"command":"ls"}}', '{"command":"ls"}'),
+    ("Read", '{"pages":"","file_path":"a\\n', '{"file_path":"a\\n'),
+    ("Bash", '{"command":"ls",,}', '{"command":"ls",,}'),
+    ("Bash", '{"command":"ls" "timeout":5}', '{"command":"ls" "timeout":5}'),
+    ("Bash", '{"command":"ls"{"timeout":5}', '{"command":"ls"{"timeout":5}'),
+    ("Mixed", '{"o":{"a":"%s"},"s":"b"}' % ("x" * 99), '{"o":{"a":"%s"},"s":"b"}' % ("x" * 99)),
     ("Bash", '{"command":"ls"}' + "\n " * 20, '{"command":"ls"}'),
     ("Bash", '{}{"command":"ls"}', '{"command": "ls"}'),
     ("Bash", '{"command":"ls"} {"command":"rm"}', '{"command":"ls"} {"command":"rm"}'),
@@ -3842,9 +3849,9 @@ ARGUMENT_STREAMS = [
         '{"command":"ls","run_in_background":True}',
         '{"command":"ls", "run_in_background": true}',
     ),
-    ("Mixed", '{"i":"1","i":"2"}', '{"i":1, "i": 2}'),
+    ("Mixed", '{"i":"1","i":"2"}', '{"i":1,"i":2}'),
     ("Mixed", '{"list":["1"],"o":"{}"}', '{"list":[1],"o":{}}'),
-    ("Mixed", '{"o":{"a":"x\ny"}}', '{"o":{"a": "x\\ny"}}'),
+    ("Mixed", '{"o":{"a":"x\ny"}}', '{"o": {"a": "x\\ny"}}'),
     ("Bash", '{"command":"ls', '{"command":"ls'),
     ("Bash", '{"command":"ls"', '{"command":"ls"'),
     ("Bash", '{"command":"\\d"}', '{"command":"\\d"}'),
@@ -3857,7 +3864,7 @@ ARGUMENT_STREAMS = [
 ]
 
 
-def argument_streamed(tool, fragments, cut=False):
+def stream_arguments(tool, fragments, cut=False):
     stream = ccfix.ArgumentStream(tool, ARGUMENT_SCHEMAS.get(tool))
     text = "".join([stream.feed(fragment) for fragment in fragments]) + stream.finish(cut)
     return text, stream
@@ -3912,7 +3919,7 @@ class TestArgumentStream(unittest.TestCase):
         for tool, text, wanted in ARGUMENT_STREAMS:
             with self.subTest(text=text):
                 for fragments in splits(text):
-                    joined, stream = argument_streamed(tool, fragments)
+                    joined, stream = stream_arguments(tool, fragments)
                     self.assertEqual((joined, stream.raw), (wanted, text), fragments)
 
     def test_each_repair_is_the_same_when_streamed(self):
@@ -3921,7 +3928,7 @@ class TestArgumentStream(unittest.TestCase):
                 for fragments in (
                     splits(text) if len(text) < 100 else ([text], [text[:50], text[50:]])
                 ):
-                    joined, stream = argument_streamed(tool, fragments)
+                    joined, stream = stream_arguments(tool, fragments)
                     if wanted is None:
                         self.assertEqual(joined, text)
                     else:
@@ -3937,9 +3944,10 @@ class TestArgumentStream(unittest.TestCase):
             ("Bash", '{"command": "ls"}  ', '{"command": "ls"}'),
             ("Bash", "", ""),
             ("Bash", '{"command": "ls"}{"comm', '{"command": "ls"}'),
+            ("Mixed", '{"o":{"a":"x\ny"}}', '{"o": {"a": "x\\ny"}}'),
         ]:
             for fragments in splits(text):
-                self.assertEqual(argument_streamed(tool, fragments, cut=True)[0], wanted)
+                self.assertEqual(stream_arguments(tool, fragments, cut=True)[0], wanted)
 
     def test_strings_go_out_at_once_and_the_rest_when_whole(self):
         stream = ccfix.ArgumentStream("Bash", BASH)
@@ -3985,7 +3993,7 @@ class TestArgumentStream(unittest.TestCase):
             "x" * 30000,
             '{"s":"x"}' + " " * 30000,
         ):
-            joined, stream = argument_streamed(
+            joined, stream = stream_arguments(
                 "Mixed", [text[at : at + 3] for at in range(0, len(text), 3)]
             )
             self.assertEqual(stream.raw, text)
@@ -4109,7 +4117,7 @@ def random_fragments(dice, text):
     return fragments
 
 
-def corrupted(dice, text):
+def corrupt(dice, text):
     for _ in range(dice.randint(1, 3)):
         at = dice.randrange(len(text) + 1)
         text = dice.choice(
@@ -4158,7 +4166,7 @@ class TestArgumentFuzz(unittest.TestCase):
 
     def test_corrupted_text_is_repaired_or_stays_bad(self):
         for dice, tool, schema, _, text in self.cases(2, 1000):
-            text = corrupted(dice, text)
+            text = corrupt(dice, text)
             joined, stream = self.run_stream(dice, tool, schema, text)
             found = ccfix.fix_arguments(text, schema)
             self.assertEqual(stream.raw, text)
@@ -4219,15 +4227,22 @@ def wide(text):
 
 HERMES = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>'
 HERMES_OSLO = HERMES.replace("Paris", "Oslo")
-QWEN = "<function=get_weather>\n<parameter=city>\nParis\n</parameter>\n<parameter=days>\n3\n</parameter>\n</function>"
+QWEN = (
+    "<function=get_weather>\n<parameter=city>\nParis\n</parameter>\n"
+    "<parameter=days>\n3\n</parameter>\n</function>"
+)
 GLM = (
     "<tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value>Paris</arg_value>\n"
     "<arg_key>days</arg_key>\n<arg_value>3</arg_value>\n</tool_call>"
 )
-KIMI_ONE = '<|tool_call_begin|>functions.get_weather:0<|tool_call_argument_begin|>{"city": "Paris"}<|tool_call_end|>'
+KIMI_ONE = (
+    "<|tool_call_begin|>functions.get_weather:0"
+    '<|tool_call_argument_begin|>{"city": "Paris"}<|tool_call_end|>'
+)
 KIMI = "<|tool_calls_section_begin|>" + KIMI_ONE + "<|tool_calls_section_end|>"
 DSML_ONE = (
-    '<|DSML|invoke name="get_weather">\n<|DSML|parameter name="city" string="true">Paris</|DSML|parameter>\n'
+    '<|DSML|invoke name="get_weather">\n'
+    '<|DSML|parameter name="city" string="true">Paris</|DSML|parameter>\n'
     '<|DSML|parameter name="days" string="false">3</|DSML|parameter>\n</|DSML|invoke>'
 ).replace("|", "\uff5c")
 DSML = "<\uff5cDSML\uff5cfunction_calls>\n" + DSML_ONE + "\n</\uff5cDSML\uff5cfunction_calls>"
@@ -4255,10 +4270,14 @@ V31_ONE = (
 )
 V31 = wide("<|tool_calls_begin|>") + V31_ONE + wide("<|tool_calls_end|>")
 MINIMAX = (
-    '<minimax:tool_call>\n<invoke name="get_weather">\n<parameter name="city">Paris</parameter>\n</invoke>\n'
+    '<minimax:tool_call>\n<invoke name="get_weather">\n'
+    '<parameter name="city">Paris</parameter>\n</invoke>\n'
     '<invoke name="now">\n</invoke>\n</minimax:tool_call>'
 )
-HARMONY = '<|channel|>commentary to=functions.get_weather <|constrain|>json<|message|>{"city":"Paris"}<|call|>'
+HARMONY = (
+    "<|channel|>commentary to=functions.get_weather "
+    '<|constrain|>json<|message|>{"city":"Paris"}<|call|>'
+)
 JSON_CALL = '{"name": "get_weather", "%s": {"city": "Paris"}}'
 FILE = 'print("</tool_call>")\n\nx = "<tool_call>"\n</parameter>\n`'
 
@@ -4285,7 +4304,8 @@ CALLS = [  # name, text, pieces
     ("python quotes", HERMES.replace('"', "'"), call(PARIS)),
     (
         "a list",
-        '<tool_call>[{"name": "get_weather", "arguments": {"city": "Paris"}}, {"name": "now"}]</tool_call>',
+        '<tool_call>[{"name": "get_weather", "arguments": {"city": "Paris"}}, '
+        '{"name": "now"}]</tool_call>',
         call(PARIS, NOW),
     ),
     ("stuttered opening", "<tool_call>\n" + HERMES, plain_piece("<tool_call>") + call(PARIS)),
@@ -4372,6 +4392,11 @@ CALLS = [  # name, text, pieces
         "[TOOL_CALLS][" + JSON_CALL % "arguments" + "]\nDone.",
         call(PARIS) + plain_piece("Done."),
     ),
+    (
+        "mistral, a bracket behind",
+        '[TOOL_CALLS]get_weather[ARGS]{"city": "Paris"}[1] is a note',
+        call(PARIS) + plain_piece("[1] is a note"),
+    ),
     ("llama tag", "<|python_tag|>" + JSON_CALL % "parameters", call(PARIS)),
     ("llama bare", JSON_CALL % "parameters", call(PARIS)),
     (
@@ -4392,12 +4417,14 @@ CALLS = [  # name, text, pieces
     ("harmony, stop token eaten", HARMONY.replace("<|call|>", ""), call(PARIS)),
     (
         "harmony, recipient first",
-        "<|start|>assistant to=functions.now<|channel|>commentary <|constrain|>json<|message|>{}<|call|>",
+        "<|start|>assistant to=functions.now"
+        "<|channel|>commentary <|constrain|>json<|message|>{}<|call|>",
         call(NOW),
     ),
     (
         "harmony final",
-        "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>Hello <|x|>.<|return|>",
+        "<|channel|>analysis<|message|>Hm.<|end|>"
+        "<|start|>assistant<|channel|>final<|message|>Hello <|x|>.<|return|>",
         [("thinking", "Hm."), ("text", "Hello <|x|>.")],
     ),
     (
@@ -4409,7 +4436,8 @@ CALLS = [  # name, text, pieces
     ("lfm2", "<|tool_call_start|>[" + JSON_CALL % "arguments" + "]<|tool_call_end|>", call(PARIS)),
     (
         "cohere",
-        '<|START_ACTION|>[{"tool_call_id": "0", "tool_name": "now", "parameters": {}}]<|END_ACTION|>',
+        '<|START_ACTION|>[{"tool_call_id": "0", "tool_name": "now", "parameters": {}}]'
+        "<|END_ACTION|>",
         call(NOW),
     ),
 ]
@@ -4500,7 +4528,7 @@ SOUP = [
 ] + [wide("<|tool_calls_begin|>"), wide("<|tool_sep|>"), DSML_ONE[:20], DSML_ONE[-20:]]
 
 
-def joined(pieces):
+def join_pieces(pieces):
     """Pieces with neighbours of a kind joined, and arguments read."""
     out = []
     for kind, value in pieces:
@@ -4512,7 +4540,7 @@ def joined(pieces):
     return out
 
 
-def scanned(deltas, tools=OFFERED):
+def scan_deltas(deltas, tools=OFFERED):
     """What a caller makes of deltas who feeds only what may matter."""
     calls, out = ccfix.TextCalls(tools), []
     for delta in deltas:
@@ -4520,10 +4548,10 @@ def scanned(deltas, tools=OFFERED):
             out += calls.feed(delta)
         else:
             out.append(("text", delta))
-    return joined(out + calls.finish())
+    return join_pieces(out + calls.finish())
 
 
-def in_any_split(text):
+def split_anyhow(text):
     """The text whole, cut in two at each place, and in single characters."""
     yield [text]
     yield list(text)
@@ -4537,14 +4565,14 @@ class TestTextCalls(unittest.TestCase):
     def test_calls_are_found_in_any_split(self):
         for name, text, pieces in CALLS:
             with self.subTest(name):
-                for deltas in in_any_split(text):
-                    self.assertEqual(scanned(deltas), pieces, deltas)
+                for deltas in split_anyhow(text):
+                    self.assertEqual(scan_deltas(deltas), pieces, deltas)
 
     def test_prose_stays_as_it_is_in_any_split(self):
         for name, text in PROSE:
             with self.subTest(name):
-                for deltas in in_any_split(text):
-                    self.assertEqual(scanned(deltas), plain_piece(text), deltas)
+                for deltas in split_anyhow(text):
+                    self.assertEqual(scan_deltas(deltas), plain_piece(text), deltas)
 
     def test_values_take_the_type_of_their_schema(self):
         for key, written, value in [
@@ -4572,7 +4600,7 @@ class TestTextCalls(unittest.TestCase):
                     key,
                     written,
                 )
-                self.assertEqual(scanned([text]), call(("get_weather", {key: value})))
+                self.assertEqual(scan_deltas([text]), call(("get_weather", {key: value})))
 
     def test_dsml_says_itself_what_is_a_string(self):
         parameter = (
@@ -4590,7 +4618,7 @@ class TestTextCalls(unittest.TestCase):
                 + parameter % (verbatim, written)
                 + "</\uff5cDSML\uff5cinvoke>"
             )
-            self.assertEqual(scanned([text]), call(("get_weather", {"days": value})))
+            self.assertEqual(scan_deltas([text]), call(("get_weather", {"days": value})))
 
     def test_prose_is_not_held_longer_than_needed(self):
         calls = ccfix.TextCalls(OFFERED)
@@ -4605,7 +4633,7 @@ class TestTextCalls(unittest.TestCase):
             ("\n<tool_call>no ", []),
             ("<b", plain_piece("\n<tool_call>no <b")),
         ]:
-            self.assertEqual(joined(calls.feed(delta)), out, delta)
+            self.assertEqual(join_pieces(calls.feed(delta)), out, delta)
         self.assertFalse(calls.held)
 
     def test_prose_in_the_middle_of_a_line_need_not_be_fed(self):
@@ -4618,8 +4646,10 @@ class TestTextCalls(unittest.TestCase):
         self.assertEqual(out, [])
         for _ in range(70):
             out += calls.feed("x" * 4096)
-        self.assertEqual(joined(out)[0], ("text", text + "x" * len(joined(out)[0][1][len(text) :])))
-        self.assertGreater(len(joined(out)[0][1]), 1 << 18)
+        self.assertEqual(
+            join_pieces(out)[0], ("text", text + "x" * len(join_pieces(out)[0][1][len(text) :]))
+        )
+        self.assertGreater(len(join_pieces(out)[0][1]), 1 << 18)
         self.assertFalse(calls.held)
 
     def test_any_soup_is_text_or_calls_and_no_split_changes_it(self):
@@ -4627,9 +4657,9 @@ class TestTextCalls(unittest.TestCase):
         for _ in range(300):
             pieces = [rng.choice(SOUP) for _ in range(rng.randrange(1, 25))]
             text = "".join(pieces)
-            whole = scanned([text])
-            self.assertEqual(scanned(pieces), whole, text)
-            self.assertEqual(scanned(list(text)), whole, text)
+            whole = scan_deltas([text])
+            self.assertEqual(scan_deltas(pieces), whole, text)
+            self.assertEqual(scan_deltas(list(text)), whole, text)
             if all(kind != "call" for kind, _ in whole):
                 self.assertEqual(whole, plain_piece(text) if text else [])
 
@@ -4637,7 +4667,7 @@ class TestTextCalls(unittest.TestCase):
         for name, text, pieces in CALLS:
             made = [value for kind, value in pieces if kind == "call"]
             for end in range(len(text)):
-                found = [value for kind, value in scanned([text[:end]]) if kind == "call"]
+                found = [value for kind, value in scan_deltas([text[:end]]) if kind == "call"]
                 for (tool, arguments), (wanted, whole) in zip(
                     found, made
                 ):  # GLM writes no end of the parameters
@@ -4663,8 +4693,8 @@ class TestTextCalls(unittest.TestCase):
             for head in ("", opening):
                 text = head + piece * (12000 // len(piece))
                 start = time.process_time()
-                scanned([text[at : at + 5] for at in range(0, len(text), 5)])
-                scanned([text])
+                scan_deltas([text[at : at + 5] for at in range(0, len(text), 5)])
+                scan_deltas([text])
                 self.assertLess(time.process_time() - start, 2, (head, piece))
 
 
@@ -7592,9 +7622,10 @@ Request = namedtuple("Request", "method path headers body connection")
 class FakeUpstream:
     """A scripted server on a free port of 127.0.0.1.
 
-    script: one reply for each request in order of arrival, the last one for all that follow. A reply is a piece or a list of
-    pieces: bytes; a float, seconds to wait; a threading.Event to wait for; CUT or RST; EARLY, first of all; or a function of
-    the Request that returns a reply. The connection is then kept for the next request. tls: (cert, key) files.
+    script: one reply for each request in order of arrival, the last one for all that follow. A
+    reply is a piece or a list of pieces: bytes; a float, seconds to wait; a threading.Event to wait
+    for; CUT or RST; EARLY, first of all; or a function of the Request that returns a reply. The
+    connection is then kept for the next request. tls: (cert, key) files.
 
     requests: what came, as Request; headers have lower-case names. connections: how many came.
     gone: an Event, set as soon as a client hangs up, also in the middle of a reply.
@@ -7775,60 +7806,136 @@ class TestHttpFraming(UpstreamCase):
             [b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n", 0.01, counted(b"hello")],
             b"hello",
         ),
+        (
+            "three interim heads",
+            [b"HTTP/1.1 %d Wait\r\n\r\n" % status for status in (100, 102, 103)]
+            + [counted(b"hello")],
+            b"hello",
+        ),
+        ("a large head", [counted(b"hello", extra="X: %s\r\n" % ("a" * 60000))], b"hello"),
+        ("many fields", [counted(b"hello", extra="X: y\r\n" * 90)], b"hello"),
+        ("two equal lengths", [counted(b"hello", extra="Content-Length: 5\r\n")], b"hello"),
+        (
+            "spaces around the coding",
+            [chunked(b"hello").replace(b"chunked", b"\t Chunked \t")],
+            b"hello",
+        ),
         ("gzip", [counted(gzip.compress(b"hello"), extra="Content-Encoding: gzip\r\n")], b"hello"),
         (
             "deflate",
             [counted(zlib.compress(b"hello"), extra="Content-Encoding: deflate\r\n")],
             b"hello",
         ),
-        (
-            "raw deflate",
-            [counted(zlib.compress(b"hello")[2:-4], extra="Content-Encoding: deflate\r\n")],
-            b"hello",
-        ),
         ("gzip, empty", [counted(b"", extra="Content-Encoding: gzip\r\n")], b""),
     ]
-    BROKEN = [
-        ("cut between chunks", [chunked(b"hello", end=b""), CUT], "cut", "in the middle"),
-        ("reset between chunks", [chunked(b"hello", end=b""), RST], "cut", "in the middle"),
-        ("cut inside a chunk", [chunked(b"hello", end=b"9\r\nwor"), CUT], "cut", "in the middle"),
-        (
-            "cut before the last line break",
-            [chunked(b"hello", end=b"0\r\n"), CUT],
-            "cut",
-            "in the middle",
-        ),
-        ("short content-length", [counted(b"hello")[:-1], CUT], "cut", "in the middle"),
-        ("cut head", [b"HTTP/1.1 200 OK\r\nServ", CUT], "cut", "in the middle"),
-        ("no answer", [CUT], "cut", "before it answered"),
-        ("reset", [RST], "cut", "before it answered"),
-        ("bad chunk size", [chunked(b"hello", end=b"-5\r\n")], "cut", "valid size"),
-        (
-            "chunk longer than its size",
-            [chunked(end=b"5\r\nhello!!\r\n0\r\n\r\n")],
-            "cut",
-            "valid size",
-        ),
-        ("endless chunk extension", [chunked(end=b"5;" + b"a" * 40000)], "cut", "valid size"),
-        ("garbage", [b"SSH-2.0-OpenSSH_9.6\r\n"], "cut", "SSH-2.0"),
-        ("TLS alert", [b"\x15\x03\x01\x00\x02\x02\x0a", CUT], "cut", "https://"),
-        ("bad status", [b"HTTP/1.1 abc OK\r\n\r\n"], "cut", "proper HTTP"),
-        ("endless header", [b"HTTP/1.1 200 OK\r\nX: " + b"a" * 200000], "cut", "proper HTTP"),
-        (
-            "header flood",
-            [b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 500 + b"\r\n"],
-            "cut",
-            "proper HTTP",
-        ),
-        (
-            "cut gzip",
-            [counted(gzip.compress(b"hello")[:-9], extra="Content-Encoding: gzip\r\n")],
-            "cut",
-            "cut off",
-        ),
-        ("false gzip", [counted(b"hello", extra="Content-Encoding: gzip\r\n")], "cut", "damaged"),
-        ("brotli", [counted(b"hello", extra="Content-Encoding: br\r\n")], "body", "'br'"),
-    ]
+    BROKEN = (
+        [
+            ("cut between chunks", [chunked(b"hello", end=b""), CUT], "cut", "in the middle"),
+            ("reset between chunks", [chunked(b"hello", end=b""), RST], "cut", "in the middle"),
+            (
+                "cut inside a chunk",
+                [chunked(b"hello", end=b"9\r\nwor"), CUT],
+                "cut",
+                "in the middle",
+            ),
+            (
+                "cut before the last line break",
+                [chunked(b"hello", end=b"0\r\n"), CUT],
+                "cut",
+                "in the middle",
+            ),
+            ("short content-length", [counted(b"hello")[:-1], CUT], "cut", "in the middle"),
+            ("cut head", [b"HTTP/1.1 200 OK\r\nServ", CUT], "cut", "in the middle"),
+            ("no answer", [CUT], "cut", "before it answered"),
+            ("reset", [RST], "cut", "before it answered"),
+        ]
+        + [
+            ("chunk size %r" % size, [chunked(b"hello", end=size + b"\r\n")], "cut", "valid size")
+            for size in (b"-5", b"+5", b"0x5", b"1_0", b"", b"5 5", b"g", b"1" * 16)
+        ]
+        + [
+            ("length %r" % length, [counted(b"hello", extra="").replace(b": 5", b": " + length)])
+            + ("cut", "Content-Length")
+            for length in (b"+5", b"-5", b"5, 6", b"0x5", b"1_0", b"9" * 19, b"", b"\xb2")
+        ]
+        + [
+            (
+                "two lengths",
+                [counted(b"hello", extra="Content-Length: 6\r\n")],
+                "cut",
+                "Content-Length",
+            ),
+            (
+                "length and chunks",
+                [chunked(b"hello").replace(b"\r\n", b"\r\nContent-Length: 5\r\n", 1)],
+                "cut",
+                "Transfer-Encoding",
+            ),
+            (
+                "chunked twice",
+                [chunked(b"hello").replace(b"chunked", b"chunked, chunked")],
+                "cut",
+                "Transfer-Encoding",
+            ),
+            (
+                "another coding",
+                [chunked(b"hello").replace(b"chunked", b"gzip, chunked")],
+                "cut",
+                "Transfer-Encoding",
+            ),
+            (
+                "a malformed field hides the framing",
+                [chunked(b"hello").replace(b"\r\n", b"\r\nno field\r\n", 1)],
+                "cut",
+                "malformed field",
+            ),
+            ("garbage without a line", [b"\x00\x01\x02"], "cut", "x00"),
+            ("another version", [b"HTTP/2.0 200 OK\r\n\r\n"], "cut", "proper HTTP"),
+            (
+                "chunk longer than its size",
+                [chunked(end=b"5\r\nhello!!\r\n0\r\n\r\n")],
+                "cut",
+                "valid size",
+            ),
+            ("endless chunk extension", [chunked(end=b"5;" + b"a" * 40000)], "cut", "valid size"),
+            ("garbage", [b"SSH-2.0-OpenSSH_9.6\r\n"], "cut", "SSH-2.0"),
+            ("TLS alert", [b"\x15\x03\x01\x00\x02\x02\x0a", CUT], "cut", "https://"),
+            ("bad status", [b"HTTP/1.1 abc OK\r\n\r\n"], "cut", "proper HTTP"),
+            ("endless header", [b"HTTP/1.1 200 OK\r\nX: " + b"a" * 200000], "cut", "proper HTTP"),
+            (
+                "header flood",
+                [b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 500 + b"\r\n"],
+                "cut",
+                "proper HTTP",
+            ),
+            (
+                "cut gzip",
+                [counted(gzip.compress(b"hello")[:-9], extra="Content-Encoding: gzip\r\n")],
+                "cut",
+                "cut off",
+            ),
+            (
+                "false gzip",
+                [counted(b"hello", extra="Content-Encoding: gzip\r\n")],
+                "cut",
+                "damaged",
+            ),
+            ("brotli", [counted(b"hello", extra="Content-Encoding: br\r\n")], "body", "'br'"),
+        ]
+    )
+
+    def test_endless_heads_are_given_up(self):
+        for status in (100, 102, 103):
+            interim = b"HTTP/1.1 %d Wait\r\n\r\n" % status
+            with self.subTest(status), self.fake([interim] * 10000) as server:
+                self.assertIn("64 KB", self.failure(self.client(timeout=60), server.url).message)
+            with self.subTest(status, slow=True), self.fake([interim, 0.02] * 1000) as server:
+                error = self.failure(self.client(timeout=0.2), server.url)
+                self.assertEqual((error.kind, error.status), ("timeout", 504))
+        with self.fake([b"HTTP/1.1 200 OK\r\n"] + [b"X", 0.02] * 1000) as server:
+            error = self.failure(self.client(timeout=0.2), server.url)
+            self.assertEqual((error.kind, error.status), ("timeout", 504))
+            self.assertIn("sent no whole head in 0.2 s", error.message)
 
     def test_every_framing_is_read_whole(self):
         for name, reply, body in self.WHOLE:
@@ -7854,7 +7961,7 @@ class TestHttpFraming(UpstreamCase):
             while left and not dechunker.done:
                 got += dechunker.feed(left.pop(0))
             self.assertEqual(
-                (got, dechunker.done, dechunker.rest + b"".join(left)), (body, True, rest), pieces
+                (got, dechunker.done, dechunker.tail + b"".join(left)), (body, True, rest), pieces
             )
 
     def test_chunks_that_come_together_are_one_block(self):
@@ -7874,6 +7981,20 @@ class TestHttpFraming(UpstreamCase):
             go.set()
             self.assertEqual(list(blocks), [b"two"])
             reply.close()
+
+    def test_compressed_blocks_come_as_they_arrive(self):
+        for wbits, coding in ((31, "gzip"), (15, "deflate")):
+            go, packer = threading.Event(), zlib.compressobj(6, zlib.DEFLATED, wbits)
+            one = packer.compress(b"one") + packer.flush(zlib.Z_SYNC_FLUSH)
+            two = packer.compress(b"two") + packer.flush()
+            head = "HTTP/1.1 200 OK\r\nContent-Encoding: %s\r\n\r\n" % coding
+            with self.fake([head.encode() + one, go, two, CUT]) as server:
+                reply = self.client().open("POST", server.url, {}, b"{}")
+                blocks = reply.blocks()
+                self.assertEqual(next(blocks), b"one")
+                go.set()
+                self.assertEqual(list(blocks), [b"two"])
+                reply.close()
 
     def test_a_bomb_is_unpacked_in_small_blocks(self):
         bomb = gzip.compress(bytes(20000000))
@@ -7911,13 +8032,21 @@ class TestPool(UpstreamCase):
             ("old server", [b"HTTP/1.0 200 OK\r\nContent-Length: 1\r\n\r\na"]),
             ("more than announced", [counted(b"a") + b"HTTP/1.1 200 OK\r\n"]),
             ("more after the chunks", [chunked(b"a") + b"x"]),
+            ("no framing", [b"HTTP/1.1 200 OK\r\nConnection: keep-alive\r\n\r\na", CUT]),
         ]
+        for status in (101, 204, 205, 304):
+            head = b"HTTP/1.1 %d Nothing\r\n" % status
+            rows.append((status, [head + b"Content-Length: 0\r\n\r\n"]))
+            rows.append(("%d with a body" % status, [head + b"Content-Length: 1\r\n\r\na"]))
+            rows.append(
+                ("chunked %d" % status, [chunked(b"a").replace(b"HTTP/1.1 200 OK\r\n", head)])
+            )
         for name, reply in rows:
             with self.subTest(name), self.fake(reply, counted(b"b")) as server:
                 upstream = self.client()
-                self.assertEqual(
-                    [self.ask(upstream, server.url)[1] for _ in range(2)], [b"a", b"b"]
-                )
+                first, second = [self.ask(upstream, server.url)[1] for _ in range(2)]
+                self.assertIn(first, (b"", b"a"))
+                self.assertEqual(second, b"b")
                 self.assertEqual(self.connections(server), [1, 2])
 
     def test_a_half_read_stream_is_ended_at_once(self):
@@ -7946,9 +8075,11 @@ class TestPool(UpstreamCase):
             self.assertEqual(self.connections(server), [1, 1])
 
     def test_a_connection_closed_while_idle_is_replaced(self):
-        server, upstream = self.fake([counted(b"a"), CUT], counted(b"b")), self.client()
+        kept = threading.Event()
+        server, upstream = self.fake([counted(b"a"), kept, CUT], counted(b"b")), self.client()
         self.ask(upstream, server.url)
-        self.assertTrue(ccfix.poll_socket(upstream.pool[upstream.route(server.url)][0].sock, 5))
+        kept.set()
+        self.assertTrue(ccfix.poll_socket(upstream.pool[upstream.way_to(server.url)][0].sock, 5))
         self.assertEqual(self.ask(upstream, server.url), (200, b"b"))
         self.assertEqual(self.connections(server), [1, 2])
 
@@ -7962,6 +8093,28 @@ class TestPool(UpstreamCase):
         self.ask(upstream, server.url)
         self.assertEqual(self.failure(upstream, server.url).kind, "cut")
         self.assertEqual(self.connections(server), [1, 1, 2])
+
+        server, upstream = (
+            self.fake(counted(b"a"), [b"HTTP/1.1 2", CUT], counted(b"b")),
+            self.client(),
+        )
+        self.ask(upstream, server.url)  # what was heard of is not asked again
+        self.assertEqual(self.failure(upstream, server.url).kind, "cut")
+        self.assertEqual(self.connections(server), [1, 1])
+
+    def test_an_answer_that_nobody_asked_for_is_not_taken(self):
+        kept = threading.Event()
+        server, upstream = (
+            self.fake([counted(b"a"), kept, counted(b"x")], counted(b"b")),
+            self.client(),
+        )
+        self.ask(upstream, server.url)
+        (line,) = upstream.live
+        self.assertIsNone(line.wait)  # it would hold the last client
+        kept.set()
+        self.assertTrue(ccfix.poll_socket(line.sock, 10))
+        self.assertEqual(self.ask(upstream, server.url), (200, b"b"))
+        self.assertEqual(self.connections(server), [1, 2])
 
     def test_an_idle_connection_is_ended_after_its_time(self):
         server, upstream = self.fake(counted(b"a")), self.client(idle=-1.0)
@@ -7984,6 +8137,30 @@ class TestPool(UpstreamCase):
         self.assertEqual(got, [(200, b"a")] * 160)
         self.assertLessEqual(server.connections, 8)
         self.assertEqual(len(upstream.live), sum(map(len, upstream.pool.values())))
+
+    def test_the_number_of_idle_connections_is_limited(self):
+        server, upstream = self.fake(counted(b"a")), self.client()
+        with mock.patch.object(ccfix, "KEPT_LINES", 2):
+            replies = [upstream.open("GET", server.url, {}) for _ in range(4)]
+            for reply in replies:
+                reply.read()
+                reply.close()
+        self.assertEqual(len(upstream.live), 2)
+        self.assertEqual(sum(map(len, upstream.pool.values())), 2)
+
+    def test_close_ends_a_handshake(self):
+        with socket.socket() as listener:  # the system accepts, nobody answers
+            listener.bind(("127.0.0.1", 0))
+            listener.listen(4)
+            upstream = self.client(connect_timeout=60.0)
+
+            def wait(sock, seconds):
+                if sock is not None:
+                    upstream.close()
+                return ccfix.poll_socket(sock, seconds)
+
+            url = "https://127.0.0.1:%d/" % listener.getsockname()[1]
+            self.assertEqual(self.failure(upstream, url, wait=wait).kind, "connect")
 
     def test_close_ends_a_waiting_exchange(self):
         server, upstream = self.fake([chunked(b"one", end=b""), threading.Event()]), self.client()
@@ -8021,17 +8198,39 @@ class TestExchange(UpstreamCase):
         self.assertEqual(request.headers, wanted)
 
     def test_an_early_refusal_is_read_while_5_mb_are_being_sent(self):
-        refusal = counted(b"too large", "413 Payload Too Large", "Connection: close\r\n")
-        for reply in ([EARLY, refusal, CUT], [EARLY, refusal, threading.Event()]):
-            with self.fake(reply) as server:
-                self.assertEqual(
-                    self.ask(self.client(), server.url, body=bytes(5000000)), (413, b"too large")
-                )
+        for extra, end in (("Connection: close\r\n", CUT), ("", threading.Event())):
+            refusal = counted(b"too large", "413 Payload Too Large", extra)
+            with self.fake([EARLY, refusal, end]) as server:
+                upstream = self.client(timeout=5)
+                answer = self.ask(upstream, server.url, body=bytes(5000000))
+                self.assertEqual(answer, (413, b"too large"))
+                self.assertFalse(upstream.live)
+
+    def test_an_interim_answer_does_not_stop_the_request(self):
+        body, got = bytes(20000000), []
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            listener.listen(4)
+
+            def serve():
+                sock, _ = listener.accept()
+                with sock, sock.makefile("rb") as file:
+                    sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+                    while file.readline() != b"\r\n":
+                        pass
+                    got.append(file.read(len(body)))
+                    sock.sendall(counted(b"whole"))
+
+            threading.Thread(target=serve, daemon=True).start()
+            url = "http://127.0.0.1:%d/" % listener.getsockname()[1]
+            self.assertEqual(self.ask(self.client(), url, body=body), (200, b"whole"))
+        self.assertEqual(got, [body])
 
     def test_an_upstream_that_takes_no_bytes_times_out(self):
         server = self.fake([EARLY, threading.Event()])
         error = self.failure(self.client(timeout=0.2), server.url, body=bytes(20000000))
         self.assertEqual((error.kind, error.status, error.type), ("timeout", 504, "timeout_error"))
+        self.assertIn("took no byte of the request for 0.2 s", error.message)
 
     def test_silence_times_out(self):
         for start in ([], [b"HTTP/1.1 200 OK\r\n"], [chunked(b"one", end=b"")]):
@@ -8043,19 +8242,69 @@ class TestExchange(UpstreamCase):
             )
             self.assertTrue(server.gone.wait(5))
 
+    @staticmethod
+    def leaving(sock, seconds):
+        """A wait in which the client is gone as soon as nothing is there for a moment."""
+        if sock is not None and ccfix.poll_socket(sock, 0.01):
+            return True
+        raise ccfix.ClientGone()
+
+    @staticmethod
+    def left_later(sock, seconds):
+        """The same, but a name is looked up and a connection made before it looks."""
+        return sock is None or TestExchange.leaving(sock, seconds)
+
     def test_a_client_that_leaves_ends_the_upstream_call_at_once(self):
         for start in ([], [b"HTTP/1.1 200 OK\r\n"], [chunked(b"one", end=b"")]):
             server = self.fake(start + [threading.Event()])
-
-            def wait(sock, seconds):
-                """The client is gone as soon as nothing is there for a moment."""
-                if ccfix.poll_socket(sock, 0.01):
-                    return True
-                raise ccfix.ClientGone()
-
             with self.assertRaises(ccfix.ClientGone):
-                self.ask(self.client(), server.url, wait=wait)
-            self.assertTrue(server.gone.wait(5))
+                self.ask(self.client(), server.url, wait=self.left_later)
+            self.assertTrue(server.gone.wait(10))
+
+    def test_a_client_that_leaves_while_connecting(self):
+        answer, made, sock = threading.Event(), threading.Event(), mock.Mock()
+
+        def create_connection(address, timeout):
+            answer.wait(60)
+            sock.close.side_effect = made.set
+            return sock
+
+        with mock.patch("socket.create_connection", create_connection):
+            with self.assertRaises(ccfix.ClientGone):
+                self.ask(self.client(), "http://provider.test/", wait=self.leaving)
+            self.assertFalse(answer.is_set())
+            answer.set()  # what is made after all is closed
+            self.assertTrue(made.wait(10))
+
+    def test_a_client_that_leaves_in_the_handshake(self):
+        with socket.socket() as listener:  # the system accepts, nobody answers
+            listener.bind(("127.0.0.1", 0))
+            listener.listen(4)
+            place = "127.0.0.1:%d" % listener.getsockname()[1]
+            os.environ["https_proxy"] = "http://" + place
+            for url in ("https://%s/" % place, "https://provider.test/"):
+                with self.subTest(url), self.assertRaises(ccfix.ClientGone):
+                    self.ask(self.client(connect_timeout=60.0), url, wait=self.left_later)
+                sock, _ = listener.accept()
+                with sock:
+                    sock.settimeout(10)
+                    while sock.recv(4096):
+                        pass
+
+    def test_a_handshake_and_a_tunnel_have_their_time(self):
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            listener.listen(4)
+            place = "127.0.0.1:%d" % listener.getsockname()[1]
+            os.environ["https_proxy"] = "http://" + place
+            rows = [
+                ("https://%s/" % place, place + " cannot be reached (timed out)"),
+                ("https://provider.test/", "the proxy %s has been silent for 0.1 s" % place),
+            ]
+            for url, words in rows:
+                error = self.failure(self.client(connect_timeout=0.1), url)
+                self.assertEqual((error.kind, error.retry), ("connect", True))
+                self.assertTrue(error.message.startswith(words), error.message)
 
     def test_redirects_stay_on_the_host(self):
         elsewhere = self.fake(counted(b"stolen"))
@@ -8088,6 +8337,19 @@ class TestExchange(UpstreamCase):
                 self.assertEqual(server.connections, 1)
         self.assertEqual(elsewhere.requests, [])
 
+    def test_redirects_to_https_are_followed_between_the_usual_ports(self):
+        rows = [
+            ("http://a.test/", "https://a.test/x", "https://a.test/x"),
+            ("http://a.test/", "https://b.test/x", ""),
+            ("http://a.test:81/", "https://a.test/x", ""),
+            ("http://a.test/", "https://a.test:444/x", ""),
+            ("https://a.test/", "http://a.test/x", ""),
+            ("https://a.test/v1", "//a.test:443/x", "https://a.test:443/x"),
+        ]
+        for url, location, target in rows:
+            reply = FakeReply(307, {"Location": location}, [])
+            self.assertEqual(ccfix.redirect_target("POST", url, reply), target, location)
+
     def test_what_http_forbids_is_refused_without_showing_it(self):
         rows = [
             ("http://127.0.0.1:1/", {"Authorization": "Bearer sec\r\nret"}),
@@ -8096,8 +8358,12 @@ class TestExchange(UpstreamCase):
             ("ftp://me:secret@x/", {}),
             ("http://:secret@/", {}),
             ("http://h:secret/", {}),
+            ("http://se cret/", {}),
+            ("http://..secret/", {}),
             ("no url, secret", {}),
             ("http://127.0.0.1:1/", {"bad name\n": "x"}),
+            ("http://127.0.0.1:1/", {"bad name": "x"}),
+            ("http://127.0.0.1:1/", {"X": "sec\0ret"}),
         ]
         for url, headers in rows:
             with self.subTest(url), self.assertRaises(ccfix.UpstreamError) as caught:
@@ -8168,6 +8434,14 @@ class TestTls(UpstreamCase):
         self.assertEqual(self.ask(upstream, server.url), (200, b"a"))
         self.assertEqual(server.connections, 1)
 
+    def test_the_rest_of_a_record_is_not_waited_for(self):
+        first, body = b"HTTP/1.1 200 OK\r\nContent-Le", bytes(16360)
+        rest = b"ngth: %d\r\n\r\n" % len(body) + body  # one record, larger than the buffer's room
+        self.assertLess(ccfix.READ_SIZE - len(first), len(rest))
+        server = self.fake([first, 0.01, rest, threading.Event()], tls=self.pair)
+        upstream = self.client(insecure=True, timeout=5)
+        self.assertEqual(self.ask(upstream, server.url), (200, body))
+
     def test_a_silent_server_is_waited_for_without_spinning(self):
         calls = []
 
@@ -8178,6 +8452,13 @@ class TestTls(UpstreamCase):
         server = self.fake([0.1, counted(b"a")], tls=self.pair)
         self.assertEqual(self.ask(self.client(insecure=True), server.url, wait=wait), (200, b"a"))
         self.assertLess(len(calls), 8)
+
+    def test_one_context_is_made_when_it_is_needed(self):
+        upstream = self.client()
+        self.assertIsNone(upstream.context)
+        context = upstream.tls()
+        self.assertIs(upstream.tls(), context)
+        self.assertFalse(context.verify_flags & getattr(ssl, "VERIFY_X509_STRICT", 0))
 
     def test_an_untrusted_certificate_says_what_to_set(self):
         error = self.failure(self.client(), self.fake(counted(b"a"), tls=self.pair).url)
@@ -8215,9 +8496,8 @@ class TestTls(UpstreamCase):
         for _ in range(2):
             self.assertEqual(self.ask(upstream, "https://provider.test:4430/v1"), (200, b"a"))
         self.assertEqual((len(proxy.heads), server.connections), (1, 1))
-        self.assertIn(
-            b"CONNECT provider.test:4430 HTTP/1.1\r\nHost: provider.test:4430\r\n", proxy.heads[0]
-        )
+        self.assertTrue(proxy.heads[0].startswith(b"CONNECT provider.test:4430 HTTP/1.1\r\n"))
+        self.assertIn(b"\r\nHost: provider.test:4430\r\n", proxy.heads[0])
         self.assertIn(
             b"\r\nProxy-Authorization: Basic %s\r\n" % base64.b64encode(b"me:p@ss"), proxy.heads[0]
         )
@@ -8231,7 +8511,8 @@ class TestTls(UpstreamCase):
 
 
 class TunnelProxy:
-    """Answers CONNECT (or whatever comes up to `end`) with `answer`, or by joining the client to a port of this machine."""
+    """Answers CONNECT (or whatever comes up to `end`) with `answer`, or by joining the client to a
+    port of this machine."""
 
     def __init__(self, port=0, answer=b"", end=b"\r\n\r\n"):
         self.end, self.target, self.answer, self.heads, self.sockets = (
@@ -8302,6 +8583,24 @@ class TestProxies(UpstreamCase):
             self.assertEqual(
                 self.ask(self.client(), "http://%s:%d/" % (host, server.port)), (200, b"a")
             )
+        for host in ("host.docker.internal", "HOST.docker.internal", "x.localhost", "[::1]"):
+            self.assertIsNone(self.client().way_to("http://%s:1/" % host).proxy, host)
+        self.assertIsNotNone(self.client().way_to("http://docker.internal:1/").proxy)
+
+    def test_names_and_addresses_of_all_kinds(self):
+        proxy = self.fake(counted(b"a"))
+        os.environ["http_proxy"] = proxy.url
+        rows = [
+            ("b\xfccher.test:81", "xn--bcher-kva.test:81"),
+            ("[2001:db8::1]:81", "[2001:db8::1]:81"),
+            ("[2001:db8::1]", "[2001:db8::1]:80"),
+            ("Provider.test", "provider.test:80"),
+        ]
+        for name, host in rows:
+            self.assertEqual(self.ask(self.client(), "http://%s/v1" % name), (200, b"a"))
+            request = proxy.requests[-1]
+            self.assertEqual(request.path, "http://%s/v1" % host)
+            self.assertEqual(request.headers["host"], host)
 
     def test_refusals_say_what_to_do(self):
         rows = [
@@ -8338,6 +8637,8 @@ class TestProxies(UpstreamCase):
                 "the proxy 127.0.0.1:%d cannot be reached" % port,
             ),
             ("socks5://me:secret@127.0.0.1:1", "socks5:// proxies are not supported"),
+            ("https://me:secret@127.0.0.1:1", "https:// proxies are not supported: write http://"),
+            ("http://me:secret@[x:1", "no valid host and port"),
             ("http://me:secret@host:port", "no valid host and port"),
         ):
             os.environ["https_proxy"] = value
@@ -8347,9 +8648,9 @@ class TestProxies(UpstreamCase):
             self.assertNotIn("secret", error.message)
 
 
-# ======================================================================================================
+# ==================================================================================================
 # 10  Store: cache, ledger, records
-# ======================================================================================================
+# ==================================================================================================
 
 DATED = "<system-reminder>\n# currentDate\nToday's date is 2026-11-22.\n</system-reminder>\n"
 TOOL = {
@@ -8442,8 +8743,13 @@ def in_anthropic_form(body):
     return sent
 
 
-def key_of(body, mode="prefix", model="target", sent_form=in_openai_form):
-    return ccfix.cache_key(body, sent_form(body), mode, model)
+CHAT = ccfix.Profile()
+NATIVE = ccfix.Profile(native_blocks=True)  # gets thinking blocks as they are
+
+
+def key_of(body, mode="prefix", model="target", sent_form=in_openai_form, profile=NATIVE):
+    normalized = ccfix.normalize(body, profile) if body["messages"] else body
+    return ccfix.cache_key(normalized, sent_form(body), mode, model)
 
 
 def assistant(text, *more):
@@ -8622,7 +8928,7 @@ SEPARATE = tuple(
         question("Delete it?", assistant("Shall I delete a.txt?"), word),
         question("Delete it?", assistant("Shall I delete b.txt?"), word),
     )
-    for word in ("continue", "yes", "go on", "ok", "1", "")
+    for word in ("continue", "yes", "go on", "ok", "1")
 ) + (
     (
         "bare yes after another first question",
@@ -8726,11 +9032,6 @@ SEPARATE = tuple(
         "file by its id",
         question({"role": "user", "content": [{"type": "file", "id": "one"}]}),
         question({"role": "user", "content": [{"type": "file", "id": "two"}]}),
-    ),
-    (
-        "a system block that is no text",
-        question("a", system=[{"type": "document", "source": {"data": "one"}}]),
-        question("a", system=[{"type": "document", "source": {"data": "two"}}]),
     ),
     ("system text or system turn", question("a", system="b"), question(system_turn("b"), "a")),
     (
@@ -8872,6 +9173,8 @@ NOT_KEPT = (
         question("a", *CALLED + [results(("toolu_1", "x"), ("toolu_2", "y")), system_turn("s")]),
     ),
     ("answer begun", question("a", assistant("The answer is"))),
+    ("an empty word after an answer", question("Delete it?", assistant("Shall I?"), "")),
+    ("only a reminder", question("a", assistant("b"), "<system-reminder>s</system-reminder>")),
     ("nothing asked", question()),
     ("only a system turn", question("a", assistant("b"), system_turn("s"))),
 )
@@ -8882,11 +9185,31 @@ SENT_FORMS = (in_openai_form, in_anthropic_form)
 
 class TestCacheKey(unittest.TestCase):
     def test_same_question_in_another_session_has_the_same_prefix_key(self):
-        for (name, one, other), sent_form in itertools.product(SHARED, SENT_FORMS):
-            with self.subTest(name, form=sent_form.__name__):
-                key = key_of(one, sent_form=sent_form)
+        rows = itertools.product(SHARED, SENT_FORMS, (CHAT, NATIVE))
+        for (name, one, other), sent_form, profile in rows:
+            with self.subTest(name, form=sent_form.__name__, native=profile.native_blocks):
+                key = key_of(one, sent_form=sent_form, profile=profile)
                 self.assertEqual(len(key), 64)
-                self.assertEqual(key, key_of(other, sent_form=sent_form))
+                self.assertEqual(key, key_of(other, sent_form=sent_form, profile=profile))
+
+    def test_thoughts_count_where_the_provider_is_told_them(self):
+        """What normalize leaves out decides nothing; what it brings back does."""
+
+        def key(thought, signature, **fields):
+            block = {"type": "thinking", "thinking": thought, "signature": signature}
+            body = question("a", dict(assistant("B"), content=[block, *CALLED[0]["content"]]))
+            body["messages"] += [results(("toolu_1", "x"), ("toolu_2", "y")), assistant("B")]
+            body["messages"].append({"role": "user", "content": "Tell it"})
+            return key_of(body, profile=ccfix.Profile(scope="here", **fields))
+
+        state = ccfix.write_state("here", {})
+        google = ccfix.write_state("here", {"google": {"toolu_1": "sig"}})
+        reasoning = {"reasoning_field": "reasoning_content"}
+        gemini = {"reasoning_field": "google", "placeholder": "skip"}
+        self.assertEqual(key("7", state), key("8", state))
+        self.assertEqual(key("7", state, **reasoning), key("7", state, **reasoning))
+        self.assertNotEqual(key("7", state, **reasoning), key("8", state, **reasoning))
+        self.assertEqual(key("7", google, **gemini), key("7", state, **gemini))
 
     def test_no_answer_is_shared_where_it_could_be_wrong(self):
         for (name, one, other), sent_form in itertools.product(SEPARATE, SENT_FORMS):
@@ -9398,7 +9721,8 @@ class TestCacheFaults(CacheCase):
         self.assertEqual((self.cache.get("k"), self.cache.recall("k"), self.told), (None, None, []))
 
 
-# A nursery loads the module once, forks writers and kills them: a whole interpreter each would take seconds.
+# A nursery loads the module once, forks writers and kills them: a whole interpreter each would
+# take seconds.
 KILLED_WRITERS = """
 import os, random, signal, sqlite3, sys
 sys.path.insert(0, sys.argv[1])
@@ -9420,8 +9744,8 @@ for _ in range(20):
     os.waitpid(pid, 0)
     os.close(reader), os.close(writer)
     db = sqlite3.connect(os.path.join(sys.argv[2], "responses.db"))
-    print(db.execute("PRAGMA integrity_check").fetchone()[0],
-          db.execute("SELECT COALESCE(SUM(size), 0) - (SELECT value FROM counters) FROM responses").fetchone()[0])
+    size, = db.execute("SELECT COALESCE(SUM(size), 0) FROM responses").fetchone()
+    print(db.execute("PRAGMA integrity_check").fetchone()[0], size <= 200000)
     db.close()
 """
 
@@ -9451,7 +9775,7 @@ class TestCacheProcesses(CacheCase):
         lines = (
             subprocess.check_output(self.command(KILLED_WRITERS), timeout=60).decode().split("\n")
         )
-        self.assertEqual(lines, ["ok 0"] * 20 + [""])
+        self.assertEqual(lines, ["ok True"] * 20 + [""])
         self.assertTrue(self.healthy(self.cache))
         self.assertFalse(glob.glob(self.file + ".broken*"))
 
@@ -9638,15 +9962,10 @@ class TestLedger(unittest.TestCase):
 
 
 def request_parts(system="s", tools="ab", messages="1234"):
-    """Sections of a request in short: one letter a tool, one a message; roles alternate."""
-    return ccfix.sections(
-        [("system", system.encode())]
-        + [("tool %s" % name.lower(), name.encode()) for name in tools]
-        + [
-            ("message %d (%s)" % (place + 1, ("user", "assistant")[place % 2]), text.encode())
-            for place, text in enumerate(messages)
-        ]
-    )
+    """The outline of a request in short: one letter a tool, one a message; roles alternate."""
+    turns = itertools.cycle(("user", "assistant"))
+    tools = [(name.lower(), name) for name in tools]
+    return ccfix.Outline([system], tools, list(zip(turns, messages)))
 
 
 class TestWhyBroken(unittest.TestCase):
@@ -9672,9 +9991,31 @@ class TestWhyBroken(unittest.TestCase):
         ):
             self.assertEqual(ccfix.why_broken(request_parts(), new), reason)
         self.assertEqual(
-            ccfix.why_broken(ccfix.sections([]), request_parts()),
+            ccfix.why_broken(ccfix.Outline([], [], []), request_parts()),
             "system text changed; tools changed (added a, b)",
         )
+
+    def test_a_request_is_encoded_with_its_outline(self):
+        turns = [{"role": role, "content": "x"} for role in ("user", "assistant")]
+        tools = [{"type": "function", "function": {"name": "f"}}, {"name": "g"}]
+        leading = {"role": "system", "content": "s"}
+        for sent in (
+            {"model": "m", "messages": [leading] + turns, "tools": tools, "stream": True},
+            {"model": "m", "system": "s", "messages": turns, "tools": tools},
+        ):
+            data, outline = ccfix.encode_request(sent)
+            self.assertEqual(json.loads(data.decode()), sent)
+            self.assertEqual([name for name, _ in outline.tools], ["f", "g"])
+            self.assertEqual([role for role, _ in outline.messages], ["user", "assistant"])
+            for edit in ({"content": "y"}, {"role": "user"}):
+                other = dict(sent, messages=sent["messages"][:-1] + [dict(turns[1], **edit)])
+                reason = ccfix.why_broken(outline, ccfix.encode_request(other)[1])
+                self.assertRegex(reason, r"^message 2 \((user|assistant)\) changed$")
+        other = dict(sent, system="t")
+        reason = ccfix.why_broken(outline, ccfix.encode_request(other)[1])
+        self.assertEqual(reason, "system text changed")
+        data, outline = ccfix.encode_request({"model": "m", "messages": turns})
+        self.assertEqual(json.loads(data.decode()), {"model": "m", "messages": turns})
 
     def test_sessions_are_compared_with_themselves(self):
         sessions = ccfix.Sessions(size=2)
@@ -9833,11 +10174,12 @@ class TestRecorder(unittest.TestCase):
             self.assertIn("bad.json", str(caught.exception))
 
 
-# ======================================================================================================
+# ==================================================================================================
 # 10  Store: sessions
-# ======================================================================================================
+# ==================================================================================================
 
-# A session in the shape of the real client's: (what the user says, how many calls the model makes before it answers)
+# A session in the shape of the real client's: (what the user says, how many calls the model makes
+# before it answers).
 SESSION = (
     ("Make the colour in notes.txt blue.", 4),
     ("continue", 1),
@@ -9851,7 +10193,7 @@ NOTE = "<system-reminder>\n%s\n</system-reminder>"
 
 
 def session_reply(sent):
-    """The model of the session: the reply that belongs to the number of assistant turns; it names its place."""
+    """The model of the session: the reply for this number of assistant turns; it names which."""
     place = sum(message["role"] == "assistant" for message in sent["messages"])
     plan = [kind for _, calls in SESSION for kind in ["call"] * calls + ["text"]]
     if plan[place] == "text":
@@ -9871,7 +10213,7 @@ def session_reply(sent):
 
 
 def marked_last(messages):
-    """A copy in which the last block has cache_control, and messages of one text are strings, as the client sends them."""
+    """A copy as the client sends it: cache_control on the last block, single texts as strings."""
     messages = copy.deepcopy(messages)
     for message in messages[:-1]:
         if (
@@ -10008,11 +10350,12 @@ class TestCacheSession(CachedCase):
             )
 
 
-# Requests that tempt a cache to answer with another conversation's reply: (what the right answer depends on, request)
+# Requests that tempt a cache to answer with another conversation's reply: (what the right answer
+# depends on, request).
 
 
 def provoking_requests():
-    """[(label, body)]: a body's right answer names its label; bodies of one label may be answered alike."""
+    """[(label, body)]: a right answer names the label; one label's may be answered alike."""
     rows = []
 
     def add(label, *messages, **fields):
@@ -10180,9 +10523,10 @@ def provoking_histories():
 
 
 def provoked(answer_of, rounds=2):
-    """Ask all provoking requests several times in a seeded order -> [label asked for, answer got] of those answered wrong.
+    """Ask all provoking requests several times in a seeded order.
 
-    answer_of(label, body) -> the answer's text; the model behind it answers with the label that it is told now.
+    -> [label asked for, answer got] of those answered wrong. answer_of(label, body) -> the
+    answer's text; the model behind it answers with the label that it is told now.
     """
     order = provoking_requests() * rounds
     random.Random(7).shuffle(order)
@@ -10216,9 +10560,9 @@ class TestProvokedCache(CachedCase):
             self.assertGreater(proxy.store.stats()["hits"], 50, mode)  # it was no idle test
 
 
-# ======================================================================================================
+# ==================================================================================================
 # 11  Proxy
-# ======================================================================================================
+# ==================================================================================================
 
 
 def hello(sent):
@@ -10277,7 +10621,7 @@ class TestRouting(unittest.TestCase):
                 )
 
     def test_whose_profile_and_limits_the_users_own_are(self):
-        """PROFILE is about the main base URL; MAX_CONTEXT and MAX_OUTPUT about the main model there."""
+        """PROFILE is about the main base URL, MAX_CONTEXT and MAX_OUTPUT about the main model."""
         proxy, _ = proxy_with(
             hello,
             TARGET_MODEL="m[1m]",
@@ -10640,7 +10984,10 @@ def native_bytes(events):
 
 
 class TestNative(unittest.TestCase):
-    """Providers that speak Anthropic: passed through, but for the model, the disguise and what describes the user's machine."""
+    """Providers that speak Anthropic: passed through.
+
+    But for the model, the disguise and what describes the user's machine.
+    """
 
     maxDiff = None
 
@@ -10935,7 +11282,7 @@ class TestNative(unittest.TestCase):
             proxy.store.close()
 
 
-class Folder(object):
+class Folder:
     """A folder for one test."""
 
     def __enter__(self):
@@ -10997,6 +11344,25 @@ class TestStore(unittest.TestCase):
                 ask(proxy, request("hi")), ask(proxy, request("hi"))
                 self.assertEqual(len(wires.sent), 2)
                 proxy.store.close()
+
+    def test_a_request_that_goes_on_as_it_came_is_kept_without_its_session(self):
+        """Anthropic itself gets counters and an order of tools that the key leaves out."""
+        raw = native_bytes(native_events({"type": "text", "text": "Hi"}))
+        with Folder() as folder:
+            proxy, wires = proxy_with(
+                lambda sent: FakeReply(200, {}, [raw]),
+                CACHE_ENABLED="true",
+                CACHE_DIR=folder,
+                PROFILE="anthropic-api",
+            )
+            tools = [tool("Read", path="string"), tool("Write", path="string")]
+            for count in (1, 2):
+                counter = {"role": "system", "content": COUNTER % count}
+                ask(proxy, request("hi", counter, tools=tools[:: (-1) ** count]))
+            ask(proxy, request("hi there", tools=tools))
+            proxy.store.close()
+        self.assertEqual(len(wires.sent), 2)
+        self.assertIn(COUNTER % 1, json.dumps(wires.sent[0]))
 
     def test_without_the_cache_nothing_is_written(self):
         proxy, wires = proxy_with(hello)
@@ -11126,7 +11492,8 @@ class TestSecrets(unittest.TestCase):
             "EXTRA_HEADERS": '{"x-key": "Token sk-very-secret-3"}',
             "ANTHROPIC_API_KEY": "sk-very-secret-4",
         }
-        text = "Incorrect API key provided: sk-very-secret-1, sk-very-secret-2, sk-very-secret-3, sk-very-secret-4."
+        keys = ", ".join("sk-very-secret-%d" % number for number in (1, 2, 3, 4))
+        text = "Incorrect API key provided: %s." % keys
         for answer in (
             refusal(401, text),
             refusal(400, text),
@@ -11163,8 +11530,8 @@ class TestSmallEndpoints(unittest.TestCase):
         listed = proxy.models(proxy.config())
         self.assertTrue(
             all(
-                row_["id"].startswith(("claude", "anthropic")) and row_["type"] == "model"
-                for row_ in listed["data"]
+                row["id"].startswith(("claude", "anthropic")) and row["type"] == "model"
+                for row in listed["data"]
             )
         )
         self.assertIn("small", json.dumps(listed))
@@ -12465,6 +12832,26 @@ class TestHangUp(HttpCase):
         sock.close()
         self.wait_until(lambda: not self.proxy.active and not self.proxy.wires[1].live)
 
+    def test_while_connecting(self):
+        self.serve()
+        begun, answer, create = threading.Event(), threading.Event(), socket.create_connection
+
+        def create_connection(address, *rest):
+            """The provider does not accept."""
+            if address[1] == self.upstream.port:
+                begun.set()
+                answer.wait(60)
+            return create(address, *rest)
+
+        self.addCleanup(answer.set)
+        with mock.patch("socket.create_connection", create_connection):
+            sock = self.begin(request("hi"))
+            self.assertTrue(begun.wait(10))
+            self.assertEqual(self.proxy.active, 1)
+            sock.close()
+            self.wait_until(lambda: self.proxy.active == 0, 10)
+        self.assertFalse(answer.is_set())
+
     def test_while_it_reads_nothing(self):
         block = piece(deltas(*[delta(content="x" * 1000)] * 16))
 
@@ -13375,7 +13762,10 @@ class TestCheck(CommandsCase):
         """{row name: Verdict} of a check."""
         tester = ccfix.Tester(settings_of(**values))
         try:
-            return {name: verdict for name, _, verdict, _ in ccfix.run_checks(tester)}
+            return {
+                row["name"]: ccfix.Verdict(row["status"], row["seen"], row["fix"])
+                for row in ccfix.run_checks(tester)
+            }
         finally:
             tester.close()
 
@@ -13519,7 +13909,11 @@ class TestCheck(CommandsCase):
         told = json.loads(out)
         self.assertEqual((code, told["ok"], err), (0, True, ""))
         self.assertEqual(
-            [row["name"] for row in told["checks"]], [row[0] for row in ccfix.CHECKS if not row[3:]]
+            [row["name"] for row in told["checks"]],
+            [row[0] for row in ccfix.CHECKS if row[0] != "event order"],
+        )
+        self.assertEqual(
+            set(told["checks"][0]), {"status", "seen", "fix", "name", "required", "ms"}
         )
         code, out, _ = self.main("check", "-b", bad, "-m", "deepseek-chat", "-k", "sk-very-secret")
         self.assertEqual(code, 1)
@@ -13541,15 +13935,14 @@ class TestCheck(CommandsCase):
                 self.assertIn("...  tool call\rok   tool call ", out.getvalue())
 
     def test_only_the_word_red_shows_that_the_picture_was_seen(self):
-        tester = mock.Mock()
         for text, status in (
             ("Red.", "ok"),
             ("The picture is **red**", "ok"),
             ("No picture was rendered, so I inferred nothing.", "fail"),
             ("", "fail"),
         ):
-            tester.ask.return_value = mock.Mock(text=text)
-            self.assertEqual(ccfix.sees(tester).status, status, text)
+            answer = mock.Mock(text=text)
+            self.assertEqual(ccfix.judge_sight(answer).status, status, text)
 
     def test_the_picture_is_a_red_png(self):
         data = base64.b64decode(ccfix.RED_SQUARE)

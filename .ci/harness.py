@@ -1,10 +1,11 @@
-"""Small helpers of the CI scripts: counted checks, servers, the real client, plain requests. Stdlib only."""
+"""Small helpers of the CI scripts: counted checks, ccfix as a process, the real client, plain
+requests. Standard library only; Python 3.6 or newer.
+"""
 
 import collections
 import contextlib
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -16,12 +17,12 @@ import urllib.request
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 TOP = os.path.dirname(HERE)
-SHARED = os.path.join(os.path.dirname(TOP), "shared")
+TOOLS = os.path.join(os.path.dirname(TOP), "shared", "tools")
 CACHE = os.path.join(os.path.expanduser("~"), ".cache", "ccfix-ci")
-PYTHON = (
-    os.environ.get("CCFIX_PYTHON") or sys.executable
-)  # runs ccfix.py; the scripts run on any newer one
+PYTHON = os.environ.get("CCFIX_PYTHON") or sys.executable  # runs ccfix.py
 CCFIX = os.environ.get("CCFIX_FILE") or os.path.join(TOP, "ccfix.py")
+# loopback, whatever the machine's proxy is
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 COUNTS = collections.Counter()
 Reply = collections.namedtuple("Reply", "status headers body raw")
@@ -32,7 +33,7 @@ Run = collections.namedtuple("Run", "code out err seconds")
 
 
 def check(name, condition, detail=""):
-    """Count and print one check; `detail` (str, or a function that makes it) is shown on failure only."""
+    """Count and print one check; what `detail` is, or makes, is shown when it fails."""
     COUNTS["passed" if condition else "failed"] += 1
     print("%-4s %s" % ("ok" if condition else "FAIL", name), flush=True)
     if not condition:
@@ -48,19 +49,19 @@ def skip(name, why):
 
 def finish():
     """Print the sum, alone on the last line, and exit."""
-    print(
-        "%d passed, %d failed, %d skipped"
-        % (COUNTS["passed"], COUNTS["failed"], COUNTS["skipped"]),
-        flush=True,
-    )
+    told = tuple(COUNTS[name] for name in ("passed", "failed", "skipped"))
+    print("%d passed, %d failed, %d skipped" % told, flush=True)
     sys.exit(1 if COUNTS["failed"] or not COUNTS["passed"] else 0)
 
 
-def run_table(table):
+def end_well():
+    """Let SIGTERM raise SystemExit, so that the servers that were started are ended too."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
+
+
+def run_table(*table):
     """Run functions in turn, or those named on the command line; an exception is a failed check."""
-    signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit("stopped")
-    )  # so that the servers are ended too
+    end_well()
     wanted = sys.argv[1:]
     for scenario in table:
         name = scenario.__name__.replace("_", "-")
@@ -73,18 +74,19 @@ def run_table(table):
     finish()
 
 
-# Servers
+# Processes
 
 
 def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
 
 
-def stop(process, grace=8):
-    """End one process that we started: by SIGTERM, or by force when it does not obey; return its exit code."""
-    process.terminate()
+def stop(process, grace=15):
+    """End one process that we started, by force when it does not obey -> its exit code."""
+    if process.poll() is None:
+        process.terminate()
     try:
         return process.wait(grace)
     except subprocess.TimeoutExpired:
@@ -104,84 +106,118 @@ def wait_for(condition, seconds, what):
         time.sleep(0.05)
 
 
-@contextlib.contextmanager
-def ccfix(base=None, *options, key="sk-upstream-secret", model="scripted-model", env=None):
-    """Run ccfix before an upstream (None: before nothing), in an empty folder, with a clean environment; yield its URL.
+def run(command, limit=120, given="", **options):
+    """Run a command to its end -> Run; what it prints is UTF-8."""
+    begun = time.monotonic()
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    done = subprocess.run(command, input=given.encode(), timeout=limit, **dict(pipes, **options))
+    out, err = (part.decode("utf-8") if part else "" for part in (done.stdout, done.stderr))
+    return Run(done.returncode, out, err, time.monotonic() - begun)
 
-    What it printed is shown when it does not start, or when it printed a traceback."""
-    with tempfile.TemporaryDirectory() as scratch, open(
-        os.path.join(scratch, "output"), "w+"
-    ) as output:
-        port = free_port()
-        url = "http://127.0.0.1:%d" % port
+
+class Ccfix:
+    """ccfix as a process before an upstream (None: before nothing).
+
+    It has an empty folder and a clean environment. That it ends with exit code 0 and prints no
+    traceback is a check of its own.
+
+    command  how it is started, instead of as a script; more: further arguments of Popen
+    """
+
+    def __init__(
+        self, base, *options, key="sk-upstream-secret", model="scripted-model", env=None, **more
+    ):
+        self.folder = tempfile.TemporaryDirectory()
+        self.port = free_port()
+        self.url = "http://127.0.0.1:%d" % self.port
         target = ["-k", key, "-m", model, "-b", base] if base else []
-        clean = {"PATH": os.environ["PATH"], "HOME": scratch, "LC_ALL": "C"}
-        process = subprocess.Popen(
-            [PYTHON, "-W", "error::SyntaxWarning", CCFIX, *target, "-p", str(port), *options],
-            cwd=scratch,
+        clean = {"PATH": os.environ["PATH"], "HOME": self.folder.name, "LC_ALL": "C"}
+        script = [PYTHON, "-W", "error::SyntaxWarning", CCFIX]
+        command = more.pop("command", script)
+        self.output = open(os.path.join(self.folder.name, "output"), "w+b")
+        self.process = subprocess.Popen(
+            command + target + ["-p", str(self.port)] + list(options),
+            cwd=self.folder.name,
             env=dict(clean, **(env or {})),
             stdin=subprocess.DEVNULL,
-            stdout=output,
+            stdout=self.output,
             stderr=subprocess.STDOUT,
+            **more,
         )
-        started = False
+
+    def __enter__(self):
         try:
-            wait_for(
-                lambda: process.poll() is not None or get(url + "/health").status == 200,
-                20,
-                "GET /health",
-            )
-            if process.poll() is not None:
-                raise RuntimeError("ccfix did not start")
-            started = True
-            yield url
-        finally:
-            code = stop(process)
-            output.seek(0)
-            text = output.read()
-            if "Traceback" in text or code or not started:
-                check(
-                    "ccfix starts, and ends with exit code 0 and no traceback (was %s)" % code,
-                    False,
-                    text[-3000:],
-                )
+            wait_for(self.answers, 30, "GET /health")
+        except BaseException as error:
+            stop(self.process)
+            raise RuntimeError("ccfix did not start (%s):\n%s" % (error, self.printed()))
+        return self
+
+    def answers(self):
+        if self.process.poll() is not None:
+            raise RuntimeError("exit code %d" % self.process.returncode)
+        return get(self.url + "/health").status == 200
+
+    def __exit__(self, *exc):
+        code, text = stop(self.process), self.printed()
+        if code or "Traceback" in text or "Fatal" in text:
+            name = "ccfix ends with exit code 0 and no traceback (was %s)" % code
+            check(name, False, text[-3000:])
+        self.output.close()
+        self.folder.cleanup()
+
+    def printed(self):
+        with open(self.output.name, "rb") as file:
+            return file.read().decode("ascii", "replace")
+
+
+@contextlib.contextmanager
+def ccfix(*args, **options):
+    """Run ccfix; yield its URL."""
+    with Ccfix(*args, **options) as running:
+        yield running.url
+
+
+@contextlib.contextmanager
+def llama(*options, model="smollm2-135m"):
+    """Run a real model server (llama.cpp); yield its base URL (http://127.0.0.1:N/v1)."""
+    starter = [sys.executable, os.path.join(TOOLS, "start_upstream.py"), "--model", model]
+    process = subprocess.Popen(
+        starter + list(options),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        universal_newlines=True,
+    )
+    try:
+        url = process.stdout.readline().strip()
+        if not url.startswith("http"):
+            raise RuntimeError("the model server did not start")
+        yield url
+    finally:
+        stop(process)
+        process.stdout.close()
 
 
 # The real client
 
 
 def claude(url, *args, env=None, model="my-own-model", home=None, cwd=None, limit=120):
-    """Run the real client against `url`; -> Run(code, out, err, seconds). `model=None` leaves its default model."""
+    """Run the real client against `url` -> Run. `model=None` leaves its default model."""
     settings = dict({"CLAUDE_CODE_MAX_RETRIES": "2"}, **(env or {}))
     if model:
         settings["ANTHROPIC_MODEL"] = model
-    command = [os.path.join(SHARED, "tools", "run_claude.sh"), "-t", str(limit)]
+    command = [os.path.join(TOOLS, "run_claude.sh"), "-t", str(limit)]
     for flag, folder in (("-H", home), ("-d", cwd)):
         command += [flag, folder] if folder else []
     for name, value in settings.items():
         command += ["-e", "%s=%s" % (name, value)]
-    outer = dict(os.environ)
-    outer.setdefault("CLAUDE_ROOT", os.path.join(CACHE, "claude"))
-    start = time.monotonic()
-    done = subprocess.run(
-        command + [url, *args],
-        env=outer,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        universal_newlines=True,
-        timeout=limit + 30,
-    )
-    return Run(done.returncode, done.stdout, done.stderr, time.monotonic() - start)
+    outer = dict({"CLAUDE_ROOT": os.path.join(CACHE, "claude")}, **os.environ)
+    return run(command + [url] + list(args), limit + 30, env=outer)
 
 
 def json_lines(text):
-    """The JSON objects of an output, one a line (stream-json, or one result); other lines are left out."""
-    found = []
-    for line in text.splitlines():
-        if line.startswith("{"):
-            found.append(json.loads(line))
-    return found
+    """The JSON objects of an output, one a line; other lines are left out."""
+    return [json.loads(line) for line in text.splitlines() if line.startswith("{")]
 
 
 # Plain requests
@@ -192,12 +228,10 @@ def get(url, headers=()):
 
 
 def post(url, body, headers=(), timeout=60):
-    data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    headers = dict(
-        {"Content-Type": "application/json", "anthropic-version": "2023-06-01", "x-api-key": "any"},
-        **dict(headers),
-    )
-    return ask(urllib.request.Request(url, data, headers), timeout)
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    fields = {"Content-Type": "application/json", "anthropic-version": "2023-06-01"}
+    fields = dict(fields, **dict({"x-api-key": "any"}, **dict(headers)))
+    return ask(urllib.request.Request(url, content, fields), timeout)
 
 
 def ask(request, timeout=60):
@@ -213,13 +247,3 @@ def ask(request, timeout=60):
         return Reply(status, headers, json.loads(raw), raw)
     except ValueError:
         return Reply(status, headers, None, raw)
-
-
-DIRECT = urllib.request.build_opener(
-    urllib.request.ProxyHandler({})
-)  # loopback, whatever the machine's proxy is
-
-
-def sse_events(raw):
-    """The data objects of an event stream."""
-    return [json.loads(line) for line in re.findall(r"^data: (.*)$", raw, re.M)]

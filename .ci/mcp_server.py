@@ -1,17 +1,15 @@
-"""A stdio MCP server with two tools that have long names; each answers its question with its own last word."""
+"""A stdio MCP server with two tools that have long names; each answers with its last word."""
 
 import json
 import sys
 
+SCHEMA = {"type": "object", "properties": {"question": {"type": "string"}}}
+SCHEMA["required"] = ["question"]
 TOOLS = [
     {
         "name": "look_up_the_answer_in_the_big_book_of_answers_" + word,
         "description": "Opens the book of answers.",
-        "inputSchema": {
-            "type": "object",
-            "properties": {"question": {"type": "string"}},
-            "required": ["question"],
-        },
+        "inputSchema": SCHEMA,
     }
     for word in ("one", "two")
 ]
@@ -19,11 +17,8 @@ TOOLS = [
 
 def answer(method, params):
     if method == "initialize":
-        return {
-            "protocolVersion": params["protocolVersion"],
-            "capabilities": {"tools": {}},
-            "serverInfo": {"name": "answers", "version": "1"},
-        }
+        known = {"capabilities": {"tools": {}}, "serverInfo": {"name": "answers", "version": "1"}}
+        return dict(known, protocolVersion=params["protocolVersion"])
     if method == "tools/list":
         return {"tools": TOOLS}
     if method == "tools/call":
