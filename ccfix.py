@@ -217,6 +217,16 @@ def as_list(value):
     return value if isinstance(value, list) else []
 
 
+def as_str(value):
+    """value if it is a string, else an empty one."""
+    return value if isinstance(value, str) else ""
+
+
+def omit(values, names):
+    """A copy of a dict without the keys in names."""
+    return {key: value for key, value in values.items() if key not in names}
+
+
 MAX_DIGITS = 300  # of a whole number; Python before 3.11 takes 20 s for a million, hours for more
 
 
@@ -1710,13 +1720,19 @@ def thinking_level(body):
     return ""
 
 
-# ======================================================================================================
+# ==================================================================================================
 # 5  Normalize: an Anthropic request -> the Anthropic request that this provider can take
-# ======================================================================================================
+# ==================================================================================================
 
 NO_OUTPUT = "(no output)"
 NO_RESULT = "(no result: the call was interrupted)"
 LOADED = "These tools are loaded and can be called now: "
+
+
+NO_PDF = (
+    "[a PDF document (%s)%s was here; this model cannot read PDF files. Convert it to text (for"
+    " example with pdftotext), or read single pages as images.]"
+)
 REMINDER = "<system-reminder>\n%s\n</system-reminder>"
 STATE_MARK = "ccfix1."  # begins every signature that this program writes
 THOUGHTS = ("thinking", "redacted_thinking")
@@ -1730,7 +1746,8 @@ def normalize(body, profile, recall=None, memo=None, room=0):
     """The Messages request that a provider of this profile can take: Anthropic in, Anthropic out.
 
     What every provider needs is done here, once for all formats; a format only writes the result in
-    its own words. A new dict; `body` is never edited, and what need not change stays the same object.
+    its own words. A new dict; `body` is never edited, and what need not change stays the same
+    object.
 
     recall(tool_use_id) -> what is remembered of a call: {"arguments", "reasoning", "details",
     "google", "scope"}, any of them missing. memo: a dict in which cleaned tools are kept between
@@ -1742,7 +1759,7 @@ def normalize(body, profile, recall=None, memo=None, room=0):
     without messages.
     """
     check_messages(body)
-    clean = {key: value for key, value in body.items() if key not in PERSONAL}
+    clean = omit(body, PERSONAL)
     if body.get("system"):
         clean["system"] = clean_system(body["system"])
     if is_number(body.get("max_tokens")):
@@ -1753,25 +1770,24 @@ def normalize(body, profile, recall=None, memo=None, room=0):
         return clean
     turns = split_turns(body["messages"])
     if not profile.system_role and clean.get("system"):
-        leading = {"type": "text", "text": system_text(clean.pop("system"))}
+        leading = text_block(system_text(clean.pop("system")))
         turns = join_turns([("user", [leading], None)] * bool(leading["text"]) + turns)
     clean["messages"] = normalize_turns(turns, profile, recall or (lambda call_id: {}))
     effort = turn_effort(body["messages"])
     if effort:
         clean["output_config"] = dict(as_dict(body.get("output_config")), effort=effort)
-    for field in ("tools", "tool_choice"):
-        clean.pop(field, None)
+    clean = omit(clean, ("tools", "tool_choice"))
     clean.update(normalize_tools(body, profile, {} if memo is None else memo))
     ask_for_format(clean, profile)
     return clean
 
 
-# ---- what the body holds ---------------------------------------------------------------------------
+# ---- what the body holds -------------------------------------------------------------------------
 
 
 def is_number(value):
-    """Whether a value is a number that can be sent: 1e400 is read as infinity, which JSON lacks, and
-    True is an int to Python."""
+    """Whether a value is a number that can be sent: 1e400 is read as infinity, which JSON lacks,
+    and True is an int to Python."""
     is_real = isinstance(value, (int, float)) and not isinstance(value, bool)
     return is_real and abs(value) < 1e12
 
@@ -1829,14 +1845,12 @@ def check_messages(body):
 
 def as_blocks(content):
     """Message content of any shape as a list of block dicts."""
-    if isinstance(content, str):
-        return [{"type": "text", "text": content}] if content else []
-    if isinstance(content, dict):
-        return [content]
+    if isinstance(content, (str, dict)):
+        content = [content] if content else []
     return [
-        {"type": "text", "text": part} if isinstance(part, str) else part
+        text_block(part) if isinstance(part, str) else part
         for part in as_list(content)
-        if isinstance(part, (dict, str))
+        if isinstance(part, (str, dict))
     ]
 
 
@@ -1851,41 +1865,38 @@ def text_block(text):
     return {"type": "text", "text": text}
 
 
-def walk_blocks(messages):
-    """(role, block) of every content block, those inside tool results too; outer ones first."""
-    for message in as_list(messages):
-        message = as_dict(message)
-        stack = [message.get("content")]
+def empty_block(kind, **fields):
+    """A block of `kind`, a key of BLOCKS, as it starts in a stream; fields: what it has already."""
+    return dict(dict(BLOCKS[kind].empty, type=kind), **fields)
+
+
+def find_blocks(body, kind):
+    """The request's content blocks of a kind, outer ones first, then those in tool results."""
+    for message in as_list(body.get("messages")):
+        stack = [as_dict(message).get("content")]
         while stack:
             for block in as_list(stack.pop()):
                 if isinstance(block, dict):
-                    yield message.get("role"), block
                     stack.append(block.get("content"))
-
-
-def has_images(body):
-    """Whether any message, or tool result in one, holds an image."""
-    return any(block.get("type") == "image" for _, block in walk_blocks(body.get("messages")))
+                    if block.get("type") == kind:
+                        yield block
 
 
 def used_ids(body):
     """Tool ids that the conversation has already used."""
-    return {
-        block.get("id")
-        for role, block in walk_blocks(body.get("messages"))
-        if block.get("type") == "tool_use" and isinstance(block.get("id"), str)
-    }
+    ids = (block.get("id") for block in find_blocks(body, "tool_use"))
+    return {call_id for call_id in ids if isinstance(call_id, str)}
 
 
 def turn_effort(messages):
     """The effort that the latest turn asks for by its own output_config, or "".
 
-    Claude Code sends it on system turns, which are folded here (beta per-turn-control-2026-07-01).
+    Claude Code sends it on system turns, which are folded here (beta
+    per-turn-control-2026-07-01).
     """
-    found = (
-        as_dict(as_dict(turn).get("output_config")).get("effort") for turn in reversed(messages)
-    )
-    return next((effort for effort in found if isinstance(effort, str) and effort in LEVELS), "")
+    configs = (as_dict(as_dict(turn).get("output_config")) for turn in reversed(messages))
+    efforts = (as_str(config.get("effort")) for config in configs)
+    return next((effort for effort in efforts if effort in LEVELS), "")
 
 
 def estimate_tokens(body):
@@ -1897,7 +1908,9 @@ def estimate_tokens(body):
     while stack:
         value = stack.pop()
         if isinstance(value, str):
-            wide = 0 if is_ascii(value) else len(value.encode("utf-8", "replace")) - len(value)
+            wide = len(value.encode("utf-8", "replace")) - len(
+                value
+            )  # about 2 for each of the others
             total += (len(value) - wide // 2) // 4 + wide // 3 + 1
         elif isinstance(value, dict):
             source = as_dict(value.get("source"))
@@ -1914,16 +1927,7 @@ def estimate_tokens(body):
     return total
 
 
-def is_ascii(value):
-    """Whether a string is ASCII (str.isascii is new in 3.7)."""
-    try:
-        value.encode("ascii")
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-# ---- system text, and who says what ------------------------------------------------------------------
+# ---- system text, and who says what --------------------------------------------------------------
 
 
 def clean_system(system):
@@ -1953,7 +1957,8 @@ def split_turns(messages):
 
     message: the client's own, where the turn is one message as it came, else None. A system turn
     becomes user text where it stands: moved to the front, each new one would rewrite the prefix. A
-    turn that is wholly a <total_tokens> marker goes, as the client removes it from the history later.
+    turn that is wholly a <total_tokens> marker goes, as the client removes it from the history
+    later.
     """
     turns = []
     for message in map(as_dict, messages):
@@ -1964,13 +1969,10 @@ def split_turns(messages):
         role = "assistant" if role == "assistant" else "user"
         said = [block for block in blocks if says_something(block, role)]
         turns.append((role, said, message if message.get("role") == role else None))
-    turns = join_turns(turns)
     return join_turns(
-        [
-            turn
-            for turn in turns
-            if turn[0] == "user" or any(block.get("type") not in THOUGHTS for block in turn[1])
-        ]
+        turn
+        for turn in join_turns(turns)
+        if turn[0] == "user" or any(block.get("type") not in THOUGHTS for block in turn[1])
     )
 
 
@@ -1985,12 +1987,15 @@ def join_turns(turns):
     return joined
 
 
+def is_blank(block):
+    """Whether a block is text that shows nothing."""
+    return block.get("type") == "text" and not block_text(block).strip()
+
+
 def says_something(block, role):
-    """Whether a block says anything: empty text does not, nor a token marker."""
-    if block.get("type") != "text":
-        return True
-    text = block_text(block)
-    return bool(text.strip()) and not (role != "assistant" and TOKEN_MARKER.match(text))
+    """Whether a block says anything: empty text does not, nor a token marker of the client's."""
+    marker = role != "assistant" and TOKEN_MARKER.match(block_text(block))
+    return not (marker or is_blank(block))
 
 
 def without_our_thinking(messages):
@@ -2007,7 +2012,7 @@ def without_our_thinking(messages):
     return kept
 
 
-# ---- turns -------------------------------------------------------------------------------------------
+# ---- turns ---------------------------------------------------------------------------------------
 
 
 def normalize_turns(turns, profile, recall):
@@ -2019,11 +2024,10 @@ def normalize_turns(turns, profile, recall):
             counter += len(calls)
         else:
             blocks, calls = answer_calls(clean_blocks(blocks, profile), calls), []
-        content = message and message["content"]
-        if blocks and (as_blocks(content) if isinstance(content, str) else content) == blocks:
-            messages.append(message)
-        elif blocks:
-            messages.append({"role": role, "content": blocks})
+        if blocks:
+            content = message and message["content"]
+            same = blocks == (as_blocks(content) if isinstance(content, str) else content)
+            messages.append(message if same else {"role": role, "content": blocks})
     if calls:
         messages.append({"role": "user", "content": answer_calls([], calls)})
     return messages
@@ -2033,8 +2037,8 @@ def answer_calls(blocks, calls):
     """A user turn's blocks after calls [(client's id, id sent)]: results in their order, the rest.
 
     A call without a result gets one that says so, and a result without a call is told in words:
-    OpenAI, DeepSeek, Mistral and Anthropic all answer 400 to either. Claude Code sends results in the
-    order in which they were ready, and none for a call that the user interrupted.
+    OpenAI, DeepSeek, Mistral and Anthropic all answer 400 to either. Claude Code sends results in
+    the order in which they were ready, and none for a call that the user interrupted.
     """
     results, rest, wanted = {}, [], {call_id for call_id, _ in calls}
     for block in blocks:
@@ -2046,19 +2050,17 @@ def answer_calls(blocks, calls):
         else:
             rest += [text_block("[result of an earlier tool call]")] + result_blocks(block)
     answers = []
-    for call_id, sent_id in calls:
+    for call_id, known_id in calls:
         result = results.get(call_id) or {"type": "tool_result", "content": NO_RESULT}
-        same = result.get("tool_use_id") == sent_id
-        answers.append(result if same else dict(result, tool_use_id=sent_id))
+        same = result.get("tool_use_id") == known_id
+        answers.append(result if same else dict(result, tool_use_id=known_id))
     return answers + rest
 
 
 def result_blocks(block):
     """The content of a tool_result in words that stand for themselves: an error says so."""
-    blocks = as_blocks(block.get("content"))
-    blocks = [part for part in blocks if part.get("type") != "text" or block_text(part)]
-    if not any(part.get("type") != "text" or block_text(part).strip() for part in blocks):
-        blocks = [text_block(NO_OUTPUT)]
+    blocks = [part for part in as_blocks(block.get("content")) if not is_blank(part)]
+    blocks = blocks or [text_block(NO_OUTPUT)]
     return [text_block("Error:")] + blocks if block.get("is_error") is True else blocks
 
 
@@ -2066,23 +2068,22 @@ def clean_assistant(blocks, profile, recall, counter):
     """(blocks, [(client's id, id sent)]) of an assistant turn. counter: calls so far."""
     said, calls, notes, thoughts = [], [], [], []
     for block in blocks:
-        kind = block.get("type")
+        kind, call_id = block.get("type"), str(block.get("id") or "")
         if kind == "tool_use":
-            note = as_dict(recall(str(block.get("id") or ""))) if not profile.native_blocks else {}
+            note = {} if profile.native_blocks else as_dict(recall(call_id))
             call = clean_call(block, profile, note.get("arguments"), counter + len(calls))
-            calls.append((str(block.get("id") or ""), call["id"]))
+            calls.append((call_id, call["id"]))
             notes.append(note if note.get("scope") == profile.scope else {})
             said.append(call)
         elif kind not in THOUGHTS:
-            said += clean_blocks([block], profile)
+            said += clean_block(block, profile)
         elif not profile.native_blocks:
             thoughts.append(block)
         elif not is_our_thinking(block):
             said.append(block)
     if profile.reasoning_field and (calls or profile.reasoning_always):
         if REASONING_FIELDS.get(profile.reasoning_field) == "parts" and not calls:
-            text = "".join(block_text(block) for block in said)
-            notes = [as_dict(recall(text_key(profile.scope, text)))]
+            notes = [as_dict(recall(text_key(profile.scope, "".join(map(block_text, said)))))]
         said = bring_back(said, thoughts, profile, notes, [call_id for call_id, _ in calls])
     return said, calls
 
@@ -2093,37 +2094,35 @@ def bring_back(said, thoughts, profile, notes, call_ids):
 
     said, thoughts: its other blocks, its thinking blocks; notes: what is remembered, one a call.
     DeepSeek and MiMo answer 400 without it ("must be passed back"), Gemini to a call without its
-    signature; OpenRouter and MiniMax want it back unmodified, once a turn. Groq, Mistral and Cerebras
-    refuse a field that they do not know, so nothing goes back unless the profile names a field.
+    signature; OpenRouter and MiniMax want it back unmodified, once a turn. Groq, Mistral and
+    Cerebras refuse a field that they do not know, so nothing goes back unless the profile names a
+    field.
     """
-    states = [state for state in (read_state(block, profile.scope) for block in thoughts) if state]
+    states = list(filter(None, (read_state(block, profile.scope) for block in thoughts)))
     shape = REASONING_FIELDS.get(profile.reasoning_field)
     if shape == "opaque":
-        known = {}
-        for state in states:
-            known.update(as_dict(state.get("google")))
-        found = [known.get(i) or note.get("google") for i, note in zip(call_ids, notes)]
-        found[:1] = [found[0] or profile.placeholder] if found else []  # Gemini checks the first
-        signatures = iter(found)
-        return [
-            add_note(block, google=next(signatures)) if block.get("type") == "tool_use" else block
-            for block in said
-        ]
+        return sign_calls(said, states, profile, notes, call_ids)
     if shape == "parts":
         # What is remembered is whole; a signature holds what had come when its block was closed.
-        kept = (note["details"] for note in notes + states[::-1] if note.get("details"))
-        details = next(kept, None)
-        thinking = dict(thinking_block(""), ccfix={"details": details}) if details else None
-    else:
-        text = "".join(state["text"] for state in states)
-        text = text or next((note["reasoning"] for note in notes if note.get("reasoning")), "")
-        thinking = thinking_block(text or profile.placeholder)
-    return [thinking] + said if thinking and (thinking["thinking"] or "ccfix" in thinking) else said
+        kept = [note["details"] for note in notes + states[::-1] if note.get("details")]
+        return [add_note(empty_block("thinking"), details=kept[0])] + said if kept else said
+    kept = ["".join(state["text"] for state in states)] + [note.get("reasoning") for note in notes]
+    text = next(filter(None, kept), profile.placeholder)
+    return [empty_block("thinking", thinking=text)] + said if text else said
 
 
-def thinking_block(text):
-    """A thinking block without a signature: only a format's writer sees it."""
-    return {"type": "thinking", "thinking": text, "signature": ""}
+def sign_calls(said, states, profile, notes, call_ids):
+    """The turn with Gemini's thought signatures on its calls; Gemini checks the first call's."""
+    known = {}
+    for state in states:
+        known.update(as_dict(state.get("google")))
+    found = [known.get(call_id) or note.get("google") for call_id, note in zip(call_ids, notes)]
+    found[:1] = [found[0] or profile.placeholder] if found else []
+    found = iter(found)
+    return [
+        add_note(block, google=next(found)) if block.get("type") == "tool_use" else block
+        for block in said
+    ]
 
 
 def add_note(block, **note):
@@ -2135,10 +2134,10 @@ def add_note(block, **note):
 def clean_call(block, profile, original, number):
     """A tool_use block with an id and a name that the provider takes, and an object as input.
 
-    original: the arguments as the model wrote them. The client echoes a call with defaults added and
-    keys in another order, which would break the provider's prefix cache. What the client could not
-    parse comes back as {"__unparsedToolInput": {"raw"}} and is turned back; what is not an object
-    goes up inside one, as servers parse it (Ollama: "invalid tool call arguments").
+    original: the arguments as the model wrote them. The client echoes a call with defaults added
+    and keys in another order, which would break the provider's prefix cache. What the client could
+    not parse comes back as {"__unparsedToolInput": {"raw"}} and is turned back; what is not an
+    object goes up inside one, as servers parse it (Ollama: "invalid tool call arguments").
     """
     value = as_dict(block.get("input"))
     raw = as_dict(value.get("__unparsedToolInput")).get("raw")
@@ -2163,7 +2162,8 @@ def says_the_same(original, value):
 
 
 def sent_id(block, name, form, number):
-    """The tool-call id for the provider, made of the client's id alone (for Kimi: of name and number).
+    """The tool-call id for the provider, made of the client's id alone (for Kimi: of name and
+    number).
 
     form: see Profile.tool_ids. number: calls before this one in the conversation. The same id must
     come out in every later turn, or the provider's prefix cache is lost. OpenAI takes at most 40
@@ -2195,7 +2195,7 @@ def short_name(name):
     return re.sub(r"[^A-Za-z0-9_-]", "_", name)[:55] + "_" + short_hash(name, 8)
 
 
-# ---- reasoning state in signatures: Claude Code echoes a signature as it is ----------------------------
+# ---- reasoning state in signatures: Claude Code echoes a signature as it is ----------------------
 
 
 def text_key(scope, text):
@@ -2214,9 +2214,10 @@ def write_state(scope, state):
 
 
 def read_state(block, scope):
-    """The state in a thinking block that came from `scope`, with its text; None for any other block."""
-    mark = block.get("signature") if block.get("type") == "thinking" else block.get("data")
-    if not isinstance(mark, str) or not mark.startswith(write_state(scope, {})):
+    """The state in a thinking block that came from `scope`, with its text; None for any other
+    block."""
+    mark = as_str(block.get("signature"))
+    if not mark.startswith(write_state(scope, {})):
         return None
     try:
         packed = mark[len(STATE_MARK) :].split(".", 1)[1]
@@ -2224,20 +2225,20 @@ def read_state(block, scope):
         state = as_dict(json.loads(data.decode()))
     except (ValueError, zlib.error):
         return None
-    text = block.get("thinking")
-    return dict(state, text=text if isinstance(text, str) else "")
+    return dict(state, text=as_str(block.get("thinking")))
 
 
 def is_our_thinking(block):
     """Whether this program signed a block of reasoning."""
-    return str(block.get("signature") or block.get("data")).startswith(STATE_MARK)
+    return as_str(block.get("signature")).startswith(STATE_MARK)
 
 
-# ---- content blocks ------------------------------------------------------------------------------------
+# ---- content blocks ------------------------------------------------------------------------------
 
 
 def clean_blocks(blocks, profile):
-    """The blocks with what the provider has no form for in words; unchanged ones are the same objects."""
+    """The blocks with what the provider has no form for in words; unchanged ones are the same
+    objects."""
     return [part for block in blocks for part in clean_block(block, profile)]
 
 
@@ -2247,26 +2248,22 @@ def clean_block(block, profile):
     Kinds seen from the client: text, image, document, tool_use, tool_result, thinking,
     redacted_thinking, tool_reference; the others stand in the documentation, or come one day.
     """
-    kind, source = block.get("type"), as_dict(block.get("source"))
-    if kind == "text":
-        return [block]
+    kind = block.get("type")
     if kind == "tool_result":
         return [clean_result(block, profile)]
     if kind == "image":
-        note = image_note(source, profile)
+        note = image_note(as_dict(block.get("source")), profile)
         return [text_block(note)] if note else [block]
-    if kind == "document" and source.get("type") in ("base64", "url", "file"):
-        takes = profile.files and (source["type"] == "base64" or profile.native_blocks)
-        return [block if takes else text_block(document_note(block, source))]
-    if profile.native_blocks:
-        return [block]
     if kind == "document":
-        return document_blocks(block, source, profile)
+        return clean_document(block, as_dict(block.get("source")), profile)
+    if kind == "text" or profile.native_blocks:
+        return [block]
     return [text_block(foreign_text(block))]
 
 
 def clean_result(block, profile):
-    """A tool_result with clean blocks; tool_reference blocks become the names of the loaded tools."""
+    """A tool_result with clean blocks; tool_reference blocks become the names of the loaded
+    tools."""
     if not isinstance(block.get("content"), (list, dict)):
         return block
     blocks = as_blocks(block["content"])
@@ -2281,72 +2278,67 @@ def clean_result(block, profile):
 def image_note(source, profile):
     """What is said in place of an image that cannot be passed on; "" where it can.
 
-    Text-only models answer 400 ("Model only support text input"); Ollama and Moonshot fetch no URLs.
+    Text-only models answer 400 ("Model only support text input"); Ollama and Moonshot fetch no
+    URLs.
     """
-    kind, url = source.get("type"), source.get("url")
     if not profile.images:
         return "[an image was here; this model takes no images]"
-    if kind == "base64" and isinstance(source.get("data"), str):
-        return ""
-    is_url = kind == "url" and isinstance(url, str)
-    if is_url and profile.image_urls or kind == "file" and profile.native_blocks:
+    url = source.get("url") if source.get("type") == "url" else None
+    is_url = isinstance(url, str)
+    passes = {
+        "base64": isinstance(source.get("data"), str),
+        "url": is_url and profile.image_urls,
+        "file": profile.native_blocks,
+    }
+    if passes.get(str(source.get("type"))):
         return ""
     return "[an image was here that could not be passed on%s]" % (": " + url if is_url else "")
 
 
-def document_note(block, source):
-    """What is said in place of a PDF, with what the model can do about it: a coding agent has a
-    shell, and Claude Code's Read tool renders single pages."""
-    where = " at %s" % source["url"] if isinstance(source.get("url"), str) else ""
-    return (
-        "[a PDF document (%s)%s was here; this model cannot read PDF files. Convert it to text (for"
-        " example with pdftotext), or read single pages as images.]" % (title_of(block), where)
-    )
-
-
-def document_blocks(block, source, profile):
-    """A document that is text, under its title."""
-    if source.get("type") == "text":
-        return [text_block("[document: %s]\n%s" % (title_of(block), source.get("data")))]
-    if source.get("type") == "content":
-        inner = clean_blocks(as_blocks(source.get("content")), profile)
-        return [text_block("[document: %s]" % title_of(block))] + inner
-    return [text_block(document_note(block, source))]
-
-
-def title_of(document):
-    """A document's title, or a word in its place."""
-    return str(document.get("title") or "document")
+def clean_document(block, source, profile):
+    """A document as a list of blocks: text under its title, a PDF as it is, else what the model can
+    do about it: a coding agent has a shell, and Claude Code's Read tool renders single pages."""
+    form, title = source.get("type"), str(block.get("title") or "document")
+    is_file = form in ("base64", "url", "file")
+    takes_file = profile.files and (profile.native_blocks or form == "base64")
+    if takes_file if is_file else profile.native_blocks:
+        return [block]
+    heading = "[document: %s]" % title
+    if form == "text":
+        return [text_block("%s\n%s" % (heading, source.get("data")))]
+    if form == "content":
+        return [text_block(heading)] + clean_blocks(as_blocks(source.get("content")), profile)
+    where = " at %s" % source["url"] if as_str(source.get("url")) else ""
+    return [text_block(NO_PDF % (title, where))]
 
 
 def foreign_text(block):
     """A block that only Anthropic's API has a form for, as text that the model can read."""
-    kind = str(block.get("type"))
+    kind, parts = str(block.get("type")), as_blocks(block.get("content"))
     if kind == "search_result":
-        inner = "\n".join(block_text(part) for part in as_blocks(block.get("content")))
-        return "[search result: %s - %s]\n%s" % (block.get("title"), block.get("source"), inner)
+        heading = "[search result: %s - %s]\n" % (block.get("title"), block.get("source"))
+        return heading + "\n".join(map(block_text, parts))
     if kind == "server_tool_use":
         return "[%s: %s]" % (block.get("name"), compact_json(as_dict(block.get("input"))))
     if kind.endswith("_tool_result"):
-        hits = [hit for hit in as_list(block.get("content")) if isinstance(hit, dict)]
-        found = ["%s - %s" % (hit.get("title"), hit.get("url")) for hit in hits]
-        return "\n".join(["[%s]" % kind] + found)
-    return block_text(block) or (
-        "[a block of kind %s, which this model cannot be shown]" % kind[:60]
-    )
+        hits = ["%s - %s" % (hit.get("title"), hit.get("url")) for hit in parts]
+        return "\n".join(["[%s]" % kind] + hits)
+    return block_text(block) or "[a block of kind %s, which this model cannot be shown]" % kind[:60]
 
 
-# ---- tools ---------------------------------------------------------------------------------------------
+# ---- tools ---------------------------------------------------------------------------------------
 
 
 def is_function(tool):
-    """Whether a tool is run by the client; the others are run by Anthropic's servers (web_search_*)."""
+    """Whether a tool is run by the client; the others are run by Anthropic's servers
+    (web_search_*)."""
     return "input_schema" in tool or tool.get("type") in (None, "custom")
 
 
 def offered_tools(body):
-    """The client's function tools in an order that only ever grows at its end: those that are always
-    there by name, then the deferred ones as the conversation's tool_reference blocks name them.
+    """The client's function tools in an order that only ever grows at its end: those that are
+    always there by name, then the deferred ones as the conversation's tool_reference blocks name
+    them.
 
     The client itself sends them in another order with each request (seen with 2.1.330), which costs
     a provider's whole prefix cache: tools stand before the conversation in every chat template.
@@ -2359,11 +2351,7 @@ def offered_tools(body):
     fixed = sorted(name for name in tools if not tools[name].get("defer_loading"))
     if len(fixed) == len(tools):
         return [tools[name] for name in fixed]
-    named = [
-        str(block.get("tool_name"))
-        for _, block in walk_blocks(body.get("messages"))
-        if block.get("type") == "tool_reference"
-    ]
+    named = [str(block.get("tool_name")) for block in find_blocks(body, "tool_reference")]
     order = {name: -place for place, name in enumerate(reversed(named))}  # its first appearance
     deferred = sorted(set(tools) - set(fixed), key=lambda name: (order.get(name, 1), name))
     return [tools[name] for name in fixed + deferred]
@@ -2377,24 +2365,30 @@ def tool_names(body):
     }
 
 
+CHOICE_FORMS = {"none": "none", "any": "required", "tool": "named"}
+
+
 def normalize_tools(body, profile, memo):
-    """{"tools", "tool_choice"} as the provider takes them, at most as many as it takes: those at the
-    end are the rarest. {} where there are none."""
+    """{"tools", "tool_choice"} as the provider takes them, at most as many as it takes: those at
+    the end are the rarest. {} where there are none."""
     tools = offered_tools(body)
     tools = [clean_tool(tool, profile, memo) for tool in tools[: profile.max_tools or len(tools)]]
     if profile.native_blocks:
         tools += [tool for tool in as_list(body.get("tools")) if not is_function(as_dict(tool))]
     if not tools:
         return {}
-    choice, names = as_dict(body.get("tool_choice")), {tool.get("name") for tool in tools}
-    kind, name = choice.get("type"), short_name(str(choice.get("name")))
-    form = {"none": "none", "any": "required", "tool": "named"}.get(str(kind))
-    if form and (form not in profile.tool_choice or form == "named" and name not in names):
-        choice = {key: value for key, value in choice.items() if key not in ("type", "name")}
-        choice["type"] = "auto"
-    elif form == "named":
-        choice = dict(choice, name=name)
-    return dict({"tools": tools}, **{"tool_choice": choice} if choice else {})
+    choice = clean_choice(as_dict(body.get("tool_choice")), tools, profile)
+    return {"tools": tools, "tool_choice": choice} if choice else {"tools": tools}
+
+
+def clean_choice(choice, tools, profile):
+    """The tool choice, or auto where the provider does not take its form, or the tool is not
+    there."""
+    form, name = CHOICE_FORMS.get(str(choice.get("type"))), short_name(str(choice.get("name")))
+    is_missing = form == "named" and all(tool.get("name") != name for tool in tools)
+    if form and form not in profile.tool_choice or is_missing:
+        return dict(omit(choice, ("name",)), type="auto")
+    return dict(choice, name=name) if form == "named" else choice
 
 
 def clean_tool(tool, profile, memo):
@@ -2405,9 +2399,8 @@ def clean_tool(tool, profile, memo):
     if known and known[1] == rules and known[0] == tool:
         return known[2]
     schema = clean_schema(as_dict(tool.get("input_schema")), profile)
-    schema["type"] = "object"
-    schema["properties"] = as_dict(schema.get("properties"))
-    clean = {key: value for key, value in tool.items() if key != "defer_loading"}
+    schema.update(type="object", properties=as_dict(schema.get("properties")))
+    clean = omit(tool, ("defer_loading",))
     clean.update(name=short_name(tool["name"]), input_schema=schema)
     if len(memo) > 2000:
         memo.clear()
@@ -2415,66 +2408,71 @@ def clean_tool(tool, profile, memo):
     return clean  # not the memo's: another thread may have put its own there
 
 
-def clean_schema(schema, profile, defs=None, depth=0):
+def clean_schema(schema, profile):
     """A JSON schema that all providers take: $schema and format:uri gone, $ref replaced by what it
     names, type lists split, without the keywords in profile.schema.
 
-    defs: what a $ref may name; under None, [how many more may be resolved]. Kimi writes nonsense with
-    $schema in a tool, Gemini and several others refuse format:uri and $ref, and most know no list of
-    types; none of it changes what a model writes.
+    Kimi writes nonsense with $schema in a tool, Gemini and several others refuse format:uri and
+    $ref, and most know no list of types; none of it changes what a model writes.
     """
-    defs = {None: [MAX_REFS]} if defs is None else defs
-    for key in ("$defs", "definitions"):
-        if key in schema:
-            defs = dict(defs, **as_dict(schema[key]))
-    if isinstance(schema.get("$ref"), str):
+    return SchemaCleaner(profile).clean(schema, {}, 0)
+
+
+class SchemaCleaner:
+    """Cleans one schema. defs: {name: schema} that a $ref may name where it stands; depth: schemas
+    around it."""
+
+    def __init__(self, profile):
+        self.profile, self.refs = profile, MAX_REFS
+
+    def clean(self, schema, defs, depth):
+        """A schema, or one inside another; a new dict."""
+        for key in ("$defs", "definitions"):
+            defs = dict(defs, **as_dict(schema.get(key)))
+        if isinstance(schema.get("$ref"), str):
+            return self.resolve(schema, defs, depth)
+        clean = {}
+        for key, value in schema.items():
+            if key in DROPPED_KEYWORDS or (key == "format" and value == "uri"):
+                continue
+            if key not in self.profile.schema:
+                clean[key] = self.clean_part(key, value, defs, depth)
+            elif key == "const":
+                clean["enum"] = [value]
+        split_type(clean)
+        if self.profile.typed_schema and depth and TYPE_WORDS.isdisjoint(clean):
+            clean["type"] = "object" if "properties" in clean else "string"
+        return clean
+
+    def resolve(self, schema, defs, depth):
+        """What a schema's $ref names, with what stands beside the $ref; any object where it names
+        nothing known, or itself."""
         name = schema["$ref"].rsplit("/", 1)[-1]
-        inner = {key: part for key, part in defs.items() if key != name}
-        return clean_schema(resolve_ref(schema, name, defs), profile, inner, depth + 1)
-    clean = {}
-    for key, value in schema.items():
-        if key in DROPPED_KEYWORDS or (key == "format" and value == "uri"):
-            continue
-        if key not in profile.schema:
-            clean[key] = clean_part(key, value, profile, defs, depth)
-        elif key == "const":
-            clean["enum"] = [value]
-    split_type(clean)
-    if profile.typed_schema and depth and not {"type", "anyOf", "oneOf", "allOf"} & set(clean):
-        clean["type"] = "object" if "properties" in clean else "string"
-    return clean
+        self.refs -= 1
+        found = as_dict(defs.get(name)) if self.refs >= 0 else {}
+        found = dict(found or {"type": "object"}, **omit(schema, ("$ref",)))
+        return self.clean(found, omit(defs, (name,)), depth + 1)
+
+    def clean_part(self, key, value, defs, depth):
+        """The value of one keyword, cleaned where it holds schemas itself."""
+
+        def clean(part):
+            return self.clean(part, defs, depth + 1) if isinstance(part, dict) else part
+
+        if depth > MAX_SCHEMA_DEPTH:
+            return {} if isinstance(value, dict) else value
+        if key in SCHEMA_MAPS:
+            return {name: clean(part) for name, part in as_dict(value).items()}
+        if key in SCHEMA_LISTS and isinstance(value, list):
+            return [clean(part) for part in value]
+        return clean(value) if key in SUBSCHEMAS else value
 
 
 DROPPED_KEYWORDS = ("$schema", "$defs", "definitions", "$id", "$comment")
+TYPE_WORDS = frozenset(("type", "anyOf", "oneOf", "allOf"))  # keywords that say a value's type
 SCHEMA_MAPS = ("properties", "patternProperties")
 SUBSCHEMAS = ("items", "additionalProperties", "not", "propertyNames", "contains")
 SCHEMA_LISTS = ("anyOf", "oneOf", "allOf", "prefixItems", "items")
-
-
-def resolve_ref(schema, name, defs):
-    """What a schema's $ref names, with what stands beside the $ref; any object where it names
-    nothing known, or itself."""
-    defs[None][0] -= 1
-    found = as_dict(defs.get(name)) if defs[None][0] >= 0 else {}
-    beside = {key: value for key, value in schema.items() if key != "$ref"}
-    return dict(found or {"type": "object"}, **beside)
-
-
-def clean_part(key, value, profile, defs, depth):
-    """The value of one schema keyword, cleaned where it holds schemas itself."""
-
-    def clean(part):
-        return clean_schema(part, profile, defs, depth + 1) if isinstance(part, dict) else part
-
-    if depth > MAX_SCHEMA_DEPTH:
-        return {} if isinstance(value, dict) else value
-    if key in SCHEMA_MAPS and isinstance(value, dict):
-        return {name: clean(part) for name, part in value.items()}
-    if key in SUBSCHEMAS and isinstance(value, dict):
-        return clean(value)
-    if key in SCHEMA_LISTS and isinstance(value, list):
-        return [clean(part) for part in value]
-    return value
 
 
 def split_type(schema):
@@ -2483,20 +2481,22 @@ def split_type(schema):
         kinds = [kind for kind in schema.pop("type") if kind != "null"]
         if len(kinds) == 1:
             schema["type"] = kinds[0]
-        elif kinds and "anyOf" not in schema:
-            schema["anyOf"] = [{"type": kind} for kind in kinds]
+        elif kinds:
+            schema.setdefault("anyOf", [{"type": kind} for kind in kinds])
 
 
-# ---- the form of the reply -----------------------------------------------------------------------------
+# ---- the form of the reply -----------------------------------------------------------------------
+
+
+WISH = "Reply with one JSON object that fits this JSON schema, and nothing else:\n"
 
 
 def wanted_schema(body):
     """The JSON schema that the reply must fit (output_config.format, or the older output_format),
     or None."""
     wanted = as_dict(as_dict(body.get("output_config")).get("format") or body.get("output_format"))
-    schema = wanted.get("schema")
-    is_schema = wanted.get("type") == "json_schema" and isinstance(schema, dict)
-    return schema if is_schema else None
+    schema = wanted.get("schema") if wanted.get("type") == "json_schema" else None
+    return schema if isinstance(schema, dict) else None
 
 
 def ask_for_format(body, profile):
@@ -2510,18 +2510,15 @@ def ask_for_format(body, profile):
     body["output_config"] = dict(as_dict(body.get("output_config")), format=wanted)
     if profile.json_format == "json_schema":
         return
-    wish = "Reply with one JSON object that fits this JSON schema, and nothing else:\n"
-    wish = text_block(wish + compact_json(schema))
-    messages, last = body["messages"], as_dict(body["messages"][-1:] and body["messages"][-1])
-    if last.get("role") == "user":
-        messages[-1] = dict(last, content=as_blocks(last["content"]) + [wish])
-    else:
-        messages.append({"role": "user", "content": [wish]})
+    messages, said = body["messages"], []
+    if messages and messages[-1]["role"] == "user":
+        said = as_blocks(messages.pop()["content"])
+    messages.append({"role": "user", "content": said + [text_block(WISH + compact_json(schema))]})
 
 
-# ======================================================================================================
+# ==================================================================================================
 # 6  Formats out: a normalized request -> what goes over the wire
-# ======================================================================================================
+# ==================================================================================================
 
 BRIDGE = "I have the results of the tools."
 CONTINUE = "Continue."
@@ -2533,18 +2530,19 @@ class Format(NamedTuple):
 
     write(normalized body, model, profile, attach) -> request body, a new dict; attach: the two
     disguise fields or {}. reader(writer, profile) -> reader of the reply (section 8). headers(key,
-    profile, client_headers) -> headers of the format's own. path, models_path, count_path: behind the
-    base URL; "/v1/..." stands in place of a base's own /v1; "": the format has no such endpoint.
-    relays: the provider's own events reach the client, so that their order matters (see `check`).
+    profile, client_headers) -> headers of the format's own. path, models_path, count_path: behind
+    the base URL; "/v1/..." stands in place of a base's own /v1; "": the format has no such
+    endpoint. relays: the provider's own events reach the client, so that their order matters (see
+    `check`).
     """
 
     name: str
     path: str
     models_path: str
-    count_path: str
     headers: object
     write: object
     reader: object
+    count_path: str = ""
     relays: bool = False
 
 
@@ -2555,7 +2553,7 @@ def endpoint(base, path):
     return urllib.parse.urlunsplit((parts.scheme, parts.netloc, start + path, parts.query, ""))
 
 
-# ---- chat: OpenAI's chat completions -------------------------------------------------------------------
+# ---- chat: OpenAI's chat completions -------------------------------------------------------------
 
 
 def chat_headers(key, profile, client_headers):
@@ -2591,17 +2589,15 @@ def write_chat(body, model, profile, attach=()):
             sent["stream_options"] = {"include_usage": True}
     sent.update(profile.body)
     sent.update(attach)
-    for field in profile.never:
-        sent.pop(field, None)
-    return sent
+    return omit(sent, profile.never)
 
 
 def chat_messages(body, profile):
     """One leading system message, then turns; tool messages directly after their calls.
 
-    Content is a plain string wherever it can be: Groq refuses lists in system messages, Ollama loses
-    the tool_call_id of a tool message whose content is a list. Several system messages, or one that
-    is not the first, are refused by MiniMax (2013) and by most chat templates.
+    Content is a plain string wherever it can be: Groq refuses lists in system messages, Ollama
+    loses the tool_call_id of a tool message whose content is a list. Several system messages, or
+    one that is not the first, are refused by MiniMax (2013) and by most chat templates.
     """
     text = system_text(body.get("system"))
     messages, names = [{"role": "system", "content": text}] if text else [], {}
@@ -2645,7 +2641,8 @@ def chat_call(block):
 
 
 def user_messages(blocks, names, profile):
-    """Tool messages, then one user message with everything else of the turn. names: {call id: tool}.
+    """Tool messages, then one user message with everything else of the turn. names: {call id:
+    tool}.
 
     A tool message holds text only: images and files of a result follow in the user message.
     """
@@ -2676,7 +2673,7 @@ def chat_part(block):
         url = source.get("url") if source.get("type") == "url" else data_url(source, "image/png")
         return {"type": "image_url", "image_url": {"url": url}}
     if block["type"] == "document":
-        name = title_of(block)
+        name = str(block.get("title") or "document")
         name = name if name.lower().endswith(".pdf") else name + ".pdf"
         file = {"filename": name, "file_data": data_url(source, "application/pdf")}
         return {"type": "file", "file": file}
@@ -2690,17 +2687,12 @@ def data_url(source, media_type):
 
 def join_parts(parts):
     """Message content of parts: one plain string unless there is an image or a file among them."""
-    if all(isinstance(part, str) for part in parts):
-        return "\n\n".join(part for part in parts if part) or NO_OUTPUT
     content = []
-    for part in parts:
-        if not isinstance(part, str):
-            content.append(part)
-        elif content and content[-1]["type"] == "text":
-            content[-1] = text_block(content[-1]["text"] + "\n\n" + part)
-        elif part:
-            content.append(text_block(part))
-    return content
+    for is_string, run in itertools.groupby(parts, lambda part: isinstance(part, str)):
+        content += [text_block("\n\n".join(filter(None, run)))] if is_string else run
+    if len(content) == 1 and content[0]["type"] == "text":
+        return content[0]["text"] or NO_OUTPUT
+    return [part for part in content if part.get("text") != ""]
 
 
 def chat_tool(tool):
@@ -2715,10 +2707,10 @@ def choice_fields(choice, profile):
 
     What the provider does not take became auto in normalize.
     """
-    kind, fields = choice.get("type"), {}
-    if kind in ("none", "any"):
-        fields["tool_choice"] = "required" if kind == "any" else "none"
-    elif kind == "tool":
+    form, fields = CHOICE_FORMS.get(str(choice.get("type"))), {}
+    if form:
+        fields["tool_choice"] = form
+    if form == "named":
         fields["tool_choice"] = {"type": "function", "function": {"name": choice["name"]}}
     if choice.get("disable_parallel_tool_use") is True and profile.parallel:
         fields["parallel_tool_calls"] = False
@@ -2727,29 +2719,25 @@ def choice_fields(choice, profile):
 
 def sampling_fields(body, profile):
     """The output limit, temperature, top_p and stop sequences."""
-    fields = {}
-    if is_number(body.get("max_tokens")):
-        fields[profile.max_tokens] = body["max_tokens"]
-    for name in ("temperature", "top_p"):
-        if is_number(body.get(name)):
-            fields[name] = body[name]
+    names = {"max_tokens": profile.max_tokens, "temperature": "temperature", "top_p": "top_p"}
+    fields = {names[name]: body[name] for name in names if is_number(body.get(name))}
     stops = [stop for stop in as_list(body.get("stop_sequences")) if stop and isinstance(stop, str)]
     if stops:
         fields["stop"] = stops[:MAX_STOPS]
     return fields
 
 
-# ---- anthropic: Anthropic's Messages -------------------------------------------------------------------
+# ---- anthropic: Anthropic's Messages -------------------------------------------------------------
 
 
 def anthropic_headers(key, profile, client_headers):
     """The client's version and beta flags, and the key in both forms that such providers take: some
     look at x-api-key, some at Authorization, and none refuses the other."""
-    betas = re.split(r"[,\s]+", client_headers.get("anthropic-beta") or "")
-    betas = [flag for flag in betas if flag and flag not in profile.betas]
+    flags = re.findall(r"[^,\s]+", client_headers.get("anthropic-beta") or "")
+    betas = ",".join(flag for flag in flags if flag not in profile.betas)
     headers = {"anthropic-version": client_headers.get("anthropic-version") or "2023-06-01"}
     if betas:
-        headers["anthropic-beta"] = ",".join(betas)
+        headers["anthropic-beta"] = betas
     if key:
         headers["x-api-key"] = key
     return dict(headers, **chat_headers(key, profile, client_headers))
@@ -2758,8 +2746,7 @@ def anthropic_headers(key, profile, client_headers):
 def write_anthropic(body, model, profile, attach=()):
     """The Messages request for a normalized body: itself, but for the model's name and what the
     provider was found to refuse."""
-    sent = {key: value for key, value in body.items() if key not in profile.never}
-    sent["model"] = model
+    sent = dict(omit(body, profile.never), model=model)
     return without_keys(sent, "cache_control") if "cache_control" in profile.never else sent
 
 
@@ -3664,9 +3651,9 @@ class TextCalls:
             self.code.pop()
 
 
-# ======================================================================================================
+# ==================================================================================================
 # 8  Stream in: SSE bytes -> payloads -> a reader -> MessageWriter -> Anthropic events -> SSE bytes
-# ======================================================================================================
+# ==================================================================================================
 
 MAX_LINE = 32 << 20  # a longer SSE line is not a model's work
 
@@ -3677,8 +3664,8 @@ def sse_payloads(blocks):
 
     Knows LF and CRLF, comments, several data lines in one event, data lines without the blank line
     between, a BOM, `event: error`, and llama.cpp's older `error: {..}` line (both come out as
-    {"error": ..}). An event that the end of the stream cuts off is dropped when it is not valid JSON,
-    as a browser would (https://html.spec.whatwg.org/multipage/server-sent-events.html).
+    {"error": ..}). An event that the end of the stream cuts off is dropped when it is not valid
+    JSON, as a browser would (https://html.spec.whatwg.org/multipage/server-sent-events.html).
     """
     rest, data, failed = [], [], False
     for block in blocks:
@@ -3686,11 +3673,14 @@ def sse_payloads(blocks):
         if not end:
             if block:
                 rest.append(block)
+            # The sum is only taken now and then: at every block it would be quadratic.
             if len(rest) % 64 == 63 and sum(map(len, rest)) > MAX_LINE:
                 raise too_long("a line")
             yield None
             continue
-        lines = b"".join(rest + [block[:end]]).decode("utf-8", "replace").split("\n")
+        # Decoded by whole lines, so that no character is cut in two; not splitlines(), which also
+        # splits at U+2028 and the like, and those may stand inside a JSON string.
+        lines = to_string(b"".join(rest + [block[:end]])).split("\n")
         rest = [block[end:]] if end < len(block) else []
         lines.pop()
         for line in lines:
@@ -3707,7 +3697,7 @@ def sse_payloads(blocks):
                 yield event_payload(data, failed)
                 data, failed = [], False
         yield None
-    last = b"".join(rest).decode("utf-8", "replace").strip()
+    last = to_string(b"".join(rest)).strip()
     if last:
         failed = read_other_line(last, data, failed)
     if data and (data[-1].strip() == "[DONE]" or json_or_none("\n".join(data)) is not None):
@@ -3722,13 +3712,15 @@ def too_long(what):
 
 
 def is_whole_event(line):
-    """Whether a data line is an event of its own, so that the next one needs no blank line before."""
+    """Whether a data line is an event of its own, so that the next one needs no blank line
+    before."""
     is_object = line[:1] == "{" and line[-1:] == "}" and json_or_none(line) is not None
     return is_object or line == "[DONE]"
 
 
 def read_other_line(line, data, failed):
-    """Put a line that is neither plain data nor blank into data -> whether the event is an error."""
+    """Put a line that is neither plain data nor blank into data -> whether the event is an
+    error."""
     name, _, value = line.partition(":")
     if name == "event":
         return value.strip() == "error"
@@ -3741,11 +3733,14 @@ def read_other_line(line, data, failed):
 
 
 def event_payload(data, failed):
-    """An event's data string; that of a failed event is made an {"error": ..} object if it is none."""
+    """An event's data string; that of a failed event is made an {"error": ..} object if it is none.
+
+    Groq and LM Studio send `event: error` with the error's fields alone, or with plain words.
+    """
     payload = "\n".join(data)
     body = json_or_none(payload) if failed else None
     if failed and "error" not in as_dict(body):
-        return compact_json({"error": body if isinstance(body, dict) else {"message": payload}})
+        return compact_json({"error": as_dict(body) or {"message": payload}})
     return payload
 
 
@@ -3761,23 +3756,26 @@ def parse_payload(payload):
         return as_dict(json_or_none(payload))  # there is white space before it
 
 
-# ---- reply text: leading <think>, calls written as text ----------------------------------------------
+# ---- reply text: leading <think>, calls written as text ------------------------------------------
 
 
 class ThinkTags:
     """Splits a leading <think>..</think> off a reply's text, and the line ends beside the tags.
 
-    feed(text) -> [(kind, text)]. place: "start" (no text yet), "lead" (right after the opening tag),
-    "inside", "after" (right after the closing tag); `done`: only text follows.
+    feed(text) -> [(kind, text)]. place: "start" (no text yet), "lead" (right after the opening
+    tag), "inside", "after" (right after the closing tag); `done`: only text follows.
+
+    Sent by MiniMax without reasoning_split, and by vLLM and LM Studio without a reasoning parser. A
+    tag that stands later in the text is the model talking about tags: it stays.
     """
 
-    __slots__ = ("held", "place", "done")
     OPEN, CLOSE = "<think>", "</think>"
 
     def __init__(self):
         self.held, self.place, self.done = "", "start", False
 
     def feed(self, text):
+        """The pieces of a reply's next text, each "text" or "thinking"."""
         text, self.held = self.held + text, ""
         if self.place == "start":
             start = text.lstrip()
@@ -3795,7 +3793,8 @@ class ThinkTags:
         return self.answer(text)
 
     def untagged(self, text):
-        """Text without an opening tag; a closing one tells that the prompt template held the opening."""
+        """Text without an opening tag; a closing one tells that the prompt template held the
+        opening."""
         self.done = True
         before, tag, after = text.partition(self.CLOSE)
         return (
@@ -3805,7 +3804,8 @@ class ThinkTags:
         )
 
     def thought(self, text):
-        """Text inside the tags; the beginning of a closing tag, and line ends, wait for what follows."""
+        """Text inside the tags; the beginning of a closing tag, and line ends, wait for what
+        follows."""
         before, tag, after = text.partition(self.CLOSE)
         if tag:
             self.place = "after"
@@ -3829,7 +3829,13 @@ class ThinkTags:
         return [("text" if self.place == "start" else "thinking", held)] if held else []
 
 
-# ---- the writer: calls in, Anthropic events out --------------------------------------------------------
+# ---- the writer: calls in, Anthropic events out --------------------------------------------------
+
+# Claude Code needs `event:` lines, message_start, and a start and a stop of each block; it takes
+# pings, comments and unknown event types anywhere. What it does with a stream that breaks off
+# depends
+# on where: an error event after a finished block keeps what there is, and asks the model to resume;
+# a connection that just ends makes it stream the same request again (both seen with 2.1.330).
 
 IDLE, OPEN, DONE, FAILED = "idle", "open", "done", "failed"
 ENDED = (DONE, FAILED)
@@ -3860,11 +3866,6 @@ def stop_event(index):
     return {"type": "content_block_stop", "index": index}
 
 
-def empty_block(kind, **fields):
-    """The content_block with which a block of `kind`, a key of BLOCKS, starts."""
-    return dict(BLOCKS[kind].empty, type=kind, **fields)
-
-
 def zero_usage(input_tokens=0):
     """Anthropic's usage before anything is known: all four fields, as the client expects."""
     return {
@@ -3876,27 +3877,17 @@ def zero_usage(input_tokens=0):
 
 
 class Dropped(Exception):
-    """The connection to the client must end without a word: it then streams the same request again."""
+    """The connection to the client must end without a word: it then streams the same request
+    again."""
 
 
 class ToolCall:
     """A tool call while it arrives; see MessageWriter.advance.
 
-    Providers send its parts in any order: arguments before the name, an id that comes later or never,
-    two calls interleaved. A call becomes a block once its name is known and those before it are whole.
+    Providers send its parts in any order: arguments before the name, an id that comes later or
+    never, two calls interleaved. A call becomes a block once its name is known and those before it
+    are whole.
     """
-
-    __slots__ = (
-        "key",
-        "id",
-        "name",
-        "fields",
-        "waiting",
-        "stream",
-        "client_id",
-        "google",
-        "closed",
-    )
 
     def __init__(self, key, call_id, name="", fields=()):
         self.key = key  # the provider's index, or id, or None
@@ -3923,14 +3914,14 @@ class ToolCall:
 class MessageWriter:
     """Anthropic's side of every stream: a reader calls, event dicts come out.
 
-    | state | a block or a delta    | finish()                                | fail(error)              |
-    | ----- | --------------------- | --------------------------------------- | ------------------------ |
-    | IDLE  | message_start: OPEN   | message_start, then as OPEN             | raise it: the HTTP status |
-    |       |                       |                                         | is still free            |
-    | OPEN  | stays OPEN            | closes the block, message_delta,        | closes the block, error  |
-    |       |                       | message_stop: DONE                      | event: FAILED; in a tool |
-    |       |                       |                                         | call raise Dropped       |
-    | DONE, FAILED | RuntimeError   | nothing                                 | nothing                  |
+    | state        | a block or a delta  | finish()            | fail(error)                 |
+    | ------------ | ------------------- | ------------------- | --------------------------- |
+    | IDLE         | message_start: OPEN | message_start, then | raises it: the HTTP status  |
+    |              |                     | as OPEN             | is still free               |
+    | OPEN         | stays OPEN          | closes the block,   | closes the block, error     |
+    |              |                     | message_delta,      | event: FAILED; in the input |
+    |              |                     | message_stop: DONE  | of a tool: raises Dropped   |
+    | DONE, FAILED | raises RuntimeError | nothing             | nothing                     |
 
     Promises: message_start once and first; block indexes 0, 1, 2 ...; one block open at a time;
     message_delta, then message_stop, once and last; the input of a tool is one JSON object.
@@ -3968,13 +3959,12 @@ class MessageWriter:
         if self.state != IDLE:
             return
         self.state = OPEN
+        told = as_dict(self.head.get("usage"))
+        counted = {"input_tokens": self.input_tokens, "output_tokens": 0}
+        usage = dict(counted, **told) if told else zero_usage(self.input_tokens)
         message = {"id": self.message_id, "type": "message", "role": "assistant"}
         message.update({"stop_reason": None, "stop_sequence": None}, **self.head)
-        usage = as_dict(self.head.get("usage"))
-        counted = dict({"input_tokens": self.input_tokens, "output_tokens": 0}, **usage)
-        message.update(
-            model=self.model, content=[], usage=counted if usage else zero_usage(self.input_tokens)
-        )
+        message.update(model=self.model, content=[], usage=usage)
         yield {"type": "message_start", "message": message}
 
     def open_block(self, block, signing=False):
@@ -4013,8 +4003,8 @@ class MessageWriter:
         yield from self.close_block()
 
     def say(self, kind, text):
-        """Text or thinking, in a block of its kind; what comes while a tool call is unfinished waits
-        until after it."""
+        """Text or thinking, in a block of its kind; what comes while a tool call is unfinished
+        waits until after it."""
         if not text:
             return
         if self.calls and not self.calls[-1].closed:
@@ -4040,14 +4030,15 @@ class MessageWriter:
 
     def idle(self):
         """Something that the client counts as life after minutes of pings: an empty delta, in a
-        thinking block of our own if none is open (it gives up after 600 s of pings alone)."""
+        thinking block of our own if none is open. Claude Code gives up after 600 s of nothing but
+        pings or comments, and asks again without a stream (seen with 2.1.330)."""
         if self.kind not in ("thinking", "tool_use"):
             yield from self.open_block(empty_block("thinking"), signing=True)
         yield delta_event(self.index, self.kind, "")
 
     def fresh(self):
-        """A writer for another try, which goes on where this one's message stands: message_start, and
-        perhaps a sign of life, have gone out in the silence."""
+        """A writer for another try, which goes on where this one's message stands: message_start,
+        and perhaps a sign of life, have gone out in the silence."""
         new = MessageWriter(self.message_id, self.model, self.scope, self.input_tokens, self.tools)
         for name in ("taken", "new_id", "state", "kind", "index", "signing"):
             setattr(new, name, getattr(self, name))
@@ -4061,36 +4052,44 @@ class MessageWriter:
         return self.calls[-1]
 
     def advance(self, ending=False):
-        """Send what can be sent of the calls, in order: the first unfinished one is live; one that is
-        whole makes way for the next; at the end all are flushed.
+        """Send what can be sent of the calls, in order: the first unfinished one is live; one that
+        is whole makes way for the next; at the end all are flushed, and a call without a name,
+        which cannot be made, is left out.
 
         Only the last call of a reply that was cut may be half: its input then stays as it came.
         """
         for call in self.calls:
             if call.closed:
                 continue
-            last = call is self.calls[-1]
             if not call.name and not ending:
                 return
-            if not call.name:
-                call.closed = True  # a call without a name cannot be made
-                continue
-            if call.stream is None:
-                yield from self.open_call(call)
-            waiting, call.waiting = call.waiting, []
-            for fragment in waiting:
-                yield from self.arguments(call.stream.feed(fragment))
-            if not ending and (last or not call.is_whole()):
-                return
-            yield from self.arguments(call.stream.finish(self.cut and ending and last))
-            yield from self.close_block()
+            if call.name:
+                yield from self.send_waiting(call)
+                last = call is self.calls[-1]
+                if not ending and (last or not call.is_whole()):
+                    return
+                yield from self.end_call(call, self.cut and ending and last)
             call.closed = True
-            note = {"arguments": call.stream.raw, "google": call.google}
-            self.memory[call.client_id] = {key: value for key, value in note.items() if value}
+
+    def send_waiting(self, call):
+        """Open the block of a call, if it is not, and send the fragments that waited for it."""
+        if call.stream is None:
+            yield from self.open_call(call)
+        waiting, call.waiting = call.waiting, []
+        for fragment in waiting:
+            yield from self.arguments(call.stream.feed(fragment))
+
+    def end_call(self, call, cut):
+        """The rest of a call's input, and what is to be remembered of it. cut: it may be half."""
+        yield from self.arguments(call.stream.finish(cut))
+        yield from self.close_block()
+        note = {"arguments": call.stream.raw, "google": call.google}
+        self.memory[call.client_id] = {key: value for key, value in note.items() if value}
 
     def open_call(self, call):
-        """Open the block of a call whose name is known, under an id that the conversation lacks: some
-        providers count from call_0 in each reply, and the client takes equal ids for one call."""
+        """Open the block of a call whose name is known, under an id that the conversation lacks:
+        some providers count from call_0 in each reply, and the client takes equal ids for one
+        call."""
         name, schema = self.offered_tool(call.name)
         call.stream = ArgumentStream(name, schema)
         good = re.match(r"[A-Za-z0-9_-]{1,64}\Z", call.id) and call.id not in self.taken
@@ -4104,8 +4103,8 @@ class MessageWriter:
         yield from self.open_block(block)
 
     def offered_tool(self, name):
-        """(the client's name, schema) of a tool that the model named; a wrong case is forgiven where
-        only one tool fits."""
+        """(the client's name, schema) of a tool that the model named; a wrong case is forgiven
+        where only one tool fits. A name that no tool has goes on: the client tells the model so."""
         if name in self.tools:
             return self.tools[name]
         fits = [tool for other, tool in self.tools.items() if other.lower() == name.lower()]
@@ -4137,8 +4136,8 @@ class MessageWriter:
         yield {"type": "message_stop"}
 
     def keep_memory(self):
-        """Reasoning belongs to each call of the turn: the client may drop or trim the thinking block.
-        A turn without calls is known by its text."""
+        """Reasoning belongs to each call of the turn: the client may drop or trim the thinking
+        block. A turn without calls is known by its text."""
         if self.has_unsigned() and not self.memory:
             # Not carried in a block after the text: `claude -p` prints what the last block says.
             self.memory[text_key(self.scope, "".join(self.said))] = {}
@@ -4164,44 +4163,80 @@ class MessageWriter:
         yield dict(error.body(), request_id=self.message_id)
 
 
-# ---- readers: payloads in, calls on a MessageWriter ----------------------------------------------------
+# ---- readers: payloads in, calls on a MessageWriter ----------------------------------------------
 
 
-class ChatReader:
-    """Reads the chunks of a chat-completions stream; a whole reply is one chunk.
+class Reader:
+    """What the readers of all formats share: the calls of a provider's reply on a MessageWriter.
 
     feed and finish give events, and raise UpstreamError for an error inside the reply; the caller,
-    who knows whether another try is possible, then calls writer.fail(error).
-
-    A chunk: {"choices": [{"index", "delta": {"content", "reasoning_content", "tool_calls": [{"index",
-    "id", "function": {"name", "arguments"}}]}, "finish_reason"}], "usage"}; any of it may be missing,
-    null, or of another type (https://platform.openai.com/docs/api-reference/chat/streaming).
+    who knows whether another try is possible, then calls writer.fail(error). A format has its own
+    read(payload) and end(), generators of events, and usage().
     """
 
     def __init__(self, writer, profile):
         self.writer, self.profile = writer, profile
         self.raw_usage = {}  # the provider's own usage, as last told
+        self.ended = False  # the reply is whole
+
+    def feed(self, payload):
+        """Events for one payload (dict). Raises UpstreamError for an error in it."""
+        if self.writer.state in ENDED:
+            raise RuntimeError("feed after the end")
+        return self.read(payload)
+
+    def idle(self):
+        """A sign of life for a client that has waited for minutes; see MessageWriter.idle."""
+        return self.writer.idle()
+
+    def done(self):
+        """The provider's [DONE], which means nothing unless a format knows it."""
+
+    def finish(self):
+        """The last events. Raises UpstreamError when the reply is not whole, or is nothing at
+        all."""
+        if self.writer.state in ENDED:
+            return ()
+        if not self.ended:
+            raise UpstreamError(CUT if self.writer.content else EMPTY, kind="cut", retry=True)
+        return self.end()
+
+
+CUT = "The provider's reply was cut off before its end."
+EMPTY = "The provider closed the connection without an answer."
+
+
+class ChatReader(Reader):
+    """Reads the chunks of a chat-completions stream; a whole reply is one chunk.
+
+    A chunk: {"choices": [{"index", "delta": {"content", "reasoning_content", "tool_calls":
+    [{"index", "id", "function": {"name", "arguments"}}]}, "finish_reason"}], "usage"}; any of it
+    may be missing, null, or of another type
+    (https://platform.openai.com/docs/api-reference/chat/streaming).
+    """
+
+    def __init__(self, writer, profile):
+        Reader.__init__(self, writer, profile)
         self.reason = ""  # finish_reason
         self.stopped_at = None  # the stop sequence that matched
-        self.ended = False  # the reply is whole
         self.heard = False  # something of an answer came
         self.tags = ThinkTags()
         schemas = {name: schema for name, (_, schema) in writer.tools.items()}
         kinds = ("text", "thinking") if schemas else ()
         self.scanners = {kind: TextCalls(schemas) for kind in kinds}  # for calls written as text
 
-    def feed(self, chunk):
-        """Events for one chunk (dict). Raises UpstreamError for an error in it.
+    def read(self, chunk):
+        """Events for one chunk. Raises UpstreamError for an error in it.
 
-        All choices count: Copilot puts the text of Claude models in the first and calls in the second.
+        All choices count: Copilot puts the text of Claude models in the first and calls in the
+        second.
         """
-        if self.writer.state in ENDED:
-            raise RuntimeError("feed after the end")
         if "error" in chunk or "x_groq" in chunk or "base_resp" in chunk:
             error = error_in_reply(chunk)
             if error:
                 raise error
         fresh = not self.writer.content  # MiniMax ends with the whole message again
+        usage = chunk.get("usage") or as_dict(chunk.get("x_groq")).get("usage")
         for choice in as_list(chunk.get("choices")):
             choice = as_dict(choice)
             delta = choice.get("delta")
@@ -4210,22 +4245,15 @@ class ChatReader:
             yield from self.feed_delta(delta)
             if choice.get("finish_reason"):
                 self.note_finish(choice)
-            if choice.get("usage"):
-                self.raw_usage = as_dict(choice["usage"])
-        usage = chunk.get("usage") or as_dict(chunk.get("x_groq")).get("usage")
+            usage = usage or choice.get("usage")  # Moonshot
         if usage:
             self.raw_usage = as_dict(usage)
 
     def feed_delta(self, delta):
         """Reasoning, then text, then calls: the order in which they belong together."""
-        text, writer = delta.get("content"), self.writer
-        if (
-            len(delta) == 1 and isinstance(text, str) and self.is_plain(text)
-        ):  # the hot path of text
-            writer.written += len(text)
-            if writer.details:
-                writer.said.append(text)
-            yield delta_event(writer.index, "text", text)
+        text = delta.get("content")
+        if len(delta) == 1 and isinstance(text, str) and self.is_plain(text):
+            yield from self.writer.say("text", text)  # the hot path of text
             return
         if not REASONING_FIELDS.keys().isdisjoint(delta):
             yield from self.feed_reasoning(delta)
@@ -4233,47 +4261,53 @@ class ChatReader:
             yield from self.feed_text(text)
         if delta.get("tool_calls") or delta.get("function_call") or delta.get("refusal"):
             piece = self.plain_fragment(delta)
-            yield from self.feed_rare(delta) if piece is None else writer.arguments(piece)
+            yield from self.feed_rare(delta) if piece is None else self.writer.arguments(piece)
 
     def is_plain(self, text):
         """Whether text goes on in the open block without a look at what it says."""
         writer = self.writer
-        if not text or writer.kind != "text" or writer.calls or not self.tags.done:
+        if writer.kind != "text" or writer.calls or not self.tags.done:
             return False
         scanner = self.scanners.get("text")
         return scanner is None or not (scanner.held or scanner.TRIGGER(text))
 
     def plain_fragment(self, delta):
         """What a delta adds to the input of the open call, where it holds nothing else; else None.
-        The hot path of tool input."""
-        fragments, calls = delta.get("tool_calls"), self.writer.calls
-        if not calls or len(delta) != 1 or not isinstance(fragments, list) or len(fragments) != 1:
+        The hot path of tool input: hundreds of fragments a call, with a look at nothing else."""
+        call = self.writer.calls[-1] if self.writer.calls else None
+        if call is None or call.closed or not call.stream:
             return None
-        fragment, call = as_dict(fragments[0]), calls[-1]
-        function = as_dict(fragment.get("function"))
-        known = call.stream and not call.closed and fragment.get("index") == call.key
-        alone = PLAIN_FRAGMENT.issuperset(fragment) and len(function) == 1
-        if known and alone and isinstance(function.get("arguments"), str):
-            return call.stream.feed(function["arguments"])
-        return None
+        try:
+            text = delta["tool_calls"][0]["function"]["arguments"]
+        except (LookupError, TypeError):
+            return None
+        plain = {"tool_calls": [{"index": call.key, "function": {"arguments": text}}]}
+        return call.stream.feed(text) if isinstance(text, str) and delta == plain else None
 
     def feed_reasoning(self, delta):
         """Reasoning from the first field that holds any (chutes.ai sends the same in two); opaque
-        details are kept for the next turn and shown where no plain field has the text."""
+        details are kept for the next turn and shown where no plain field has the text.
+
+        An entry of OpenRouter's reasoning_details is {"type": "reasoning.text" | "reasoning.summary"
+        | "reasoning.encrypted", "text" | "summary" | "data", "signature", "index"}; a signature may
+        come after the text has begun, and opens no block.
+        """
         shown = False
         for field, shape in REASONING_FIELDS.items():
             value = delta.get(field)
             if shape == "string" and value and not shown:
                 yield from self.scan("thinking", value)
                 shown = True
-            for part in as_list(value) if shape == "parts" else ():
-                if isinstance(part, dict):
-                    keep_detail(self.writer.details, part)
-                    if not shown:
-                        yield from self.scan("thinking", part.get("text") or part.get("summary"))
+            for part in map(as_dict, as_list(value) if shape == "parts" else ()):
+                keep_detail(self.writer.details, part)
+                if not shown:
+                    yield from self.scan("thinking", part.get("text") or part.get("summary"))
 
     def feed_text(self, content):
-        """Content text, or a list of parts (Mistral's thinking, Anthropic-like relays)."""
+        """Content text, or a list of parts: Mistral's Magistral sends [{"type": "thinking",
+        "thinking": [{"type": "text", "text"}]} | {"type": "text", "text"}], relays of Claude
+        {"thinking": string}.
+        """
         if isinstance(content, str):
             for kind, piece in ([("text", content)] if self.tags.done else self.tags.feed(content)):
                 yield from self.scan(kind, piece)
@@ -4318,14 +4352,12 @@ class ChatReader:
         text, and the stop reason says so)."""
         yield from self.flush_scanners()
         self.heard = True
-        for call in as_list(delta.get("tool_calls")):
-            if isinstance(call, dict):
-                self.feed_call(call)
-        if isinstance(delta.get("function_call"), dict):
-            self.feed_call({"index": 0, "function": delta["function_call"]})
-        if self.writer.calls:
-            yield from self.writer.advance()
-        if isinstance(delta.get("refusal"), str):
+        older = {"index": 0, "function": as_dict(delta.get("function_call"))}
+        calls = as_list(delta.get("tool_calls")) + [older] * bool(older["function"])
+        for call in filter(None, map(as_dict, calls)):
+            self.feed_call(call)
+        yield from self.writer.advance()
+        if as_str(delta.get("refusal")):
             self.reason = "content_filter"
             yield from self.writer.say("text", delta["refusal"])
 
@@ -4335,22 +4367,21 @@ class ChatReader:
         function = as_dict(delta.get("function"))
         name, fragment = function.get("name"), function.get("arguments")
         call = self.call_for(delta.get("index"), delta.get("id"), name, fragment)
-        if isinstance(name, str) and not call.name:
-            call.name = name
+        call.name = call.name or as_str(name)
         if fragment is not None:
             call.waiting.append(fragment if isinstance(fragment, str) else compact_json(fragment))
         google = as_dict(as_dict(delta.get("extra_content")).get("google"))
-        if isinstance(google.get("thought_signature"), str):
-            call.google = google["thought_signature"]
+        call.google = as_str(google.get("thought_signature")) or call.google
 
     def call_for(self, index, call_id, name, fragment):
         """The ToolCall that a delta belongs to: by index, else by id, else the last one.
 
         A different id that comes with a name is a new call even on a used index (Gemini and others
         count every call 0); without an id another name is, and the same name when whole arguments
-        are followed by more. Gemini and Mistral send no index at all, relays of Claude begin with 1.
+        are followed by more. Gemini and Mistral send no index at all, relays of Claude begin with
+        1.
         """
-        call_id, calls = call_id if isinstance(call_id, str) else "", self.writer.calls
+        call_id, calls = as_str(call_id), self.writer.calls
         if isinstance(index, int):
             found = next((call for call in reversed(calls) if call.key == index), None)
         else:
@@ -4366,14 +4397,15 @@ class ChatReader:
         """Whether a delta with a name begins a call of its own, though it points at `call`."""
         if call_id:
             return bool(call.id) and call_id != call.id
-        if not call.name or name != call.name:
+        if name != call.name:
             return bool(call.name)
         more = fragment and str(fragment).strip()
         return bool(more) and call.arguments().strip() != "{}" and call.is_whole()
 
     def note_finish(self, choice):
         """Remember why it ended; the stop reason waits for the end, as usage often comes after it,
-        and some (kimi on OpenRouter) send the finish twice. Raises what is not a finish but a failure.
+        and some (kimi on OpenRouter) send the finish twice. Raises what is not a finish but a
+        failure.
         """
         reason = str(choice["finish_reason"])
         if reason in FINISH_ERRORS:
@@ -4385,41 +4417,35 @@ class ChatReader:
         if isinstance(choice.get("stop_reason"), str):  # vLLM names the stop sequence that matched
             self.stopped_at = choice["stop_reason"]
 
-    def idle(self):
-        return self.writer.idle()
-
     def done(self):
-        """The provider's [DONE]: what came is whole even without a finish reason. By itself it is no
-        answer: vLLM ends a stream with it that broke before its first word."""
+        """The provider's [DONE]: what came is whole even without a finish reason. By itself it is
+        no answer: vLLM ends a stream with it that broke before its first word.
+
+        The other way round, a finish reason without [DONE] is a whole reply too; with neither it
+        was cut, and must not look like the end of a turn: Claude Code would take half an answer.
+        """
         self.ended = self.ended or self.heard or bool(self.raw_usage)
 
-    def finish(self):
-        """The last events. Raises UpstreamError when the reply is not whole, or is nothing at all."""
-        if self.writer.state in ENDED:
-            return
-        if not self.ended:
-            raise cut_error(self.writer.content)
-        if self.reason == FULL_WINDOW and not self.writer.content:
-            usage = self.usage()
-            raise overflow_error(
-                usage["input_tokens"], self.profile.context, self.writer.input_tokens
-            )
+    def end(self):
+        """The last events: what was held back, then the writer's own."""
+        writer = self.writer
+        if self.reason == FULL_WINDOW and not writer.content:
+            prompt = self.usage()["input_tokens"]
+            raise overflow_error(prompt, self.profile.context, writer.input_tokens)
         for kind, text in self.tags.finish():
             yield from self.scan(kind, text)
         yield from self.flush_scanners()
-        calls = self.writer.calls
-        if calls and not self.writer.content and not any(call.name for call in calls):
-            raise UpstreamError(
-                "The model made a tool call without a name.", 502, kind="sampling", retry=True
-            )
-        yield from self.writer.advance(ending=True)
+        if writer.calls and not writer.content and not any(call.name for call in writer.calls):
+            nameless = "The model made a tool call without a name."
+            raise UpstreamError(nameless, kind="sampling", retry=True)
+        yield from writer.advance(ending=True)
         reason = self.stop_reason()
         stopped_at = self.stopped_at if reason in ("stop_sequence", "max_tokens") else None
-        yield from self.writer.finish(reason, stopped_at, self.usage())
+        yield from writer.finish(reason, stopped_at, self.usage())
 
     def stop_reason(self):
-        """Anthropic's stop reason. Any call makes it tool_use, whatever the provider says (Gemini and
-        older Ollama say "stop"), unless the reply was cut: then its input may be half."""
+        """Anthropic's stop reason. Any call makes it tool_use, whatever the provider says (Gemini
+        and older Ollama say "stop"), unless the reply was cut: then its input may be half."""
         if self.writer.cut or self.reason == FULL_WINDOW:
             return "max_tokens"
         if any(call.client_id for call in self.writer.calls):
@@ -4430,47 +4456,38 @@ class ChatReader:
 
     def usage(self):
         """Anthropic's usage: input, cache read and cache write are disjoint, while OpenAI's prompt
-        tokens hold all three. Estimates where the provider tells nothing: the client decides by these
-        numbers when to compact. Names: DeepSeek has prompt_cache_hit_tokens, Moonshot cached_tokens,
-        DashScope created_cache_tokens; relays of Claude use Anthropic's own."""
-        told, writer = self.raw_usage, self.writer
-        details = as_dict(told.get("prompt_tokens_details"))
-        prompt = positive_int(told, "prompt_tokens", "input_tokens")
+        tokens hold all three. Estimates where the provider tells nothing: the client decides by
+        these numbers when to compact. Names: DeepSeek has prompt_cache_hit_tokens, Moonshot
+        cached_tokens, OpenRouter cache_write_tokens, DashScope created_cache_tokens; relays of
+        Claude use Anthropic's own. xAI counts reasoning apart, all others inside the completion.
+        """
+        told, writer = dict(self.raw_usage), self.writer
+        for group in ("prompt_tokens_details", "completion_tokens_details"):
+            told.update(item for item in as_dict(told.get(group)).items() if item[1])
+        prompt = positive_int(told, "prompt_tokens", "input_tokens") or writer.input_tokens
         output = positive_int(told, "completion_tokens", "output_tokens")
-        read = positive_int(details, "cached_tokens") or positive_int(
-            told, "prompt_cache_hit_tokens", "cached_tokens", "cache_read_input_tokens"
+        read = positive_int(
+            told, "cached_tokens", "prompt_cache_hit_tokens", "cache_read_input_tokens"
         )
-        made = positive_int(details, "cache_write_tokens", "created_cache_tokens")
-        made = made or positive_int(told, "cache_creation_input_tokens")
-        thought = positive_int(as_dict(told.get("completion_tokens_details")), "reasoning_tokens")
+        made = positive_int(
+            told, "cache_write_tokens", "created_cache_tokens", "cache_creation_input_tokens"
+        )
+        thought = positive_int(told, "reasoning_tokens")
         if thought and positive_int(told, "total_tokens") == prompt + output + thought:
-            output += thought  # xAI counts them apart
-        prompt = prompt or writer.input_tokens
-        output = output if told else (writer.written + 3) // 4
-        rest = prompt - read - made
+            output += thought
+        rest = prompt - read - made  # below 0: this prompt count leaves the cached part out
         return dict(
             zero_usage(rest if rest >= 0 else prompt),
             cache_creation_input_tokens=made,
             cache_read_input_tokens=read,
-            output_tokens=output,
+            output_tokens=output if told else (writer.written + 3) // 4,
         )
 
 
-FULL_WINDOW = "model_context_window_exceeded"  # a finish_reason of relays of Anthropic's models
-PLAIN_FRAGMENT = frozenset(("index", "function"))
-
-
-def cut_error(has_content):
-    """The UpstreamError of a reply without an end."""
-    return UpstreamError(
-        (
-            "The provider's reply was cut off before its end."
-            if has_content
-            else "The provider closed the connection without an answer."
-        ),
-        kind="cut",
-        retry=True,
-    )
+# A finish_reason of relays of Anthropic's models, and of Z.ai's GLM-5. It is a stop reason of
+# Anthropic's as well, but Claude Code answers it with three requests to go on: so a reply that has
+# content ends as max_tokens, and one that has none is an overflow, upon which the client compacts.
+FULL_WINDOW = "model_context_window_exceeded"
 
 
 def positive_int(values, *names):
@@ -4483,8 +4500,8 @@ def keep_detail(details, part):
     """Add a reasoning detail; pieces of one entry (same type and index) are joined, as they come
     split over deltas (https://openrouter.ai/docs/use-cases/reasoning-tokens)."""
     last = details[-1] if details else {}
-    same = last.get("type") == part.get("type") and last.get("index") == part.get("index")
-    if not details or not same or "data" in part:
+    same = all(last.get(key) == part.get(key) for key in ("type", "index"))
+    if part and (not details or not same or "data" in part):
         details.append(dict(part))
         return
     for key, value in part.items():
@@ -4494,33 +4511,27 @@ def keep_detail(details, part):
             last[key] = value
 
 
-class MessagesReader:
-    """Reads the events of a provider that speaks Anthropic itself: they go on as they came, under our
-    indexes, with the model's name disguised and the input of tools fixed.
+class MessagesReader(Reader):
+    """Reads the events of a provider that speaks Anthropic itself: they go on as they came, under
+    our indexes, with the model's name disguised and the input of tools fixed.
 
-    Events, blocks and deltas of unknown kinds go on too (https://docs.anthropic.com/en/docs/build-with-claude/streaming):
-    a newer client may know them.
+    Events, blocks and deltas of unknown kinds go on too: a newer client may know them
+    (https://docs.anthropic.com/en/docs/build-with-claude/streaming).
     """
 
-    def __init__(self, writer, profile):
-        self.writer, self.profile = writer, profile
-        self.raw_usage = {}  # the provider's usage, added up over its events
-        self.last = {}  # its message_delta
-        self.ended = False  # the reply is whole
+    last = {}  # its message_delta
 
-    def feed(self, event):
+    def read(self, event):
         """Events for one event of the provider. Raises UpstreamError for its error event.
 
         Its own pings are not passed on: this program sends what the silence asks for.
         """
-        if self.writer.state in ENDED:
-            raise RuntimeError("feed after the end")
         kind = event.get("type")
         if kind == "error" or "error" in event:
             raise error_in_reply(event) or UpstreamError("The provider reported an error.")
         if kind == "message":  # a whole message in answer to a stream request
             for part in unfold(event):
-                yield from self.feed(part)
+                yield from self.read(part)
         elif kind == "message_start":
             self.writer.head = as_dict(event.get("message"))
             self.raw_usage.update(as_dict(self.writer.head.get("usage")))
@@ -4530,9 +4541,9 @@ class MessagesReader:
         elif kind == "message_stop":
             self.ended = True
         elif isinstance(kind, str) and re.match(r"\w+\Z", kind) and kind != "ping":
-            yield from self.feed_block(kind, event)
+            yield from self.read_block(kind, event)
 
-    def feed_block(self, kind, event):
+    def read_block(self, kind, event):
         """An event about a block; what belongs to no open block is dropped."""
         writer, block, delta = self.writer, event.get("content_block"), event.get("delta")
         if kind == "content_block_start" and isinstance(block, dict):
@@ -4546,7 +4557,8 @@ class MessagesReader:
             yield from self.end_block()
         elif kind == "content_block_delta" and writer.kind and isinstance(delta, dict):
             if writer.kind == "tool_use" and delta.get("type") == "input_json_delta":
-                yield from self.feed_arguments(delta.get("partial_json"))
+                text = as_str(delta.get("partial_json"))
+                yield from writer.arguments(writer.calls[-1].stream.feed(text))
             else:
                 same = event.get("index") == writer.index
                 yield event if same else dict(event, index=writer.index)
@@ -4556,39 +4568,30 @@ class MessagesReader:
 
     def begin_call(self, index, block):
         """Open a tool's block; a few servers put its whole input there."""
-        call_id = block.get("id") if isinstance(block.get("id"), str) else ""
-        call = self.writer.add_call(index, call_id, str(block.get("name") or "tool"), block)
+        name = str(block.get("name") or "tool")
+        call = self.writer.add_call(index, as_str(block.get("id")), name, block)
         if block.get("input"):
             call.waiting.append(compact_json(block["input"]))
         yield from self.writer.advance()
 
-    def feed_arguments(self, text):
-        if isinstance(text, str):
-            yield from self.writer.arguments(self.writer.calls[-1].stream.feed(text))
-
     def end_block(self):
+        """Close the open block; a tool's input is first made whole."""
         yield from self.writer.advance(ending=True)
         yield from self.writer.close_block()
 
     def idle(self):
-        """A sign of life inside the provider's own block, as an empty delta where its kind has any."""
+        """A sign of life inside the provider's own block, as an empty delta where its kind has
+        any."""
         row = BLOCKS.get(self.writer.kind)
         if not self.writer.kind:
             return self.writer.idle()
         return [delta_event(self.writer.index, self.writer.kind, "") if row and row.delta else PING]
 
-    def done(self):
-        """[DONE] means nothing in Anthropic's form."""
-
-    def finish(self):
-        """The last events. Raises UpstreamError when the reply is not whole."""
-        if self.writer.state in ENDED:
-            return
-        if not self.ended:
-            raise cut_error(True)
+    def end(self):
+        """The last events, with what the provider's message_delta says beside the stop reason."""
         delta = as_dict(self.last.get("delta"))
         reason = delta.get("stop_reason") or "end_turn"
-        yield from self.writer.finish(reason, delta.get("stop_sequence"), self.usage(), self.last)
+        return self.writer.finish(reason, delta.get("stop_sequence"), self.usage(), self.last)
 
     def usage(self):
         """Anthropic's usage; the estimate where the provider tells no input."""
@@ -4605,7 +4608,6 @@ FORMATS = {
             "chat",
             path="/chat/completions",
             models_path="/models",
-            count_path="",
             headers=chat_headers,
             write=write_chat,
             reader=ChatReader,
@@ -4624,9 +4626,7 @@ FORMATS = {
 }
 
 
-# ---- events out, fold and unfold -----------------------------------------------------------------------
-
-_escape = json.dumps
+# ---- events out, fold and unfold -----------------------------------------------------------------
 DELTA_TEMPLATES = {
     # delta type: (its field, the event as sent); the hot path writes from this, with one escape
     row.delta: (
@@ -4645,15 +4645,17 @@ def encode_event(event):
         try:
             field, template = DELTA_TEMPLATES[event["delta"]["type"]]
             if len(event["delta"]) == 2:
-                return template % (event["index"], _escape(event["delta"][field]))
+                return template % (event["index"], json.dumps(event["delta"][field]))
         except (KeyError, TypeError):
             """Another kind (a signature), or odd: a provider's own events go on as they are."""
     return "event: %s\ndata: %s\n\n" % (event["type"], compact_json(event))
 
 
 def fold(events):
-    """The finished message that events tell: the unstreamed answer. Raises UpstreamError for an
-    error event. fold(unfold(message)) is the message again."""
+    """The finished message that events tell: the unstreamed answer, and what the cache stores.
+    Raises UpstreamError for an error event. fold(unfold(message)) is the message again, under
+    fresh tool ids if unfold is given new_id.
+    """
     message, blocks, pieces = {}, {}, {}
     for event in events:
         kind, index = event["type"], event.get("index")
@@ -4689,14 +4691,14 @@ def add_delta(block, delta, pieces):
 def finish_block(block, pieces):
     """A block with its pieces joined; tool input that is not a JSON object is told in the client's
     own form for that."""
-    for field, parts in pieces.items():
-        whole = "".join(parts)
-        if field != "partial_json":
-            block[field] = str(block.get(field) or "") + whole
-        elif whole:
-            parsed = json_or_none(whole)
-            unparsed = {"__unparsedToolInput": {"raw": whole, "len": len(whole)}}
-            block["input"] = parsed if isinstance(parsed, dict) else unparsed
+    pieces = {field: "".join(parts) for field, parts in pieces.items()}
+    written = pieces.pop("partial_json", "")
+    for field, text in pieces.items():
+        block[field] = str(block.get(field) or "") + text
+    if written:
+        parsed = json_or_none(written)
+        unparsed = {"__unparsedToolInput": {"raw": written, "len": len(written)}}
+        block["input"] = parsed if isinstance(parsed, dict) else unparsed
     return block
 
 
@@ -4705,32 +4707,35 @@ def unfold(message, new_id=None):
     stored answer must not come twice in a conversation)."""
     started = dict(message, content=[], stop_reason=None, stop_sequence=None)
     yield {"type": "message_start", "message": started}
-    blocks = [block for block in as_list(message.get("content")) if isinstance(block, dict)]
-    for index, block in enumerate(blocks):
-        kind = str(block.get("type"))
-        if new_id and kind == "tool_use":
+    for index, block in enumerate(filter(None, map(as_dict, as_list(message.get("content"))))):
+        if new_id and block.get("type") == "tool_use":
             block = dict(block, id="toolu_" + new_id())
-        row = BLOCKS.get(kind)
-        if not row or not row.delta:
-            yield start_event(index, block)
-        else:
-            yield start_event(index, dict(block, **row.empty))
-            value = block.get(row.field)
-            if row.piece == "partial_json":
-                value = compact_json(value or {})
-            if value:
-                yield delta_event(index, kind, value)
-            if block.get("signature"):
-                yield signature_event(index, block["signature"])
-        yield stop_event(index)
+        yield from unfold_block(index, block)
     ends = {name: message.get(name) for name in ("stop_reason", "stop_sequence")}
     yield {"type": "message_delta", "delta": ends, "usage": dict(as_dict(message.get("usage")))}
     yield {"type": "message_stop"}
 
 
-# ======================================================================================================
+def unfold_block(index, block):
+    """The events of one finished block, as its row of BLOCKS says."""
+    kind = str(block.get("type"))
+    row = BLOCKS.get(kind)
+    if row and row.delta:
+        yield start_event(index, dict(block, **row.empty))
+        value = block.get(row.field)
+        value = compact_json(value or {}) if row.field == "input" else value
+        if value:
+            yield delta_event(index, kind, value)
+        if block.get("signature"):
+            yield signature_event(index, block["signature"])
+    else:
+        yield start_event(index, block)
+    yield stop_event(index)
+
+
+# ==================================================================================================
 # 9  Refusals: a provider's error -> a lesson (changes of its profile)
-# ======================================================================================================
+# ==================================================================================================
 
 FIELD_PATTERNS = (
     # Field names in "no such field" errors, as the providers word them.
@@ -4755,7 +4760,7 @@ SCHEMA_WORDS = (
     " examples title"
 ).split()
 REFUSED = (
-    r"(?i)unsupported|not support|unknown|unrecogni[sz]ed|unexpected|not permitted|not allowed"
+    r"unsupported|not support|unknown|unrecogni[sz]ed|unexpected|not permitted|not allowed"
     r"|extra|forbidden|invalid|unavailable"
 )
 ESSENTIAL = ("model", "messages", "tools", "stream")  # a request without them is another request
@@ -4776,16 +4781,24 @@ def learn(error, profile, body, sent):
     the request written anew, and what was learned holds for that base URL and model.
 
     body: the normalized request; sent: the same as the format wrote it, whose field names the
-    provider's words use. Each rule reads the words and gives the changes that it is sure of.
+    provider's words use.
     """
     if error.kind not in ("request", "size", "sampling", "policy") or not error.text:
         return {}
-    for rule in LESSON_RULES:
-        changes = rule(error.text, profile, body, sent)
+    for words, lesson in LESSON_RULES:
+        found = re.search(words, error.text, re.I)
+        if not found:
+            continue
+        changes = lesson if isinstance(lesson, dict) else lesson(found, profile, body, sent)
         changes = {key: value for key, value in changes.items() if getattr(profile, key) != value}
         if changes:
             return changes
     return {}
+
+
+def never_send(profile, *fields):
+    """The lesson that these fields of a request are not sent any more; {} for no field."""
+    return {"never": profile.never + fields} if fields else {}
 
 
 def named_fields(text):
@@ -4799,11 +4812,150 @@ def named_fields(text):
 
 def snake_case(name):
     """maxTokens as max_tokens."""
-    return re.sub(r"(?<=[a-z])([A-Z])", lambda found: "_" + found.group(1).lower(), name)
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
 
 
-TELLING_WORDS = (
-    # Words that mean one thing wherever they stand: (pattern, changes of the profile).
+def learn_betas(found, profile, body, sent):
+    """Newer beta flags: Bedrock and its relays name those that they do not know."""
+    return {"betas": profile.betas + tuple(re.findall(r"[\w-]+", found.group(1)))}
+
+
+def learn_named(found, profile, body, sent):
+    """The field that the words name, wherever it stands in the request."""
+    field = found.group(1)
+    return never_send(profile, field) if '"%s"' % field in compact_json(sent) else {}
+
+
+def learn_no_thinking(found, profile, body, sent):
+    """DashScope thinks in streams alone; where it already streams, the model cannot think."""
+    if not sent.get("stream"):
+        return {"always_stream": True}
+    return {"body": profile.body + (("enable_thinking", False),)}
+
+
+def learn_thinking(found, profile, body, sent):
+    """A field that asks for thinking is named and called wrong, or thinking itself is."""
+    asked = [field for field in THINKING_FIELDS if field in sent]
+    no_thinking = r"not support (?:thinking|reasoning)|(?:thinking|reasoning) is not"
+    named = re.search(r"\b(?:%s)\b" % "|".join(asked), found.string)
+    if asked and (named or re.search(no_thinking, found.string, re.I)):
+        return {"reasoning": "", "effort_with_tools": ""}
+    return {}
+
+
+def learn_reasoning(found, profile, body, sent):
+    """Reasoning must come back with the history. Asked for once, it goes back beside calls; asked
+    for again, in every turn."""
+    again = profile.reasoning_field == "reasoning_content" and bool(profile.placeholder)
+    return {
+        "reasoning_field": "reasoning_content",
+        "placeholder": NOT_KEPT,
+        "reasoning_always": again or profile.reasoning_always,
+    }
+
+
+def learn_choice(found, profile, body, sent):
+    """A forced tool choice that the provider refuses becomes auto: thinking models take no other
+    (Qwen, Kimi), and vLLM without a parser takes none."""
+    choice = sent.get("tool_choice")
+    keeps_none = choice not in ("none", {"type": "none"})
+    forms = tuple(form for form in profile.tool_choice if form == "none" and keeps_none)
+    return {"tool_choice": forms} if choice else {}
+
+
+def learn_max_tools(found, profile, body, sent):
+    """How many tools there may be."""
+    limit = int(found.group(1))
+    too_many = "tools" in found.string and len(sent.get("tools", ())) > limit
+    return {"max_tools": limit} if too_many else {}
+
+
+def learn_format(found, profile, body, sent):
+    """A response_format that the provider lacks: the weaker form (any JSON object), then words."""
+    weaker = "json_object" if profile.json_format == "json_schema" else ""
+    return {"json_format": weaker} if "response_format" in sent else {}
+
+
+def learn_images(found, profile, body, sent):
+    """A model that takes no images: they become notes, or go to TARGET_MODEL_IMAGE. Only where the
+    request holds one, as the words for it are many."""
+    refused = (
+        r"not support|only supports? text|not a multimodal|unknown variant|unsupported|text.only"
+        r"|cannot|no endpoints found"
+    )
+    telling = re.search(refused, found.string, re.I) and any(find_blocks(body, "image"))
+    return {"images": False} if telling else {}
+
+
+def learn_files(found, profile, body, sent):
+    """A model that takes no PDF files: they become notes."""
+    return {"files": False} if any(find_blocks(body, "document")) else {}
+
+
+def learn_output_limit(found, profile, body, sent):
+    """The output limit that an error names. Claude Code asks for 32,000 to 128,000 tokens, and few
+    models give that many."""
+    limit = output_limit(found.string)
+    return {"max_output": limit} if 0 < limit < positive_int(sent, profile.max_tokens) else {}
+
+
+def learn_fields(found, profile, body, sent):
+    """A field that the provider does not know is renamed, or not sent any more.
+
+    OpenAI's reasoning models call the output limit max_completion_tokens, everyone else max_tokens.
+    The disguise's two fields are the most likely to be refused; and what stands inside messages or
+    schemas is told from the request's own fields by not being one of them.
+    """
+    changes, refused = {}, []
+    for name in named_fields(found.string):
+        last = name.rsplit(".", 1)[-1]
+        if name.startswith("ANTHROPIC_"):
+            changes["strict"] = True
+        elif last in OTHER_LIMIT and last in sent:
+            changes["max_tokens"] = OTHER_LIMIT[last]
+        elif last in REASONING_FIELDS and last not in sent:
+            changes["reasoning_field"] = ""
+        elif last in SCHEMA_WORDS and last not in sent and last not in profile.schema:
+            changes["schema"] = profile.schema + (last,)
+        elif last in sent and last not in ESSENTIAL:
+            refused.append(last)
+    return dict(changes, **never_send(profile, *refused))
+
+
+def learn_schema(found, profile, body, sent):
+    """A JSON schema keyword in a tool that the provider cannot read: the schema goes without it,
+    and arguments are checked by the client anyway. Servers that compile a grammar (llama.cpp,
+    xgrammar) stumble over `pattern`, and say so in words about regular expressions."""
+    words = re.findall(r"['\"`\[]\$?(%s)['\"`\]]" % "|".join(SCHEMA_WORDS), found.string)
+    if re.search(r"regex|look-?(?:ahead|behind|around)", found.string, re.I):
+        words = ["pattern"]
+    new = tuple(word for word in dict.fromkeys(words) if word not in profile.schema)
+    return {"schema": profile.schema + new} if sent.get("tools") else {}
+
+
+def learn_any_field(found, profile, body, sent):
+    """Last resort: a field of ours that the text names in quotes and calls wrong in some way."""
+    free = (field for field in sent if field not in ESSENTIAL + (profile.max_tokens,))
+    quoted = r"['\"`(\[]%s\b"
+    return never_send(
+        profile, *(field for field in free if re.search(quoted % re.escape(field), found.string))
+    )
+
+
+OTHER_LIMIT = {
+    # the two names of the output limit
+    "max_tokens": "max_completion_tokens",
+    "max_completion_tokens": "max_tokens",
+}
+LESSON_RULES = (
+    # (pattern of the provider's words, in any case; lesson): changes of the profile, or a function
+    # of
+    # (match, profile, body, sent) that gives them, {} where it is not sure. The first that changes
+    # anything is taken: from the surest to the vaguest. See learn for body and sent.
+    #
+    # "Unexpected value(s) `x`, `y` for the `anthropic-beta` header." (Bedrock)
+    (r"value\(s\) (.+?) for the .?anthropic-beta", learn_betas),
+    (r"(cache_control)", learn_named),
     (r"messages\.\d+\.role|Unexpected role .?system", {"untouched": False}),  # older Claude models
     (r"tools with reasoning_effort are not supported", {"effort_with_tools": "none"}),  # gpt-5.4
     (r"thought_signature", {"reasoning_field": "google", "placeholder": GEMINI_SKIP}),
@@ -4811,191 +4963,23 @@ TELLING_WORDS = (
     (r"must be a-z, A-Z, 0-9, with a length of 9", {"tool_ids": "nine"}),  # Mistral
     (r"system.{0,30}role.{0,30}(?:not supported|not enabled|unsupported)", {"system_role": False}),
     (r"role: system|Developer instruction is not enabled", {"system_role": False}),  # Gemma
-)
-
-
-def learn_words(text, profile, body, sent):
-    """What TELLING_WORDS say that the profile does not know yet."""
-    for pattern, changes in TELLING_WORDS:
-        if re.search(pattern, text, re.I) and apply_lesson(profile, changes) != profile:
-            return changes
-    return {}
-
-
-def learn_native(text, profile, body, sent):
-    """What providers that speak Anthropic refuse: newer beta flags, and cache_control.
-
-    Bedrock and its relays: "Unexpected value(s) `x`, `y` for the `anthropic-beta` header."
-    """
-    found = re.search(r"value\(s\) (.+?) for the .?anthropic-beta", text)
-    if found:
-        return {"betas": tuple(profile.betas) + tuple(re.findall(r"[\w-]+", found.group(1)))}
-    if "cache_control" in text and '"cache_control"' in compact_json(sent):
-        return {"never": tuple(profile.never) + ("cache_control",)}
-    return {}
-
-
-def learn_thinking(text, profile, body, sent):
-    """Thinking that must be off, or effort words that the model lacks.
-
-    DashScope: "parameter.enable_thinking must be set to false for non-streaming calls"; where it
-    already streams, the model cannot think. DeepSeek: thinking "cannot be disabled when
-    reasoning_effort" is there. Else a field that asks for thinking is named and called wrong.
-    """
-    if "enable_thinking must be set to false" in text:
-        if not sent.get("stream"):
-            return {"always_stream": True}
-        return {"body": tuple(profile.body) + (("enable_thinking", False),)}
-    if "cannot be disabled when reasoning_effort" in text:
-        return {"never": tuple(profile.never) + ("reasoning_effort",)}
-    asked = [field for field in THINKING_FIELDS if field in sent]
-    named = any(re.search(r"\b%s\b" % field, text) for field in asked)
-    named = named or re.search(
-        r"not support (?:thinking|reasoning)|(?:thinking|reasoning) is not", text, re.I
-    )
-    if asked and named and re.search(REFUSED, text):
-        return {"reasoning": "", "effort_with_tools": ""}
-    return {}
-
-
-def learn_reasoning(text, profile, body, sent):
-    """Reasoning that must come back with the history.
-
-    DeepSeek, MiMo: "The reasoning_content in the thinking mode must be passed back to the API." Asked
-    for once, it goes back beside calls; asked for again, in every turn.
-    """
-    missing = r"reasoning_content.{0,80}(?:passed back|missing)|missing.{0,20}reasoning_content"
-    if not re.search(missing, text, re.I):
-        return {}
-    known = profile.reasoning_field == "reasoning_content" and profile.placeholder
-    return {
-        "reasoning_field": "reasoning_content",
-        "placeholder": NOT_KEPT,
-        "reasoning_always": bool(known) or profile.reasoning_always,
-    }
-
-
-def learn_choice(text, profile, body, sent):
-    """A forced tool choice that the provider refuses becomes auto: thinking models take no other
-    (Qwen, Kimi), and vLLM without a parser takes none."""
-    choice = sent.get("tool_choice")
-    if not choice or "tool_choice" not in text and "tool choice" not in text.lower():
-        return {}
-    is_none = choice in ("none", {"type": "none"})
-    forms = (form for form in profile.tool_choice if form == "none" and not is_none)
-    return {"tool_choice": tuple(forms)}
-
-
-def learn_max_tools(text, profile, body, sent):
-    """How many tools there may be. OpenAI: "Invalid 'tools': array too long. Expected an array with
-    maximum length 128"."""
-    limit = r"maximum (?:number of items is|length) (\d+)"
-    found = re.search(limit, text) if "tools" in text else None
-    too_many = found and len(sent.get("tools", ())) > int(found.group(1))
-    return {"max_tools": int(found.group(1))} if too_many else {}
-
-
-def learn_format(text, profile, body, sent):
-    """A response_format that the provider lacks: the weaker form (any JSON object), then words."""
-    words = r"response_format|json_schema|json_object|structured output"
-    if "response_format" not in sent or not re.search(words, text, re.I):
-        return {}
-    return {"json_format": "json_object" if profile.json_format == "json_schema" else ""}
-
-
-def learn_images(text, profile, body, sent):
-    """A model that takes no images: they become notes, or go to TARGET_MODEL_IMAGE. Only where the
-    request holds one, as the words for it are many."""
-    refused = (
-        r"not support|only supports? text|not a multimodal|unknown variant|unsupported|text.only"
-        r"|cannot|no endpoints found"
-    )
-    about = re.search(r"image|vision|multi-?modal|only supports? text", text, re.I)
-    telling = about and re.search(refused, text, re.I)
-    return {"images": False} if telling and has_images(body) else {}
-
-
-def learn_files(text, profile, body, sent):
-    """A model that takes no PDF files: they become notes."""
-    kinds = {str(block.get("type")) for _, block in walk_blocks(body["messages"])}
-    telling = re.search(r"\bfile|pdf|document|unknown variant|content type", text, re.I)
-    return {"files": False} if telling and "document" in kinds else {}
-
-
-def learn_output_limit(text, profile, body, sent):
-    """The output limit that an error names. Claude Code asks for 32,000 to 128,000 tokens, and few
-    models give that many."""
-    limit = output_limit(text)
-    return {"max_output": limit} if 0 < limit < positive_int(sent, profile.max_tokens) else {}
-
-
-def learn_fields(text, profile, body, sent):
-    """A field that the provider does not know is renamed, or not sent any more.
-
-    OpenAI's reasoning models call the output limit max_completion_tokens, everyone else max_tokens.
-    The disguise's two fields are the most likely to be refused; and what stands inside messages or
-    schemas is told from the request's own fields by not being one of them.
-    """
-    changes, never = {}, list(profile.never)
-    for name in named_fields(text):
-        last = name.rsplit(".", 1)[-1]
-        if name.startswith("ANTHROPIC_"):
-            changes["strict"] = True
-        elif last in ("max_tokens", "max_completion_tokens") and last in sent:
-            longer = "max_completion_tokens"
-            changes["max_tokens"] = longer if last == "max_tokens" else "max_tokens"
-        elif last in REASONING_FIELDS and last not in sent:
-            changes["reasoning_field"] = ""
-        elif last in SCHEMA_WORDS and last not in sent and last not in profile.schema:
-            changes["schema"] = tuple(profile.schema) + (last,)
-        elif last in sent and last not in ESSENTIAL:
-            never.append(last)
-    return dict(changes, never=tuple(never)) if len(never) > len(profile.never) else changes
-
-
-def learn_schema(text, profile, body, sent):
-    """A JSON schema keyword in a tool that the provider cannot read: the schema goes without it, and
-    arguments are checked by the client anyway. Servers that compile a grammar (llama.cpp, xgrammar)
-    stumble over `pattern`, and say so in words about regular expressions."""
-    about = r"schema|function|tools?\b|parameters|regex|grammar"
-    if not sent.get("tools") or not re.search(about, text, re.I):
-        return {}
-    if re.search(r"regex|look-?(?:ahead|behind|around)", text, re.I):
-        found = ["pattern"]
-    else:
-        found = re.findall(r"['\"`\[]\$?(%s)['\"`\]]" % "|".join(SCHEMA_WORDS), text)
-    new = tuple(word for word in dict.fromkeys(found) if word not in profile.schema)
-    return {"schema": tuple(profile.schema) + new} if new else {}
-
-
-def learn_any_field(text, profile, body, sent):
-    """Last resort: a field of ours that the text names in quotes and calls wrong in some way."""
-    if not re.search(REFUSED, text):
-        return {}
-    fields = [
-        field
-        for field in sent
-        if field not in ESSENTIAL + (profile.max_tokens,)
-        and re.search(r"['\"`(\[]%s\b" % re.escape(field), text)
-    ]
-    return {"never": tuple(profile.never) + tuple(fields)} if fields else {}
-
-
-LESSON_RULES = (
-    # The first that has something to say is taken: from the surest to the vaguest.
-    learn_native,
-    learn_words,
-    learn_thinking,
-    learn_reasoning,
-    learn_choice,
-    learn_max_tools,
-    learn_format,
-    learn_images,
-    learn_files,
-    learn_output_limit,
-    learn_fields,
-    learn_schema,
-    learn_any_field,
+    # "parameter.enable_thinking must be set to false for non-streaming calls" (DashScope)
+    (r"enable_thinking must be set to false", learn_no_thinking),
+    (r"cannot be disabled when (reasoning_effort)", learn_named),  # DeepSeek, of thinking
+    (REFUSED, learn_thinking),
+    # "The reasoning_content in the thinking mode must be passed back to the API." (DeepSeek, MiMo)
+    (r"reasoning_content.{0,80}(?:passed back|missing)", learn_reasoning),
+    (r"missing.{0,20}reasoning_content", learn_reasoning),
+    (r"tool[_ ]choice", learn_choice),
+    # "Invalid 'tools': array too long. Expected an array with maximum length 128" (OpenAI)
+    (r"maximum (?:number of items is|length) (\d+)", learn_max_tools),
+    (r"response_format|json_schema|json_object|structured output", learn_format),
+    (r"image|vision|multi-?modal|only supports? text", learn_images),
+    (r"\bfile|pdf|document|unknown variant|content type", learn_files),
+    (r"", learn_output_limit),
+    (r"", learn_fields),
+    (r"schema|function|tools?\b|parameters|regex|grammar", learn_schema),
+    (REFUSED, learn_any_field),
 )
 
 
@@ -5044,8 +5028,8 @@ def lesson_text(field, value):
 
 
 def apply_lesson(profile, changes):
-    """A profile with lessons applied. changes may come from JSON: lists become tuples, unknown fields
-    (of another version) are ignored."""
+    """A profile with lessons applied. changes may come from JSON: lists become tuples, unknown
+    fields (of another version) are ignored."""
 
     def freeze(value):
         return tuple(map(freeze, value)) if isinstance(value, (list, tuple)) else value
@@ -7185,7 +7169,7 @@ class Exchange:
         self.stream = body.get("stream") is True
         self.asked = without_mark(str(body.get("model") or ""))  # the model that the client named
         self.shown = self.settings.disguise_model or self.asked or self.settings.target_model
-        with_images = bool(self.settings.target_model_image) and has_images(body)
+        with_images = bool(self.settings.target_model_image) and any(find_blocks(body, "image"))
         profile_of = proxy.profile_of(self.settings)
         self.plan = plan_request(self.settings, self.asked, with_images, profile_of)
         self.writer = None  # the MessageWriter, and ...

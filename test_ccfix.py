@@ -2279,7 +2279,8 @@ MESSAGES = (
         PLAIN,
         [
             U(
-                "[an image was here that could not be passed on]\n\n[an image was here that could not be passed on]"
+                "[an image was here that could not be passed on]\n\n"
+                "[an image was here that could not be passed on]"
             )
         ],
     ),
@@ -2399,7 +2400,8 @@ class TestMessages(unittest.TestCase):
                 self.assertEqual(body, before, "the request was edited")
 
     def test_every_row_keeps_the_order_that_providers_demand(self):
-        """Tool messages directly after their calls, one for each, no other roles in between; user and assistant take turns."""
+        """Tool messages directly after their calls, one for each, no other roles in between; user
+        and assistant take turns."""
         for name, body, profile, _ in MESSAGES:
             for profile in (profile,) + CHAT_PROFILES:
                 with self.subTest(name, profile=profile.name):
@@ -2498,7 +2500,8 @@ class TestFields(unittest.TestCase):
 
     def test_sampling_rows(self):
         rows = (
-            # (anthropic fields, profile, room, what of max_tokens, temperature, top_p, stop is sent)
+            # (anthropic fields, profile, room, what of max_tokens, temperature, top_p, stop is
+            # sent)
             ({}, PLAIN, 0, {"max_tokens": 32000}),
             ({"max_tokens": 128000}, row("cerebras"), 0, {"max_tokens": 40960}),
             ({"max_tokens": 100}, row("cerebras"), 0, {"max_tokens": 100}),
@@ -3106,7 +3109,7 @@ class TestTools(unittest.TestCase):
         )
 
 
-# ---- prefix stability --------------------------------------------------------------------------------
+# ---- prefix stability ----------------------------------------------------------------------------
 
 
 def grown(turn):
@@ -3163,10 +3166,12 @@ def as_strings(body):
 
 
 class TestPrefix(unittest.TestCase):
-    """The same conversation gives the same bytes, turn after turn: a provider's prefix cache lives on it."""
+    """The same conversation gives the same bytes, turn after turn: a provider's prefix cache lives
+    on it."""
 
     def extends(self, before, after):
-        """The later request starts with all of the earlier one; it may go on within the last user message."""
+        """The later request starts with all of the earlier one; it may go on within the last user
+        message."""
         first, second = before["messages"], after["messages"]
         self.assertEqual(first[:-1], second[: len(first) - 1])
         last, now = first[-1], second[len(first) - 1]
@@ -3237,7 +3242,7 @@ class TestPrefix(unittest.TestCase):
             to_chat(grown(turn), "m", row("gemini"), memo=memo)
 
 
-# ---- wrong input ------------------------------------------------------------------------------------
+# ---- wrong input ---------------------------------------------------------------------------------
 
 ODD = (
     None,
@@ -3619,9 +3624,9 @@ class TestNormalize(unittest.TestCase):
                 self.assertEqual(calls, [])
 
 
-# ======================================================================================================
+# ==================================================================================================
 # 6  Tool text: arguments
-# ======================================================================================================
+# ==================================================================================================
 
 READ = {
     "type": "object",
@@ -5436,7 +5441,8 @@ BROKEN = (
 
 
 class TestStreams(unittest.TestCase):
-    """Each stream fed whole, cut in two at every byte, and byte by byte; every event through the grammar oracle."""
+    """Each stream fed whole, cut in two at every byte, and byte by byte; every event through the
+    grammar oracle."""
 
     maxDiff = None
 
@@ -6073,7 +6079,8 @@ class TestEnds(unittest.TestCase):
 
 
 class TestSilence(unittest.TestCase):
-    """What a silent provider sounds like: nothing for 15 s, message_start and pings, then signs of life."""
+    """What a silent provider sounds like: nothing for 15 s, message_start and pings, then signs of
+    life."""
 
     def exchange(self, **fields):
         self.now = 1000.0
@@ -6156,7 +6163,8 @@ class TestSilence(unittest.TestCase):
         self.assertEqual(self.pass_time(failed, 600), [])
 
     def test_an_early_start_and_a_second_try_make_one_message(self):
-        """message_start went out in the silence; the try that then fails is made again, under the same start."""
+        """message_start went out in the silence; the try that then fails is made again, under the
+        same start."""
         clock, said_ = [0.0], []
         proxy, wires = proxy_with(lambda sent: FakeReply(200, {}, late(sent)), TARGET_RETRIES="1")
 
@@ -6173,9 +6181,9 @@ class TestSilence(unittest.TestCase):
         self.assertEqual([event["type"] for event in events].count("message_start"), 1)
 
 
-# ======================================================================================================
+# ==================================================================================================
 # 8  Learning
-# ======================================================================================================
+# ==================================================================================================
 
 
 def err(message, **more):
@@ -6208,7 +6216,8 @@ def output_above(limit, field="max_tokens"):
 
 
 def above_together(window):
-    """Prompt and output above the context window, the prompt counted as a third of a token a byte -> (output, prompt, both)."""
+    """Prompt and output above the context window, the prompt counted as a third of a token a byte
+    -> (output, prompt, both)."""
 
     def offends(sent):
         prompt = len(json.dumps(sent["messages"])) // 3
@@ -6247,7 +6256,8 @@ PIN = {"tool_choice": {"type": "any"}}
 LOUD = {"thinking": {"type": "enabled", "budget_tokens": 9000}, "output_config": {"effort": "high"}}
 EXTRA = {"temperature": 0.5, "top_p": 0.9, "stop_sequences": ["</x>"]}
 STRICT = (
-    # (who, settings, fields of the requests, what offends, status, body or body(offence), the most lessons that this may cost)
+    # (who, settings, fields of the requests, what offends, status, body or body(offence), the most
+    # lessons that this may cost)
     (
         "OpenAI: unknown fields",
         {},
@@ -6330,7 +6340,8 @@ STRICT = (
         in_history("reasoning_content"),
         400,
         err(
-            "'messages.2' : for 'role:assistant' the following must be satisfied[('messages.2' : property 'reasoning_content' is unsupported)]"
+            "'messages.2' : for 'role:assistant' the following must be satisfied[('messages.2' : "
+            "property 'reasoning_content' is unsupported)]"
         ),
         1,
     ),
@@ -6365,7 +6376,9 @@ STRICT = (
             {
                 "error": {
                     "code": 400,
-                    "message": "Invalid JSON payload received. Unknown name \"const\" at 'tools[0].function_declarations[5].parameters.properties[0].value': Cannot find field.",
+                    "message": "Invalid JSON payload received. Unknown name \"const\" at "
+                    "'tools[0].function_declarations[5].parameters.properties[0].value': "
+                    "Cannot find field.",
                 }
             }
         ],
@@ -6404,8 +6417,8 @@ STRICT = (
         has(*DISGUISE),
         400,
         lambda found: {
-            "error": "[{'type': 'extra_forbidden', 'loc': ('body', '%s'), 'msg': 'Extra inputs are not permitted'}]"
-            % found[0]
+            "error": "[{'type': 'extra_forbidden', 'loc': ('body', '%s'), 'msg': 'Extra inputs "
+            "are not permitted'}]" % found[0]
         },
         1,
     ),
@@ -6434,7 +6447,8 @@ STRICT = (
         has("stream_options"),
         400,
         err(
-            "Extra inputs are not permitted, field: 'stream_options', value: {'include_usage': True}"
+            "Extra inputs are not permitted, field: 'stream_options', value: {'include_usage': "
+            "True}"
         ),
         1,
     ),
@@ -6466,7 +6480,8 @@ STRICT = (
         has("max_tokens"),
         400,
         err(
-            "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead.",
+            "Unsupported parameter: 'max_tokens' is not supported with this model. Use "
+            "'max_completion_tokens' instead.",
             param="max_tokens",
             code="unsupported_parameter",
         ),
@@ -6496,7 +6511,8 @@ STRICT = (
         has("temperature"),
         400,
         err(
-            "Unsupported value: 'temperature' does not support 0.5 with this model. Only the default (1) value is supported.",
+            "Unsupported value: 'temperature' does not support 0.5 with this model. Only the "
+            "default (1) value is supported.",
             param="temperature",
             code="unsupported_value",
         ),
@@ -6529,7 +6545,8 @@ STRICT = (
         output_above(4096),
         400,
         err(
-            "max_tokens is too large: 64000. This model supports at most 4096 completion tokens, whereas you provided 64000."
+            "max_tokens is too large: 64000. This model supports at most 4096 completion tokens, "
+            "whereas you provided 64000."
         ),
         1,
     ),
@@ -6549,7 +6566,8 @@ STRICT = (
         output_above(40960),
         400,
         err(
-            "`max_tokens` must be less than or equal to `40960`, the maximum value for `max_tokens` is less than the `context_window` for this model"
+            "`max_tokens` must be less than or equal to `40960`, the maximum value for "
+            "`max_tokens` is less than the `context_window` for this model"
         ),
         1,
     ),
@@ -6569,7 +6587,8 @@ STRICT = (
         output_above(12288),
         400,
         err(
-            "The parameter `max_tokens` specified in the request is not valid: integer above maximum value, expected a value <= 12288, but got 64000 instead"
+            "The parameter `max_tokens` specified in the request is not valid: integer above "
+            "maximum value, expected a value <= 12288, but got 64000 instead"
         ),
         1,
     ),
@@ -6589,7 +6608,8 @@ STRICT = (
         output_above(4096),
         400,
         err(
-            "max_tokens: 64000 > 4096, which is the maximum allowed number of output tokens for claude-3-opus"
+            "max_tokens: 64000 > 4096, which is the maximum allowed number of output tokens for "
+            "claude-3-opus"
         ),
         1,
     ),
@@ -6618,7 +6638,8 @@ STRICT = (
         forced,
         400,
         err(
-            "<400> InternalError.Algo.InvalidParameter: The tool_choice parameter does not support being set to required or object in thinking mode"
+            "<400> InternalError.Algo.InvalidParameter: The tool_choice parameter does not "
+            "support being set to required or object in thinking mode"
         ),
         1,
     ),
@@ -6647,7 +6668,8 @@ STRICT = (
         lambda sent: len(sent.get("tools", ())) > 128,
         400,
         err(
-            "Invalid 'tools': array too long. Expected an array with maximum length 128, but got an array with length 141 instead.",
+            "Invalid 'tools': array too long. Expected an array with maximum length 128, but got "
+            "an array with length 141 instead.",
             param="tools",
             code="array_above_max_length",
         ),
@@ -6723,7 +6745,8 @@ STRICT = (
         part_of_kind("image_url"),
         400,
         err(
-            "Failed to deserialize the JSON body into the target type: messages[0]: unknown variant `image_url`, expected `text`"
+            "Failed to deserialize the JSON body into the target type: messages[0]: unknown "
+            "variant `image_url`, expected `text`"
         ),
         1,
     ),
@@ -6734,7 +6757,8 @@ STRICT = (
         part_of_kind("image_url"),
         500,
         err(
-            "image input is not supported - hint: if this is unexpected, you may need to provide the mmproj"
+            "image input is not supported - hint: if this is unexpected, you may need to provide "
+            "the mmproj"
         ),
         1,
     ),
@@ -6781,7 +6805,8 @@ STRICT = (
         no_reasoning_after_tools,
         400,
         err(
-            "thinking is enabled but reasoning_content is missing in assistant tool call message at index 2"
+            "thinking is enabled but reasoning_content is missing in assistant tool call message "
+            "at index 2"
         ),
         1,
     ),
@@ -6799,7 +6824,8 @@ STRICT = (
             {
                 "error": {
                     "code": 400,
-                    "message": "Function call is missing a thought_signature in functionCall parts. This is required for tools to work correctly.",
+                    "message": "Function call is missing a thought_signature in functionCall "
+                    "parts. This is required for tools to work correctly.",
                 }
             }
         ],
@@ -6812,7 +6838,8 @@ STRICT = (
         in_history("reasoning_content"),
         400,
         {
-            "message": "messages.2.assistant.reasoning_content: property 'messages.2.assistant.reasoning_content' is unsupported",
+            "message": "messages.2.assistant.reasoning_content: property "
+            "'messages.2.assistant.reasoning_content' is unsupported",
             "type": "invalid_request_error",
             "code": "wrong_api_format",
         },
@@ -6825,7 +6852,9 @@ STRICT = (
         lambda sent: sent.get("reasoning_effort", "none") != "none",
         400,
         err(
-            "Function tools with reasoning_effort are not supported for gpt-5.6-terra in /v1/chat/completions. To use function tools, use /v1/responses or set reasoning_effort to 'none'."
+            "Function tools with reasoning_effort are not supported for gpt-5.6-terra in "
+            "/v1/chat/completions. To use function tools, use /v1/responses or set "
+            "reasoning_effort to 'none'."
         ),
         1,
     ),
@@ -6917,7 +6946,8 @@ STRICT = (
         schema_has("format"),
         400,
         err(
-            "Invalid schema for function 'Read': In context=('properties', 'at'), 'format' is not permitted"
+            "Invalid schema for function 'Read': In context=('properties', 'at'), 'format' is "
+            "not permitted"
         ),
         1,
     ),
@@ -6928,8 +6958,9 @@ STRICT = (
         above_together(32768),
         400,
         lambda found: err(
-            "This model's maximum context length is 32768 tokens. However, you requested %d output tokens and your prompt contains at least %d input tokens, for a total of at least %d tokens."
-            % found
+            "This model's maximum context length is 32768 tokens. However, you requested %d "
+            "output tokens and your prompt contains at least %d input tokens, for a total of at "
+            "least %d tokens." % found
         ),
         1,
     ),
@@ -6957,7 +6988,8 @@ SESSION_TOOLS = [
 
 
 def session(proxy, count, **fields):
-    """Run `count` turns of a tool loop -> errors. Every third turn is a word of the user after the tool result."""
+    """Run `count` turns of a tool loop -> errors. Every third turn is a word of the user after the
+    tool result."""
     messages = [user("Look at this.", png(), PDF)]
     fields = dict({"system": "Be brief.", "tools": SESSION_TOOLS, "max_tokens": 64000}, **fields)
     errors = []
@@ -7004,13 +7036,16 @@ class StrictProvider(object):
 
 
 class TestStrictProviders(unittest.TestCase):
-    """A provider as strict as real ones are takes a session of twenty turns after one more request a lesson; a restart needs none."""
+    """A provider as strict as real ones are takes a session of twenty turns after one more request
+    a lesson; a restart needs none."""
 
     def test_sessions(self):
         for number, (who, settings, fields, offends, status, body, most) in enumerate(STRICT):
             with self.subTest(who):
                 folder = tempfile.mkdtemp()
-                try:  # every fourth goes all the way: a refusal comes within the first turns, and the rest is time
+                # every fourth goes all the way: a refusal comes within the first turns, and the
+                # rest is time
+                try:
                     self.check(
                         dict(settings, CACHE_DIR=folder),
                         fields,
@@ -7089,7 +7124,8 @@ class TestNativeLessons(unittest.TestCase):
         # (what offends(body, headers), the refusal)
         (
             lambda sent, headers: "mid-x" in headers.get("anthropic-beta", ""),
-            "Unexpected value(s) `mid-x` for the `anthropic-beta` header. Please consult our documentation.",
+            "Unexpected value(s) `mid-x` for the `anthropic-beta` header. Please consult our "
+            "documentation.",
         ),
         (
             lambda sent, headers: any(m["role"] == "system" for m in sent["messages"]),
@@ -7322,7 +7358,8 @@ def provider_like(text):
 
 
 class TestReasoningSurvives(unittest.TestCase):
-    """What a provider needs back on the next turn comes back byte for byte, through signatures or by tool-call id."""
+    """What a provider needs back on the next turn comes back byte for byte, through signatures or
+    by tool-call id."""
 
     maxDiff = None
 
@@ -7337,7 +7374,8 @@ class TestReasoningSurvives(unittest.TestCase):
         {"type": "reasoning.encrypted", "data": "gAAA\u2028", "id": "rs_1", "index": 1},
     ]
     ROWS = (
-        # (profile, deltas of the answer, field of the assistant message (or None: in the call), what must come back)
+        # (profile, deltas of the answer, field of the assistant message (or None: in the call),
+        # what must come back)
         (
             "deepseek",
             [delta(reasoning_content="a\n"), delta(reasoning_content=" b\u4f60")],
@@ -7607,9 +7645,9 @@ class TestReasoningSurvives(unittest.TestCase):
             self.assertEqual(set(sent), {"role", "content", "tool_calls"}, name)
 
 
-# ======================================================================================================
+# ==================================================================================================
 # 9  Upstream
-# ======================================================================================================
+# ==================================================================================================
 
 CUT, RST, EARLY = (
     "CUT",
