@@ -5847,9 +5847,8 @@ def redact(value, secrets=(), longest=None, depth=60):
     describes the field. Bytes become strings. Strings are cut to `longest` characters, if given;
     what lies deeper than `depth` levels is hidden whole.
     """
-    if isinstance(value, bytes):
-        value = value.decode("utf-8", "replace")
-    if isinstance(value, str):
+    if isinstance(value, (bytes, str)):
+        value = to_string(value)
         # The longest first: a key may be the beginning of another.
         for secret in sorted(filter(None, secrets), key=len, reverse=True):
             if len(secret) >= SHORTEST_SECRET:
@@ -5899,7 +5898,7 @@ def write_file(path, text, mode=0o600):
 
 # ---- The key: which requests may share an answer
 
-KEY_VERSION = 3  # raise it when a rule below changes, so that older entries are never found again
+KEY_VERSION = 4  # raise it when a rule below changes, so that older entries are never found again
 
 # Fields of the request as it is sent that do not decide what a right answer is, or that the parts
 # below cover. `stop` is not among them: it decides where an answer ends. The limits are, because
@@ -5910,6 +5909,7 @@ NOT_IN_KEY = frozenset(
     "service_tier store ANTHROPIC_BASE_URL ANTHROPIC_MODEL".split()
 )
 SHAPE_FIELDS = ("thinking", "output_config", "tool_choice", "stop_sequences")  # of `body`
+REMINDER_END = "</system-reminder>"
 SEND_HINTS = ("cache_control", "eager_input_streaming")  # on tools and blocks: how to send them
 CALL_IDS = ("id", "tool_call_id", "tool_use_id")
 
@@ -5917,23 +5917,25 @@ CALL_IDS = ("id", "tool_call_id", "tool_use_id")
 def cache_key(body, sent, mode, model):
     """The sha256 (hex) under which an answer is kept, or None where none may be; never raises.
 
-    body: the client's Anthropic request; sent: the request in the provider's own form, OpenAI's
-    or Anthropic's; model: the target (put the upstream's host in front where several share one
-    cache). Every mode keeps apart what changes an answer's shape: thinking, effort, output
-    format, tool choice, stop sequences and every other field sent, except sampling, limits and
-    stream.
+    body: the request as `normalize` gives it without `recall`; sent: the same in the provider's
+    own form, OpenAI's or Anthropic's; model: the target (put the upstream's host in front where
+    several share one cache). Every mode keeps apart what changes an answer's shape: thinking,
+    effort, output format, tool choice, stop sequences and every other field sent, except
+    sampling, limits and stream.
 
     full    What is sent, with tool-call ids numbered in order of appearance: they are new in
             every run.
     prefix  System text, tools, model and the conversation up to and with the last user message,
-            without what differs from session to session: billing line, session and call ids,
-            cache_control, string or block form, the order of tools and of parallel results,
-            signatures, and blocks that are nothing but a token counter. What makes it safe:
+            without what still differs from session to session in a normalized request: call ids,
+            cache_control, string or block form, signatures. `normalize` has taken the rest away
+            (billing line, session id, token counters) and has put parallel results in order.
+            What makes it safe:
             1. The whole conversation counts, so "continue", "yes" or "go on" finds an answer
-               only where every earlier turn, the model's own and its thinking included, was the
-               same. The first question has no earlier turns: there, another session hits.
-            2. Nothing is kept or found while the last user turn has a tool result: the world
-               answered, so the model is asked.
+               only where every earlier turn was the same, with all that the model is told of
+               its own earlier thinking. The first question has no earlier turns: there, another
+               session hits.
+            2. Nothing is kept or found while the last user turn has a tool result, or nothing
+               but reminders: the world answered, so the model is asked.
     none    None.
     """
     find_parts = {"full": full_parts, "prefix": prefix_parts}.get(mode)
@@ -5957,50 +5959,28 @@ def full_parts(body, sent):
 
 
 def prefix_parts(body, sent):
-    """System, conversation and tools as `prefix` counts them; None where no answer may be kept."""
-    messages = [message for message in as_list(body.get("messages")) if isinstance(message, dict)]
-    if not ends_in_question(messages):
-        return None
-    numbers = {}
-    blocks = as_blocks(body.get("system"))
-    system = [dict(block, text=without_billing(block_text(block))) for block in blocks]
-    turns = [prefix_turn(message, numbers) for message in messages]
-    return [
-        prefix_turn({"role": "system", "content": system}, numbers),
-        [turn for turn in turns if turn["content"] or len(turn) > 2],
-        sorted((key_part(tool, {}, True) for tool in as_list(sent.get("tools"))), key=compact_json),
-    ]
+    """System, conversation and tools as `prefix` counts them; None where no answer may be kept.
 
-
-def ends_in_question(messages):
-    """Whether the conversation ends in a user turn without a tool result."""
-    is_asked = False
-    for message in reversed(messages):
-        if message.get("role") == "assistant":
-            break
-        kinds = [str(block.get("type")) for block in as_blocks(message.get("content"))]
-        if any(kind.endswith("tool_result") for kind in kinds):
-            return False
-        is_asked = is_asked or message.get("role") == "user"
-    return is_asked
-
-
-def prefix_turn(message, numbers):
-    """An Anthropic message as `prefix` counts it; parallel results in the order of their calls.
-
-    Content is always a list, without blocks that say nothing; other fields (the effort of a turn)
-    stay.
+    The tools are those sent, in one order: where the request goes out as it came, the client's
+    order is another each time.
     """
-    blocks = as_blocks(message.get("content"))
-    blocks = [block for block in blocks if says_something(block, message.get("role"))]
-    turn = key_part(dict(message, content=blocks), numbers, True)
+    turns = as_list(body.get("messages"))
+    if not ends_in_question(turns):
+        return None
+    numbers, system = {}, {"content": body.get("system")}
+    tools = [key_part(tool, {}, True) for tool in as_list(sent.get("tools"))]
+    turns = [key_part(turn, numbers, True) for turn in [system] + turns]
+    return [turns, sorted(tools, key=compact_json)]
 
-    def call_place(block):
-        is_result = block.get("type") == "tool_result"
-        return block.get("tool_use_id", len(numbers)) if is_result else len(numbers)
 
-    turn["content"].sort(key=call_place)
-    return turn
+def ends_in_question(turns):
+    """Whether a user asks at the end: a turn without a tool result, and more than reminders."""
+    last = as_dict(turns[-1]) if turns else {}
+    blocks = as_blocks(last.get("content"))
+    has_result = any(str(block.get("type")).endswith("tool_result") for block in blocks)
+    if last.get("role") != "user" or has_result:
+        return False
+    return not all(block_text(block).rstrip().endswith(REMINDER_END) for block in blocks)
 
 
 def key_part(item, numbers, is_loose=False):
@@ -6008,14 +5988,17 @@ def key_part(item, numbers, is_loose=False):
 
     numbers: call id -> int, in order of appearance; grows. Only the fields that hold calls are
     walked: an "id" among a call's arguments, or of a file, decides what the answer is. is_loose:
-    also without what may differ though the model is told the same. A signature counts where it is
-    all there is of a thought; images and documents count by their bytes.
+    also without what may differ though the model is told the same: of a call, the signature that
+    `normalize` put beside it, which a served answer's new ids lose. A thought's signature counts
+    where it is all there is of the thought; images and documents count by their bytes.
     """
     if not isinstance(item, dict):
         return item
     hidden = SEND_HINTS if is_loose else ()
     if is_loose and item.get("thinking"):
         hidden += ("signature",)
+    elif is_loose and "input" in item:
+        hidden += ("ccfix",)
     if is_loose and not item.get("is_error"):
         hidden += ("is_error",)
     result = {name: value for name, value in item.items() if name not in hidden}
@@ -6035,28 +6018,21 @@ def key_part(item, numbers, is_loose=False):
 
 # Not a small number, so that another program's database is not taken for ours.
 SCHEMA_VERSION = 20261
-# `used` orders answers by their last use. A counter, because SUM(size) would read every page of
-# the file at each put. `value` is what `pack` made, and the last column of each table.
+# `used` orders answers by their last use; size stands in its index, so that SUM(size) need not read
+# the answers. `value` is what `pack` made, and the last column of each table.
 SCHEMA = """
 BEGIN IMMEDIATE;
 CREATE TABLE IF NOT EXISTS responses
     (key TEXT PRIMARY KEY, size INTEGER, born REAL, used INTEGER, cost_ms REAL, value BLOB);
-CREATE INDEX IF NOT EXISTS responses_used ON responses (used);
-CREATE TABLE IF NOT EXISTS counters (name TEXT PRIMARY KEY, value INTEGER);
-INSERT OR IGNORE INTO counters VALUES ('bytes', 0);
-CREATE TRIGGER IF NOT EXISTS more AFTER INSERT ON responses
-    BEGIN UPDATE counters SET value = value + NEW.size; END;
-CREATE TRIGGER IF NOT EXISTS less AFTER DELETE ON responses
-    BEGIN UPDATE counters SET value = value - OLD.size; END;
-CREATE TABLE IF NOT EXISTS memory
-    (seq INTEGER PRIMARY KEY, id TEXT UNIQUE, value BLOB);
-CREATE TABLE IF NOT EXISTS ledger
-    (seq INTEGER PRIMARY KEY, id TEXT, value BLOB);
+CREATE INDEX IF NOT EXISTS responses_used ON responses (used, size);
+CREATE TABLE IF NOT EXISTS memory (seq INTEGER PRIMARY KEY, id TEXT UNIQUE, value BLOB);
+CREATE TABLE IF NOT EXISTS ledger (seq INTEGER PRIMARY KEY, id TEXT, value BLOB);
 CREATE TABLE IF NOT EXISTS lessons
     (upstream TEXT, model TEXT, value TEXT, PRIMARY KEY (upstream, model));
 PRAGMA user_version = %d;
 COMMIT;
 """ % SCHEMA_VERSION
+ALL_BYTES = "SELECT COALESCE(SUM(size), 0) FROM responses"
 NEXT_USE = "(SELECT COALESCE(MAX(used), 0) + 1 FROM responses)"
 BUSY_SECONDS = 0.25  # how long a request waits for another process's lock
 SLOW_SECONDS = 0.1  # a failure that took longer than this ...
@@ -6138,14 +6114,11 @@ class Cache:
     def _replace(self, db, row):
         """Put a row in and make room for it, as one transaction -> how many others had to go."""
         db.execute("BEGIN IMMEDIATE")
-        # Not INSERT OR REPLACE, which would not fire the trigger that counts.
-        db.execute("DELETE FROM responses WHERE key = ?", row[:1])
-        db.execute("INSERT INTO responses VALUES (?, ?, ?, %s, ?, ?)" % NEXT_USE, row)
+        db.execute("INSERT OR REPLACE INTO responses VALUES (?, ?, ?, %s, ?, ?)" % NEXT_USE, row)
         evicted = 0
         oldest = "(SELECT key FROM responses ORDER BY used LIMIT 1)"
-        while db.execute("SELECT value FROM counters").fetchone()[0] > self._max_bytes:
-            if not db.execute("DELETE FROM responses WHERE key = " + oldest).rowcount:
-                break
+        while db.execute(ALL_BYTES).fetchone()[0] > self._max_bytes:
+            db.execute("DELETE FROM responses WHERE key = " + oldest)
             evicted += 1
         db.execute("COMMIT")
         return evicted
@@ -6156,7 +6129,7 @@ class Cache:
         saved_ms: what the answers took upstream that were found here; error: None once a put has
         gone well again.
         """
-        figures = "SELECT COUNT(*), (SELECT value FROM counters) FROM responses"
+        figures = "SELECT COUNT(*), (%s) FROM responses" % ALL_BYTES
         entries, size = self._run(lambda db: db.execute(figures).fetchone(), (0, 0))
         with self._lock:
             counts = dict(self._counts, saved_ms=round(self._counts["saved_ms"]))
@@ -6330,7 +6303,7 @@ def is_corruption(error):
 # row comes: prices that change later do not rewrite what was spent.
 
 PRICE_FIELDS = ("input", "output", "cache_read", "cache_write")  # tokens of a row of the ledger
-COUNTED = ("requests", "errors", "unpriced") + PRICE_FIELDS
+COUNTED = ("requests", "errors", "unpriced", "cost") + PRICE_FIELDS
 KEPT_MINUTES = 1440
 KEPT_SAMPLES = 500  # first-content times kept of a minute, for its median
 
@@ -6348,10 +6321,8 @@ def prices_from(text_or_path):
             with open(text, encoding="utf-8-sig") as file:
                 text = file.read()
         table = json.loads(text or "{}")
-    except OSError as error:
-        raise ValueError("PRICES: cannot read %r (%s); give JSON or a path" % (text, error))
-    except ValueError as error:
-        raise ValueError("PRICES: not JSON (%s)" % error)
+    except (OSError, ValueError) as error:
+        raise ValueError("PRICES: not JSON, and not a file that holds it (%s)" % error)
     if not isinstance(table, dict):
         example = '{"model-name": {"input": 1, "output": 2}}'
         raise ValueError("PRICES: must be an object such as " + example)
@@ -6360,26 +6331,25 @@ def prices_from(text_or_path):
 
 def check_price(model, price):
     """A model's prices as a whole row: {field of PRICE_FIELDS: float}. Raises ValueError."""
-    words = ""
+    fields = as_dict(price)
+    wrong = [field for field in fields.items() if not (is_number(field[1]) and field[1] >= 0)]
     if "*" in model[:-1]:
         words = ": a * may only stand at the end of a model's name"
-    elif not isinstance(price, dict) or not {"input", "output"} <= set(price) <= set(PRICE_FIELDS):
+    elif not {"input", "output"} <= set(fields) <= set(PRICE_FIELDS):
         words = " needs input and output, and may have cache_read and cache_write"
+    elif wrong:
+        words = ": %s must be a price per million tokens, not %r" % wrong[0]
     else:
-        for name, value in price.items():
-            if type(value) not in (int, float) or not 0 <= value < 1e9:  # nor NaN, nor true
-                words = ": %s must be a price per million tokens, not %r" % (name, value)
-    if words:
-        raise ValueError("PRICES: %r%s" % (model, words))
-    return {name: float(price.get(name, price["input"])) for name in PRICE_FIELDS}
+        return {name: float(price.get(name, price["input"])) for name in PRICE_FIELDS}
+    raise ValueError("PRICES: %r%s" % (model, words))
 
 
 class Sums:
     """Sums over requests."""
 
     def __init__(self):
+        # cost: of the requests whose model has a price; unpriced: how many others there are
         self.counts = collections.Counter(dict.fromkeys(COUNTED, 0))
-        self.cost = 0.0  # of the requests whose model has a price; `unpriced` counts the others
         self.first_ms = []  # of the first KEPT_SAMPLES requests
 
     def add(self, row):
@@ -6387,15 +6357,14 @@ class Sums:
         failed = bool(row.get("error")) or (row.get("status") or 0) >= 400
         row = dict(row, requests=1, errors=failed, unpriced=row["cost"] is None)
         self.counts.update({name: row.get(name) or 0 for name in COUNTED})
-        self.cost += row["cost"] or 0
         if row.get("first_ms") is not None and len(self.first_ms) < KEPT_SAMPLES:
             self.first_ms.append(row["first_ms"])
 
-    def figures(self, has_prices):
-        """The sums as a dict; cost is None where no request had a price."""
+    def figures(self, prices):
+        """The sums as a dict; cost is None where no request had a price, or could have one."""
         counts = self.counts
-        known = counts["requests"] > counts["unpriced"] or has_prices and not counts["requests"]
-        return dict(counts, cost=round(self.cost, 6) if known else None)
+        is_known = counts["requests"] > counts["unpriced"] or prices and not counts["requests"]
+        return dict(counts, cost=round(counts["cost"], 6) if is_known else None)
 
     def median_ms(self):
         """The median time to the first content, or None."""
@@ -6406,7 +6375,7 @@ class Ledger:
     """The last `size` requests, and sums over all of them."""
 
     def __init__(self, size=1000, prices=None, now=time.time, save=None):
-        self._prices = prices or {}  # as `prices_from` gives them
+        self.prices = prices or {}  # as `prices_from` gives them; of the rows that come
         self._now = now  # () -> seconds since the epoch
         self.save = save  # save(row), called for each new row, outside the lock; see Cache.save_row
         self._lock = threading.Lock()
@@ -6449,17 +6418,13 @@ class Ledger:
         model = str(row.get("model"))
         fits = [
             name
-            for name in self._prices
+            for name in self.prices
             if name == model or name.endswith("*") and model.startswith(name[:-1])
         ]
         if not fits:
             return None
-        price = self._prices[max(fits, key=lambda name: (name == model, len(name)))]
+        price = self.prices[max(fits, key=lambda name: (name == model, len(name)))]
         return sum((row.get(name) or 0) * price[name] for name in PRICE_FIELDS) / 1e6
-
-    def price(self, prices):
-        """Count with these prices from now on."""
-        self._prices = prices
 
     def restore(self, rows):
         """Take in rows (newest first) that an earlier run saved, where there are none yet."""
@@ -6475,7 +6440,7 @@ class Ledger:
     def totals(self):
         """COUNTED and the cost (or None), of all requests since the start."""
         with self._lock:
-            return self._totals.figures(bool(self._prices))
+            return self._totals.figures(self.prices)
 
     def series(self, minutes=60):
         """One dict a minute, the running minute last: t, first_ms (the median) and the sums.
@@ -6487,7 +6452,7 @@ class Ledger:
         with self._lock:
             for minute in range(last - minutes + 1, last + 1):
                 sums = self._minutes.get(minute) or Sums()
-                figures = sums.figures(bool(self._prices))
+                figures = sums.figures(self.prices)
                 result.append(dict(figures, t=minute * 60, first_ms=sums.median_ms()))
         return result
 
@@ -6500,54 +6465,56 @@ class Ledger:
 # changed.
 
 
-def sections(parts):
-    """{"system": [(label, crc)], "tool": [...], "message": [...]} of [(label, bytes)].
+class Outline(NamedTuple):
+    """Checksums of a request's parts, in the order in which a model reads them.
 
-    Labels: "system", "tool NAME" (one part a tool) and "message 3 (user)", counted from 1.
+    system: [crc]; tools: [(name, crc)]; messages: [(role, crc)].
     """
-    groups = {"system": [], "tool": [], "message": []}
-    for label, data in parts:
-        groups[label.split(" ")[0]].append((label, zlib.crc32(data)))
-    return groups
+
+    system: list
+    tools: list
+    messages: list
 
 
 def common_prefix(old, new):
-    """How many sections at the front are the same: what a provider's cache can still use."""
+    """How many parts at the front are the same: what a provider's cache can still use."""
     same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(old, new))
     return len(list(same))
 
 
 def why_broken(old, new):
-    """Why `new` (sections) does not go on where `old` stopped; "" where it does, or is a part."""
-    system = "" if old["system"] == new["system"] else "system text changed"
-    tools = tools_broken(old["tool"], new["tool"])
-    messages = messages_broken(old["message"], new["message"])
-    return "; ".join(filter(None, (system, tools, messages)))
+    """Why `new` (an Outline) does not go on where `old` stopped; "" where it does, or is a part."""
+    reasons = (
+        "" if old.system == new.system else "system text changed",
+        tools_broken(old.tools, new.tools),
+        messages_broken(old.messages, new.messages),
+    )
+    return "; ".join(filter(None, reasons))
 
 
 def tools_broken(old, new):
     """ "tools reordered", or "tools changed" with the names that came, went or changed; or ""."""
-    if sorted(old) == sorted(new):
-        return "" if old == new else "tools reordered"
     before, after = dict(old), dict(new)
     both = set(before) & set(after)
     changes = (
         ("added", set(after) - both),
         ("removed", set(before) - both),
-        ("edited", {label for label in both if before[label] != after[label]}),
+        ("edited", {name for name in both if before[name] != after[name]}),
     )
-    words = ["%s %s" % (verb, tool_list(labels)) for verb, labels in changes if labels]
-    return "tools changed" + (" (%s)" % "; ".join(words) if words else "")
+    words = ["%s %s" % (verb, list_names(names)) for verb, names in changes if names]
+    if words:
+        return "tools changed (%s)" % "; ".join(words)
+    return "" if old == new else "tools reordered"
 
 
-def tool_list(labels):
-    """The names of at most three tools, and how many more there are."""
-    names = [label.partition(" ")[2] for label in sorted(labels)]
+def list_names(names):
+    """At most three of the names, and how many more there are."""
+    names = sorted(names)
     return ", ".join(names[:3]) + (" and %d more" % (len(names) - 3) if names[3:] else "")
 
 
 def messages_broken(old, new):
-    """Which message changed, or where the history was cut.
+    """Which message changed (counted from 1), or where the history was cut.
 
     "" where one list is the front of the other: a request that goes on, or a side request.
     """
@@ -6555,14 +6522,14 @@ def messages_broken(old, new):
     if same in (len(old), len(new)):
         return ""
     if len(new) >= len(old):
-        return "%s changed" % new[same][0]
+        return "message %d (%s) changed" % (same + 1, new[same][0])
     if not same:
         return "history was replaced (compaction)"
-    return "history was cut after %s (compaction)" % new[same - 1][0].partition(" (")[0]
+    return "history was cut after message %d (compaction)" % same
 
 
 class Sessions:
-    """The last sections of each session, least recently used forgotten.
+    """The last outlines of each session, least recently used forgotten.
 
     One session has several lines of requests (main, title, web fetch), so the last few are kept,
     and a request is compared with the one it shares most messages with. Give subagents a session
@@ -6574,14 +6541,18 @@ class Sessions:
     def __init__(self, size=200):
         self._size = size
         self._lock = threading.Lock()
-        self._lines = collections.OrderedDict()  # session -> [sections, ...], latest last
+        self._lines = collections.OrderedDict()  # session -> [Outline, ...], latest last
 
     def compare(self, session, new):
         """`why_broken` against the earlier request of the same line, whose place `new` takes."""
+
+        def likeness(line):
+            return common_prefix(line.messages, new.messages), line.tools == new.tools
+
         with self._lock:
             lines = self._lines.pop(session, [])
             related = [line for line in lines if is_related(line, new)]
-            old = max(reversed(related), key=lambda line: likeness(line, new), default=None)
+            old = max(reversed(related), key=likeness, default=None)
             lines = [line for line in lines if line is not old] + [new]
             self._lines[session] = lines[-self.LINES :]
             if len(self._lines) > self._size:
@@ -6595,13 +6566,8 @@ def is_related(old, new):
     The latter only with a history, of more than two messages: a first question is a line of its
     own.
     """
-    has_history = len(new["message"]) > 2 and old["system"] == new["system"]
-    return has_history or old["message"][:1] == new["message"][:1]
-
-
-def likeness(old, new):
-    """How alike two requests are: (messages shared from the front, same tools)."""
-    return common_prefix(old["message"], new["message"]), old["tool"] == new["tool"]
+    has_history = len(new.messages) > 2 and old.system == new.system
+    return has_history or old.messages[:1] == new.messages[:1]
 
 
 # ---- Records, which `--replay` serves again
@@ -6647,48 +6613,44 @@ def read_recording(folder):
         try:
             with open(os.path.join(folder, name), encoding="utf-8") as file:
                 for reply in json.load(file)["replies"]:
-                    status, headers = int(reply["status"]), dict(reply.get("headers") or {})
-                    body = str(reply.get("body") or "")
-                    replies.append({"status": status, "headers": headers, "body": body})
+                    headers, body = dict(reply.get("headers") or {}), reply.get("body") or ""
+                    status = int(reply["status"])
+                    replies.append({"status": status, "headers": headers, "body": str(body)})
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             words = "replay: %s is not a recorded exchange (%s: %s)"
             raise ValueError(words % (name, type(error).__name__, error))
     return replies
 
 
-# ======================================================================================================
+# ==================================================================================================
 # 12  Proxy: joins the above; Anthropic body in, events out; knows no client socket
-# ======================================================================================================
+# ==================================================================================================
 
 HOLD_SECONDS = 15  # the status waits so long for the first content; then message_start goes out
 PING_SECONDS = 5  # between pings in a silence
 STALLED = 10  # times TARGET_TIMEOUT without content, though bytes come: given up
 SIGN_SECONDS = 240  # of pings alone; then empty deltas: the client gives up after 600 s of pings
 MAX_LESSONS = 3  # that one request may cost
-LONGEST_WAIT = (
-    20  # seconds of Retry-After that are waited here; longer ones the client waits itself
-)
+LONGEST_WAIT = 20  # seconds of Retry-After that are waited here; longer ones the client waits
 MEMORY_CALLS = 5000  # tool calls whose arguments and reasoning are remembered
 MEMORY_BYTES = 32 << 20
 SMALL_CONTEXT = 30000  # tokens; below it Claude Code is of no practical use
-FALLBACK_KINDS = (
-    "connect timeout cut overloaded server rate billing sampling".split()
-)  # of errors after which another model may do better
+# Kinds of errors after which another model may do better.
+FALLBACK_KINDS = "connect timeout cut overloaded server rate billing sampling".split()
+STORE_SETTINGS = ("cache_enabled", "ledger", "cache_dir", "cache_ttl", "cache_max_mb")
+TLS_SETTINGS = ("ca_bundle", "client_cert", "insecure")  # the names of Upstream's arguments, too
+WHOLE_ENDS = ("end_turn", "tool_use", "stop_sequence")  # stop reasons of answers that are stored
 CREATED = "2025-01-01T00:00:00Z"  # of every model; the client wants some date
 
 
 class Plan(NamedTuple):
-    """Where a request goes.
+    """Where a request goes: the first stop of every decision, and what learning replaces."""
 
-    family: whose settings were used ("" the main ones, opus, ..., fallback, image); model: without
-    [1m]; base: the base URL; key: "" for none; profile: with what was learned.
-    """
-
-    family: str
-    model: str
-    base: str
-    key: str
-    profile: Profile
+    family: str  # whose settings were used: "" the main ones, opus, ..., fallback, image
+    model: str  # without [1m]
+    base: str  # the base URL
+    key: str  # "" for none
+    profile: Profile  # with what was learned
 
     @property
     def format(self):
@@ -6704,8 +6666,8 @@ def plan_request(settings, asked, with_images, profile_of):
     """The Plan for a model name that the client asked for.
 
     A family without settings of its own takes the main ones, and so does a name of no family.
-    profile_of(base, model) -> Profile. Requests with images go to TARGET_MODEL_IMAGE where the plan
-    takes none.
+    profile_of(base, model) -> Profile. Requests with images go to TARGET_MODEL_IMAGE where the
+    plan takes none.
     """
     plan = plan_for(settings, family_of(asked), profile_of)
     if with_images and settings.target_model_image and not plan.profile.images:
@@ -6714,8 +6676,10 @@ def plan_request(settings, asked, with_images, profile_of):
 
 
 def plan_for(settings, family, profile_of):
-    """The Plan of a family: its own model, base and key where they are set. A base of its own never
-    gets the main key: it is another company's."""
+    """The Plan of a family: its own model, base and key where they are set.
+
+    A base of its own never gets the main key: it is another company's.
+    """
 
     def own(name):
         return getattr(settings, "%s_%s" % (name, family)) if family else ""
@@ -6729,7 +6693,11 @@ def plan_for(settings, family, profile_of):
 
 
 def upstream_headers(plan, settings, client_headers=()):
-    """Headers for the provider: its format's, its constants, and EXTRA_HEADERS (null removes)."""
+    """Headers for the provider: its format's, its constants, and EXTRA_HEADERS (null removes).
+
+    client_headers: by get(); a format passes some of them on. Names match in any case (RFC 9110,
+    5.1), so that EXTRA_HEADERS replaces a header however it is spelled.
+    """
     headers = {
         "Content-Type": "application/json",
         "Accept": "application/json, text/event-stream",
@@ -6738,8 +6706,7 @@ def upstream_headers(plan, settings, client_headers=()):
     headers.update(plan.format.headers(plan.key, plan.profile, client_headers or {}))
     headers.update(plan.profile.headers)
     for name, value in settings.extra_headers.items():
-        same = next((known for known in headers if known.lower() == name.lower()), name)
-        headers.pop(same, None)
+        headers = {known: headers[known] for known in headers if known.lower() != name.lower()}
         if value is not None:
             headers[name] = str(value)
     return headers
@@ -6758,27 +6725,27 @@ def add_extra_body(sent, settings):
 
 
 def encode_request(sent):
-    """(the request's JSON bytes, [(label, bytes)] of its parts): encoded once, in pieces, so that the
-    pieces can be compared with those of the session's last request (see `sections`).
+    """(the request's JSON bytes, its Outline): each part is encoded once, for both.
 
-    Labels: "system", "tool NAME", "message 3 (user)", in the order in which a model reads them.
+    A leading system message counts as system text, as it is in OpenAI's form.
     """
-    messages, tools = as_list(sent.get("messages")), as_list(sent.get("tools"))
-    encoded = [compact_json(message).encode() for message in messages]
-    head = {key: value for key, value in sent.items() if key not in ("messages", "tools")}
-    pieces = [compact_json(head).encode()[:-1], b',"messages":[', b",".join(encoded)]
-    parts = []
-    if isinstance(sent.get("system"), (str, list)):
-        parts.append(("system", compact_json(sent["system"]).encode()))
-    if tools:
-        encoded_tools = [compact_json(tool).encode() for tool in tools]
-        pieces += [b'],"tools":[', b",".join(encoded_tools)]
-        parts += [("tool " + name_of(tool), part) for tool, part in zip(tools, encoded_tools)]
-    for number, (message, part) in enumerate(zip(messages, encoded)):
-        role = as_dict(message).get("role")
-        leads = number == 0 and role == "system"
-        parts.append(("system" if leads else "message %d (%s)" % (number, role), part))
-    return b"".join(pieces + [b"]}"]), parts
+    lists = {name: as_list(sent.get(name)) for name in ("messages", "tools")}
+    encoded = {name: [to_json_bytes(item) for item in items] for name, items in lists.items()}
+    body = to_json_bytes({name: value for name, value in sent.items() if name not in lists})[:-1]
+    for name, items in encoded.items():
+        if items:
+            body += b',"%s":[%s]' % (name.encode(), b",".join(items))
+    tools = list(zip(map(name_of, lists["tools"]), map(zlib.crc32, encoded["tools"])))
+    roles = [as_dict(message).get("role") for message in lists["messages"]]
+    messages = list(zip(roles, map(zlib.crc32, encoded["messages"])))
+    first = 1 if roles[:1] == ["system"] else 0
+    system = messages[:first] + [zlib.crc32(to_json_bytes(sent.get("system")))]
+    return body + b"}", Outline(system, tools, messages[first:])
+
+
+def to_json_bytes(value):
+    """value as JSON in ASCII bytes."""
+    return compact_json(value).encode("ascii")
 
 
 def name_of(tool):
@@ -6789,10 +6756,10 @@ def name_of(tool):
 
 class Memory:
     """What is remembered of tool calls, by tool id: bounded, the least recently used go first.
-    Thread-safe. store: a Cache that keeps them too, or None.
 
-    The client drops what it does not know, and rewrites arguments; what a provider needs back byte
-    for byte is kept here as well as in signatures (see `normalize` for what a note holds).
+    Thread-safe. store: a Cache that keeps them too, or None. The client drops what it does not
+    know, and rewrites arguments; what a provider needs back byte for byte is kept here as well as
+    in signatures (see `normalize` for what a note holds).
     """
 
     def __init__(self, store=None):
@@ -6803,8 +6770,7 @@ class Memory:
         """Keep {id: note}."""
         with self.lock:
             for call_id, note in notes.items():
-                sizes = (len(part) if isinstance(part, str) else 1000 for part in note.values())
-                size = 200 + sum(sizes)
+                size = 200 + len(compact_json(note))  # 200: what a row costs besides
                 self.size += size - self.notes.pop(call_id, (None, 0))[1]
                 self.notes[call_id] = (note, size)
             while len(self.notes) > MEMORY_CALLS or self.size > MEMORY_BYTES:
@@ -6825,7 +6791,8 @@ class Memory:
 class Proxy:
     """What all requests share: settings, connections, lessons, memory, cache and ledger.
 
-    config(): the Settings of now. log(level, text). new_id() -> a fresh hex string. now(): epoch.
+    config() -> the Settings of now; log(level, text); new_id() -> a fresh hex string; now() ->
+    seconds since the epoch. Everything here may be called by several threads at once.
     """
 
     def __init__(self, config, log, new_id=lambda: "%024x" % random.getrandbits(96), now=time.time):
@@ -6841,7 +6808,7 @@ class Proxy:
         self.lessons = {}  # (base, model) -> {profile field: value}
         self.found = {}  # (base, model) -> {"owner", "context"}: what the provider tells of itself
         self.memo = {}  # cleaned tools, see clean_tool
-        self.rows = {}  # profile_for's answers
+        self.rows = {}  # profile_for's answers by its arguments: each takes 30 us or more
         self.wires = None  # (the TLS settings it was made from, Upstream)
         self.seen = None  # the Settings that store, ledger and recorder were made from
         self.follow(config())
@@ -6854,86 +6821,82 @@ class Proxy:
         return settings
 
     def follow(self, settings):
-        """Make anew what depends on settings that changed: .env is read again while the server runs.
-        Raises ValueError for PRICES that cannot be used."""
+        """Make anew what depends on settings that changed: .env is read again while serving.
+
+        Raises ValueError for PRICES that cannot be used; all else has followed by then.
+        """
         with self.lock:
             old, self.seen = self.seen, settings
-
-            def changed(*names):
-                if old is None:
-                    return True
-                return any(getattr(old, name) != getattr(settings, name) for name in names)
-
+            names = STORE_SETTINGS + ("prices", "record_dir")
+            changed = {
+                name for name in names if getattr(old, name, self) != getattr(settings, name)
+            }
             try:  # prices first: rows that the store gives back are priced by them
-                if changed("prices"):
-                    self.ledger.price(prices_from(settings.prices))
+                if "prices" in changed:
+                    self.ledger.prices = prices_from(settings.prices)
             finally:
-                if changed("cache_enabled", "ledger", "cache_dir", "cache_ttl", "cache_max_mb"):
+                if changed.intersection(STORE_SETTINGS):
                     self.open_store(settings)
-                if changed("record_dir"):
+                if "record_dir" in changed:
                     folder, secrets = settings.record_dir, settings.secrets()
                     self.recorder = Recorder(folder, secrets, self.warn) if folder else None
 
     def open_store(self, settings):
-        """Open the Cache in CACHE_DIR where the user asked for the cache or the ledger, or named the
-        folder: nothing is written otherwise."""
+        """Open the Cache in CACHE_DIR, if the user asked for the cache or the ledger, or named it.
+
+        Nothing is written otherwise. What an earlier run kept comes back.
+        """
         if self.store:
             self.store.close()
-        named = settings.origins["cache_dir"] != "default"
-        self.store = None
-        if settings.cache_enabled or settings.ledger or named:
-            size = settings.cache_max_mb << 20
-            self.store = Cache(settings.cache_dir, settings.cache_ttl, size, log=self.warn)
-        self.memory.store = self.store
-        self.ledger.save = self.store.save_row if self.store and settings.ledger else None
-        if self.store:
-            for place, changes in self.store.lessons().items():
-                self.lessons[tuple(place)] = as_dict(changes)
-            self.ledger.restore(self.store.saved_rows() if settings.ledger else ())
+        store, size = None, settings.cache_max_mb << 20
+        is_named = settings.origins["cache_dir"] != "default"
+        if settings.cache_enabled or settings.ledger or is_named:
+            store = Cache(settings.cache_dir, settings.cache_ttl, size, log=self.warn)
+            self.lessons.update(store.lessons())
+        self.store = self.memory.store = store
+        self.ledger.save = store.save_row if settings.ledger else None
+        if settings.ledger:
+            self.ledger.restore(store.saved_rows())
 
     def warn(self, text):
+        """Log a warning."""
         self.log("warning", text)
 
     def upstream(self, settings):
         """The shared connections; made anew when a setting about TLS changed."""
-        made = (settings.ca_bundle, settings.client_cert, settings.insecure)
+        made = tuple(getattr(settings, name) for name in TLS_SETTINGS)
         with self.lock:
             if self.wires is None or self.wires[0] != made:
-                upstream = Upstream(
-                    settings.target_timeout,
-                    ca_bundle=settings.ca_bundle,
-                    client_cert=settings.client_cert,
-                    insecure=settings.insecure,
-                )
-                self.wires = (made, upstream)
+                tls = dict(zip(TLS_SETTINGS, made))
+                self.wires = (made, Upstream(settings.target_timeout, **tls))
             return self.wires[1]
 
     def profile_of(self, settings):
-        """A function (base, model) -> Profile, with what was found and learned, and with the user's
-        own limits, which count most.
+        """A function (base, model) -> Profile, with what was found and learned.
 
-        PROFILE and TARGET_FORMAT are about the main base, MAX_OUTPUT and MAX_CONTEXT about the main
-        model there; a family of its own goes elsewhere.
+        The user's own limits count most. PROFILE and TARGET_FORMAT are about the main base,
+        MAX_OUTPUT and MAX_CONTEXT about the main model there; a family of its own goes elsewhere.
         """
         main = settings.target_api_base, without_mark(settings.target_model)
 
         def profile(base, model):
-            found = self.found.get((base, model), {})
+            place = base, model
+            found = self.found.get(place, {})
             forced = (settings.profile, settings.target_format) if base == main[0] else ("", "auto")
             key = (base, model) + forced + (found.get("owner", ""),)
             row = self.rows.get(key) or self.rows.setdefault(key, profile_for(*key))
             if found.get("context") and not row.context:
                 row = row._replace(context=found["context"])
-            row = apply_lesson(row, self.lessons.get((base, model)))
-            limits = {"max_output": settings.max_output, "context": settings.max_context}
-            if (base, model) == main:
-                row = row._replace(**{field: value for field, value in limits.items() if value})
-            return row
+            row = apply_lesson(row, self.lessons.get(place))
+            if place != main:
+                return row
+            context = settings.max_context or row.context
+            return row._replace(max_output=settings.max_output or row.max_output, context=context)
 
         return profile
 
     def teach(self, plan, changes):
-        """Remember lessons about a plan's provider and model."""
+        """Remember lessons about a plan's provider and model. changes: {profile field: value}."""
         place = (plan.base, plan.model)
         with self.lock:
             self.lessons[place] = dict(self.lessons.get(place, {}), **changes)
@@ -6952,8 +6915,10 @@ class Proxy:
         return count
 
     def probe(self, plan, wait=None):
-        """Ask the provider once what it tells for free: who it is, and the model's context window.
-        Never raises: it is asked beside the first request, and nothing depends on the answer."""
+        """Ask the provider once what it tells for free: who it is, and the context window.
+
+        Never raises: it is asked beside the first request, and nothing depends on the answer.
+        """
         try:
             headers = upstream_headers(plan, self.settings())
             found = ask_provider(self.upstream(self.settings()), plan, headers, wait)
@@ -6978,19 +6943,40 @@ class Proxy:
             with self.lock:
                 self.active -= 1
 
+    def close(self, grace=0.0):
+        """Close connections and store; requests under way get `grace` seconds to end, and one more
+        to say that they were broken off."""
+        self.wait_idle(grace)
+        if self.wires:
+            self.wires[1].close()
+            self.wait_idle(1)
+        if self.store:
+            self.store.close()
+
+    def wait_idle(self, seconds):
+        """Wait until no request is under way, at most so long."""
+        end = time.monotonic() + seconds
+        while self.active and time.monotonic() < end:
+            time.sleep(0.02)
+
     # -- the small endpoints
 
+    def plan_of(self, settings, family=""):
+        """The Plan of a family, with what was learned."""
+        return plan_for(settings, family, self.profile_of(settings))
+
     def models(self, settings):
-        """Anthropic's model list: the families, and the disguise or target, under names that Claude
-        Code accepts (those that begin with claude or anthropic), as
-        https://docs.anthropic.com/en/api/models-list has it. There is only one page."""
+        """Anthropic's model list: the families, and the disguise or target.
+
+        Under names that Claude Code accepts: those that begin with claude or anthropic. There is
+        only one page. https://docs.anthropic.com/en/api/models-list
+        """
         shown = settings.disguise_model or settings.target_model
         named = shown if shown.startswith(("claude", "anthropic")) else "claude-" + shown
-        rows = [(named, settings.target_model)]
+        data = [model_row(named, settings.target_model)]
         for family in FAMILIES:
-            model = plan_for(settings, family, self.profile_of(settings)).model
-            rows.append(("claude-" + family, "%s (%s)" % (model, family)))
-        data = [dict(model_row(name, title), description="through ccfix") for name, title in rows]
+            title = "%s (%s)" % (self.plan_of(settings, family).model, family)
+            data.append(model_row("claude-" + family, title))
         ends = {"first_id": data[0]["id"], "last_id": data[-1]["id"]}
         return dict({"data": data, "has_more": False}, **ends)
 
@@ -7003,35 +6989,25 @@ class Proxy:
             raise BadRequest("messages: a list is required")
         settings = self.settings()
         plan = plan_request(settings, str(body.get("model")), False, self.profile_of(settings))
+        count = None
         if plan.format.count_path and body["messages"]:
-            sent = plan.format.write(
-                normalize(body, plan.profile, memo=self.memo), plan.model, plan.profile
-            )
-            sent = {key: sent[key] for key in sent if key not in ("max_tokens", "stream")}
+            sent = normalize(body, plan.profile, memo=self.memo)
+            sent = plan.format.write(sent, plan.model, plan.profile)
+            sent = {name: sent[name] for name in sent if name not in ("max_tokens", "stream")}
+            headers = upstream_headers(plan, settings, headers)
+            url, upstream = plan.url(plan.format.count_path), self.upstream(settings)
             try:
-                answer = get_json(
-                    self.upstream(settings),
-                    plan.url(plan.format.count_path),
-                    upstream_headers(plan, settings, headers),
-                    wait,
-                    timeout=10,
-                    body=sent,
-                )
-                if isinstance(answer.get("input_tokens"), int):
-                    return {"input_tokens": answer["input_tokens"]}
+                count = get_json(upstream, url, headers, wait, 10, sent).get("input_tokens")
             except ProxyError as error:
                 self.log("debug", "count_tokens of the provider failed: %s" % error)
-        return {"input_tokens": estimate_tokens(body)}
+        return {"input_tokens": count if isinstance(count, int) else estimate_tokens(body)}
 
     def status(self, address=""):
         """What GET /stats tells; the status page shows it."""
         settings = self.settings()
-        plan = plan_for(settings, "", self.profile_of(settings))
-        has_key = bool(settings.anthropic_api_key)
-        families = FAMILIES + ("fallback", "image")
-        plans = [plan_for(settings, family, self.profile_of(settings)) for family in families]
-        cache = self.store.stats() if self.store and settings.cache_enabled else {}
-        target = {"model": plan.model, "api_base": without_password(plan.base)}
+        plan = self.plan_of(settings)
+        profile, has_key = plan.profile, bool(settings.anthropic_api_key)
+        plans = [self.plan_of(settings, family) for family in FAMILIES + ("fallback", "image")]
         return {
             "name": "ccfix",
             "version": __version__,
@@ -7039,33 +7015,33 @@ class Proxy:
             "uptime_s": round(self.now() - self.started, 1),
             "address": address,
             "proxy_key": has_key,
-            "demo": plan.profile.name == "demo",
+            "demo": profile.name == "demo",
             "target": dict(
-                target,
-                profile=plan.profile.name,
-                format=plan.profile.format,
-                context=plan.profile.context,
-                max_output=plan.profile.max_output,
+                place_of(plan),
+                profile=profile.name,
+                format=profile.format,
+                context=profile.context,
+                max_output=profile.max_output,
             ),
             "disguise": {"model": settings.disguise_model, "api_base": settings.disguise_api_base},
-            "routes": [
-                {"family": row.family, "model": row.model, "api_base": without_password(row.base)}
-                for row in plans
-                if row.family
-            ],
+            "routes": [dict(place_of(row), family=row.family) for row in plans if row.family],
             "connect": dict(connect_lines(address, has_key)),
             "totals": dict(self.ledger.totals(), active=self.active),
             "series": self.ledger.series(),
             "requests": self.ledger.rows(100),
             "lessons": self.lesson_rows(),
-            "cache": dict(
-                cache,
-                enabled=settings.cache_enabled,
-                mode=settings.cache_key_mode,
-                ttl=settings.cache_ttl,
-            ),
+            "cache": self.cache_status(settings),
             "settings": settings.shown(),
         }
+
+    def cache_status(self, settings):
+        """What GET /cache/stats tells: the counts of the store, and how the cache is set up."""
+        return dict(
+            self.store.stats() if self.store else {},
+            enabled=settings.cache_enabled,
+            mode=settings.cache_key_mode,
+            ttl=settings.cache_ttl,
+        )
 
     def lesson_rows(self):
         """[{upstream, model, field, value, text}] of all lessons."""
@@ -7082,29 +7058,51 @@ class Proxy:
         ]
 
 
+def place_of(plan):
+    """Where a plan goes, as the status shows it."""
+    return {"model": plan.model, "api_base": without_password(plan.base)}
+
+
 def model_row(name, title):
     """A model as Anthropic's list shows it."""
-    return {"type": "model", "id": name, "display_name": title, "created_at": CREATED}
+    row = {"type": "model", "id": name, "display_name": title, "created_at": CREATED}
+    return dict(row, description="through ccfix")
 
 
 def get_json(upstream, url, headers, wait=None, timeout=None, body=None):
-    """The JSON object that a URL answers with (to a POST where there is a body); {} for anything
-    else, and for an error status. Raises ProxyError."""
-    data = None if body is None else compact_json(body).encode()
-    reply = upstream.open("GET" if body is None else "POST", url, headers, data, wait, timeout)
+    """The JSON object that a URL answers with (to a POST where there is a body).
+
+    {} for anything else, and for an error status. timeout: seconds. Raises ProxyError.
+    """
+    return fetch_json(upstream, url, headers, wait, timeout, body)[1]
+
+
+def fetch_json(upstream, url, headers, wait=None, timeout=None, body=None):
+    """(HTTP status, JSON object), see `get_json`."""
+    method, data = ("GET", None) if body is None else ("POST", to_json_bytes(body))
+    reply = upstream.open(method, url, headers, data, wait, timeout)
     try:
-        return as_dict(json_or_none(reply.read(4 << 20))) if reply.status == 200 else {}
+        found = as_dict(json_or_none(reply.read(4 << 20))) if reply.status == 200 else {}
+        return reply.status, found
     finally:
         reply.close()
 
 
-def ask_provider(upstream, plan, headers, wait=None):
-    """{"owner", "context", "models"} from /models, and from /props (llama.cpp) or /api/ps (Ollama)
-    where the owner is known (see OWNERS).
+# Fields in which rows of /models tell the context window, in tokens, the surest first.
+CONTEXT_FIELDS = (
+    "max_model_len",  # vLLM
+    "context_length",  # OpenRouter
+    "context_window",  # Groq
+    "max_context_length",  # LM Studio
+    "max_prompt_tokens",  # GitHub Copilot
+)
 
-    context: tokens, 0 where nothing tells: OpenAI and most clouds do not. llama.cpp's /models has the
-    window that the model was trained with, /props the one that it was started with; Ollama tells it
-    for loaded models only.
+
+def ask_provider(upstream, plan, headers, wait=None):
+    """{"owner", "context"} from /models, and from a local server's own endpoint.
+
+    owner: see OWNERS; context: tokens, 0 where nothing tells: OpenAI and most clouds do not.
+    Raises ProxyError.
     """
 
     def ask(url):
@@ -7112,48 +7110,55 @@ def ask_provider(upstream, plan, headers, wait=None):
 
     rows = as_list(ask(plan.url(plan.format.models_path)).get("data"))
     rows = [row for row in rows if isinstance(row, dict)]
-    named = next((row for row in rows if row.get("id") == plan.model), None)
-    mine = named or (rows[0] if len(rows) == 1 else {})
-    limits = as_dict(as_dict(mine.get("capabilities")).get("limits"))  # GitHub Copilot
-    context = positive_int(
-        dict(
-            as_dict(mine.get("top_provider")), **dict(limits, **mine)
-        ),  # OpenRouter's top provider
-        "max_model_len",  # vLLM
-        "context_length",
-        "context_window",  # Groq
-        "max_context_length",  # LM Studio
-        "max_prompt_tokens",
-    )
-    owner = str(mine.get("owned_by") or (rows[0].get("owned_by") if rows else "") or "")
-    parts = urllib.parse.urlsplit(plan.base)
-    root = "%s://%s" % (parts.scheme, parts.netloc)
+    named = [row for row in rows if row.get("id") == plan.model]
+    mine = (named or (rows if len(rows) == 1 else [{}]))[0]
+    owners = (row.get("owned_by") for row in named + rows)
+    owner = str(next(filter(None, owners), ""))
+    context = loaded_context(ask, plan, owner) or positive_int(limits_of(mine), *CONTEXT_FIELDS)
+    return {"owner": owner, "context": context}
+
+
+def limits_of(row):
+    """The fields of a row of /models, and those that some providers put one level down."""
+    limits = as_dict(as_dict(row.get("capabilities")).get("limits"))  # GitHub Copilot
+    return dict(as_dict(row.get("top_provider")), **dict(limits, **row))  # OpenRouter's provider
+
+
+def loaded_context(ask, plan, owner):
+    """The context window with which a local server runs the model, 0 where it does not tell.
+
+    ask(url) -> JSON object. llama.cpp's /models has the window that the model was trained with,
+    /props the one that it was started with; Ollama tells it for loaded models only.
+    """
+    root = "%s://%s" % urllib.parse.urlsplit(plan.base)[:2]
+    found = {}
     if owner == "llamacpp":
-        settings = as_dict(ask(root + "/props").get("default_generation_settings"))
-        context = positive_int(settings, "n_ctx") or context
+        found = as_dict(ask(root + "/props").get("default_generation_settings"))
     elif OWNERS.get(owner) == "ollama":
         running = map(as_dict, as_list(ask(root + "/api/ps").get("models")))
-        loaded = next((row for row in running if row.get("name") == plan.model), {})
-        context = positive_int(loaded, "context_length") or context
-    return {"owner": owner, "context": context, "models": [str(row.get("id")) for row in rows]}
+        found = next((row for row in running if row.get("name") == plan.model), found)
+    return positive_int(found, "n_ctx", "context_length")
 
 
 def connect_lines(address, has_key):
     """(shell, the lines to paste) that connect Claude Code to this proxy."""
     key = "YOUR_PROXY_KEY" if has_key else "ccfix"
     variables = (("ANTHROPIC_BASE_URL", address), ("ANTHROPIC_AUTH_TOKEN", key))
-    return (
-        ("bash", ["export %s=%s" % pair for pair in variables] + ["claude"]),
-        ("powershell", ['$env:%s="%s"' % pair for pair in variables] + ["claude"]),
-    )
+    shells = (("bash", "export %s=%s"), ("powershell", '$env:%s="%s"'))
+    return [(shell, [form % pair for pair in variables] + ["claude"]) for shell, form in shells]
+
+
+# Fields of a ledger row that are attributes of an Exchange.
+ROW_FIELDS = ("id", "asked", "stream", "bytes_in", "bytes_out", "retries", "broke")
 
 
 class Exchange:
     """One client request, from the parsed body to the last event.
 
-    body: the client's, checked by check_request; headers: its, by get(). batches() generates SSE text, one piece for all that one read of the provider's reply brought;
-    message() is the unstreamed answer. wait(sock, seconds) waits for the client as well and writes
-    what silence() gives meanwhile.
+    body: the client's, checked by check_request; headers: its, by get(). batches() generates the
+    streamed answer, message() is the unstreamed one; one of them is called, and close() at the
+    end. wait(sock, seconds) waits for the client as well, writes what silence() gives meanwhile,
+    and raises ClientGone.
     """
 
     def __init__(self, proxy, body, headers, wait, clock=time.monotonic, settings=None, id=""):
@@ -7175,54 +7180,65 @@ class Exchange:
         self.fixes = 0  # tries again because something was learned
         self.room = 0  # output tokens to ask for, after an overflow
         self.learned = []  # what, in sentences
-        self.replies = []  # for the record
-        self.cache_state, self.key = "off", None  # off, miss or hit; the cache key
-        self.bytes_in = self.bytes_out = 0
-        self.began = self.last_write = self.last_sign = clock()  # last_sign: of content
-        self.first_ms = None  # until the first content
+        self.replies = []  # one a try, for the record
+        self.store = proxy.store if self.settings.cache_enabled else None  # a Cache, or None
+        self.cache_state = "off"  # or miss, hit
+        self.key = None  # the cache key; None where the answer may not be stored
+        self.bytes_in = self.bytes_out = 0  # of the request's JSON, and of the answer
+        self.began = clock()  # when the request came ...
+        self.last_write = self.began  # ... and when the client last got something
+        self.last_sign = self.began  # when the provider last sent content
+        self.first_ms = None  # milliseconds until the client got the first content
         self.broke = ""  # why the provider's prefix cache was lost
 
     # -- what goes out
 
-    def batches(self):
-        """SSE text, to be written as it comes. Raises ProxyError only before the first, Dropped in
-        the middle. One write for all that one read brought: a burst costs one wake-up, not fifty.
-        """
-        out = []
+    def event_batches(self):
+        """Lists of events: all that one read of the provider's reply brought."""
+        batch = []
         for event in self.events():
             if event is not None:
-                out.append(encode_event(event))
-            elif out:
+                batch.append(event)
+            elif batch:
                 self.last_write = self.last_sign = self.clock()
                 if self.first_ms is None:
-                    self.first_ms = (self.last_write - self.began) * 1000
-                text, out = "".join(out), []
-                self.bytes_out += len(text)
-                yield text
-        if out:
-            yield "".join(out)
+                    self.first_ms = self.spent_ms()
+                yield batch
+                batch = []
+        if batch:
+            yield batch
+
+    def batches(self):
+        """SSE text, to be written as it comes: one piece for all that one read brought.
+
+        A burst then costs one wake-up, not fifty. Raises ProxyError only before the first piece,
+        Dropped in the middle.
+        """
+        for batch in self.event_batches():
+            text = "".join(map(encode_event, batch))
+            self.bytes_out += len(text)
+            yield text
 
     def message(self):
         """The whole answer as one message. Raises ProxyError."""
-        events, seen = [], 0
         try:
-            for event in self.events():
-                if event is not None:
-                    events.append(event)
-                elif len(events) > seen:
-                    seen, self.last_sign = len(events), self.clock()
+            events = [event for batch in self.event_batches() for event in batch]
         except Dropped as dropped:
             raise dropped.args[0]
-        self.first_ms = (self.clock() - self.began) * 1000
+        self.first_ms = self.spent_ms()  # the client sees the content only now
         return fold(events)
 
-    def silence(self):
-        """SSE text to write in a silence, or "": after 15 s message_start, then pings, and after
-        minutes a sign of life. Raises UpstreamError when the provider only keeps the connection.
+    def spent_ms(self):
+        """Milliseconds since the request came."""
+        return (self.clock() - self.began) * 1000
 
-        Claude Code 2.1.330 gives up after 360 s without a head, 300 s without a byte and 600 s of
-        pings alone. Until message_start goes out the HTTP status is free, and an error can be one that
-        makes the client do the right thing.
+    def silence(self):
+        """SSE text to write in a silence, or "".
+
+        After 15 s message_start, then pings, and after minutes a sign of life: Claude Code 2.1.330
+        gives up after 360 s without a head, 300 s without a byte and 600 s of pings alone. Until
+        message_start goes out the HTTP status is free, and an error can be one that makes the
+        client do the right thing. Raises UpstreamError when the provider only keeps the connection.
         """
         now = self.clock()
         if now - self.last_sign > STALLED * self.settings.target_timeout:
@@ -7234,42 +7250,47 @@ class Exchange:
             )
         if not self.stream or self.writer is None or self.writer.state in ENDED:
             return ""
-        if self.writer.state == IDLE:
-            if now - self.began < HOLD_SECONDS:
-                return ""
-            events = list(self.writer.start()) + [PING]
-        elif now - self.last_write < PING_SECONDS:
+        is_held = self.writer.state == IDLE
+        if is_held and now - self.began < HOLD_SECONDS:
             return ""
-        else:
-            silent = now - self.last_sign >= SIGN_SECONDS
-            events = self.reader.idle() if silent else [PING]
+        if not is_held and now - self.last_write < PING_SECONDS:
+            return ""
+        events = list(self.writer.start()) + [PING] if is_held else [PING]
+        if not is_held and now - self.last_sign >= SIGN_SECONDS:
+            events = self.reader.idle()
         self.last_write = now
         return "".join(map(encode_event, events))
 
     # -- where it comes from
 
     def events(self):
-        """Event dicts, and None where all that has arrived is given: from the cache, a search, or the
-        provider."""
+        """Event dicts, and None where all that has arrived is given.
+
+        They come from the cache, a search, or the provider.
+        """
         check_messages(self.body)
         if is_search(self.body) and not self.plan.profile.searches:
             return self.unfolded(search_message(self), None)
-        hit = self.from_cache() if self.settings.cache_enabled else None
+        hit = self.store and self.from_cache()
         if hit:
-            return self.unfolded(hit, self.proxy.new_id)
+            return self.unfolded(hit[0], self.proxy.new_id)
         events = self.from_provider()
-        return events if self.key is None else self.stored(events)
+        return events if self.key is None else self.store_answer(events)
 
     def unfolded(self, message, new_id):
-        """A finished message as events, under today's name and a fresh id, with no tokens counted:
-        none were used."""
+        """A finished message as events, under today's name and a fresh id.
+
+        No tokens are counted, as none were used. new_id: for fresh call ids; None leaves them.
+        """
         told = {"id": "msg_" + self.id, "model": self.shown, "usage": zero_usage()}
         yield from unfold(dict(message, **told), new_id)
         yield None
 
     def from_provider(self):
-        """Try until an answer comes, learning, waiting and falling back as errors ask for; nothing is
-        tried again once content went out: the client would see it twice."""
+        """Try until an answer comes, learning, waiting and falling back as errors ask for.
+
+        Nothing is tried again once content went out: the client would see it twice.
+        """
         while True:
             try:
                 yield from self.attempt()
@@ -7286,9 +7307,11 @@ class Exchange:
                     return
 
     def sized(self, error):
-        """An overflow error with the numbers that the provider's words left out: the client compacts
-        by them."""
-        if error.kind != "overflow" or not error.text or (error.numbers[0] and error.numbers[2]):
+        """An overflow error with the numbers that the provider's words left out.
+
+        The client compacts by them.
+        """
+        if error.kind != "overflow" or not error.text:
             return error
         prompt, _, limit = error.numbers
         return overflow_error(prompt, limit, self.bytes_in // 4, self.plan.profile.context)
@@ -7300,13 +7323,11 @@ class Exchange:
         self.writer.scope = plan.profile.scope
         self.reader = plan.format.reader(self.writer, plan.profile)
         self.sent = self.write_request(proxy.memory.recall)
-        data, parts = encode_request(self.sent)
-        if not self.retries + self.fixes and len(parts) > 1:
-            self.broke = self.explain_prefix(parts)
-        url, headers = plan.url(plan.format.path), upstream_headers(
-            plan, self.settings, self.headers
-        )
-        timeout = self.settings.target_timeout
+        data, outline = encode_request(self.sent)
+        if not self.retries + self.fixes:
+            self.broke = self.explain_prefix(outline)
+        headers = upstream_headers(plan, self.settings, self.headers)
+        url, timeout = plan.url(plan.format.path), self.settings.target_timeout
         upstream = proxy.upstream(self.settings)
         reply = upstream.open("POST", url, headers, data, self.wait, timeout)
         kept = []  # what came, for the record
@@ -7318,11 +7339,8 @@ class Exchange:
             yield from self.read(reply, record_blocks(blocks, kept) if proxy.recorder else blocks)
         finally:
             reply.close()
-            if proxy.recorder:
-                headers, text = dict(reply.headers.items()), b"".join(kept).decode(
-                    "utf-8", "replace"
-                )
-                self.replies.append({"status": reply.status, "headers": headers, "body": text})
+            row = {"status": reply.status, "headers": dict(reply.headers.items())}
+            self.replies.append(dict(row, body=b"".join(kept)))
         proxy.memory.keep(self.writer.memory)
 
     def new_writer(self):
@@ -7339,41 +7357,42 @@ class Exchange:
     def write_request(self, recall=None):
         """The body for the provider, with the disguise attached and EXTRA_BODY applied.
 
-        recall: see normalize; without it (for the cache key) nothing is attached, as neither decides
-        what a right answer is.
+        recall: see normalize; without it (for the cache key) nothing is attached, as neither
+        decides what a right answer is.
         """
         plan, settings = self.plan, self.settings
         profile, memo = plan.profile, self.proxy.memo
         self.normalized = normalize(self.body, profile, recall, memo, self.output_room())
-        attach = {
-            "ANTHROPIC_BASE_URL": settings.disguise_api_base,
-            "ANTHROPIC_MODEL": self.shown,
-        }
-        wanted = settings.attach_fields
-        attached = recall and (wanted == "always" or wanted == "auto" and not profile.strict)
-        sent = plan.format.write(self.normalized, plan.model, profile, attach if attached else ())
+        attach = {"ANTHROPIC_BASE_URL": settings.disguise_api_base, "ANTHROPIC_MODEL": self.shown}
+        is_wanted = {"always": True, "auto": not profile.strict}.get(settings.attach_fields)
+        attach = attach if recall and is_wanted else ()
+        sent = plan.format.write(self.normalized, plan.model, profile, attach)
         return add_extra_body(sent, settings)
 
     def output_room(self):
-        """Output tokens that fit beside the prompt where the context window is known, else 0. The
-        prompt is taken larger than it is: a third of a token a byte, or what the provider was seen
-        to count."""
+        """Output tokens that fit beside the prompt where the context window is known, else 0.
+
+        The prompt is taken larger than it is: a third of a token a byte, or what the provider was
+        seen to count.
+        """
         profile = self.plan.profile
         if self.room or not profile.context:
             return self.room
         return max(1024, profile.context - int(self.bytes_in * profile.density) - 64)
 
-    def explain_prefix(self, parts):
+    def explain_prefix(self, outline):
         """Why this request does not go on where the session's last one stopped, or ""."""
         names = ("x-claude-code-session-id", "x-claude-code-agent-id")
         session = " ".join(self.headers.get(name) or "" for name in names)
         if not session.strip():
             return ""
-        return self.proxy.sessions.compare(session + self.plan.model, sections(parts))
+        return self.proxy.sessions.compare(session + self.plan.model, outline)
 
     def read(self, reply, blocks):
-        """Events of a reply with a good status: SSE or JSON, whatever was asked for and whatever its
-        content type says (xAI answers a stream request with a JSON error, DashScope with SSE to all).
+        """Events of a reply with a good status: SSE or JSON, as its first byte says.
+
+        Neither the request nor the content type decides: xAI answers a stream request with a JSON
+        error, DashScope sends SSE to all.
         """
         reader, head = self.reader, first_bytes(blocks)
         start = head.lstrip(BLANK)[:1]
@@ -7396,28 +7415,30 @@ class Exchange:
     # -- again?
 
     def again(self, error):
-        """Whether to try once more after an error before any content: a lesson was learned, a wait is
-        worth it, or another model takes over. Waits where it says so; ClientGone comes through."""
+        """Whether to try once more after an error before any content.
+
+        That is, where a lesson was learned, a wait is worth it, or another model takes over. Waits
+        where it says so; ClientGone comes through.
+        """
         if self.learn_from(error):
             return True
-        wait = str(error.headers.get("retry-after") or "0")
-        wait = int(wait) if wait.isdigit() else 0
+        wait = int(error.headers.get("retry-after") or 0)  # see `retry_after`
         if error.retry and self.retries < self.settings.target_retries and wait <= LONGEST_WAIT:
             self.retries += 1
-            tried = (self.id, self.retries + 1, error.message)
-            self.proxy.log("info", "%s: try %d after: %s" % tried)
+            self.log_again("info", "try %d" % (self.retries + 1), error)
             self.wait(None, max(wait, 0.4 * 2**self.retries * random.uniform(0.6, 1.2)))
             return True
-        settings = self.settings
-        if error.kind not in FALLBACK_KINDS or not settings.target_model_fallback:
+        has_other = self.settings.target_model_fallback and self.plan.family != "fallback"
+        if error.kind not in FALLBACK_KINDS or not has_other:
             return False
-        if self.plan.family == "fallback":
-            return False
-        self.plan = plan_for(settings, "fallback", self.proxy.profile_of(settings))
+        self.plan = self.proxy.plan_of(self.settings, "fallback")
         self.room = self.retries = 0
-        told = (self.id, self.plan.model, error.message)
-        self.proxy.log("warning", "%s: %s takes over after: %s" % told)
+        self.log_again("warning", self.plan.model + " takes over", error)
         return True
+
+    def log_again(self, level, act, error):
+        """Tell the log what is done after an error."""
+        self.proxy.log(level, "%s: %s after: %s" % (self.id, act, error.message))
 
     def learn_from(self, error):
         """Learn from an error -> whether there is something new to try."""
@@ -7434,39 +7455,40 @@ class Exchange:
         self.proxy.teach(self.plan, changes)
         self.plan = self.plan._replace(profile=apply_lesson(profile, changes))
         if changes.get("images") is False and self.settings.target_model_image:
-            profile_of = self.proxy.profile_of(self.settings)
-            self.plan = plan_for(self.settings, "image", profile_of)
+            self.plan = self.proxy.plan_of(self.settings, "image")
         return True
 
     # -- cache
 
     def from_cache(self):
-        """A stored answer, or None."""
+        """What Cache.get has for this request; None for nothing."""
+        profile, sent = self.plan.profile, self.write_request()
+        normalized = self.normalized
+        if profile.untouched:  # sent as it came, with what differs from session to session
+            profile = profile._replace(untouched=False)
+            normalized = normalize(self.body, profile, memo=self.proxy.memo)
         place = "%s %s" % (self.plan.base, self.plan.model)
-        mode = self.settings.cache_key_mode
-        self.key = cache_key(self.body, self.write_request(), mode, place)
-        if self.key is None:
-            return None
-        hit = self.proxy.store.get(self.key) if self.proxy.store else None
-        self.cache_state = "hit" if hit else "miss"
-        return hit and hit[0]
+        self.key = cache_key(normalized, sent, self.settings.cache_key_mode, place)
+        hit = self.store.get(self.key)
+        if self.key is not None:
+            self.cache_state = "hit" if hit else "miss"
+        return hit
 
-    def stored(self, events):
-        """The events, as they come; a complete answer is stored."""
+    def store_answer(self, events):
+        """The events, as they come; a complete answer is stored.
+
+        Not one that a limit cut, nor an empty one, nor the fallback's: the main model's place is
+        not taken for long.
+        """
         seen = []
         for event in events:
-            if event is not None:
-                seen.append(event)
+            seen.append(event)
             yield event
-        if seen and seen[-1]["type"] == "message_stop":
-            self.store_answer(fold(seen))
-
-    def store_answer(self, message):
-        """Store an answer, unless it was cut by a limit, or is empty; nor that of the fallback: the
-        main model's place is not taken for long."""
-        whole = message.get("stop_reason") in ("end_turn", "tool_use", "stop_sequence")
-        if whole and message["content"] and self.proxy.store and self.plan.family != "fallback":
-            self.proxy.store.put(self.key, message, (self.clock() - self.began) * 1000)
+        seen = list(filter(None, seen))
+        is_done = seen and seen[-1]["type"] == "message_stop" and self.plan.family != "fallback"
+        message = fold(seen) if is_done else {}
+        if message.get("stop_reason") in WHOLE_ENDS and message["content"]:
+            self.store.put(self.key, message, self.spent_ms())
 
     # -- what is noted
 
@@ -7475,40 +7497,41 @@ class Exchange:
         return self.error.message if self.error and self.writer.state == FAILED else ""
 
     def close(self, status, error=""):
-        """Note the exchange in the ledger, the log and the record. status: what the client got, 499
-        where it left; error: its text."""
+        """Note the exchange in the ledger, the log and the record.
+
+        status: what the client got, 499 where it left; error: its text.
+        """
         usage = self.reader.usage() if self.reader and self.writer.content else zero_usage()
-        row = {
-            "time": self.proxy.now(),
-            "id": self.id,
-            "session": self.headers.get("x-claude-code-session-id") or "",
-            "asked": self.asked,
-            "model": self.plan.model,
-            "stream": self.stream,
-            "status": status,
-            "input": usage["input_tokens"],
-            "output": usage["output_tokens"],
-            "cache_read": usage["cache_read_input_tokens"],
-            "cache_write": usage["cache_creation_input_tokens"],
-            "first_ms": self.first_ms and round(self.first_ms, 1),
-            "total_ms": round((self.clock() - self.began) * 1000, 1),
-            "bytes_in": self.bytes_in,
-            "bytes_out": self.bytes_out,
-            "retries": self.retries,
-            "lessons": self.learned,
-            "cache": self.cache_state,
-            "error": error,
-            "broke": self.broke,
-        }
+        row = {name: getattr(self, name) for name in ROW_FIELDS}
+        row.update(
+            time=self.proxy.now(),
+            session=self.headers.get("x-claude-code-session-id") or "",
+            model=self.plan.model,
+            status=status,
+            input=usage["input_tokens"],
+            output=usage["output_tokens"],
+            cache_read=usage["cache_read_input_tokens"],
+            cache_write=usage["cache_creation_input_tokens"],
+            first_ms=self.first_ms and round(self.first_ms, 1),
+            total_ms=round(self.spent_ms(), 1),
+            lessons=self.learned,
+            cache=self.cache_state,
+            error=error,
+        )
         self.proxy.ledger.add(row)
         self.proxy.log("error" if status >= 500 else "info", row_text(row))
-        headers, secrets = dict(self.headers.items()), self.settings.secrets()
-        seen = {"request": without_person(self.body), "sent": self.sent}
+        told = {
+            "time": row["time"],
+            "id": self.id,
+            "row": row,
+            "request": without_person(self.body),
+            "sent": self.sent,
+            "client_headers": dict(self.headers.items()),
+        }
         if self.settings.log_level == "debug":
-            shown = redact(dict(seen, headers=headers, error=error), secrets, 500)
+            shown = redact(told, self.settings.secrets(), 500)
             self.proxy.log("debug", self.id + " " + compact_json(shown))
         if self.proxy.recorder:
-            told = dict(seen, time=row["time"], id=self.id, row=row, client_headers=headers)
             self.proxy.recorder.write(dict(told, replies=self.replies))
 
 
@@ -7550,45 +7573,42 @@ def first_bytes(blocks):
 
 def read_all(head, blocks):
     """All of a reply that is not a stream. Raises UpstreamError when it is far too long."""
-    pieces, size = [head], len(head)
+    raw = bytearray(head)
     for block in blocks:
-        pieces.append(block)
-        size += len(block)
-        if size > MAX_LINE:
+        raw += block
+        if len(raw) > MAX_LINE:
             raise too_long("JSON")
-    return b"".join(pieces)
+    return bytes(raw)
 
 
 def whole_reply(raw, start, plan):
-    """A reply that is not a stream, as the one chunk (or message) that it is. Raises UpstreamError for
-    a web page or broken JSON. start: its first byte. A web page comes from a login portal, or from a
-    base URL without its /v1."""
+    """A reply that is not a stream, as the one chunk (or message) that it is.
+
+    start: its first byte. Raises UpstreamError for a web page or broken JSON. A web page comes
+    from a login portal, or from a base URL without its /v1.
+    """
     base = without_password(plan.base)
     if start == b"<":
-        raise UpstreamError(
+        words = (
             "%s answered with a web page (%s) instead of a completion; check TARGET_API_BASE (-b)."
-            % (base, error_fields(raw)[0]),
-            kind="path",
         )
+        raise UpstreamError(words % (base, error_fields(raw)[0]), kind="path")
     body = json_or_none(raw)
     body = body[0] if isinstance(body, list) and body else body
     if not isinstance(body, dict):
-        raise UpstreamError(
-            "The provider's reply was cut off or is not valid JSON.", kind="cut", retry=True
-        )
+        words = "The provider's reply was cut off or is not valid JSON."
+        raise UpstreamError(words, kind="cut", retry=True)
     error = error_in_reply(body)
     if error:
         raise error
     if not body.get("choices") and body.get("type") != "message":
-        raise UpstreamError(
-            "%s answered with JSON that is not a completion: %s" % (base, compact_json(body)[:300]),
-            kind="path",
-        )
+        words = "%s answered with JSON that is not a completion: %s"
+        raise UpstreamError(words % (base, compact_json(body)[:300]), kind="path")
     return body
 
 
 def refusal(reply, raw, plan):
-    """The UpstreamError of a reply with an error status; a redirect says where the address is now."""
+    """The UpstreamError of a reply with an error status; a redirect says where it moved."""
     if reply.status < 400:
         place = (without_password(plan.base), reply.headers.get("location"))
         message = "%s has moved to %s; fix TARGET_API_BASE (-b)." % place
@@ -7596,86 +7616,77 @@ def refusal(reply, raw, plan):
     return upstream_error(reply.status, reply.headers, raw)
 
 
-# ---- web search: a server tool that other providers lack -----------------------------------------------
+# ---- web search: a server tool that other providers lack
 
 
 def is_search(body):
-    """Whether this is Claude Code's side request for a web search: the server tool and no other. It
-    asks "Perform a web search for the query: ..." and reads the results from the blocks."""
+    """Whether this is Claude Code's side request for a web search: the server tool and no other.
+
+    It asks "Perform a web search for the query: ..." and reads the results from the blocks.
+    """
     tools = [str(as_dict(tool).get("type")) for tool in as_list(body.get("tools"))]
     return bool(tools) and all(kind.startswith("web_search_") for kind in tools)
 
 
+HIT = {"type": "web_search_result", "encrypted_content": "", "page_age": None}
+SEARCH_ERROR = {"type": "web_search_tool_result_error", "error_code": "unavailable"}
+NO_SEARCH = (
+    "Web search is not configured: set SEARCH_URL in ccfix to a SearXNG address."
+    " No search was made."
+)
+
+
 def search_message(exchange):
-    """The answer to a web search as a message: real results from SEARCH_URL, or a clear error block;
-    never a model's invention, which the client would show as results."""
-    texts = []
-    for _, blocks, _ in split_turns(exchange.body["messages"])[-1:]:
-        texts = [block_text(block) for block in blocks if block.get("type") == "text"]
-    query = re.sub(r"(?is)^.*?web search for the query:\s*", "", "\n".join(texts)).strip()[:400]
-    call_id = "srvtoolu_" + exchange.proxy.new_id()
+    """The answer to a web search as a message: results from SEARCH_URL, or a clear error block.
+
+    Never a model's invention, which the client would show as results.
+    """
+    _, blocks, _ = (split_turns(exchange.body["messages"]) or [("", [], None)])[-1]
+    text = "\n".join(block_text(block) for block in blocks if block.get("type") == "text")
+    query = re.sub(r"(?is)^.*?web search for the query:\s*", "", text).strip()[:400]
     try:
         hits = search_web(exchange, query)
-        content = [
-            {
-                "type": "web_search_result",
-                "title": hit["title"],
-                "url": hit["url"],
-                "encrypted_content": "",
-                "page_age": None,
-            }
-            for hit in hits
-        ]
-        text = "\n\n".join("%(title)s\n%(url)s\n%(content)s" % hit for hit in hits)
-        text = text or "The search found nothing."
+        content = [dict(HIT, title=title, url=url) for title, url, _ in hits]
+        text = "\n\n".join(map("\n".join, hits)) or "The search found nothing."
     except (ProxyError, ValueError) as error:
-        content = {"type": "web_search_tool_result_error", "error_code": "unavailable"}
-        text = str(error)
+        content, text = SEARCH_ERROR, str(error)
+    call_id = "srvtoolu_" + exchange.proxy.new_id()
     call = {"type": "server_tool_use", "id": call_id, "name": "web_search"}
     result = {"type": "web_search_tool_result", "tool_use_id": call_id, "content": content}
     blocks = [dict(call, input={"query": query}), result, text_block(text)]
-    ends = {"stop_reason": "end_turn", "stop_sequence": None}
-    return dict({"type": "message", "role": "assistant", "content": blocks}, **ends)
+    message = {"type": "message", "role": "assistant", "content": blocks}
+    return dict(message, stop_reason="end_turn", stop_sequence=None)
 
 
 def search_web(exchange, query):
-    """[{title, url, content}] of SEARCH_URL's JSON answer (SearXNG's form, at most ten). Raises
-    ValueError with a sentence for the model. https://docs.searxng.org/dev/search_api.html"""
+    """[(title, url, content)], all strings, of SEARCH_URL's JSON answer, at most ten.
+
+    SearXNG's form: https://docs.searxng.org/dev/search_api.html. Raises ValueError with a sentence
+    for the model.
+    """
     url = exchange.settings.search_url
     if not url:
-        raise ValueError(
-            "Web search is not configured: set SEARCH_URL in ccfix to a SearXNG address. No search"
-            " was made."
-        )
+        raise ValueError(NO_SEARCH)
     url += ("&" if "?" in url else "?") + urllib.parse.urlencode({"q": query, "format": "json"})
     headers = {"Accept": "application/json", "User-Agent": USER_AGENT}
     upstream = exchange.proxy.upstream(exchange.settings)
     try:
-        reply = upstream.open("GET", url, headers, None, exchange.wait, timeout=30)
-        try:
-            raw = reply.read(4 << 20)
-        finally:
-            reply.close()
+        status, found = fetch_json(upstream, url, headers, exchange.wait, 30)
     except ProxyError as error:
         raise ValueError("The web search failed: %s" % error)
-    rows = as_dict(json_or_none(raw)).get("results")
-    if reply.status != 200 or not isinstance(rows, list):
-        found = "SEARCH_URL answered HTTP %d without a list of results" % reply.status
-        raise ValueError("The web search failed: " + found)
+    if not isinstance(found.get("results"), list):
+        words = "The web search failed: SEARCH_URL answered HTTP %d without a list of results"
+        raise ValueError(words % status)
+    rows = [row for row in found["results"][:10] if isinstance(row, dict) and row.get("url")]
     return [
-        {
-            "title": str(row.get("title") or row["url"]),
-            "url": str(row["url"]),
-            "content": str(row.get("content") or ""),
-        }
-        for row in rows[:10]
-        if isinstance(row, dict) and row.get("url")
+        (str(row.get("title") or row["url"]), str(row["url"]), str(row.get("content") or ""))
+        for row in rows
     ]
 
 
-# ======================================================================================================
+# ==================================================================================================
 # 13  HTTP: handler, routes, the one error funnel, server
-# ======================================================================================================
+# ==================================================================================================
 
 # Limits on what a client sends: whoever reaches the port can neither fill the memory nor hold a
 # thread for ever. Anthropic's own API takes 32 MB, so Claude Code sends no more.
@@ -7702,11 +7713,13 @@ class Inbox(io.RawIOBase):
     """What a client sends, as a raw file with deadlines.
 
     The socket never blocks. Reading raises socket.timeout when the time that allow() gave is over,
-    also for a sender that is never silent but never done.
+    also for a sender that is never silent but never done; and ClientGone at the end of the
+    connection, unless it may end here.
     """
 
     def __init__(self, sock):
         self.sock, self.deadline, self.pause = sock, 0, 0
+        self.may_end = True  # no request has begun
 
     def allow(self, seconds, pause=None):
         """What is read next must come within `seconds`, with no silence longer than `pause`."""
@@ -7719,7 +7732,10 @@ class Inbox(io.RawIOBase):
         seconds = min(self.deadline - time.monotonic(), self.pause)
         if seconds < 0 or not poll_socket(self.sock, seconds):
             raise socket.timeout("the client sent nothing for too long")
-        return self.sock.recv_into(buffer)
+        size = self.sock.recv_into(buffer)
+        if not size and not self.may_end:
+            raise ClientGone()
+        return size
 
 
 def wait_for_data(socks, seconds):
@@ -7746,16 +7762,14 @@ class Watch:
     """
 
     def __init__(self, client, on_look=None):
-        self.client, self.on_look, self.next_look = client, on_look, 0
-        self.sent_early = False  # there is data of the client's that nobody reads yet
+        self.client = client  # its socket; None once it has sent its next request early
+        self.on_look, self.next_look = on_look, 0
 
     def __call__(self, sock, seconds):
         """True: sock can be read; False: the seconds are over. Without a sock it only waits."""
         end = time.monotonic() + seconds
         while True:
-            socks = [sock] if sock else []
-            if not self.sent_early:
-                socks.append(self.client)
+            socks = [one for one in (sock, self.client) if one]
             ready = wait_for_data(socks, max(min(seconds, LOOK_SECONDS), 0))
             now = time.monotonic()
             if self.client in ready:
@@ -7770,34 +7784,34 @@ class Watch:
                 return False
 
     def look_at_client(self):
-        """The client's socket can be read: it hung up, or it sent its next request early."""
+        """The client's socket can be read: it hung up, or it sent its next request early.
+
+        Nobody reads that request yet, so that the socket would end each further wait at once.
+        """
         try:
-            self.sent_early = bool(self.client.recv(1, socket.MSG_PEEK))
+            data = self.client.recv(1, socket.MSG_PEEK)
         except BlockingIOError:
             return
         except OSError:
+            data = b""
+        if not data:
             raise ClientGone()
-        if not self.sent_early:
-            raise ClientGone()
+        self.client = None
 
 
-MAY_BE_HALF = re.compile(rb"\\u[dD]")
-SURROGATE = re.compile(
-    # an escaped backslash, a whole pair: both stay as they are; else half a pair
-    rb"(\\\\|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2})"
-    rb"|\\u[dD][89a-fA-F][0-9a-fA-F]{2}"
-)
+HALF_PAIR = re.compile("[\ud800-\udfff]")
 
 
-def without_halves(raw):
-    """JSON bytes in which half a surrogate pair is U+FFFD.
+def decode_json(raw):
+    """The value of JSON bytes in UTF-8, with U+FFFD for half a surrogate pair. Raises ValueError.
 
     JavaScript cuts strings within a pair, and writes the half as an escape. Strict parsers refuse
     it, and UTF-8 has no form for it. The first look is for speed: most bodies have no such escape.
     """
-    if not MAY_BE_HALF.search(raw):
-        return raw
-    return SURROGATE.sub(lambda found: found.group(1) or b"\\ufffd", raw)
+    value = STRICT.decode(raw.decode("utf-8"))
+    if re.search(rb"\\u[dD]", raw):
+        value = json.loads(HALF_PAIR.sub("\ufffd", json.dumps(value, ensure_ascii=False)))
+    return value
 
 
 class Fields(http.client.HTTPMessage):
@@ -7836,7 +7850,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     # -- the connection
 
     def setup(self):
-        http.server.BaseHTTPRequestHandler.setup(self)
+        super().setup()
         self.connection.setblocking(False)
         self.inbox = io.BufferedReader(Inbox(self.connection), 16384)
         self.proxy = self.server.proxy
@@ -7869,7 +7883,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         Closing a socket with unread data resets the connection, and that can take the reply from
         the client before it has read it (RFC 9112, 9.6).
         """
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ClientGone):
             self.connection.shutdown(socket.SHUT_WR)
             self.inbox.raw.allow(LINGER_SECONDS)
             while self.inbox.read1(65536):
@@ -7884,6 +7898,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         head is known to be sound, so that each of these errors ends the connection.
         """
         self.inbox.raw.allow(IDLE_SECONDS)
+        self.inbox.raw.may_end = True
         if not self.inbox.peek(1):
             return False
         self.inbox.raw.allow(HEAD_SECONDS)
@@ -7891,7 +7906,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not line.strip():  # RFC 9112, 2.2: an empty line before a request is no fault
             self.close_connection = False
             return False
-        self.unread = True
+        self.unread, self.inbox.raw.may_end = True, False
         found = REQUEST_LINE.fullmatch(line)
         if len(line) == MAX_HEAD_BYTES:
             raise ProxyError("the request line is too long", 414)
@@ -7904,13 +7919,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.check_head()
         return True
 
-    def read_line(self, limit):
-        """A line, cut at `limit` bytes; ClientGone when the connection ends within it."""
-        line = self.inbox.readline(limit)
-        if len(line) < limit and not line.endswith(b"\n"):
-            raise ClientGone()
-        return line
-
     def read_fields(self, left=MAX_HEAD_BYTES):
         """The lines of header fields, or of a body's trailers, up to the empty one, as bytes.
 
@@ -7920,7 +7928,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """
         lines = []
         while not lines or lines[-1] != b"\r\n":
-            line = self.read_line(left)
+            line = self.inbox.readline(left)
             left -= len(line)
             if left <= 0:
                 raise ProxyError("the request has too many or too long header fields", 431)
@@ -8010,7 +8018,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 "the proxy key is missing or wrong: set ANTHROPIC_AUTH_TOKEN (or ANTHROPIC_API_KEY)"
                 " of Claude Code to the ANTHROPIC_API_KEY of ccfix",
                 401,
-                headers=dict(NEVER),
+                headers=NEVER,
             )
         if not key and not self.server.answers_to(host, settings.allowed_hosts):
             raise ProxyError(
@@ -8054,7 +8062,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         self.inbox.raw.allow(BODY_SECONDS, HEAD_SECONDS)
         try:
-            raw = self.read_chunks() if self.chunked else self.read_exactly(self.length)
+            raw = self.read_chunks() if self.chunked else self.inbox.read(self.length)
         except socket.timeout:
             raise ProxyError("the request's body did not arrive in time", 408)
         self.unread = False
@@ -8067,13 +8075,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 "the request has %d bytes; the limit is %d MB" % (size, MAX_BODY_BYTES >> 20), 413
             )
 
-    def read_exactly(self, size):
-        """Exactly `size` bytes; ClientGone when the connection ends first."""
-        raw = self.inbox.read(size)
-        if len(raw) < size:
-            raise ClientGone()
-        return raw
-
     def read_chunks(self):
         """A body sent in chunks (RFC 9112, 7.1). Extensions and trailers are read, and ignored.
 
@@ -8083,12 +8084,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """
         body = bytearray()
         while True:
-            found = CHUNK_LINE.fullmatch(self.read_line(MAX_CHUNK_LINE))
+            found = CHUNK_LINE.fullmatch(self.inbox.readline(MAX_CHUNK_LINE))
             size = int(found.group(1), 16) if found else 0
             if size:
                 self.check_size(len(body) + size)
-                body += self.read_exactly(size)
-                found = self.read_line(2) == b"\r\n"
+                body += self.inbox.read(size)
+                found = self.inbox.read(2) == b"\r\n"
             if not found:
                 raise BadRequest("the request's chunked body is malformed")
             if not size:
@@ -8099,7 +8100,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """(the body as a dict, its length in bytes). Raises BadRequest, and what read_body does."""
         raw = self.read_body()
         try:
-            body = STRICT.decode(without_halves(raw).decode("utf-8"))
+            body = decode_json(raw)
         except ValueError as e:
             raise BadRequest("the request body is not valid JSON in UTF-8: %s" % e)
         if not isinstance(body, dict):
@@ -8127,8 +8128,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.began_reply, self.wfile = True, io.BytesIO()  # where http.server writes to
         self.close_connection |= self.unread or self.server.stopping
         self.send_response_only(status)
-        for name, value in dict(headers, **{"request-id": self.request_id}).items():
+        for name, value in headers.items():
             self.send_header(name, re.sub(r"[^\t\x20-\x7e]", " ", str(value)))
+        self.send_header("request-id", self.request_id)
         if self.close_connection:
             self.send_header("Connection", "close")
         self.end_headers()
@@ -8136,9 +8138,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def send(self, data, headers=(), status=200):
         """A whole reply in one write; none of the body for HEAD. -> the body's length"""
-        headers = dict({"Content-Type": "application/json"}, **dict(headers))
-        headers["Content-Length"] = len(data)
-        self.write(self.head(status, headers) + (b"" if self.command == "HEAD" else data))
+        usual = {
+            "Content-Type": "application/json",
+            "Cache-Control": "no-store",
+            "Content-Length": len(data),
+        }
+        head = self.head(status, dict(usual, **dict(headers)))
+        self.write(head if self.command == "HEAD" else head + data)
         return len(data)
 
     def send_json(self, value, headers=(), status=200):
@@ -8153,8 +8159,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if isinstance(error, RecursionError):
             error = BadRequest("the request is nested too deeply")
         elif not isinstance(error, (ProxyError, ClientGone, Dropped, OSError)):  # our bug
-            seen = self.request_id, traceback.format_exc()
-            self.proxy.log("error", "%s failed inside ccfix:\n%s" % seen)
+            seen = "%s failed inside ccfix:\n%s" % (self.request_id, traceback.format_exc())
+            self.proxy.log("error", seen)
             error = ProxyError("ccfix itself failed; its log has the details", 500)
         if isinstance(error, ProxyError):
             self.send_problem(error)
@@ -8267,40 +8273,44 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """The status page for browsers, JSON for everything else."""
         if not self.wants_page():
             return self.get_stats()
-        nonce = base64.b64encode(os.urandom(12)).decode()
+        nonce = os.urandom(12).hex()
         headers = {
             "Content-Type": "text/html; charset=utf-8",
             "Content-Security-Policy": page_policy(nonce),
             "X-Content-Type-Options": "nosniff",
             "Referrer-Policy": "no-referrer",
-            "Cache-Control": "no-store",
         }
         self.send(status_page(nonce), headers)
 
     def get_stats(self):
-        self.send_json(self.proxy.status(self.server.address()), {"Cache-Control": "no-store"})
+        return self.proxy.status(self.server.address())
 
     def get_cache_stats(self):
-        settings, store = self.settings, self.proxy.store
-        return dict(
-            store.stats() if store else {},
-            enabled=settings.cache_enabled,
-            mode=settings.cache_key_mode,
-            ttl=settings.cache_ttl,
-        )
+        return self.proxy.cache_status(self.settings)
 
     def post_cache_clear(self, only_expired):
         store = self.proxy.store
-        clear = store and (store.clear_expired if only_expired else store.clear)
-        return {"removed": clear() if clear else 0}
+        if not store:
+            return {"removed": 0}
+        return {"removed": store.clear_expired() if only_expired else store.clear()}
 
     def post_lessons_forget(self):
         return {"removed": self.proxy.forget()}
 
 
-class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
+# Where a server listens at every address -> the one by which this machine reaches it.
+ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+
+
+def local_url(host, port):
+    """The URL by which clients on this machine reach a server that listens there."""
+    return "http://" + host_port(ANY_ADDRESS.get(host, host), port)
+
+
+class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
     """The listening server: a thread for each connection. address: (host, port).
 
+    Not http.server's HTTPServer: that looks its own name up in the DNS first, slow in companies.
     proxy: what the handler needs; a Proxy, but for the servers of the demo and of replays.
     """
 
@@ -8314,17 +8324,12 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
     def __init__(self, address, proxy, handler=Handler):
         self.proxy = proxy
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-        http.server.HTTPServer.__init__(self, address, handler)
-
-    def server_bind(self):
-        """Without HTTPServer's getfqdn: a DNS look-up at start, slow in companies."""
-        socketserver.TCPServer.server_bind(self)
+        super().__init__(address, handler)
         self.server_name, self.server_port = self.server_address[:2]
 
     def address(self):
         """The URL that clients on this machine use."""
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.server_name, self.server_name)
-        return "http://" + host_port(host, self.server_port)
+        return local_url(self.server_name, self.server_port)
 
     def answers_to(self, host, more):
         """Whether a Host header names this server.
@@ -8336,7 +8341,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         name = re.sub(r":\d+\Z", "", host.lower())
         bare = name.strip("[]")
         if re.fullmatch(r"\d{1,3}(\.\d{1,3}){3}|\[[0-9a-f:.]+\]", name):
-            if self.server_name in ("0.0.0.0", "::") or LOOPBACK.match(bare):
+            if self.server_name in ANY_ADDRESS or is_loopback(bare):
                 return True
         return bare in ("localhost", self.server_name.lower()) or name in more
 
@@ -8349,7 +8354,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         """The next connection. When the process is out of descriptors, it stays in the queue, and
         select() reports it again at once: a pause keeps that from burning a core."""
         try:
-            return http.server.HTTPServer.get_request(self)
+            return super().get_request()
         except OSError:
             time.sleep(0.05)
             raise
@@ -8911,9 +8916,9 @@ def page_policy(nonce):
     ).format(nonce)
 
 
-# ======================================================================================================
+# ==================================================================================================
 # 15  Demo: an embedded model, reached like any other provider
-# ======================================================================================================
+# ==================================================================================================
 
 DEMO_HELP = (
     "I am the demo model inside ccfix: no key, no network, no intelligence. Your words: %s\n\n"
@@ -8930,7 +8935,8 @@ DEMO_CALLS = (
 def demo_reply(body):
     """(reasoning, text, call) of the demo model for an OpenAI request.
 
-    call: (tool name, arguments dict) or None. Only the last message counts: the demo has no memory.
+    call: (tool name, its arguments as JSON) or None. Only the last message counts: the demo has no
+    memory.
     """
     messages = as_list(body.get("messages"))
     last = as_dict(messages[-1]) if messages else {}
@@ -8939,33 +8945,39 @@ def demo_reply(body):
         return "", "The tool answered:\n" + said[:2000], None
     # Claude Code puts its own notes into the user's message; they are full of words like "read".
     said = re.sub(r"(?s)<system-reminder>.*?</system-reminder>", "", said).strip()
-    offered = [as_dict(as_dict(tool).get("function")) for tool in as_list(body.get("tools"))]
-    names = [function.get("name") for function in offered]
+    offered = list(map(name_of, as_list(body.get("tools"))))
     for name, argument, words in DEMO_CALLS:
         found = re.search(words, said, re.I)
-        if found and name in names:
-            call = name, {argument: found.group(1).strip("`'\" ")}
+        if found and name in offered:
+            call = name, json.dumps({argument: found.group(1).strip("`'\" ")})
             return "The user wants %s." % name, "Let me see.", call
     reasoning = "The user said something; I say it back." if "think" in said.lower() else ""
     return reasoning, DEMO_HELP % said[:500], None
 
 
 def demo_chunks(body):
-    """The chunks of the demo model's reply: a delta a word, arguments in small pieces."""
+    """The chunks of the demo model's reply: a delta a word, arguments in small pieces.
+
+    As OpenAI streams: one choice a chunk, a finish_reason in the last of them, and then a chunk
+    without choices that holds the usage.
+    """
     reasoning, text, call = demo_reply(body)
-    deltas = [{"reasoning_content": word} for word in re.findall(r"\S+\s*", reasoning)]
-    deltas += [{"content": word} for word in re.findall(r"\S+\s*", text)]
+    deltas = [
+        {field: word}
+        for field, said in (("reasoning_content", reasoning), ("content", text))
+        for word in re.findall(r"\S+\s*", said)
+    ]
     if call:
-        head = {"index": 0, "id": "call_" + os.urandom(8).hex(), "type": "function"}
-        deltas.append({"tool_calls": [dict(head, function={"name": call[0], "arguments": ""})]})
-        for piece in re.findall(r"(?s).{1,12}", json.dumps(call[1])):
-            deltas.append({"tool_calls": [{"index": 0, "function": {"arguments": piece}}]})
+        name, arguments = call
+        pieces = [{"function": {"arguments": part}} for part in re.findall(".{1,12}", arguments)]
+        begin = {"id": "call_" + os.urandom(8).hex(), "function": {"name": name, "arguments": ""}}
+        deltas += [{"tool_calls": [dict(piece, index=0)]} for piece in [begin] + pieces]
     # Neither id, object nor model stand in a chunk: the proxy, its only reader, asks for none.
-    choices = [{"index": 0, "delta": delta} for delta in deltas]
-    choices.append({"index": 0, "delta": {}, "finish_reason": "tool_calls" if call else "stop"})
+    end = {"delta": {}, "finish_reason": "tool_calls" if call else "stop"}
+    chunks = [{"choices": [choice]} for choice in [{"delta": delta} for delta in deltas] + [end]]
     read = max(1, len(compact_json(body)) // 4)  # the usual four characters a token
     usage = {"prompt_tokens": read, "completion_tokens": len(deltas)}
-    return [{"choices": [choice]} for choice in choices] + [{"choices": [], "usage": usage}]
+    return chunks + [{"choices": [], "usage": usage}]
 
 
 class DemoModel(http.server.BaseHTTPRequestHandler):
@@ -8981,7 +8993,7 @@ class DemoModel(http.server.BaseHTTPRequestHandler):
         """Silent: the proxy's own log tells enough."""
 
     def do_GET(self):
-        self.reply('{"object":"list","data":[{"id":"demo","object":"model","owned_by":"ccfix"}]}')
+        self.reply('{"object":"list","data":[{"id":"demo"}]}')
 
     def do_POST(self):
         chunks = demo_chunks(as_dict(json_or_none(self.read_body())))
@@ -8995,7 +9007,10 @@ class DemoModel(http.server.BaseHTTPRequestHandler):
         self.send(200, {"Content-Type": content_type}, text)
 
     def send(self, status, headers, text):
-        """Write a whole answer; headers: {name: value}."""
+        """Write a whole answer; headers: {name: value}, without Content-Length.
+
+        "replace", since a recorded text may hold half a surrogate pair, which UTF-8 cannot express.
+        """
         data = text.encode("utf-8", "replace")
         self.send_response(status)
         for name, value in headers.items():
@@ -9019,9 +9034,9 @@ def start_model(handler=DemoModel, source=None):
     return server.address() + "/v1"
 
 
-# ======================================================================================================
+# ==================================================================================================
 # 16  Commands: serve, run, check, init, install, uninstall, open
-# ======================================================================================================
+# ==================================================================================================
 
 
 class Usage(Exception):
@@ -9041,10 +9056,7 @@ def to_ascii(text):
 
 def say(*lines, out=None):
     """Print lines for a person; out: where to, instead of stdout."""
-    out = out or sys.stdout
-    for line in lines:
-        out.write(to_ascii(line) + "\n")
-    out.flush()
+    print(*map(to_ascii, lines), sep="\n", file=out, flush=True)
 
 
 def notify(message):
@@ -9285,8 +9297,7 @@ class Running:
 
     def plan(self):
         """The Plan of requests for no family."""
-        settings = self.config()
-        return plan_for(settings, "", self.proxy.profile_of(settings))
+        return self.proxy.plan_of(self.config())
 
     def stop(self, grace=5.0):
         """End: no new requests; open replies get `grace` seconds, and one more to say that they
@@ -9294,18 +9305,7 @@ class Running:
         self.server.stopping = True
         self.server.shutdown()
         self.server.server_close()
-        self.wait_idle(grace)
-        if self.proxy.wires:
-            self.proxy.wires[1].close()
-            self.wait_idle(1)
-        if self.proxy.store:
-            self.proxy.store.close()
-
-    def wait_idle(self, seconds):
-        """Until no request is open, at most so long."""
-        end = time.monotonic() + seconds
-        while self.proxy.active and time.monotonic() < end:
-            time.sleep(0.02)
+        self.proxy.close(grace)
 
 
 INSECURE_WORDS = (
@@ -9323,8 +9323,8 @@ def banner(settings, address):
     ]
     rows += [(shell, "; ".join(words)) for shell, words in connect_lines(address, bool(key))]
     lines = ["ccfix %s on %s" % (__version__, address)] + ["  %-9s %s" % row for row in rows]
-    host = settings.proxy_host  # 0.0.0.0 is every address, though it also reaches this machine
-    if not key and (host == "0.0.0.0" or not is_loopback("http://" + host_port(host, 0))):
+    host = settings.proxy_host
+    if not key and (host in ANY_ADDRESS or not is_loopback(host)):
         lines.append("  WARNING: open to the network without a proxy key; set ANTHROPIC_API_KEY")
     return lines + ["  " + INSECURE_WORDS] * settings.insecure
 
@@ -9334,8 +9334,8 @@ def serve(config, options):
     find_target(config)
     check_settings(config(), config().proxy_port)
     stopped = threading.Event()
-    for name in ("SIGINT", "SIGTERM"):  # taken before the first request can come
-        signal.signal(getattr(signal, name), lambda *_: stopped.set())
+    for number in (signal.SIGINT, signal.SIGTERM):  # taken before the first request can come
+        signal.signal(number, lambda *_: stopped.set())
     running = Running(config).start()
     say(*banner(config(), running.server.address()))
     while not stopped.wait(0.5):  # a wait without a limit would not notice signals on Windows
@@ -9384,23 +9384,26 @@ def patience(limit):
             return True
         if seconds >= left:
             said = "no complete answer within %g s" % limit
-            raise UpstreamError(said, 504, "timeout_error", kind="timeout")
+            raise UpstreamError(said, 504, kind="timeout")
         return False
 
     return wait
 
 
-def fetch(upstream, url, seconds, headers=()):
-    """The JSON object at a URL, {} for anything else; closes the Upstream. Raises ProxyError where
-    it does not come within so many seconds."""
-    with contextlib.closing(upstream):
+def fetch(url, seconds, headers=(), *tls):
+    """The JSON object at a URL, {} for anything else.
+
+    tls: CA_BUNDLE, CLIENT_CERT, INSECURE. Raises ProxyError where it does not come within so many
+    seconds.
+    """
+    with contextlib.closing(Upstream(seconds, seconds, *tls)) as upstream:
         return get_json(upstream, url, dict(headers), patience(seconds), seconds)
 
 
 def glance(url, seconds=GLANCE_SECONDS):
     """The JSON object at a URL of this machine; {} where nobody answers."""
     try:
-        return fetch(Upstream(seconds, seconds), url, seconds)
+        return fetch(url, seconds)
     except ProxyError:
         return {}
 
@@ -9420,12 +9423,10 @@ def list_models(settings, seconds=10):
     Where it lists none within so many seconds, the user is told why, and can still name one.
     """
     plan = target_plan(settings)
-    upstream = Upstream(
-        seconds, seconds, settings.ca_bundle, settings.client_cert, settings.insecure
-    )
+    tls = settings.ca_bundle, settings.client_cert, settings.insecure
     try:
-        headers = upstream_headers(plan, settings, {})
-        return model_names(fetch(upstream, models_url(plan), seconds, headers))
+        headers = upstream_headers(plan, settings)
+        return model_names(fetch(models_url(plan), seconds, headers, *tls))
     except ProxyError as e:
         notify("its models cannot be listed: %s" % e)
         return []
@@ -9434,10 +9435,11 @@ def list_models(settings, seconds=10):
 def target_plan(settings):
     """The Plan of requests for no family, as far as the settings alone tell: nobody is asked."""
 
-    def profile_of(base, model):
-        return profile_for(base, model, settings.profile, settings.target_format)
-
-    return plan_for(settings, "", profile_of)
+    return plan_for(
+        settings,
+        "",
+        lambda base, model: profile_for(base, model, settings.profile, settings.target_format),
+    )
 
 
 def local_servers():
@@ -9446,44 +9448,49 @@ def local_servers():
     for title, port in LOCAL_SERVERS:
         base = "http://127.0.0.1:%d/v1" % port
         answer = glance(base + "/models")
+        names = model_names(answer)
         # The list of another ccfix is in Anthropic's form, which has no such field.
-        if answer.get("object") == "list":
-            servers.append((title, base, model_names(answer)))
-    return [row for row in servers if row[2]]
+        if names and answer.get("object") == "list":
+            servers.append((title, base, names))
+    return servers
 
 
-def check_target(settings):
-    """Raise Usage where the target needs a key and has none; EXTRA_HEADERS may hold it."""
+def find_target(config):
+    """Aim at a model server on this machine where nothing is configured, and say so.
+
+    A base URL, a key or headers count as configured. Raises Usage where no server is found, or the
+    configured target needs a key and has none; EXTRA_HEADERS may hold it.
+    """
+    settings = config()
     base = settings.target_api_base
-    if not (settings.target_api_key or settings.extra_headers or is_loopback(base)):
+    given = {name for name, origin in settings.origins.items() if origin != "default"}
+    if not given & {"target_api_base", "target_api_key", "extra_headers"}:
+        find_server(config, given)
+    elif is_loopback(base):
+        if "target_model" not in given:
+            find_model(config)
+    elif not (settings.target_api_key or settings.extra_headers):
         raise Usage(
             "no key for %s: give it as TARGET_API_KEY in the environment or .env, or with -k KEY;"
             " or try --demo" % without_password(base)
         )
 
 
-def find_target(config):
-    """Where nothing is configured, aim at a model server on this machine, and say so.
+def find_server(config, given):
+    """Take a model server on this machine, and a model of it; given: names of what is configured.
 
-    A base URL, a key or headers count as configured; a model name alone does not, and is looked for
-    among the servers' own. Raises Usage where no server is found, or a key is missing.
+    A model name that is given is looked for among the servers' own. Raises Usage.
     """
-    settings = config()
-    given = {name for name, origin in settings.origins.items() if origin != "default"}
-    if given & {"target_api_base", "target_api_key", "extra_headers"}:
-        check_target(settings)
-        if "target_model" not in given and is_loopback(settings.target_api_base):
-            find_model(config)
-        return
-    servers = local_servers()
+    settings, servers = config(), local_servers()
     if not servers:
         raise Usage(NO_TARGET.format(program_name()))
     wanted = settings.target_model if "target_model" in given else ""
     title, base, models = next((row for row in servers if wanted in row[2]), servers[0])
     model = wanted or models[0]
-    config.add(config.found, TARGET_API_BASE=base, TARGET_MODEL=model)
+    found = {"TARGET_API_BASE": base, "TARGET_MODEL": model}
     if settings.proxy_port == url_origin(base)[2] and "proxy_port" not in given:
-        config.add(config.found, PROXY_PORT="8081")  # llama.cpp's usual port is the proxy's own
+        found["PROXY_PORT"] = "8081"  # llama.cpp's usual port is the proxy's own
+    config.add(config.found, **found)
     others = shorten(", ".join(name for name in models if name != model), 200)
     hint = " (-m takes another: %s)" % others if others else ""
     said = "nothing is configured; found %s at %s, using its model %s%s"
@@ -9508,21 +9515,24 @@ class ReplayModel(DemoModel):
         r"(?i)content-(length|encoding)|transfer-encoding|connection|keep-alive|date|server"
         r"|set-cookie\Z"
     )
-    OVER = {
-        "status": 400,
-        "headers": {},
-        "body": '{"error":{"message":"the recording has no further reply"}}',
-    }
+    OVER = '{"error":{"message":"the recording has no further reply"}}'
 
     def do_POST(self):
         self.read_body()
-        reply = self.server.proxy.popleft() if self.server.proxy else self.OVER
+        if not self.server.proxy:
+            return self.send(400, {}, self.OVER)
+        reply = self.server.proxy.popleft()
         headers = {
             name: re.sub(r"[^\t\x20-\x7e]", " ", str(value))
             for name, value in reply["headers"].items()
             if not self.NOT_REPEATED.match(name) and value != HIDDEN
         }
         self.send(reply["status"], headers, reply["body"])
+
+
+def target_values(base, model, spoken, **others):
+    """{ENV_NAME: string} that aim at a base URL; spoken: "openai" or "anthropic"."""
+    return dict(others, TARGET_API_BASE=base, TARGET_MODEL=model, TARGET_FORMAT=spoken)
 
 
 def start_replay(folder):
@@ -9538,12 +9548,8 @@ def start_replay(folder):
     if not replies:
         raise Usage("--replay: %s holds no recorded replies" % folder)
     native = any(re.search(r'"type": ?"message(_start)?"', reply["body"]) for reply in replies)
-    return {
-        "TARGET_API_BASE": start_model(ReplayModel, collections.deque(replies)),
-        "TARGET_MODEL": "replay",
-        "TARGET_FORMAT": "anthropic" if native else "openai",
-        "TARGET_RETRIES": "0",
-    }
+    base = start_model(ReplayModel, collections.deque(replies))
+    return target_values(base, "replay", "anthropic" if native else "openai", TARGET_RETRIES="0")
 
 
 # ---- run: a proxy and Claude Code, for one session -----------------------------------------------
@@ -9569,14 +9575,14 @@ FOREIGN = re.compile(
     r"|CUSTOM_MODEL_OPTION\w*|DEFAULT_\w+)|CLAUDE_CODE_(?:OAUTH_TOKEN|USE_(?:BEDROCK|VERTEX|FOUNDRY"
     r"|MANTLE|GATEWAY|ANTHROPIC_AWS|ANTHROPIC_GOOGLE_CLOUD)))\Z"
 )
-# Flags that say how to ask for permission: then "auto" is not what the user gets unasked.
+# Flags by which the user decides about permissions: auto mode is not switched off beside them.
 ASKS_FOR_MODE = (
     "--permission-mode",
     "--dangerously-skip-permissions",
     "--allow-dangerously-skip-permissions",
     "--enable-auto-mode",
+    "--print",  # which asks nobody
 )
-MAIN_NAME = "ccfix-main"
 PROBE_SECONDS = 6  # how long a session waits for the model's window, which it cannot learn later
 WHY_NO_AUTO = (
     "auto permission mode is off: its safety check runs on Anthropic's servers, which no proxy"
@@ -9584,7 +9590,7 @@ WHY_NO_AUTO = (
 )
 
 
-def session_variables(address, key, settings, plan):
+def session_variables(address, settings, plan):
     """Variables that connect Claude Code to this proxy, with the target's real limits.
 
     The model's name is the target's own: Claude Code obeys CLAUDE_CODE_MAX_CONTEXT_TOKENS only for
@@ -9592,10 +9598,10 @@ def session_variables(address, key, settings, plan):
     Claude model goes by another name. A *_NAME variable is what its /model menu shows.
     """
     is_known = family_of(plan.model) or "claude" in plan.model.lower()
-    main_name = MAIN_NAME if is_known else plan.model
+    main_name = "ccfix-main" if is_known else plan.model
     found = {
         "ANTHROPIC_BASE_URL": address,
-        "ANTHROPIC_AUTH_TOKEN": key,
+        "ANTHROPIC_AUTH_TOKEN": settings.anthropic_api_key or "ccfix",
         "ANTHROPIC_MODEL": main_name,
         "ANTHROPIC_DEFAULT_FABLE_MODEL": main_name,
     }
@@ -9614,7 +9620,7 @@ def session_variables(address, key, settings, plan):
     return found
 
 
-def claude_environment(environ, address, key, settings, plan):
+def claude_environment(environ, address, settings, plan):
     """The environment of Claude Code for one session, from the user's own.
 
     Nothing in it leads elsewhere, and it holds no secret of ccfix: the model's commands can read
@@ -9627,7 +9633,7 @@ def claude_environment(environ, address, key, settings, plan):
         for name, value in environ.items()
         if not FOREIGN.match(name) and name not in secret
     )
-    found.update(session_variables(address, key, settings, plan))
+    found.update(session_variables(address, settings, plan))
     # A company proxy does not reach this machine's loopback.
     if any(environ[name] for name in environ if re.match(r"(?i)(https?|all)_proxy\Z", name)):
         for name in [name for name in found if name.lower() == "no_proxy"] or ["NO_PROXY"]:
@@ -9655,21 +9661,20 @@ def claude_settings(arguments, overrides):
     only one would count. Auto mode is off unless the arguments say how to ask, or print (-p, also
     among joined short flags), where it makes no difference.
     """
-    words, rest, given = iter(arguments), [], ""
+    words, rest, given, is_chosen = iter(arguments), [], "", False
     for word in words:
-        if word.partition("=")[0] == "--settings":
-            given = word.partition("=")[2] or next(words, "")
-        else:
-            rest.append(word)
+        flag, _, value = word.partition("=")
+        if flag == "--settings":
+            given = value or next(words, "")
+            continue
+        rest.append(word)
+        if flag in ASKS_FOR_MODE or re.match(r"-[a-z]*p[a-z]*\Z", word):
+            is_chosen = True
     source = given if given.lstrip().startswith("{") else file_text(given)
     found = as_dict(json_or_none(source))
     if overrides:
         found["env"] = dict(as_dict(found.get("env")), **overrides)
-    chosen = any(
-        word.partition("=")[0] in ASKS_FOR_MODE or re.match(r"--print\Z|-[a-z]*p[a-z]*\Z", word)
-        for word in rest
-    )
-    if not chosen:
+    if not is_chosen:
         found["permissions"] = dict(as_dict(found.get("permissions")), disableAutoMode="disable")
     return found, rest
 
@@ -9696,15 +9701,16 @@ def settings_argument(settings):
     With a key in them they go into a file that only the user can read, gone afterwards: command
     lines can be read by everyone on the machine.
     """
+    text = compact_json(settings)
     if not settings.get("env"):
-        yield ["--settings", compact_json(settings)] if settings else []
+        yield ["--settings", text] if settings else []
         return
     import tempfile  # here, not above: serving does not need it
 
     handle, path = tempfile.mkstemp(prefix="ccfix-", suffix=".json")
     try:
-        with open(handle, "w", encoding="utf-8") as file:
-            file.write(compact_json(settings))
+        with open(handle, "w") as file:
+            file.write(text)
         yield ["--settings", path]
     finally:
         os.remove(path)
@@ -9763,9 +9769,9 @@ def run(config, options):
             "claude is not on the PATH; install Claude Code (npm install -g"
             " @anthropic-ai/claude-code) and try again"
         )
-    port = config.given.get("PROXY_PORT", "0")
+    config.given.setdefault("PROXY_PORT", "0")
     key = os.urandom(24).hex()
-    config.add(config.given, ANTHROPIC_API_KEY=key, PROXY_HOST="127.0.0.1", PROXY_PORT=port)
+    config.add(config.given, ANTHROPIC_API_KEY=key, PROXY_HOST="127.0.0.1")
     # Log lines would garble Claude Code's screen; LOG_FILE has them.
     with open(os.devnull, "w") as out:
         running = Running(config, out).start(0 if config().max_context else PROBE_SECONDS)
@@ -9781,8 +9787,7 @@ def run_claude(path, running, arguments):
     import subprocess  # here, not above: serving does not need it
 
     settings, address = running.config(), running.server.address()
-    key = settings.anthropic_api_key
-    environment = claude_environment(os.environ, address, key, settings, running.plan())
+    environment = claude_environment(os.environ, address, settings, running.plan())
     overrides = settings_overrides(claude_files(running.config.home), environment)
     wanted, rest = claude_settings(arguments, overrides)
     if "disableAutoMode" in as_dict(wanted.get("permissions")):
@@ -10021,10 +10026,7 @@ class Tester:
 
     def close(self):
         """Close the connections that are kept alive, and the store."""
-        if self.proxy.wires:
-            self.proxy.wires[1].close()
-        if self.proxy.store:
-            self.proxy.store.close()
+        self.proxy.close()
 
 
 def models_url(plan):
@@ -10408,8 +10410,8 @@ def choose(title, rows, default=""):
     say(title, *["  %s  %s" % row for row in numbered.items()] + [""], out=sys.stderr)
     default = "1" if rows else default
     question = "number, or another" if rows else "answer"
-    sys.stderr.write(question + (" [%s]: " % default if default else ": "))
-    sys.stderr.flush()
+    hint = " [%s]: " % default if default else ": "
+    print(question + hint, end="", file=sys.stderr, flush=True)
     line = sys.stdin.readline()
     if not line:
         raise Usage(
@@ -10420,7 +10422,7 @@ def choose(title, rows, default=""):
 
 
 def ask_target(values):
-    """Ask for what the flags left open: fills in {ENV_NAME: string}.
+    """Ask for the address and key that the flags left open: fills in {ENV_NAME: string}.
 
     The key is read without showing it, and not at all for a server on this machine. Raises Usage,
     SettingError for an address that is none.
@@ -10438,13 +10440,10 @@ def ask_target(values):
         import getpass
 
         values["TARGET_API_KEY"] = getpass.getpass("Key (not shown): ", sys.stderr).strip()
-    if "TARGET_MODEL" not in values:
-        models = list_models(Settings([("init", values)]))
-        values["TARGET_MODEL"] = choose("Which model?", models[:30])
 
 
 def detect_target(values):
-    """Find what the flags left open, where nobody can be asked: fills in {ENV_NAME: string}.
+    """Find the address that the flags left open, where nobody can be asked: fills it in.
 
     A key without a base URL is one of the default provider's; otherwise a server on this machine is
     looked for. Raises Usage.
@@ -10458,11 +10457,6 @@ def detect_target(values):
             )
         values["TARGET_API_BASE"] = servers[0][1]
         notify("found %s at %s" % servers[0][:2])
-    if "TARGET_MODEL" not in values:
-        models = list_models(Settings([("init", values)]))
-        if not models:
-            raise Usage("no model was given: -m MODEL")
-        values["TARGET_MODEL"] = models[0]
 
 
 INIT_DONE = """wrote {0} (only you can read it). Next:
@@ -10480,14 +10474,20 @@ def init(config, options):
     path, values = options.env_file or ".env", dict(config.given)
     if os.path.lexists(path) and not options.force:
         raise Usage("%s exists already; --force replaces it, --env-file FILE writes another" % path)
-    complete = ask_target if sys.stdin is not None and sys.stdin.isatty() else detect_target
-    complete(values)
+    can_ask = sys.stdin is not None and sys.stdin.isatty()
+    (ask_target if can_ask else detect_target)(values)
     settings = Settings([("init", values)])
+    if "TARGET_MODEL" not in values:
+        models = list_models(settings)
+        if not models and not can_ask:
+            raise Usage("no model was given: -m MODEL")
+        values["TARGET_MODEL"] = choose("Which model?", models[:30]) if can_ask else models[0]
+        settings = Settings([("init", values)])
     with usage_errors("%s cannot be written" % path):
         write_file(path, env_template(values))
     notify(INIT_DONE.format(path, program_name()))
-    key, address = settings.anthropic_api_key, "http://127.0.0.1:%d" % settings.proxy_port
-    wanted = session_variables(address, key or "ccfix", settings, target_plan(settings))
+    address = local_url(settings.proxy_host, settings.proxy_port)
+    wanted = session_variables(address, settings, target_plan(settings))
     wanted.update(CLAUDE_DEFAULTS)
     say(json.dumps({"env": wanted, "permissions": {"disableAutoMode": "disable"}}, indent=2))
     return 0
@@ -10517,28 +10517,27 @@ STUB = (
 
 
 def installed_files(directory, environ, home, windows=os.name == "nt"):
-    """{path: content} of an installation, the module first, so that no stub is ever without it.
+    """{Path: content} of an installation, the module first, so that no stub is ever without it.
 
     directory: where all of it goes; "" for the user's own folders. Since Windows 10 one of these is
     on the PATH from the start, but for installations of Windows without its store.
     """
-    data = environ.get("XDG_DATA_HOME", "")
-    if not os.path.isabs(data):  # the XDG base directory specification says to ignore it then
-        data = os.path.join(home, ".local", "share")
-    folder, module_folder = os.path.join(home, ".local", "bin"), os.path.join(data, "ccfix")
+    from pathlib import Path  # here, not above: serving does not need it
+
+    folder, data = Path(home, ".local", "bin"), Path(environ.get("XDG_DATA_HOME", ""))
     if windows:
-        local = environ.get("LOCALAPPDATA") or os.path.join(home, "AppData", "Local")
-        folder = os.path.join(local, "Microsoft", "WindowsApps")
-        if folder.lower() not in environ.get("PATH", "").lower().split(";"):
-            folder = os.path.join(local, "Programs", "ccfix")
-    folder = os.path.abspath(directory or folder)
-    if windows or directory:
-        module_folder = os.path.join(folder, "ccfix-module")
-    with open(os.path.abspath(__file__), encoding="utf-8") as file:
-        files = {os.path.join(module_folder, "ccfix.py"): file.read()}
+        local = Path(environ.get("LOCALAPPDATA") or Path(home, "AppData", "Local"))
+        folder = local / "Microsoft" / "WindowsApps"
+        if str(folder).lower() not in environ.get("PATH", "").lower().split(";"):
+            folder = local / "Programs" / "ccfix"
+    folder = Path(os.path.abspath(directory or str(folder)))
+    if not data.is_absolute():  # the XDG base directory specification says to ignore it then
+        data = Path(home, ".local", "share")
+    module_folder = folder / "ccfix-module" if windows or directory else data / "ccfix"
+    files = {module_folder / "ccfix.py": Path(__file__).read_text("utf-8")}
     for name, arguments in (("ccfix", "[]"), ("ccf", "['open']")):
-        path = os.path.join(folder, name) + ".cmd" * windows
-        files[path] = (cmd_stub if windows else script_stub)(module_folder, arguments)
+        stub = cmd_stub if windows else script_stub
+        files[folder / (name + ".cmd" * windows)] = stub(module_folder, arguments)
     return files
 
 
@@ -10575,7 +10574,7 @@ def install(config, options):
 
     files = installed_files(options.dir, os.environ, config.home)
     module, *programs = files
-    folder = os.path.dirname(programs[0])
+    folder = str(programs[0].parent)
     foreign = [path for path in files if not is_ours(path)]
     if foreign and not options.force:
         raise Usage(
@@ -10583,13 +10582,13 @@ def install(config, options):
             % foreign[0]
         )
     with usage_errors("cannot install in %s (--dir DIR takes another folder)" % folder):
-        for path in files:
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            write_file(path, files[path], 0o755)
+        for path, content in files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_file(path, content, 0o755)
     # force: two versions within a second have the same time. quiet=2: no byte code is no failure,
     # Python then makes it at the first start, or goes without.
-    compileall.compile_file(module, force=True, quiet=2)
-    say("installed ccfix %s as %s" % (__version__, ", ".join(programs)))
+    compileall.compile_file(str(module), force=True, quiet=2)
+    say("installed ccfix %s as %s, %s" % (__version__, *programs))
     if folder not in os.environ.get("PATH", "").split(os.pathsep):
         shown = "export PATH=\"%s:$PATH\"    (in ~/.profile or your shell's own file)"
         shown = 'setx PATH "%%PATH%%;%s"' if os.name == "nt" else shown
@@ -10603,22 +10602,22 @@ def uninstall(config, options):
     The programs' folder stays too: it was there before, or others use it now.
     """
     paths, code = list(installed_files(options.dir, os.environ, config.home)), 0
-    module, folder = paths[0], os.path.dirname(paths[1])
-    if os.name == "nt":  # where the module was in older versions
-        paths.append(os.path.join(folder, "ccfix.py"))
-    there = [path for path in paths if os.path.lexists(path)]
+    module, folder = paths[0], paths[1].parent
+    if os.name == "nt":
+        paths.append(folder / "ccfix.py")  # where the module was in older versions
+    there = list(filter(os.path.lexists, paths))
     if not there:
-        notify("nothing of ccfix is in " + folder)
+        notify("nothing of ccfix is in %s" % folder)
     for path in there:
         if not is_ours(path):
             notify("%s is another program's and stays" % path)
             code = 1
             continue
-        with usage_errors("cannot remove " + path):
-            os.remove(path)
-        say("removed " + path)
+        with usage_errors("cannot remove %s" % path):
+            path.unlink()
+        say("removed %s" % path)
     if not os.path.lexists(module):
-        remove_byte_code(os.path.dirname(module))
+        remove_byte_code(module.parent)
     return code
 
 
@@ -10627,14 +10626,13 @@ def remove_byte_code(folder):
 
     No failure is told: what stays is a cache, or belongs to somebody else.
     """
-    kept = os.path.join(folder, "__pycache__")
+    kept = folder / "__pycache__"
     with contextlib.suppress(OSError):
-        for name in os.listdir(kept):
-            if re.match(r"ccfix\..*\.pyc\Z", name):
-                os.remove(os.path.join(kept, name))
-        os.rmdir(kept)
+        for path in kept.glob("ccfix.*.pyc"):
+            path.unlink()
+        kept.rmdir()
     with contextlib.suppress(OSError):
-        os.rmdir(folder)
+        folder.rmdir()
 
 
 def open_page(config, options):
@@ -10643,8 +10641,7 @@ def open_page(config, options):
     /health says whether it is ccfix that listens there: anything may have the port.
     """
     settings = config()
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.proxy_host, settings.proxy_host)
-    url = "http://%s/" % host_port(host, settings.proxy_port)
+    url = local_url(settings.proxy_host, settings.proxy_port) + "/"
     if glance(url + "health", 3).get("name") != "ccfix":
         said = "no ccfix is running at %s; start it (%s), or name its port with -p"
         notify(said % (url, program_name()))
@@ -10760,27 +10757,23 @@ def settings_help():
     enough for a terminal of 80."""
     import textwrap
 
+    rows = textwrap.TextWrapper(76, "  ", " " * 27, break_on_hyphens=False)
     lines = [
         "settings without a flag, in the environment or .env (the command line wins, then",
         "the environment, .env, Claude Code's settings.json; keys are best kept in .env,",
         "since everyone on a machine can read command lines):",
     ]
-    for row in [row for row in SETTINGS if not row.flags]:
-        default = " (%s)" % row.default if row.default and row.default not in row.help else ""
-        lines += textwrap.wrap(
-            "%-24s %s%s" % (row.env, row.help, default),
-            76,
-            initial_indent="  ",
-            subsequent_indent=" " * 27,
-            break_on_hyphens=False,
-        )
+    for row in SETTINGS:
+        if not row.flags:
+            default = "" if row.default in row.help else " (%s)" % row.default
+            lines.append(rows.fill("%-24s %s%s" % (row.env, row.help, default)))
     return "\n".join(lines)
 
 
-def help_epilog(name):
+def help_epilog(name, command):
     """What stands under a command's options in its --help: for ccfix alone all commands, examples,
     and where the other settings are told."""
-    command, parts = COMMANDS[name or "serve"], []
+    parts = []
     if not name:
         rows = ["\n  %-10s %s" % (word, row.help) for word, row in COMMANDS.items()]
         parts.append("commands (ccfix COMMAND --help tells more):" + "".join(rows))
@@ -10791,17 +10784,16 @@ def help_epilog(name):
     return "\n\n".join(parts)
 
 
-def make_parser(name):
+def make_parser(name, command):
     """The parser of a command; "": of ccfix without one, which serves.
 
     Its texts name ccfix, whatever the file is called: they stand in the README too.
     """
-    command = COMMANDS[name or "serve"]
     said = command.help[0].upper() + command.help[1:]
     parser = argparse.ArgumentParser(
         prog=("ccfix " + name).strip(),
         usage=USAGES.get(name),
-        epilog=help_epilog(name),
+        epilog=help_epilog(name, command),
         description=(
             said + "." if name else "Let Claude Code use any model behind an OpenAI-compatible API."
         ),
@@ -10843,15 +10835,15 @@ def command_line(argv):
         raise Usage(
             "there is no command %s; the commands are %s" % (ascii(name), ", ".join(COMMANDS))
         )
-    words = argv[bool(name) :]
+    command, words = COMMANDS[name or "serve"], argv[bool(name) :]
     # argparse would drop the "--", and with it what tells claude's arguments from ours.
     end = words.index("--") if name == "run" and "--" in words else len(words)
-    options = make_parser(name).parse_args(words[:end])
+    options = make_parser(name, command).parse_args(words[:end])
     if name == "run":
         if options.arguments:
             raise Usage("%s: arguments for claude come after --" % ascii(options.arguments[0]))
         options.arguments = words[end + 1 :]
-    return COMMANDS[name or "serve"], options
+    return command, options
 
 
 def stand_in(options, given):
@@ -10860,24 +10852,16 @@ def stand_in(options, given):
     The demo (--demo), a recording (--replay), or a server that speaks Anthropic (check --base-url),
     which gets the key that Claude Code would send it. Raises Usage.
     """
-    if getattr(options, "demo", False):
-        return {
-            "TARGET_API_BASE": start_model(),
-            "TARGET_MODEL": "demo",
-            "TARGET_FORMAT": "openai",
-            "PROFILE": "demo",
-        }
-    if getattr(options, "replay", None):
+    wanted = vars(options)  # not every command has all three
+    if wanted.get("demo"):
+        return target_values(start_model(), "demo", "openai", PROFILE="demo")
+    if wanted.get("replay"):
         return start_replay(options.replay)
-    if getattr(options, "base_url", None):
-        keys = [given.get("TARGET_API_KEY")]
-        keys += [os.environ.get(name) for name in ("ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_API_KEY")]
-        return {
-            "TARGET_API_BASE": options.base_url,
-            "TARGET_API_KEY": next(filter(None, keys), ""),
-            "TARGET_MODEL": "claude-opus-5-5",
-            "TARGET_FORMAT": "anthropic",
-        }
+    if wanted.get("base_url"):
+        names = "ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_API_KEY"
+        keys = [given.get("TARGET_API_KEY")] + list(map(os.environ.get, names))
+        key = next(filter(None, keys), "")
+        return target_values(options.base_url, "claude-opus-5-5", "anthropic", TARGET_API_KEY=key)
     return {}
 
 
@@ -10886,7 +10870,7 @@ def config_of(command, options):
 
     Only a file that --env-file names must exist; .env need not. Raises Usage, SettingError.
     """
-    given = {row.env: getattr(options, row.env) for row in SETTINGS if hasattr(options, row.env)}
+    given = {name: value for name, value in vars(options).items() if name in BY_ENV}
     if command.act is init or not command.settings:
         # init replaces the .env, and install does without: a broken one must not stop them.
         return Config(given, {}, "", home_folder())

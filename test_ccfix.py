@@ -8686,9 +8686,9 @@ class TestProxies(UpstreamCase):
             self.assertNotIn("secret", error.message)
 
 
-# ======================================================================================================
+# ==================================================================================================
 # 10  Store: cache, ledger, records
-# ======================================================================================================
+# ==================================================================================================
 
 DATED = "<system-reminder>\n# currentDate\nToday's date is 2026-11-22.\n</system-reminder>\n"
 TOOL = {
@@ -8781,8 +8781,13 @@ def in_anthropic_form(body):
     return sent
 
 
-def key_of(body, mode="prefix", model="target", sent_form=in_openai_form):
-    return ccfix.cache_key(body, sent_form(body), mode, model)
+CHAT = ccfix.Profile()
+NATIVE = ccfix.Profile(native_blocks=True)  # gets thinking blocks as they are
+
+
+def key_of(body, mode="prefix", model="target", sent_form=in_openai_form, profile=NATIVE):
+    normalized = ccfix.normalize(body, profile) if body["messages"] else body
+    return ccfix.cache_key(normalized, sent_form(body), mode, model)
 
 
 def assistant(text, *more):
@@ -8961,7 +8966,7 @@ SEPARATE = tuple(
         question("Delete it?", assistant("Shall I delete a.txt?"), word),
         question("Delete it?", assistant("Shall I delete b.txt?"), word),
     )
-    for word in ("continue", "yes", "go on", "ok", "1", "")
+    for word in ("continue", "yes", "go on", "ok", "1")
 ) + (
     (
         "bare yes after another first question",
@@ -9065,11 +9070,6 @@ SEPARATE = tuple(
         "file by its id",
         question({"role": "user", "content": [{"type": "file", "id": "one"}]}),
         question({"role": "user", "content": [{"type": "file", "id": "two"}]}),
-    ),
-    (
-        "a system block that is no text",
-        question("a", system=[{"type": "document", "source": {"data": "one"}}]),
-        question("a", system=[{"type": "document", "source": {"data": "two"}}]),
     ),
     ("system text or system turn", question("a", system="b"), question(system_turn("b"), "a")),
     (
@@ -9211,6 +9211,8 @@ NOT_KEPT = (
         question("a", *CALLED + [results(("toolu_1", "x"), ("toolu_2", "y")), system_turn("s")]),
     ),
     ("answer begun", question("a", assistant("The answer is"))),
+    ("an empty word after an answer", question("Delete it?", assistant("Shall I?"), "")),
+    ("only a reminder", question("a", assistant("b"), "<system-reminder>s</system-reminder>")),
     ("nothing asked", question()),
     ("only a system turn", question("a", assistant("b"), system_turn("s"))),
 )
@@ -9221,11 +9223,31 @@ SENT_FORMS = (in_openai_form, in_anthropic_form)
 
 class TestCacheKey(unittest.TestCase):
     def test_same_question_in_another_session_has_the_same_prefix_key(self):
-        for (name, one, other), sent_form in itertools.product(SHARED, SENT_FORMS):
-            with self.subTest(name, form=sent_form.__name__):
-                key = key_of(one, sent_form=sent_form)
+        rows = itertools.product(SHARED, SENT_FORMS, (CHAT, NATIVE))
+        for (name, one, other), sent_form, profile in rows:
+            with self.subTest(name, form=sent_form.__name__, native=profile.native_blocks):
+                key = key_of(one, sent_form=sent_form, profile=profile)
                 self.assertEqual(len(key), 64)
-                self.assertEqual(key, key_of(other, sent_form=sent_form))
+                self.assertEqual(key, key_of(other, sent_form=sent_form, profile=profile))
+
+    def test_thoughts_count_where_the_provider_is_told_them(self):
+        """What normalize leaves out decides nothing; what it brings back does."""
+
+        def key(thought, signature, **fields):
+            block = {"type": "thinking", "thinking": thought, "signature": signature}
+            body = question("a", dict(assistant("B"), content=[block, *CALLED[0]["content"]]))
+            body["messages"] += [results(("toolu_1", "x"), ("toolu_2", "y")), assistant("B")]
+            body["messages"].append({"role": "user", "content": "Tell it"})
+            return key_of(body, profile=ccfix.Profile(scope="here", **fields))
+
+        state = ccfix.write_state("here", {})
+        google = ccfix.write_state("here", {"google": {"toolu_1": "sig"}})
+        reasoning = {"reasoning_field": "reasoning_content"}
+        gemini = {"reasoning_field": "google", "placeholder": "skip"}
+        self.assertEqual(key("7", state), key("8", state))
+        self.assertEqual(key("7", state, **reasoning), key("7", state, **reasoning))
+        self.assertNotEqual(key("7", state, **reasoning), key("8", state, **reasoning))
+        self.assertEqual(key("7", google, **gemini), key("7", state, **gemini))
 
     def test_no_answer_is_shared_where_it_could_be_wrong(self):
         for (name, one, other), sent_form in itertools.product(SEPARATE, SENT_FORMS):
@@ -9737,7 +9759,8 @@ class TestCacheFaults(CacheCase):
         self.assertEqual((self.cache.get("k"), self.cache.recall("k"), self.told), (None, None, []))
 
 
-# A nursery loads the module once, forks writers and kills them: a whole interpreter each would take seconds.
+# A nursery loads the module once, forks writers and kills them: a whole interpreter each would
+# take seconds.
 KILLED_WRITERS = """
 import os, random, signal, sqlite3, sys
 sys.path.insert(0, sys.argv[1])
@@ -9759,8 +9782,8 @@ for _ in range(20):
     os.waitpid(pid, 0)
     os.close(reader), os.close(writer)
     db = sqlite3.connect(os.path.join(sys.argv[2], "responses.db"))
-    print(db.execute("PRAGMA integrity_check").fetchone()[0],
-          db.execute("SELECT COALESCE(SUM(size), 0) - (SELECT value FROM counters) FROM responses").fetchone()[0])
+    size, = db.execute("SELECT COALESCE(SUM(size), 0) FROM responses").fetchone()
+    print(db.execute("PRAGMA integrity_check").fetchone()[0], size <= 200000)
     db.close()
 """
 
@@ -9790,7 +9813,7 @@ class TestCacheProcesses(CacheCase):
         lines = (
             subprocess.check_output(self.command(KILLED_WRITERS), timeout=60).decode().split("\n")
         )
-        self.assertEqual(lines, ["ok 0"] * 20 + [""])
+        self.assertEqual(lines, ["ok True"] * 20 + [""])
         self.assertTrue(self.healthy(self.cache))
         self.assertFalse(glob.glob(self.file + ".broken*"))
 
@@ -9977,15 +10000,10 @@ class TestLedger(unittest.TestCase):
 
 
 def request_parts(system="s", tools="ab", messages="1234"):
-    """Sections of a request in short: one letter a tool, one a message; roles alternate."""
-    return ccfix.sections(
-        [("system", system.encode())]
-        + [("tool %s" % name.lower(), name.encode()) for name in tools]
-        + [
-            ("message %d (%s)" % (place + 1, ("user", "assistant")[place % 2]), text.encode())
-            for place, text in enumerate(messages)
-        ]
-    )
+    """The outline of a request in short: one letter a tool, one a message; roles alternate."""
+    turns = itertools.cycle(("user", "assistant"))
+    tools = [(name.lower(), name) for name in tools]
+    return ccfix.Outline([system], tools, list(zip(turns, messages)))
 
 
 class TestWhyBroken(unittest.TestCase):
@@ -10011,9 +10029,31 @@ class TestWhyBroken(unittest.TestCase):
         ):
             self.assertEqual(ccfix.why_broken(request_parts(), new), reason)
         self.assertEqual(
-            ccfix.why_broken(ccfix.sections([]), request_parts()),
+            ccfix.why_broken(ccfix.Outline([], [], []), request_parts()),
             "system text changed; tools changed (added a, b)",
         )
+
+    def test_a_request_is_encoded_with_its_outline(self):
+        turns = [{"role": role, "content": "x"} for role in ("user", "assistant")]
+        tools = [{"type": "function", "function": {"name": "f"}}, {"name": "g"}]
+        leading = {"role": "system", "content": "s"}
+        for sent in (
+            {"model": "m", "messages": [leading] + turns, "tools": tools, "stream": True},
+            {"model": "m", "system": "s", "messages": turns, "tools": tools},
+        ):
+            data, outline = ccfix.encode_request(sent)
+            self.assertEqual(json.loads(data.decode()), sent)
+            self.assertEqual([name for name, _ in outline.tools], ["f", "g"])
+            self.assertEqual([role for role, _ in outline.messages], ["user", "assistant"])
+            for edit in ({"content": "y"}, {"role": "user"}):
+                other = dict(sent, messages=sent["messages"][:-1] + [dict(turns[1], **edit)])
+                reason = ccfix.why_broken(outline, ccfix.encode_request(other)[1])
+                self.assertRegex(reason, r"^message 2 \((user|assistant)\) changed$")
+        other = dict(sent, system="t")
+        reason = ccfix.why_broken(outline, ccfix.encode_request(other)[1])
+        self.assertEqual(reason, "system text changed")
+        data, outline = ccfix.encode_request({"model": "m", "messages": turns})
+        self.assertEqual(json.loads(data.decode()), {"model": "m", "messages": turns})
 
     def test_sessions_are_compared_with_themselves(self):
         sessions = ccfix.Sessions(size=2)
@@ -10172,11 +10212,12 @@ class TestRecorder(unittest.TestCase):
             self.assertIn("bad.json", str(caught.exception))
 
 
-# ======================================================================================================
+# ==================================================================================================
 # 10  Store: sessions
-# ======================================================================================================
+# ==================================================================================================
 
-# A session in the shape of the real client's: (what the user says, how many calls the model makes before it answers)
+# A session in the shape of the real client's: (what the user says, how many calls the model makes
+# before it answers).
 SESSION = (
     ("Make the colour in notes.txt blue.", 4),
     ("continue", 1),
@@ -10190,7 +10231,7 @@ NOTE = "<system-reminder>\n%s\n</system-reminder>"
 
 
 def session_reply(sent):
-    """The model of the session: the reply that belongs to the number of assistant turns; it names its place."""
+    """The model of the session: the reply for this number of assistant turns; it names which."""
     place = sum(message["role"] == "assistant" for message in sent["messages"])
     plan = [kind for _, calls in SESSION for kind in ["call"] * calls + ["text"]]
     if plan[place] == "text":
@@ -10210,7 +10251,7 @@ def session_reply(sent):
 
 
 def marked_last(messages):
-    """A copy in which the last block has cache_control, and messages of one text are strings, as the client sends them."""
+    """A copy as the client sends it: cache_control on the last block, single texts as strings."""
     messages = copy.deepcopy(messages)
     for message in messages[:-1]:
         if (
@@ -10347,11 +10388,12 @@ class TestCacheSession(CachedCase):
             )
 
 
-# Requests that tempt a cache to answer with another conversation's reply: (what the right answer depends on, request)
+# Requests that tempt a cache to answer with another conversation's reply: (what the right answer
+# depends on, request).
 
 
 def provoking_requests():
-    """[(label, body)]: a body's right answer names its label; bodies of one label may be answered alike."""
+    """[(label, body)]: a right answer names the label; one label's may be answered alike."""
     rows = []
 
     def add(label, *messages, **fields):
@@ -10519,9 +10561,10 @@ def provoking_histories():
 
 
 def provoked(answer_of, rounds=2):
-    """Ask all provoking requests several times in a seeded order -> [label asked for, answer got] of those answered wrong.
+    """Ask all provoking requests several times in a seeded order.
 
-    answer_of(label, body) -> the answer's text; the model behind it answers with the label that it is told now.
+    -> [label asked for, answer got] of those answered wrong. answer_of(label, body) -> the
+    answer's text; the model behind it answers with the label that it is told now.
     """
     order = provoking_requests() * rounds
     random.Random(7).shuffle(order)
@@ -10555,9 +10598,9 @@ class TestProvokedCache(CachedCase):
             self.assertGreater(proxy.store.stats()["hits"], 50, mode)  # it was no idle test
 
 
-# ======================================================================================================
+# ==================================================================================================
 # 11  Proxy
-# ======================================================================================================
+# ==================================================================================================
 
 
 def hello(sent):
@@ -10616,7 +10659,7 @@ class TestRouting(unittest.TestCase):
                 )
 
     def test_whose_profile_and_limits_the_users_own_are(self):
-        """PROFILE is about the main base URL; MAX_CONTEXT and MAX_OUTPUT about the main model there."""
+        """PROFILE is about the main base URL, MAX_CONTEXT and MAX_OUTPUT about the main model."""
         proxy, _ = proxy_with(
             hello,
             TARGET_MODEL="m[1m]",
@@ -10979,7 +11022,10 @@ def native_bytes(events):
 
 
 class TestNative(unittest.TestCase):
-    """Providers that speak Anthropic: passed through, but for the model, the disguise and what describes the user's machine."""
+    """Providers that speak Anthropic: passed through.
+
+    But for the model, the disguise and what describes the user's machine.
+    """
 
     maxDiff = None
 
@@ -11274,7 +11320,7 @@ class TestNative(unittest.TestCase):
             proxy.store.close()
 
 
-class Folder(object):
+class Folder:
     """A folder for one test."""
 
     def __enter__(self):
@@ -11336,6 +11382,25 @@ class TestStore(unittest.TestCase):
                 ask(proxy, request("hi")), ask(proxy, request("hi"))
                 self.assertEqual(len(wires.sent), 2)
                 proxy.store.close()
+
+    def test_a_request_that_goes_on_as_it_came_is_kept_without_its_session(self):
+        """Anthropic itself gets counters and an order of tools that the key leaves out."""
+        raw = native_bytes(native_events({"type": "text", "text": "Hi"}))
+        with Folder() as folder:
+            proxy, wires = proxy_with(
+                lambda sent: FakeReply(200, {}, [raw]),
+                CACHE_ENABLED="true",
+                CACHE_DIR=folder,
+                PROFILE="anthropic-api",
+            )
+            tools = [tool("Read", path="string"), tool("Write", path="string")]
+            for count in (1, 2):
+                counter = {"role": "system", "content": COUNTER % count}
+                ask(proxy, request("hi", counter, tools=tools[:: (-1) ** count]))
+            ask(proxy, request("hi there", tools=tools))
+            proxy.store.close()
+        self.assertEqual(len(wires.sent), 2)
+        self.assertIn(COUNTER % 1, json.dumps(wires.sent[0]))
 
     def test_without_the_cache_nothing_is_written(self):
         proxy, wires = proxy_with(hello)
@@ -11465,7 +11530,8 @@ class TestSecrets(unittest.TestCase):
             "EXTRA_HEADERS": '{"x-key": "Token sk-very-secret-3"}',
             "ANTHROPIC_API_KEY": "sk-very-secret-4",
         }
-        text = "Incorrect API key provided: sk-very-secret-1, sk-very-secret-2, sk-very-secret-3, sk-very-secret-4."
+        keys = ", ".join("sk-very-secret-%d" % number for number in (1, 2, 3, 4))
+        text = "Incorrect API key provided: %s." % keys
         for answer in (
             refusal(401, text),
             refusal(400, text),
@@ -11502,8 +11568,8 @@ class TestSmallEndpoints(unittest.TestCase):
         listed = proxy.models(proxy.config())
         self.assertTrue(
             all(
-                row_["id"].startswith(("claude", "anthropic")) and row_["type"] == "model"
-                for row_ in listed["data"]
+                row["id"].startswith(("claude", "anthropic")) and row["type"] == "model"
+                for row in listed["data"]
             )
         )
         self.assertIn("small", json.dumps(listed))
@@ -13053,6 +13119,7 @@ class TestCacheOverHttp(HttpCase):
         self.assertEqual(states, ["miss", "hit", "hit"])
         self.assertEqual(len(self.upstream.requests), 1)
         stats = json.loads(self.call("GET", "/cache/stats").body.decode())
+        self.assertEqual(json.loads(self.call("GET", "/stats").body.decode())["cache"], stats)
         self.assertEqual((stats["entries"], stats["hits"], stats["enabled"]), (1, 2, True))
         self.assertEqual(
             json.loads(self.call("POST", "/cache/clear-expired", b"").body.decode()), {"removed": 0}
@@ -13210,9 +13277,9 @@ class TestSignals(unittest.TestCase):
             self.assertNotIn(KEY, printed)
 
 
-# ======================================================================================================
+# ==================================================================================================
 # 13  Status page
-# ======================================================================================================
+# ==================================================================================================
 
 
 class TestStatusPage(unittest.TestCase):
@@ -13335,9 +13402,9 @@ class TestDemo(unittest.TestCase):
         self.assertEqual(self.ask(said, tools=tools)["stop_reason"], "end_turn")
 
 
-# ======================================================================================================
+# ==================================================================================================
 # 15  Commands
-# ======================================================================================================
+# ==================================================================================================
 
 
 class Faulty(ccfix.DemoModel):
@@ -13441,7 +13508,7 @@ class Faulty(ccfix.DemoModel):
 
 
 class CommandsCase(unittest.TestCase):
-    """A bare account: an empty folder that is home and current folder, and nothing in the environment."""
+    """A bare account: an empty folder is home and current folder, and the environment is empty."""
 
     def setUp(self):
         self.home = os.path.realpath(tempfile.mkdtemp())
@@ -13646,7 +13713,8 @@ class TestLiveSettings(CommandsCase):
         self.change("TARGET_MODEL=two\nCACHE_TTL=soon\n")
         self.assertEqual((config().target_model, config().cache_ttl), ("one", 3600))
         self.assertIn(
-            "warning .env was changed but cannot be used, the old settings stay: CACHE_TTL is 'soon' (from .env)",
+            "warning .env was changed but cannot be used, the old settings stay: CACHE_TTL is"
+            " 'soon' (from .env)",
             self.lines[0],
         )
         self.change("TARGET_MODEL=three\n")
@@ -13991,8 +14059,9 @@ class TestRun(CommandsCase):
         return ccfix.Plan("", model, "b", "k", ccfix.DEFAULT._replace(**fields))
 
     def environment(self, environ=(), plan=None, **values):
+        settings = settings_of(ANTHROPIC_API_KEY="fresh", **values)
         return ccfix.claude_environment(
-            dict(environ), "http://127.0.0.1:9", "fresh", settings_of(**values), plan or self.plan()
+            dict(environ), "http://127.0.0.1:9", settings, plan or self.plan()
         )
 
     def test_what_leads_elsewhere_is_taken_out_of_the_environment(self):
@@ -14086,7 +14155,8 @@ class TestRun(CommandsCase):
 
     def test_settings_files_that_beat_the_environment_are_overruled(self):
         texts = [
-            '{"env":{"ANTHROPIC_BASE_URL":"https://elsewhere","CLAUDE_CODE_USE_BEDROCK":"1","FOO":"1"}}',
+            '{"env":{"ANTHROPIC_BASE_URL":"https://elsewhere","CLAUDE_CODE_USE_BEDROCK":"1",'
+            '"FOO":"1"}}',
             "broken",
             '{"env":[]}',
             "",
@@ -14151,11 +14221,15 @@ if "wait" in sys.argv:
     print("ready", flush=True)
     time.sleep(20)
 base, key = os.environ["ANTHROPIC_BASE_URL"], os.environ["ANTHROPIC_AUTH_TOKEN"]
-body = {"model": os.environ["ANTHROPIC_MODEL"], "max_tokens": 9, "messages": [{"role": "user", "content": sys.stdin.read()}]}
+messages = [{"role": "user", "content": sys.stdin.read()}]
+body = {"model": os.environ["ANTHROPIC_MODEL"], "max_tokens": 9, "messages": messages}
+body = json.dumps(body).encode()
+direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 for given in (key, "wrong"):
-    asked = urllib.request.Request(base + "/v1/messages", json.dumps(body).encode(), {"Authorization": "Bearer " + given})
+    headers = {"Authorization": "Bearer " + given}
+    asked = urllib.request.Request(base + "/v1/messages", body, headers)
     try:
-        answer = json.loads(urllib.request.build_opener(urllib.request.ProxyHandler({})).open(asked).read().decode())
+        answer = json.loads(direct.open(asked).read().decode())
         print(answer["content"][0]["text"])
     except urllib.error.HTTPError as error:
         print(error.code)
@@ -14175,7 +14249,10 @@ def late(pid, options):
         os.kill(os.getpid(), signal.SIGSTOP)
     return found
 os.waitpid = late
-stop = "import os, signal, time; os.kill(os.getpid(), signal.SIGSTOP); time.sleep(0.3); os.kill(os.getpid(), signal.SIGSTOP); os._exit(7)"
+stop = (
+    "import os, signal, time; os.kill(os.getpid(), signal.SIGSTOP); time.sleep(0.3);"
+    " os.kill(os.getpid(), signal.SIGSTOP); os._exit(7)"
+)
 sys.exit(ccfix.exit_code(subprocess.Popen([sys.executable, "-c", stop])))
 """
 
@@ -14218,7 +14295,8 @@ class TestRunWithAClient(CommandsCase):
         self.assertEqual(err.count("auto permission mode is off"), 1)
 
     def test_each_stop_of_the_client_stops_us_once(self):
-        """Claude Code stops its whole process group, so that our own stop may come before or after we see the client's."""
+        """Claude Code stops its whole process group, so that our own stop may come before or after
+        we see the client's."""
         for words in ([], ["group"]):
             child = subprocess.Popen(
                 [
@@ -14307,6 +14385,14 @@ class TestInit(CommandsCase):
         )
         self.assertNotIn("k\"", out + err)
         self.assertEqual(os.listdir("."), [".env"])
+
+    def test_the_printed_address_is_one_that_reaches_the_proxy(self):
+        for host, address in (("0.0.0.0", "127.0.0.1"), ("::", "[::1]"), ("10.0.0.7", "10.0.0.7")):
+            words = "-b http://127.0.0.1:1 -m m --force --host".split() + [host]
+            code, out, err = self.main("init", *words)
+            self.assertEqual(code, 0, err)
+            env = json.loads(out)["env"]
+            self.assertEqual(env["ANTHROPIC_BASE_URL"], "http://%s:8080" % address)
 
     def test_an_existing_file_is_replaced_by_force_only(self):
         self.write(".env", "TARGET_API_BASE=broken base\n")
@@ -14428,7 +14514,9 @@ class TestInstall(CommandsCase):
         ):
             files = ccfix.installed_files("", {"XDG_DATA_HOME": data}, self.home, False)
             names = [folder + "/ccfix.py", ".local/bin/ccfix", ".local/bin/ccf"]
-            self.assertEqual(list(files), [os.path.join(self.home, name) for name in names])
+            self.assertEqual(
+                list(map(str, files)), [os.path.join(self.home, name) for name in names]
+            )
 
     @unittest.skipUnless(os.name == "posix", "POSIX")
     def test_an_older_installation_is_replaced_and_removed(self):
@@ -14489,6 +14577,7 @@ class TestInstall(CommandsCase):
             folder = os.path.abspath(folder)
             with mock.patch.object(ccfix.sys, "executable", "C:\\py\\python.exe"):
                 files = ccfix.installed_files("", environ, "h", True)
+            files = {str(path): content for path, content in files.items()}
             names = ["ccfix-module/ccfix.py", "ccfix.cmd", "ccf.cmd"]
             self.assertEqual(list(files), [os.path.join(folder, name) for name in names])
         code = "import os, sys; sys.path[0] = sys.argv.pop(1); sys.argv[0] = 'ccfix'; import ccfix"
@@ -14620,8 +14709,8 @@ class TestRequestChecks(unittest.TestCase):
             ('"plain"', '"plain"'),
         ]
         for source, wanted in rows:
-            self.assertEqual(ccfix.without_halves(source.encode()), wanted.encode())
-            json.loads(ccfix.without_halves(source.encode()).decode()).encode("utf-8")
+            self.assertEqual(ccfix.decode_json(source.encode()), json.loads(wanted))
+            ccfix.decode_json(source.encode()).encode("utf-8")
 
 
 class TestFollowing(unittest.TestCase):
@@ -15136,8 +15225,8 @@ class TestHouse(unittest.TestCase):
     def test_only_the_standard_library_is_imported(self):
         allowed = set(
             """argparse ast base64 collections compileall contextlib difflib email functools
-            getpass hashlib hmac http io itertools json math operator os platform random re secrets select
-            selectors shlex shutil signal socket socketserver sqlite3 ssl stat string subprocess sys
+            getpass hashlib hmac http io itertools json math operator os pathlib platform random re secrets
+            select selectors shlex shutil signal socket socketserver sqlite3 ssl stat string subprocess sys
             tempfile textwrap threading time traceback typing urllib uuid webbrowser zlib""".split()
         )
         found = set()
