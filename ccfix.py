@@ -4288,9 +4288,9 @@ class ChatReader(Reader):
         """Reasoning from the first field that holds any (chutes.ai sends the same in two); opaque
         details are kept for the next turn and shown where no plain field has the text.
 
-        An entry of OpenRouter's reasoning_details: {"type": "reasoning.text", "reasoning.summary" or
-        "reasoning.encrypted", "text", "summary" or "data", "signature", "index"}; a signature may
-        come after the text has begun, and opens no block.
+        An entry of OpenRouter's reasoning_details: {"type": "reasoning.text", "reasoning.summary"
+        or "reasoning.encrypted", "text", "summary" or "data", "signature", "index"}; a signature
+        may come after the text has begun, and opens no block.
         """
         shown = False
         for field, shape in REASONING_FIELDS.items():
