@@ -8923,8 +8923,7 @@ def demo_reply(body):
     call: (tool name, its arguments as JSON) or None. Only the last message counts: the demo has no
     memory.
     """
-    messages = as_list(body.get("messages"))
-    last = as_dict(messages[-1]) if messages else {}
+    last = (body.get("messages") or [{}])[-1]
     said = "\n".join(map(block_text, as_blocks(last.get("content"))))
     if last.get("role") == "tool":
         return "", "The tool answered:\n" + said[:2000], None
@@ -9393,8 +9392,8 @@ def list_models(settings, seconds=10):
     plan = target_plan(settings)
     tls = settings.ca_bundle, settings.client_cert, settings.insecure
     try:
-        headers = upstream_headers(plan, settings)
-        return model_names(fetch(models_url(plan), seconds, headers, *tls))
+        answer = fetch(models_url(plan), seconds, upstream_headers(plan, settings), *tls)
+        return model_names(answer)
     except ProxyError as e:
         notify("its models cannot be listed: %s" % e)
         return []
@@ -9591,13 +9590,10 @@ def claude_environment(environ, address, settings, plan):
     it.
     """
     secret = {row.env for row in SETTINGS if row.secret}
-    found = dict(CLAUDE_DEFAULTS)
-    found.update(
-        (name, value)
-        for name, value in environ.items()
-        if not FOREIGN.match(name) and name not in secret
-    )
-    found.update(session_variables(address, settings, plan))
+    kept = {
+        name: environ[name] for name in environ if not FOREIGN.match(name) and name not in secret
+    }
+    found = {**CLAUDE_DEFAULTS, **kept, **session_variables(address, settings, plan)}
     # A company proxy does not reach this machine's loopback.
     for name in [name for name in found if name.lower() == "no_proxy"] or ["NO_PROXY"]:
         found[name] = ",".join(filter(None, [found.get(name), "127.0.0.1", "localhost"]))
@@ -9631,8 +9627,7 @@ def claude_settings(arguments, overrides):
             given = value or next(words, "")
         else:
             rest.append(word)
-    source = given if given.lstrip().startswith("{") else file_text(given)
-    found = as_dict(json_or_none(source))
+    found = as_dict(json_or_none(given) or json_or_none(file_text(given)))
     if overrides:
         found["env"] = dict(as_dict(found.get("env")), **overrides)
     if not any(map(DECIDES_MODE.match, rest)):
@@ -10432,9 +10427,8 @@ def init(config, options):
         write_file(path, env_template(values))
     notify(INIT_DONE.format(path, program_name()))
     address = local_url(settings.proxy_host, settings.proxy_port)
-    wanted = session_variables(address, settings, target_plan(settings))
-    wanted.update(CLAUDE_DEFAULTS)
-    say(json.dumps({"env": wanted, "permissions": {"disableAutoMode": "disable"}}, indent=2))
+    env = {**session_variables(address, settings, target_plan(settings)), **CLAUDE_DEFAULTS}
+    say(json.dumps({"env": env, "permissions": {"disableAutoMode": "disable"}}, indent=2))
     return 0
 
 
@@ -10469,12 +10463,12 @@ def installed_files(directory, windows=os.name == "nt"):
     """
     from pathlib import Path  # here, not above: serving does not need it
 
-    home, environ = os.path.expanduser("~"), os.environ
-    folder, data = Path(home, ".local/bin"), Path(environ.get("XDG_DATA_HOME", ""))
+    home = os.path.expanduser("~")
+    folder, data = Path(home, ".local/bin"), Path(os.environ.get("XDG_DATA_HOME", ""))
     if windows:
-        local = Path(environ.get("LOCALAPPDATA") or Path(home, "AppData/Local"))
+        local = Path(os.environ.get("LOCALAPPDATA") or Path(home, "AppData/Local"))
         folder = local / "Microsoft/WindowsApps"
-        if str(folder).lower() not in environ.get("PATH", "").lower().split(";"):
+        if str(folder).lower() not in os.environ.get("PATH", "").lower().split(";"):
             folder = local / "Programs/ccfix"
     folder = Path(os.path.abspath(directory or str(folder)))
     if not data.is_absolute():  # the XDG base directory specification says to ignore it then
@@ -10692,9 +10686,6 @@ COMMANDS = {
     ),
 }
 USAGES = {"": "ccfix [COMMAND] [options]", "run": "ccfix run [options] [-- claude arguments]"}
-SETTINGS_HINT = (
-    "Settings without a flag stand in the environment or .env; ccfix --help has\nthe list."
-)
 
 
 def settings_help():
@@ -10725,7 +10716,10 @@ def help_epilog(name, command):
     if command.example:
         parts.append("examples:\n" + re.sub(r"(?m)^", "  ", command.example))
     if command.settings:
-        parts.append(settings_help() if command.act in (serve, check) else SETTINGS_HINT)
+        hint = (
+            "Settings without a flag stand in the environment or .env; ccfix --help has\nthe list."
+        )
+        parts.append(settings_help() if command.act in (serve, check) else hint)
     return "\n\n".join(parts)
 
 
@@ -10831,7 +10825,7 @@ def main(argv=None):
     exit code of Claude Code.
     """
     try:
-        command, options = command_line(list(sys.argv[1:] if argv is None else argv))
+        command, options = command_line(sys.argv[1:] if argv is None else argv)
         return command.act(config_of(command, options), options)
     except (Usage, SettingError) as e:
         notify(str(e))
