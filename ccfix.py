@@ -10378,7 +10378,8 @@ def choose(title, rows):
     elif rows:
         notify("using " + rows[0])
         return rows[0]
-    raise Usage("%s Nobody answers; give -b URL, -k KEY and -m MODEL" % title)
+    said = "no answer to \"%s\" was given or found; use -b URL, -k KEY and -m MODEL"
+    raise Usage(said % title)
 
 
 def ask_target(values):
@@ -10394,7 +10395,7 @@ def ask_target(values):
             for title, base, models in local_servers()
         ]
         rows += [BY_ENV["TARGET_API_BASE"].default] * can_ask()
-        said = choose("Where is the model? A base URL:", rows)
+        said = choose("At which base URL is the model?", rows)
         values["TARGET_API_BASE"] = said.partition(" ")[0]
     base = Settings([("init", values)]).target_api_base
     if "TARGET_API_KEY" not in values and can_ask() and not is_loopback(base):

@@ -13585,7 +13585,10 @@ class TestCommandLine(CommandsCase):
             (["check"], "Three ways to go on"),
             (["-b", "https://api.example.com"], "no key for https://api.example.com/v1"),
             (["run", "--demo"], "claude is not on the PATH"),
-            (["init"], "-b URL, -k KEY and -m MODEL"),
+            (
+                ["init"],
+                "no answer to \"At which base URL is the model?\" was given or found; use -b URL",
+            ),
         ):
             code, out, err = self.main(*argv)
             self.assertEqual((code, out), (2, ""), argv)
