@@ -75,21 +75,6 @@ import zlib
 from typing import NamedTuple
 
 __version__ = "1.0.0"
-__all__ = [
-    "main",
-    "normalize",
-    "FORMATS",
-    "sse_payloads",
-    "MessageWriter",
-    "encode_event",
-    "fold",
-    "unfold",
-    "upstream_error",
-    "Settings",
-    "Profile",
-    "Proxy",
-    "Server",
-]
 
 
 # ==================================================================================================
@@ -8938,8 +8923,7 @@ def demo_reply(body):
     call: (tool name, its arguments as JSON) or None. Only the last message counts: the demo has no
     memory.
     """
-    messages = as_list(body.get("messages"))
-    last = as_dict(messages[-1]) if messages else {}
+    last = (body.get("messages") or [{}])[-1]
     said = "\n".join(map(block_text, as_blocks(last.get("content"))))
     if last.get("role") == "tool":
         return "", "The tool answered:\n" + said[:2000], None
@@ -8970,12 +8954,12 @@ def demo_chunks(body):
     if call:
         name, arguments = call
         pieces = [{"function": {"arguments": part}} for part in re.findall(".{1,12}", arguments)]
-        begin = {"id": "call_" + os.urandom(8).hex(), "function": {"name": name, "arguments": ""}}
+        begin = {"id": "call_" + os.urandom(8).hex(), "function": {"name": name}}
         deltas += [{"tool_calls": [dict(piece, index=0)]} for piece in [begin] + pieces]
     # Neither id, object nor model stand in a chunk: the proxy, its only reader, asks for none.
     end = {"delta": {}, "finish_reason": "tool_calls" if call else "stop"}
     chunks = [{"choices": [choice]} for choice in [{"delta": delta} for delta in deltas] + [end]]
-    read = max(1, len(compact_json(body)) // 4)  # the usual four characters a token
+    read = len(compact_json(body)) // 4  # the usual four characters a token
     usage = {"prompt_tokens": read, "completion_tokens": len(deltas)}
     return chunks + [{"choices": [], "usage": usage}]
 
@@ -8993,18 +8977,16 @@ class DemoModel(http.server.BaseHTTPRequestHandler):
         """Silent: the proxy's own log tells enough."""
 
     def do_GET(self):
-        self.reply('{"object":"list","data":[{"id":"demo"}]}')
+        self.send(200, {}, '{"object":"list","data":[{"id":"demo"}]}')
 
     def do_POST(self):
         chunks = demo_chunks(as_dict(json_or_none(self.read_body())))
         payloads = list(map(compact_json, chunks)) + ["[DONE]"]
-        self.reply("".join("data: %s\n\n" % text for text in payloads), "text/event-stream")
+        headers = {"Content-Type": "text/event-stream"}
+        self.send(200, headers, "".join("data: %s\n\n" % text for text in payloads))
 
     def read_body(self):
         return self.rfile.read(int(self.headers.get("Content-Length") or 0))
-
-    def reply(self, text, content_type="application/json"):
-        self.send(200, {"Content-Type": content_type}, text)
 
     def send(self, status, headers, text):
         """Write a whole answer; headers: {name: value}, without Content-Length.
@@ -9076,12 +9058,6 @@ def usage_errors(words):
 # ---- files ---------------------------------------------------------------------------------------
 
 
-def home_folder():
-    """The user's folder; the current one where there is none (a service without HOME)."""
-    home = os.path.expanduser("~")
-    return home if home != "~" else os.getcwd()
-
-
 def file_text(path):
     """The content of a text file, at most its first MB; "" where it cannot be read.
 
@@ -9114,13 +9090,11 @@ class Log:
     def configure(self, settings):
         """Take level, file and secrets of (changed) settings.
 
-        Raises SettingError, and changes nothing, where the file cannot be written.
+        Raises Usage, and changes nothing, where the file cannot be written.
         """
         path = settings.log_file
-        try:
+        with usage_errors("LOG_FILE %s cannot be written" % path):
             self.append(path, "")  # better to fail now than to lose every line
-        except OSError as e:
-            raise SettingError("LOG_FILE %s cannot be written: %s" % (path, e.strerror or e))
         self.path, self.secrets = path, settings.secrets()
         self.least = self.LEVELS.index(settings.log_level)
 
@@ -9191,11 +9165,10 @@ class Config:
     # Settings of the provider: they do not count where the command line alone says who answers.
     TARGET_ROWS = re.compile("TARGET_|EXTRA_|PROFILE|MAX_")
 
-    def __init__(self, given, environ, path, home, alone=False):
+    def __init__(self, given, environ, path, alone=False):
         self.given = given  # {ENV_NAME: string} of the command line
         self.environ = environ  # the same of the environment
         self.path = path  # the .env file; "" for none
-        self.home = home  # the user's folder, for Claude Code's settings
         self.alone = alone  # only `given` says who answers: the demo must reach no provider
         self.found = {}  # {ENV_NAME: string} of a server that was found on this machine
         self.port = 0  # the port that the proxy listens on, once it is known
@@ -9212,7 +9185,7 @@ class Config:
 
     def layers(self):
         """[(origin, {ENV_NAME: string})], most important first."""
-        claude = os.path.join(self.home, ".claude", "settings.json")
+        claude = os.path.expanduser("~/.claude/settings.json")
         layers = [
             ("the environment", self.environ),
             (os.path.basename(self.path) or ".env", dotenv(file_text(self.path))),
@@ -9238,12 +9211,11 @@ class Config:
         self.settings = self.read()
 
     def __call__(self):
-        mark = self.file_mark()
-        if self.log and mark != self.mark:
-            with self.lock:
-                if mark != self.mark:
-                    self.mark = mark
-                    self.reload()
+        with self.lock:
+            mark = self.file_mark()
+            if self.log and mark != self.mark:
+                self.mark = mark
+                self.reload()
         return self.settings
 
     def reload(self):
@@ -9251,7 +9223,7 @@ class Config:
         try:
             new = self.read()
             self.log.configure(new)
-        except SettingError as e:
+        except (SettingError, Usage) as e:
             said = "was changed but cannot be used, the old settings stay"
             return self.log("warning", "%s %s: %s" % (self.path, said, e))
         old, self.settings = self.settings, new
@@ -9277,13 +9249,8 @@ class Running:
         self.config, self.log = config, Log(settings, out)
         self.proxy = Proxy(config, self.log)
         place = settings.proxy_host, settings.proxy_port
-        try:
+        with usage_errors("cannot listen on %s port %d (-p takes another port)" % place):
             self.server = Server(place, self.proxy)
-        except OSError as e:
-            raise Usage(
-                "cannot listen on %s port %d (%s); choose another port with -p, or end the program"
-                " that has it" % (place + (e.strerror or e,))
-            )
         config.log, config.port = self.log, self.server.server_port
 
     def start(self, wait=0):
@@ -9366,7 +9333,7 @@ Three ways to go on:
 
 def program_name():
     """What the user types to start this program, for messages that say what to type next."""
-    name = os.path.basename(sys.argv[0] or "")
+    name = os.path.basename(sys.argv[0])
     return "python3 " + name if name.endswith(".py") else name or "ccfix"
 
 
@@ -9425,8 +9392,8 @@ def list_models(settings, seconds=10):
     plan = target_plan(settings)
     tls = settings.ca_bundle, settings.client_cert, settings.insecure
     try:
-        headers = upstream_headers(plan, settings)
-        return model_names(fetch(models_url(plan), seconds, headers, *tls))
+        answer = fetch(models_url(plan), seconds, upstream_headers(plan, settings), *tls)
+        return model_names(answer)
     except ProxyError as e:
         notify("its models cannot be listed: %s" % e)
         return []
@@ -9491,10 +9458,8 @@ def find_server(config, given):
     if settings.proxy_port == url_origin(base)[2] and "proxy_port" not in given:
         found["PROXY_PORT"] = "8081"  # llama.cpp's usual port is the proxy's own
     config.add(config.found, **found)
-    others = shorten(", ".join(name for name in models if name != model), 200)
-    hint = " (-m takes another: %s)" % others if others else ""
-    said = "nothing is configured; found %s at %s, using its model %s%s"
-    notify(said % (title, base, model, hint))
+    said = "nothing is configured; found %s at %s with %s; using %s (-m takes another)"
+    notify(said % (title, base, shorten(", ".join(models), 200), model))
 
 
 def find_model(config):
@@ -9515,12 +9480,12 @@ class ReplayModel(DemoModel):
         r"(?i)content-(length|encoding)|transfer-encoding|connection|keep-alive|date|server"
         r"|set-cookie\Z"
     )
-    OVER = '{"error":{"message":"the recording has no further reply"}}'
 
     def do_POST(self):
         self.read_body()
         if not self.server.proxy:
-            return self.send(400, {}, self.OVER)
+            said = '{"error":{"message":"the recording has no further reply"}}'
+            return self.send(400, {}, said)
         reply = self.server.proxy.popleft()
         headers = {
             name: re.sub(r"[^\t\x20-\x7e]", " ", str(value))
@@ -9575,13 +9540,11 @@ FOREIGN = re.compile(
     r"|CUSTOM_MODEL_OPTION\w*|DEFAULT_\w+)|CLAUDE_CODE_(?:OAUTH_TOKEN|USE_(?:BEDROCK|VERTEX|FOUNDRY"
     r"|MANTLE|GATEWAY|ANTHROPIC_AWS|ANTHROPIC_GOOGLE_CLOUD)))\Z"
 )
-# Flags by which the user decides about permissions: auto mode is not switched off beside them.
-ASKS_FOR_MODE = (
-    "--permission-mode",
-    "--dangerously-skip-permissions",
-    "--allow-dangerously-skip-permissions",
-    "--enable-auto-mode",
-    "--print",  # which asks nobody
+DECIDES_MODE = re.compile(
+    # Arguments by which the user decides about permissions: auto mode is not switched off beside
+    # them. The last ones print (-p also among joined short flags), which asks nobody.
+    r"--(permission-mode|(allow-)?dangerously-skip-permissions|enable-auto-mode|print)(=|\Z)"
+    r"|-[a-z]*p[a-z]*\Z"
 )
 PROBE_SECONDS = 6  # how long a session waits for the model's window, which it cannot learn later
 WHY_NO_AUTO = (
@@ -9627,17 +9590,13 @@ def claude_environment(environ, address, settings, plan):
     it.
     """
     secret = {row.env for row in SETTINGS if row.secret}
-    found = dict(CLAUDE_DEFAULTS)
-    found.update(
-        (name, value)
-        for name, value in environ.items()
-        if not FOREIGN.match(name) and name not in secret
-    )
-    found.update(session_variables(address, settings, plan))
+    kept = {
+        name: environ[name] for name in environ if not FOREIGN.match(name) and name not in secret
+    }
+    found = {**CLAUDE_DEFAULTS, **kept, **session_variables(address, settings, plan)}
     # A company proxy does not reach this machine's loopback.
-    if any(environ[name] for name in environ if re.match(r"(?i)(https?|all)_proxy\Z", name)):
-        for name in [name for name in found if name.lower() == "no_proxy"] or ["NO_PROXY"]:
-            found[name] = ",".join(filter(None, [found.get(name), "127.0.0.1", "localhost"]))
+    for name in [name for name in found if name.lower() == "no_proxy"] or ["NO_PROXY"]:
+        found[name] = ",".join(filter(None, [found.get(name), "127.0.0.1", "localhost"]))
     return found
 
 
@@ -9658,39 +9617,35 @@ def claude_settings(arguments, overrides):
     """(settings for --settings, the other arguments) of a session.
 
     The user's own --settings, a JSON object or the name of a file, are merged in: of two such flags
-    only one would count. Auto mode is off unless the arguments say how to ask, or print (-p, also
-    among joined short flags), where it makes no difference.
+    only one would count. Auto mode is off unless the arguments say how to ask, or print, where it
+    makes no difference.
     """
-    words, rest, given, is_chosen = iter(arguments), [], "", False
+    words, rest, given = iter(arguments), [], ""
     for word in words:
         flag, _, value = word.partition("=")
         if flag == "--settings":
             given = value or next(words, "")
-            continue
-        rest.append(word)
-        if flag in ASKS_FOR_MODE or re.match(r"-[a-z]*p[a-z]*\Z", word):
-            is_chosen = True
-    source = given if given.lstrip().startswith("{") else file_text(given)
-    found = as_dict(json_or_none(source))
+        else:
+            rest.append(word)
+    found = as_dict(json_or_none(given) or json_or_none(file_text(given)))
     if overrides:
         found["env"] = dict(as_dict(found.get("env")), **overrides)
-    if not is_chosen:
+    if not any(map(DECIDES_MODE.match, rest)):
         found["permissions"] = dict(as_dict(found.get("permissions")), disableAutoMode="disable")
     return found, rest
 
 
-def claude_command(path, read=file_text):
+def claude_command(path):
     """The command line's front for the `claude` that was found at a path.
 
     On Windows it is the program behind npm's .cmd, a file that ends in: "%dp0%\\...\\cli.js" %*.
     Started itself, cmd.exe would take the arguments apart once more, at every & and ^ in them.
     """
-    if not path.lower().endswith((".cmd", ".bat")):
-        return [path]
-    found = re.search(r'"%~?dp0%?\\([^"%]+\.(exe|[cm]?js))"\s+%\*', read(path))
+    source = file_text(path) if path.lower().endswith(".cmd") else ""
+    found = re.search(r'"%~?dp0%?\\([^"%]+\.(exe|[cm]?js))"\s+%\*', source)
     if not found:
         return [path]
-    program = os.path.join(os.path.dirname(path), *found.group(1).split("\\"))
+    program = os.path.join(os.path.dirname(path), found.group(1))
     return [program] if found.group(2) == "exe" else [shutil.which("node") or "node", program]
 
 
@@ -9788,7 +9743,7 @@ def run_claude(path, running, arguments):
 
     settings, address = running.config(), running.server.address()
     environment = claude_environment(os.environ, address, settings, running.plan())
-    overrides = settings_overrides(claude_files(running.config.home), environment)
+    overrides = settings_overrides(claude_files(), environment)
     wanted, rest = claude_settings(arguments, overrides)
     if "disableAutoMode" in as_dict(wanted.get("permissions")):
         notify(WHY_NO_AUTO)
@@ -9799,12 +9754,12 @@ def run_claude(path, running, arguments):
         return exit_code(child)
 
 
-def claude_files(home):
+def claude_files():
     """The content of the settings files that Claude Code will read: the user's, the project's,
     and the project's that is not shared."""
-    folder = os.environ.get("CLAUDE_CONFIG_DIR") or os.path.join(home, ".claude")
-    places = ((folder, ""), (".claude", ""), (".claude", ".local"))
-    return [file_text(os.path.join(place, "settings%s.json" % kind)) for place, kind in places]
+    folder = os.environ.get("CLAUDE_CONFIG_DIR") or os.path.expanduser("~/.claude")
+    paths = (folder + "/settings.json", ".claude/settings.json", ".claude/settings.local.json")
+    return list(map(file_text, paths))
 
 
 # ---- check: what the target can do, through the code that serves ---------------------------------
@@ -10400,63 +10355,53 @@ def check(config, options):
 # ---- init: a .env, and the lines for Claude Code -------------------------------------------------
 
 
-def choose(title, rows, default=""):
-    """One of rows (strings) by its number, or whatever else the user types; an empty line takes the
-    first row, or the default where there are none.
+def can_ask():
+    """Whether a person can answer."""
+    return sys.stdin is not None and sys.stdin.isatty()
 
-    It asks on stderr, so that stdout stays data. Raises Usage at the end of input.
+
+def choose(title, rows):
+    """One of rows (strings) by its number, or whatever else the user types; an empty line takes the
+    first row, which is also the answer where nobody can be asked.
+
+    It asks on stderr, so that stdout stays data. Raises Usage where there is no answer.
     """
-    numbered = {str(number): row for number, row in enumerate(rows, 1)}
-    say(title, *["  %s  %s" % row for row in numbered.items()] + [""], out=sys.stderr)
-    default = "1" if rows else default
-    question = "number, or another" if rows else "answer"
-    hint = " [%s]: " % default if default else ": "
-    print(question + hint, end="", file=sys.stderr, flush=True)
-    line = sys.stdin.readline()
-    if not line:
-        raise Usage(
-            "init was not finished; give -b URL, -k KEY and -m MODEL where nobody can answer"
-        )
-    said = line.strip() or default
-    return numbered.get(said, said)
+    if can_ask():
+        numbered = {str(number): row for number, row in enumerate(rows, 1)}
+        say(title, *["  %s  %s" % row for row in numbered.items()] + [""], out=sys.stderr)
+        question = "number, or another [1]: " if rows else "answer: "
+        print(question, end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if line:
+            said = line.strip()
+            return numbered.get(said or "1", said)
+    elif rows:
+        notify("using " + rows[0])
+        return rows[0]
+    said = "no answer to \"%s\" was given or found; use -b URL, -k KEY and -m MODEL"
+    raise Usage(said % title)
 
 
 def ask_target(values):
-    """Ask for the address and key that the flags left open: fills in {ENV_NAME: string}.
+    """Fill in the address and key that the flags left open, in {ENV_NAME: string}.
 
-    The key is read without showing it, and not at all for a server on this machine. Raises Usage,
-    SettingError for an address that is none.
+    Where nobody can be asked, a key without an address is one of the default provider's. The key is
+    read without showing it, and not at all for a server on this machine. Raises Usage, SettingError
+    for an address that is none.
     """
-    if "TARGET_API_BASE" not in values:
+    if "TARGET_API_BASE" not in values and (can_ask() or "TARGET_API_KEY" not in values):
         rows = [
             "%s (%s on this machine: %s)" % (base, title, shorten(", ".join(models), 60))
             for title, base, models in local_servers()
         ]
-        title = "Where is the model? A base URL%s:" % (", or one that was found" if rows else "")
-        said = choose(title, rows, BY_ENV["TARGET_API_BASE"].default)
+        rows += [BY_ENV["TARGET_API_BASE"].default] * can_ask()
+        said = choose("At which base URL is the model?", rows)
         values["TARGET_API_BASE"] = said.partition(" ")[0]
     base = Settings([("init", values)]).target_api_base
-    if "TARGET_API_KEY" not in values and not is_loopback(base):
+    if "TARGET_API_KEY" not in values and can_ask() and not is_loopback(base):
         import getpass
 
         values["TARGET_API_KEY"] = getpass.getpass("Key (not shown): ", sys.stderr).strip()
-
-
-def detect_target(values):
-    """Find the address that the flags left open, where nobody can be asked: fills it in.
-
-    A key without a base URL is one of the default provider's; otherwise a server on this machine is
-    looked for. Raises Usage.
-    """
-    if not {"TARGET_API_BASE", "TARGET_API_KEY"} & set(values):
-        servers = local_servers()
-        if not servers:
-            raise Usage(
-                "nobody can be asked and no model server was found on this machine: give -b URL,"
-                " -k KEY and -m MODEL"
-            )
-        values["TARGET_API_BASE"] = servers[0][1]
-        notify("found %s at %s" % servers[0][:2])
 
 
 INIT_DONE = """wrote {0} (only you can read it). Next:
@@ -10474,22 +10419,17 @@ def init(config, options):
     path, values = options.env_file or ".env", dict(config.given)
     if os.path.lexists(path) and not options.force:
         raise Usage("%s exists already; --force replaces it, --env-file FILE writes another" % path)
-    can_ask = sys.stdin is not None and sys.stdin.isatty()
-    (ask_target if can_ask else detect_target)(values)
-    settings = Settings([("init", values)])
+    ask_target(values)
     if "TARGET_MODEL" not in values:
-        models = list_models(settings)
-        if not models and not can_ask:
-            raise Usage("no model was given: -m MODEL")
-        values["TARGET_MODEL"] = choose("Which model?", models[:30]) if can_ask else models[0]
-        settings = Settings([("init", values)])
+        models = list_models(Settings([("init", values)]))
+        values["TARGET_MODEL"] = choose("Which model?", models[:30])
+    settings = Settings([("init", values)])
     with usage_errors("%s cannot be written" % path):
         write_file(path, env_template(values))
     notify(INIT_DONE.format(path, program_name()))
     address = local_url(settings.proxy_host, settings.proxy_port)
-    wanted = session_variables(address, settings, target_plan(settings))
-    wanted.update(CLAUDE_DEFAULTS)
-    say(json.dumps({"env": wanted, "permissions": {"disableAutoMode": "disable"}}, indent=2))
+    env = {**session_variables(address, settings, target_plan(settings)), **CLAUDE_DEFAULTS}
+    say(json.dumps({"env": env, "permissions": {"disableAutoMode": "disable"}}, indent=2))
     return 0
 
 
@@ -10516,7 +10456,7 @@ STUB = (
 )
 
 
-def installed_files(directory, environ, home, windows=os.name == "nt"):
+def installed_files(directory, windows=os.name == "nt"):
     """{Path: content} of an installation, the module first, so that no stub is ever without it.
 
     directory: where all of it goes; "" for the user's own folders. Since Windows 10 one of these is
@@ -10524,15 +10464,16 @@ def installed_files(directory, environ, home, windows=os.name == "nt"):
     """
     from pathlib import Path  # here, not above: serving does not need it
 
-    folder, data = Path(home, ".local", "bin"), Path(environ.get("XDG_DATA_HOME", ""))
+    home = os.path.expanduser("~")
+    folder, data = Path(home, ".local/bin"), Path(os.environ.get("XDG_DATA_HOME", ""))
     if windows:
-        local = Path(environ.get("LOCALAPPDATA") or Path(home, "AppData", "Local"))
-        folder = local / "Microsoft" / "WindowsApps"
-        if str(folder).lower() not in environ.get("PATH", "").lower().split(";"):
-            folder = local / "Programs" / "ccfix"
+        local = Path(os.environ.get("LOCALAPPDATA") or Path(home, "AppData/Local"))
+        folder = local / "Microsoft/WindowsApps"
+        if str(folder).lower() not in os.environ.get("PATH", "").lower().split(";"):
+            folder = local / "Programs/ccfix"
     folder = Path(os.path.abspath(directory or str(folder)))
     if not data.is_absolute():  # the XDG base directory specification says to ignore it then
-        data = Path(home, ".local", "share")
+        data = Path(home, ".local/share")
     module_folder = folder / "ccfix-module" if windows or directory else data / "ccfix"
     files = {module_folder / "ccfix.py": Path(__file__).read_text("utf-8")}
     for name, arguments in (("ccfix", "[]"), ("ccf", "['open']")):
@@ -10572,7 +10513,7 @@ def install(config, options):
     """
     import compileall
 
-    files = installed_files(options.dir, os.environ, config.home)
+    files = installed_files(options.dir)
     module, *programs = files
     folder = str(programs[0].parent)
     foreign = [path for path in files if not is_ours(path)]
@@ -10601,7 +10542,7 @@ def uninstall(config, options):
 
     The programs' folder stays too: it was there before, or others use it now.
     """
-    paths, code = list(installed_files(options.dir, os.environ, config.home)), 0
+    paths, code = list(installed_files(options.dir)), 0
     module, folder = paths[0], paths[1].parent
     if os.name == "nt":
         paths.append(folder / "ccfix.py")  # where the module was in older versions
@@ -10674,7 +10615,6 @@ TARGET_OPTIONS = (
         metavar="DIR",
     ),
 )
-RUN_OPTIONS = TARGET_OPTIONS + (option("arguments", argparse.SUPPRESS, nargs="*"),)
 CHECK_OPTIONS = TARGET_OPTIONS + (
     option("--json", "print one JSON object instead of the checklist", action=SWITCH),
     option("--family", "check the target of this family of Claude models", choices=FAMILIES),
@@ -10717,7 +10657,7 @@ COMMANDS = {
     "run": Command(
         run,
         "start a proxy and Claude Code on it, for one session",
-        RUN_OPTIONS,
+        TARGET_OPTIONS,
         example="ccfix run\nccfix run -m MODEL -- -p \"hello\"",
     ),
     "check": Command(
@@ -10747,9 +10687,6 @@ COMMANDS = {
     ),
 }
 USAGES = {"": "ccfix [COMMAND] [options]", "run": "ccfix run [options] [-- claude arguments]"}
-SETTINGS_HINT = (
-    "Settings without a flag stand in the environment or .env; ccfix --help has\nthe list."
-)
 
 
 def settings_help():
@@ -10780,7 +10717,10 @@ def help_epilog(name, command):
     if command.example:
         parts.append("examples:\n" + re.sub(r"(?m)^", "  ", command.example))
     if command.settings:
-        parts.append(settings_help() if command.act in (serve, check) else SETTINGS_HINT)
+        hint = (
+            "Settings without a flag stand in the environment or .env; ccfix --help has\nthe list."
+        )
+        parts.append(settings_help() if command.act in (serve, check) else hint)
     return "\n\n".join(parts)
 
 
@@ -10839,10 +10779,7 @@ def command_line(argv):
     # argparse would drop the "--", and with it what tells claude's arguments from ours.
     end = words.index("--") if name == "run" and "--" in words else len(words)
     options = make_parser(name, command).parse_args(words[:end])
-    if name == "run":
-        if options.arguments:
-            raise Usage("%s: arguments for claude come after --" % ascii(options.arguments[0]))
-        options.arguments = words[end + 1 :]
+    options.arguments = words[end + 1 :]
     return command, options
 
 
@@ -10858,9 +10795,8 @@ def stand_in(options, given):
     if wanted.get("replay"):
         return start_replay(options.replay)
     if wanted.get("base_url"):
-        names = "ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_API_KEY"
-        keys = [given.get("TARGET_API_KEY")] + list(map(os.environ.get, names))
-        key = next(filter(None, keys), "")
+        named = os.environ.get("ANTHROPIC_AUTH_TOKEN") or os.environ.get("ANTHROPIC_API_KEY", "")
+        key = given.get("TARGET_API_KEY") or named
         return target_values(options.base_url, "claude-opus-5-5", "anthropic", TARGET_API_KEY=key)
     return {}
 
@@ -10873,15 +10809,14 @@ def config_of(command, options):
     given = {name: value for name, value in vars(options).items() if name in BY_ENV}
     if command.act is init or not command.settings:
         # init replaces the .env, and install does without: a broken one must not stop them.
-        return Config(given, {}, "", home_folder())
+        return Config(given, {}, "")
     if options.env_file and not os.path.isfile(options.env_file):
         raise Usage("--env-file %s does not exist" % options.env_file)
     target = stand_in(options, given)
     if "TARGET_MODEL" in given:  # as the model's name, it counts for the stand-in too
         target.pop("TARGET_MODEL", None)
     given.update(target)
-    path = options.env_file or ".env"
-    return Config(given, os.environ, path, home_folder(), alone=bool(target))
+    return Config(given, os.environ, options.env_file or ".env", alone=bool(target))
 
 
 def main(argv=None):
@@ -10891,7 +10826,7 @@ def main(argv=None):
     exit code of Claude Code.
     """
     try:
-        command, options = command_line(list(sys.argv[1:] if argv is None else argv))
+        command, options = command_line(sys.argv[1:] if argv is None else argv)
         return command.act(config_of(command, options), options)
     except (Usage, SettingError) as e:
         notify(str(e))

@@ -13460,7 +13460,7 @@ class Faulty(ccfix.DemoModel):
             rows = [dict(row, context_length=8000) for row in rows]
         if self.server.proxy == "large window":
             rows = [dict(row, context_length=131072) for row in rows]
-        self.reply(json.dumps({"object": "list", "data": rows}))
+        self.send(200, {}, json.dumps({"object": "list", "data": rows}))
 
     def do_POST(self):
         raw = self.rfile.read(int(self.headers["Content-Length"]))
@@ -13471,7 +13471,8 @@ class Faulty(ccfix.DemoModel):
         if fault in ("no tools", "html"):
             body.pop("tools", None)
         if fault == "html":
-            return self.reply("<html><title>Welcome to nginx</title></html>", "text/html")
+            text = "<html><title>Welcome to nginx</title></html>"
+            return self.send(200, {"Content-Type": "text/html"}, text)
         if fault == "empty":
             body = {"stream": body.get("stream"), "empty": True}
         body["fault"] = fault
@@ -13480,15 +13481,11 @@ class Faulty(ccfix.DemoModel):
         self.body = body
         ccfix.DemoModel.do_POST(self)
 
-    def reply(self, text, content_type="application/json"):
+    def send(self, status, headers, text):
         fault = self.server.proxy
-        if fault == "empty" and content_type.endswith("stream"):
+        if fault == "empty" and "choices" in text:
             choice = {"index": 0, "delta": {}, "finish_reason": "stop"}
             text = "data: %s\n\ndata: [DONE]\n\n" % json.dumps({"choices": [choice]})
-        elif fault == "empty" and "choices" in text:
-            message = {"role": "assistant", "content": ""}
-            choice = {"index": 0, "message": message, "finish_reason": "stop"}
-            text = json.dumps({"choices": [choice]})
         if fault == "no usage":
             text = re.sub(r'data: \{"choices":\[\],"usage.*?\n\n', "", text)
         if fault == "cuts prompts":
@@ -13497,7 +13494,7 @@ class Faulty(ccfix.DemoModel):
             text = re.sub(
                 r'("prompt_tokens":\d+)', r'\1,"prompt_tokens_details":{"cached_tokens":50}', text
             )
-        ccfix.DemoModel.reply(self, text, content_type)
+        ccfix.DemoModel.send(self, status, headers, text)
 
     def refuse(self, status, error):
         data = json.dumps({"error": error}).encode()
@@ -13579,7 +13576,8 @@ class TestCommandLine(CommandsCase):
         for argv, said in (
             (["chekc"], "the commands are serve, run, check"),
             (["--nosuch"], "unrecognized arguments"),
-            (["run", "hello"], "come after --"),
+            (["run", "hello"], "ccfix run [options] [-- claude arguments]"),
+            (["run", "hello"], "unrecognized arguments: hello"),
             (["-p", "seven"], "a port number"),
             (["--env-file", "nope"], "nope does not exist"),
             (["--replay", "nope"], "--replay"),
@@ -13587,7 +13585,10 @@ class TestCommandLine(CommandsCase):
             (["check"], "Three ways to go on"),
             (["-b", "https://api.example.com"], "no key for https://api.example.com/v1"),
             (["run", "--demo"], "claude is not on the PATH"),
-            (["init"], "-b URL, -k KEY and -m MODEL"),
+            (
+                ["init"],
+                "no answer to \"At which base URL is the model?\" was given or found; use -b URL",
+            ),
         ):
             code, out, err = self.main(*argv)
             self.assertEqual((code, out), (2, ""), argv)
@@ -13613,7 +13614,7 @@ class TestCommandLine(CommandsCase):
 class TestTarget(CommandsCase):
 
     def config(self, **given):
-        return ccfix.Config(given, {}, "", self.home)
+        return ccfix.Config(given, {}, "")
 
     def test_a_server_on_this_machine_is_used_where_nothing_is_configured(self):
         base = self.serve("")
@@ -13626,8 +13627,8 @@ class TestTarget(CommandsCase):
         self.assertEqual((config().target_api_base, config().target_model), (base, "deepseek-chat"))
         self.assertEqual(config().origins["target_model"], "found on this machine")
         self.assertIn(
-            "found Ollama at %s, using its model deepseek-chat (-m takes another: deepseek-reasoner"
-            % base,
+            "found Ollama at %s with deepseek-chat, deepseek-reasoner, text-embedding-3; using"
+            " deepseek-chat (-m takes another)\n" % base,
             err.getvalue(),
         )
 
@@ -13663,9 +13664,7 @@ class TestTarget(CommandsCase):
             "TARGET_API_KEY_OPUS": "k",
             "LOG_LEVEL": "error",
         }
-        config = ccfix.Config(
-            {"TARGET_API_BASE": "http://127.0.0.1:1/v1"}, environ, "", self.home, alone=True
-        )
+        config = ccfix.Config({"TARGET_API_BASE": "http://127.0.0.1:1/v1"}, environ, "", alone=True)
         self.assertEqual(
             (config().target_api_base_opus, config().target_api_key_opus, config().log_level),
             ("", "", "error"),
@@ -13685,7 +13684,7 @@ class TestLiveSettings(CommandsCase):
         os.utime(path, (1e9 + self.age, 1e9 + self.age))
 
     def config(self):
-        config = ccfix.Config({}, {}, ".env", self.home)
+        config = ccfix.Config({}, {}, ".env")
         log = ccfix.Log(config.settings, io.StringIO())
         config.log = mock.Mock(
             side_effect=lambda level, text: self.lines.append("%s %s" % (level, text)),
@@ -13757,7 +13756,7 @@ class TestLiveSettings(CommandsCase):
 
     def test_a_log_file_that_is_changed_is_written_from_then_on(self):
         self.change("LOG_FILE=one.log\n")
-        config = ccfix.Config({}, {}, ".env", self.home)
+        config = ccfix.Config({}, {}, ".env")
         log = config.log = ccfix.Log(config(), io.StringIO())
         log("info", "first")
         self.change("LOG_FILE=two.log\n")
@@ -13773,7 +13772,7 @@ class TestLiveSettings(CommandsCase):
 
     def test_a_log_file_of_full_size_gives_way_to_a_new_one(self):
         self.change("LOG_FILE=one.log\n")
-        log = ccfix.Log(ccfix.Config({}, {}, ".env", self.home)(), io.StringIO())
+        log = ccfix.Log(ccfix.Config({}, {}, ".env")(), io.StringIO())
         with mock.patch.object(ccfix.Log, "MAX_FILE", 100):
             for word in ("first", "x" * 100, "third"):
                 log("info", word)
@@ -14144,10 +14143,7 @@ class TestRun(CommandsCase):
         )
 
     def test_loopback_goes_past_a_company_proxy(self):
-        self.assertNotIn("NO_PROXY", self.environment())
-        self.assertEqual(
-            self.environment({"HTTPS_PROXY": "http://p:1"})["NO_PROXY"], "127.0.0.1,localhost"
-        )
+        self.assertEqual(self.environment()["NO_PROXY"], "127.0.0.1,localhost")
         self.assertEqual(
             self.environment({"http_proxy": "http://p:1", "no_proxy": "corp"})["no_proxy"],
             "corp,127.0.0.1,localhost",
@@ -14200,18 +14196,15 @@ class TestRun(CommandsCase):
 
     def test_the_program_behind_npms_cmd_file_is_started_without_a_shell(self):
         shim = '@ECHO off\r\n"%%dp0%%\\node_modules\\@anthropic-ai\\claude-code\\%s"   %%*\r\n'
-        folder = os.path.join("C:", "npm")
-        program = os.path.join(folder, "node_modules", "@anthropic-ai", "claude-code")
+        program = os.path.join(self.home, "node_modules\\@anthropic-ai\\claude-code\\")
         for source, command in (
-            (shim % "bin\\claude.exe", [os.path.join(program, "bin", "claude.exe")]),
-            (shim % "cli.js", ["node", os.path.join(program, "cli.js")]),
-            ("something else", [os.path.join(folder, "claude.cmd")]),
+            (shim % "bin\\claude.exe", [program + "bin\\claude.exe"]),
+            (shim % "cli.js", ["node", program + "cli.js"]),
+            ("something else", [os.path.join(self.home, "claude.cmd")]),
         ):
+            path = self.write("claude.cmd", source)
             with mock.patch.object(ccfix.shutil, "which", lambda name: name):
-                self.assertEqual(
-                    ccfix.claude_command(os.path.join(folder, "claude.cmd"), lambda path: source),
-                    command,
-                )
+                self.assertEqual(ccfix.claude_command(path), command)
         self.assertEqual(ccfix.claude_command("/usr/bin/claude"), ["/usr/bin/claude"])
 
 
@@ -14373,7 +14366,7 @@ class TestInit(CommandsCase):
         self.assertEqual(
             stat.S_IMODE(os.stat(".env").st_mode), 0o600 if os.name == "posix" else 0o666
         )
-        found = ccfix.Config({}, {}, ".env", self.home)()
+        found = ccfix.Config({}, {}, ".env")()
         self.assertEqual(
             (found.target_api_base, found.target_api_key, found.target_model, found.proxy_port),
             ("https://api.example.com/v1", 'k"\\ x', "m", 9000),
@@ -14409,6 +14402,14 @@ class TestInit(CommandsCase):
         self.assertIn("TARGET_API_BASE=%s\n" % base, self.read(".env"))
         self.assertIn("TARGET_MODEL=deepseek-chat\n", self.read(".env"))
 
+    def test_a_key_alone_is_the_default_providers_where_nobody_can_be_asked(self):
+        servers = [("Ollama", "http://127.0.0.1:11434/v1", ["m"])]
+        with mock.patch.object(ccfix, "local_servers", lambda: servers):
+            code, _, err = self.main("init", "-k", "key", "-m", "m")
+        self.assertEqual(code, 0, err)
+        self.assertIn("\n#TARGET_API_BASE=", self.read(".env"))
+        self.assertIn("\nTARGET_API_KEY=key\n", self.read(".env"))
+
     def test_questions_offer_what_was_found(self):
         base = self.serve("")
         lines = io.StringIO("1\n2\n")
@@ -14421,6 +14422,7 @@ class TestInit(CommandsCase):
             ) as err:
                 self.assertEqual(ccfix.main(["init"]), 0)
         self.assertIn("1  %s (Ollama on this machine" % base, err.getvalue())
+        self.assertIn("2  https://api.openai.com/v1\n", err.getvalue())
         self.assertIn("TARGET_MODEL=deepseek-reasoner\n", self.read(".env"))
 
 
@@ -14512,7 +14514,8 @@ class TestInstall(CommandsCase):
             ("relative", ".local/share/ccfix"),  # which the specification says to ignore
             ("", ".local/share/ccfix"),
         ):
-            files = ccfix.installed_files("", {"XDG_DATA_HOME": data}, self.home, False)
+            with mock.patch.dict(os.environ, XDG_DATA_HOME=data):
+                files = ccfix.installed_files("", False)
             names = [folder + "/ccfix.py", ".local/bin/ccfix", ".local/bin/ccf"]
             self.assertEqual(
                 list(map(str, files)), [os.path.join(self.home, name) for name in names]
@@ -14572,11 +14575,13 @@ class TestInstall(CommandsCase):
         apps = os.path.join("L", "Microsoft", "WindowsApps")
         for environ, folder in (
             ({"LOCALAPPDATA": "L", "PATH": "x;" + apps}, apps),
-            ({}, os.path.join("h", "AppData", "Local", "Programs", "ccfix")),
+            ({}, os.path.join(self.home, "AppData", "Local", "Programs", "ccfix")),
         ):
             folder = os.path.abspath(folder)
-            with mock.patch.object(ccfix.sys, "executable", "C:\\py\\python.exe"):
-                files = ccfix.installed_files("", environ, "h", True)
+            with mock.patch.dict(os.environ, environ), mock.patch.object(
+                ccfix.sys, "executable", "C:\\py\\python.exe"
+            ):
+                files = ccfix.installed_files("", True)
             files = {str(path): content for path, content in files.items()}
             names = ["ccfix-module/ccfix.py", "ccfix.cmd", "ccf.cmd"]
             self.assertEqual(list(files), [os.path.join(folder, name) for name in names])
@@ -14720,13 +14725,14 @@ class TestFollowing(unittest.TestCase):
         folder = tempfile.TemporaryDirectory()
         self.addCleanup(folder.cleanup)
         self.folder, self.env = folder.name, os.path.join(folder.name, ".env")
+        home = mock.patch.dict(os.environ, HOME=folder.name, USERPROFILE=folder.name)
+        home.start()
+        self.addCleanup(home.stop)
 
     def config(self, *lines):
         with open(self.env, "w", encoding="utf-8") as file:
             file.write("\n".join(lines))
-        config = ccfix.Config(
-            {"TARGET_API_BASE": "http://127.0.0.1:9/v1"}, {}, self.env, self.folder
-        )
+        config = ccfix.Config({"TARGET_API_BASE": "http://127.0.0.1:9/v1"}, {}, self.env)
         config.log = mock.Mock()
         return config
 
@@ -14818,9 +14824,7 @@ class TestFollowing(unittest.TestCase):
             {"object": "list", "data": [{"id": "embed-small"}, {"id": "real"}]}
         ).encode()
         with FakeUpstream(counted(models)) as server:
-            config = ccfix.Config(
-                {"TARGET_API_BASE": server.url + "/v1"}, {}, self.env, self.folder
-            )
+            config = ccfix.Config({"TARGET_API_BASE": server.url + "/v1"}, {}, self.env)
             with mock.patch("sys.stderr", io.StringIO()) as said:
                 ccfix.find_target(config)
             self.assertEqual(config().target_model, "real")
@@ -15294,10 +15298,6 @@ class TestHouse(unittest.TestCase):
             out = subprocess.check_output([sys.executable, "-W", "error", "-c", code], cwd=folder)
             self.assertEqual(out.split(), [b"1", b"False"])
             self.assertEqual(os.listdir(folder), [])
-
-    def test_importers_may_rely_on_all(self):
-        for name in ccfix.__all__:
-            self.assertTrue(hasattr(ccfix, name), name)
 
     def test_no_visible_file_but_the_four(self):
         if not os.path.isdir(os.path.join(HERE, ".git")):

@@ -222,7 +222,7 @@ def local_discovery():
     with upstream, account() as home:
         run = command(home, "run", "--", "-p", "hello")
         answered("with nothing configured, a local server is used", run, "FROM LM STUDIO")
-        words = "found LM Studio at http://127.0.0.1:1234/v1, using its model qwen"
+        words = "at http://127.0.0.1:1234/v1 with qwen, text-embedding-x; using qwen"
         check("and said so, with its model", words in run.err, run.err)
         run, wanted = command(home, "init"), "TARGET_API_BASE=http://127.0.0.1:1234/v1\n"
         check("init takes it", run.code == 0 and wanted in text_of(home, "work", ".env"), run)
