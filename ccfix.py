@@ -8351,7 +8351,7 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
 
 
 # ==================================================================================================
-# 14  Status page: what a browser sees at /
+# 14  Page: what a browser sees at /
 # ==================================================================================================
 
 # The page is one answer without a dependency: style and script are inside, and the policy below

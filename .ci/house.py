@@ -13,7 +13,7 @@ import tokenize
 from harness import CCFIX, PYTHON, TOP, check, run_table
 
 VISIBLE = {"ccfix.py", "test_ccfix.py", "README.md", "LICENSE"}
-SECTIONS = "Vocabulary Errors Settings Providers Normalize Formats Tool_text Stream Refusals"
+SECTIONS = "Vocabulary Errors Settings Providers Normalize Formats_out Tool_text Stream_in Refusals"
 SECTIONS += " Upstream Store Proxy HTTP Page Demo Commands"
 SECTIONS = [name.replace("_", " ") for name in SECTIONS.split()]
 PURE = 9  # sections; bytes and dicts in, bytes and dicts out
