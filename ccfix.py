@@ -1768,17 +1768,19 @@ def normalize(body, profile, recall=None, memo=None, room=0):
     if profile.untouched:
         clean["messages"] = without_our_thinking(body["messages"])
         return clean
-    turns = split_turns(body["messages"])
-    if not profile.system_role and clean.get("system"):
-        leading = text_block(system_text(clean.pop("system")))
-        turns = join_turns([("user", [leading], None)] * bool(leading["text"]) + turns)
-    clean["messages"] = normalize_turns(turns, profile, recall or (lambda call_id: {}))
-    effort = turn_effort(body["messages"])
-    if effort:
-        clean["output_config"] = dict(as_dict(body.get("output_config")), effort=effort)
+    messages = list(body["messages"])
+    if not profile.system_role:
+        messages.insert(0, {"role": "user", "content": system_text(clean.pop("system", ""))})
+    config = clean_config(body, profile)
+    if config:
+        clean["output_config"] = config
+    schema = wanted_schema(clean)
+    if schema is not None and profile.json_format != "json_schema":
+        # Asked for in words at the end of the last turn, as Claude Code does for a session's title.
+        messages.append({"role": "user", "content": WISH + compact_json(schema)})
+    clean["messages"] = normalize_turns(messages, profile, recall or (lambda call_id: {}))
     clean = omit(clean, ("tools", "tool_choice"))
     clean.update(normalize_tools(body, profile, {} if memo is None else memo))
-    ask_for_format(clean, profile)
     return clean
 
 
@@ -1857,7 +1859,7 @@ def as_blocks(content):
 def block_text(block):
     """A block's `text` as a string, whatever the client put there."""
     value = block.get("text")
-    return value if isinstance(value, str) else "" if value is None else str(value)
+    return "" if value is None else str(value)
 
 
 def text_block(text):
@@ -1867,7 +1869,7 @@ def text_block(text):
 
 def empty_block(kind, **fields):
     """A block of `kind`, a key of BLOCKS, as it starts in a stream; fields: what it has already."""
-    return dict(dict(BLOCKS[kind].empty, type=kind), **fields)
+    return dict(BLOCKS[kind].empty, type=kind, **fields)
 
 
 def find_blocks(body, kind):
@@ -1884,8 +1886,7 @@ def find_blocks(body, kind):
 
 def used_ids(body):
     """Tool ids that the conversation has already used."""
-    ids = (block.get("id") for block in find_blocks(body, "tool_use"))
-    return {call_id for call_id in ids if isinstance(call_id, str)}
+    return {str(block.get("id")) for block in find_blocks(body, "tool_use")}
 
 
 def turn_effort(messages):
@@ -1895,8 +1896,7 @@ def turn_effort(messages):
     per-turn-control-2026-07-01).
     """
     configs = (as_dict(as_dict(turn).get("output_config")) for turn in reversed(messages))
-    efforts = (as_str(config.get("effort")) for config in configs)
-    return next((effort for effort in efforts if effort in LEVELS), "")
+    return next((each["effort"] for each in configs if each.get("effort") in LEVELS), "")
 
 
 def estimate_tokens(body):
@@ -1908,14 +1908,13 @@ def estimate_tokens(body):
     while stack:
         value = stack.pop()
         if isinstance(value, str):
-            wide = len(value.encode("utf-8", "replace")) - len(
-                value
-            )  # about 2 for each of the others
+            # About 2 for each of the others.
+            wide = len(value.encode("utf-8", "replace")) - len(value)
             total += (len(value) - wide // 2) // 4 + wide // 3 + 1
         elif isinstance(value, dict):
             source = as_dict(value.get("source"))
             kind = BLOCKS.get(str(value.get("type")))
-            if kind and kind.tokens and source and source.get("type") != "text":
+            if kind and kind.tokens and source.get("type", "text") != "text":
                 total += kind.tokens
                 continue
             stack.extend(value.values())
@@ -1938,12 +1937,8 @@ def clean_system(system):
     """
     if isinstance(system, str):
         return without_billing(system)
-    kept = []
-    for block in as_blocks(system):
-        text = without_billing(block_text(block))
-        if text.strip():
-            kept.append(block if text == block.get("text") else dict(block, text=text))
-    return kept
+    blocks = [dict(block, text=without_billing(block_text(block))) for block in as_blocks(system)]
+    return [block for block in blocks if block["text"].strip()]
 
 
 def system_text(system):
@@ -1964,7 +1959,7 @@ def split_turns(messages):
     for message in map(as_dict, messages):
         role, blocks = message.get("role"), as_blocks(message.get("content"))
         if role in ("system", "developer"):
-            text = "\n\n".join(filter(None, map(block_text, blocks))).strip()
+            text = system_text(blocks).strip()
             blocks = [text_block(REMINDER % text)] if text and not TOKEN_MARKER.match(text) else []
         role = "assistant" if role == "assistant" else "user"
         said = [block for block in blocks if says_something(block, role)]
@@ -2002,12 +1997,12 @@ def without_our_thinking(messages):
     """The messages without the thinking blocks that this program signed: the provider would refuse
     the signature. A turn that held nothing else goes."""
     kept = []
-    for message in messages:
-        content = as_dict(message).get("content")
-        if isinstance(content, list) and any(is_our_thinking(as_dict(block)) for block in content):
+    for message in map(as_dict, messages):
+        content = message.get("content")
+        if isinstance(content, list):
             content = [block for block in content if not is_our_thinking(as_dict(block))]
             message = dict(message, content=content)
-        if content != [] or as_dict(message).get("role") == "system":
+        if content != [] or message.get("role") == "system":
             kept.append(message)
     return kept
 
@@ -2015,22 +2010,21 @@ def without_our_thinking(messages):
 # ---- turns ---------------------------------------------------------------------------------------
 
 
-def normalize_turns(turns, profile, recall):
+def normalize_turns(messages, profile, recall):
     """The messages of a conversation whose calls are all answered, in the order of the calls."""
-    messages, calls, counter = [], [], 0
-    for role, blocks, message in turns:
+    clean, calls, counter = [], [], 0
+    for role, blocks, message in split_turns(messages):
         if role == "assistant":
             blocks, calls = clean_assistant(blocks, profile, recall, counter)
             counter += len(calls)
         else:
             blocks, calls = answer_calls(clean_blocks(blocks, profile), calls), []
         if blocks:
-            content = message and message["content"]
-            same = blocks == (as_blocks(content) if isinstance(content, str) else content)
-            messages.append(message if same else {"role": role, "content": blocks})
+            same = message and blocks in (message["content"], [text_block(message["content"])])
+            clean.append(message if same else {"role": role, "content": blocks})
     if calls:
-        messages.append({"role": "user", "content": answer_calls([], calls)})
-    return messages
+        clean.append({"role": "user", "content": answer_calls([], calls)})
+    return clean
 
 
 def answer_calls(blocks, calls):
@@ -2040,7 +2034,7 @@ def answer_calls(blocks, calls):
     OpenAI, DeepSeek, Mistral and Anthropic all answer 400 to either. Claude Code sends results in
     the order in which they were ready, and none for a call that the user interrupted.
     """
-    results, rest, wanted = {}, [], {call_id for call_id, _ in calls}
+    results, rest, wanted = {}, [], dict(calls)
     for block in blocks:
         call_id = str(block.get("tool_use_id") or "")
         if block.get("type") != "tool_result":
@@ -2049,12 +2043,10 @@ def answer_calls(blocks, calls):
             results[call_id] = block
         else:
             rest += [text_block("[result of an earlier tool call]")] + result_blocks(block)
-    answers = []
-    for call_id, known_id in calls:
-        result = results.get(call_id) or {"type": "tool_result", "content": NO_RESULT}
-        same = result.get("tool_use_id") == known_id
-        answers.append(result if same else dict(result, tool_use_id=known_id))
-    return answers + rest
+    missing = {"type": "tool_result", "content": NO_RESULT}
+    return [
+        dict(results.get(call_id, missing), tool_use_id=known_id) for call_id, known_id in calls
+    ] + rest
 
 
 def result_blocks(block):
@@ -2146,9 +2138,9 @@ def clean_call(block, profile, original, number):
         value = parsed if isinstance(parsed, dict) else {"unparsed": raw}
     name = short_name(str(block.get("name") or "tool"))
     wanted = {"id": sent_id(block, name, profile.tool_ids, number), "name": name, "input": value}
-    if any(block.get(key) != part for key, part in wanted.items()):
-        block = dict(block, **wanted)
-    return add_note(block, arguments=original if says_the_same(original, value) else "")
+    return add_note(
+        dict(block, **wanted), arguments=original if says_the_same(original, value) else ""
+    )
 
 
 def says_the_same(original, value):
@@ -2216,11 +2208,11 @@ def write_state(scope, state):
 def read_state(block, scope):
     """The state in a thinking block that came from `scope`, with its text; None for any other
     block."""
-    mark = as_str(block.get("signature"))
-    if not mark.startswith(write_state(scope, {})):
+    mark, start = as_str(block.get("signature")), write_state(scope, {})
+    if not mark.startswith(start):
         return None
     try:
-        packed = mark[len(STATE_MARK) :].split(".", 1)[1]
+        packed = mark[len(start) :]
         data = zlib.decompress(base64.urlsafe_b64decode(packed)) if packed else b"{}"
         state = as_dict(json.loads(data.decode()))
     except (ValueError, zlib.error):
@@ -2272,7 +2264,7 @@ def clean_result(block, profile):
     if loaded:
         names = [short_name(str(part.get("tool_name"))) for part in loaded]
         content.append(text_block(LOADED + ", ".join(names)))
-    return block if content == block["content"] else dict(block, content=content)
+    return dict(block, content=content)
 
 
 def image_note(source, profile):
@@ -2283,16 +2275,15 @@ def image_note(source, profile):
     """
     if not profile.images:
         return "[an image was here; this model takes no images]"
-    url = source.get("url") if source.get("type") == "url" else None
-    is_url = isinstance(url, str)
+    url = as_str(source.get("url"))
     passes = {
         "base64": isinstance(source.get("data"), str),
-        "url": is_url and profile.image_urls,
+        "url": url and profile.image_urls,
         "file": profile.native_blocks,
     }
     if passes.get(str(source.get("type"))):
         return ""
-    return "[an image was here that could not be passed on%s]" % (": " + url if is_url else "")
+    return "[an image was here that could not be passed on%s]" % (url and ": " + url)
 
 
 def clean_document(block, source, profile):
@@ -2348,13 +2339,13 @@ def offered_tools(body):
         name = as_dict(tool).get("name")
         if isinstance(name, str) and name and name != PLACEHOLDER_TOOL and is_function(tool):
             tools[name] = tool
-    fixed = sorted(name for name in tools if not tools[name].get("defer_loading"))
-    if len(fixed) == len(tools):
-        return [tools[name] for name in fixed]
-    named = [str(block.get("tool_name")) for block in find_blocks(body, "tool_reference")]
-    order = {name: -place for place, name in enumerate(reversed(named))}  # its first appearance
-    deferred = sorted(set(tools) - set(fixed), key=lambda name: (order.get(name, 1), name))
-    return [tools[name] for name in fixed + deferred]
+    loaded = [str(block.get("tool_name")) for block in find_blocks(body, "tool_reference")]
+
+    def place(name):
+        is_late = bool(tools[name].get("defer_loading"))
+        return is_late, (loaded + [name]).index(name) if is_late else 0, name
+
+    return [tools[name] for name in sorted(tools, key=place)]
 
 
 def tool_names(body):
@@ -2392,19 +2383,19 @@ def clean_choice(choice, tools, profile):
 
 
 def clean_tool(tool, profile, memo):
-    """One tool with a schema that the provider takes. memo keeps (tool, rules, clean tool) by name,
-    as cleaning the same schemas again costs more than comparing them."""
-    rules = (profile.schema, profile.typed_schema)
-    known = memo.get(tool["name"])
-    if known and known[1] == rules and known[0] == tool:
-        return known[2]
+    """One tool with a schema that the provider takes. memo keeps (tool, clean tool) by name and
+    rules, as cleaning the same schemas again costs more than comparing them."""
+    key = (tool["name"], profile.schema, profile.typed_schema)
+    known = memo.get(key)
+    if known and known[0] == tool:
+        return known[1]
     schema = clean_schema(as_dict(tool.get("input_schema")), profile)
     schema.update(type="object", properties=as_dict(schema.get("properties")))
     clean = omit(tool, ("defer_loading",))
     clean.update(name=short_name(tool["name"]), input_schema=schema)
     if len(memo) > 2000:
         memo.clear()
-    memo[tool["name"]] = (tool, rules, clean)
+    memo[key] = (tool, clean)
     return clean  # not the memo's: another thread may have put its own there
 
 
@@ -2499,21 +2490,16 @@ def wanted_schema(body):
     return schema if isinstance(schema, dict) else None
 
 
-def ask_for_format(body, profile):
-    """Clean the schema of the reply in `body`; where the provider knows no such schema, ask for it
-    in words at the end of the last turn (Claude Code asks so for a session's title)."""
-    schema = wanted_schema(body)
-    if schema is None:
-        return
-    schema = clean_schema(schema, profile)
-    wanted = {"type": "json_schema", "schema": schema}
-    body["output_config"] = dict(as_dict(body.get("output_config")), format=wanted)
-    if profile.json_format == "json_schema":
-        return
-    messages, said = body["messages"], []
-    if messages and messages[-1]["role"] == "user":
-        said = as_blocks(messages.pop()["content"])
-    messages.append({"role": "user", "content": said + [text_block(WISH + compact_json(schema))]})
+def clean_config(body, profile):
+    """The request's output_config, with the effort of its latest turn, and with a schema of the
+    reply that the provider takes; {} where it has none."""
+    config = dict(as_dict(body.get("output_config")))
+    effort, schema = turn_effort(body["messages"]), wanted_schema(body)
+    if effort:
+        config["effort"] = effort
+    if schema is not None:
+        config["format"] = {"type": "json_schema", "schema": clean_schema(schema, profile)}
+    return config
 
 
 # ==================================================================================================
@@ -2550,7 +2536,7 @@ def endpoint(base, path):
     """The URL of a format's path at a base URL; the base's query (Azure's api-version) stays."""
     parts = urllib.parse.urlsplit(base)
     start = re.sub(r"/v1\Z", "", parts.path) if path.startswith("/v1/") else parts.path
-    return urllib.parse.urlunsplit((parts.scheme, parts.netloc, start + path, parts.query, ""))
+    return parts._replace(path=start + path, fragment="").geturl()
 
 
 # ---- chat: OpenAI's chat completions -------------------------------------------------------------
