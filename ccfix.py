@@ -1727,12 +1727,11 @@ def thinking_level(body):
 NO_OUTPUT = "(no output)"
 NO_RESULT = "(no result: the call was interrupted)"
 LOADED = "These tools are loaded and can be called now: "
-
-
 NO_PDF = (
     "[a PDF document (%s)%s was here; this model cannot read PDF files. Convert it to text (for"
     " example with pdftotext), or read single pages as images.]"
 )
+WISH = "Reply with one JSON object that fits this JSON schema, and nothing else:\n"
 REMINDER = "<system-reminder>\n%s\n</system-reminder>"
 STATE_MARK = "ccfix1."  # begins every signature that this program writes
 THOUGHTS = ("thinking", "redacted_thinking")
@@ -1763,8 +1762,8 @@ def normalize(body, profile, recall=None, memo=None, room=0):
     if body.get("system"):
         clean["system"] = clean_system(body["system"])
     if is_number(body.get("max_tokens")):
-        limits = [limit for limit in (profile.max_output, room) if limit > 0]
-        clean["max_tokens"] = min([max(1, int(body["max_tokens"]))] + limits)
+        limits = max(1, int(body["max_tokens"])), profile.max_output, room
+        clean["max_tokens"] = min(filter(None, limits))
     if profile.untouched:
         clean["messages"] = without_our_thinking(body["messages"])
         return clean
@@ -1779,9 +1778,8 @@ def normalize(body, profile, recall=None, memo=None, room=0):
         # Asked for in words at the end of the last turn, as Claude Code does for a session's title.
         messages.append({"role": "user", "content": WISH + compact_json(schema)})
     clean["messages"] = normalize_turns(messages, profile, recall or (lambda call_id: {}))
-    clean = omit(clean, ("tools", "tool_choice"))
-    clean.update(normalize_tools(body, profile, {} if memo is None else memo))
-    return clean
+    tools = normalize_tools(body, profile, {} if memo is None else memo)
+    return dict(omit(clean, ("tools", "tool_choice")), **tools)
 
 
 # ---- what the body holds -------------------------------------------------------------------------
@@ -1818,7 +1816,6 @@ FIELD_CHECKS = (
     ("stop_sequences", list, "a list of strings"),
     ("stream", bool, "true or false"),
 )
-ROLES = ("user", "assistant", "system", "developer")
 
 
 def check_request(body):
@@ -1833,7 +1830,8 @@ def check_request(body):
             raise BadRequest("%s: must be %s" % (field, wanted))
     check_messages(body)
     for position, message in enumerate(body["messages"]):
-        if not isinstance(message, dict) or message.get("role") not in ROLES:
+        message = as_dict(message)
+        if message.get("role") not in ("user", "assistant", "system", "developer"):
             raise BadRequest("messages.%d.role: must be user, assistant or system" % position)
         if not is_content(message.get("content")):
             raise BadRequest("messages.%d.content: must be a string or a list of blocks" % position)
@@ -1889,16 +1887,6 @@ def used_ids(body):
     return {str(block.get("id")) for block in find_blocks(body, "tool_use")}
 
 
-def turn_effort(messages):
-    """The effort that the latest turn asks for by its own output_config, or "".
-
-    Claude Code sends it on system turns, which are folded here (beta
-    per-turn-control-2026-07-01).
-    """
-    configs = (as_dict(as_dict(turn).get("output_config")) for turn in reversed(messages))
-    return next((each["effort"] for each in configs if each.get("effort") in LEVELS), "")
-
-
 def estimate_tokens(body):
     """About how many input tokens a request has: 4 ASCII characters a token, 1.5 others.
 
@@ -1952,18 +1940,21 @@ def split_turns(messages):
 
     message: the client's own, where the turn is one message as it came, else None. A system turn
     becomes user text where it stands: moved to the front, each new one would rewrite the prefix. A
-    turn that is wholly a <total_tokens> marker goes, as the client removes it from the history
+    block that is wholly a <total_tokens> marker goes, as the client removes it from the history
     later.
     """
     turns = []
     for message in map(as_dict, messages):
         role, blocks = message.get("role"), as_blocks(message.get("content"))
+        blocks = [block for block in blocks if not is_blank(block)]
+        if role != "assistant":
+            blocks = [block for block in blocks if not TOKEN_MARKER.match(block_text(block))]
         if role in ("system", "developer"):
             text = system_text(blocks).strip()
-            blocks = [text_block(REMINDER % text)] if text and not TOKEN_MARKER.match(text) else []
-        role = "assistant" if role == "assistant" else "user"
-        said = [block for block in blocks if says_something(block, role)]
-        turns.append((role, said, message if message.get("role") == role else None))
+            blocks = [text_block(REMINDER % text)] if text else []
+        if role not in ("user", "assistant"):
+            role, message = "user", None
+        turns.append((role, blocks, message))
     return join_turns(
         turn
         for turn in join_turns(turns)
@@ -1985,12 +1976,6 @@ def join_turns(turns):
 def is_blank(block):
     """Whether a block is text that shows nothing."""
     return block.get("type") == "text" and not block_text(block).strip()
-
-
-def says_something(block, role):
-    """Whether a block says anything: empty text does not, nor a token marker of the client's."""
-    marker = role != "assistant" and TOKEN_MARKER.match(block_text(block))
-    return not (marker or is_blank(block))
 
 
 def without_our_thinking(messages):
@@ -2105,11 +2090,9 @@ def bring_back(said, thoughts, profile, notes, call_ids):
 
 def sign_calls(said, states, profile, notes, call_ids):
     """The turn with Gemini's thought signatures on its calls; Gemini checks the first call's."""
-    known = {}
-    for state in states:
-        known.update(as_dict(state.get("google")))
+    known = collections.ChainMap(*(as_dict(state.get("google")) for state in states))
     found = [known.get(call_id) or note.get("google") for call_id, note in zip(call_ids, notes)]
-    found[:1] = [found[0] or profile.placeholder] if found else []
+    found[:1] = [mark or profile.placeholder for mark in found[:1]]
     found = iter(found)
     return [
         add_note(block, google=next(found)) if block.get("type") == "tool_use" else block
@@ -2137,10 +2120,9 @@ def clean_call(block, profile, original, number):
         parsed = json_or_none(raw)
         value = parsed if isinstance(parsed, dict) else {"unparsed": raw}
     name = short_name(str(block.get("name") or "tool"))
-    wanted = {"id": sent_id(block, name, profile.tool_ids, number), "name": name, "input": value}
-    return add_note(
-        dict(block, **wanted), arguments=original if says_the_same(original, value) else ""
-    )
+    call_id = sent_id(block, name, profile.tool_ids, number)
+    call = dict(block, id=call_id, name=name, input=value)
+    return add_note(call, arguments=original) if says_the_same(original, value) else call
 
 
 def says_the_same(original, value):
@@ -2213,11 +2195,10 @@ def read_state(block, scope):
         return None
     try:
         packed = mark[len(start) :]
-        data = zlib.decompress(base64.urlsafe_b64decode(packed)) if packed else b"{}"
-        state = as_dict(json.loads(data.decode()))
+        data = zlib.decompress(base64.urlsafe_b64decode(packed)) if packed else b""
     except (ValueError, zlib.error):
         return None
-    return dict(state, text=as_str(block.get("thinking")))
+    return dict(as_dict(json_or_none(data)), text=as_str(block.get("thinking")))
 
 
 def is_our_thinking(block):
@@ -2299,8 +2280,8 @@ def clean_document(block, source, profile):
         return [text_block("%s\n%s" % (heading, source.get("data")))]
     if form == "content":
         return [text_block(heading)] + clean_blocks(as_blocks(source.get("content")), profile)
-    where = " at %s" % source["url"] if as_str(source.get("url")) else ""
-    return [text_block(NO_PDF % (title, where))]
+    url = as_str(source.get("url"))
+    return [text_block(NO_PDF % (title, url and " at " + url))]
 
 
 def foreign_text(block):
@@ -2310,7 +2291,7 @@ def foreign_text(block):
         heading = "[search result: %s - %s]\n" % (block.get("title"), block.get("source"))
         return heading + "\n".join(map(block_text, parts))
     if kind == "server_tool_use":
-        return "[%s: %s]" % (block.get("name"), compact_json(as_dict(block.get("input"))))
+        return "[%s: %s]" % (block.get("name"), compact_json(block.get("input")))
     if kind.endswith("_tool_result"):
         hits = ["%s - %s" % (hit.get("title"), hit.get("url")) for hit in parts]
         return "\n".join(["[%s]" % kind] + hits)
@@ -2362,8 +2343,8 @@ CHOICE_FORMS = {"none": "none", "any": "required", "tool": "named"}
 def normalize_tools(body, profile, memo):
     """{"tools", "tool_choice"} as the provider takes them, at most as many as it takes: those at
     the end are the rarest. {} where there are none."""
-    tools = offered_tools(body)
-    tools = [clean_tool(tool, profile, memo) for tool in tools[: profile.max_tools or len(tools)]]
+    offered = offered_tools(body)[: profile.max_tools or None]
+    tools = [clean_tool(tool, profile, memo) for tool in offered]
     if profile.native_blocks:
         tools += [tool for tool in as_list(body.get("tools")) if not is_function(as_dict(tool))]
     if not tools:
@@ -2479,9 +2460,6 @@ def split_type(schema):
 # ---- the form of the reply -----------------------------------------------------------------------
 
 
-WISH = "Reply with one JSON object that fits this JSON schema, and nothing else:\n"
-
-
 def wanted_schema(body):
     """The JSON schema that the reply must fit (output_config.format, or the older output_format),
     or None."""
@@ -2492,11 +2470,16 @@ def wanted_schema(body):
 
 def clean_config(body, profile):
     """The request's output_config, with the effort of its latest turn, and with a schema of the
-    reply that the provider takes; {} where it has none."""
-    config = dict(as_dict(body.get("output_config")))
-    effort, schema = turn_effort(body["messages"]), wanted_schema(body)
-    if effort:
-        config["effort"] = effort
+    reply that the provider takes; {} where it has none.
+
+    Claude Code sends a turn's own effort on system turns, which are folded here (beta
+    per-turn-control-2026-07-01).
+    """
+    config, schema = dict(as_dict(body.get("output_config"))), wanted_schema(body)
+    for turn in map(as_dict, body["messages"]):
+        effort = as_dict(turn.get("output_config")).get("effort")
+        if effort in LEVELS:
+            config["effort"] = effort
     if schema is not None:
         config["format"] = {"type": "json_schema", "schema": clean_schema(schema, profile)}
     return config
@@ -2506,8 +2489,6 @@ def clean_config(body, profile):
 # 6  Formats out: a normalized request -> what goes over the wire
 # ==================================================================================================
 
-BRIDGE = "I have the results of the tools."
-CONTINUE = "Continue."
 MAX_STOPS = 4  # stop sequences; OpenAI and vLLM take no more
 
 
@@ -2554,7 +2535,7 @@ def write_chat(body, model, profile, attach=()):
     """The chat-completions request for a normalized body
     (https://platform.openai.com/docs/api-reference/chat/create)."""
     sent = {"model": model, "messages": chat_messages(body, profile)}
-    tools = [chat_tool(tool) for tool in as_list(body.get("tools")) if is_function(tool)]
+    tools = [chat_tool(tool) for tool in body.get("tools", ()) if is_function(tool)]
     if tools:
         sent["tools"] = tools
         sent.update(choice_fields(as_dict(body.get("tool_choice")), profile))
@@ -2596,7 +2577,7 @@ def chat_messages(body, profile):
             messages += user_messages(blocks, names, profile)
     if not messages or messages[-1]["role"] in ("system", "assistant"):
         # Few providers go on with an assistant's text, several refuse it: words work everywhere.
-        messages.append({"role": "user", "content": CONTINUE})
+        messages.append({"role": "user", "content": "Continue."})
     return messages
 
 
@@ -2647,7 +2628,7 @@ def user_messages(blocks, names, profile):
         messages.append({"role": "tool", "tool_call_id": block["tool_use_id"], "content": content})
     if media or rest:
         if messages and not profile.user_after_tool:
-            messages.append({"role": "assistant", "content": BRIDGE})
+            messages.append({"role": "assistant", "content": "I have the results of the tools."})
         messages.append({"role": "user", "content": join_parts(media + rest)})
     return messages
 
@@ -2674,11 +2655,10 @@ def data_url(source, media_type):
 def join_parts(parts):
     """Message content of parts: one plain string unless there is an image or a file among them."""
     content = []
-    for is_string, run in itertools.groupby(parts, lambda part: isinstance(part, str)):
-        content += [text_block("\n\n".join(filter(None, run)))] if is_string else run
-    if len(content) == 1 and content[0]["type"] == "text":
-        return content[0]["text"] or NO_OUTPUT
-    return [part for part in content if part.get("text") != ""]
+    for kind, run in itertools.groupby(parts, type):
+        content += [text_block("\n\n".join(run))] if kind is str else run
+    is_plain = len(content) == 1 and content[0]["type"] == "text"
+    return content[0]["text"] if is_plain else content
 
 
 def chat_tool(tool):
@@ -2720,12 +2700,12 @@ def anthropic_headers(key, profile, client_headers):
     """The client's version and beta flags, and the key in both forms that such providers take: some
     look at x-api-key, some at Authorization, and none refuses the other."""
     flags = re.findall(r"[^,\s]+", client_headers.get("anthropic-beta") or "")
-    betas = ",".join(flag for flag in flags if flag not in profile.betas)
-    headers = {"anthropic-version": client_headers.get("anthropic-version") or "2023-06-01"}
-    if betas:
-        headers["anthropic-beta"] = betas
-    if key:
-        headers["x-api-key"] = key
+    headers = {
+        "anthropic-version": client_headers.get("anthropic-version") or "2023-06-01",
+        "anthropic-beta": ",".join(flag for flag in flags if flag not in profile.betas),
+        "x-api-key": key,
+    }
+    headers = {name: value for name, value in headers.items() if value}
     return dict(headers, **chat_headers(key, profile, client_headers))
 
 
@@ -2733,14 +2713,10 @@ def write_anthropic(body, model, profile, attach=()):
     """The Messages request for a normalized body: itself, but for the model's name and what the
     provider was found to refuse."""
     sent = dict(omit(body, profile.never), model=model)
-    return without_keys(sent, "cache_control") if "cache_control" in profile.never else sent
-
-
-def without_keys(value, name):
-    """A copy of a JSON value without the dict entries of one name."""
-    if isinstance(value, dict):
-        return {key: without_keys(part, name) for key, part in value.items() if key != name}
-    return [without_keys(part, name) for part in value] if isinstance(value, list) else value
+    if "cache_control" not in profile.never:
+        return sent
+    # It stands on blocks and tools, at any depth.
+    return json.loads(compact_json(sent), object_hook=lambda part: omit(part, ("cache_control",)))
 
 
 # ==================================================================================================
