@@ -1745,8 +1745,8 @@ def normalize(body, profile, recall=None, memo=None, room=0):
     """The Messages request that a provider of this profile can take: Anthropic in, Anthropic out.
 
     What every provider needs is done here, once for all formats; a format only writes the result in
-    its own words. A new dict; `body` is never edited, and what need not change stays the same
-    object.
+    its own words. A new dict; `body` is never edited, and a message that need not change stays the
+    same object.
 
     recall(tool_use_id) -> what is remembered of a call: {"arguments", "reasoning", "details",
     "google", "scope"}, any of them missing. memo: a dict in which cleaned tools are kept between
@@ -1896,7 +1896,7 @@ def estimate_tokens(body):
     while stack:
         value = stack.pop()
         if isinstance(value, str):
-            # About 2 for each of the others.
+            # Bytes of UTF-8 beyond one a character: about 2 for each of the others.
             wide = len(value.encode("utf-8", "replace")) - len(value)
             total += (len(value) - wide // 2) // 4 + wide // 3 + 1
         elif isinstance(value, dict):
@@ -2061,11 +2061,11 @@ def clean_assistant(blocks, profile, recall, counter):
     if profile.reasoning_field and (calls or profile.reasoning_always):
         if REASONING_FIELDS.get(profile.reasoning_field) == "parts" and not calls:
             notes = [as_dict(recall(text_key(profile.scope, "".join(map(block_text, said)))))]
-        said = bring_back(said, thoughts, profile, notes, [call_id for call_id, _ in calls])
+        said = bring_back(said, thoughts, profile, notes, calls)
     return said, calls
 
 
-def bring_back(said, thoughts, profile, notes, call_ids):
+def bring_back(said, thoughts, profile, notes, calls):
     """An assistant turn with its earlier reasoning, which some providers insist on: from the
     signatures of its thinking blocks, else from what is remembered of its calls.
 
@@ -2078,7 +2078,7 @@ def bring_back(said, thoughts, profile, notes, call_ids):
     states = list(filter(None, (read_state(block, profile.scope) for block in thoughts)))
     shape = REASONING_FIELDS.get(profile.reasoning_field)
     if shape == "opaque":
-        return sign_calls(said, states, profile, notes, call_ids)
+        return sign_calls(said, states, profile, notes, calls)
     if shape == "parts":
         # What is remembered is whole; a signature holds what had come when its block was closed.
         kept = [note["details"] for note in notes + states[::-1] if note.get("details")]
@@ -2088,10 +2088,10 @@ def bring_back(said, thoughts, profile, notes, call_ids):
     return [empty_block("thinking", thinking=text)] + said if text else said
 
 
-def sign_calls(said, states, profile, notes, call_ids):
+def sign_calls(said, states, profile, notes, calls):
     """The turn with Gemini's thought signatures on its calls; Gemini checks the first call's."""
     known = collections.ChainMap(*(as_dict(state.get("google")) for state in states))
-    found = [known.get(call_id) or note.get("google") for call_id, note in zip(call_ids, notes)]
+    found = [known.get(call_id) or note.get("google") for (call_id, _), note in zip(calls, notes)]
     found[:1] = [mark or profile.placeholder for mark in found[:1]]
     found = iter(found)
     return [
@@ -2210,8 +2210,7 @@ def is_our_thinking(block):
 
 
 def clean_blocks(blocks, profile):
-    """The blocks with what the provider has no form for in words; unchanged ones are the same
-    objects."""
+    """The blocks with what the provider has no form for in words."""
     return [part for block in blocks for part in clean_block(block, profile)]
 
 
@@ -2221,14 +2220,14 @@ def clean_block(block, profile):
     Kinds seen from the client: text, image, document, tool_use, tool_result, thinking,
     redacted_thinking, tool_reference; the others stand in the documentation, or come one day.
     """
-    kind = block.get("type")
+    kind, source = block.get("type"), as_dict(block.get("source"))
     if kind == "tool_result":
         return [clean_result(block, profile)]
     if kind == "image":
-        note = image_note(as_dict(block.get("source")), profile)
+        note = image_note(source, profile)
         return [text_block(note)] if note else [block]
     if kind == "document":
-        return clean_document(block, as_dict(block.get("source")), profile)
+        return clean_document(block, source, profile)
     if kind == "text" or profile.native_blocks:
         return [block]
     return [text_block(foreign_text(block))]
@@ -2317,12 +2316,12 @@ def offered_tools(body):
     """
     tools = {}
     for tool in as_list(body.get("tools")):
-        name = as_dict(tool).get("name")
-        if isinstance(name, str) and name and name != PLACEHOLDER_TOOL and is_function(tool):
+        name = as_str(as_dict(tool).get("name"))
+        if name not in ("", PLACEHOLDER_TOOL) and is_function(tool):
             tools[name] = tool
     loaded = [str(block.get("tool_name")) for block in find_blocks(body, "tool_reference")]
 
-    def place(name):
+    def place(name):  # a deferred tool's is where it was first named, else behind all of those
         is_late = bool(tools[name].get("defer_loading"))
         return is_late, (loaded + [name]).index(name) if is_late else 0, name
 
@@ -2653,7 +2652,10 @@ def data_url(source, media_type):
 
 
 def join_parts(parts):
-    """Message content of parts: one plain string unless there is an image or a file among them."""
+    """Message content of parts: one plain string unless there is an image or a file among them.
+
+    No string is empty, as providers refuse empty text parts: normalize left no blank text.
+    """
     content = []
     for kind, run in itertools.groupby(parts, type):
         content += [text_block("\n\n".join(run))] if kind is str else run
