@@ -2278,7 +2278,8 @@ def clean_document(block, source, profile):
     if form == "text":
         return [text_block("%s\n%s" % (heading, source.get("data")))]
     if form == "content":
-        return [text_block(heading)] + clean_blocks(as_blocks(source.get("content")), profile)
+        parts = [part for part in as_blocks(source.get("content")) if not is_blank(part)]
+        return [text_block(heading)] + clean_blocks(parts, profile)
     url = as_str(source.get("url"))
     return [text_block(NO_PDF % (title, url and " at " + url))]
 

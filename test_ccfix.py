@@ -2302,7 +2302,10 @@ MESSAGES = (
         "a document of blocks",
         request(
             user(
-                {"type": "document", "source": {"type": "content", "content": [txt("x"), txt("y")]}}
+                {
+                    "type": "document",
+                    "source": {"type": "content", "content": [txt("x"), txt(""), txt("y")]},
+                }
             )
         ),
         PLAIN,
