@@ -1875,11 +1875,10 @@ def find_blocks(body, kind):
     for message in as_list(body.get("messages")):
         stack = [as_dict(message).get("content")]
         while stack:
-            for block in as_list(stack.pop()):
-                if isinstance(block, dict):
-                    stack.append(block.get("content"))
-                    if block.get("type") == kind:
-                        yield block
+            for block in map(as_dict, as_list(stack.pop())):
+                stack.append(block.get("content"))
+                if block.get("type") == kind:
+                    yield block
 
 
 def used_ids(body):
@@ -2148,9 +2147,8 @@ def sent_id(block, name, form, number):
         return "functions.%s:%d" % (name, number)
     if form == "nine":
         return given if re.match(r"[A-Za-z0-9]{9}\Z", given) else short_hash(given, 9)
-    if len(given) > 40 or not re.match(r"[A-Za-z0-9_.:-]+\Z", given):
-        return "call_" + short_hash(given, 24)
-    return given
+    is_fine = re.match(r"[A-Za-z0-9_.:-]{1,40}\Z", given)
+    return given if is_fine else "call_" + short_hash(given, 24)
 
 
 def short_hash(text, length):
@@ -2238,12 +2236,14 @@ def clean_result(block, profile):
     tools."""
     if not isinstance(block.get("content"), (list, dict)):
         return block
-    blocks = as_blocks(block["content"])
-    loaded = [part for part in blocks if part.get("type") == "tool_reference"]
-    content = clean_blocks([part for part in blocks if part not in loaded], profile)
+    content, loaded = [], []
+    for part in as_blocks(block["content"]):
+        if part.get("type") == "tool_reference":
+            loaded.append(short_name(str(part.get("tool_name"))))
+        else:
+            content += clean_block(part, profile)
     if loaded:
-        names = [short_name(str(part.get("tool_name"))) for part in loaded]
-        content.append(text_block(LOADED + ", ".join(names)))
+        content.append(text_block(LOADED + ", ".join(loaded)))
     return dict(block, content=content)
 
 
@@ -2288,8 +2288,8 @@ def foreign_text(block):
     """A block that only Anthropic's API has a form for, as text that the model can read."""
     kind, parts = str(block.get("type")), as_blocks(block.get("content"))
     if kind == "search_result":
-        heading = "[search result: %s - %s]\n" % (block.get("title"), block.get("source"))
-        return heading + "\n".join(map(block_text, parts))
+        heading = "[search result: %s - %s]" % (block.get("title"), block.get("source"))
+        return "\n".join([heading] + [block_text(part) for part in parts])
     if kind == "server_tool_use":
         return "[%s: %s]" % (block.get("name"), compact_json(block.get("input")))
     if kind.endswith("_tool_result"):
