@@ -2271,7 +2271,7 @@ def clean_document(block, source, profile):
     do about it: a coding agent has a shell, and Claude Code's Read tool renders single pages."""
     form, title = source.get("type"), str(block.get("title") or "document")
     is_file = form in ("base64", "url", "file")
-    takes_file = profile.files and (profile.native_blocks or form == "base64")
+    takes_file = profile.files and (profile.native_blocks or as_str(source.get("data")))
     if takes_file if is_file else profile.native_blocks:
         return [block]
     heading = "[document: %s]" % title

@@ -2313,6 +2313,12 @@ MESSAGES = (
     ),
     ("a PDF", request(user(PDF)), PLAIN, [U(NO_PDF)]),
     (
+        "a PDF without its bytes",
+        request(user(dict(PDF, source={"type": "base64"}))),
+        row("openai"),
+        [U(NO_PDF)],
+    ),
+    (
         "a search result",
         request(
             user(
