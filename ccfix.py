@@ -1712,12 +1712,11 @@ def thinking_level(body):
 NO_OUTPUT = "(no output)"
 NO_RESULT = "(no result: the call was interrupted)"
 LOADED = "These tools are loaded and can be called now: "
-
-
 NO_PDF = (
     "[a PDF document (%s)%s was here; this model cannot read PDF files. Convert it to text (for"
     " example with pdftotext), or read single pages as images.]"
 )
+WISH = "Reply with one JSON object that fits this JSON schema, and nothing else:\n"
 REMINDER = "<system-reminder>\n%s\n</system-reminder>"
 STATE_MARK = "ccfix1."  # begins every signature that this program writes
 THOUGHTS = ("thinking", "redacted_thinking")
@@ -1731,8 +1730,8 @@ def normalize(body, profile, recall=None, memo=None, room=0):
     """The Messages request that a provider of this profile can take: Anthropic in, Anthropic out.
 
     What every provider needs is done here, once for all formats; a format only writes the result in
-    its own words. A new dict; `body` is never edited, and what need not change stays the same
-    object.
+    its own words. A new dict; `body` is never edited, and a message that need not change stays the
+    same object.
 
     recall(tool_use_id) -> what is remembered of a call: {"arguments", "reasoning", "details",
     "google", "scope"}, any of them missing. memo: a dict in which cleaned tools are kept between
@@ -1748,23 +1747,24 @@ def normalize(body, profile, recall=None, memo=None, room=0):
     if body.get("system"):
         clean["system"] = clean_system(body["system"])
     if is_number(body.get("max_tokens")):
-        limits = [limit for limit in (profile.max_output, room) if limit > 0]
-        clean["max_tokens"] = min([max(1, int(body["max_tokens"]))] + limits)
+        limits = max(1, int(body["max_tokens"])), profile.max_output, room
+        clean["max_tokens"] = min(filter(None, limits))
     if profile.untouched:
         clean["messages"] = without_our_thinking(body["messages"])
         return clean
-    turns = split_turns(body["messages"])
-    if not profile.system_role and clean.get("system"):
-        leading = text_block(system_text(clean.pop("system")))
-        turns = join_turns([("user", [leading], None)] * bool(leading["text"]) + turns)
-    clean["messages"] = normalize_turns(turns, profile, recall or (lambda call_id: {}))
-    effort = turn_effort(body["messages"])
-    if effort:
-        clean["output_config"] = dict(as_dict(body.get("output_config")), effort=effort)
-    clean = omit(clean, ("tools", "tool_choice"))
-    clean.update(normalize_tools(body, profile, {} if memo is None else memo))
-    ask_for_format(clean, profile)
-    return clean
+    messages = list(body["messages"])
+    if not profile.system_role:
+        messages.insert(0, {"role": "user", "content": system_text(clean.pop("system", ""))})
+    config = clean_config(body, profile)
+    if config:
+        clean["output_config"] = config
+    schema = wanted_schema(clean)
+    if schema is not None and profile.json_format != "json_schema":
+        # Asked for in words at the end of the last turn, as Claude Code does for a session's title.
+        messages.append({"role": "user", "content": WISH + compact_json(schema)})
+    clean["messages"] = normalize_turns(messages, profile, recall or (lambda call_id: {}))
+    tools = normalize_tools(body, profile, {} if memo is None else memo)
+    return dict(omit(clean, ("tools", "tool_choice")), **tools)
 
 
 # ---- what the body holds -------------------------------------------------------------------------
@@ -1801,7 +1801,6 @@ FIELD_CHECKS = (
     ("stop_sequences", list, "a list of strings"),
     ("stream", bool, "true or false"),
 )
-ROLES = ("user", "assistant", "system", "developer")
 
 
 def check_request(body):
@@ -1816,7 +1815,8 @@ def check_request(body):
             raise BadRequest("%s: must be %s" % (field, wanted))
     check_messages(body)
     for position, message in enumerate(body["messages"]):
-        if not isinstance(message, dict) or message.get("role") not in ROLES:
+        message = as_dict(message)
+        if message.get("role") not in ("user", "assistant", "system", "developer"):
             raise BadRequest("messages.%d.role: must be user, assistant or system" % position)
         if not is_content(message.get("content")):
             raise BadRequest("messages.%d.content: must be a string or a list of blocks" % position)
@@ -1842,7 +1842,7 @@ def as_blocks(content):
 def block_text(block):
     """A block's `text` as a string, whatever the client put there."""
     value = block.get("text")
-    return value if isinstance(value, str) else "" if value is None else str(value)
+    return "" if value is None else str(value)
 
 
 def text_block(text):
@@ -1852,7 +1852,7 @@ def text_block(text):
 
 def empty_block(kind, **fields):
     """A block of `kind`, a key of BLOCKS, as it starts in a stream; fields: what it has already."""
-    return dict(dict(BLOCKS[kind].empty, type=kind), **fields)
+    return dict(BLOCKS[kind].empty, type=kind, **fields)
 
 
 def find_blocks(body, kind):
@@ -1860,28 +1860,15 @@ def find_blocks(body, kind):
     for message in as_list(body.get("messages")):
         stack = [as_dict(message).get("content")]
         while stack:
-            for block in as_list(stack.pop()):
-                if isinstance(block, dict):
-                    stack.append(block.get("content"))
-                    if block.get("type") == kind:
-                        yield block
+            for block in map(as_dict, as_list(stack.pop())):
+                stack.append(block.get("content"))
+                if block.get("type") == kind:
+                    yield block
 
 
 def used_ids(body):
     """Tool ids that the conversation has already used."""
-    ids = (block.get("id") for block in find_blocks(body, "tool_use"))
-    return {call_id for call_id in ids if isinstance(call_id, str)}
-
-
-def turn_effort(messages):
-    """The effort that the latest turn asks for by its own output_config, or "".
-
-    Claude Code sends it on system turns, which are folded here (beta
-    per-turn-control-2026-07-01).
-    """
-    configs = (as_dict(as_dict(turn).get("output_config")) for turn in reversed(messages))
-    efforts = (as_str(config.get("effort")) for config in configs)
-    return next((effort for effort in efforts if effort in LEVELS), "")
+    return {str(block.get("id")) for block in find_blocks(body, "tool_use")}
 
 
 def estimate_tokens(body):
@@ -1893,14 +1880,13 @@ def estimate_tokens(body):
     while stack:
         value = stack.pop()
         if isinstance(value, str):
-            wide = len(value.encode("utf-8", "replace")) - len(
-                value
-            )  # about 2 for each of the others
+            # Bytes of UTF-8 beyond one a character: about 2 for each of the others.
+            wide = len(value.encode("utf-8", "replace")) - len(value)
             total += (len(value) - wide // 2) // 4 + wide // 3 + 1
         elif isinstance(value, dict):
             source = as_dict(value.get("source"))
             kind = BLOCKS.get(str(value.get("type")))
-            if kind and kind.tokens and source and source.get("type") != "text":
+            if kind and kind.tokens and source.get("type", "text") != "text":
                 total += kind.tokens
                 continue
             stack.extend(value.values())
@@ -1923,12 +1909,8 @@ def clean_system(system):
     """
     if isinstance(system, str):
         return without_billing(system)
-    kept = []
-    for block in as_blocks(system):
-        text = without_billing(block_text(block))
-        if text.strip():
-            kept.append(block if text == block.get("text") else dict(block, text=text))
-    return kept
+    blocks = [dict(block, text=without_billing(block_text(block))) for block in as_blocks(system)]
+    return [block for block in blocks if block["text"].strip()]
 
 
 def system_text(system):
@@ -1942,18 +1924,21 @@ def split_turns(messages):
 
     message: the client's own, where the turn is one message as it came, else None. A system turn
     becomes user text where it stands: moved to the front, each new one would rewrite the prefix. A
-    turn that is wholly a <total_tokens> marker goes, as the client removes it from the history
+    block that is wholly a <total_tokens> marker goes, as the client removes it from the history
     later.
     """
     turns = []
     for message in map(as_dict, messages):
         role, blocks = message.get("role"), as_blocks(message.get("content"))
+        blocks = [block for block in blocks if not is_blank(block)]
+        if role != "assistant":
+            blocks = [block for block in blocks if not TOKEN_MARKER.match(block_text(block))]
         if role in ("system", "developer"):
-            text = "\n\n".join(filter(None, map(block_text, blocks))).strip()
-            blocks = [text_block(REMINDER % text)] if text and not TOKEN_MARKER.match(text) else []
-        role = "assistant" if role == "assistant" else "user"
-        said = [block for block in blocks if says_something(block, role)]
-        turns.append((role, said, message if message.get("role") == role else None))
+            text = system_text(blocks).strip()
+            blocks = [text_block(REMINDER % text)] if text else []
+        if role not in ("user", "assistant"):
+            role, message = "user", None
+        turns.append((role, blocks, message))
     return join_turns(
         turn
         for turn in join_turns(turns)
@@ -1977,22 +1962,16 @@ def is_blank(block):
     return block.get("type") == "text" and not block_text(block).strip()
 
 
-def says_something(block, role):
-    """Whether a block says anything: empty text does not, nor a token marker of the client's."""
-    marker = role != "assistant" and TOKEN_MARKER.match(block_text(block))
-    return not (marker or is_blank(block))
-
-
 def without_our_thinking(messages):
     """The messages without the thinking blocks that this program signed: the provider would refuse
     the signature. A turn that held nothing else goes."""
     kept = []
-    for message in messages:
-        content = as_dict(message).get("content")
-        if isinstance(content, list) and any(is_our_thinking(as_dict(block)) for block in content):
+    for message in map(as_dict, messages):
+        content = message.get("content")
+        if isinstance(content, list):
             content = [block for block in content if not is_our_thinking(as_dict(block))]
             message = dict(message, content=content)
-        if content != [] or as_dict(message).get("role") == "system":
+        if content != [] or message.get("role") == "system":
             kept.append(message)
     return kept
 
@@ -2000,22 +1979,21 @@ def without_our_thinking(messages):
 # ---- turns ---------------------------------------------------------------------------------------
 
 
-def normalize_turns(turns, profile, recall):
+def normalize_turns(messages, profile, recall):
     """The messages of a conversation whose calls are all answered, in the order of the calls."""
-    messages, calls, counter = [], [], 0
-    for role, blocks, message in turns:
+    clean, calls, counter = [], [], 0
+    for role, blocks, message in split_turns(messages):
         if role == "assistant":
             blocks, calls = clean_assistant(blocks, profile, recall, counter)
             counter += len(calls)
         else:
             blocks, calls = answer_calls(clean_blocks(blocks, profile), calls), []
         if blocks:
-            content = message and message["content"]
-            same = blocks == (as_blocks(content) if isinstance(content, str) else content)
-            messages.append(message if same else {"role": role, "content": blocks})
+            same = message and blocks in (message["content"], [text_block(message["content"])])
+            clean.append(message if same else {"role": role, "content": blocks})
     if calls:
-        messages.append({"role": "user", "content": answer_calls([], calls)})
-    return messages
+        clean.append({"role": "user", "content": answer_calls([], calls)})
+    return clean
 
 
 def answer_calls(blocks, calls):
@@ -2025,7 +2003,7 @@ def answer_calls(blocks, calls):
     OpenAI, DeepSeek, Mistral and Anthropic all answer 400 to either. Claude Code sends results in
     the order in which they were ready, and none for a call that the user interrupted.
     """
-    results, rest, wanted = {}, [], {call_id for call_id, _ in calls}
+    results, rest, wanted = {}, [], dict(calls)
     for block in blocks:
         call_id = str(block.get("tool_use_id") or "")
         if block.get("type") != "tool_result":
@@ -2034,12 +2012,10 @@ def answer_calls(blocks, calls):
             results[call_id] = block
         else:
             rest += [text_block("[result of an earlier tool call]")] + result_blocks(block)
-    answers = []
-    for call_id, known_id in calls:
-        result = results.get(call_id) or {"type": "tool_result", "content": NO_RESULT}
-        same = result.get("tool_use_id") == known_id
-        answers.append(result if same else dict(result, tool_use_id=known_id))
-    return answers + rest
+    missing = {"type": "tool_result", "content": NO_RESULT}
+    return [
+        dict(results.get(call_id, missing), tool_use_id=known_id) for call_id, known_id in calls
+    ] + rest
 
 
 def result_blocks(block):
@@ -2069,11 +2045,11 @@ def clean_assistant(blocks, profile, recall, counter):
     if profile.reasoning_field and (calls or profile.reasoning_always):
         if REASONING_FIELDS.get(profile.reasoning_field) == "parts" and not calls:
             notes = [as_dict(recall(text_key(profile.scope, "".join(map(block_text, said)))))]
-        said = bring_back(said, thoughts, profile, notes, [call_id for call_id, _ in calls])
+        said = bring_back(said, thoughts, profile, notes, calls)
     return said, calls
 
 
-def bring_back(said, thoughts, profile, notes, call_ids):
+def bring_back(said, thoughts, profile, notes, calls):
     """An assistant turn with its earlier reasoning, which some providers insist on: from the
     signatures of its thinking blocks, else from what is remembered of its calls.
 
@@ -2086,7 +2062,7 @@ def bring_back(said, thoughts, profile, notes, call_ids):
     states = list(filter(None, (read_state(block, profile.scope) for block in thoughts)))
     shape = REASONING_FIELDS.get(profile.reasoning_field)
     if shape == "opaque":
-        return sign_calls(said, states, profile, notes, call_ids)
+        return sign_calls(said, states, profile, notes, calls)
     if shape == "parts":
         # What is remembered is whole; a signature holds what had come when its block was closed.
         kept = [note["details"] for note in notes + states[::-1] if note.get("details")]
@@ -2096,13 +2072,11 @@ def bring_back(said, thoughts, profile, notes, call_ids):
     return [empty_block("thinking", thinking=text)] + said if text else said
 
 
-def sign_calls(said, states, profile, notes, call_ids):
+def sign_calls(said, states, profile, notes, calls):
     """The turn with Gemini's thought signatures on its calls; Gemini checks the first call's."""
-    known = {}
-    for state in states:
-        known.update(as_dict(state.get("google")))
-    found = [known.get(call_id) or note.get("google") for call_id, note in zip(call_ids, notes)]
-    found[:1] = [found[0] or profile.placeholder] if found else []
+    known = collections.ChainMap(*(as_dict(state.get("google")) for state in states))
+    found = [known.get(call_id) or note.get("google") for (call_id, _), note in zip(calls, notes)]
+    found[:1] = [mark or profile.placeholder for mark in found[:1]]
     found = iter(found)
     return [
         add_note(block, google=next(found)) if block.get("type") == "tool_use" else block
@@ -2130,10 +2104,9 @@ def clean_call(block, profile, original, number):
         parsed = json_or_none(raw)
         value = parsed if isinstance(parsed, dict) else {"unparsed": raw}
     name = short_name(str(block.get("name") or "tool"))
-    wanted = {"id": sent_id(block, name, profile.tool_ids, number), "name": name, "input": value}
-    if any(block.get(key) != part for key, part in wanted.items()):
-        block = dict(block, **wanted)
-    return add_note(block, arguments=original if says_the_same(original, value) else "")
+    call_id = sent_id(block, name, profile.tool_ids, number)
+    call = dict(block, id=call_id, name=name, input=value)
+    return add_note(call, arguments=original) if says_the_same(original, value) else call
 
 
 def says_the_same(original, value):
@@ -2159,9 +2132,8 @@ def sent_id(block, name, form, number):
         return "functions.%s:%d" % (name, number)
     if form == "nine":
         return given if re.match(r"[A-Za-z0-9]{9}\Z", given) else short_hash(given, 9)
-    if len(given) > 40 or not re.match(r"[A-Za-z0-9_.:-]+\Z", given):
-        return "call_" + short_hash(given, 24)
-    return given
+    is_fine = re.match(r"[A-Za-z0-9_.:-]{1,40}\Z", given)
+    return given if is_fine else "call_" + short_hash(given, 24)
 
 
 def short_hash(text, length):
@@ -2201,16 +2173,15 @@ def write_state(scope, state):
 def read_state(block, scope):
     """The state in a thinking block that came from `scope`, with its text; None for any other
     block."""
-    mark = as_str(block.get("signature"))
-    if not mark.startswith(write_state(scope, {})):
+    mark, start = as_str(block.get("signature")), write_state(scope, {})
+    if not mark.startswith(start):
         return None
     try:
-        packed = mark[len(STATE_MARK) :].split(".", 1)[1]
-        data = zlib.decompress(base64.urlsafe_b64decode(packed)) if packed else b"{}"
-        state = as_dict(json.loads(data.decode()))
+        packed = mark[len(start) :]
+        data = zlib.decompress(base64.urlsafe_b64decode(packed)) if packed else b""
     except (ValueError, zlib.error):
         return None
-    return dict(state, text=as_str(block.get("thinking")))
+    return dict(as_dict(json_or_none(data)), text=as_str(block.get("thinking")))
 
 
 def is_our_thinking(block):
@@ -2222,8 +2193,7 @@ def is_our_thinking(block):
 
 
 def clean_blocks(blocks, profile):
-    """The blocks with what the provider has no form for in words; unchanged ones are the same
-    objects."""
+    """The blocks with what the provider has no form for in words."""
     return [part for block in blocks for part in clean_block(block, profile)]
 
 
@@ -2233,14 +2203,14 @@ def clean_block(block, profile):
     Kinds seen from the client: text, image, document, tool_use, tool_result, thinking,
     redacted_thinking, tool_reference; the others stand in the documentation, or come one day.
     """
-    kind = block.get("type")
+    kind, source = block.get("type"), as_dict(block.get("source"))
     if kind == "tool_result":
         return [clean_result(block, profile)]
     if kind == "image":
-        note = image_note(as_dict(block.get("source")), profile)
+        note = image_note(source, profile)
         return [text_block(note)] if note else [block]
     if kind == "document":
-        return clean_document(block, as_dict(block.get("source")), profile)
+        return clean_document(block, source, profile)
     if kind == "text" or profile.native_blocks:
         return [block]
     return [text_block(foreign_text(block))]
@@ -2251,13 +2221,15 @@ def clean_result(block, profile):
     tools."""
     if not isinstance(block.get("content"), (list, dict)):
         return block
-    blocks = as_blocks(block["content"])
-    loaded = [part for part in blocks if part.get("type") == "tool_reference"]
-    content = clean_blocks([part for part in blocks if part not in loaded], profile)
+    content, loaded = [], []
+    for part in as_blocks(block["content"]):
+        if part.get("type") == "tool_reference":
+            loaded.append(short_name(str(part.get("tool_name"))))
+        else:
+            content += clean_block(part, profile)
     if loaded:
-        names = [short_name(str(part.get("tool_name"))) for part in loaded]
-        content.append(text_block(LOADED + ", ".join(names)))
-    return block if content == block["content"] else dict(block, content=content)
+        content.append(text_block(LOADED + ", ".join(loaded)))
+    return dict(block, content=content)
 
 
 def image_note(source, profile):
@@ -2268,16 +2240,15 @@ def image_note(source, profile):
     """
     if not profile.images:
         return "[an image was here; this model takes no images]"
-    url = source.get("url") if source.get("type") == "url" else None
-    is_url = isinstance(url, str)
+    url = as_str(source.get("url"))
     passes = {
         "base64": isinstance(source.get("data"), str),
-        "url": is_url and profile.image_urls,
+        "url": url and profile.image_urls,
         "file": profile.native_blocks,
     }
     if passes.get(str(source.get("type"))):
         return ""
-    return "[an image was here that could not be passed on%s]" % (": " + url if is_url else "")
+    return "[an image was here that could not be passed on%s]" % (url and ": " + url)
 
 
 def clean_document(block, source, profile):
@@ -2285,26 +2256,27 @@ def clean_document(block, source, profile):
     do about it: a coding agent has a shell, and Claude Code's Read tool renders single pages."""
     form, title = source.get("type"), str(block.get("title") or "document")
     is_file = form in ("base64", "url", "file")
-    takes_file = profile.files and (profile.native_blocks or form == "base64")
+    takes_file = profile.files and (profile.native_blocks or as_str(source.get("data")))
     if takes_file if is_file else profile.native_blocks:
         return [block]
     heading = "[document: %s]" % title
     if form == "text":
         return [text_block("%s\n%s" % (heading, source.get("data")))]
     if form == "content":
-        return [text_block(heading)] + clean_blocks(as_blocks(source.get("content")), profile)
-    where = " at %s" % source["url"] if as_str(source.get("url")) else ""
-    return [text_block(NO_PDF % (title, where))]
+        parts = [part for part in as_blocks(source.get("content")) if not is_blank(part)]
+        return [text_block(heading)] + clean_blocks(parts, profile)
+    url = as_str(source.get("url"))
+    return [text_block(NO_PDF % (title, url and " at " + url))]
 
 
 def foreign_text(block):
     """A block that only Anthropic's API has a form for, as text that the model can read."""
     kind, parts = str(block.get("type")), as_blocks(block.get("content"))
     if kind == "search_result":
-        heading = "[search result: %s - %s]\n" % (block.get("title"), block.get("source"))
-        return heading + "\n".join(map(block_text, parts))
+        heading = "[search result: %s - %s]" % (block.get("title"), block.get("source"))
+        return "\n".join([heading] + [block_text(part) for part in parts])
     if kind == "server_tool_use":
-        return "[%s: %s]" % (block.get("name"), compact_json(as_dict(block.get("input"))))
+        return "[%s: %s]" % (block.get("name"), compact_json(block.get("input")))
     if kind.endswith("_tool_result"):
         hits = ["%s - %s" % (hit.get("title"), hit.get("url")) for hit in parts]
         return "\n".join(["[%s]" % kind] + hits)
@@ -2330,16 +2302,16 @@ def offered_tools(body):
     """
     tools = {}
     for tool in as_list(body.get("tools")):
-        name = as_dict(tool).get("name")
-        if isinstance(name, str) and name and name != PLACEHOLDER_TOOL and is_function(tool):
+        name = as_str(as_dict(tool).get("name"))
+        if name not in ("", PLACEHOLDER_TOOL) and is_function(tool):
             tools[name] = tool
-    fixed = sorted(name for name in tools if not tools[name].get("defer_loading"))
-    if len(fixed) == len(tools):
-        return [tools[name] for name in fixed]
-    named = [str(block.get("tool_name")) for block in find_blocks(body, "tool_reference")]
-    order = {name: -place for place, name in enumerate(reversed(named))}  # its first appearance
-    deferred = sorted(set(tools) - set(fixed), key=lambda name: (order.get(name, 1), name))
-    return [tools[name] for name in fixed + deferred]
+    loaded = [str(block.get("tool_name")) for block in find_blocks(body, "tool_reference")]
+
+    def place(name):  # a deferred tool's is where it was first named, else behind all of those
+        is_late = bool(tools[name].get("defer_loading"))
+        return is_late, (loaded + [name]).index(name) if is_late else 0, name
+
+    return [tools[name] for name in sorted(tools, key=place)]
 
 
 def tool_names(body):
@@ -2356,8 +2328,8 @@ CHOICE_FORMS = {"none": "none", "any": "required", "tool": "named"}
 def normalize_tools(body, profile, memo):
     """{"tools", "tool_choice"} as the provider takes them, at most as many as it takes: those at
     the end are the rarest. {} where there are none."""
-    tools = offered_tools(body)
-    tools = [clean_tool(tool, profile, memo) for tool in tools[: profile.max_tools or len(tools)]]
+    offered = offered_tools(body)[: profile.max_tools or None]
+    tools = [clean_tool(tool, profile, memo) for tool in offered]
     if profile.native_blocks:
         tools += [tool for tool in as_list(body.get("tools")) if not is_function(as_dict(tool))]
     if not tools:
@@ -2377,19 +2349,19 @@ def clean_choice(choice, tools, profile):
 
 
 def clean_tool(tool, profile, memo):
-    """One tool with a schema that the provider takes. memo keeps (tool, rules, clean tool) by name,
-    as cleaning the same schemas again costs more than comparing them."""
-    rules = (profile.schema, profile.typed_schema)
-    known = memo.get(tool["name"])
-    if known and known[1] == rules and known[0] == tool:
-        return known[2]
+    """One tool with a schema that the provider takes. memo keeps (tool, clean tool) by name and
+    rules, as cleaning the same schemas again costs more than comparing them."""
+    key = (tool["name"], profile.schema, profile.typed_schema)
+    known = memo.get(key)
+    if known and known[0] == tool:
+        return known[1]
     schema = clean_schema(as_dict(tool.get("input_schema")), profile)
     schema.update(type="object", properties=as_dict(schema.get("properties")))
     clean = omit(tool, ("defer_loading",))
     clean.update(name=short_name(tool["name"]), input_schema=schema)
     if len(memo) > 2000:
         memo.clear()
-    memo[tool["name"]] = (tool, rules, clean)
+    memo[key] = (tool, clean)
     return clean  # not the memo's: another thread may have put its own there
 
 
@@ -2473,9 +2445,6 @@ def split_type(schema):
 # ---- the form of the reply -----------------------------------------------------------------------
 
 
-WISH = "Reply with one JSON object that fits this JSON schema, and nothing else:\n"
-
-
 def wanted_schema(body):
     """The JSON schema that the reply must fit (output_config.format, or the older output_format),
     or None."""
@@ -2484,29 +2453,27 @@ def wanted_schema(body):
     return schema if isinstance(schema, dict) else None
 
 
-def ask_for_format(body, profile):
-    """Clean the schema of the reply in `body`; where the provider knows no such schema, ask for it
-    in words at the end of the last turn (Claude Code asks so for a session's title)."""
-    schema = wanted_schema(body)
-    if schema is None:
-        return
-    schema = clean_schema(schema, profile)
-    wanted = {"type": "json_schema", "schema": schema}
-    body["output_config"] = dict(as_dict(body.get("output_config")), format=wanted)
-    if profile.json_format == "json_schema":
-        return
-    messages, said = body["messages"], []
-    if messages and messages[-1]["role"] == "user":
-        said = as_blocks(messages.pop()["content"])
-    messages.append({"role": "user", "content": said + [text_block(WISH + compact_json(schema))]})
+def clean_config(body, profile):
+    """The request's output_config, with the effort of its latest turn, and with a schema of the
+    reply that the provider takes; {} where it has none.
+
+    Claude Code sends a turn's own effort on system turns, which are folded here (beta
+    per-turn-control-2026-07-01).
+    """
+    config, schema = dict(as_dict(body.get("output_config"))), wanted_schema(body)
+    for turn in map(as_dict, body["messages"]):
+        effort = as_dict(turn.get("output_config")).get("effort")
+        if effort in LEVELS:
+            config["effort"] = effort
+    if schema is not None:
+        config["format"] = {"type": "json_schema", "schema": clean_schema(schema, profile)}
+    return config
 
 
 # ==================================================================================================
 # 6  Formats out: a normalized request -> what goes over the wire
 # ==================================================================================================
 
-BRIDGE = "I have the results of the tools."
-CONTINUE = "Continue."
 MAX_STOPS = 4  # stop sequences; OpenAI and vLLM take no more
 
 
@@ -2535,7 +2502,7 @@ def endpoint(base, path):
     """The URL of a format's path at a base URL; the base's query (Azure's api-version) stays."""
     parts = urllib.parse.urlsplit(base)
     start = re.sub(r"/v1\Z", "", parts.path) if path.startswith("/v1/") else parts.path
-    return urllib.parse.urlunsplit((parts.scheme, parts.netloc, start + path, parts.query, ""))
+    return parts._replace(path=start + path, fragment="").geturl()
 
 
 # ---- chat: OpenAI's chat completions -------------------------------------------------------------
@@ -2553,7 +2520,7 @@ def write_chat(body, model, profile, attach=()):
     """The chat-completions request for a normalized body
     (https://platform.openai.com/docs/api-reference/chat/create)."""
     sent = {"model": model, "messages": chat_messages(body, profile)}
-    tools = [chat_tool(tool) for tool in as_list(body.get("tools")) if is_function(tool)]
+    tools = [chat_tool(tool) for tool in body.get("tools", ()) if is_function(tool)]
     if tools:
         sent["tools"] = tools
         sent.update(choice_fields(as_dict(body.get("tool_choice")), profile))
@@ -2595,7 +2562,7 @@ def chat_messages(body, profile):
             messages += user_messages(blocks, names, profile)
     if not messages or messages[-1]["role"] in ("system", "assistant"):
         # Few providers go on with an assistant's text, several refuse it: words work everywhere.
-        messages.append({"role": "user", "content": CONTINUE})
+        messages.append({"role": "user", "content": "Continue."})
     return messages
 
 
@@ -2646,7 +2613,7 @@ def user_messages(blocks, names, profile):
         messages.append({"role": "tool", "tool_call_id": block["tool_use_id"], "content": content})
     if media or rest:
         if messages and not profile.user_after_tool:
-            messages.append({"role": "assistant", "content": BRIDGE})
+            messages.append({"role": "assistant", "content": "I have the results of the tools."})
         messages.append({"role": "user", "content": join_parts(media + rest)})
     return messages
 
@@ -2671,13 +2638,15 @@ def data_url(source, media_type):
 
 
 def join_parts(parts):
-    """Message content of parts: one plain string unless there is an image or a file among them."""
+    """Message content of parts: one plain string unless there is an image or a file among them.
+
+    No string is empty, as providers refuse empty text parts: normalize left no blank text.
+    """
     content = []
-    for is_string, run in itertools.groupby(parts, lambda part: isinstance(part, str)):
-        content += [text_block("\n\n".join(filter(None, run)))] if is_string else run
-    if len(content) == 1 and content[0]["type"] == "text":
-        return content[0]["text"] or NO_OUTPUT
-    return [part for part in content if part.get("text") != ""]
+    for kind, run in itertools.groupby(parts, type):
+        content += [text_block("\n\n".join(run))] if kind is str else run
+    is_plain = len(content) == 1 and content[0]["type"] == "text"
+    return content[0]["text"] if is_plain else content
 
 
 def chat_tool(tool):
@@ -2719,12 +2688,12 @@ def anthropic_headers(key, profile, client_headers):
     """The client's version and beta flags, and the key in both forms that such providers take: some
     look at x-api-key, some at Authorization, and none refuses the other."""
     flags = re.findall(r"[^,\s]+", client_headers.get("anthropic-beta") or "")
-    betas = ",".join(flag for flag in flags if flag not in profile.betas)
-    headers = {"anthropic-version": client_headers.get("anthropic-version") or "2023-06-01"}
-    if betas:
-        headers["anthropic-beta"] = betas
-    if key:
-        headers["x-api-key"] = key
+    headers = {
+        "anthropic-version": client_headers.get("anthropic-version") or "2023-06-01",
+        "anthropic-beta": ",".join(flag for flag in flags if flag not in profile.betas),
+        "x-api-key": key,
+    }
+    headers = {name: value for name, value in headers.items() if value}
     return dict(headers, **chat_headers(key, profile, client_headers))
 
 
@@ -2732,14 +2701,10 @@ def write_anthropic(body, model, profile, attach=()):
     """The Messages request for a normalized body: itself, but for the model's name and what the
     provider was found to refuse."""
     sent = dict(omit(body, profile.never), model=model)
-    return without_keys(sent, "cache_control") if "cache_control" in profile.never else sent
-
-
-def without_keys(value, name):
-    """A copy of a JSON value without the dict entries of one name."""
-    if isinstance(value, dict):
-        return {key: without_keys(part, name) for key, part in value.items() if key != name}
-    return [without_keys(part, name) for part in value] if isinstance(value, list) else value
+    if "cache_control" not in profile.never:
+        return sent
+    # It stands on blocks and tools, at any depth.
+    return json.loads(compact_json(sent), object_hook=lambda part: omit(part, ("cache_control",)))
 
 
 # ==================================================================================================

@@ -2302,13 +2302,22 @@ MESSAGES = (
         "a document of blocks",
         request(
             user(
-                {"type": "document", "source": {"type": "content", "content": [txt("x"), txt("y")]}}
+                {
+                    "type": "document",
+                    "source": {"type": "content", "content": [txt("x"), txt(""), txt("y")]},
+                }
             )
         ),
         PLAIN,
         [U("[document: document]\n\nx\n\ny")],
     ),
     ("a PDF", request(user(PDF)), PLAIN, [U(NO_PDF)]),
+    (
+        "a PDF without its bytes",
+        request(user(dict(PDF, source={"type": "base64"}))),
+        row("openai"),
+        [U(NO_PDF)],
+    ),
     (
         "a search result",
         request(
