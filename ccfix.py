@@ -6662,34 +6662,22 @@ class Plan(NamedTuple):
         return endpoint(self.base, path)
 
 
-def plan_request(settings, asked, with_images, profile_of):
-    """The Plan for a model name that the client asked for.
-
-    A family without settings of its own takes the main ones, and so does a name of no family.
-    profile_of(base, model) -> Profile. Requests with images go to TARGET_MODEL_IMAGE where the
-    plan takes none.
-    """
-    plan = plan_for(settings, family_of(asked), profile_of)
-    if with_images and settings.target_model_image and not plan.profile.images:
-        return plan_for(settings, "image", profile_of)
-    return plan
-
-
 def plan_for(settings, family, profile_of):
     """The Plan of a family: its own model, base and key where they are set.
 
-    A base of its own never gets the main key: it is another company's.
+    A family with neither model nor base of its own takes the main ones. A base of its own never
+    gets the main key: it is another company's. profile_of(base, model) -> Profile.
     """
-
-    def own(name):
-        return getattr(settings, "%s_%s" % (name, family)) if family else ""
-
-    base = own("target_api_base") or settings.target_api_base
-    main_key = settings.target_api_key if base == settings.target_api_base else ""
-    model = without_mark(own("target_model") or settings.target_model)
-    mine = bool(own("target_model") or own("target_api_base"))
-    key = own("target_api_key") or main_key
-    return Plan(family if mine else "", model, base, key, profile_of(base, model))
+    model, base, key = (
+        family and getattr(settings, "target_%s_%s" % (name, family))
+        for name in ("model", "api_base", "api_key")
+    )
+    family = family if model or base else ""
+    model = without_mark(model or settings.target_model)
+    base = base or settings.target_api_base
+    if base == settings.target_api_base:
+        key = key or settings.target_api_key
+    return Plan(family, model, base, key, profile_of(base, model))
 
 
 def upstream_headers(plan, settings, client_headers=()):
@@ -6715,15 +6703,6 @@ def upstream_headers(plan, settings, client_headers=()):
 USER_AGENT = "ccfix/" + __version__
 
 
-def add_extra_body(sent, settings):
-    """The body for the provider, changed in place by EXTRA_BODY (null removes a field)."""
-    for name, value in settings.extra_body.items():
-        sent.pop(name, None)
-        if value is not None:
-            sent[name] = value
-    return sent
-
-
 def encode_request(sent):
     """(the request's JSON bytes, its Outline): each part is encoded once, for both.
 
@@ -6731,7 +6710,7 @@ def encode_request(sent):
     """
     lists = {name: as_list(sent.get(name)) for name in ("messages", "tools")}
     encoded = {name: [to_json_bytes(item) for item in items] for name, items in lists.items()}
-    body = to_json_bytes({name: value for name, value in sent.items() if name not in lists})[:-1]
+    body = to_json_bytes(omit(sent, lists))[:-1]
     for name, items in encoded.items():
         if items:
             body += b',"%s":[%s]' % (name.encode(), b",".join(items))
@@ -6806,7 +6785,7 @@ class Proxy:
         self.ledger = Ledger(now=now)
         self.sessions = Sessions()  # for the explainer of lost prefixes
         self.lessons = {}  # (base, model) -> {profile field: value}
-        self.found = {}  # (base, model) -> {"owner", "context"}: what the provider tells of itself
+        self.found = {}  # (base, model) -> what ask_provider found
         self.memo = {}  # cleaned tools, see clean_tool
         self.rows = {}  # profile_for's answers by its arguments: each takes 30 us or more
         self.wires = None  # (the TLS settings it was made from, Upstream)
@@ -6827,17 +6806,17 @@ class Proxy:
         """
         with self.lock:
             old, self.seen = self.seen, settings
-            names = STORE_SETTINGS + ("prices", "record_dir")
-            changed = {
-                name for name in names if getattr(old, name, self) != getattr(settings, name)
-            }
+
+            def differ(*names):
+                return any(getattr(old, name, self) != getattr(settings, name) for name in names)
+
             try:  # prices first: rows that the store gives back are priced by them
-                if "prices" in changed:
+                if differ("prices"):
                     self.ledger.prices = prices_from(settings.prices)
             finally:
-                if changed.intersection(STORE_SETTINGS):
+                if differ(*STORE_SETTINGS):
                     self.open_store(settings)
-                if "record_dir" in changed:
+                if differ("record_dir"):
                     folder, secrets = settings.record_dir, settings.secrets()
                     self.recorder = Recorder(folder, secrets, self.warn) if folder else None
 
@@ -6881,13 +6860,13 @@ class Proxy:
 
         def profile(base, model):
             place = base, model
-            found = self.found.get(place, {})
+            owner, context = self.found.get(place, ("", 0))
             forced = (settings.profile, settings.target_format) if base == main[0] else ("", "auto")
-            key = (base, model) + forced + (found.get("owner", ""),)
+            key = (base, model, *forced, owner)
             row = self.rows.get(key) or self.rows.setdefault(key, profile_for(*key))
-            if found.get("context") and not row.context:
-                row = row._replace(context=found["context"])
-            row = apply_lesson(row, self.lessons.get(place))
+            row = apply_lesson(
+                row._replace(context=row.context or context), self.lessons.get(place)
+            )
             if place != main:
                 return row
             context = settings.max_context or row.context
@@ -6926,10 +6905,10 @@ class Proxy:
             self.log("debug", "the provider was not asked about itself: %s" % error)
             return
         self.found[(plan.base, plan.model)] = found
-        if 0 < found["context"] < SMALL_CONTEXT:
+        if 0 < found[1] < SMALL_CONTEXT:
             self.warn(
                 "%s has a context window of %d tokens; Claude Code's first request alone has about"
-                " 13,000" % (plan.model, found["context"])
+                " 13,000" % (plan.model, found[1])
             )
 
     @contextlib.contextmanager
@@ -6965,6 +6944,16 @@ class Proxy:
         """The Plan of a family, with what was learned."""
         return plan_for(settings, family, self.profile_of(settings))
 
+    def plan_request(self, settings, body):
+        """The Plan of a request, by the family that its model's name says.
+
+        Requests with images go to TARGET_MODEL_IMAGE where that plan takes none.
+        """
+        plan = self.plan_of(settings, family_of(str(body.get("model"))))
+        if not settings.target_model_image or plan.profile.images:
+            return plan
+        return self.plan_of(settings, "image") if any(find_blocks(body, "image")) else plan
+
     def models(self, settings):
         """Anthropic's model list: the families, and the disguise or target.
 
@@ -6973,12 +6962,13 @@ class Proxy:
         """
         shown = settings.disguise_model or settings.target_model
         named = shown if shown.startswith(("claude", "anthropic")) else "claude-" + shown
-        data = [model_row(named, settings.target_model)]
+        titles = {named: settings.target_model}
         for family in FAMILIES:
-            title = "%s (%s)" % (self.plan_of(settings, family).model, family)
-            data.append(model_row("claude-" + family, title))
+            titles["claude-" + family] = "%s (%s)" % (self.plan_of(settings, family).model, family)
+        constants = {"type": "model", "created_at": CREATED, "description": "through ccfix"}
+        data = [dict(constants, id=name, display_name=title) for name, title in titles.items()]
         ends = {"first_id": data[0]["id"], "last_id": data[-1]["id"]}
-        return dict({"data": data, "has_more": False}, **ends)
+        return dict(ends, data=data, has_more=False)
 
     def count_tokens(self, body, headers, wait=None):
         """{"input_tokens"}: the provider's own count where its format has one, else an estimate.
@@ -6988,16 +6978,17 @@ class Proxy:
         if not isinstance(body.get("messages"), list):
             raise BadRequest("messages: a list is required")
         settings = self.settings()
-        plan = plan_request(settings, str(body.get("model")), False, self.profile_of(settings))
+        plan = self.plan_request(settings, body)
         count = None
         if plan.format.count_path and body["messages"]:
             sent = normalize(body, plan.profile, memo=self.memo)
             sent = plan.format.write(sent, plan.model, plan.profile)
-            sent = {name: sent[name] for name in sent if name not in ("max_tokens", "stream")}
+            sent = omit(sent, ("max_tokens", "stream"))
             headers = upstream_headers(plan, settings, headers)
             url, upstream = plan.url(plan.format.count_path), self.upstream(settings)
             try:
-                count = get_json(upstream, url, headers, wait, 10, sent).get("input_tokens")
+                _, found = get_json(upstream, url, headers, wait, 10, sent)
+                count = found.get("input_tokens")
             except ProxyError as error:
                 self.log("debug", "count_tokens of the provider failed: %s" % error)
         return {"input_tokens": count if isinstance(count, int) else estimate_tokens(body)}
@@ -7063,22 +7054,11 @@ def place_of(plan):
     return {"model": plan.model, "api_base": without_password(plan.base)}
 
 
-def model_row(name, title):
-    """A model as Anthropic's list shows it."""
-    row = {"type": "model", "id": name, "display_name": title, "created_at": CREATED}
-    return dict(row, description="through ccfix")
-
-
 def get_json(upstream, url, headers, wait=None, timeout=None, body=None):
-    """The JSON object that a URL answers with (to a POST where there is a body).
+    """(HTTP status, JSON object) with which a URL answers (to a POST where there is a body).
 
     {} for anything else, and for an error status. timeout: seconds. Raises ProxyError.
     """
-    return fetch_json(upstream, url, headers, wait, timeout, body)[1]
-
-
-def fetch_json(upstream, url, headers, wait=None, timeout=None, body=None):
-    """(HTTP status, JSON object), see `get_json`."""
     method, data = ("GET", None) if body is None else ("POST", to_json_bytes(body))
     reply = upstream.open(method, url, headers, data, wait, timeout)
     try:
@@ -7099,29 +7079,24 @@ CONTEXT_FIELDS = (
 
 
 def ask_provider(upstream, plan, headers, wait=None):
-    """{"owner", "context"} from /models, and from a local server's own endpoint.
+    """(owner, context) from /models, and from a local server's own endpoint.
 
     owner: see OWNERS; context: tokens, 0 where nothing tells: OpenAI and most clouds do not.
     Raises ProxyError.
     """
 
     def ask(url):
-        return get_json(upstream, url, headers, wait, timeout=5)
+        return get_json(upstream, url, headers, wait, timeout=5)[1]
 
-    rows = as_list(ask(plan.url(plan.format.models_path)).get("data"))
-    rows = [row for row in rows if isinstance(row, dict)]
+    rows = [as_dict(row) for row in as_list(ask(plan.url(plan.format.models_path)).get("data"))]
     named = [row for row in rows if row.get("id") == plan.model]
     mine = (named or (rows if len(rows) == 1 else [{}]))[0]
     owners = (row.get("owned_by") for row in named + rows)
     owner = str(next(filter(None, owners), ""))
-    context = loaded_context(ask, plan, owner) or positive_int(limits_of(mine), *CONTEXT_FIELDS)
-    return {"owner": owner, "context": context}
-
-
-def limits_of(row):
-    """The fields of a row of /models, and those that some providers put one level down."""
-    limits = as_dict(as_dict(row.get("capabilities")).get("limits"))  # GitHub Copilot
-    return dict(as_dict(row.get("top_provider")), **dict(limits, **row))  # OpenRouter's provider
+    # GitHub Copilot and OpenRouter tell some limits one level down.
+    limits = as_dict(as_dict(mine.get("capabilities")).get("limits"))
+    limits = {**as_dict(mine.get("top_provider")), **limits, **mine}
+    return owner, loaded_context(ask, plan, owner) or positive_int(limits, *CONTEXT_FIELDS)
 
 
 def loaded_context(ask, plan, owner):
@@ -7149,7 +7124,7 @@ def connect_lines(address, has_key):
 
 
 # Fields of a ledger row that are attributes of an Exchange.
-ROW_FIELDS = ("id", "asked", "stream", "bytes_in", "bytes_out", "retries", "broke")
+ROW_FIELDS = "id asked stream bytes_in bytes_out retries lessons first_ms broke".split()
 
 
 class Exchange:
@@ -7169,9 +7144,7 @@ class Exchange:
         self.stream = body.get("stream") is True
         self.asked = without_mark(str(body.get("model") or ""))  # the model that the client named
         self.shown = self.settings.disguise_model or self.asked or self.settings.target_model
-        with_images = bool(self.settings.target_model_image) and any(find_blocks(body, "image"))
-        profile_of = proxy.profile_of(self.settings)
-        self.plan = plan_request(self.settings, self.asked, with_images, profile_of)
+        self.plan = proxy.plan_request(self.settings, body)
         self.writer = None  # the MessageWriter, and ...
         self.reader = None  # ... the format's reader of this try
         self.normalized = self.sent = None  # the request of this try
@@ -7179,7 +7152,7 @@ class Exchange:
         self.retries = 0  # tries again because the provider failed
         self.fixes = 0  # tries again because something was learned
         self.room = 0  # output tokens to ask for, after an overflow
-        self.learned = []  # what, in sentences
+        self.lessons = []  # what was learned, in sentences
         self.replies = []  # one a try, for the record
         self.store = proxy.store if self.settings.cache_enabled else None  # a Cache, or None
         self.cache_state = "off"  # or miss, hit
@@ -7230,7 +7203,7 @@ class Exchange:
 
     def spent_ms(self):
         """Milliseconds since the request came."""
-        return (self.clock() - self.began) * 1000
+        return round((self.clock() - self.began) * 1000, 1)
 
     def silence(self):
         """SSE text to write in a silence, or "".
@@ -7251,11 +7224,10 @@ class Exchange:
         if not self.stream or self.writer is None or self.writer.state in ENDED:
             return ""
         is_held = self.writer.state == IDLE
-        if is_held and now - self.began < HOLD_SECONDS:
+        since, pause = (self.began, HOLD_SECONDS) if is_held else (self.last_write, PING_SECONDS)
+        if now - since < pause:
             return ""
-        if not is_held and now - self.last_write < PING_SECONDS:
-            return ""
-        events = list(self.writer.start()) + [PING] if is_held else [PING]
+        events = [*self.writer.start(), PING]  # start() gives nothing the second time
         if not is_held and now - self.last_sign >= SIGN_SECONDS:
             events = self.reader.idle()
         self.last_write = now
@@ -7336,11 +7308,11 @@ class Exchange:
                 kept.append(reply.read(1 << 20))
                 raise refusal(reply, kept[0], plan)
             blocks = reply.blocks()
-            yield from self.read(reply, record_blocks(blocks, kept) if proxy.recorder else blocks)
+            yield from self.read(reply, keep_each(blocks, kept) if proxy.recorder else blocks)
         finally:
             reply.close()
-            row = {"status": reply.status, "headers": dict(reply.headers.items())}
-            self.replies.append(dict(row, body=b"".join(kept)))
+            headers, body = dict(reply.headers.items()), b"".join(kept)
+            self.replies.append({"status": reply.status, "headers": headers, "body": body})
         proxy.memory.keep(self.writer.memory)
 
     def new_writer(self):
@@ -7367,7 +7339,8 @@ class Exchange:
         is_wanted = {"always": True, "auto": not profile.strict}.get(settings.attach_fields)
         attach = attach if recall and is_wanted else ()
         sent = plan.format.write(self.normalized, plan.model, profile, attach)
-        return add_extra_body(sent, settings)
+        sent.update(settings.extra_body)  # null removes a field
+        return omit(sent, [name for name in settings.extra_body if sent[name] is None])
 
     def output_room(self):
         """Output tokens that fit beside the prompt where the context window is known, else 0.
@@ -7383,7 +7356,7 @@ class Exchange:
     def explain_prefix(self, outline):
         """Why this request does not go on where the session's last one stopped, or ""."""
         names = ("x-claude-code-session-id", "x-claude-code-agent-id")
-        session = " ".join(self.headers.get(name) or "" for name in names)
+        session = " ".join(self.headers.get(name, "") for name in names)
         if not session.strip():
             return ""
         return self.proxy.sessions.compare(session + self.plan.model, outline)
@@ -7395,9 +7368,8 @@ class Exchange:
         error, DashScope sends SSE to all.
         """
         reader, head = self.reader, first_bytes(blocks)
-        start = head.lstrip(BLANK)[:1]
-        if start in (b"{", b"[", b"<"):
-            yield from reader.feed(whole_reply(read_all(head, blocks), start, self.plan))
+        if head[:1] in (b"{", b"[", b"<"):
+            yield from reader.feed(whole_reply(read_all(head, blocks), self.plan))
             reader.ended = True
         else:
             for payload in sse_payloads(itertools.chain([head], blocks)):
@@ -7447,11 +7419,11 @@ class Exchange:
         profile, changes = self.plan.profile, {}
         if not self.room:
             changes, self.room = room_after(error, profile, self.bytes_in)
-        changes = changes or learn(error, profile, self.normalized or {}, self.sent or {})
+        changes = changes or learn(error, profile, self.normalized, self.sent)
         if not changes:
             return False
         self.fixes += 1
-        self.learned += [lesson_text(field, value) for field, value in changes.items()]
+        self.lessons += [lesson_text(field, value) for field, value in changes.items()]
         self.proxy.teach(self.plan, changes)
         self.plan = self.plan._replace(profile=apply_lesson(profile, changes))
         if changes.get("images") is False and self.settings.target_model_image:
@@ -7481,9 +7453,7 @@ class Exchange:
         not taken for long.
         """
         seen = []
-        for event in events:
-            seen.append(event)
-            yield event
+        yield from keep_each(events, seen)
         seen = list(filter(None, seen))
         is_done = seen and seen[-1]["type"] == "message_stop" and self.plan.family != "fallback"
         message = fold(seen) if is_done else {}
@@ -7505,16 +7475,14 @@ class Exchange:
         row = {name: getattr(self, name) for name in ROW_FIELDS}
         row.update(
             time=self.proxy.now(),
-            session=self.headers.get("x-claude-code-session-id") or "",
+            session=self.headers.get("x-claude-code-session-id", ""),
             model=self.plan.model,
             status=status,
             input=usage["input_tokens"],
             output=usage["output_tokens"],
             cache_read=usage["cache_read_input_tokens"],
             cache_write=usage["cache_creation_input_tokens"],
-            first_ms=self.first_ms and round(self.first_ms, 1),
-            total_ms=round(self.spent_ms(), 1),
-            lessons=self.learned,
+            total_ms=self.spent_ms(),
             cache=self.cache_state,
             error=error,
         )
@@ -7524,7 +7492,10 @@ class Exchange:
             "time": row["time"],
             "id": self.id,
             "row": row,
-            "request": without_person(self.body),
+            # without what tells who and where the user is
+            "request": {
+                name: HIDDEN if name in PERSONAL else value for name, value in self.body.items()
+            },
             "sent": self.sent,
             "client_headers": dict(self.headers.items()),
         }
@@ -7541,34 +7512,28 @@ def row_text(row):
         "%(id)s %(asked)s -> %(model)s stream=%(stream)s %(status)s in=%(input)s+%(cache_read)s"
         " out=%(output)s first=%(first_ms)sms total=%(total_ms)sms cache=%(cache)s" % row
     )
-    for name, shown in (("retries", " retries=%s"), ("broke", " prefix lost: %s")):
-        line += shown % row[name] if row[name] else ""
-    return line + (" error: " + row["error"] if row["error"] else "")
+    more = (("retries", " retries=%s"), ("broke", " prefix lost: %s"), ("error", " error: %s"))
+    return line + "".join(shown % row[name] for name, shown in more if row[name])
 
 
-def without_person(body):
-    """A request for a record or the log, without what tells who and where the user is."""
-    return {key: HIDDEN if key in PERSONAL else value for key, value in body.items()}
-
-
-def record_blocks(blocks, kept):
-    """The blocks, as they come; each is put into kept too."""
-    for block in blocks:
-        kept.append(block)
-        yield block
+def keep_each(items, kept):
+    """The items, as they come; each is put into kept too."""
+    for item in items:
+        kept.append(item)
+        yield item
 
 
 BLANK = b"\xef\xbb\xbf \t\r\n"  # some providers send blank lines while they think
 
 
 def first_bytes(blocks):
-    """The first bytes of a reply that are not only white space."""
+    """The first bytes of a reply, from the first that is not white space; b"" for white space."""
     head = b""
     for block in blocks:
         head += block
         if head.strip(BLANK) or len(head) > 1 << 16:
             break
-    return head.lstrip(BLANK) or head
+    return head.lstrip(BLANK)
 
 
 def read_all(head, blocks):
@@ -7581,14 +7546,14 @@ def read_all(head, blocks):
     return bytes(raw)
 
 
-def whole_reply(raw, start, plan):
+def whole_reply(raw, plan):
     """A reply that is not a stream, as the one chunk (or message) that it is.
 
-    start: its first byte. Raises UpstreamError for a web page or broken JSON. A web page comes
-    from a login portal, or from a base URL without its /v1.
+    Raises UpstreamError for a web page or broken JSON. A web page comes from a login portal, or
+    from a base URL without its /v1.
     """
     base = without_password(plan.base)
-    if start == b"<":
+    if raw[:1] == b"<":
         words = (
             "%s answered with a web page (%s) instead of a completion; check TARGET_API_BASE (-b)."
         )
@@ -7642,45 +7607,42 @@ def search_message(exchange):
     Never a model's invention, which the client would show as results.
     """
     _, blocks, _ = (split_turns(exchange.body["messages"]) or [("", [], None)])[-1]
-    text = "\n".join(block_text(block) for block in blocks if block.get("type") == "text")
-    query = re.sub(r"(?is)^.*?web search for the query:\s*", "", text).strip()[:400]
-    try:
-        hits = search_web(exchange, query)
-        content = [dict(HIT, title=title, url=url) for title, url, _ in hits]
-        text = "\n\n".join(map("\n".join, hits)) or "The search found nothing."
-    except (ProxyError, ValueError) as error:
-        content, text = SEARCH_ERROR, str(error)
+    said = "\n".join(map(block_text, blocks))
+    query = re.sub(r"(?is)^.*?web search for the query:\s*", "", said).strip()[:400]
+    content, text = SEARCH_ERROR, NO_SEARCH
+    if exchange.settings.search_url:
+        try:
+            hits = search_web(exchange, query)
+            content = [dict(HIT, title=title, url=url) for title, url, _ in hits]
+            text = "\n\n".join(map("\n".join, hits)) or "The search found nothing."
+        except (ProxyError, ValueError) as error:
+            text = "The web search failed: %s" % error
     call_id = "srvtoolu_" + exchange.proxy.new_id()
     call = {"type": "server_tool_use", "id": call_id, "name": "web_search"}
+    call["input"] = {"query": query}
     result = {"type": "web_search_tool_result", "tool_use_id": call_id, "content": content}
-    blocks = [dict(call, input={"query": query}), result, text_block(text)]
-    message = {"type": "message", "role": "assistant", "content": blocks}
-    return dict(message, stop_reason="end_turn", stop_sequence=None)
+    blocks = [call, result, text_block(text)]
+    return {"type": "message", "role": "assistant", "content": blocks, "stop_reason": "end_turn"}
 
 
 def search_web(exchange, query):
     """[(title, url, content)], all strings, of SEARCH_URL's JSON answer, at most ten.
 
-    SearXNG's form: https://docs.searxng.org/dev/search_api.html. Raises ValueError with a sentence
-    for the model.
+    SearXNG's form: https://docs.searxng.org/dev/search_api.html. Raises ProxyError, and ValueError
+    for other JSON.
     """
     url = exchange.settings.search_url
-    if not url:
-        raise ValueError(NO_SEARCH)
     url += ("&" if "?" in url else "?") + urllib.parse.urlencode({"q": query, "format": "json"})
     headers = {"Accept": "application/json", "User-Agent": USER_AGENT}
     upstream = exchange.proxy.upstream(exchange.settings)
-    try:
-        status, found = fetch_json(upstream, url, headers, exchange.wait, 30)
-    except ProxyError as error:
-        raise ValueError("The web search failed: %s" % error)
-    if not isinstance(found.get("results"), list):
-        words = "The web search failed: SEARCH_URL answered HTTP %d without a list of results"
-        raise ValueError(words % status)
-    rows = [row for row in found["results"][:10] if isinstance(row, dict) and row.get("url")]
+    status, found = get_json(upstream, url, headers, exchange.wait, 30)
+    rows = found.get("results")
+    if not isinstance(rows, list):
+        raise ValueError("SEARCH_URL answered HTTP %d without a list of results" % status)
     return [
         (str(row.get("title") or row["url"]), str(row["url"]), str(row.get("content") or ""))
-        for row in rows
+        for row in map(as_dict, rows[:10])
+        if row.get("url")
     ]
 
 
@@ -9397,7 +9359,7 @@ def fetch(url, seconds, headers=(), *tls):
     seconds.
     """
     with contextlib.closing(Upstream(seconds, seconds, *tls)) as upstream:
-        return get_json(upstream, url, dict(headers), patience(seconds), seconds)
+        return get_json(upstream, url, dict(headers), patience(seconds), seconds)[1]
 
 
 def glance(url, seconds=GLANCE_SECONDS):
@@ -9990,8 +9952,7 @@ class Tester:
     @property
     def plan(self):
         """Where requests go, and how. Each time anew: a probe or a lesson changes the profile."""
-        profile_of = self.proxy.profile_of(self.settings)
-        return plan_request(self.settings, self.asked, False, profile_of)
+        return self.proxy.plan_request(self.settings, {"model": self.asked})
 
     def ask(self, content="", limit=ROW_SECONDS, **fields):
         """The Answer to a user's content (string or blocks), within `limit` seconds.
@@ -10046,7 +10007,7 @@ def is_reachable(tester):
     """
     plan, settings = tester.plan, tester.settings
     upstream, headers = tester.proxy.upstream(settings), upstream_headers(plan, settings)
-    tester.models = model_names(get_json(upstream, models_url(plan), headers, patience(20)))
+    tester.models = model_names(get_json(upstream, models_url(plan), headers, patience(20))[1])
     tester.proxy.probe(plan, patience(10))  # tells a local server's kind, and so its profile
     way = upstream.way_to(plan.base)
     seen = host_port(way.host, way.port) + " answers"
