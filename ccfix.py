@@ -5842,15 +5842,15 @@ SHORTEST_SECRET = 4  # "x" as a key protects nothing, and hiding it would garble
 def redact(value, secrets=(), longest=None, depth=60):
     """A copy of a JSON value that may be logged, recorded or shown: keys are hidden here only.
 
-    Secrets (strings) go from every string, and so does the value of every name in SECRET_NAMES,
+    Secrets (strings, the longest first, as a key may be the beginning of another: see
+    Settings.secrets) go from every string, and so does the value of every name in SECRET_NAMES,
     also in [name, value] pairs; a dict under such a name stays, since it is a schema that
     describes the field. Bytes become strings. Strings are cut to `longest` characters, if given;
     what lies deeper than `depth` levels is hidden whole.
     """
     if isinstance(value, (bytes, str)):
         value = to_string(value)
-        # The longest first: a key may be the beginning of another.
-        for secret in sorted(filter(None, secrets), key=len, reverse=True):
+        for secret in secrets:
             if len(secret) >= SHORTEST_SECRET:
                 value = value.replace(secret, HIDDEN)
         return shorten(value, longest)
@@ -5910,7 +5910,6 @@ NOT_IN_KEY = frozenset(
 )
 SHAPE_FIELDS = ("thinking", "output_config", "tool_choice", "stop_sequences")  # of `body`
 REMINDER_END = "</system-reminder>"
-SEND_HINTS = ("cache_control", "eager_input_streaming")  # on tools and blocks: how to send them
 CALL_IDS = ("id", "tool_call_id", "tool_use_id")
 
 
@@ -5939,13 +5938,13 @@ def cache_key(body, sent, mode, model):
     none    None.
     """
     find_parts = {"full": full_parts, "prefix": prefix_parts}.get(mode)
-    if not (find_parts and isinstance(body, dict) and isinstance(sent, dict)):
+    if not find_parts:
         return None
     shape = [body.get(name) for name in SHAPE_FIELDS]
-    settings = {name: value for name, value in sent.items() if name not in NOT_IN_KEY}
     try:
         parts = find_parts(body, sent)
-        key = json.dumps([KEY_VERSION, mode, model, shape, settings, parts], sort_keys=True)
+        key = [KEY_VERSION, mode, model, shape, omit(sent, NOT_IN_KEY), parts]
+        key = json.dumps(key, sort_keys=True)
     except RecursionError:  # nested deeper than we, or json, can follow
         return None
     return None if parts is None else hashlib.sha256(key.encode("ascii")).hexdigest()
@@ -5994,14 +5993,14 @@ def key_part(item, numbers, is_loose=False):
     """
     if not isinstance(item, dict):
         return item
-    hidden = SEND_HINTS if is_loose else ()
-    if is_loose and item.get("thinking"):
-        hidden += ("signature",)
-    elif is_loose and "input" in item:
-        hidden += ("ccfix",)
-    if is_loose and not item.get("is_error"):
-        hidden += ("is_error",)
-    result = {name: value for name, value in item.items() if name not in hidden}
+    loose = {  # field: whether it may differ
+        "cache_control": True,
+        "eager_input_streaming": True,
+        "signature": item.get("thinking"),
+        "ccfix": "input" in item,
+        "is_error": not item.get("is_error"),
+    }
+    result = omit(item, [name for name in loose if is_loose and loose[name]])
     for name in CALL_IDS:
         if name in item and (name != "id" or "function" in item or "input" in item):
             result[name] = numbers.setdefault(str(item[name]), len(numbers))
@@ -6071,12 +6070,12 @@ class Cache:
     everything is a miss; a broken file is moved aside.
     """
 
-    def __init__(self, folder, ttl, max_bytes, now=time.time, log=None):
+    def __init__(self, folder, ttl, max_bytes, log, now=time.time):
         self.path = os.path.join(folder, "responses.db") if folder else ":memory:"
         self._ttl = ttl  # seconds for which an answer is good; 0 keeps none
         self._max_bytes = max_bytes  # of compressed answers; the least recently used go first
         self._now = now  # () -> seconds since the epoch
-        self._log = log or (lambda text: None)  # hears of each kind of trouble once
+        self._log = log  # hears of each kind of trouble once
         self._lock = threading.RLock()  # all threads share one connection
         self._db = None  # the connection, while there is one
         self._closed = False  # for good, by close()
@@ -6092,7 +6091,7 @@ class Cache:
             return None
         fresh = "WHERE key = ? AND abs(born - ?) < ?"
         rows = self._find("responses", fresh, key, self._now(), self._ttl)
-        if not rows or not isinstance(rows[0][-1], dict):
+        if not rows:
             self._count(misses=1)
             return None
         self._change("UPDATE responses SET used = %s WHERE key = ?" % NEXT_USE, key)
@@ -6158,7 +6157,7 @@ class Cache:
         return self._change(old, self._now(), self._ttl)
 
     def remember(self, call_id, note):
-        """Keep what belongs to a tool call (a JSON value: its reasoning, say) for later turns."""
+        """Keep what belongs to a tool call (a dict: its reasoning, say) for later turns."""
         self._keep("memory", (None, sqlite_text(call_id)), note)
 
     def recall(self, call_id):
@@ -6172,8 +6171,7 @@ class Cache:
 
     def saved_rows(self, count=1000):
         """Saved ledger rows, newest first."""
-        rows = self._find("ledger", "ORDER BY seq DESC LIMIT ?", count)
-        return [row[-1] for row in rows if isinstance(row[-1], dict)]
+        return [row[-1] for row in self._find("ledger", "ORDER BY seq DESC LIMIT ?", count)]
 
     def save_lesson(self, upstream, model, lesson):
         """Keep what was learned (a dict) about a model of an upstream; replaces the earlier."""
@@ -6181,8 +6179,7 @@ class Cache:
 
     def lessons(self):
         """{(upstream, model): lesson} of all that `save_lesson` kept."""
-        rows = self._find("lessons")
-        return {row[:-1]: row[-1] for row in rows if isinstance(row[-1], dict)}
+        return {row[:-1]: row[-1] for row in self._find("lessons")}
 
     def forget_lessons(self):
         """-> how many lessons there were."""
@@ -6199,10 +6196,11 @@ class Cache:
             self._counts.update(more)
 
     def _find(self, table, condition="", *values):
-        """Rows of a table, as tuples with their value unpacked; a damaged value is None."""
+        """Rows of a table, as tuples with their value unpacked; without those that are damaged."""
         query = "SELECT * FROM %s %s" % (table, condition)
         rows = self._run(lambda db: db.execute(query, values).fetchall(), [])
-        return [row[:-1] + (unpack(row[-1]),) for row in rows]
+        rows = [row[:-1] + (unpack(row[-1]),) for row in rows]
+        return [row for row in rows if isinstance(row[-1], dict)]
 
     def _change(self, statement, *values):
         """Run a statement -> how many rows it changed."""
@@ -6366,38 +6364,27 @@ class Sums:
         is_known = counts["requests"] > counts["unpriced"] or prices and not counts["requests"]
         return dict(counts, cost=round(counts["cost"], 6) if is_known else None)
 
-    def median_ms(self):
-        """The median time to the first content, or None."""
-        return sorted(self.first_ms)[len(self.first_ms) // 2] if self.first_ms else None
-
 
 class Ledger:
     """The last `size` requests, and sums over all of them."""
 
-    def __init__(self, size=1000, prices=None, now=time.time, save=None):
-        self.prices = prices or {}  # as `prices_from` gives them; of the rows that come
+    def __init__(self, size=1000, now=time.time):
+        self.prices = {}  # as `prices_from` gives them; of the rows that come
+        self.save = None  # save(row), called for each new row, outside the lock; see Cache.save_row
         self._now = now  # () -> seconds since the epoch
-        self.save = save  # save(row), called for each new row, outside the lock; see Cache.save_row
         self._lock = threading.Lock()
         self._rows = collections.deque(maxlen=size)  # newest last
         self._totals = Sums()
         self._minutes = {}  # minute since the epoch -> Sums
 
-    def add(self, row):
+    def add(self, row, is_saved=False):
         """Keep a row -> the row kept, with its `cost` (None where the model's price is unknown).
 
         row: {time, id, session, asked, model, stream, status, input, output, cache_read,
         cache_write, first_ms, total_ms, bytes_in, bytes_out, retries, lessons, cache, error,
         broke}; time: seconds since the epoch; input: tokens, without those that came from a
-        provider's cache.
+        provider's cache. A cost that it brings along stays, as prices may have changed since.
         """
-        row = self._take(row)
-        if self.save:
-            self.save(row)
-        return row
-
-    def _take(self, row):
-        """Count a row; a cost that it brings along stays, as prices may have changed since."""
         row = dict(row)
         if row.get("cost") is None:
             row["cost"] = self._cost(row)
@@ -6408,6 +6395,8 @@ class Ledger:
             if minute not in self._minutes and len(self._minutes) >= KEPT_MINUTES:
                 del self._minutes[min(self._minutes)]
             self._minutes.setdefault(minute, Sums()).add(row)
+        if self.save and not is_saved:
+            self.save(row)
         return row
 
     def _cost(self, row):
@@ -6416,21 +6405,15 @@ class Ledger:
         The model's own price counts, else that of the longest name with a * that fits.
         """
         model = str(row.get("model"))
-        fits = [
-            name
-            for name in self.prices
-            if name == model or name.endswith("*") and model.startswith(name[:-1])
-        ]
-        if not fits:
-            return None
-        price = self.prices[max(fits, key=lambda name: (name == model, len(name)))]
-        return sum((row.get(name) or 0) * price[name] for name in PRICE_FIELDS) / 1e6
+        fits = [name for name in self.prices if name[-1:] == "*" and model.startswith(name[:-1])]
+        price = self.prices.get(model) or self.prices.get(max(fits, key=len, default=None))
+        return price and sum((row.get(name) or 0) * price[name] for name in PRICE_FIELDS) / 1e6
 
     def restore(self, rows):
         """Take in rows (newest first) that an earlier run saved, where there are none yet."""
         if not self._rows:
             for row in reversed(rows):
-                self._take(row)
+                self.add(row, is_saved=True)
 
     def rows(self, count=1000):
         """The last rows, newest first."""
@@ -6452,8 +6435,9 @@ class Ledger:
         with self._lock:
             for minute in range(last - minutes + 1, last + 1):
                 sums = self._minutes.get(minute) or Sums()
-                figures = sums.figures(self.prices)
-                result.append(dict(figures, t=minute * 60, first_ms=sums.median_ms()))
+                times = sorted(sums.first_ms) or [None]
+                median = times[len(times) // 2]
+                result.append(dict(sums.figures(self.prices), t=minute * 60, first_ms=median))
         return result
 
 
@@ -6580,27 +6564,24 @@ class Recorder:
     upstream.
     """
 
-    def __init__(self, folder, secrets=(), log=None):
-        self._folder, self._secrets = folder, tuple(secrets)
-        self._log = log or (lambda text: None)  # hears of trouble once
+    def __init__(self, folder, secrets, log):
+        self._folder, self._secrets = folder, secrets
+        self._log = log  # hears of trouble once
         self._told = False
 
     def write(self, exchange):
-        """-> True where the file is whole."""
+        """Never raises: an exchange that cannot be written is left out."""
+        when = exchange["time"]
         try:
-            when = exchange.get("time") or time.time()
             stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime(when))
-            name = re.sub(r"[^A-Za-z0-9_-]", "_", str(exchange.get("id")))[:60]
-            path = "%s-%06d-%s.json" % (stamp, when % 1 * 1e6, name)
+            name = "%s-%06d-%s.json" % (stamp, when % 1 * 1e6, exchange["id"])
             text = json.dumps(redact(exchange, self._secrets), indent=1, default=str)
             os.makedirs(self._folder, mode=0o700, exist_ok=True)
-            write_file(os.path.join(self._folder, path), text)
-            return True
+            write_file(os.path.join(self._folder, name), text)
         except (OSError, TypeError, ValueError, OverflowError, RecursionError) as error:
             if not self._told:
                 self._told = True
                 self._log("record %s: %s; exchanges are not recorded" % (self._folder, error))
-            return False
 
 
 def read_recording(folder):
@@ -6708,16 +6689,16 @@ def encode_request(sent):
 
     A leading system message counts as system text, as it is in OpenAI's form.
     """
-    lists = {name: as_list(sent.get(name)) for name in ("messages", "tools")}
-    encoded = {name: [to_json_bytes(item) for item in items] for name, items in lists.items()}
-    body = to_json_bytes(omit(sent, lists))[:-1]
-    for name, items in encoded.items():
+    labels = {"messages": lambda message: message.get("role"), "tools": name_of}
+    body, outlines = to_json_bytes(omit(sent, labels))[:-1], []
+    for name, label in labels.items():
+        items = as_list(sent.get(name))
+        encoded = [to_json_bytes(item) for item in items]
         if items:
-            body += b',"%s":[%s]' % (name.encode(), b",".join(items))
-    tools = list(zip(map(name_of, lists["tools"]), map(zlib.crc32, encoded["tools"])))
-    roles = [as_dict(message).get("role") for message in lists["messages"]]
-    messages = list(zip(roles, map(zlib.crc32, encoded["messages"])))
-    first = 1 if roles[:1] == ["system"] else 0
+            body += b',"%s":[%s]' % (name.encode(), b",".join(encoded))
+        outlines.append(list(zip(map(label, items), map(zlib.crc32, encoded))))
+    messages, tools = outlines
+    first = 1 if messages and messages[0][0] == "system" else 0
     system = messages[:first] + [zlib.crc32(to_json_bytes(sent.get("system")))]
     return body + b"}", Outline(system, tools, messages[first:])
 
@@ -6764,7 +6745,7 @@ class Memory:
             if call_id in self.notes:
                 self.notes.move_to_end(call_id)
                 return self.notes[call_id][0]
-        return as_dict(self.store.recall(call_id)) if self.store else {}
+        return self.store and self.store.recall(call_id) or {}
 
 
 class Proxy:
@@ -6830,7 +6811,7 @@ class Proxy:
         store, size = None, settings.cache_max_mb << 20
         is_named = settings.origins["cache_dir"] != "default"
         if settings.cache_enabled or settings.ledger or is_named:
-            store = Cache(settings.cache_dir, settings.cache_ttl, size, log=self.warn)
+            store = Cache(settings.cache_dir, settings.cache_ttl, size, self.warn)
             self.lessons.update(store.lessons())
         self.store = self.memory.store = store
         self.ledger.save = store.save_row if settings.ledger else None
@@ -6901,7 +6882,7 @@ class Proxy:
         try:
             headers = upstream_headers(plan, self.settings())
             found = ask_provider(self.upstream(self.settings()), plan, headers, wait)
-        except (ProxyError, ClientGone, ValueError, KeyError, TypeError) as error:
+        except (ProxyError, ClientGone, ValueError) as error:
             self.log("debug", "the provider was not asked about itself: %s" % error)
             return
         self.found[(plan.base, plan.model)] = found
@@ -6979,7 +6960,7 @@ class Proxy:
             raise BadRequest("messages: a list is required")
         settings = self.settings()
         plan = self.plan_request(settings, body)
-        count = None
+        found = {}
         if plan.format.count_path and body["messages"]:
             sent = normalize(body, plan.profile, memo=self.memo)
             sent = plan.format.write(sent, plan.model, plan.profile)
@@ -6988,10 +6969,9 @@ class Proxy:
             url, upstream = plan.url(plan.format.count_path), self.upstream(settings)
             try:
                 _, found = get_json(upstream, url, headers, wait, 10, sent)
-                count = found.get("input_tokens")
             except ProxyError as error:
                 self.log("debug", "count_tokens of the provider failed: %s" % error)
-        return {"input_tokens": count if isinstance(count, int) else estimate_tokens(body)}
+        return {"input_tokens": positive_int(found, "input_tokens") or estimate_tokens(body)}
 
     def status(self, address=""):
         """What GET /stats tells; the status page shows it."""
@@ -7060,12 +7040,9 @@ def get_json(upstream, url, headers, wait=None, timeout=None, body=None):
     {} for anything else, and for an error status. timeout: seconds. Raises ProxyError.
     """
     method, data = ("GET", None) if body is None else ("POST", to_json_bytes(body))
-    reply = upstream.open(method, url, headers, data, wait, timeout)
-    try:
+    with contextlib.closing(upstream.open(method, url, headers, data, wait, timeout)) as reply:
         found = as_dict(json_or_none(reply.read(4 << 20))) if reply.status == 200 else {}
         return reply.status, found
-    finally:
-        reply.close()
 
 
 # Fields in which rows of /models tell the context window, in tokens, the surest first.
