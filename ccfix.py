@@ -6065,13 +6065,12 @@ class Cache:
     """Answers by key in `responses.db` in a folder, for all threads and several processes.
 
     The folder is made 0700, the file 0600. Beside the answers: what is remembered of tool calls,
-    ledger rows, and lessons. folder "" keeps everything in memory. The file is opened at the
-    first use. No method raises: while the database is locked, full, read-only or broken,
+    ledger rows, and lessons. The file is opened at the first use. No method raises: while the database is locked, full, read-only or broken,
     everything is a miss; a broken file is moved aside.
     """
 
     def __init__(self, folder, ttl, max_bytes, log, now=time.time):
-        self.path = os.path.join(folder, "responses.db") if folder else ":memory:"
+        self.path = os.path.join(folder, "responses.db")
         self._ttl = ttl  # seconds for which an answer is good; 0 keeps none
         self._max_bytes = max_bytes  # of compressed answers; the least recently used go first
         self._now = now  # () -> seconds since the epoch
@@ -6104,7 +6103,7 @@ class Cache:
         value = pack(message)
         if key is None or value is None or len(value) + ROW_BYTES > self._max_bytes:
             return
-        row = (key, len(value) + ROW_BYTES, self._now(), float(cost_ms), value)
+        row = (key, len(value) + ROW_BYTES, self._now(), cost_ms, value)
         evicted = self._run(lambda db: self._replace(db, row))
         if evicted is not None:
             self._error = None
@@ -6241,10 +6240,9 @@ class Cache:
         import sqlite3  # here: it costs a start some 10 ms, and some Pythons are built without it
 
         self._faults = (OSError, sqlite3.Error)
-        if self.path != ":memory:":
-            os.makedirs(os.path.dirname(self.path), mode=0o700, exist_ok=True)
-            # SQLite gives its side files the mode of this one.
-            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
+        os.makedirs(os.path.dirname(self.path), mode=0o700, exist_ok=True)
+        # SQLite gives its side files the mode of this one.
+        os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
         db = self._db = sqlite3.connect(
             self.path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
         )
@@ -6271,7 +6269,7 @@ class Cache:
     def _tell(self, error):
         """Log a failure, each kind once: every request meets it until somebody fixes it."""
         self._error = str(error) or type(error).__name__
-        if self._error not in self._told and len(self._told) < 20:
+        if self._error not in self._told:
             self._told.add(self._error)
             self._log("cache %s: %s; requests go on without it" % (self.path, self._error))
 
@@ -6310,8 +6308,8 @@ def prices_from(text_or_path):
     """{model: {input, output, cache_read, cache_write}} of JSON, or of a file that holds it.
 
     Prices are per million tokens, in the user's currency. A model may end in "*". cache_read
-    and cache_write cost as much as input where they are not given. Raises ValueError, with a
-    sentence for the user.
+    and cache_write cost as much as input where they are not given. Raises ValueError, whose words
+    go on from "PRICES cannot be used: ".
     """
     text = text_or_path.strip()
     try:
@@ -6320,10 +6318,10 @@ def prices_from(text_or_path):
                 text = file.read()
         table = json.loads(text or "{}")
     except (OSError, ValueError) as error:
-        raise ValueError("PRICES: not JSON, and not a file that holds it (%s)" % error)
+        raise ValueError("not JSON, and not a file that holds it (%s)" % error)
     if not isinstance(table, dict):
         example = '{"model-name": {"input": 1, "output": 2}}'
-        raise ValueError("PRICES: must be an object such as " + example)
+        raise ValueError("must be an object such as " + example)
     return {model: check_price(model, price) for model, price in table.items()}
 
 
@@ -6339,7 +6337,7 @@ def check_price(model, price):
         words = ": %s must be a price per million tokens, not %r" % wrong[0]
     else:
         return {name: float(price.get(name, price["input"])) for name in PRICE_FIELDS}
-    raise ValueError("PRICES: %r%s" % (model, words))
+    raise ValueError("%r%s" % (model, words))
 
 
 class Sums:
@@ -6671,9 +6669,9 @@ def upstream_headers(plan, settings, client_headers=()):
         "Content-Type": "application/json",
         "Accept": "application/json, text/event-stream",
         "User-Agent": USER_AGENT,
+        **plan.format.headers(plan.key, plan.profile, client_headers or {}),
+        **dict(plan.profile.headers),
     }
-    headers.update(plan.format.headers(plan.key, plan.profile, client_headers or {}))
-    headers.update(plan.profile.headers)
     for name, value in settings.extra_headers.items():
         headers = {known: headers[known] for known in headers if known.lower() != name.lower()}
         if value is not None:
@@ -6824,11 +6822,10 @@ class Proxy:
 
     def upstream(self, settings):
         """The shared connections; made anew when a setting about TLS changed."""
-        made = tuple(getattr(settings, name) for name in TLS_SETTINGS)
+        tls = {name: getattr(settings, name) for name in TLS_SETTINGS}
         with self.lock:
-            if self.wires is None or self.wires[0] != made:
-                tls = dict(zip(TLS_SETTINGS, made))
-                self.wires = (made, Upstream(settings.target_timeout, **tls))
+            if self.wires is None or self.wires[0] != tls:
+                self.wires = (tls, Upstream(settings.target_timeout, **tls))
             return self.wires[1]
 
     def profile_of(self, settings):
@@ -6880,8 +6877,9 @@ class Proxy:
         Never raises: it is asked beside the first request, and nothing depends on the answer.
         """
         try:
-            headers = upstream_headers(plan, self.settings())
-            found = ask_provider(self.upstream(self.settings()), plan, headers, wait)
+            settings = self.settings()
+            headers = upstream_headers(plan, settings)
+            found = ask_provider(self.upstream(settings), plan, headers, wait)
         except (ProxyError, ClientGone, ValueError) as error:
             self.log("debug", "the provider was not asked about itself: %s" % error)
             return
@@ -7412,12 +7410,11 @@ class Exchange:
     def from_cache(self):
         """What Cache.get has for this request; None for nothing."""
         profile, sent = self.plan.profile, self.write_request()
-        normalized = self.normalized
         if profile.untouched:  # sent as it came, with what differs from session to session
             profile = profile._replace(untouched=False)
-            normalized = normalize(self.body, profile, memo=self.proxy.memo)
+            self.normalized = normalize(self.body, profile, memo=self.proxy.memo)
         place = "%s %s" % (self.plan.base, self.plan.model)
-        self.key = cache_key(normalized, sent, self.settings.cache_key_mode, place)
+        self.key = cache_key(self.normalized, sent, self.settings.cache_key_mode, place)
         hit = self.store.get(self.key)
         if self.key is not None:
             self.cache_state = "hit" if hit else "miss"

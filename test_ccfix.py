@@ -194,7 +194,7 @@ def proxy_with(answer, **values):
         lambda: settings, lambda level, text: None, new_id=lambda: "%024d" % next(numbers)
     )
     wires = FakeWires(answer)
-    proxy.wires = ((settings.ca_bundle, settings.client_cert, settings.insecure), wires)
+    proxy.wires = ({name: getattr(settings, name) for name in ccfix.TLS_SETTINGS}, wires)
     return proxy, wires
 
 
@@ -9433,14 +9433,8 @@ class CacheCase(unittest.TestCase):
             cache.close()
         shutil.rmtree(os.path.dirname(self.folder))
 
-    def open(self, ttl=3600, max_bytes=10**6, folder=None):
-        cache = ccfix.Cache(
-            self.folder if folder is None else folder,
-            ttl,
-            max_bytes,
-            now=self.clock,
-            log=self.told.append,
-        )
+    def open(self, ttl=3600, max_bytes=10**6):
+        cache = ccfix.Cache(self.folder, ttl, max_bytes, self.told.append, self.clock)
         self.opened.append(cache)
         return cache
 
@@ -9574,11 +9568,6 @@ class TestCache(CacheCase):
         for number in range(3):
             ledger.add({"id": "same", "input": number})
         self.assertEqual([row["input"] for row in self.open().saved_rows(2)], [2, 1])
-
-    def test_memory_only_cache_writes_no_file(self):
-        cache = self.open(folder="")
-        cache.put("k", {"a": 1}, 2)
-        self.assertEqual((cache.get("k"), cache.stats()["path"]), (({"a": 1}, 2.0), ":memory:"))
 
     def test_threads_share_one_cache(self):
         def work(name):
@@ -11547,10 +11536,8 @@ class TestSecrets(unittest.TestCase):
                 lines = []
                 settings = settings_of(**values)
                 proxy = ccfix.Proxy(lambda: settings, lambda level, line: lines.append(line))
-                proxy.wires = (
-                    (settings.ca_bundle, settings.client_cert, settings.insecure),
-                    FakeWires(lambda sent: answer),
-                )
+                tls = {name: getattr(settings, name) for name in ccfix.TLS_SETTINGS}
+                proxy.wires = (tls, FakeWires(lambda sent: answer))
                 exchange = ccfix.Exchange(proxy, request("hi", stream=stream), {}, no_wait)
                 seen = []
                 try:
