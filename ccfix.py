@@ -5993,7 +5993,7 @@ def key_part(item, numbers, is_loose=False):
     """
     if not isinstance(item, dict):
         return item
-    loose = {  # field: whether it may differ
+    loose = {  # field: whether it may differ; the first two say how to send a block or tool
         "cache_control": True,
         "eager_input_streaming": True,
         "signature": item.get("thinking"),
@@ -6065,8 +6065,9 @@ class Cache:
     """Answers by key in `responses.db` in a folder, for all threads and several processes.
 
     The folder is made 0700, the file 0600. Beside the answers: what is remembered of tool calls,
-    ledger rows, and lessons. The file is opened at the first use. No method raises: while the database is locked, full, read-only or broken,
-    everything is a miss; a broken file is moved aside.
+    ledger rows, and lessons. The file is opened at the first use. No method raises: while the
+    database is locked, full, read-only or broken, everything is a miss; a broken file is moved
+    aside.
     """
 
     def __init__(self, folder, ttl, max_bytes, log, now=time.time):
@@ -6320,8 +6321,7 @@ def prices_from(text_or_path):
     except (OSError, ValueError) as error:
         raise ValueError("not JSON, and not a file that holds it (%s)" % error)
     if not isinstance(table, dict):
-        example = '{"model-name": {"input": 1, "output": 2}}'
-        raise ValueError("must be an object such as " + example)
+        raise ValueError('must be an object such as {"model-name": {"input": 1, "output": 2}}')
     return {model: check_price(model, price) for model, price in table.items()}
 
 
@@ -6764,7 +6764,7 @@ class Proxy:
         self.ledger = Ledger(now=now)
         self.sessions = Sessions()  # for the explainer of lost prefixes
         self.lessons = {}  # (base, model) -> {profile field: value}
-        self.found = {}  # (base, model) -> what ask_provider found
+        self.found = {}  # (base, model) -> (owner, context), what the provider tells of itself
         self.memo = {}  # cleaned tools, see clean_tool
         self.rows = {}  # profile_for's answers by its arguments: each takes 30 us or more
         self.wires = None  # (the TLS settings it was made from, Upstream)
@@ -6842,9 +6842,8 @@ class Proxy:
             forced = (settings.profile, settings.target_format) if base == main[0] else ("", "auto")
             key = (base, model, *forced, owner)
             row = self.rows.get(key) or self.rows.setdefault(key, profile_for(*key))
-            row = apply_lesson(
-                row._replace(context=row.context or context), self.lessons.get(place)
-            )
+            row = row._replace(context=row.context or context)
+            row = apply_lesson(row, self.lessons.get(place))
             if place != main:
                 return row
             context = settings.max_context or row.context
@@ -6858,7 +6857,7 @@ class Proxy:
         with self.lock:
             self.lessons[place] = dict(self.lessons.get(place, {}), **changes)
         if self.store:
-            self.store.save_lesson(plan.base, plan.model, self.lessons[place])
+            self.store.save_lesson(*place, self.lessons[place])
         for field, value in changes.items():
             self.log("info", "learned about %s: %s" % (plan.model, lesson_text(field, value)))
 
@@ -6879,15 +6878,15 @@ class Proxy:
         try:
             settings = self.settings()
             headers = upstream_headers(plan, settings)
-            found = ask_provider(self.upstream(settings), plan, headers, wait)
+            owner, context = ask_provider(self.upstream(settings), plan, headers, wait)
         except (ProxyError, ClientGone, ValueError) as error:
             self.log("debug", "the provider was not asked about itself: %s" % error)
             return
-        self.found[(plan.base, plan.model)] = found
-        if 0 < found[1] < SMALL_CONTEXT:
+        self.found[(plan.base, plan.model)] = owner, context
+        if 0 < context < SMALL_CONTEXT:
             self.warn(
                 "%s has a context window of %d tokens; Claude Code's first request alone has about"
-                " 13,000" % (plan.model, found[1])
+                " 13,000" % (plan.model, context)
             )
 
     @contextlib.contextmanager
@@ -6946,8 +6945,8 @@ class Proxy:
             titles["claude-" + family] = "%s (%s)" % (self.plan_of(settings, family).model, family)
         constants = {"type": "model", "created_at": CREATED, "description": "through ccfix"}
         data = [dict(constants, id=name, display_name=title) for name, title in titles.items()]
-        ends = {"first_id": data[0]["id"], "last_id": data[-1]["id"]}
-        return dict(ends, data=data, has_more=False)
+        first, last = data[0]["id"], data[-1]["id"]
+        return {"data": data, "has_more": False, "first_id": first, "last_id": last}
 
     def count_tokens(self, body, headers, wait=None):
         """{"input_tokens"}: the provider's own count where its format has one, else an estimate.
@@ -7133,9 +7132,8 @@ class Exchange:
         self.cache_state = "off"  # or miss, hit
         self.key = None  # the cache key; None where the answer may not be stored
         self.bytes_in = self.bytes_out = 0  # of the request's JSON, and of the answer
-        self.began = clock()  # when the request came ...
-        self.last_write = self.began  # ... and when the client last got something
-        self.last_sign = self.began  # when the provider last sent content
+        # When the request came, the client last got something, the provider last sent content.
+        self.began = self.last_write = self.last_sign = clock()
         self.first_ms = None  # milliseconds until the client got the first content
         self.broke = ""  # why the provider's prefix cache was lost
 
