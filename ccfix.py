@@ -5792,15 +5792,15 @@ SHORTEST_SECRET = 4  # "x" as a key protects nothing, and hiding it would garble
 def redact(value, secrets=(), longest=None, depth=60):
     """A copy of a JSON value that may be logged, recorded or shown: keys are hidden here only.
 
-    Secrets (strings) go from every string, and so does the value of every name in SECRET_NAMES,
+    Secrets (strings, the longest first, as a key may be the beginning of another: see
+    Settings.secrets) go from every string, and so does the value of every name in SECRET_NAMES,
     also in [name, value] pairs; a dict under such a name stays, since it is a schema that
     describes the field. Bytes become strings. Strings are cut to `longest` characters, if given;
     what lies deeper than `depth` levels is hidden whole.
     """
     if isinstance(value, (bytes, str)):
         value = to_string(value)
-        # The longest first: a key may be the beginning of another.
-        for secret in sorted(filter(None, secrets), key=len, reverse=True):
+        for secret in secrets:
             if len(secret) >= SHORTEST_SECRET:
                 value = value.replace(secret, HIDDEN)
         return shorten(value, longest)
@@ -5860,7 +5860,6 @@ NOT_IN_KEY = frozenset(
 )
 SHAPE_FIELDS = ("thinking", "output_config", "tool_choice", "stop_sequences")  # of `body`
 REMINDER_END = "</system-reminder>"
-SEND_HINTS = ("cache_control", "eager_input_streaming")  # on tools and blocks: how to send them
 CALL_IDS = ("id", "tool_call_id", "tool_use_id")
 
 
@@ -5889,13 +5888,13 @@ def cache_key(body, sent, mode, model):
     none    None.
     """
     find_parts = {"full": full_parts, "prefix": prefix_parts}.get(mode)
-    if not (find_parts and isinstance(body, dict) and isinstance(sent, dict)):
+    if not find_parts:
         return None
     shape = [body.get(name) for name in SHAPE_FIELDS]
-    settings = {name: value for name, value in sent.items() if name not in NOT_IN_KEY}
     try:
         parts = find_parts(body, sent)
-        key = json.dumps([KEY_VERSION, mode, model, shape, settings, parts], sort_keys=True)
+        key = [KEY_VERSION, mode, model, shape, omit(sent, NOT_IN_KEY), parts]
+        key = json.dumps(key, sort_keys=True)
     except RecursionError:  # nested deeper than we, or json, can follow
         return None
     return None if parts is None else hashlib.sha256(key.encode("ascii")).hexdigest()
@@ -5944,14 +5943,14 @@ def key_part(item, numbers, is_loose=False):
     """
     if not isinstance(item, dict):
         return item
-    hidden = SEND_HINTS if is_loose else ()
-    if is_loose and item.get("thinking"):
-        hidden += ("signature",)
-    elif is_loose and "input" in item:
-        hidden += ("ccfix",)
-    if is_loose and not item.get("is_error"):
-        hidden += ("is_error",)
-    result = {name: value for name, value in item.items() if name not in hidden}
+    loose = {  # field: whether it may differ; the first two say how to send a block or tool
+        "cache_control": True,
+        "eager_input_streaming": True,
+        "signature": item.get("thinking"),
+        "ccfix": "input" in item,
+        "is_error": not item.get("is_error"),
+    }
+    result = omit(item, [name for name in loose if is_loose and loose[name]])
     for name in CALL_IDS:
         if name in item and (name != "id" or "function" in item or "input" in item):
             result[name] = numbers.setdefault(str(item[name]), len(numbers))
@@ -6016,17 +6015,17 @@ class Cache:
     """Answers by key in `responses.db` in a folder, for all threads and several processes.
 
     The folder is made 0700, the file 0600. Beside the answers: what is remembered of tool calls,
-    ledger rows, and lessons. folder "" keeps everything in memory. The file is opened at the
-    first use. No method raises: while the database is locked, full, read-only or broken,
-    everything is a miss; a broken file is moved aside.
+    ledger rows, and lessons. The file is opened at the first use. No method raises: while the
+    database is locked, full, read-only or broken, everything is a miss; a broken file is moved
+    aside.
     """
 
-    def __init__(self, folder, ttl, max_bytes, now=time.time, log=None):
-        self.path = os.path.join(folder, "responses.db") if folder else ":memory:"
+    def __init__(self, folder, ttl, max_bytes, log, now=time.time):
+        self.path = os.path.join(folder, "responses.db")
         self._ttl = ttl  # seconds for which an answer is good; 0 keeps none
         self._max_bytes = max_bytes  # of compressed answers; the least recently used go first
         self._now = now  # () -> seconds since the epoch
-        self._log = log or (lambda text: None)  # hears of each kind of trouble once
+        self._log = log  # hears of each kind of trouble once
         self._lock = threading.RLock()  # all threads share one connection
         self._db = None  # the connection, while there is one
         self._closed = False  # for good, by close()
@@ -6042,7 +6041,7 @@ class Cache:
             return None
         fresh = "WHERE key = ? AND abs(born - ?) < ?"
         rows = self._find("responses", fresh, key, self._now(), self._ttl)
-        if not rows or not isinstance(rows[0][-1], dict):
+        if not rows:
             self._count(misses=1)
             return None
         self._change("UPDATE responses SET used = %s WHERE key = ?" % NEXT_USE, key)
@@ -6055,7 +6054,7 @@ class Cache:
         value = pack(message)
         if key is None or value is None or len(value) + ROW_BYTES > self._max_bytes:
             return
-        row = (key, len(value) + ROW_BYTES, self._now(), float(cost_ms), value)
+        row = (key, len(value) + ROW_BYTES, self._now(), cost_ms, value)
         evicted = self._run(lambda db: self._replace(db, row))
         if evicted is not None:
             self._error = None
@@ -6108,7 +6107,7 @@ class Cache:
         return self._change(old, self._now(), self._ttl)
 
     def remember(self, call_id, note):
-        """Keep what belongs to a tool call (a JSON value: its reasoning, say) for later turns."""
+        """Keep what belongs to a tool call (a dict: its reasoning, say) for later turns."""
         self._keep("memory", (None, sqlite_text(call_id)), note)
 
     def recall(self, call_id):
@@ -6122,8 +6121,7 @@ class Cache:
 
     def saved_rows(self, count=1000):
         """Saved ledger rows, newest first."""
-        rows = self._find("ledger", "ORDER BY seq DESC LIMIT ?", count)
-        return [row[-1] for row in rows if isinstance(row[-1], dict)]
+        return [row[-1] for row in self._find("ledger", "ORDER BY seq DESC LIMIT ?", count)]
 
     def save_lesson(self, upstream, model, lesson):
         """Keep what was learned (a dict) about a model of an upstream; replaces the earlier."""
@@ -6131,8 +6129,7 @@ class Cache:
 
     def lessons(self):
         """{(upstream, model): lesson} of all that `save_lesson` kept."""
-        rows = self._find("lessons")
-        return {row[:-1]: row[-1] for row in rows if isinstance(row[-1], dict)}
+        return {row[:-1]: row[-1] for row in self._find("lessons")}
 
     def forget_lessons(self):
         """-> how many lessons there were."""
@@ -6149,10 +6146,11 @@ class Cache:
             self._counts.update(more)
 
     def _find(self, table, condition="", *values):
-        """Rows of a table, as tuples with their value unpacked; a damaged value is None."""
+        """Rows of a table, as tuples with their value unpacked; without those that are damaged."""
         query = "SELECT * FROM %s %s" % (table, condition)
         rows = self._run(lambda db: db.execute(query, values).fetchall(), [])
-        return [row[:-1] + (unpack(row[-1]),) for row in rows]
+        rows = [row[:-1] + (unpack(row[-1]),) for row in rows]
+        return [row for row in rows if isinstance(row[-1], dict)]
 
     def _change(self, statement, *values):
         """Run a statement -> how many rows it changed."""
@@ -6193,10 +6191,9 @@ class Cache:
         import sqlite3  # here: it costs a start some 10 ms, and some Pythons are built without it
 
         self._faults = (OSError, sqlite3.Error)
-        if self.path != ":memory:":
-            os.makedirs(os.path.dirname(self.path), mode=0o700, exist_ok=True)
-            # SQLite gives its side files the mode of this one.
-            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
+        os.makedirs(os.path.dirname(self.path), mode=0o700, exist_ok=True)
+        # SQLite gives its side files the mode of this one.
+        os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
         db = self._db = sqlite3.connect(
             self.path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
         )
@@ -6223,7 +6220,7 @@ class Cache:
     def _tell(self, error):
         """Log a failure, each kind once: every request meets it until somebody fixes it."""
         self._error = str(error) or type(error).__name__
-        if self._error not in self._told and len(self._told) < 20:
+        if self._error not in self._told:
             self._told.add(self._error)
             self._log("cache %s: %s; requests go on without it" % (self.path, self._error))
 
@@ -6262,8 +6259,8 @@ def prices_from(text_or_path):
     """{model: {input, output, cache_read, cache_write}} of JSON, or of a file that holds it.
 
     Prices are per million tokens, in the user's currency. A model may end in "*". cache_read
-    and cache_write cost as much as input where they are not given. Raises ValueError, with a
-    sentence for the user.
+    and cache_write cost as much as input where they are not given. Raises ValueError, whose words
+    go on from "PRICES cannot be used: ".
     """
     text = text_or_path.strip()
     try:
@@ -6272,10 +6269,9 @@ def prices_from(text_or_path):
                 text = file.read()
         table = json.loads(text or "{}")
     except (OSError, ValueError) as error:
-        raise ValueError("PRICES: not JSON, and not a file that holds it (%s)" % error)
+        raise ValueError("not JSON, and not a file that holds it (%s)" % error)
     if not isinstance(table, dict):
-        example = '{"model-name": {"input": 1, "output": 2}}'
-        raise ValueError("PRICES: must be an object such as " + example)
+        raise ValueError('must be an object such as {"model-name": {"input": 1, "output": 2}}')
     return {model: check_price(model, price) for model, price in table.items()}
 
 
@@ -6291,7 +6287,7 @@ def check_price(model, price):
         words = ": %s must be a price per million tokens, not %r" % wrong[0]
     else:
         return {name: float(price.get(name, price["input"])) for name in PRICE_FIELDS}
-    raise ValueError("PRICES: %r%s" % (model, words))
+    raise ValueError("%r%s" % (model, words))
 
 
 class Sums:
@@ -6316,38 +6312,27 @@ class Sums:
         is_known = counts["requests"] > counts["unpriced"] or prices and not counts["requests"]
         return dict(counts, cost=round(counts["cost"], 6) if is_known else None)
 
-    def median_ms(self):
-        """The median time to the first content, or None."""
-        return sorted(self.first_ms)[len(self.first_ms) // 2] if self.first_ms else None
-
 
 class Ledger:
     """The last `size` requests, and sums over all of them."""
 
-    def __init__(self, size=1000, prices=None, now=time.time, save=None):
-        self.prices = prices or {}  # as `prices_from` gives them; of the rows that come
+    def __init__(self, size=1000, now=time.time):
+        self.prices = {}  # as `prices_from` gives them; of the rows that come
+        self.save = None  # save(row), called for each new row, outside the lock; see Cache.save_row
         self._now = now  # () -> seconds since the epoch
-        self.save = save  # save(row), called for each new row, outside the lock; see Cache.save_row
         self._lock = threading.Lock()
         self._rows = collections.deque(maxlen=size)  # newest last
         self._totals = Sums()
         self._minutes = {}  # minute since the epoch -> Sums
 
-    def add(self, row):
+    def add(self, row, is_saved=False):
         """Keep a row -> the row kept, with its `cost` (None where the model's price is unknown).
 
         row: {time, id, session, asked, model, stream, status, input, output, cache_read,
         cache_write, first_ms, total_ms, bytes_in, bytes_out, retries, lessons, cache, error,
         broke}; time: seconds since the epoch; input: tokens, without those that came from a
-        provider's cache.
+        provider's cache. A cost that it brings along stays, as prices may have changed since.
         """
-        row = self._take(row)
-        if self.save:
-            self.save(row)
-        return row
-
-    def _take(self, row):
-        """Count a row; a cost that it brings along stays, as prices may have changed since."""
         row = dict(row)
         if row.get("cost") is None:
             row["cost"] = self._cost(row)
@@ -6358,6 +6343,8 @@ class Ledger:
             if minute not in self._minutes and len(self._minutes) >= KEPT_MINUTES:
                 del self._minutes[min(self._minutes)]
             self._minutes.setdefault(minute, Sums()).add(row)
+        if self.save and not is_saved:
+            self.save(row)
         return row
 
     def _cost(self, row):
@@ -6366,21 +6353,15 @@ class Ledger:
         The model's own price counts, else that of the longest name with a * that fits.
         """
         model = str(row.get("model"))
-        fits = [
-            name
-            for name in self.prices
-            if name == model or name.endswith("*") and model.startswith(name[:-1])
-        ]
-        if not fits:
-            return None
-        price = self.prices[max(fits, key=lambda name: (name == model, len(name)))]
-        return sum((row.get(name) or 0) * price[name] for name in PRICE_FIELDS) / 1e6
+        fits = [name for name in self.prices if name[-1:] == "*" and model.startswith(name[:-1])]
+        price = self.prices.get(model) or self.prices.get(max(fits, key=len, default=None))
+        return price and sum((row.get(name) or 0) * price[name] for name in PRICE_FIELDS) / 1e6
 
     def restore(self, rows):
         """Take in rows (newest first) that an earlier run saved, where there are none yet."""
         if not self._rows:
             for row in reversed(rows):
-                self._take(row)
+                self.add(row, is_saved=True)
 
     def rows(self, count=1000):
         """The last rows, newest first."""
@@ -6402,8 +6383,9 @@ class Ledger:
         with self._lock:
             for minute in range(last - minutes + 1, last + 1):
                 sums = self._minutes.get(minute) or Sums()
-                figures = sums.figures(self.prices)
-                result.append(dict(figures, t=minute * 60, first_ms=sums.median_ms()))
+                times = sorted(sums.first_ms) or [None]
+                median = times[len(times) // 2]
+                result.append(dict(sums.figures(self.prices), t=minute * 60, first_ms=median))
         return result
 
 
@@ -6530,27 +6512,24 @@ class Recorder:
     upstream.
     """
 
-    def __init__(self, folder, secrets=(), log=None):
-        self._folder, self._secrets = folder, tuple(secrets)
-        self._log = log or (lambda text: None)  # hears of trouble once
+    def __init__(self, folder, secrets, log):
+        self._folder, self._secrets = folder, secrets
+        self._log = log  # hears of trouble once
         self._told = False
 
     def write(self, exchange):
-        """-> True where the file is whole."""
+        """Never raises: an exchange that cannot be written is left out."""
+        when = exchange["time"]
         try:
-            when = exchange.get("time") or time.time()
             stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime(when))
-            name = re.sub(r"[^A-Za-z0-9_-]", "_", str(exchange.get("id")))[:60]
-            path = "%s-%06d-%s.json" % (stamp, when % 1 * 1e6, name)
+            name = "%s-%06d-%s.json" % (stamp, when % 1 * 1e6, exchange["id"])
             text = json.dumps(redact(exchange, self._secrets), indent=1, default=str)
             os.makedirs(self._folder, mode=0o700, exist_ok=True)
-            write_file(os.path.join(self._folder, path), text)
-            return True
+            write_file(os.path.join(self._folder, name), text)
         except (OSError, TypeError, ValueError, OverflowError, RecursionError) as error:
             if not self._told:
                 self._told = True
                 self._log("record %s: %s; exchanges are not recorded" % (self._folder, error))
-            return False
 
 
 def read_recording(folder):
@@ -6612,34 +6591,22 @@ class Plan(NamedTuple):
         return endpoint(self.base, path)
 
 
-def plan_request(settings, asked, with_images, profile_of):
-    """The Plan for a model name that the client asked for.
-
-    A family without settings of its own takes the main ones, and so does a name of no family.
-    profile_of(base, model) -> Profile. Requests with images go to TARGET_MODEL_IMAGE where the
-    plan takes none.
-    """
-    plan = plan_for(settings, family_of(asked), profile_of)
-    if with_images and settings.target_model_image and not plan.profile.images:
-        return plan_for(settings, "image", profile_of)
-    return plan
-
-
 def plan_for(settings, family, profile_of):
     """The Plan of a family: its own model, base and key where they are set.
 
-    A base of its own never gets the main key: it is another company's.
+    A family with neither model nor base of its own takes the main ones. A base of its own never
+    gets the main key: it is another company's. profile_of(base, model) -> Profile.
     """
-
-    def own(name):
-        return getattr(settings, "%s_%s" % (name, family)) if family else ""
-
-    base = own("target_api_base") or settings.target_api_base
-    main_key = settings.target_api_key if base == settings.target_api_base else ""
-    model = without_mark(own("target_model") or settings.target_model)
-    mine = bool(own("target_model") or own("target_api_base"))
-    key = own("target_api_key") or main_key
-    return Plan(family if mine else "", model, base, key, profile_of(base, model))
+    model, base, key = (
+        family and getattr(settings, "target_%s_%s" % (name, family))
+        for name in ("model", "api_base", "api_key")
+    )
+    family = family if model or base else ""
+    model = without_mark(model or settings.target_model)
+    base = base or settings.target_api_base
+    if base == settings.target_api_base:
+        key = key or settings.target_api_key
+    return Plan(family, model, base, key, profile_of(base, model))
 
 
 def upstream_headers(plan, settings, client_headers=()):
@@ -6652,9 +6619,9 @@ def upstream_headers(plan, settings, client_headers=()):
         "Content-Type": "application/json",
         "Accept": "application/json, text/event-stream",
         "User-Agent": USER_AGENT,
+        **plan.format.headers(plan.key, plan.profile, client_headers or {}),
+        **dict(plan.profile.headers),
     }
-    headers.update(plan.format.headers(plan.key, plan.profile, client_headers or {}))
-    headers.update(plan.profile.headers)
     for name, value in settings.extra_headers.items():
         headers = {known: headers[known] for known in headers if known.lower() != name.lower()}
         if value is not None:
@@ -6665,30 +6632,21 @@ def upstream_headers(plan, settings, client_headers=()):
 USER_AGENT = "ccfix/" + __version__
 
 
-def add_extra_body(sent, settings):
-    """The body for the provider, changed in place by EXTRA_BODY (null removes a field)."""
-    for name, value in settings.extra_body.items():
-        sent.pop(name, None)
-        if value is not None:
-            sent[name] = value
-    return sent
-
-
 def encode_request(sent):
     """(the request's JSON bytes, its Outline): each part is encoded once, for both.
 
     A leading system message counts as system text, as it is in OpenAI's form.
     """
-    lists = {name: as_list(sent.get(name)) for name in ("messages", "tools")}
-    encoded = {name: [to_json_bytes(item) for item in items] for name, items in lists.items()}
-    body = to_json_bytes({name: value for name, value in sent.items() if name not in lists})[:-1]
-    for name, items in encoded.items():
+    labels = {"messages": lambda message: message.get("role"), "tools": name_of}
+    body, outlines = to_json_bytes(omit(sent, labels))[:-1], []
+    for name, label in labels.items():
+        items = as_list(sent.get(name))
+        encoded = [to_json_bytes(item) for item in items]
         if items:
-            body += b',"%s":[%s]' % (name.encode(), b",".join(items))
-    tools = list(zip(map(name_of, lists["tools"]), map(zlib.crc32, encoded["tools"])))
-    roles = [as_dict(message).get("role") for message in lists["messages"]]
-    messages = list(zip(roles, map(zlib.crc32, encoded["messages"])))
-    first = 1 if roles[:1] == ["system"] else 0
+            body += b',"%s":[%s]' % (name.encode(), b",".join(encoded))
+        outlines.append(list(zip(map(label, items), map(zlib.crc32, encoded))))
+    messages, tools = outlines
+    first = 1 if messages and messages[0][0] == "system" else 0
     system = messages[:first] + [zlib.crc32(to_json_bytes(sent.get("system")))]
     return body + b"}", Outline(system, tools, messages[first:])
 
@@ -6735,7 +6693,7 @@ class Memory:
             if call_id in self.notes:
                 self.notes.move_to_end(call_id)
                 return self.notes[call_id][0]
-        return as_dict(self.store.recall(call_id)) if self.store else {}
+        return self.store and self.store.recall(call_id) or {}
 
 
 class Proxy:
@@ -6756,7 +6714,7 @@ class Proxy:
         self.ledger = Ledger(now=now)
         self.sessions = Sessions()  # for the explainer of lost prefixes
         self.lessons = {}  # (base, model) -> {profile field: value}
-        self.found = {}  # (base, model) -> {"owner", "context"}: what the provider tells of itself
+        self.found = {}  # (base, model) -> (owner, context), what the provider tells of itself
         self.memo = {}  # cleaned tools, see clean_tool
         self.rows = {}  # profile_for's answers by its arguments: each takes 30 us or more
         self.wires = None  # (the TLS settings it was made from, Upstream)
@@ -6777,17 +6735,17 @@ class Proxy:
         """
         with self.lock:
             old, self.seen = self.seen, settings
-            names = STORE_SETTINGS + ("prices", "record_dir")
-            changed = {
-                name for name in names if getattr(old, name, self) != getattr(settings, name)
-            }
+
+            def differ(*names):
+                return any(getattr(old, name, self) != getattr(settings, name) for name in names)
+
             try:  # prices first: rows that the store gives back are priced by them
-                if "prices" in changed:
+                if differ("prices"):
                     self.ledger.prices = prices_from(settings.prices)
             finally:
-                if changed.intersection(STORE_SETTINGS):
+                if differ(*STORE_SETTINGS):
                     self.open_store(settings)
-                if "record_dir" in changed:
+                if differ("record_dir"):
                     folder, secrets = settings.record_dir, settings.secrets()
                     self.recorder = Recorder(folder, secrets, self.warn) if folder else None
 
@@ -6801,7 +6759,7 @@ class Proxy:
         store, size = None, settings.cache_max_mb << 20
         is_named = settings.origins["cache_dir"] != "default"
         if settings.cache_enabled or settings.ledger or is_named:
-            store = Cache(settings.cache_dir, settings.cache_ttl, size, log=self.warn)
+            store = Cache(settings.cache_dir, settings.cache_ttl, size, self.warn)
             self.lessons.update(store.lessons())
         self.store = self.memory.store = store
         self.ledger.save = store.save_row if settings.ledger else None
@@ -6814,11 +6772,10 @@ class Proxy:
 
     def upstream(self, settings):
         """The shared connections; made anew when a setting about TLS changed."""
-        made = tuple(getattr(settings, name) for name in TLS_SETTINGS)
+        tls = {name: getattr(settings, name) for name in TLS_SETTINGS}
         with self.lock:
-            if self.wires is None or self.wires[0] != made:
-                tls = dict(zip(TLS_SETTINGS, made))
-                self.wires = (made, Upstream(settings.target_timeout, **tls))
+            if self.wires is None or self.wires[0] != tls:
+                self.wires = (tls, Upstream(settings.target_timeout, **tls))
             return self.wires[1]
 
     def profile_of(self, settings):
@@ -6831,12 +6788,11 @@ class Proxy:
 
         def profile(base, model):
             place = base, model
-            found = self.found.get(place, {})
+            owner, context = self.found.get(place, ("", 0))
             forced = (settings.profile, settings.target_format) if base == main[0] else ("", "auto")
-            key = (base, model) + forced + (found.get("owner", ""),)
+            key = (base, model, *forced, owner)
             row = self.rows.get(key) or self.rows.setdefault(key, profile_for(*key))
-            if found.get("context") and not row.context:
-                row = row._replace(context=found["context"])
+            row = row._replace(context=row.context or context)
             row = apply_lesson(row, self.lessons.get(place))
             if place != main:
                 return row
@@ -6851,7 +6807,7 @@ class Proxy:
         with self.lock:
             self.lessons[place] = dict(self.lessons.get(place, {}), **changes)
         if self.store:
-            self.store.save_lesson(plan.base, plan.model, self.lessons[place])
+            self.store.save_lesson(*place, self.lessons[place])
         for field, value in changes.items():
             self.log("info", "learned about %s: %s" % (plan.model, lesson_text(field, value)))
 
@@ -6870,16 +6826,17 @@ class Proxy:
         Never raises: it is asked beside the first request, and nothing depends on the answer.
         """
         try:
-            headers = upstream_headers(plan, self.settings())
-            found = ask_provider(self.upstream(self.settings()), plan, headers, wait)
-        except (ProxyError, ClientGone, ValueError, KeyError, TypeError) as error:
+            settings = self.settings()
+            headers = upstream_headers(plan, settings)
+            owner, context = ask_provider(self.upstream(settings), plan, headers, wait)
+        except (ProxyError, ClientGone, ValueError) as error:
             self.log("debug", "the provider was not asked about itself: %s" % error)
             return
-        self.found[(plan.base, plan.model)] = found
-        if 0 < found["context"] < SMALL_CONTEXT:
+        self.found[(plan.base, plan.model)] = owner, context
+        if 0 < context < SMALL_CONTEXT:
             self.warn(
                 "%s has a context window of %d tokens; Claude Code's first request alone has about"
-                " 13,000" % (plan.model, found["context"])
+                " 13,000" % (plan.model, context)
             )
 
     @contextlib.contextmanager
@@ -6915,6 +6872,16 @@ class Proxy:
         """The Plan of a family, with what was learned."""
         return plan_for(settings, family, self.profile_of(settings))
 
+    def plan_request(self, settings, body):
+        """The Plan of a request, by the family that its model's name says.
+
+        Requests with images go to TARGET_MODEL_IMAGE where that plan takes none.
+        """
+        plan = self.plan_of(settings, family_of(str(body.get("model"))))
+        if not settings.target_model_image or plan.profile.images:
+            return plan
+        return self.plan_of(settings, "image") if any(find_blocks(body, "image")) else plan
+
     def models(self, settings):
         """Anthropic's model list: the families, and the disguise or target.
 
@@ -6923,12 +6890,13 @@ class Proxy:
         """
         shown = settings.disguise_model or settings.target_model
         named = shown if shown.startswith(("claude", "anthropic")) else "claude-" + shown
-        data = [model_row(named, settings.target_model)]
+        titles = {named: settings.target_model}
         for family in FAMILIES:
-            title = "%s (%s)" % (self.plan_of(settings, family).model, family)
-            data.append(model_row("claude-" + family, title))
-        ends = {"first_id": data[0]["id"], "last_id": data[-1]["id"]}
-        return dict({"data": data, "has_more": False}, **ends)
+            titles["claude-" + family] = "%s (%s)" % (self.plan_of(settings, family).model, family)
+        constants = {"type": "model", "created_at": CREATED, "description": "through ccfix"}
+        data = [dict(constants, id=name, display_name=title) for name, title in titles.items()]
+        first, last = data[0]["id"], data[-1]["id"]
+        return {"data": data, "has_more": False, "first_id": first, "last_id": last}
 
     def count_tokens(self, body, headers, wait=None):
         """{"input_tokens"}: the provider's own count where its format has one, else an estimate.
@@ -6938,19 +6906,19 @@ class Proxy:
         if not isinstance(body.get("messages"), list):
             raise BadRequest("messages: a list is required")
         settings = self.settings()
-        plan = plan_request(settings, str(body.get("model")), False, self.profile_of(settings))
-        count = None
+        plan = self.plan_request(settings, body)
+        found = {}
         if plan.format.count_path and body["messages"]:
             sent = normalize(body, plan.profile, memo=self.memo)
             sent = plan.format.write(sent, plan.model, plan.profile)
-            sent = {name: sent[name] for name in sent if name not in ("max_tokens", "stream")}
+            sent = omit(sent, ("max_tokens", "stream"))
             headers = upstream_headers(plan, settings, headers)
             url, upstream = plan.url(plan.format.count_path), self.upstream(settings)
             try:
-                count = get_json(upstream, url, headers, wait, 10, sent).get("input_tokens")
+                _, found = get_json(upstream, url, headers, wait, 10, sent)
             except ProxyError as error:
                 self.log("debug", "count_tokens of the provider failed: %s" % error)
-        return {"input_tokens": count if isinstance(count, int) else estimate_tokens(body)}
+        return {"input_tokens": positive_int(found, "input_tokens") or estimate_tokens(body)}
 
     def status(self, address=""):
         """What GET /stats tells; the status page shows it."""
@@ -7013,29 +6981,15 @@ def place_of(plan):
     return {"model": plan.model, "api_base": without_password(plan.base)}
 
 
-def model_row(name, title):
-    """A model as Anthropic's list shows it."""
-    row = {"type": "model", "id": name, "display_name": title, "created_at": CREATED}
-    return dict(row, description="through ccfix")
-
-
 def get_json(upstream, url, headers, wait=None, timeout=None, body=None):
-    """The JSON object that a URL answers with (to a POST where there is a body).
+    """(HTTP status, JSON object) with which a URL answers (to a POST where there is a body).
 
     {} for anything else, and for an error status. timeout: seconds. Raises ProxyError.
     """
-    return fetch_json(upstream, url, headers, wait, timeout, body)[1]
-
-
-def fetch_json(upstream, url, headers, wait=None, timeout=None, body=None):
-    """(HTTP status, JSON object), see `get_json`."""
     method, data = ("GET", None) if body is None else ("POST", to_json_bytes(body))
-    reply = upstream.open(method, url, headers, data, wait, timeout)
-    try:
+    with contextlib.closing(upstream.open(method, url, headers, data, wait, timeout)) as reply:
         found = as_dict(json_or_none(reply.read(4 << 20))) if reply.status == 200 else {}
         return reply.status, found
-    finally:
-        reply.close()
 
 
 # Fields in which rows of /models tell the context window, in tokens, the surest first.
@@ -7049,29 +7003,24 @@ CONTEXT_FIELDS = (
 
 
 def ask_provider(upstream, plan, headers, wait=None):
-    """{"owner", "context"} from /models, and from a local server's own endpoint.
+    """(owner, context) from /models, and from a local server's own endpoint.
 
     owner: see OWNERS; context: tokens, 0 where nothing tells: OpenAI and most clouds do not.
     Raises ProxyError.
     """
 
     def ask(url):
-        return get_json(upstream, url, headers, wait, timeout=5)
+        return get_json(upstream, url, headers, wait, timeout=5)[1]
 
-    rows = as_list(ask(plan.url(plan.format.models_path)).get("data"))
-    rows = [row for row in rows if isinstance(row, dict)]
+    rows = [as_dict(row) for row in as_list(ask(plan.url(plan.format.models_path)).get("data"))]
     named = [row for row in rows if row.get("id") == plan.model]
     mine = (named or (rows if len(rows) == 1 else [{}]))[0]
     owners = (row.get("owned_by") for row in named + rows)
     owner = str(next(filter(None, owners), ""))
-    context = loaded_context(ask, plan, owner) or positive_int(limits_of(mine), *CONTEXT_FIELDS)
-    return {"owner": owner, "context": context}
-
-
-def limits_of(row):
-    """The fields of a row of /models, and those that some providers put one level down."""
-    limits = as_dict(as_dict(row.get("capabilities")).get("limits"))  # GitHub Copilot
-    return dict(as_dict(row.get("top_provider")), **dict(limits, **row))  # OpenRouter's provider
+    # GitHub Copilot and OpenRouter tell some limits one level down.
+    limits = as_dict(as_dict(mine.get("capabilities")).get("limits"))
+    limits = {**as_dict(mine.get("top_provider")), **limits, **mine}
+    return owner, loaded_context(ask, plan, owner) or positive_int(limits, *CONTEXT_FIELDS)
 
 
 def loaded_context(ask, plan, owner):
@@ -7099,7 +7048,7 @@ def connect_lines(address, has_key):
 
 
 # Fields of a ledger row that are attributes of an Exchange.
-ROW_FIELDS = ("id", "asked", "stream", "bytes_in", "bytes_out", "retries", "broke")
+ROW_FIELDS = "id asked stream bytes_in bytes_out retries lessons first_ms broke".split()
 
 
 class Exchange:
@@ -7119,9 +7068,7 @@ class Exchange:
         self.stream = body.get("stream") is True
         self.asked = without_mark(str(body.get("model") or ""))  # the model that the client named
         self.shown = self.settings.disguise_model or self.asked or self.settings.target_model
-        with_images = bool(self.settings.target_model_image) and any(find_blocks(body, "image"))
-        profile_of = proxy.profile_of(self.settings)
-        self.plan = plan_request(self.settings, self.asked, with_images, profile_of)
+        self.plan = proxy.plan_request(self.settings, body)
         self.writer = None  # the MessageWriter, and ...
         self.reader = None  # ... the format's reader of this try
         self.normalized = self.sent = None  # the request of this try
@@ -7129,15 +7076,14 @@ class Exchange:
         self.retries = 0  # tries again because the provider failed
         self.fixes = 0  # tries again because something was learned
         self.room = 0  # output tokens to ask for, after an overflow
-        self.learned = []  # what, in sentences
+        self.lessons = []  # what was learned, in sentences
         self.replies = []  # one a try, for the record
         self.store = proxy.store if self.settings.cache_enabled else None  # a Cache, or None
         self.cache_state = "off"  # or miss, hit
         self.key = None  # the cache key; None where the answer may not be stored
         self.bytes_in = self.bytes_out = 0  # of the request's JSON, and of the answer
-        self.began = clock()  # when the request came ...
-        self.last_write = self.began  # ... and when the client last got something
-        self.last_sign = self.began  # when the provider last sent content
+        # When the request came, the client last got something, the provider last sent content.
+        self.began = self.last_write = self.last_sign = clock()
         self.first_ms = None  # milliseconds until the client got the first content
         self.broke = ""  # why the provider's prefix cache was lost
 
@@ -7180,7 +7126,7 @@ class Exchange:
 
     def spent_ms(self):
         """Milliseconds since the request came."""
-        return (self.clock() - self.began) * 1000
+        return round((self.clock() - self.began) * 1000, 1)
 
     def silence(self):
         """SSE text to write in a silence, or "".
@@ -7201,11 +7147,10 @@ class Exchange:
         if not self.stream or self.writer is None or self.writer.state in ENDED:
             return ""
         is_held = self.writer.state == IDLE
-        if is_held and now - self.began < HOLD_SECONDS:
+        since, pause = (self.began, HOLD_SECONDS) if is_held else (self.last_write, PING_SECONDS)
+        if now - since < pause:
             return ""
-        if not is_held and now - self.last_write < PING_SECONDS:
-            return ""
-        events = list(self.writer.start()) + [PING] if is_held else [PING]
+        events = [*self.writer.start(), PING]  # start() gives nothing the second time
         if not is_held and now - self.last_sign >= SIGN_SECONDS:
             events = self.reader.idle()
         self.last_write = now
@@ -7286,11 +7231,11 @@ class Exchange:
                 kept.append(reply.read(1 << 20))
                 raise refusal(reply, kept[0], plan)
             blocks = reply.blocks()
-            yield from self.read(reply, record_blocks(blocks, kept) if proxy.recorder else blocks)
+            yield from self.read(reply, keep_each(blocks, kept) if proxy.recorder else blocks)
         finally:
             reply.close()
-            row = {"status": reply.status, "headers": dict(reply.headers.items())}
-            self.replies.append(dict(row, body=b"".join(kept)))
+            headers, body = dict(reply.headers.items()), b"".join(kept)
+            self.replies.append({"status": reply.status, "headers": headers, "body": body})
         proxy.memory.keep(self.writer.memory)
 
     def new_writer(self):
@@ -7317,7 +7262,8 @@ class Exchange:
         is_wanted = {"always": True, "auto": not profile.strict}.get(settings.attach_fields)
         attach = attach if recall and is_wanted else ()
         sent = plan.format.write(self.normalized, plan.model, profile, attach)
-        return add_extra_body(sent, settings)
+        sent.update(settings.extra_body)  # null removes a field
+        return omit(sent, [name for name in settings.extra_body if sent[name] is None])
 
     def output_room(self):
         """Output tokens that fit beside the prompt where the context window is known, else 0.
@@ -7333,7 +7279,7 @@ class Exchange:
     def explain_prefix(self, outline):
         """Why this request does not go on where the session's last one stopped, or ""."""
         names = ("x-claude-code-session-id", "x-claude-code-agent-id")
-        session = " ".join(self.headers.get(name) or "" for name in names)
+        session = " ".join(self.headers.get(name, "") for name in names)
         if not session.strip():
             return ""
         return self.proxy.sessions.compare(session + self.plan.model, outline)
@@ -7345,9 +7291,8 @@ class Exchange:
         error, DashScope sends SSE to all.
         """
         reader, head = self.reader, first_bytes(blocks)
-        start = head.lstrip(BLANK)[:1]
-        if start in (b"{", b"[", b"<"):
-            yield from reader.feed(whole_reply(read_all(head, blocks), start, self.plan))
+        if head[:1] in (b"{", b"[", b"<"):
+            yield from reader.feed(whole_reply(read_all(head, blocks), self.plan))
             reader.ended = True
         else:
             for payload in sse_payloads(itertools.chain([head], blocks)):
@@ -7397,11 +7342,11 @@ class Exchange:
         profile, changes = self.plan.profile, {}
         if not self.room:
             changes, self.room = room_after(error, profile, self.bytes_in)
-        changes = changes or learn(error, profile, self.normalized or {}, self.sent or {})
+        changes = changes or learn(error, profile, self.normalized, self.sent)
         if not changes:
             return False
         self.fixes += 1
-        self.learned += [lesson_text(field, value) for field, value in changes.items()]
+        self.lessons += [lesson_text(field, value) for field, value in changes.items()]
         self.proxy.teach(self.plan, changes)
         self.plan = self.plan._replace(profile=apply_lesson(profile, changes))
         if changes.get("images") is False and self.settings.target_model_image:
@@ -7413,12 +7358,11 @@ class Exchange:
     def from_cache(self):
         """What Cache.get has for this request; None for nothing."""
         profile, sent = self.plan.profile, self.write_request()
-        normalized = self.normalized
         if profile.untouched:  # sent as it came, with what differs from session to session
             profile = profile._replace(untouched=False)
-            normalized = normalize(self.body, profile, memo=self.proxy.memo)
+            self.normalized = normalize(self.body, profile, memo=self.proxy.memo)
         place = "%s %s" % (self.plan.base, self.plan.model)
-        self.key = cache_key(normalized, sent, self.settings.cache_key_mode, place)
+        self.key = cache_key(self.normalized, sent, self.settings.cache_key_mode, place)
         hit = self.store.get(self.key)
         if self.key is not None:
             self.cache_state = "hit" if hit else "miss"
@@ -7431,9 +7375,7 @@ class Exchange:
         not taken for long.
         """
         seen = []
-        for event in events:
-            seen.append(event)
-            yield event
+        yield from keep_each(events, seen)
         seen = list(filter(None, seen))
         is_done = seen and seen[-1]["type"] == "message_stop" and self.plan.family != "fallback"
         message = fold(seen) if is_done else {}
@@ -7455,16 +7397,14 @@ class Exchange:
         row = {name: getattr(self, name) for name in ROW_FIELDS}
         row.update(
             time=self.proxy.now(),
-            session=self.headers.get("x-claude-code-session-id") or "",
+            session=self.headers.get("x-claude-code-session-id", ""),
             model=self.plan.model,
             status=status,
             input=usage["input_tokens"],
             output=usage["output_tokens"],
             cache_read=usage["cache_read_input_tokens"],
             cache_write=usage["cache_creation_input_tokens"],
-            first_ms=self.first_ms and round(self.first_ms, 1),
-            total_ms=round(self.spent_ms(), 1),
-            lessons=self.learned,
+            total_ms=self.spent_ms(),
             cache=self.cache_state,
             error=error,
         )
@@ -7474,7 +7414,10 @@ class Exchange:
             "time": row["time"],
             "id": self.id,
             "row": row,
-            "request": without_person(self.body),
+            # without what tells who and where the user is
+            "request": {
+                name: HIDDEN if name in PERSONAL else value for name, value in self.body.items()
+            },
             "sent": self.sent,
             "client_headers": dict(self.headers.items()),
         }
@@ -7491,34 +7434,28 @@ def row_text(row):
         "%(id)s %(asked)s -> %(model)s stream=%(stream)s %(status)s in=%(input)s+%(cache_read)s"
         " out=%(output)s first=%(first_ms)sms total=%(total_ms)sms cache=%(cache)s" % row
     )
-    for name, shown in (("retries", " retries=%s"), ("broke", " prefix lost: %s")):
-        line += shown % row[name] if row[name] else ""
-    return line + (" error: " + row["error"] if row["error"] else "")
+    more = (("retries", " retries=%s"), ("broke", " prefix lost: %s"), ("error", " error: %s"))
+    return line + "".join(shown % row[name] for name, shown in more if row[name])
 
 
-def without_person(body):
-    """A request for a record or the log, without what tells who and where the user is."""
-    return {key: HIDDEN if key in PERSONAL else value for key, value in body.items()}
-
-
-def record_blocks(blocks, kept):
-    """The blocks, as they come; each is put into kept too."""
-    for block in blocks:
-        kept.append(block)
-        yield block
+def keep_each(items, kept):
+    """The items, as they come; each is put into kept too."""
+    for item in items:
+        kept.append(item)
+        yield item
 
 
 BLANK = b"\xef\xbb\xbf \t\r\n"  # some providers send blank lines while they think
 
 
 def first_bytes(blocks):
-    """The first bytes of a reply that are not only white space."""
+    """The first bytes of a reply, from the first that is not white space; b"" for white space."""
     head = b""
     for block in blocks:
         head += block
         if head.strip(BLANK) or len(head) > 1 << 16:
             break
-    return head.lstrip(BLANK) or head
+    return head.lstrip(BLANK)
 
 
 def read_all(head, blocks):
@@ -7531,14 +7468,14 @@ def read_all(head, blocks):
     return bytes(raw)
 
 
-def whole_reply(raw, start, plan):
+def whole_reply(raw, plan):
     """A reply that is not a stream, as the one chunk (or message) that it is.
 
-    start: its first byte. Raises UpstreamError for a web page or broken JSON. A web page comes
-    from a login portal, or from a base URL without its /v1.
+    Raises UpstreamError for a web page or broken JSON. A web page comes from a login portal, or
+    from a base URL without its /v1.
     """
     base = without_password(plan.base)
-    if start == b"<":
+    if raw[:1] == b"<":
         words = (
             "%s answered with a web page (%s) instead of a completion; check TARGET_API_BASE (-b)."
         )
@@ -7592,45 +7529,42 @@ def search_message(exchange):
     Never a model's invention, which the client would show as results.
     """
     _, blocks, _ = (split_turns(exchange.body["messages"]) or [("", [], None)])[-1]
-    text = "\n".join(block_text(block) for block in blocks if block.get("type") == "text")
-    query = re.sub(r"(?is)^.*?web search for the query:\s*", "", text).strip()[:400]
-    try:
-        hits = search_web(exchange, query)
-        content = [dict(HIT, title=title, url=url) for title, url, _ in hits]
-        text = "\n\n".join(map("\n".join, hits)) or "The search found nothing."
-    except (ProxyError, ValueError) as error:
-        content, text = SEARCH_ERROR, str(error)
+    said = "\n".join(map(block_text, blocks))
+    query = re.sub(r"(?is)^.*?web search for the query:\s*", "", said).strip()[:400]
+    content, text = SEARCH_ERROR, NO_SEARCH
+    if exchange.settings.search_url:
+        try:
+            hits = search_web(exchange, query)
+            content = [dict(HIT, title=title, url=url) for title, url, _ in hits]
+            text = "\n\n".join(map("\n".join, hits)) or "The search found nothing."
+        except (ProxyError, ValueError) as error:
+            text = "The web search failed: %s" % error
     call_id = "srvtoolu_" + exchange.proxy.new_id()
     call = {"type": "server_tool_use", "id": call_id, "name": "web_search"}
+    call["input"] = {"query": query}
     result = {"type": "web_search_tool_result", "tool_use_id": call_id, "content": content}
-    blocks = [dict(call, input={"query": query}), result, text_block(text)]
-    message = {"type": "message", "role": "assistant", "content": blocks}
-    return dict(message, stop_reason="end_turn", stop_sequence=None)
+    blocks = [call, result, text_block(text)]
+    return {"type": "message", "role": "assistant", "content": blocks, "stop_reason": "end_turn"}
 
 
 def search_web(exchange, query):
     """[(title, url, content)], all strings, of SEARCH_URL's JSON answer, at most ten.
 
-    SearXNG's form: https://docs.searxng.org/dev/search_api.html. Raises ValueError with a sentence
-    for the model.
+    SearXNG's form: https://docs.searxng.org/dev/search_api.html. Raises ProxyError, and ValueError
+    for other JSON.
     """
     url = exchange.settings.search_url
-    if not url:
-        raise ValueError(NO_SEARCH)
     url += ("&" if "?" in url else "?") + urllib.parse.urlencode({"q": query, "format": "json"})
     headers = {"Accept": "application/json", "User-Agent": USER_AGENT}
     upstream = exchange.proxy.upstream(exchange.settings)
-    try:
-        status, found = fetch_json(upstream, url, headers, exchange.wait, 30)
-    except ProxyError as error:
-        raise ValueError("The web search failed: %s" % error)
-    if not isinstance(found.get("results"), list):
-        words = "The web search failed: SEARCH_URL answered HTTP %d without a list of results"
-        raise ValueError(words % status)
-    rows = [row for row in found["results"][:10] if isinstance(row, dict) and row.get("url")]
+    status, found = get_json(upstream, url, headers, exchange.wait, 30)
+    rows = found.get("results")
+    if not isinstance(rows, list):
+        raise ValueError("SEARCH_URL answered HTTP %d without a list of results" % status)
     return [
         (str(row.get("title") or row["url"]), str(row["url"]), str(row.get("content") or ""))
-        for row in rows
+        for row in map(as_dict, rows[:10])
+        if row.get("url")
     ]
 
 
@@ -9329,7 +9263,7 @@ def fetch(url, seconds, headers=(), *tls):
     seconds.
     """
     with contextlib.closing(Upstream(seconds, seconds, *tls)) as upstream:
-        return get_json(upstream, url, dict(headers), patience(seconds), seconds)
+        return get_json(upstream, url, dict(headers), patience(seconds), seconds)[1]
 
 
 def glance(url, seconds=GLANCE_SECONDS):
@@ -9910,8 +9844,7 @@ class Tester:
     @property
     def plan(self):
         """Where requests go, and how. Each time anew: a probe or a lesson changes the profile."""
-        profile_of = self.proxy.profile_of(self.settings)
-        return plan_request(self.settings, self.asked, False, profile_of)
+        return self.proxy.plan_request(self.settings, {"model": self.asked})
 
     def ask(self, content="", limit=ROW_SECONDS, **fields):
         """The Answer to a user's content (string or blocks), within `limit` seconds.
@@ -9966,7 +9899,7 @@ def is_reachable(tester):
     """
     plan, settings = tester.plan, tester.settings
     upstream, headers = tester.proxy.upstream(settings), upstream_headers(plan, settings)
-    tester.models = model_names(get_json(upstream, models_url(plan), headers, patience(20)))
+    tester.models = model_names(get_json(upstream, models_url(plan), headers, patience(20))[1])
     tester.proxy.probe(plan, patience(10))  # tells a local server's kind, and so its profile
     way = upstream.way_to(plan.base)
     seen = host_port(way.host, way.port) + " answers"
