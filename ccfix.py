@@ -138,10 +138,12 @@ BLOCKS = {
     "thinking": BlockKind(
         {"thinking": "", "signature": ""}, "thinking", "thinking_delta", "thinking"
     ),
-    "tool_use": BlockKind({"input": {}}, "input", "input_json_delta", "partial_json"),
-    "server_tool_use": BlockKind({"input": {}}, "input", "input_json_delta", "partial_json"),
-    "image": BlockKind({}, tokens=1500),  # Anthropic's limit is about 1,600 an image
-    "document": BlockKind({}, tokens=1500),  # a page or two of a PDF
+    **dict.fromkeys(
+        ("tool_use", "server_tool_use"),
+        BlockKind({"input": {}}, "input", "input_json_delta", "partial_json"),
+    ),
+    # Anthropic's limit is about 1,600 an image; a document is taken for a page or two of a PDF.
+    **dict.fromkeys(("image", "document"), BlockKind({}, tokens=1500)),
 }
 
 # HTTP status -> Anthropic's error type (docs.anthropic.com/en/api/errors); any other is api_error.
@@ -175,18 +177,13 @@ REASONING_FIELDS = {
     "google": "opaque",  # Gemini 3
 }
 
-# First line of Claude Code's system text: it describes the user's machine, and differs between
-# versions. Sent on, it would tell on the user, and cost the provider's whole prefix cache.
-BILLING_LINE = "x-anthropic-billing-header:"
-
 # What Claude Code tells the model of the tokens that are left. Later it takes that out of the
 # history.
 TOKEN_MARKER = re.compile(r"\s*<total_tokens>[^<]*</total_tokens>\s*$")
 
 
-def compact_json(value, _encode=json.JSONEncoder(separators=(",", ":")).encode):
-    """value as JSON text without spaces; ASCII, since half a surrogate pair has no UTF-8."""
-    return _encode(value)
+# compact_json(value): JSON text without spaces; ASCII, since half a surrogate pair has no UTF-8.
+compact_json = json.JSONEncoder(separators=(",", ":")).encode
 
 
 def to_string(raw):
@@ -203,8 +200,12 @@ def json_or_none(raw):
 
 
 def without_billing(text):
-    """A system string without the billing line on top."""
-    return text.partition("\n")[2] if text.startswith(BILLING_LINE) else text
+    """A system string without Claude Code's billing line on top.
+
+    It describes the user's machine, and differs between versions. Sent on, it would tell on the
+    user, and cost the provider's whole prefix cache.
+    """
+    return text.partition("\n")[2] if text.startswith("x-anthropic-billing-header:") else text
 
 
 def as_dict(value):
@@ -685,19 +686,19 @@ class SettingError(Exception):
 # of .env and on the status page follow from it. An empty value always means the default, so a row
 # whose empty value means something has "" as its default.
 
-# ---- parsers: a string -> the value; ValueError says what is allowed -----------------------------
+# ---- parsers: a string without space around it -> the value; ValueError says what is allowed -----
 
 
 def parse_text(value):
     """A string without line breaks: it may become a header's value."""
     if "\n" in value or "\r" in value:
         raise ValueError("one line of text")
-    return value.strip()
+    return value
 
 
 def parse_flag(value):
     """A bool, from true or false (also 1/0, yes/no, on/off); empty is false."""
-    word = value.strip().lower()
+    word = value.lower()
     is_on = word in ("true", "1", "yes", "on")
     if not is_on and word not in ("false", "0", "no", "off", ""):
         raise ValueError("true or false")
@@ -708,7 +709,7 @@ def whole_number(allowed, most):
     """A parser of whole numbers from 0 to `most`, in at most 12 digits; allowed: said of others."""
 
     def parse(value):
-        if not re.match(r"\d{1,12}$", value.strip()) or int(value) > most:
+        if not re.match(r"\d{1,12}$", value) or int(value) > most:
             raise ValueError(allowed)
         return int(value)
 
@@ -721,14 +722,11 @@ parse_count = whole_number("a whole number, 0 or more", 10**12)  # of tokens, MB
 
 def parse_seconds(value):
     """A number of seconds above 0, as a float; a socket takes no timeout of centuries."""
-    try:
-        number = float(value)
-    except ValueError:
-        number = 0.0
-    # float() reads "nan" and "inf" too; neither lies between.
-    if not 0 < number < 1e7:
-        raise ValueError("a number of seconds above 0")
-    return number
+    with contextlib.suppress(ValueError):
+        # float() reads "nan" and "inf" too; neither lies between.
+        if 0 < float(value) < 1e7:
+            return float(value)
+    raise ValueError("a number of seconds above 0")
 
 
 def parse_choice(*allowed):
@@ -738,9 +736,9 @@ def parse_choice(*allowed):
     """
 
     def parse(value):
-        if value.strip().lower() not in allowed:
+        if value.lower() not in allowed:
             raise ValueError("one of " + ", ".join(filter(None, allowed)))
-        return value.strip().lower()
+        return value.lower()
 
     return parse
 
@@ -759,7 +757,7 @@ def parse_json_object(value):
 
     A null in it is a value of its own: it takes a field or header away that ccfix would send.
     """
-    parsed = json_or_none(value) if value.strip() else {}
+    parsed = json_or_none(value or "{}")
     if not isinstance(parsed, dict):
         raise ValueError('a JSON object, such as {"name": "value"}')
     return parsed
@@ -767,7 +765,7 @@ def parse_json_object(value):
 
 def parse_names(value):
     """A tuple of names in lower case, from names separated by commas or spaces; empty is ()."""
-    return tuple(re.split(r"[,\s]+", value.strip().lower())) if value.strip() else ()
+    return tuple(re.findall(r"[^,\s]+", value.lower()))
 
 
 def parse_address(value):
@@ -776,20 +774,17 @@ def parse_address(value):
     The scheme may be missing, as people paste it: then it is https, but http for localhost, for an
     IP address, and where a port follows a bare name. Fragments make no sense in a base URL.
     """
-    value = value.strip()
     if not value:
         return ""
     if "://" not in value:
         is_local = re.match(r"(localhost|127\.|\[|\d+\.\d+\.\d+\.\d+|[\w-]+:\d)", value)
         value = ("http://" if is_local else "https://") + value
-    try:
+    with contextlib.suppress(ValueError):  # a port that is not a number, brackets not closed
         parts = urllib.parse.urlsplit(value)
         is_good = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1)
-    except ValueError:  # a port that is not a number, brackets that are not closed
-        is_good = False
-    if not is_good or parts.fragment or re.search(r"[\s\x00-\x1f]", value):
-        raise ValueError("an address such as https://api.example.com/v1")
-    return value
+        if is_good and not parts.fragment and not re.search(r"[\s\x00-\x1f]", value):
+            return value
+    raise ValueError("an address such as https://api.example.com/v1")
 
 
 def parse_base_url(value):
@@ -801,9 +796,8 @@ def parse_base_url(value):
     parts = urllib.parse.urlsplit(parse_address(value))
     if not parts.netloc:
         return ""
-    path = parts.path.rstrip("/")
-    path = re.sub(r"/((chat/)?completions|messages|responses)$", "", path).rstrip("/")
-    return urllib.parse.urlunsplit((parts.scheme, parts.netloc, path or "/v1", parts.query, ""))
+    path = re.sub(r"/((chat/)?completions|messages|responses)$", "", parts.path.rstrip("/"))
+    return parts._replace(path=path.rstrip("/") or "/v1").geturl()
 
 
 # ---- the table -----------------------------------------------------------------------------------
@@ -819,7 +813,6 @@ class Setting(NamedTuple):
     flags: tuple = ()  # on the command line
     claude: str = ""  # key under "env" in ~/.claude/settings.json from which it may come
     secret: bool = False  # its value is never shown
-    const: str = ""  # the value that a flag sets that takes none
 
     @property
     def name(self):
@@ -986,7 +979,6 @@ SETTINGS = (
         "store replies and answer repeated requests from the store",
         parse_flag,
         ("--cache",),
-        const="true",
     ),
     Setting("CACHE_DIR", ".cache", "folder of the cache, the lessons and the ledger"),
     Setting(
@@ -1041,7 +1033,6 @@ SETTINGS = (
         "do not verify TLS certificates: anyone on the way can read the key",
         parse_flag,
         ("--insecure",),
-        const="true",
     ),
 )
 BY_ENV = {row.env: row for row in SETTINGS}  # a file and the environment know no other name
@@ -1068,7 +1059,7 @@ class Settings:
                 ("default", row.default),
             )
             try:
-                setattr(self, row.name, row.parse(value))
+                setattr(self, row.name, row.parse(value.strip()))
             except ValueError as e:
                 shown = "" if row.secret else " is %r" % without_password(value)[:100]
                 raise SettingError("%s%s (from %s); allowed: %s" % (row.env, shown, origin, e))
@@ -1151,9 +1142,11 @@ def dotenv_value(value):
         return re.sub(r"(^|\s)#.*", "", value).rstrip()
     if quoted.group(1) is None:
         return quoted.group(2)
-    known = {"n": "\n", "t": "\t", '"': '"', "\\": "\\", "$": "$"}
+    breaks = {"n": "\n", "t": "\t"}  # the other escapes stand for themselves
     return re.sub(
-        r"\\(.)", lambda escape: known.get(escape.group(1), escape.group()), quoted.group(1)
+        r'\\([nt"$\\])',
+        lambda escape: breaks.get(escape.group(1), escape.group(1)),
+        quoted.group(1),
     )
 
 
@@ -1164,18 +1157,16 @@ def claude_layer(source):
     """
     env = as_dict(as_dict(json_or_none(source)).get("env"))
     return {
-        row.env: env[row.claude]
-        for row in SETTINGS
-        if row.claude and isinstance(env.get(row.claude), str)
+        row.env: env[row.claude] for row in SETTINGS if row.claude and as_str(env.get(row.claude))
     }
 
 
-def env_template(values=()):
+def env_template(values):
     """A commented .env with every setting, for `init`.
 
     values: {ENV_NAME: string} to fill in; the others are commented out, with their defaults.
     """
-    values, lines = dict(values), ["# ccfix settings; an empty value means the default", ""]
+    lines = ["# ccfix settings; an empty value means the default", ""]
     for row in SETTINGS:
         line = "#%s=%s" % (row.env, row.default)
         if row.env in values:
@@ -1188,7 +1179,7 @@ def quote_value(value):
     """value as .env text that `dotenv` reads back the same; in quotes only where it needs them."""
     if re.match(r"[\w@%+=:,./-]*$", value):
         return value
-    return '"%s"' % value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+    return json.dumps(value, ensure_ascii=False)
 
 
 # ==================================================================================================
@@ -1205,7 +1196,8 @@ class Profile(NamedTuple):
 
     name: str = "default"  # as PROFILE and the README's table say it
     title: str = "any other"  # for people
-    hosts: tuple = ()  # ends of host names; ":11434" is a port on this machine
+    hosts: str = ""  # ends of host names, by spaces; ":11434" is a port on this machine
+    json_format: str = ""  # response_format it takes: json_schema, json_object or none
     models: str = ""  # pattern at the start of a model's name, with or without "owner/"; "": all
     format: str = "chat"  # what it speaks: a row of FORMATS
     untouched: bool = False  # the request goes on as it came [Anthropic itself]
@@ -1233,7 +1225,6 @@ class Profile(NamedTuple):
     images: bool = True  # takes images
     image_urls: bool = True  # fetches http(s) images itself
     files: bool = False  # takes PDF as a file part [OpenAI, OpenRouter]
-    json_format: str = ""  # response_format it takes: json_schema, json_object or none
     system_role: bool = True  # takes a system message
     user_after_tool: bool = True  # takes a user message right after a tool message [not Mistral]
     # Field (of REASONING_FIELDS) in which earlier reasoning goes back; empty: it must not. By
@@ -1241,14 +1232,12 @@ class Profile(NamedTuple):
     # MiniMax].
     reasoning_field: str = ""
     reasoning_always: bool = False
-    placeholder: str = (
-        ""  # in place of reasoning that was not kept; empty: nothing [DeepSeek, Gemini]
-    )
+    # in place of reasoning that was not kept; empty: nothing [DeepSeek, Gemini]
+    placeholder: str = ""
     reasoning: str = ""  # how thinking is asked for: a row of REASONING; empty: not at all
     efforts: tuple = ()  # effort words it takes, weakest first
-    effort_with_tools: str = (
-        ""  # the only effort that it takes beside tools [none: gpt-5.4 and later]
-    )
+    # the only effort that it takes beside tools [none: gpt-5.4 and later]
+    effort_with_tools: str = ""
     betas: tuple = ()  # anthropic-beta flags that are not passed on (Anthropic's form only)
     scope: str = ""  # whose reasoning state this is: host of the base URL (set by profile_for)
     tried: bool = False  # on a real server; all else is from documentation and reports
@@ -1266,11 +1255,11 @@ GEMINI_SKIP = "skip_thought_signature_validator"  # Google's own word for "there
 OPENAI = Profile(
     "openai",
     "OpenAI, other models",
-    ("api.openai.com",),
+    "api.openai.com",
+    "json_schema",
     strict=True,
     files=True,
     max_tools=128,
-    json_format="json_schema",
 )
 # cline's openai-compatible.ts: the new name of the output limit for these models alone, since older
 # servers of others know only max_tokens. Temperature and stop are refused (openai-openapi).
@@ -1285,7 +1274,7 @@ OPENAI_REASONING = OPENAI._replace(
 # openai-python issue 1354. The key has a header of its own; PDF parts are refused on chat
 # (pydantic-ai).
 AZURE = dict(
-    hosts=("openai.azure.com", "cognitiveservices.azure.com"), key_header="api-key", files=False
+    hosts="openai.azure.com cognitiveservices.azure.com", key_header="api-key", files=False
 )
 # kimi-cli's kosong/chat_provider/kimi.py. Sampling is fixed ("only 1 is allowed for this model"), a
 # nested property without a type is refused, image URLs are not fetched (vercel/ai). Reasoning goes
@@ -1293,7 +1282,7 @@ AZURE = dict(
 MOONSHOT = Profile(
     "kimi",
     "Kimi (Moonshot)",
-    ("api.moonshot.ai", "api.moonshot.cn", "api.kimi.com"),
+    "api.moonshot.ai api.moonshot.cn api.kimi.com",
     never=("temperature", "top_p"),
     tool_choice=("none",),
     tool_ids="kimi",
@@ -1306,10 +1295,10 @@ MOONSHOT = Profile(
 ZAI = Profile(
     "zai",
     "Z.ai GLM",
-    ("api.z.ai", "open.bigmodel.cn"),
+    "api.z.ai open.bigmodel.cn",
+    "json_object",
     body=(("tool_stream", True),),
     tool_choice=("none",),
-    json_format="json_object",
     reasoning_always=True,
     **THINKING,
 )
@@ -1317,25 +1306,33 @@ ZAI = Profile(
 GROQ = Profile(
     "groq",
     "Groq, other models",
-    ("api.groq.com",),
+    "api.groq.com",
+    "json_object",
     strict=True,
     max_tools=128,
-    json_format="json_object",
 )
 # Model servers on the user's own machine: JSON by grammar; images as data, since Ollama fetches
 # none.
-# Most pass a switch for thinking on to the model's chat template.
-LOCAL = DEFAULT._replace(json_format="json_schema", image_urls=False, reasoning="kwargs")
-NATIVE = DEFAULT._replace(
-    format="anthropic", native_blocks=True, files=True, json_format="json_schema"
+LOCAL = dict(json_format="json_schema", image_urls=False)
+# Tried: llama.cpp's /v1/messages.
+NATIVE = Profile(
+    "anthropic",
+    "anything else that speaks Anthropic",
+    "",
+    "json_schema",
+    format="anthropic",
+    native_blocks=True,
+    files=True,
+    tried=True,
 )
 # docs.anthropic.com/en/api/messages
 ANTHROPIC = NATIVE._replace(
     name="anthropic-api",
     title="Anthropic itself",
-    hosts=("api.anthropic.com",),
+    hosts="api.anthropic.com",
     untouched=True,
     searches=True,
+    tried=False,
 )
 
 PROFILES = (
@@ -1369,9 +1366,9 @@ PROFILES = (
     Profile(
         "deepseek",
         "DeepSeek",
-        ("api.deepseek.com",),
+        "api.deepseek.com",
+        "json_object",
         images=False,
-        json_format="json_object",
         tool_choice=("none",),
         placeholder=NOT_KEPT,
         **THINKING,
@@ -1382,9 +1379,9 @@ PROFILES = (
     Profile(
         "dashscope",
         "Qwen on DashScope",
-        ("dashscope.aliyuncs.com", "dashscope-intl.aliyuncs.com", "dashscope-us.aliyuncs.com"),
+        "dashscope.aliyuncs.com dashscope-intl.aliyuncs.com dashscope-us.aliyuncs.com",
+        "json_object",
         always_stream=True,
-        json_format="json_object",
         reasoning="enable_thinking",
     ),
     # Thinking cannot be disabled, and has three strengths: aihubmix's guide to Kimi K3.1.
@@ -1410,7 +1407,7 @@ PROFILES = (
     Profile(
         "minimax",
         "MiniMax",
-        ("api.minimax.io", "api.minimaxi.com", "api.minimax.chat"),
+        "api.minimax.io api.minimaxi.com api.minimax.chat",
         body=(("reasoning_split", True),),
         tool_choice=("none",),
         reasoning_field="reasoning_details",
@@ -1423,12 +1420,12 @@ PROFILES = (
     Profile(
         "mistral",
         "Mistral",
-        ("api.mistral.ai",),
+        "api.mistral.ai",
+        "json_schema",
         strict=True,
         tool_ids="nine",
         user_after_tool=False,
         usage_option=False,
-        json_format="json_schema",
     ),
     # models.dev
     GROQ._replace(
@@ -1447,24 +1444,24 @@ PROFILES = (
     Profile(
         "xai",
         "xAI",
-        ("api.x.ai",),
+        "api.x.ai",
+        "json_schema",
         strict=True,
         never=("stop",),
         max_tools=200,
-        json_format="json_schema",
     ),
     # "Unknown name" for schema keywords: zed issue 44875. A call without its thought_signature is a
     # 400: opensquilla issue 225.
     Profile(
         "gemini",
         "Gemini",
-        ("generativelanguage.googleapis.com", "aiplatform.googleapis.com"),
+        "generativelanguage.googleapis.com aiplatform.googleapis.com",
+        "json_schema",
         strict=True,
         schema=tuple(
             "additionalProperties const exclusiveMinimum exclusiveMaximum pattern default format"
             " not propertyNames patternProperties if then else examples".split()
         ),
-        json_format="json_schema",
         reasoning_field="google",
         placeholder=GEMINI_SKIP,
         **EFFORT,
@@ -1474,13 +1471,13 @@ PROFILES = (
     Profile(
         "openrouter",
         "OpenRouter",
-        ("openrouter.ai",),
+        "openrouter.ai",
+        "json_schema",
         files=True,
         reasoning_field="reasoning_details",
         reasoning_always=True,
         reasoning="openrouter",
         efforts=("minimal", "low", "medium", "high", "xhigh"),
-        json_format="json_schema",
         headers=(("X-Title", "ccfix"),),
     ),
     # Refuses reasoning_content, takes reasoning: opencode issue 6648, and Empryo PR 209, which
@@ -1488,49 +1485,49 @@ PROFILES = (
     Profile(
         "cerebras",
         "Cerebras",
-        ("api.cerebras.ai",),
+        "api.cerebras.ai",
+        "json_schema",
         strict=True,
         parallel=False,
         images=False,
         max_output=40960,
         context=131072,
-        json_format="json_schema",
         reasoning_field="reasoning",
     ),
     # free-claude-code issue 127. A thinking field is a 400, chat_template_kwargs is not:
     # CLIProxyAPI issue 4149.
-    Profile("nim", "NVIDIA NIM", ("integrate.api.nvidia.com",), strict=True, reasoning="kwargs"),
+    Profile("nim", "NVIDIA NIM", "integrate.api.nvidia.com", strict=True, reasoning="kwargs"),
     # "Extra inputs are not permitted": midscene issue 1322
     Profile(
         "fireworks",
         "Fireworks",
-        ("api.fireworks.ai",),
+        "api.fireworks.ai",
+        "json_schema",
         strict=True,
-        json_format="json_schema",
         **EFFORT,
     ),
     # docs.together.ai/docs/glm-5.3-quickstart
     Profile(
         "together",
         "Together",
-        ("api.together.xyz", "api.together.ai"),
-        json_format="json_schema",
+        "api.together.xyz api.together.ai",
+        "json_schema",
     ),
     # models.dev
     Profile(
         "siliconflow",
         "SiliconFlow",
-        ("api.siliconflow.cn", "api.siliconflow.com"),
-        json_format="json_object",
+        "api.siliconflow.cn api.siliconflow.com",
+        "json_object",
         reasoning="enable_thinking",
     ),
     # openclaude issue 331; cc-switch's presets
-    Profile("ark", "Volcengine Ark", ("volces.com", "bytepluses.com"), reasoning="thinking"),
+    Profile("ark", "Volcengine Ark", "volces.com bytepluses.com", reasoning="thinking"),
     # cc-switch's proxy/providers/claude.rs
     Profile(
         "mimo",
         "Xiaomi MiMo",
-        ("xiaomimimo.com",),
+        "xiaomimimo.com",
         placeholder=NOT_KEPT,
         **THINKING,
     ),
@@ -1538,7 +1535,7 @@ PROFILES = (
     Profile(
         "copilot",
         "GitHub Copilot",
-        ("githubcopilot.com",),
+        "githubcopilot.com",
         strict=True,
         max_tools=128,
         headers=(
@@ -1549,31 +1546,32 @@ PROFILES = (
         ),
     ),
     # ollama's openai/openai.go: tool_choice is not read, reasoning comes back as `reasoning`
-    LOCAL._replace(
-        name="ollama",
-        title="Ollama",
-        hosts=(":11434", "ollama.com"),
+    Profile(
+        "ollama",
+        "Ollama",
+        ":11434 ollama.com",
         tool_choice=("none",),
         reasoning_field="reasoning",
         reasoning_always=True,
         reasoning="effort",
         efforts=("none", "low", "medium", "high", "max"),
+        **LOCAL,
     ),
     # lmstudio-ai/docs, openai-compat/tools.mdx
-    LOCAL._replace(name="lmstudio", title="LM Studio", hosts=(":1234",), reasoning=""),
+    Profile("lmstudio", "LM Studio", ":1234", **LOCAL),
+    # The other local servers pass a switch for thinking on to the model's chat template.
     # sglang issue 20678, and its error texts
-    LOCAL._replace(name="sglang", title="SGLang", hosts=(":30000",)),
+    Profile("sglang", "SGLang", ":30000", reasoning="kwargs", **LOCAL),
     # a real server, as it answers in the tests
-    LOCAL._replace(name="llamacpp", title="llama.cpp server", hosts=(":8080",), tried=True),
+    Profile("llamacpp", "llama.cpp server", ":8080", reasoning="kwargs", tried=True, **LOCAL),
     # vllm's chat_completion/protocol.py
-    LOCAL._replace(name="vllm", title="vLLM", hosts=(":8000",)),
+    Profile("vllm", "vLLM", ":8000", reasoning="kwargs", **LOCAL),
     # litellm issues 32086 and 17343. Strict, for the sake of the providers behind it.
-    Profile("litellm", "LiteLLM gateway", (":4000",), strict=True),
+    Profile("litellm", "LiteLLM gateway", ":4000", strict=True),
     # set by --demo, whose server stands in this file
     Profile("demo", "the embedded demo model"),
     ANTHROPIC,
-    # Tried: llama.cpp's /v1/messages.
-    NATIVE._replace(name="anthropic", title="anything else that speaks Anthropic", tried=True),
+    NATIVE,
 )
 
 # `owned_by` in a /models answer -> the profile: it tells a server that its address does not, such
@@ -1590,7 +1588,8 @@ OWNERS = {
 ANTHROPIC_PATHS = re.compile(
     r"(/anthropic|/api/(coding|compatible|plan)|api\.kimi\.com/coding)(/v1)?$", re.I
 )
-# localhost with the names under it (RFC 6761, 6.3), and what containers call the machine they run on.
+# localhost with the names under it (RFC 6761, 6.3), and what containers call the machine that they
+# run on.
 LOOPBACK = re.compile(
     r"((.*\.)?localhost|127(\.\d+){3}|::1?|0\.0\.0\.0|host\.(docker|containers)\.internal)$", re.I
 )
@@ -1628,81 +1627,67 @@ def profile_for(base, model, forced="", format="auto", owner=""):
     `owned_by` of the server's model list.
     """
     parts = urllib.parse.urlsplit(base)
-    host, port = (parts.hostname or "").lower(), parts.port
+    host = parts.hostname or ""
+    # Servers on this machine are told apart by their ports.
+    place = ":%s" % parts.port if is_loopback(host) else host
     name = forced or OWNERS.get(owner, "")
     if format == "anthropic" or (format == "auto" and not forced and ANTHROPIC_PATHS.search(base)):
         name = "anthropic"
-    rows = [
-        row
-        for row in PROFILES
-        if (row.name == name if name else any(serves(end, host, port) for end in row.hosts))
-    ]
-    if name == "anthropic":  # Anthropic itself takes more than others that speak the same
-        rows = [ANTHROPIC] if serves(ANTHROPIC.hosts[0], host, port) else rows
-    elif format == "openai":
-        rows = [row for row in rows if row.format != "anthropic"]
-    names = model, model.rpartition("/")[2]
-    fitting = [row for row in rows if any(re.match(row.models, each, re.I) for each in names)]
-    found = (fitting or (rows if forced else []) or [DEFAULT])[0]
-    return found._replace(scope=host)
+    if name == "anthropic" and serves(ANTHROPIC, place):
+        name = ANTHROPIC.name  # takes more than others that speak the same
+    if name:
+        fitting = (row for row in PROFILES if row.name == name)
+    else:
+        fitting = (
+            row
+            for row in PROFILES
+            if serves(row, place)
+            and re.match("(.*/)?(%s)" % row.models, model, re.I)
+            and (format == "auto" or row.format != "anthropic")
+        )
+    return next(fitting, DEFAULT)._replace(scope=host)
 
 
-def serves(end, host, port):
-    """Whether an entry of Profile.hosts means the host, or the port on this machine.
+def serves(row, place):
+    """Whether a place is in row.hosts: a host name, or ":PORT" on this machine.
 
     An entry means its subdomains too, but "openrouter.ai" is not "evilopenrouter.ai".
     """
-    if end[:1] == ":":
-        return port == int(end[1:]) and is_loopback(host)
-    return ("." + host).endswith("." + end)
+    return any(("." + place).endswith("." + end) for end in row.hosts.split())
 
 
 # ---- how thinking is asked for -------------------------------------------------------------------
 
 
-def effort_fields(level, profile):
-    """reasoning_effort as the provider words it; nothing where it has no word for the level."""
-    word = effort_word(level, profile.efforts)
-    return {"reasoning_effort": word} if word else {}
-
-
-def thinking_fields(level, profile):
+def thinking_fields(is_on, word):
     """thinking: {type}, and the effort beside it unless it is off (both are a 400 at DeepSeek)."""
-    if level == "off":
-        return {"thinking": {"type": "disabled"}}
-    return dict(effort_fields(level, profile), thinking={"type": "enabled"})
+    fields = {"thinking": {"type": "enabled" if is_on else "disabled"}}
+    return dict(fields, reasoning_effort=word) if is_on and word else fields
 
 
 REASONING = {
-    # style: (level, profile) -> fields of the body. level: off, low, medium, high, xhigh or max.
-    "effort": effort_fields,
+    # style: (is_on, word) -> fields of the body. word: the provider's own for the strength that is
+    # asked for (see effort_word); "" where it has none.
+    "effort": lambda is_on, word: {"reasoning_effort": word} if word else {},
     "thinking": thinking_fields,
-    "adaptive": lambda level, profile: {
-        "thinking": {"type": "disabled" if level == "off" else "adaptive"}
-    },
-    "enable_thinking": lambda level, profile: {"enable_thinking": level != "off"},
-    "openrouter": lambda level, profile: {
-        "reasoning": {"effort": "none" if level == "off" else effort_word(level, profile.efforts)}
-    },
+    "adaptive": lambda is_on, word: {"thinking": {"type": "adaptive" if is_on else "disabled"}},
+    "enable_thinking": lambda is_on, word: {"enable_thinking": is_on},
+    "openrouter": lambda is_on, word: {"reasoning": {"effort": word or "none"}},
     # For chat templates: Qwen and GLM read the first, DeepSeek and Kimi the second.
-    "kwargs": lambda level, profile: {
-        "chat_template_kwargs": {"enable_thinking": level != "off", "thinking": level != "off"}
+    "kwargs": lambda is_on, word: {
+        "chat_template_kwargs": {"enable_thinking": is_on, "thinking": is_on}
     },
 }
 LEVELS = ("off", "none", "minimal", "low", "medium", "high", "xhigh", "max")  # weakest first
 
 
 def effort_word(level, words):
-    """The word for a level: the first that is at least as strong, else the strongest.
-
-    off is "none" where the provider knows that word, else "" (as if nothing had been asked).
-    """
+    """The word for a level (off, low ... max): the first that is at least as strong, else the
+    strongest; off is "none" where the provider knows that word, else ""."""
     if level == "off" or not words:
         return "none" if "none" in words else ""
     wanted = LEVELS.index(level)
-    return next(
-        (word for word in words if LEVELS.index(word) >= wanted and word != "none"), words[-1]
-    )
+    return next((word for word in words if LEVELS.index(word) >= wanted), words[-1])
 
 
 def thinking_level(body):
@@ -1712,7 +1697,7 @@ def thinking_level(body):
     if thinking.get("type") == "disabled":
         return "off"
     effort = as_dict(body.get("output_config")).get("effort")
-    if isinstance(effort, str) and effort in LEVELS:
+    if effort in LEVELS:
         return "off" if effort == "none" else effort
     budget = thinking.get("budget_tokens")
     if thinking.get("type") == "enabled" and isinstance(budget, (int, float)):
@@ -2582,7 +2567,9 @@ def write_chat(body, model, profile, attach=()):
     if tools and profile.effort_with_tools:
         sent["reasoning_effort"] = profile.effort_with_tools
     elif level and profile.reasoning:
-        sent.update(REASONING[profile.reasoning](level, profile))
+        sent.update(
+            REASONING[profile.reasoning](level != "off", effort_word(level, profile.efforts))
+        )
     if body.get("stream") is True or profile.always_stream:
         sent["stream"] = True
         if profile.usage_option:
@@ -10819,8 +10806,8 @@ def flag_options(row):
     One that is not given leaves no trace (SUPPRESS): the layers below the command line then count.
     """
     how = dict(dest=row.env, default=argparse.SUPPRESS, help=row.help)
-    if row.const:
-        return dict(how, action="store_const", const=row.const)
+    if row.parse is parse_flag:
+        return dict(how, action="store_const", const="true")
     return dict(how, metavar=row.env.rsplit("_", 1)[-1])
 
 
