@@ -349,8 +349,9 @@ def error_body_fields(body):
     places = error, body.get("message"), base.get("status_msg"), body.get("detail"), body.get("msg")
     words = next(filter(None, places), body)
     words = words.strip() if isinstance(words, str) else compact_json(words)
-    inner = as_dict(body.get("metadata")).get("raw")  # OpenRouter: its provider's own error body
-    if isinstance(inner, str) and inner.strip():
+    # OpenRouter: its provider's own error body
+    inner = as_str(as_dict(body.get("metadata")).get("raw")).strip()
+    if inner:
         words += ": " + error_fields(inner)[0]
     code = body.get("code") or base.get("status_code") or body.get("status") or ""
     return words, code, body.get("type") or body.get("title") or ""
@@ -467,11 +468,6 @@ SAMPLING = any_of(
 )
 
 
-def overflow_numbers(text):
-    """(prompt, output, limit) in tokens as an overflow error tells them; 0 where it does not."""
-    return tuple(first_number(patterns, text) for patterns in OVERFLOW_NUMBERS)
-
-
 def first_number(patterns, text):
     """The number of the first pattern that fits, or 0; more than 12 digits are no token count."""
     for pattern in patterns:
@@ -486,9 +482,7 @@ def is_overflow(status, text):
 
     text: the provider's words and code. A limit of the output alone is not an overflow.
     """
-    if re.search(TOO_LARGE, text):
-        return True
-    return (
+    return re.search(TOO_LARGE, text) or (
         status in (200, 400, 413, 422, 500)
         and re.search(OVERFLOW, text)
         and not re.search(NO_OVERFLOW, text)
@@ -523,25 +517,6 @@ def overflow_error(prompt, limit, estimate=0, window=0):
     return UpstreamError(
         "prompt is too long: %d tokens > %d maximum" % (prompt, limit), 400, kind="overflow"
     )
-
-
-def upstream_error(status, headers, raw):
-    """The UpstreamError that makes Claude Code do the right thing about an upstream's error.
-
-    status, headers, raw: of the upstream's reply, or of an error inside a 200. Chosen by what the
-    real client does with each status: 400 is sent up to six times and 401 for three minutes, so an
-    unrecognised 400 goes out as 424 (once), and a bad key with `x-should-retry: false`; billing is
-    402 (once); 429 and 5xx are retried with Retry-After; the words of a 404 it hides (see
-    Handler.fail).
-    """
-    fields = error_fields(raw)
-    text = head_and_tail(" ".join(fields))
-    message = fields[0] or "the provider answered HTTP %d without saying why" % status
-    row = next(row for row in ERROR_ROWS if row.matches(status, text))
-    # Some numbers stand in fields beside the message: llama.cpp's n_ctx, Gemini's retryDelay.
-    error = row.error(headers, message, head_and_tail(text + " " + to_string(raw[-TAIL:])))
-    error.text = text
-    return error
 
 
 def retry_after(headers, text):
@@ -588,35 +563,13 @@ class ErrorRow(NamedTuple):
 
     def matches(self, status, text):
         """Whether an error of this status and text belongs to this class."""
-        if self.statuses and status not in self.statuses:
-            return False
         if self.kind == "overflow":
             return is_overflow(status, text)
-        return not self.pattern or re.search(self.pattern, text)
-
-    def error(self, headers, message, text):
-        """The UpstreamError; text: the provider's words and what stands beside them."""
-        if self.kind == "overflow":
-            numbers = overflow_numbers(text)
-            error = overflow_error(numbers[0], numbers[2])
-            error.numbers = numbers
-            return error
-        extra = dict(NEVER) if 401 <= self.status <= 404 else {}
-        retry = self.status == 429 or self.status >= 500
-        wait = retry_after(headers, text) if retry else ""
-        if wait:
-            extra["retry-after"] = wait
-        message = (self.sentence + " " + message).strip()
-        return UpstreamError(message, self.status, None, extra, self.kind, retry)
+        is_listed = not self.statuses or status in self.statuses
+        return is_listed and re.search(self.pattern, text)
 
 
 NO_KEY = "The provider refused the key; check TARGET_API_KEY (-k):"
-NO_CREDIT = "The provider's account has no credit:"
-UNKNOWN_MODEL = "The provider has no such model; check TARGET_MODEL (-m):"
-NO_ADDRESS = (
-    "The provider has no such address or model; check TARGET_API_BASE (-b) and TARGET_MODEL (-m):"
-)
-BAD_CALL = "The model produced a malformed tool call:"
 BUSY = "The provider is overloaded:"
 REQUEST_REFUSED = "The provider refused the request:"
 ERROR_ROWS = tuple(
@@ -625,18 +578,37 @@ ERROR_ROWS = tuple(
         # The first match counts. What providers send is theirs to change; what Claude Code does
         # with each status was seen with version 2.1.330.
         ("rate", (429,), r"retry in \d", 429),  # Gemini: a rate limit in the words of a quota
-        ("billing", (200, 400, 402, 403, 429, 500), BILLING, 402, NO_CREDIT),
+        (
+            "billing",
+            (200, 400, 402, 403, 429, 500),
+            BILLING,
+            402,
+            "The provider's account has no credit:",
+        ),
         ("billing", (402,), "", 402, "The provider wants payment:"),
         # One status and one text for all of them: every version of Claude Code compacts by it.
         ("overflow", (), "", 400),
         ("auth", (401,), "", 401, NO_KEY),
         ("auth", (400, 403), BAD_KEY, 401, NO_KEY),  # Gemini
-        ("model", (400, 404, 410, 422), NO_MODEL, 404, UNKNOWN_MODEL),
+        (
+            "model",
+            (400, 404, 410, 422),
+            NO_MODEL,
+            404,
+            "The provider has no such model; check TARGET_MODEL (-m):",
+        ),
         # The same request may succeed the next time.
-        ("sampling", (400, 422, 500), SAMPLING, 500, BAD_CALL),
+        ("sampling", (400, 422, 500), SAMPLING, 500, "The model produced a malformed tool call:"),
         # OpenRouter: none of its providers takes images, or tools
         ("request", (404,), "No endpoints found that", 424, REQUEST_REFUSED),
-        ("path", (404, 405), "", 404, NO_ADDRESS),
+        (
+            "path",
+            (404, 405),
+            "",
+            404,
+            "The provider has no such address or model;"
+            " check TARGET_API_BASE (-b) and TARGET_MODEL (-m):",
+        ),
         ("model", (410,), "", 404, "The model is gone; choose another TARGET_MODEL (-m):"),
         ("policy", (403,), "", 403, "The provider forbids this request:"),
         ("overloaded", (200, 429, 500, 503), OVERLOADED, 529, BUSY),
@@ -651,6 +623,38 @@ ERROR_ROWS = tuple(
 )
 
 
+def upstream_error(status, headers, raw):
+    """The UpstreamError that makes Claude Code do the right thing about an upstream's error.
+
+    status, headers, raw: of the upstream's reply, or of an error inside a 200. Chosen by what the
+    real client does with each status: 400 is sent up to six times and 401 for three minutes, so an
+    unrecognised 400 goes out as 424 (once), and a bad key with `x-should-retry: false`; billing is
+    402 (once); 429 and 5xx are retried with Retry-After; the words of a 404 it hides (see
+    Handler.fail).
+    """
+    fields = error_fields(raw)
+    text = head_and_tail(" ".join(fields))
+    message = fields[0] or "the provider answered HTTP %d without saying why" % status
+    # Some numbers stand in fields beside the message: llama.cpp's n_ctx, Gemini's retryDelay.
+    with_fields = head_and_tail(text + " " + to_string(raw[-TAIL:]))
+    row = next(row for row in ERROR_ROWS if row.matches(status, text))
+    if row.kind == "overflow":
+        numbers = tuple(first_number(patterns, with_fields) for patterns in OVERFLOW_NUMBERS)
+        error = overflow_error(numbers[0], numbers[2])
+        error.numbers = numbers
+    else:
+        retry, extra = row.status == 429 or row.status >= 500, {}
+        wait = retry and retry_after(headers, with_fields)
+        if wait:
+            extra = {"retry-after": wait}
+        elif 401 <= row.status <= 404:
+            extra = NEVER
+        message = (row.sentence + " " + message).strip()
+        error = UpstreamError(message, row.status, None, extra, row.kind, retry)
+    error.text = text
+    return error
+
+
 def error_in_reply(body):
     """The UpstreamError that a reply with HTTP 200 holds, or None. body: a chunk or a whole reply.
 
@@ -661,15 +665,13 @@ def error_in_reply(body):
     if not error and not as_dict(body.get("base_resp")).get("status_code"):
         return None
     is_whole = not error or isinstance(error, str) and body.get("code")
-    raw = compact_json(body if is_whole else {"error": error})
-    code = str(as_dict(error).get("code"))[:4]
+    raw, details = compact_json(body if is_whole else {"error": error}), as_dict(error)
+    code = str(details.get("code"))
     status = int(code) if re.match(r"[45]\d\d\Z", code) else 500
-    if status == 500:
-        words = head_and_tail(raw)
-        if re.search("(?i)rate[_ ]limit", words):
-            status = 429
-        elif is_overflow(200, words) or as_dict(error).get("type") == "invalid_request_error":
-            status = 400
+    if status == 500 and re.search("(?i)rate[_ ]limit", head_and_tail(raw)):
+        status = 429
+    elif status == 500 and details.get("type") == "invalid_request_error":
+        status = 400
     return upstream_error(status, {}, raw)
 
 
