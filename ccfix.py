@@ -228,12 +228,9 @@ def omit(values, names):
     return {key: value for key, value in values.items() if key not in names}
 
 
-MAX_DIGITS = 300  # of a whole number; Python before 3.11 takes 20 s for a million, hours for more
-
-
 def parse_integer(digits):
     """JSON's integers. Raises ValueError where there are too many digits."""
-    if len(digits) > MAX_DIGITS:
+    if len(digits) > 300:  # Python before 3.11 takes 20 s for a million, hours for more
         raise ValueError("a number has %d digits" % len(digits))
     return int(digits)
 
@@ -271,7 +268,7 @@ class ProxyError(Exception):
     default = 500
 
     def __init__(self, message, status=None, type=None, headers=(), kind="", retry=False):
-        Exception.__init__(self, message)
+        super().__init__(message)
         self.message, self.status = message, status or self.default
         self.type = type or ERROR_TYPES.get(self.status, "api_error")
         self.headers, self.kind, self.retry = dict(headers), kind, retry
@@ -397,8 +394,6 @@ NO_OVERFLOW = any_of(
     r"connections|retries|rate limit|too many requests|throttl|per minute",
     r"(?:took|taking|waited|waiting) too long|too long to",  # a timeout
 )
-# Groq, OpenAI: one request above the tokens per minute. Waiting never helps, so it is an overflow.
-TOO_LARGE = r"(?s)Request too large for .{1,200}Limit \d{1,12}, Requested \d"
 
 OVERFLOW_NUMBERS = (
     # (prompt, output, limit): patterns of each, the most telling first; # stands for the number.
@@ -482,7 +477,9 @@ def is_overflow(status, text):
 
     text: the provider's words and code. A limit of the output alone is not an overflow.
     """
-    return re.search(TOO_LARGE, text) or (
+    # Groq, OpenAI: one request above the tokens per minute. Waiting never helps.
+    too_large = r"(?s)Request too large for .{1,200}Limit \d{1,12}, Requested \d"
+    return re.search(too_large, text) or (
         status in (200, 400, 413, 422, 500)
         and re.search(OVERFLOW, text)
         and not re.search(NO_OVERFLOW, text)
@@ -565,11 +562,12 @@ class ErrorRow(NamedTuple):
         """Whether an error of this status and text belongs to this class."""
         if self.kind == "overflow":
             return is_overflow(status, text)
-        is_listed = not self.statuses or status in self.statuses
-        return is_listed and re.search(self.pattern, text)
+        return (not self.statuses or status in self.statuses) and re.search(self.pattern, text)
 
 
 NO_KEY = "The provider refused the key; check TARGET_API_KEY (-k):"
+NO_CREDIT = "The provider's account has no credit:"
+UNKNOWN_MODEL = "The provider has no such model; check TARGET_MODEL (-m):"
 BUSY = "The provider is overloaded:"
 REQUEST_REFUSED = "The provider refused the request:"
 ERROR_ROWS = tuple(
@@ -578,25 +576,13 @@ ERROR_ROWS = tuple(
         # The first match counts. What providers send is theirs to change; what Claude Code does
         # with each status was seen with version 2.1.330.
         ("rate", (429,), r"retry in \d", 429),  # Gemini: a rate limit in the words of a quota
-        (
-            "billing",
-            (200, 400, 402, 403, 429, 500),
-            BILLING,
-            402,
-            "The provider's account has no credit:",
-        ),
+        ("billing", (200, 400, 402, 403, 429, 500), BILLING, 402, NO_CREDIT),
         ("billing", (402,), "", 402, "The provider wants payment:"),
         # One status and one text for all of them: every version of Claude Code compacts by it.
         ("overflow", (), "", 400),
         ("auth", (401,), "", 401, NO_KEY),
         ("auth", (400, 403), BAD_KEY, 401, NO_KEY),  # Gemini
-        (
-            "model",
-            (400, 404, 410, 422),
-            NO_MODEL,
-            404,
-            "The provider has no such model; check TARGET_MODEL (-m):",
-        ),
+        ("model", (400, 404, 410, 422), NO_MODEL, 404, UNKNOWN_MODEL),
         # The same request may succeed the next time.
         ("sampling", (400, 422, 500), SAMPLING, 500, "The model produced a malformed tool call:"),
         # OpenRouter: none of its providers takes images, or tools
@@ -643,12 +629,9 @@ def upstream_error(status, headers, raw):
         error = overflow_error(numbers[0], numbers[2])
         error.numbers = numbers
     else:
-        retry, extra = row.status == 429 or row.status >= 500, {}
+        retry = row.status == 429 or row.status >= 500
         wait = retry and retry_after(headers, with_fields)
-        if wait:
-            extra = {"retry-after": wait}
-        elif 401 <= row.status <= 404:
-            extra = NEVER
+        extra = {"retry-after": wait} if wait else NEVER if 401 <= row.status <= 404 else {}
         message = (row.sentence + " " + message).strip()
         error = UpstreamError(message, row.status, None, extra, row.kind, retry)
     error.text = text
@@ -666,7 +649,7 @@ def error_in_reply(body):
         return None
     is_whole = not error or isinstance(error, str) and body.get("code")
     raw, details = compact_json(body if is_whole else {"error": error}), as_dict(error)
-    code = str(details.get("code"))
+    code = str(details.get("code"))[:4]
     status = int(code) if re.match(r"[45]\d\d\Z", code) else 500
     if status == 500 and re.search("(?i)rate[_ ]limit", head_and_tail(raw)):
         status = 429
@@ -693,7 +676,7 @@ class SettingError(Exception):
 
 def parse_text(value):
     """A string without line breaks: it may become a header's value."""
-    if "\n" in value or "\r" in value:
+    if re.search(r"[\r\n]", value):
         raise ValueError("one line of text")
     return value
 
@@ -718,7 +701,6 @@ def whole_number(allowed, most):
     return parse
 
 
-parse_port = whole_number("a port number, 0 to 65535", 65535)  # 0 takes a free one
 parse_count = whole_number("a whole number, 0 or more", 10**12)  # of tokens, MB, tries
 
 
@@ -822,11 +804,12 @@ class Setting(NamedTuple):
         return self.env.lower()
 
 
-def own_target(name, model, whose):
+def own_target(name, model):
     """The three settings of a model besides the main one, with its own base URL and key.
 
-    name: the end of their names; model: what the model is for; whose: words after "base URL".
+    name: the end of their names, in lower case; model: what the model is for.
     """
+    whose, name = "of the %s model" % name, name.upper()
     return (
         Setting("TARGET_MODEL_" + name, "", model),
         Setting("TARGET_API_BASE_" + name, "", "base URL " + whose, parse_base_url),
@@ -873,23 +856,9 @@ SETTINGS = (
     ),
     # Other targets; a family's is taken where the model that Claude Code asks for names the
     # family. What is empty is the main target's, but a base URL of its own never gets the main key.
-    *(
-        row
-        for name in FAMILIES
-        for row in own_target(
-            name.upper(), "model for Claude's %s family" % name, "for the %s family" % name
-        )
-    ),
-    *own_target(
-        "FALLBACK",
-        "model that takes over when the main one is down or out of quota",
-        "of the fallback model",
-    ),
-    *own_target(
-        "IMAGE",
-        "model for requests with images, where the main one takes none",
-        "of the image model",
-    ),
+    *(row for name in FAMILIES for row in own_target(name, "model for Claude's %s family" % name)),
+    *own_target("fallback", "model that takes over when the main one is down or out of quota"),
+    *own_target("image", "model for requests with images, where the main one takes none"),
     # What is special about the main target: PROFILE goes with its base URL, the limits with its
     # model.
     Setting(
@@ -954,7 +923,11 @@ SETTINGS = (
         flags=("-H", "--host"),
     ),
     Setting(
-        "PROXY_PORT", "8080", "port to listen on; 0 takes a free one", parse_port, ("-p", "--port")
+        "PROXY_PORT",
+        "8080",
+        "port to listen on; 0 takes a free one",
+        whole_number("a port number, 0 to 65535", 65535),
+        ("-p", "--port"),
     ),
     Setting(
         "ANTHROPIC_API_KEY",  # the name under which the original had it
@@ -1038,8 +1011,6 @@ SETTINGS = (
     ),
 )
 BY_ENV = {row.env: row for row in SETTINGS}  # a file and the environment know no other name
-# Headers of EXTRA_HEADERS that hold secrets: "X-Title: ccfix" must not hide that word everywhere.
-SECRET_HEADER = re.compile("(?i)auth|cookie|credential|key|pass|secret|token")
 
 
 class Settings:
@@ -1072,7 +1043,8 @@ class Settings:
         found = [getattr(self, row.name) for row in SETTINGS if row.secret]
         found.remove(self.extra_headers)
         for name, value in self.extra_headers.items():
-            if value and SECRET_HEADER.search(name):
+            # Only some hold secrets: "X-Title: ccfix" must not hide that word everywhere.
+            if value and re.search("(?i)auth|cookie|credential|key|pass|secret|token", name):
                 # The key of "Bearer KEY" may also be quoted alone.
                 found += [value, str(value).split(" ")[-1]]
         return sorted({str(value) for value in found if value}, key=len, reverse=True)
@@ -1125,12 +1097,9 @@ def dotenv(source):
     Double quotes know \\n, \\t, \\", \\$ and \\\\; single quotes are literal; a bare value ends at
     " #". Lines without "=" are skipped; of two lines with a name the last counts.
     """
-    found = {}
-    for line in source.lstrip("\ufeff").splitlines():
-        match = re.match(r"\s*(?:(?:export|set)\s+)?([A-Za-z_][\w.]*)\s*=(.*)", line)
-        if match:
-            found[match.group(1)] = dotenv_value(match.group(2).strip())
-    return found
+    line = r"(?m)^[ \t]*(?:(?:export|set)[ \t]+)?([A-Za-z_][\w.]*)[ \t]*=(.*)"
+    found = re.findall(line, source.lstrip("\ufeff"))
+    return {name: dotenv_value(value.strip()) for name, value in found}
 
 
 def dotenv_value(value):
@@ -1198,7 +1167,7 @@ class Profile(NamedTuple):
 
     name: str = "default"  # as PROFILE and the README's table say it
     title: str = "any other"  # for people
-    hosts: str = ""  # ends of host names, by spaces; ":11434" is a port on this machine
+    hosts: str = ""  # ends of host names, with spaces between; ":11434" is a port on this machine
     json_format: str = ""  # response_format it takes: json_schema, json_object or none
     models: str = ""  # pattern at the start of a model's name, with or without "owner/"; "": all
     format: str = "chat"  # what it speaks: a row of FORMATS
