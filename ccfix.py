@@ -600,7 +600,7 @@ ERROR_ROWS = tuple(
         ("overloaded", (200, 429, 500, 503), OVERLOADED, 529, BUSY),
         ("rate", (429,), "", 429),
         ("size", (413,), "", 413, "The request is too large for the provider:"),
-        ("request", (500,), PERMANENT_500, 424, "The provider cannot take this request:"),
+        ("request", (500,), PERMANENT_500, 424, REQUEST_REFUSED),
         ("timeout", (408, 504, 522, 524), "", 504, "The provider took too long:"),
         ("overloaded", (503, 529), "", 529, BUSY),
         ("server", tuple(range(500, 600)), "", 502, "The provider failed:"),
