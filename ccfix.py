@@ -123,10 +123,12 @@ BLOCKS = {
     "thinking": BlockKind(
         {"thinking": "", "signature": ""}, "thinking", "thinking_delta", "thinking"
     ),
-    "tool_use": BlockKind({"input": {}}, "input", "input_json_delta", "partial_json"),
-    "server_tool_use": BlockKind({"input": {}}, "input", "input_json_delta", "partial_json"),
-    "image": BlockKind({}, tokens=1500),  # Anthropic's limit is about 1,600 an image
-    "document": BlockKind({}, tokens=1500),  # a page or two of a PDF
+    **dict.fromkeys(
+        ("tool_use", "server_tool_use"),
+        BlockKind({"input": {}}, "input", "input_json_delta", "partial_json"),
+    ),
+    # Anthropic's limit is about 1,600 an image; a document is taken for a page or two of a PDF.
+    **dict.fromkeys(("image", "document"), BlockKind({}, tokens=1500)),
 }
 
 # HTTP status -> Anthropic's error type (docs.anthropic.com/en/api/errors); any other is api_error.
@@ -160,18 +162,13 @@ REASONING_FIELDS = {
     "google": "opaque",  # Gemini 3
 }
 
-# First line of Claude Code's system text: it describes the user's machine, and differs between
-# versions. Sent on, it would tell on the user, and cost the provider's whole prefix cache.
-BILLING_LINE = "x-anthropic-billing-header:"
-
 # What Claude Code tells the model of the tokens that are left. Later it takes that out of the
 # history.
 TOKEN_MARKER = re.compile(r"\s*<total_tokens>[^<]*</total_tokens>\s*$")
 
 
-def compact_json(value, _encode=json.JSONEncoder(separators=(",", ":")).encode):
-    """value as JSON text without spaces; ASCII, since half a surrogate pair has no UTF-8."""
-    return _encode(value)
+# compact_json(value): JSON text without spaces; ASCII, since half a surrogate pair has no UTF-8.
+compact_json = json.JSONEncoder(separators=(",", ":")).encode
 
 
 def to_string(raw):
@@ -188,8 +185,12 @@ def json_or_none(raw):
 
 
 def without_billing(text):
-    """A system string without the billing line on top."""
-    return text.partition("\n")[2] if text.startswith(BILLING_LINE) else text
+    """A system string without Claude Code's billing line on top.
+
+    It describes the user's machine, and differs between versions. Sent on, it would tell on the
+    user, and cost the provider's whole prefix cache.
+    """
+    return text.partition("\n")[2] if text.startswith("x-anthropic-billing-header:") else text
 
 
 def as_dict(value):
@@ -212,12 +213,9 @@ def omit(values, names):
     return {key: value for key, value in values.items() if key not in names}
 
 
-MAX_DIGITS = 300  # of a whole number; Python before 3.11 takes 20 s for a million, hours for more
-
-
 def parse_integer(digits):
     """JSON's integers. Raises ValueError where there are too many digits."""
-    if len(digits) > MAX_DIGITS:
+    if len(digits) > 300:  # Python before 3.11 takes 20 s for a million, hours for more
         raise ValueError("a number has %d digits" % len(digits))
     return int(digits)
 
@@ -255,7 +253,7 @@ class ProxyError(Exception):
     default = 500
 
     def __init__(self, message, status=None, type=None, headers=(), kind="", retry=False):
-        Exception.__init__(self, message)
+        super().__init__(message)
         self.message, self.status = message, status or self.default
         self.type = type or ERROR_TYPES.get(self.status, "api_error")
         self.headers, self.kind, self.retry = dict(headers), kind, retry
@@ -333,8 +331,9 @@ def error_body_fields(body):
     places = error, body.get("message"), base.get("status_msg"), body.get("detail"), body.get("msg")
     words = next(filter(None, places), body)
     words = words.strip() if isinstance(words, str) else compact_json(words)
-    inner = as_dict(body.get("metadata")).get("raw")  # OpenRouter: its provider's own error body
-    if isinstance(inner, str) and inner.strip():
+    # OpenRouter: its provider's own error body
+    inner = as_str(as_dict(body.get("metadata")).get("raw")).strip()
+    if inner:
         words += ": " + error_fields(inner)[0]
     code = body.get("code") or base.get("status_code") or body.get("status") or ""
     return words, code, body.get("type") or body.get("title") or ""
@@ -380,8 +379,6 @@ NO_OVERFLOW = any_of(
     r"connections|retries|rate limit|too many requests|throttl|per minute",
     r"(?:took|taking|waited|waiting) too long|too long to",  # a timeout
 )
-# Groq, OpenAI: one request above the tokens per minute. Waiting never helps, so it is an overflow.
-TOO_LARGE = r"(?s)Request too large for .{1,200}Limit \d{1,12}, Requested \d"
 
 OVERFLOW_NUMBERS = (
     # (prompt, output, limit): patterns of each, the most telling first; # stands for the number.
@@ -451,11 +448,6 @@ SAMPLING = any_of(
 )
 
 
-def overflow_numbers(text):
-    """(prompt, output, limit) in tokens as an overflow error tells them; 0 where it does not."""
-    return tuple(first_number(patterns, text) for patterns in OVERFLOW_NUMBERS)
-
-
 def first_number(patterns, text):
     """The number of the first pattern that fits, or 0; more than 12 digits are no token count."""
     for pattern in patterns:
@@ -470,9 +462,9 @@ def is_overflow(status, text):
 
     text: the provider's words and code. A limit of the output alone is not an overflow.
     """
-    if re.search(TOO_LARGE, text):
-        return True
-    return (
+    # Groq, OpenAI: one request above the tokens per minute. Waiting never helps.
+    too_large = r"(?s)Request too large for .{1,200}Limit \d{1,12}, Requested \d"
+    return re.search(too_large, text) or (
         status in (200, 400, 413, 422, 500)
         and re.search(OVERFLOW, text)
         and not re.search(NO_OVERFLOW, text)
@@ -507,25 +499,6 @@ def overflow_error(prompt, limit, estimate=0, window=0):
     return UpstreamError(
         "prompt is too long: %d tokens > %d maximum" % (prompt, limit), 400, kind="overflow"
     )
-
-
-def upstream_error(status, headers, raw):
-    """The UpstreamError that makes Claude Code do the right thing about an upstream's error.
-
-    status, headers, raw: of the upstream's reply, or of an error inside a 200. Chosen by what the
-    real client does with each status: 400 is sent up to six times and 401 for three minutes, so an
-    unrecognised 400 goes out as 424 (once), and a bad key with `x-should-retry: false`; billing is
-    402 (once); 429 and 5xx are retried with Retry-After; the words of a 404 it hides (see
-    Handler.fail).
-    """
-    fields = error_fields(raw)
-    text = head_and_tail(" ".join(fields))
-    message = fields[0] or "the provider answered HTTP %d without saying why" % status
-    row = next(row for row in ERROR_ROWS if row.matches(status, text))
-    # Some numbers stand in fields beside the message: llama.cpp's n_ctx, Gemini's retryDelay.
-    error = row.error(headers, message, head_and_tail(text + " " + to_string(raw[-TAIL:])))
-    error.text = text
-    return error
 
 
 def retry_after(headers, text):
@@ -572,35 +545,14 @@ class ErrorRow(NamedTuple):
 
     def matches(self, status, text):
         """Whether an error of this status and text belongs to this class."""
-        if self.statuses and status not in self.statuses:
-            return False
         if self.kind == "overflow":
             return is_overflow(status, text)
-        return not self.pattern or re.search(self.pattern, text)
-
-    def error(self, headers, message, text):
-        """The UpstreamError; text: the provider's words and what stands beside them."""
-        if self.kind == "overflow":
-            numbers = overflow_numbers(text)
-            error = overflow_error(numbers[0], numbers[2])
-            error.numbers = numbers
-            return error
-        extra = dict(NEVER) if 401 <= self.status <= 404 else {}
-        retry = self.status == 429 or self.status >= 500
-        wait = retry_after(headers, text) if retry else ""
-        if wait:
-            extra["retry-after"] = wait
-        message = (self.sentence + " " + message).strip()
-        return UpstreamError(message, self.status, None, extra, self.kind, retry)
+        return (not self.statuses or status in self.statuses) and re.search(self.pattern, text)
 
 
 NO_KEY = "The provider refused the key; check TARGET_API_KEY (-k):"
 NO_CREDIT = "The provider's account has no credit:"
 UNKNOWN_MODEL = "The provider has no such model; check TARGET_MODEL (-m):"
-NO_ADDRESS = (
-    "The provider has no such address or model; check TARGET_API_BASE (-b) and TARGET_MODEL (-m):"
-)
-BAD_CALL = "The model produced a malformed tool call:"
 BUSY = "The provider is overloaded:"
 REQUEST_REFUSED = "The provider refused the request:"
 ERROR_ROWS = tuple(
@@ -617,22 +569,58 @@ ERROR_ROWS = tuple(
         ("auth", (400, 403), BAD_KEY, 401, NO_KEY),  # Gemini
         ("model", (400, 404, 410, 422), NO_MODEL, 404, UNKNOWN_MODEL),
         # The same request may succeed the next time.
-        ("sampling", (400, 422, 500), SAMPLING, 500, BAD_CALL),
+        ("sampling", (400, 422, 500), SAMPLING, 500, "The model produced a malformed tool call:"),
         # OpenRouter: none of its providers takes images, or tools
         ("request", (404,), "No endpoints found that", 424, REQUEST_REFUSED),
-        ("path", (404, 405), "", 404, NO_ADDRESS),
+        (
+            "path",
+            (404, 405),
+            "",
+            404,
+            "The provider has no such address or model;"
+            " check TARGET_API_BASE (-b) and TARGET_MODEL (-m):",
+        ),
         ("model", (410,), "", 404, "The model is gone; choose another TARGET_MODEL (-m):"),
         ("policy", (403,), "", 403, "The provider forbids this request:"),
         ("overloaded", (200, 429, 500, 503), OVERLOADED, 529, BUSY),
         ("rate", (429,), "", 429),
         ("size", (413,), "", 413, "The request is too large for the provider:"),
-        ("request", (500,), PERMANENT_500, 424, "The provider cannot take this request:"),
+        ("request", (500,), PERMANENT_500, 424, REQUEST_REFUSED),
         ("timeout", (408, 504, 522, 524), "", 504, "The provider took too long:"),
         ("overloaded", (503, 529), "", 529, BUSY),
         ("server", tuple(range(500, 600)), "", 502, "The provider failed:"),
         ("request", (), "", 424, REQUEST_REFUSED),
     )
 )
+
+
+def upstream_error(status, headers, raw):
+    """The UpstreamError that makes Claude Code do the right thing about an upstream's error.
+
+    status, headers, raw: of the upstream's reply, or of an error inside a 200. Chosen by what the
+    real client does with each status: 400 is sent up to six times and 401 for three minutes, so an
+    unrecognised 400 goes out as 424 (once), and a bad key with `x-should-retry: false`; billing is
+    402 (once); 429 and 5xx are retried with Retry-After; the words of a 404 it hides (see
+    Handler.fail).
+    """
+    fields = error_fields(raw)
+    text = head_and_tail(" ".join(fields))
+    message = fields[0] or "the provider answered HTTP %d without saying why" % status
+    # Some numbers stand in fields beside the message: llama.cpp's n_ctx, Gemini's retryDelay.
+    with_fields = head_and_tail(text + " " + to_string(raw[-TAIL:]))
+    row = next(row for row in ERROR_ROWS if row.matches(status, text))
+    if row.kind == "overflow":
+        numbers = tuple(first_number(patterns, with_fields) for patterns in OVERFLOW_NUMBERS)
+        error = overflow_error(numbers[0], numbers[2])
+        error.numbers = numbers
+    else:
+        retry = row.status == 429 or row.status >= 500
+        wait = retry and retry_after(headers, with_fields)
+        extra = {"retry-after": wait} if wait else NEVER if 401 <= row.status <= 404 else {}
+        message = (row.sentence + " " + message).strip()
+        error = UpstreamError(message, row.status, None, extra, row.kind, retry)
+    error.text = text
+    return error
 
 
 def error_in_reply(body):
@@ -645,15 +633,13 @@ def error_in_reply(body):
     if not error and not as_dict(body.get("base_resp")).get("status_code"):
         return None
     is_whole = not error or isinstance(error, str) and body.get("code")
-    raw = compact_json(body if is_whole else {"error": error})
-    code = str(as_dict(error).get("code"))[:4]
+    raw, details = compact_json(body if is_whole else {"error": error}), as_dict(error)
+    code = str(details.get("code"))[:4]
     status = int(code) if re.match(r"[45]\d\d\Z", code) else 500
-    if status == 500:
-        words = head_and_tail(raw)
-        if re.search("(?i)rate[_ ]limit", words):
-            status = 429
-        elif is_overflow(200, words) or as_dict(error).get("type") == "invalid_request_error":
-            status = 400
+    if status == 500 and re.search("(?i)rate[_ ]limit", head_and_tail(raw)):
+        status = 429
+    elif status == 500 and details.get("type") == "invalid_request_error":
+        status = 400
     return upstream_error(status, {}, raw)
 
 
@@ -670,19 +656,19 @@ class SettingError(Exception):
 # of .env and on the status page follow from it. An empty value always means the default, so a row
 # whose empty value means something has "" as its default.
 
-# ---- parsers: a string -> the value; ValueError says what is allowed -----------------------------
+# ---- parsers: a string without space around it -> the value; ValueError says what is allowed -----
 
 
 def parse_text(value):
     """A string without line breaks: it may become a header's value."""
-    if "\n" in value or "\r" in value:
+    if re.search(r"[\r\n]", value):
         raise ValueError("one line of text")
-    return value.strip()
+    return value
 
 
 def parse_flag(value):
     """A bool, from true or false (also 1/0, yes/no, on/off); empty is false."""
-    word = value.strip().lower()
+    word = value.lower()
     is_on = word in ("true", "1", "yes", "on")
     if not is_on and word not in ("false", "0", "no", "off", ""):
         raise ValueError("true or false")
@@ -693,27 +679,23 @@ def whole_number(allowed, most):
     """A parser of whole numbers from 0 to `most`, in at most 12 digits; allowed: said of others."""
 
     def parse(value):
-        if not re.match(r"\d{1,12}$", value.strip()) or int(value) > most:
+        if not re.match(r"\d{1,12}$", value) or int(value) > most:
             raise ValueError(allowed)
         return int(value)
 
     return parse
 
 
-parse_port = whole_number("a port number, 0 to 65535", 65535)  # 0 takes a free one
 parse_count = whole_number("a whole number, 0 or more", 10**12)  # of tokens, MB, tries
 
 
 def parse_seconds(value):
     """A number of seconds above 0, as a float; a socket takes no timeout of centuries."""
-    try:
-        number = float(value)
-    except ValueError:
-        number = 0.0
-    # float() reads "nan" and "inf" too; neither lies between.
-    if not 0 < number < 1e7:
-        raise ValueError("a number of seconds above 0")
-    return number
+    with contextlib.suppress(ValueError):
+        # float() reads "nan" and "inf" too; neither lies between.
+        if 0 < float(value) < 1e7:
+            return float(value)
+    raise ValueError("a number of seconds above 0")
 
 
 def parse_choice(*allowed):
@@ -723,9 +705,9 @@ def parse_choice(*allowed):
     """
 
     def parse(value):
-        if value.strip().lower() not in allowed:
+        if value.lower() not in allowed:
             raise ValueError("one of " + ", ".join(filter(None, allowed)))
-        return value.strip().lower()
+        return value.lower()
 
     return parse
 
@@ -744,7 +726,7 @@ def parse_json_object(value):
 
     A null in it is a value of its own: it takes a field or header away that ccfix would send.
     """
-    parsed = json_or_none(value) if value.strip() else {}
+    parsed = json_or_none(value or "{}")
     if not isinstance(parsed, dict):
         raise ValueError('a JSON object, such as {"name": "value"}')
     return parsed
@@ -752,7 +734,7 @@ def parse_json_object(value):
 
 def parse_names(value):
     """A tuple of names in lower case, from names separated by commas or spaces; empty is ()."""
-    return tuple(re.split(r"[,\s]+", value.strip().lower())) if value.strip() else ()
+    return tuple(re.findall(r"[^,\s]+", value.lower()))
 
 
 def parse_address(value):
@@ -761,20 +743,17 @@ def parse_address(value):
     The scheme may be missing, as people paste it: then it is https, but http for localhost, for an
     IP address, and where a port follows a bare name. Fragments make no sense in a base URL.
     """
-    value = value.strip()
     if not value:
         return ""
     if "://" not in value:
         is_local = re.match(r"(localhost|127\.|\[|\d+\.\d+\.\d+\.\d+|[\w-]+:\d)", value)
         value = ("http://" if is_local else "https://") + value
-    try:
+    with contextlib.suppress(ValueError):  # a port that is not a number, brackets not closed
         parts = urllib.parse.urlsplit(value)
         is_good = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1)
-    except ValueError:  # a port that is not a number, brackets that are not closed
-        is_good = False
-    if not is_good or parts.fragment or re.search(r"[\s\x00-\x1f]", value):
-        raise ValueError("an address such as https://api.example.com/v1")
-    return value
+        if is_good and not parts.fragment and not re.search(r"[\s\x00-\x1f]", value):
+            return value
+    raise ValueError("an address such as https://api.example.com/v1")
 
 
 def parse_base_url(value):
@@ -786,9 +765,8 @@ def parse_base_url(value):
     parts = urllib.parse.urlsplit(parse_address(value))
     if not parts.netloc:
         return ""
-    path = parts.path.rstrip("/")
-    path = re.sub(r"/((chat/)?completions|messages|responses)$", "", path).rstrip("/")
-    return urllib.parse.urlunsplit((parts.scheme, parts.netloc, path or "/v1", parts.query, ""))
+    path = re.sub(r"/((chat/)?completions|messages|responses)$", "", parts.path.rstrip("/"))
+    return parts._replace(path=path.rstrip("/") or "/v1").geturl()
 
 
 # ---- the table -----------------------------------------------------------------------------------
@@ -804,7 +782,6 @@ class Setting(NamedTuple):
     flags: tuple = ()  # on the command line
     claude: str = ""  # key under "env" in ~/.claude/settings.json from which it may come
     secret: bool = False  # its value is never shown
-    const: str = ""  # the value that a flag sets that takes none
 
     @property
     def name(self):
@@ -812,11 +789,12 @@ class Setting(NamedTuple):
         return self.env.lower()
 
 
-def own_target(name, model, whose):
+def own_target(name, model):
     """The three settings of a model besides the main one, with its own base URL and key.
 
-    name: the end of their names; model: what the model is for; whose: words after "base URL".
+    name: the end of their names, in lower case; model: what the model is for.
     """
+    whose, name = "of the %s model" % name, name.upper()
     return (
         Setting("TARGET_MODEL_" + name, "", model),
         Setting("TARGET_API_BASE_" + name, "", "base URL " + whose, parse_base_url),
@@ -863,23 +841,9 @@ SETTINGS = (
     ),
     # Other targets; a family's is taken where the model that Claude Code asks for names the
     # family. What is empty is the main target's, but a base URL of its own never gets the main key.
-    *(
-        row
-        for name in FAMILIES
-        for row in own_target(
-            name.upper(), "model for Claude's %s family" % name, "for the %s family" % name
-        )
-    ),
-    *own_target(
-        "FALLBACK",
-        "model that takes over when the main one is down or out of quota",
-        "of the fallback model",
-    ),
-    *own_target(
-        "IMAGE",
-        "model for requests with images, where the main one takes none",
-        "of the image model",
-    ),
+    *(row for name in FAMILIES for row in own_target(name, "model for Claude's %s family" % name)),
+    *own_target("fallback", "model that takes over when the main one is down or out of quota"),
+    *own_target("image", "model for requests with images, where the main one takes none"),
     # What is special about the main target: PROFILE goes with its base URL, the limits with its
     # model.
     Setting(
@@ -944,7 +908,11 @@ SETTINGS = (
         flags=("-H", "--host"),
     ),
     Setting(
-        "PROXY_PORT", "8080", "port to listen on; 0 takes a free one", parse_port, ("-p", "--port")
+        "PROXY_PORT",
+        "8080",
+        "port to listen on; 0 takes a free one",
+        whole_number("a port number, 0 to 65535", 65535),
+        ("-p", "--port"),
     ),
     Setting(
         "ANTHROPIC_API_KEY",  # the name under which the original had it
@@ -971,7 +939,6 @@ SETTINGS = (
         "store replies and answer repeated requests from the store",
         parse_flag,
         ("--cache",),
-        const="true",
     ),
     Setting("CACHE_DIR", ".cache", "folder of the cache, the lessons and the ledger"),
     Setting(
@@ -1026,12 +993,9 @@ SETTINGS = (
         "do not verify TLS certificates: anyone on the way can read the key",
         parse_flag,
         ("--insecure",),
-        const="true",
     ),
 )
 BY_ENV = {row.env: row for row in SETTINGS}  # a file and the environment know no other name
-# Headers of EXTRA_HEADERS that hold secrets: "X-Title: ccfix" must not hide that word everywhere.
-SECRET_HEADER = re.compile("(?i)auth|cookie|credential|key|pass|secret|token")
 
 
 class Settings:
@@ -1053,7 +1017,7 @@ class Settings:
                 ("default", row.default),
             )
             try:
-                setattr(self, row.name, row.parse(value))
+                setattr(self, row.name, row.parse(value.strip()))
             except ValueError as e:
                 shown = "" if row.secret else " is %r" % without_password(value)[:100]
                 raise SettingError("%s%s (from %s); allowed: %s" % (row.env, shown, origin, e))
@@ -1064,7 +1028,8 @@ class Settings:
         found = [getattr(self, row.name) for row in SETTINGS if row.secret]
         found.remove(self.extra_headers)
         for name, value in self.extra_headers.items():
-            if value and SECRET_HEADER.search(name):
+            # Only some hold secrets: "X-Title: ccfix" must not hide that word everywhere.
+            if value and re.search("(?i)auth|cookie|credential|key|pass|secret|token", name):
                 # The key of "Bearer KEY" may also be quoted alone.
                 found += [value, str(value).split(" ")[-1]]
         return sorted({str(value) for value in found if value}, key=len, reverse=True)
@@ -1117,12 +1082,9 @@ def dotenv(source):
     Double quotes know \\n, \\t, \\", \\$ and \\\\; single quotes are literal; a bare value ends at
     " #". Lines without "=" are skipped; of two lines with a name the last counts.
     """
-    found = {}
-    for line in source.lstrip("\ufeff").splitlines():
-        match = re.match(r"\s*(?:(?:export|set)\s+)?([A-Za-z_][\w.]*)\s*=(.*)", line)
-        if match:
-            found[match.group(1)] = dotenv_value(match.group(2).strip())
-    return found
+    line = r"(?m)^[ \t]*(?:(?:export|set)[ \t]+)?([A-Za-z_][\w.]*)[ \t]*=(.*)"
+    found = re.findall(line, source.lstrip("\ufeff"))
+    return {name: dotenv_value(value.strip()) for name, value in found}
 
 
 def dotenv_value(value):
@@ -1136,9 +1098,11 @@ def dotenv_value(value):
         return re.sub(r"(^|\s)#.*", "", value).rstrip()
     if quoted.group(1) is None:
         return quoted.group(2)
-    known = {"n": "\n", "t": "\t", '"': '"', "\\": "\\", "$": "$"}
+    breaks = {"n": "\n", "t": "\t"}  # the other escapes stand for themselves
     return re.sub(
-        r"\\(.)", lambda escape: known.get(escape.group(1), escape.group()), quoted.group(1)
+        r'\\([nt"$\\])',
+        lambda escape: breaks.get(escape.group(1), escape.group(1)),
+        quoted.group(1),
     )
 
 
@@ -1149,18 +1113,16 @@ def claude_layer(source):
     """
     env = as_dict(as_dict(json_or_none(source)).get("env"))
     return {
-        row.env: env[row.claude]
-        for row in SETTINGS
-        if row.claude and isinstance(env.get(row.claude), str)
+        row.env: env[row.claude] for row in SETTINGS if row.claude and as_str(env.get(row.claude))
     }
 
 
-def env_template(values=()):
+def env_template(values):
     """A commented .env with every setting, for `init`.
 
     values: {ENV_NAME: string} to fill in; the others are commented out, with their defaults.
     """
-    values, lines = dict(values), ["# ccfix settings; an empty value means the default", ""]
+    lines = ["# ccfix settings; an empty value means the default", ""]
     for row in SETTINGS:
         line = "#%s=%s" % (row.env, row.default)
         if row.env in values:
@@ -1173,7 +1135,7 @@ def quote_value(value):
     """value as .env text that `dotenv` reads back the same; in quotes only where it needs them."""
     if re.match(r"[\w@%+=:,./-]*$", value):
         return value
-    return '"%s"' % value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+    return json.dumps(value, ensure_ascii=False)
 
 
 # ==================================================================================================
@@ -1190,7 +1152,8 @@ class Profile(NamedTuple):
 
     name: str = "default"  # as PROFILE and the README's table say it
     title: str = "any other"  # for people
-    hosts: tuple = ()  # ends of host names; ":11434" is a port on this machine
+    hosts: str = ""  # ends of host names, with spaces between; ":11434" is a port on this machine
+    json_format: str = ""  # response_format it takes: json_schema, json_object or none
     models: str = ""  # pattern at the start of a model's name, with or without "owner/"; "": all
     format: str = "chat"  # what it speaks: a row of FORMATS
     untouched: bool = False  # the request goes on as it came [Anthropic itself]
@@ -1218,7 +1181,6 @@ class Profile(NamedTuple):
     images: bool = True  # takes images
     image_urls: bool = True  # fetches http(s) images itself
     files: bool = False  # takes PDF as a file part [OpenAI, OpenRouter]
-    json_format: str = ""  # response_format it takes: json_schema, json_object or none
     system_role: bool = True  # takes a system message
     user_after_tool: bool = True  # takes a user message right after a tool message [not Mistral]
     # Field (of REASONING_FIELDS) in which earlier reasoning goes back; empty: it must not. By
@@ -1226,14 +1188,12 @@ class Profile(NamedTuple):
     # MiniMax].
     reasoning_field: str = ""
     reasoning_always: bool = False
-    placeholder: str = (
-        ""  # in place of reasoning that was not kept; empty: nothing [DeepSeek, Gemini]
-    )
+    # in place of reasoning that was not kept; empty: nothing [DeepSeek, Gemini]
+    placeholder: str = ""
     reasoning: str = ""  # how thinking is asked for: a row of REASONING; empty: not at all
     efforts: tuple = ()  # effort words it takes, weakest first
-    effort_with_tools: str = (
-        ""  # the only effort that it takes beside tools [none: gpt-5.4 and later]
-    )
+    # the only effort that it takes beside tools [none: gpt-5.4 and later]
+    effort_with_tools: str = ""
     betas: tuple = ()  # anthropic-beta flags that are not passed on (Anthropic's form only)
     scope: str = ""  # whose reasoning state this is: host of the base URL (set by profile_for)
     tried: bool = False  # on a real server; all else is from documentation and reports
@@ -1251,11 +1211,11 @@ GEMINI_SKIP = "skip_thought_signature_validator"  # Google's own word for "there
 OPENAI = Profile(
     "openai",
     "OpenAI, other models",
-    ("api.openai.com",),
+    "api.openai.com",
+    "json_schema",
     strict=True,
     files=True,
     max_tools=128,
-    json_format="json_schema",
 )
 # cline's openai-compatible.ts: the new name of the output limit for these models alone, since older
 # servers of others know only max_tokens. Temperature and stop are refused (openai-openapi).
@@ -1270,7 +1230,7 @@ OPENAI_REASONING = OPENAI._replace(
 # openai-python issue 1354. The key has a header of its own; PDF parts are refused on chat
 # (pydantic-ai).
 AZURE = dict(
-    hosts=("openai.azure.com", "cognitiveservices.azure.com"), key_header="api-key", files=False
+    hosts="openai.azure.com cognitiveservices.azure.com", key_header="api-key", files=False
 )
 # kimi-cli's kosong/chat_provider/kimi.py. Sampling is fixed ("only 1 is allowed for this model"), a
 # nested property without a type is refused, image URLs are not fetched (vercel/ai). Reasoning goes
@@ -1278,7 +1238,7 @@ AZURE = dict(
 MOONSHOT = Profile(
     "kimi",
     "Kimi (Moonshot)",
-    ("api.moonshot.ai", "api.moonshot.cn", "api.kimi.com"),
+    "api.moonshot.ai api.moonshot.cn api.kimi.com",
     never=("temperature", "top_p"),
     tool_choice=("none",),
     tool_ids="kimi",
@@ -1291,10 +1251,10 @@ MOONSHOT = Profile(
 ZAI = Profile(
     "zai",
     "Z.ai GLM",
-    ("api.z.ai", "open.bigmodel.cn"),
+    "api.z.ai open.bigmodel.cn",
+    "json_object",
     body=(("tool_stream", True),),
     tool_choice=("none",),
-    json_format="json_object",
     reasoning_always=True,
     **THINKING,
 )
@@ -1302,25 +1262,33 @@ ZAI = Profile(
 GROQ = Profile(
     "groq",
     "Groq, other models",
-    ("api.groq.com",),
+    "api.groq.com",
+    "json_object",
     strict=True,
     max_tools=128,
-    json_format="json_object",
 )
 # Model servers on the user's own machine: JSON by grammar; images as data, since Ollama fetches
 # none.
-# Most pass a switch for thinking on to the model's chat template.
-LOCAL = DEFAULT._replace(json_format="json_schema", image_urls=False, reasoning="kwargs")
-NATIVE = DEFAULT._replace(
-    format="anthropic", native_blocks=True, files=True, json_format="json_schema"
+LOCAL = dict(json_format="json_schema", image_urls=False)
+# Tried: llama.cpp's /v1/messages.
+NATIVE = Profile(
+    "anthropic",
+    "anything else that speaks Anthropic",
+    "",
+    "json_schema",
+    format="anthropic",
+    native_blocks=True,
+    files=True,
+    tried=True,
 )
 # docs.anthropic.com/en/api/messages
 ANTHROPIC = NATIVE._replace(
     name="anthropic-api",
     title="Anthropic itself",
-    hosts=("api.anthropic.com",),
+    hosts="api.anthropic.com",
     untouched=True,
     searches=True,
+    tried=False,
 )
 
 PROFILES = (
@@ -1354,9 +1322,9 @@ PROFILES = (
     Profile(
         "deepseek",
         "DeepSeek",
-        ("api.deepseek.com",),
+        "api.deepseek.com",
+        "json_object",
         images=False,
-        json_format="json_object",
         tool_choice=("none",),
         placeholder=NOT_KEPT,
         **THINKING,
@@ -1367,9 +1335,9 @@ PROFILES = (
     Profile(
         "dashscope",
         "Qwen on DashScope",
-        ("dashscope.aliyuncs.com", "dashscope-intl.aliyuncs.com", "dashscope-us.aliyuncs.com"),
+        "dashscope.aliyuncs.com dashscope-intl.aliyuncs.com dashscope-us.aliyuncs.com",
+        "json_object",
         always_stream=True,
-        json_format="json_object",
         reasoning="enable_thinking",
     ),
     # Thinking cannot be disabled, and has three strengths: aihubmix's guide to Kimi K3.1.
@@ -1395,7 +1363,7 @@ PROFILES = (
     Profile(
         "minimax",
         "MiniMax",
-        ("api.minimax.io", "api.minimaxi.com", "api.minimax.chat"),
+        "api.minimax.io api.minimaxi.com api.minimax.chat",
         body=(("reasoning_split", True),),
         tool_choice=("none",),
         reasoning_field="reasoning_details",
@@ -1408,12 +1376,12 @@ PROFILES = (
     Profile(
         "mistral",
         "Mistral",
-        ("api.mistral.ai",),
+        "api.mistral.ai",
+        "json_schema",
         strict=True,
         tool_ids="nine",
         user_after_tool=False,
         usage_option=False,
-        json_format="json_schema",
     ),
     # models.dev
     GROQ._replace(
@@ -1432,24 +1400,24 @@ PROFILES = (
     Profile(
         "xai",
         "xAI",
-        ("api.x.ai",),
+        "api.x.ai",
+        "json_schema",
         strict=True,
         never=("stop",),
         max_tools=200,
-        json_format="json_schema",
     ),
     # "Unknown name" for schema keywords: zed issue 44875. A call without its thought_signature is a
     # 400: opensquilla issue 225.
     Profile(
         "gemini",
         "Gemini",
-        ("generativelanguage.googleapis.com", "aiplatform.googleapis.com"),
+        "generativelanguage.googleapis.com aiplatform.googleapis.com",
+        "json_schema",
         strict=True,
         schema=tuple(
             "additionalProperties const exclusiveMinimum exclusiveMaximum pattern default format"
             " not propertyNames patternProperties if then else examples".split()
         ),
-        json_format="json_schema",
         reasoning_field="google",
         placeholder=GEMINI_SKIP,
         **EFFORT,
@@ -1459,13 +1427,13 @@ PROFILES = (
     Profile(
         "openrouter",
         "OpenRouter",
-        ("openrouter.ai",),
+        "openrouter.ai",
+        "json_schema",
         files=True,
         reasoning_field="reasoning_details",
         reasoning_always=True,
         reasoning="openrouter",
         efforts=("minimal", "low", "medium", "high", "xhigh"),
-        json_format="json_schema",
         headers=(("X-Title", "ccfix"),),
     ),
     # Refuses reasoning_content, takes reasoning: opencode issue 6648, and Empryo PR 209, which
@@ -1473,49 +1441,49 @@ PROFILES = (
     Profile(
         "cerebras",
         "Cerebras",
-        ("api.cerebras.ai",),
+        "api.cerebras.ai",
+        "json_schema",
         strict=True,
         parallel=False,
         images=False,
         max_output=40960,
         context=131072,
-        json_format="json_schema",
         reasoning_field="reasoning",
     ),
     # free-claude-code issue 127. A thinking field is a 400, chat_template_kwargs is not:
     # CLIProxyAPI issue 4149.
-    Profile("nim", "NVIDIA NIM", ("integrate.api.nvidia.com",), strict=True, reasoning="kwargs"),
+    Profile("nim", "NVIDIA NIM", "integrate.api.nvidia.com", strict=True, reasoning="kwargs"),
     # "Extra inputs are not permitted": midscene issue 1322
     Profile(
         "fireworks",
         "Fireworks",
-        ("api.fireworks.ai",),
+        "api.fireworks.ai",
+        "json_schema",
         strict=True,
-        json_format="json_schema",
         **EFFORT,
     ),
     # docs.together.ai/docs/glm-5.3-quickstart
     Profile(
         "together",
         "Together",
-        ("api.together.xyz", "api.together.ai"),
-        json_format="json_schema",
+        "api.together.xyz api.together.ai",
+        "json_schema",
     ),
     # models.dev
     Profile(
         "siliconflow",
         "SiliconFlow",
-        ("api.siliconflow.cn", "api.siliconflow.com"),
-        json_format="json_object",
+        "api.siliconflow.cn api.siliconflow.com",
+        "json_object",
         reasoning="enable_thinking",
     ),
     # openclaude issue 331; cc-switch's presets
-    Profile("ark", "Volcengine Ark", ("volces.com", "bytepluses.com"), reasoning="thinking"),
+    Profile("ark", "Volcengine Ark", "volces.com bytepluses.com", reasoning="thinking"),
     # cc-switch's proxy/providers/claude.rs
     Profile(
         "mimo",
         "Xiaomi MiMo",
-        ("xiaomimimo.com",),
+        "xiaomimimo.com",
         placeholder=NOT_KEPT,
         **THINKING,
     ),
@@ -1523,7 +1491,7 @@ PROFILES = (
     Profile(
         "copilot",
         "GitHub Copilot",
-        ("githubcopilot.com",),
+        "githubcopilot.com",
         strict=True,
         max_tools=128,
         headers=(
@@ -1534,31 +1502,32 @@ PROFILES = (
         ),
     ),
     # ollama's openai/openai.go: tool_choice is not read, reasoning comes back as `reasoning`
-    LOCAL._replace(
-        name="ollama",
-        title="Ollama",
-        hosts=(":11434", "ollama.com"),
+    Profile(
+        "ollama",
+        "Ollama",
+        ":11434 ollama.com",
         tool_choice=("none",),
         reasoning_field="reasoning",
         reasoning_always=True,
         reasoning="effort",
         efforts=("none", "low", "medium", "high", "max"),
+        **LOCAL,
     ),
     # lmstudio-ai/docs, openai-compat/tools.mdx
-    LOCAL._replace(name="lmstudio", title="LM Studio", hosts=(":1234",), reasoning=""),
+    Profile("lmstudio", "LM Studio", ":1234", **LOCAL),
+    # The other local servers pass a switch for thinking on to the model's chat template.
     # sglang issue 20678, and its error texts
-    LOCAL._replace(name="sglang", title="SGLang", hosts=(":30000",)),
+    Profile("sglang", "SGLang", ":30000", reasoning="kwargs", **LOCAL),
     # a real server, as it answers in the tests
-    LOCAL._replace(name="llamacpp", title="llama.cpp server", hosts=(":8080",), tried=True),
+    Profile("llamacpp", "llama.cpp server", ":8080", reasoning="kwargs", tried=True, **LOCAL),
     # vllm's chat_completion/protocol.py
-    LOCAL._replace(name="vllm", title="vLLM", hosts=(":8000",)),
+    Profile("vllm", "vLLM", ":8000", reasoning="kwargs", **LOCAL),
     # litellm issues 32086 and 17343. Strict, for the sake of the providers behind it.
-    Profile("litellm", "LiteLLM gateway", (":4000",), strict=True),
+    Profile("litellm", "LiteLLM gateway", ":4000", strict=True),
     # set by --demo, whose server stands in this file
     Profile("demo", "the embedded demo model"),
     ANTHROPIC,
-    # Tried: llama.cpp's /v1/messages.
-    NATIVE._replace(name="anthropic", title="anything else that speaks Anthropic", tried=True),
+    NATIVE,
 )
 
 # `owned_by` in a /models answer -> the profile: it tells a server that its address does not, such
@@ -1575,7 +1544,8 @@ OWNERS = {
 ANTHROPIC_PATHS = re.compile(
     r"(/anthropic|/api/(coding|compatible|plan)|api\.kimi\.com/coding)(/v1)?$", re.I
 )
-# localhost with the names under it (RFC 6761, 6.3), and what containers call the machine they run on.
+# localhost with the names under it (RFC 6761, 6.3), and what containers call the machine that they
+# run on.
 LOOPBACK = re.compile(
     r"((.*\.)?localhost|127(\.\d+){3}|::1?|0\.0\.0\.0|host\.(docker|containers)\.internal)$", re.I
 )
@@ -1613,81 +1583,67 @@ def profile_for(base, model, forced="", format="auto", owner=""):
     `owned_by` of the server's model list.
     """
     parts = urllib.parse.urlsplit(base)
-    host, port = (parts.hostname or "").lower(), parts.port
+    host = parts.hostname or ""
+    # Servers on this machine are told apart by their ports.
+    place = ":%s" % parts.port if is_loopback(host) else host
     name = forced or OWNERS.get(owner, "")
     if format == "anthropic" or (format == "auto" and not forced and ANTHROPIC_PATHS.search(base)):
         name = "anthropic"
-    rows = [
-        row
-        for row in PROFILES
-        if (row.name == name if name else any(serves(end, host, port) for end in row.hosts))
-    ]
-    if name == "anthropic":  # Anthropic itself takes more than others that speak the same
-        rows = [ANTHROPIC] if serves(ANTHROPIC.hosts[0], host, port) else rows
-    elif format == "openai":
-        rows = [row for row in rows if row.format != "anthropic"]
-    names = model, model.rpartition("/")[2]
-    fitting = [row for row in rows if any(re.match(row.models, each, re.I) for each in names)]
-    found = (fitting or (rows if forced else []) or [DEFAULT])[0]
-    return found._replace(scope=host)
+    if name == "anthropic" and serves(ANTHROPIC, place):
+        name = ANTHROPIC.name  # takes more than others that speak the same
+    if name:
+        fitting = (row for row in PROFILES if row.name == name)
+    else:
+        fitting = (
+            row
+            for row in PROFILES
+            if serves(row, place)
+            and re.match("(.*/)?(%s)" % row.models, model, re.I)
+            and (format == "auto" or row.format != "anthropic")
+        )
+    return next(fitting, DEFAULT)._replace(scope=host)
 
 
-def serves(end, host, port):
-    """Whether an entry of Profile.hosts means the host, or the port on this machine.
+def serves(row, place):
+    """Whether a place is in row.hosts: a host name, or ":PORT" on this machine.
 
     An entry means its subdomains too, but "openrouter.ai" is not "evilopenrouter.ai".
     """
-    if end[:1] == ":":
-        return port == int(end[1:]) and is_loopback(host)
-    return ("." + host).endswith("." + end)
+    return any(("." + place).endswith("." + end) for end in row.hosts.split())
 
 
 # ---- how thinking is asked for -------------------------------------------------------------------
 
 
-def effort_fields(level, profile):
-    """reasoning_effort as the provider words it; nothing where it has no word for the level."""
-    word = effort_word(level, profile.efforts)
-    return {"reasoning_effort": word} if word else {}
-
-
-def thinking_fields(level, profile):
+def thinking_fields(is_on, word):
     """thinking: {type}, and the effort beside it unless it is off (both are a 400 at DeepSeek)."""
-    if level == "off":
-        return {"thinking": {"type": "disabled"}}
-    return dict(effort_fields(level, profile), thinking={"type": "enabled"})
+    fields = {"thinking": {"type": "enabled" if is_on else "disabled"}}
+    return dict(fields, reasoning_effort=word) if is_on and word else fields
 
 
 REASONING = {
-    # style: (level, profile) -> fields of the body. level: off, low, medium, high, xhigh or max.
-    "effort": effort_fields,
+    # style: (is_on, word) -> fields of the body. word: the provider's own for the strength that is
+    # asked for (see effort_word); "" where it has none.
+    "effort": lambda is_on, word: {"reasoning_effort": word} if word else {},
     "thinking": thinking_fields,
-    "adaptive": lambda level, profile: {
-        "thinking": {"type": "disabled" if level == "off" else "adaptive"}
-    },
-    "enable_thinking": lambda level, profile: {"enable_thinking": level != "off"},
-    "openrouter": lambda level, profile: {
-        "reasoning": {"effort": "none" if level == "off" else effort_word(level, profile.efforts)}
-    },
+    "adaptive": lambda is_on, word: {"thinking": {"type": "adaptive" if is_on else "disabled"}},
+    "enable_thinking": lambda is_on, word: {"enable_thinking": is_on},
+    "openrouter": lambda is_on, word: {"reasoning": {"effort": word or "none"}},
     # For chat templates: Qwen and GLM read the first, DeepSeek and Kimi the second.
-    "kwargs": lambda level, profile: {
-        "chat_template_kwargs": {"enable_thinking": level != "off", "thinking": level != "off"}
+    "kwargs": lambda is_on, word: {
+        "chat_template_kwargs": {"enable_thinking": is_on, "thinking": is_on}
     },
 }
 LEVELS = ("off", "none", "minimal", "low", "medium", "high", "xhigh", "max")  # weakest first
 
 
 def effort_word(level, words):
-    """The word for a level: the first that is at least as strong, else the strongest.
-
-    off is "none" where the provider knows that word, else "" (as if nothing had been asked).
-    """
+    """The word for a level (off, low ... max): the first that is at least as strong, else the
+    strongest; off is "none" where the provider knows that word, else ""."""
     if level == "off" or not words:
         return "none" if "none" in words else ""
     wanted = LEVELS.index(level)
-    return next(
-        (word for word in words if LEVELS.index(word) >= wanted and word != "none"), words[-1]
-    )
+    return next((word for word in words if LEVELS.index(word) >= wanted), words[-1])
 
 
 def thinking_level(body):
@@ -1697,7 +1653,7 @@ def thinking_level(body):
     if thinking.get("type") == "disabled":
         return "off"
     effort = as_dict(body.get("output_config")).get("effort")
-    if isinstance(effort, str) and effort in LEVELS:
+    if effort in LEVELS:
         return "off" if effort == "none" else effort
     budget = thinking.get("budget_tokens")
     if thinking.get("type") == "enabled" and isinstance(budget, (int, float)):
@@ -2534,7 +2490,9 @@ def write_chat(body, model, profile, attach=()):
     if tools and profile.effort_with_tools:
         sent["reasoning_effort"] = profile.effort_with_tools
     elif level and profile.reasoning:
-        sent.update(REASONING[profile.reasoning](level, profile))
+        sent.update(
+            REASONING[profile.reasoning](level != "off", effort_word(level, profile.efforts))
+        )
     if body.get("stream") is True or profile.always_stream:
         sent["stream"] = True
         if profile.usage_option:
@@ -10657,8 +10615,8 @@ def flag_options(row):
     One that is not given leaves no trace (SUPPRESS): the layers below the command line then count.
     """
     how = dict(dest=row.env, default=argparse.SUPPRESS, help=row.help)
-    if row.const:
-        return dict(how, action="store_const", const=row.const)
+    if row.parse is parse_flag:
+        return dict(how, action="store_const", const="true")
     return dict(how, metavar=row.env.rsplit("_", 1)[-1])
 
 

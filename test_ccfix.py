@@ -1564,6 +1564,21 @@ class TestLayers(unittest.TestCase):
                 for word in (name, "the moon", "allowed", allowed):
                     self.assertIn(word, told_)
 
+    def test_space_around_a_value_and_stray_commas_mean_nothing(self):
+        rows = (
+            ("TARGET_API_KEY", " key\n", "key"),  # pasted with its line break
+            ("CACHE_ENABLED", " Yes ", True),
+            ("TARGET_RETRIES", " 3 ", 3),
+            ("LOG_LEVEL", " DEBUG ", "debug"),
+            ("EXTRA_BODY", " ", {}),
+            ("ALLOWED_HOSTS", " a, B c,", ("a", "b", "c")),
+            ("ALLOWED_HOSTS", " ", ()),
+        )
+        for name, value, wanted in rows:
+            with self.subTest(name, value=value):
+                settings = ccfix.Settings([("x", {name: value})])
+                self.assertEqual(getattr(settings, name.lower()), wanted)
+
     def test_a_wrong_secret_is_not_shown(self):
         with self.assertRaises(ccfix.SettingError) as caught:
             ccfix.Settings([("x", {"TARGET_API_KEY": "sk-secret\nsk-more"})])
@@ -1738,6 +1753,9 @@ class TestProfiles(unittest.TestCase):
         self.assertEqual(
             ccfix.profile_for("https://api.z.ai/api/anthropic", "x", format="openai").name, "zai"
         )
+        for name in ("anthropic", "anthropic-api", "kimi"):  # PROFILE says more than the format
+            found = ccfix.profile_for("https://proxy.example/v1", "x", name, format="openai")
+            self.assertEqual(found.name, name)
         with self.assertRaises(ccfix.SettingError) as caught:
             ccfix.Settings([(".env", {"PROFILE": "kimmi"})])
         for word in ("PROFILE", "kimmi", ".env", "kimi-k3", "default"):
