@@ -2786,8 +2786,7 @@ ANY = "any"  # stands among a schema's types when they are not all known
 
 def required_names(schema):
     """The names of the properties that a schema requires."""
-    names = as_list(as_dict(schema).get("required"))
-    return [name for name in names if isinstance(name, str)]
+    return [name for name in as_list(as_dict(schema).get("required")) if isinstance(name, str)]
 
 
 def property_schema(schema, key):
@@ -2859,7 +2858,7 @@ def object_at(text, start):
     while depth or not rewritten:
         token = TOKEN.match(text, at)
         if not token:  # the end of the text, an open quote, or no idea
-            raise ValueError("not JSON at %d" % at)
+            raise ValueError("not JSON")
         part, at = token.group(), token.end()
         depth += (part in "[{") - (part in "]}")
         rewritten.append(REWRITES[token.lastgroup](part))
@@ -3035,8 +3034,7 @@ class ArgumentStream:
         self._state = "START"
         self._pieces = []  # all that came
         self._held = []  # what came and was not read
-        self._size = 0  # of _held, in characters
-        self._enough = 0  # the size from which on _held is read again
+        self._missing = 0  # characters that must come before _held is read again
         self._begun = False  # a member, or its beginning, went out
 
     @property
@@ -3048,11 +3046,11 @@ class ArgumentStream:
     def feed(self, fragment):
         """The text that may go out now, "" for nothing. Not to be called after finish()."""
         self._pieces.append(fragment)
-        if self._state == "STRING" and not self._size and RUN.fullmatch(fragment):
+        if self._state == "STRING" and not self._held and RUN.fullmatch(fragment):
             return fragment  # the hot path: thousands of these make a file
         self._held.append(fragment)
-        self._size += len(fragment)
-        return self._read() if self._size >= self._enough else ""
+        self._missing -= len(fragment)
+        return self._read() if self._missing <= 0 else ""
 
     def _read(self):
         """Read what is held as far as possible; returns what goes out.
@@ -3068,8 +3066,8 @@ class ArgumentStream:
                 out.append(piece)
         except UNREADABLE:
             pass  # not whole, or broken: finish() will know
-        self._held, self._size = [text[at:]], len(text) - at
-        self._enough = 2 * self._size - 64  # so few are read again with each fragment
+        self._held = [text[at:]] if at < len(text) else []
+        self._missing = len(text) - at - 64  # so few are read again with each fragment
         return "".join(out)
 
     def _read_member(self, text, at):
@@ -3102,8 +3100,8 @@ class ArgumentStream:
         fitting = coerce_member(self.name, key, value, self.schema)
         if fitting is ABSENT:
             return "", end, "MEMBER"
-        fixed = json.dumps(fitting)
-        return text[start:end] if fixed == json.dumps(value) else fixed, end, "MEMBER"
+        same = repr(fitting) == repr(value)  # 3.0 and 3 are equal
+        return text[start:end] if same else json.dumps(fitting), end, "MEMBER"
 
     def _read_string(self, text, at):
         """(what goes out of more of a string that goes out as it comes, where that ends)"""
@@ -3121,7 +3119,7 @@ class ArgumentStream:
     def finish(self, cut=False):
         """The rest of the text, once nothing more comes. cut: the model hit its token limit."""
         tail, raw = self._read(), self.raw
-        rest = self._held[0]
+        rest = "".join(self._held)
         if raw and (self.complete or not cut or as_dict(decode_or(raw, None))):
             try:
                 return tail + self._fix(raw, rest)
@@ -3154,9 +3152,7 @@ class ArgumentStream:
 # what people also write counts at the start of a line only, none counts in code, the tool must be
 # one that was offered, and a call that was cut off must have all that its schema requires.
 
-MAX_HELD = 1 << 18  # characters of one call; a mark without an end is text
 MAX_LEAD_IN = 200  # characters behind a mark within which its head must match
-MAX_CLOSINGS = 64  # closing literals inside one call's own values: bounds the re-reading
 MAX_BLANK = 1024  # white space, or back-ticks, that wait for what follows them
 STEP = 4096  # characters looked at in one go, so that no mark costs more than this again
 
@@ -3276,14 +3272,14 @@ def parse_bare(text, schema):
 
 def tagged_parameters(body, at, schema):
     """(arguments, their end) of the PARAMETERS at `at`."""
-    arguments, found = {}, match_any(PARAMETERS, body, at)
-    while found:
-        groups = found.groupdict()
-        key, at = groups["key"].strip(), found.end()
-        wanted = STRING_SCHEMAS.get(groups.get("string")) or property_schema(schema, key)
-        arguments[key] = parse_bare(groups["value"], wanted)
+    arguments = {}
+    while True:
         found = match_any(PARAMETERS, body, at)
-    return arguments, at
+        if not found:
+            return arguments, at
+        key, at = found["key"].strip(), found.end()
+        told = STRING_SCHEMAS.get(found.groupdict().get("string"))
+        arguments[key] = parse_bare(found["value"], told or property_schema(schema, key))
 
 
 def tagged_call(found, tools, closed):
@@ -3347,7 +3343,10 @@ MARKS = {  # by literal
         Mark("<function=", "</function>", r"([^>\s]+)>\s*[<{]", LINE),
         Mark("[TOOL_REQUEST]", "[END_TOOL_REQUEST]", where=LINE),  # LM Studio
         Mark("<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"),
-        Mark("<|tool_call_begin|>", "<|tool_call_end|>", r"[^<>]+<"),
+        *[
+            Mark(form("<|tool_call_begin|>"), form("<|tool_call_end|>"), r"[^<>]+<")
+            for form in (str, widen)  # Kimi, DeepSeek
+        ],
         *[
             Mark("<%s>" % tag, "</%s>" % tag)
             for tag in (
@@ -3356,13 +3355,8 @@ MARKS = {  # by literal
                 "minimax:tool_call",
             )
         ],
-        Mark(
-            "<\uff5cDSML\uff5cinvoke",
-            "</\uff5cDSML\uff5cinvoke>",
-            r'\s+name="([^"]+)"',
-        ),
+        Mark("<\uff5cDSML\uff5cinvoke", "</\uff5cDSML\uff5cinvoke>", r'\s+name="([^"]+)"'),
         Mark(widen("<|tool_calls_begin|>"), widen("<|tool_calls_end|>")),
-        Mark(widen("<|tool_call_begin|>"), widen("<|tool_call_end|>"), r"[^<>]+<"),
         Mark("[TOOL_CALLS]", "", r"\s*(?:[{\[]|([\w.-]+)\[)"),  # Mistral
         Mark("<|python_tag|>"),  # Llama
         Mark("<|tool_call_start|>", "<|tool_call_end|>"),  # LFM2
@@ -3373,8 +3367,8 @@ MARKS = {  # by literal
             r'\s*"(?:name"\s*:\s*"([^"]+)"|type"\s*:\s*"function"|function"\s*:\s*\{)',
             START,
         ),
-        # GPT-OSS ("Harmony"): calls, and channels of text. What ends a channel counts only in one, and
-        # while one is open all of these marks count, in code too.
+        # GPT-OSS ("Harmony"): calls, and channels of text. What ends a channel counts only in one,
+        # and while one is open all of these marks count, in code too.
         *[
             Mark(start + " to=", "<|call|>", r"(?:functions\.)?([\w.-]+)[^\w.-]")
             for start in (
@@ -3467,12 +3461,12 @@ class Candidate:
                 return self.parse(end, closed)
             except Incomplete:
                 self.closings += 1
-                if closed and self.closings < MAX_CLOSINGS:
+                if closed and self.closings < 64:  # each is one more reading
                     continue
             except UNREADABLE:
                 pass
             return [], end
-        return ([], self.size) if self.size > MAX_HELD else None
+        return ([], self.size) if self.size > 1 << 18 else None  # so long without an end: text
 
 
 class TextCalls:
@@ -3578,9 +3572,7 @@ class TextCalls:
         )
 
     def counts(self, literal):
-        """Whether a literal means something here. In an open channel, nobody writes about its
-        marks.
-        """
+        """Whether a literal means something here. In an open channel, Harmony's always do."""
         mark = MARKS[literal]
         if self.channel and (mark.channel or mark.close == "<|call|>"):
             return True
