@@ -2824,11 +2824,8 @@ TOKEN = re.compile(
 """,
     re.VERBOSE | re.DOTALL,
 )
-WORDS = {
-    "True": "true",
-    "False": "false",
-    "None": "null",
-}  # Python's, which models mix up with JSON's
+# Python's, which models mix up with JSON's
+WORDS = {"True": "true", "False": "false", "None": "null"}
 QUOTES = {"\\'": "'", '"': '\\"'}  # all that a single-quoted string writes differently
 REWRITES = {  # kind of TOKEN -> its JSON
     "string": lambda text: '"%s"' % re.sub(r'\\.|"', requote, text[1:-1]),
@@ -2882,11 +2879,6 @@ def leading_object(text, limit=8):
     return found or other
 
 
-# Text without a brace at its beginning that was still meant as JSON; %s: the argument's name. Shell
-# commands and paths, which are what models write bare, begin otherwise.
-BROKEN_JSON = r"""[^\w/.~$-]|true$|false$|[^{]*"\s*:|%s["']?\s*[:=]"""
-
-
 def parse_arguments(text, schema):
     """fix_arguments of a string, raising one of UNREADABLE where that returns None."""
     text = text.strip("\ufeff \t\r\n\f\v\0")
@@ -2901,7 +2893,10 @@ def parse_arguments(text, schema):
         if re.match(r'\s*("?\{|"\\"|\Z)', text):  # encoded again (each level halves it), or nothing
             return parse_arguments(text, schema)
     (name,) = required_names(schema)  # ValueError unless there is exactly one
-    broken = re.match(BROKEN_JSON % re.escape(name), text, re.I) or text.endswith(("}", "]"))
+    # What was still meant as JSON, without a brace at its beginning. Shell commands and paths,
+    # which are what models write bare, begin otherwise.
+    signs = r"""[^\w/.~$-]|true$|false$|[^{]*"\s*:|%s["']?\s*[:=]""" % re.escape(name)
+    broken = re.match(signs, text, re.I) or text.endswith(("}", "]"))
     if schema_types(property_schema(schema, name)) != {"string"} or broken and not quoted:
         raise ValueError("neither JSON nor the one string")
     return {name: text}
@@ -3058,12 +3053,15 @@ class ArgumentStream:
         A step gives what goes out and where it ended, the place where it began when it has no more
         to read; one that meets half a value raises.
         """
-        text, at, before, out = "".join(self._held), 0, -1, []
+        text, at, out = "".join(self._held), 0, []
         try:
-            while before < at < len(text) and not self.complete:
+            while at < len(text) and not self.complete:
                 step = self._read_string if self._state == "STRING" else self._read_member
-                before, (piece, at) = at, step(text, at)
+                piece, end = step(text, at)
+                if end == at:
+                    break
                 out.append(piece)
+                at = end
         except UNREADABLE:
             pass  # not whole, or broken: finish() will know
         self._held = [text[at:]] if at < len(text) else []
@@ -3082,39 +3080,41 @@ class ArgumentStream:
         if not gap.strip():
             return "", at  # no comma
         key, start = STRICT.decode(quoted), found.end()
-        value, end, self._state = self._read_value(key, text, start, filled)
-        if not value:
-            return "", end
-        if not self._begun:
-            gap = gap.replace(",", "{")  # all members before were left out
-        self._begun = True
-        return gap + text[found.start(3) : start] + value, end
-
-    def _read_value(self, key, text, start, filled):
-        """(what goes out, "" for nothing; where it ends in `text`; the next state)"""
         if filled and schema_types(property_schema(self.schema, key)) & {"string", ANY}:
-            return '"', start + 1, "STRING"
+            value, end, self._state = '"', start + 1, "STRING"
+        else:
+            value, end = self._read_value(key, text, start)
+            self._state = "MEMBER"
+        if value:
+            if not self._begun:
+                gap = gap.replace(",", "{")  # all members before were left out
+            self._begun = True
+            value = gap + text[found.start(3) : start] + value
+        return value, end
+
+    def _read_value(self, key, text, start):
+        """(what goes out of a whole value, "" for nothing; where it ends in `text`)"""
         value, end = STRICT.raw_decode(text, start)
         if not VALUE_END.match(text, end):
             raise ValueError("a number may go on")
         fitting = coerce_member(self.name, key, value, self.schema)
         if fitting is ABSENT:
-            return "", end, "MEMBER"
+            return "", end
         same = repr(fitting) == repr(value)  # 3.0 and 3 are equal
-        return text[start:end] if same else json.dumps(fitting), end, "MEMBER"
+        return text[start:end] if same else json.dumps(fitting), end
 
     def _read_string(self, text, at):
         """(what goes out of more of a string that goes out as it comes, where that ends)"""
         end = RUN.match(text, at).end()
-        run, mark = text[at:end], text[end : end + 1]
+        good, mark = text[at:end], text[end : end + 1]
         if text.startswith("\\'", end):  # as REWRITES have it
-            return run + "'", end + 2
+            return good + "'", end + 2
         if mark in ("", "\\"):  # part of an escape, or a wrong one
-            return run, end
+            return good, end
         if mark != '"':
-            return run + json.dumps(mark)[1:-1], end + 1  # a bare newline or tab
+            return good + json.dumps(mark)[1:-1], end + 1  # a bare newline or tab
         self._state = "MEMBER"
-        return run + mark, end + 1
+        return good + mark, end + 1
 
     def finish(self, cut=False):
         """The rest of the text, once nothing more comes. cut: the model hit its token limit."""
@@ -3122,14 +3122,14 @@ class ArgumentStream:
         rest = "".join(self._held)
         if raw and (self.complete or not cut or as_dict(decode_or(raw, None))):
             try:
-                return tail + self._fix(raw, rest)
+                return tail + self._fix(rest)
             except UNREADABLE:
                 pass
         return tail + (rest if self._begun else raw)
 
-    def _fix(self, raw, rest):
+    def _fix(self, rest):
         """What goes out instead of `rest`. Raises one of UNREADABLE when nothing certain can be."""
-        wanted = parse_arguments(raw, self.schema)
+        wanted = parse_arguments(self.raw, self.schema)
         if self._begun:
             if self.complete:
                 return ""  # the same object again
@@ -3152,7 +3152,6 @@ class ArgumentStream:
 # what people also write counts at the start of a line only, none counts in code, the tool must be
 # one that was offered, and a call that was cut off must have all that its schema requires.
 
-MAX_LEAD_IN = 200  # characters behind a mark within which its head must match
 MAX_BLANK = 1024  # white space, or back-ticks, that wait for what follows them
 STEP = 4096  # characters looked at in one go, so that no mark costs more than this again
 
@@ -3283,7 +3282,7 @@ def tagged_parameters(body, at, schema):
 
 
 def tagged_call(found, tools, closed):
-    """([(name, arguments)], their end) of the call that `found`, a match of one of CALLS, begins."""
+    """([(name, arguments)], where it ends) of the call that begins with `found`, by one of CALLS."""
     name, body, at = found.group("name"), found.string, found.end()
     stop = re.compile(CALLS[found.re.pattern])
     if body.startswith("{", at):
@@ -3389,7 +3388,6 @@ MARKS = {  # by literal
         ],
     ]
 }
-LONGEST = max(map(len, MARKS))
 PIECE = re.compile(
     r"(?P<blank>\s+)|(?P<ticks>`+)|(?P<literal>%s)"
     r"|[^\s`<\[{](?:[^\n`<\[{]*[^\s`<\[{])?|."  # prose
@@ -3450,8 +3448,9 @@ class Candidate:
         """
         ends, start = self.add(text), len(self.mark.literal)
         if not self.has_head:
-            head = re.compile(self.mark.head).match(self.text(), start, start + MAX_LEAD_IN)
-            if not (head or ends or final) and self.size < start + MAX_LEAD_IN:
+            limit = start + 200  # by then the head must have come
+            head = re.compile(self.mark.head).match(self.text(), start, limit)
+            if not (head or ends or final) and self.size < limit:
                 return None
             if not head or head.lastindex and head.group(1) not in self.tools:
                 return [], start
@@ -3483,8 +3482,8 @@ class TextCalls:
     def __init__(self, tools):
         self.tools = tools
         self.place = START  # START, AFTER, LINE or MIDDLE
-        self.code = []  # the back-ticks that opened the code we are in, the innermost last
-        self.inline = False  # the last of them came in this line
+        self.fences = []  # the back-ticks that opened the fences we are in, the innermost last
+        self.inline = ""  # those in this line that opened code, perhaps a fence
         self.channel = ""  # Harmony: the kind of text that its open channel holds
         self.pending = ""  # the end of the text, while the next characters decide what it is
         self.call = None  # a Candidate, while inside one
@@ -3492,7 +3491,8 @@ class TextCalls:
     @property
     def held(self):
         """Whether all text must be fed: where we are, it may be more than prose."""
-        return self.place != MIDDLE or self.call or self.pending or self.code or self.channel
+        code = self.fences or self.inline
+        return self.place != MIDDLE or self.call or self.pending or code or self.channel
 
     def feed(self, text, final=False):
         steps = [text[at : at + STEP] for at in range(0, len(text) or 1, STEP)]
@@ -3547,7 +3547,7 @@ class TextCalls:
                     self.call = Candidate(mark, self.tools, text[solid:at])
                     return text[at:]
                 self.channel = mark.channel
-                self.place, self.code, self.inline = LINE, [], False
+                self.place, self.fences, self.inline = LINE, [], ""
                 done = solid = end
             else:
                 if kind == "ticks":
@@ -3565,7 +3565,7 @@ class TextCalls:
         """
         if text[at] == "`":
             return end == len(text) and end - at < MAX_BLANK
-        rest = text[at : at + LONGEST]
+        rest = text[at : at + 64]  # no literal is as long
         return rest[0] in "<[{" and any(
             literal.startswith(rest) and literal != rest and self.counts(literal)
             for literal in MARKS
@@ -3576,15 +3576,14 @@ class TextCalls:
         mark = MARKS[literal]
         if self.channel and (mark.channel or mark.close == "<|call|>"):
             return True
-        return not self.code and self.place <= mark.where
+        return not (self.fences or self.inline) and self.place <= mark.where
 
     def blank(self, space):
         """White space: a new line ends inline code, but three back-ticks or more opened a fence."""
         if "\n" in space:
-            if self.inline and len(self.code[-1]) < 3:
-                self.code.pop()
-            self.inline = False
-            self.place = min(self.place, LINE)
+            if len(self.inline) >= 3:
+                self.fences.append(self.inline)
+            self.inline, self.place = "", min(self.place, LINE)
 
     def ticks(self, run, after):
         """Back-ticks, and the character behind them.
@@ -3592,14 +3591,12 @@ class TextCalls:
         In a fence, a run with a language opens one more, a bare one closes.
         """
         if self.inline:
-            if run == self.code[-1]:
-                self.code.pop()
-                self.inline = False
-        elif not self.code or self.place != MIDDLE and len(run) >= 3 and after.strip():
-            self.code.append(run)
-            self.inline = True
-        elif self.place != MIDDLE and len(run) >= len(self.code[-1]):
-            self.code.pop()
+            if run == self.inline:
+                self.inline = ""
+        elif not self.fences or self.place != MIDDLE and len(run) >= 3 and after.strip():
+            self.inline = run
+        elif self.place != MIDDLE and len(run) >= len(self.fences[-1]):
+            self.fences.pop()
 
 
 # ==================================================================================================

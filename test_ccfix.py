@@ -4643,6 +4643,9 @@ class TestTextCalls(unittest.TestCase):
         for text in ("word", " word", "a {b}", "x[0]", "\u00e9", " ~~~"):
             self.assertFalse(ccfix.TextCalls.TRIGGER(text), text)
 
+    def test_no_literal_is_longer_than_the_look_ahead(self):
+        self.assertLess(max(map(len, ccfix.MARKS)), 64)
+
     def test_a_call_without_an_end_is_let_go(self):
         calls, text = ccfix.TextCalls(OFFERED), '<tool_call>{"name": "now", "arguments": {"a": "'
         out = calls.feed(text)
