@@ -3282,7 +3282,7 @@ def tagged_parameters(body, at, schema):
 
 
 def tagged_call(found, tools, closed):
-    """([(name, arguments)], where it ends) of the call that begins with `found`, by one of CALLS."""
+    """([(name, arguments)], its end) of the call that begins with `found`, a match by CALLS."""
     name, body, at = found.group("name"), found.string, found.end()
     stop = re.compile(CALLS[found.re.pattern])
     if body.startswith("{", at):
@@ -3585,17 +3585,17 @@ class TextCalls:
                 self.fences.append(self.inline)
             self.inline, self.place = "", min(self.place, LINE)
 
-    def ticks(self, run, after):
+    def ticks(self, row, after):
         """Back-ticks, and the character behind them.
 
-        In a fence, a run with a language opens one more, a bare one closes.
+        In a fence, a row of them with a language behind it opens one more, a bare one closes.
         """
         if self.inline:
-            if run == self.inline:
+            if row == self.inline:
                 self.inline = ""
-        elif not self.fences or self.place != MIDDLE and len(run) >= 3 and after.strip():
-            self.inline = run
-        elif self.place != MIDDLE and len(run) >= len(self.fences[-1]):
+        elif not self.fences or self.place != MIDDLE and len(row) >= 3 and after.strip():
+            self.inline = row
+        elif self.place != MIDDLE and len(row) >= len(self.fences[-1]):
             self.fences.pop()
 
 
