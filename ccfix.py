@@ -2694,8 +2694,7 @@ ANY = "any"  # stands among a schema's types when they are not all known
 
 def required_names(schema):
     """The names of the properties that a schema requires."""
-    names = as_list(as_dict(schema).get("required"))
-    return [name for name in names if isinstance(name, str)]
+    return [name for name in as_list(as_dict(schema).get("required")) if isinstance(name, str)]
 
 
 def property_schema(schema, key):
@@ -2709,8 +2708,8 @@ def schema_types(schema):
     Looks one level into anyOf and oneOf, which is where Pydantic and Zod put "or null".
     """
     schema = as_dict(schema)
-    branches = as_list(schema.get("anyOf") or schema.get("oneOf"))
-    parts = branches if branches and "type" not in schema else [schema]
+    branches = schema.get("anyOf") or schema.get("oneOf")
+    parts = [schema] if "type" in schema else as_list(branches) or [schema]
     kinds = [as_dict(part).get("type", ANY) for part in parts]
     types = {
         name for kind in kinds for name in as_list(kind) or [kind] if isinstance(name, str)
@@ -2722,40 +2721,31 @@ def schema_types(schema):
 
 # ---- text -> dict --------------------------------------------------------------------------------
 
-OBJECTS_IN_A_ROW = 8  # read at most; each costs one parse
 # What may stand in an object that is nearly JSON. A string ends at its own kind of quote; one that
 # does not end matches nothing, so text that was cut off is never fixed.
 TOKEN = re.compile(
     r"""
     (?P<string> "[^"\\]*(?:\\.[^"\\]*)*" | '[^'\\]*(?:\\.[^'\\]*)*' )
-  | (?P<space>  \s+ )
-  | (?P<comma>  ,(?=\s*[}\]]) )
-  | (?P<same>   [:,\[\]{}] | [-+.0-9][-+.0-9eE]* )
+  | (?P<gap>    \s+ | ,(?=\s*[}\]]) )
   | (?P<name>   [A-Za-z_$][\w$]*(?=\s*:) )
-  | (?P<word>   [A-Za-z]+ )
+  | (?P<other>  [:,\[\]{}] | [-+.0-9][-+.0-9eE]* | [A-Za-z]+ )
 """,
     re.VERBOSE | re.DOTALL,
 )
-WORDS = {
-    "True": "true",
-    "False": "false",
-    "None": "null",
-}  # Python's, which models mix up with JSON's
-QUOTING = re.compile(r'\\.|"', re.DOTALL)
+# Python's, which models mix up with JSON's
+WORDS = {"True": "true", "False": "false", "None": "null"}
 QUOTES = {"\\'": "'", '"': '\\"'}  # all that a single-quoted string writes differently
-REWRITES = {  # kind of TOKEN -> its JSON; other kinds stay
-    "string": lambda text: '"%s"' % QUOTING.sub(requote, text[1:-1]),
-    "space": lambda text: " ",
-    "comma": lambda text: "",
-    "name": lambda text: '"%s"' % text,
-    "word": lambda text: WORDS.get(text, text),
+REWRITES = {  # kind of TOKEN -> its JSON
+    "string": lambda text: '"%s"' % re.sub(r'\\.|"', requote, text[1:-1]),
+    "gap": lambda text: " ",
+    "name": json.dumps,
+    "other": lambda text: WORDS.get(text, text),
 }
-FENCE = re.compile(r"(?:```\w*\s*)?(?=\{)")  # what may come before an object
-BETWEEN = re.compile(r"[\s,;]*")  # what may come between two of them
+BETWEEN = re.compile(r"[\s,;]*")  # what may come between two objects
 
 
 def requote(found):
-    """The JSON of one match of QUOTING."""
+    """The JSON of a match: an escape, or a quote that has none."""
     return QUOTES.get(found.group(), found.group())
 
 
@@ -2773,18 +2763,19 @@ def object_at(text, start):
     while depth or not rewritten:
         token = TOKEN.match(text, at)
         if not token:  # the end of the text, an open quote, or no idea
-            raise ValueError("not JSON at %d" % at)
+            raise ValueError("not JSON")
         part, at = token.group(), token.end()
         depth += (part in "[{") - (part in "]}")
-        rewritten.append(REWRITES.get(token.lastgroup, str)(part))
+        rewritten.append(REWRITES[token.lastgroup](part))
     return LENIENT.decode("".join(rewritten)), at
 
 
-def leading_object(text, limit=OBJECTS_IN_A_ROW):
+def leading_object(text, limit=8):
     """The object that `text` begins with; ValueError where it is not clear which one is meant.
 
     Text behind it does not count. Another object must be the same again (it may have been cut), and
     an empty one beside another is a placeholder: some servers send it first.
+    limit: objects in a row that are read at most, since each costs one parse.
     """
     found, end = object_at(text, 0)
     rest = text[BETWEEN.match(text, end).end() :].rstrip()
@@ -2796,48 +2787,39 @@ def leading_object(text, limit=OBJECTS_IN_A_ROW):
     return found or other
 
 
-# Text without a brace at its beginning that was still meant as JSON; %s: the argument's name. Shell
-# commands and paths, which are what models write bare, begin otherwise.
-BROKEN_JSON = r"""[^\w/.~$-]|true$|false$|[^{]*"\s*:|%s["']?\s*[:=]"""
-
-
 def parse_arguments(text, schema):
     """fix_arguments of a string, raising one of UNREADABLE where that returns None."""
     text = text.strip("\ufeff \t\r\n\f\v\0")
     if text in ("", "null", "None"):
         return {}
-    opening = FENCE.match(text)
-    if opening:
-        return leading_object(text[opening.end() :])
+    text = re.sub(r"^```\w*\s*(?=\{)", "", text)
+    if text.startswith("{"):
+        return leading_object(text)
     quoted = text.startswith('"')
     if quoted:
         text = LENIENT.decode(text)
-        if not text.strip():
-            return {}
-        if text.lstrip().startswith(("{", '"{', '"\\"')):  # encoded again; each level halves it
+        if re.match(r'\s*("?\{|"\\"|\Z)', text):  # encoded again (each level halves it), or nothing
             return parse_arguments(text, schema)
-    names = required_names(schema)
-    if len(names) != 1 or schema_types(property_schema(schema, names[0])) != {"string"}:
-        raise ValueError("not JSON, and no single string is required")
-    signs = BROKEN_JSON % re.escape(names[0])
-    if not quoted and (re.match(signs, text, re.I) or text.endswith(("}", "]"))):
-        raise ValueError("broken JSON")
-    return {names[0]: text}
+    (name,) = required_names(schema)  # ValueError unless there is exactly one
+    # What was still meant as JSON, without a brace at its beginning. Shell commands and paths,
+    # which are what models write bare, begin otherwise.
+    signs = r"""[^\w/.~$-]|true$|false$|[^{]*"\s*:|%s["']?\s*[:=]""" % re.escape(name)
+    broken = re.match(signs, text, re.I) or text.endswith(("}", "]"))
+    if schema_types(property_schema(schema, name)) != {"string"} or broken and not quoted:
+        raise ValueError("neither JSON nor the one string")
+    return {name: text}
 
 
 def fix_arguments(text, schema):
-    """The arguments that `text` certainly means, as a dict, or None. Never raises; linear time.
+    """The arguments that a string certainly means, as a dict, or None. Never raises; linear time.
 
     Fixed: nothing at all, null; an object encoded as a string, fenced, written twice, or with
     something behind it; trailing commas, single quotes, Python words, bare keys, unescaped
     newlines; a bare string for the one required (string) property, e.g. `ls -la` for Bash. Never
-    fixed: text that was cut off, or two different objects. Some servers send the object itself, or
-    null: these are taken as well.
+    fixed: text that was cut off, or two different objects.
     """
-    if text is None or isinstance(text, dict):
-        return text or {}
     try:
-        return parse_arguments(text, schema) if isinstance(text, str) else None
+        return parse_arguments(text, schema)
     except UNREADABLE:
         return None
 
@@ -2851,14 +2833,6 @@ EMPTY_MEANS_ABSENT = {
     ("Read", "pages"),
     ("EnterWorktree", "name"),
     ("EnterWorktree", "path"),
-}
-TYPE_NAMES = {
-    str: "string",
-    bool: "boolean",
-    int: "integer",
-    float: "number",
-    list: "array",
-    dict: "object",
 }
 INTEGER = r"0|-?[1-9][0-9]{0,14}"  # 15 digits are exact in a double
 STRING_FORMS = {
@@ -2877,27 +2851,15 @@ def coerce_scalar(value, types):
     types: a set as schema_types returns it. Where several types are allowed, the value may be meant
     as it is. A float never becomes a string: 1.10 has already become 1.1, which is another version.
     """
-    wanted = types - {"null"}
-    if value is None or TYPE_NAMES.get(type(value)) in types or ANY in types or len(wanted) != 1:
+    if len(types - {"null"}) != 1:
         return value
-    (kind,) = wanted
+    (kind,) = types - {"null"}
     if isinstance(value, str) and re.fullmatch(STRING_FORMS.get(kind, r"(?!)"), value, re.DOTALL):
         return decode_or(WORDS.get(value, value), value)
     if kind == "string" and isinstance(value, int):
         return json.dumps(value)
-    if kind == "integer" and isinstance(value, float) and value.is_integer():
-        return int(value) if abs(value) < 2**53 else value
-    return value
-
-
-def coerce_value(value, schema):
-    """coerce_scalar, for the items of an array too. The very same object when nothing changes."""
-    value = coerce_scalar(value, schema_types(schema))
-    if not isinstance(value, list):
-        return value
-    types = schema_types(schema.get("items"))
-    items = [coerce_scalar(item, types) for item in value]
-    return items if any(new is not old for new, old in zip(items, value)) else value
+    exact = isinstance(value, float) and value.is_integer() and abs(value) < 2**53
+    return int(value) if kind == "integer" and exact else value
 
 
 def null_means_absent(schema, key):
@@ -2905,14 +2867,13 @@ def null_means_absent(schema, key):
     if key in required_names(schema):
         return False
     schema = as_dict(schema)
-    found = as_dict(schema.get("properties")).get(key, ABSENT)
-    if found is ABSENT:
-        return schema.get("additionalProperties") is False
+    others = {} if schema.get("additionalProperties") is False else None
+    found = as_dict(schema.get("properties")).get(key, others)
     return isinstance(found, dict) and "null" not in schema_types(found)
 
 
 def coerce_member(name, key, value, schema):
-    """The value that goes to the client, the very same object when nothing changes, or ABSENT.
+    """The value that goes to the client, the items of an array coerced too, or ABSENT.
 
     name: the tool's, as the client knows it.
     """
@@ -2920,7 +2881,12 @@ def coerce_member(name, key, value, schema):
         return ABSENT
     if value == "" and (name, key) in EMPTY_MEANS_ABSENT:
         return ABSENT
-    return coerce_value(value, property_schema(schema, key))
+    schema = property_schema(schema, key)
+    value = coerce_scalar(value, schema_types(schema))
+    if not isinstance(value, list):
+        return value
+    types = schema_types(schema.get("items"))
+    return [coerce_scalar(item, types) for item in value]
 
 
 def coerce_arguments(name, arguments, schema):
@@ -2942,7 +2908,6 @@ NEXT = re.compile(
 VALUE_END = re.compile(r"[ \t\r\n]*[,}]")
 # The one place that says what the inside of a string may be in JSON.
 RUN = re.compile(r'[^"\\\x00-\x1f]*(?:\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})[^"\\\x00-\x1f]*)*')
-READ_AGAIN = 64  # characters that are read again with each fragment; what is more must double
 
 
 class ArgumentStream:
@@ -2952,10 +2917,8 @@ class ArgumentStream:
     START    {, then as MEMBER                                   the same
     MEMBER   a key, and the quote of a string that may stay      STRING
              a key, and another value, whole                     MEMBER
-             }                                                   DONE
+             }                                                   complete: nothing, or white space
     STRING   more of the string, which goes out as it comes      STRING, MEMBER
-    DONE     nothing, or white space
-    OVER     nothing: finish() was called
 
     What does not fit its state, or is not whole, is held until more has come, at last until
     finish(). Held text is read again once it has doubled, so time is linear however the text is
@@ -2974,10 +2937,8 @@ class ArgumentStream:
         self._state = "START"
         self._pieces = []  # all that came
         self._held = []  # what came and was not read
-        self._size = 0  # of _held, in characters
-        self._enough = 0  # the size from which on _held is read again
+        self._missing = 0  # characters that must come before _held is read again
         self._begun = False  # a member, or its beginning, went out
-        self._out = []  # what goes out next
 
     @property
     def raw(self):
@@ -2986,105 +2947,103 @@ class ArgumentStream:
         return self._pieces[0]
 
     def feed(self, fragment):
-        """The text that may go out now, "" for nothing. RuntimeError after finish()."""
+        """The text that may go out now, "" for nothing. Not to be called after finish()."""
         self._pieces.append(fragment)
-        if self._state == "STRING" and not self._size and RUN.fullmatch(fragment):
+        if self._state == "STRING" and not self._held and RUN.fullmatch(fragment):
             return fragment  # the hot path: thousands of these make a file
-        if self._state == "OVER":
-            raise RuntimeError("feed() after finish()")
         self._held.append(fragment)
-        self._size += len(fragment)
-        return self._read() if self._size >= self._enough else ""
+        self._missing -= len(fragment)
+        return self._read() if self._missing <= 0 else ""
 
     def _read(self):
         """Read what is held as far as possible; returns what goes out.
 
-        A step that has no more to read stays where it is; one that meets half a value raises.
+        A step gives what goes out and where it ended, the place where it began when it has no more
+        to read; one that meets half a value raises.
         """
-        text, at, before = "".join(self._held), 0, -1
+        text, at, out = "".join(self._held), 0, []
         try:
-            while before < at < len(text) and self._state != "DONE":
+            while at < len(text) and not self.complete:
                 step = self._read_string if self._state == "STRING" else self._read_member
-                before, at = at, step(text, at)
+                piece, end = step(text, at)
+                if end == at:
+                    break
+                out.append(piece)
+                at = end
         except UNREADABLE:
             pass  # not whole, or broken: finish() will know
-        self._held, self._size = [text[at:]], len(text) - at
-        self._enough = 2 * self._size - READ_AGAIN
-        sent, self._out = "".join(self._out), []
-        return sent
+        self._held = [text[at:]] if at < len(text) else []
+        self._missing = len(text) - at - 64  # so few are read again with each fragment
+        return "".join(out)
 
     def _read_member(self, text, at):
-        """Read a member of the object, or its end, at `at`; returns where that ends in `text`."""
+        """(what goes out of a member of the object, or of its end, at `at`; where that ends)"""
         found = NEXT.match(text, at)
         if not found or ("{" in found.group(1)) != (self._state == "START"):
-            return at
+            return "", at
         gap, brace, quoted, filled = found.groups()
         if brace:
-            self.complete, self._state = True, "DONE"
-            if self._begun:  # else it may be a placeholder: see leading_object
-                self._out.append(gap.replace(",", "") + brace)
-            return found.end()
+            self.complete = True  # while nothing went out, it may be a placeholder: leading_object
+            return gap.replace(",", "") + brace if self._begun else "", found.end()
         if not gap.strip():
-            return at  # no comma
+            return "", at  # no comma
         key, start = STRICT.decode(quoted), found.end()
-        value, end, self._state = self._read_value(key, text, start, filled)
+        if filled and schema_types(property_schema(self.schema, key)) & {"string", ANY}:
+            value, end, self._state = '"', start + 1, "STRING"
+        else:
+            value, end = self._read_value(key, text, start)
+            self._state = "MEMBER"
         if value:
             if not self._begun:
                 gap = gap.replace(",", "{")  # all members before were left out
-            self._out.append(gap + text[found.start(3) : start] + value)
             self._begun = True
-        return end
+            value = gap + text[found.start(3) : start] + value
+        return value, end
 
-    def _read_value(self, key, text, start, filled):
-        """(what goes out, "" for nothing; where it ends in `text`; the next state)"""
-        if filled and schema_types(property_schema(self.schema, key)) & {"string", ANY}:
-            return '"', start + 1, "STRING"
+    def _read_value(self, key, text, start):
+        """(what goes out of a whole value, "" for nothing; where it ends in `text`)"""
         value, end = STRICT.raw_decode(text, start)
         if not VALUE_END.match(text, end):
             raise ValueError("a number may go on")
         fitting = coerce_member(self.name, key, value, self.schema)
         if fitting is ABSENT:
-            return "", end, "MEMBER"
-        return text[start:end] if fitting is value else json.dumps(fitting), end, "MEMBER"
+            return "", end
+        same = repr(fitting) == repr(value)  # 3.0 and 3 are equal
+        return text[start:end] if same else json.dumps(fitting), end
 
     def _read_string(self, text, at):
-        """Read more of a string that goes out as it comes; returns where it stopped."""
+        """(what goes out of more of a string that goes out as it comes, where that ends)"""
         end = RUN.match(text, at).end()
-        self._out.append(text[at:end])
-        mark = text[end : end + 1]
+        good, mark = text[at:end], text[end : end + 1]
         if text.startswith("\\'", end):  # as REWRITES have it
-            self._out.append("'")
-            return end + 2
+            return good + "'", end + 2
         if mark in ("", "\\"):  # part of an escape, or a wrong one
-            return end
-        if mark == '"':
-            self._state = "MEMBER"
-        self._out.append(mark if mark == '"' else json.dumps(mark)[1:-1])  # a bare newline or tab
-        return end + 1
+            return good, end
+        if mark != '"':
+            return good + json.dumps(mark)[1:-1], end + 1  # a bare newline or tab
+        self._state = "MEMBER"
+        return good + mark, end + 1
 
     def finish(self, cut=False):
         """The rest of the text, once nothing more comes. cut: the model hit its token limit."""
-        if self._state == "OVER":
-            return ""
-        tail, rest = self._read(), "".join(self._held)
-        self._state = "OVER"
-        whole = self.complete or not cut or as_dict(decode_or(self.raw, None))
-        if self.raw and whole:
+        tail, raw = self._read(), self.raw
+        rest = "".join(self._held)
+        if raw and (self.complete or not cut or as_dict(decode_or(raw, None))):
             try:
                 return tail + self._fix(rest)
             except UNREADABLE:
                 pass
-        return tail + (rest if self._begun else self.raw)
+        return tail + (rest if self._begun else raw)
 
     def _fix(self, rest):
         """What goes out instead of `rest`. Raises one of UNREADABLE when nothing certain can be."""
         wanted = parse_arguments(self.raw, self.schema)
-        if self._begun and self.complete:
-            return ""  # the same object again
-        if self._begun:  # only what has not gone out
-            wanted, _ = object_at("{" + rest.lstrip(", \t\r\n"), 0)
-        fixed = json.dumps(coerce_arguments(self.name, wanted, self.schema))
+        if self._begun:
+            if self.complete:
+                return ""  # the same object again
+            wanted, _ = object_at("{" + rest.lstrip(", \t\r\n"), 0)  # only what has not gone out
         self.complete = True
+        fixed = json.dumps(coerce_arguments(self.name, wanted, self.schema))
         if self._begun:
             return "}" if fixed == "{}" else ", " + fixed[1:]
         return fixed
@@ -3101,9 +3060,6 @@ class ArgumentStream:
 # what people also write counts at the start of a line only, none counts in code, the tool must be
 # one that was offered, and a call that was cut off must have all that its schema requires.
 
-MAX_HELD = 1 << 18  # characters of one call; a mark without an end is text
-MAX_LEAD_IN = 200  # characters behind a mark within which its head must match
-MAX_CLOSINGS = 64  # closing literals inside one call's own values: bounds the re-reading
 MAX_BLANK = 1024  # white space, or back-ticks, that wait for what follows them
 STEP = 4096  # characters looked at in one go, so that no mark costs more than this again
 
@@ -3223,18 +3179,18 @@ def parse_bare(text, schema):
 
 def tagged_parameters(body, at, schema):
     """(arguments, their end) of the PARAMETERS at `at`."""
-    arguments, found = {}, match_any(PARAMETERS, body, at)
-    while found:
-        groups = found.groupdict()
-        key, at = groups["key"].strip(), found.end()
-        wanted = STRING_SCHEMAS.get(groups.get("string")) or property_schema(schema, key)
-        arguments[key] = parse_bare(groups["value"], wanted)
+    arguments = {}
+    while True:
         found = match_any(PARAMETERS, body, at)
-    return arguments, at
+        if not found:
+            return arguments, at
+        key, at = found["key"].strip(), found.end()
+        told = STRING_SCHEMAS.get(found.groupdict().get("string"))
+        arguments[key] = parse_bare(found["value"], told or property_schema(schema, key))
 
 
 def tagged_call(found, tools, closed):
-    """((name, arguments), their end) of the call that `found`, a match of one of CALLS, begins."""
+    """([(name, arguments)], its end) of the call that begins with `found`, a match by CALLS."""
     name, body, at = found.group("name"), found.string, found.end()
     stop = re.compile(CALLS[found.re.pattern])
     if body.startswith("{", at):
@@ -3245,23 +3201,23 @@ def tagged_call(found, tools, closed):
     end = stop.match(body, BETWEEN.match(body, at).end())
     if not end:
         raise Incomplete()
-    return (name, arguments), end.end()
+    return [(name, arguments)], end.end()
 
 
-def parse_calls(body, tools, closed):
-    """([(name, arguments dict)], where in the body they end) of calls in a row.
+def parse_calls(body, at, tools, closed):
+    """([(name, arguments dict)], where they end) of calls in a row, from `at` in the body on.
 
     tools: {offered name: JSON schema}; closed: the closing literal has come. Incomplete when one of
     them goes on behind the body. What is not a call of an offered tool ends the row.
     """
-    if body.strip() in tools:  # GLM, without arguments
-        return [(body.strip(), {})], len(body)
-    calls, at = [], BETWEEN.match(body).end()
+    calls, name = [], body[at:].strip()
+    if name in tools:  # GLM, without arguments
+        return [(name, {})], len(body)
+    at = BETWEEN.match(body, at).end()
     while at < len(body):
         found = match_any(CALLS, body, at)
         if found:
-            call, end = tagged_call(found, tools, closed)
-            more = [call]
+            more, end = tagged_call(found, tools, closed)
         elif body.startswith(("{", "["), at):
             value, end = json_value(body, at, len(body), closed)
             more = [json_call(one, tools) for one in as_list(value) or [value]]
@@ -3284,66 +3240,66 @@ class Mark(NamedTuple):
     close: str = ""  # the literal that ends the calls; "" when only the end of the message does
     head: str = r"\s*[<{\[]"  # regex of what must come soon behind it; group: the tool's name
     where: int = MIDDLE  # the last of the places at which it counts
-    wrapped: bool = True  # whether both literals only wrap the calls, or belong to one of CALLS
     channel: str = ""  # the kind of text behind the mark, which is not of calls then, and vanishes
 
 
-TEXT_MARKS = [
-    Mark("<tool_call>", "</tool_call>", r"\s*(?:[{\[]|<function=|([\w.:-]+)\s*<)", LINE),
-    Mark("<function=", "</function>", r"([^>\s]+)>\s*[<{]", LINE, wrapped=False),
-    Mark("[TOOL_REQUEST]", "[END_TOOL_REQUEST]", where=LINE),  # LM Studio
-    Mark("<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"),
-    Mark("<|tool_call_begin|>", "<|tool_call_end|>", r"[^<>]+<", wrapped=False),
-    Mark("<\uff5cDSML\uff5cfunction_calls>", "</\uff5cDSML\uff5cfunction_calls>"),
-    Mark("<\uff5cDSML\uff5ctool_calls>", "</\uff5cDSML\uff5ctool_calls>"),
-    Mark(
-        "<\uff5cDSML\uff5cinvoke",
-        "</\uff5cDSML\uff5cinvoke>",
-        r'\s+name="([^"]+)"',
-        wrapped=False,
-    ),
-    Mark(widen("<|tool_calls_begin|>"), widen("<|tool_calls_end|>")),
-    Mark(widen("<|tool_call_begin|>"), widen("<|tool_call_end|>"), r"[^<>]+<", wrapped=False),
-    Mark("<minimax:tool_call>", "</minimax:tool_call>"),
-    Mark("[TOOL_CALLS]", "", r"\s*(?:[{\[]|([\w.-]+)\[)"),  # Mistral
-    Mark("<|python_tag|>"),  # Llama
-    Mark("<|tool_call_start|>", "<|tool_call_end|>"),  # LFM2
-    Mark("<|START_ACTION|>", "<|END_ACTION|>"),  # Cohere
-    Mark(
-        "{",
-        "",
-        r'\s*"(?:name"\s*:\s*"([^"]+)"|type"\s*:\s*"function"|function"\s*:\s*\{)',
-        START,
-        wrapped=False,
-    ),
-    # GPT-OSS ("Harmony"): calls, and channels of text. What ends a channel counts only in one, and
-    # while one is open all of these marks count, in code too.
-    *[
-        Mark(start + " to=", "<|call|>", r"(?:functions\.)?([\w.-]+)[^\w.-]")
-        for start in (
-            "<|channel|>commentary",
-            "<|channel|>analysis",
-            "<|start|>assistant",
-            "<|start|>assistant<|channel|>commentary",
-        )
-    ],
-    *[
-        Mark("%s<|channel|>%s<|message|>" % (start, name), channel=kind)
-        for start in ("", "<|start|>assistant")
-        for name, kind in (("analysis", "thinking"), ("final", "text"), ("commentary", "text"))
-    ],
-    *[
-        Mark(end, channel="text", where=NOWHERE)
-        for end in ("<|start|>assistant", "<|end|>", "<|return|>", "<|call|>")
-    ],
-]
-HARMONY = re.compile(r"<\|(?:channel|start|end|return|call)\|>")
-LITERALS = {mark.literal: mark for mark in TEXT_MARKS}
-LONGEST = max(map(len, LITERALS))
+MARKS = {  # by literal
+    mark.literal: mark
+    for mark in [
+        Mark("<tool_call>", "</tool_call>", r"\s*(?:[{\[]|<function=|([\w.:-]+)\s*<)", LINE),
+        Mark("<function=", "</function>", r"([^>\s]+)>\s*[<{]", LINE),
+        Mark("[TOOL_REQUEST]", "[END_TOOL_REQUEST]", where=LINE),  # LM Studio
+        Mark("<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"),
+        *[
+            Mark(form("<|tool_call_begin|>"), form("<|tool_call_end|>"), r"[^<>]+<")
+            for form in (str, widen)  # Kimi, DeepSeek
+        ],
+        *[
+            Mark("<%s>" % tag, "</%s>" % tag)
+            for tag in (
+                "\uff5cDSML\uff5cfunction_calls",
+                "\uff5cDSML\uff5ctool_calls",
+                "minimax:tool_call",
+            )
+        ],
+        Mark("<\uff5cDSML\uff5cinvoke", "</\uff5cDSML\uff5cinvoke>", r'\s+name="([^"]+)"'),
+        Mark(widen("<|tool_calls_begin|>"), widen("<|tool_calls_end|>")),
+        Mark("[TOOL_CALLS]", "", r"\s*(?:[{\[]|([\w.-]+)\[)"),  # Mistral
+        Mark("<|python_tag|>"),  # Llama
+        Mark("<|tool_call_start|>", "<|tool_call_end|>"),  # LFM2
+        Mark("<|START_ACTION|>", "<|END_ACTION|>"),  # Cohere
+        Mark(
+            "{",
+            "",
+            r'\s*"(?:name"\s*:\s*"([^"]+)"|type"\s*:\s*"function"|function"\s*:\s*\{)',
+            START,
+        ),
+        # GPT-OSS ("Harmony"): calls, and channels of text. What ends a channel counts only in one,
+        # and while one is open all of these marks count, in code too.
+        *[
+            Mark(start + " to=", "<|call|>", r"(?:functions\.)?([\w.-]+)[^\w.-]")
+            for start in (
+                "<|channel|>commentary",
+                "<|channel|>analysis",
+                "<|start|>assistant",
+                "<|start|>assistant<|channel|>commentary",
+            )
+        ],
+        *[
+            Mark("%s<|channel|>%s<|message|>" % (start, name), channel=kind)
+            for start in ("", "<|start|>assistant")
+            for name, kind in (("analysis", "thinking"), ("final", "text"), ("commentary", "text"))
+        ],
+        *[
+            Mark(end, channel="text", where=NOWHERE)
+            for end in ("<|start|>assistant", "<|end|>", "<|return|>", "<|call|>")
+        ],
+    ]
+}
 PIECE = re.compile(
     r"(?P<blank>\s+)|(?P<ticks>`+)|(?P<literal>%s)"
-    r"|(?P<prose>[^\s`<\[{](?:[^\n`<\[{]*[^\s`<\[{])?|.)"
-    % "|".join(map(re.escape, sorted(LITERALS, key=len, reverse=True)))
+    r"|[^\s`<\[{](?:[^\n`<\[{]*[^\s`<\[{])?|."  # prose
+    % "|".join(map(re.escape, sorted(MARKS, reverse=True)))  # the longer ones first
 )
 
 
@@ -3357,7 +3313,7 @@ class Candidate:
         self.size = 0  # of it
         self.tail = ""  # its last characters, in which the closing literal may have begun
         self.closings = 0  # closing literals that turned out to be part of a value
-        self.has_head = None  # whether the mark's head matches; None while too little has come
+        self.has_head = False  # the mark's head has come, with an offered tool
 
     def text(self):
         return "".join(self.parts)
@@ -3375,54 +3331,49 @@ class Candidate:
         self.tail = window[1 - len(close) :]
         return [start + found.end() for found in re.finditer(re.escape(close), window)]
 
-    def check_head(self):
-        """Whether what follows the mark is its head, with an offered tool; None: not yet known."""
-        start = len(self.mark.literal)
-        head = re.compile(self.mark.head).match(self.text(), start, start + MAX_LEAD_IN)
-        if not head:
-            return None if self.size < start + MAX_LEAD_IN else False
-        return not head.lastindex or head.group(1) in self.tools
-
     def parse(self, end, closed):
         """([("call", (name, arguments JSON))], where they end) of the text up to `end`.
 
         ValueError when it is not all calls, Incomplete when it may become so.
         Not closed: nothing is fixed, and every required argument must be there.
         """
-        mark, first, last = self.mark, 0, end
-        if mark.wrapped:
-            first, last = len(mark.literal), end - len(mark.close) * closed
-        body = self.text()[first:last]
-        calls, length = parse_calls(body, self.tools, closed)
-        if not calls or length < len(body) and (mark.close or mark.where == START):
+        mark, body, start = self.mark, self.text()[:end], 0
+        if mark.where != START and not match_any(CALLS, body, 0):  # both literals wrap the calls
+            start, body = len(mark.literal), body[: end - len(mark.close) * closed]
+        calls, stop = parse_calls(body, start, self.tools, closed)
+        if not calls or stop < len(body) and (mark.close or mark.where == START):
             raise ValueError("not a call")
         for name, arguments in calls:
             if not closed and set(required_names(self.tools[name])) - arguments.keys():
                 raise ValueError("cut off")
-        end = end if closed else first + length
-        return [("call", (name, json.dumps(arguments))) for name, arguments in calls], end
+        found = [("call", (name, json.dumps(arguments))) for name, arguments in calls]
+        return found, end if closed else stop
 
     def feed(self, text, final):
         """Take more text. None while undecided, else what parse returns.
 
         ([], end): it is prose up to there.
         """
-        ends = self.add(text)
+        ends, start = self.add(text), len(self.mark.literal)
         if not self.has_head:
-            self.has_head = self.check_head()
-            if self.has_head is False or not self.has_head and (ends or final):
-                return [], len(self.mark.literal)
+            limit = start + 200  # by then the head must have come
+            head = re.compile(self.mark.head).match(self.text(), start, limit)
+            if not (head or ends or final) and self.size < limit:
+                return None
+            if not head or head.lastindex and head.group(1) not in self.tools:
+                return [], start
+            self.has_head = True
         for end, closed in [(end, True) for end in ends] + [(self.size, False)] * final:
             try:
                 return self.parse(end, closed)
             except Incomplete:
                 self.closings += 1
-                if closed and self.closings < MAX_CLOSINGS:
+                if closed and self.closings < 64:  # each is one more reading
                     continue
             except UNREADABLE:
                 pass
             return [], end
-        return ([], self.size) if self.size > MAX_HELD else None
+        return ([], self.size) if self.size > 1 << 18 else None  # so long without an end: text
 
 
 class TextCalls:
@@ -3434,13 +3385,13 @@ class TextCalls:
     such text stays in the middle of a line, and changes no state.
     """
 
-    TRIGGER = staticmethod(re.compile(r"[\n<`]|\[(?:T|\Z)|\s\Z").search)
+    TRIGGER = re.compile(r"[\n<`]|\[(?:T|\Z)|\s\Z").search
 
     def __init__(self, tools):
         self.tools = tools
         self.place = START  # START, AFTER, LINE or MIDDLE
-        self.code = []  # the back-ticks that opened the code we are in, the innermost last
-        self.inline = False  # the last of them came in this line
+        self.fences = []  # the back-ticks that opened the fences we are in, the innermost last
+        self.inline = ""  # those in this line that opened code, perhaps a fence
         self.channel = ""  # Harmony: the kind of text that its open channel holds
         self.pending = ""  # the end of the text, while the next characters decide what it is
         self.call = None  # a Candidate, while inside one
@@ -3448,7 +3399,8 @@ class TextCalls:
     @property
     def held(self):
         """Whether all text must be fed: where we are, it may be more than prose."""
-        return bool(self.place != MIDDLE or self.call or self.pending or self.code or self.channel)
+        code = self.fences or self.inline
+        return self.place != MIDDLE or self.call or self.pending or code or self.channel
 
     def feed(self, text, final=False):
         steps = [text[at : at + STEP] for at in range(0, len(text) or 1, STEP)]
@@ -3461,12 +3413,10 @@ class TextCalls:
         """Prose and possible calls in turn, until the text is used up."""
         quiet = 0  # no mark counts before it
         while True:
-            if self.call is None:
+            if not self.call:
                 text = yield from self.prose(text, quiet, final)
-                if self.call is None:
-                    return
-            candidate, verdict = self.call, self.call.feed(text, final)
-            if verdict is None:
+            candidate, verdict = self.call, self.call and self.call.feed(text, final)
+            if not verdict:
                 return
             calls, end = verdict
             self.call, text, quiet = None, candidate.text(), 0
@@ -3499,13 +3449,13 @@ class TextCalls:
                 if self.place == AFTER:
                     done = solid = end
             elif kind == "literal" and at >= quiet and self.counts(literal):
-                mark = LITERALS[literal]
+                mark = MARKS[literal]
                 yield self.channel or "text", text[done : at if mark.channel else solid]
                 if not mark.channel:
                     self.call = Candidate(mark, self.tools, text[solid:at])
                     return text[at:]
                 self.channel = mark.channel
-                self.place, self.code, self.inline = LINE, [], False
+                self.place, self.fences, self.inline = LINE, [], ""
                 done = solid = end
             else:
                 if kind == "ticks":
@@ -3523,40 +3473,38 @@ class TextCalls:
         """
         if text[at] == "`":
             return end == len(text) and end - at < MAX_BLANK
-        rest = text[at : at + LONGEST]
+        rest = text[at : at + 64]  # no literal is as long
         return rest[0] in "<[{" and any(
             literal.startswith(rest) and literal != rest and self.counts(literal)
-            for literal in LITERALS
+            for literal in MARKS
         )
 
     def counts(self, literal):
-        """Whether a literal means something here. In an open channel, nobody writes about marks."""
-        if self.channel and HARMONY.match(literal):
+        """Whether a literal means something here. In an open channel, Harmony's always do."""
+        mark = MARKS[literal]
+        if self.channel and (mark.channel or mark.close == "<|call|>"):
             return True
-        return not self.code and self.place <= LITERALS[literal].where
+        return not (self.fences or self.inline) and self.place <= mark.where
 
     def blank(self, space):
         """White space: a new line ends inline code, but three back-ticks or more opened a fence."""
         if "\n" in space:
-            if self.inline and len(self.code[-1]) < 3:
-                self.code.pop()
-            self.inline = False
-            self.place = LINE if self.place == MIDDLE else self.place
+            if len(self.inline) >= 3:
+                self.fences.append(self.inline)
+            self.inline, self.place = "", min(self.place, LINE)
 
-    def ticks(self, run, after):
+    def ticks(self, row, after):
         """Back-ticks, and the character behind them.
 
-        In a fence, a run with a language opens one more, a bare one closes.
+        In a fence, a row of them with a language behind it opens one more, a bare one closes.
         """
         if self.inline:
-            if run == self.code[-1]:
-                self.code.pop()
-                self.inline = False
-        elif not self.code or self.place != MIDDLE and len(run) >= 3 and after.strip():
-            self.code.append(run)
-            self.inline = True
-        elif self.place != MIDDLE and len(run) >= len(self.code[-1]):
-            self.code.pop()
+            if row == self.inline:
+                self.inline = ""
+        elif not self.fences or self.place != MIDDLE and len(row) >= 3 and after.strip():
+            self.inline = row
+        elif self.place != MIDDLE and len(row) >= len(self.fences[-1]):
+            self.fences.pop()
 
 
 # ==================================================================================================
