@@ -2601,8 +2601,8 @@ def join_parts(parts):
     No string is empty, as providers refuse empty text parts: normalize left no blank text.
     """
     content = []
-    for kind, run in itertools.groupby(parts, type):
-        content += [text_block("\n\n".join(run))] if kind is str else run
+    for kind, some in itertools.groupby(parts, type):
+        content += [text_block("\n\n".join(some))] if kind is str else some
     is_plain = len(content) == 1 and content[0]["type"] == "text"
     return content[0]["text"] if is_plain else content
 
@@ -6690,17 +6690,21 @@ class Proxy:
         The user's own limits count most. PROFILE and TARGET_FORMAT are about the main base,
         MAX_OUTPUT and MAX_CONTEXT about the main model there; a family of its own goes elsewhere.
         """
-        main = settings.target_api_base, without_mark(settings.target_model)
+        main_place = settings.target_api_base, without_mark(settings.target_model)
 
         def profile(base, model):
             place = base, model
             owner, context = self.found.get(place, ("", 0))
-            forced = (settings.profile, settings.target_format) if base == main[0] else ("", "auto")
+            forced = (
+                (settings.profile, settings.target_format)
+                if base == main_place[0]
+                else ("", "auto")
+            )
             key = (base, model, *forced, owner)
             row = self.rows.get(key) or self.rows.setdefault(key, profile_for(*key))
             row = row._replace(context=row.context or context)
             row = apply_lesson(row, self.lessons.get(place))
-            if place != main:
+            if place != main_place:
                 return row
             context = settings.max_context or row.context
             return row._replace(max_output=settings.max_output or row.max_output, context=context)
