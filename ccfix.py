@@ -3669,23 +3669,18 @@ def sse_payloads(blocks):
     """
     rest, data, failed = [], [], False
     for block in blocks:
-        end = block.rfind(b"\n") + 1
-        if not end:
-            if block:
-                rest.append(block)
-            # The sum is only taken now and then: at every block it would be quadratic.
-            if len(rest) % 64 == 63 and sum(map(len, rest)) > MAX_LINE:
-                raise too_long("a line")
-            yield None
-            continue
-        # Decoded by whole lines, so that no character is cut in two; not splitlines(), which also
-        # splits at U+2028 and the like, and those may stand inside a JSON string.
-        lines = to_string(b"".join(rest + [block[:end]])).split("\n")
-        rest = [block[end:]] if end < len(block) else []
-        lines.pop()
+        end, lines = block.rfind(b"\n") + 1, []
+        if end:
+            # Decoded by whole lines, so that no character is cut in two; not splitlines(), which
+            # also splits at U+2028 and the like, and those may stand inside a JSON string.
+            lines = to_string(b"".join(rest + [block[:end]])).split("\n")[:-1]
+            rest = []
+        rest.append(block[end:])
+        # The sum is only taken now and then: at every block it would be quadratic.
+        if len(rest) % 64 == 63 and sum(map(len, rest)) > MAX_LINE:
+            raise too_long("a line")
         for line in lines:
-            if line[-1:] == "\r":
-                line = line[:-1]
+            line = line.rstrip("\r")
             if line[:6] == "data: ":
                 if data and is_whole_event(data[-1]):
                     yield event_payload(data, failed)
@@ -3722,14 +3717,12 @@ def read_other_line(line, data, failed):
     """Put a line that is neither plain data nor blank into data -> whether the event is an
     error."""
     name, _, value = line.partition(":")
+    value = value.strip()
     if name == "event":
-        return value.strip() == "error"
-    if name == "data":
-        data.append(value[1:] if value[:1] == " " else value)
-    elif name == "error":
-        data.append(value.strip())
-        return True
-    return failed
+        return value == "error"
+    if name in ("data", "error"):
+        data.append(value)
+    return failed or name == "error"
 
 
 def event_payload(data, failed):
@@ -3738,9 +3731,9 @@ def event_payload(data, failed):
     Groq and LM Studio send `event: error` with the error's fields alone, or with plain words.
     """
     payload = "\n".join(data)
-    body = json_or_none(payload) if failed else None
-    if failed and "error" not in as_dict(body):
-        return compact_json({"error": as_dict(body) or {"message": payload}})
+    body = as_dict(json_or_none(payload)) if failed else {}
+    if failed and "error" not in body:
+        return compact_json({"error": body or {"message": payload}})
     return payload
 
 
@@ -3775,7 +3768,9 @@ class ThinkTags:
         self.held, self.place, self.done = "", "start", False
 
     def feed(self, text):
-        """The pieces of a reply's next text, each "text" or "thinking"."""
+        """The pieces of a reply's next text, each "text" or "thinking"; some are empty."""
+        if self.done:
+            return [("text", text)]
         text, self.held = self.held + text, ""
         if self.place == "start":
             start = text.lstrip()
@@ -3785,23 +3780,21 @@ class ThinkTags:
             if not start.startswith(self.OPEN):
                 return self.untagged(text)
             self.place, text = "lead", start[len(self.OPEN) :]
+        if self.place == "after":
+            return self.answer(text)
         if self.place == "lead":
             text = text.lstrip("\n")
             self.place = "inside" if text else "lead"
-        if self.place in ("lead", "inside"):
-            return self.thought(text)
-        return self.answer(text)
+        return self.thought(text)
 
     def untagged(self, text):
         """Text without an opening tag; a closing one tells that the prompt template held the
         opening."""
         self.done = True
         before, tag, after = text.partition(self.CLOSE)
-        return (
-            [("thinking", before), ("text", after.lstrip())]
-            if tag and self.OPEN not in before
-            else [("text", text)]
-        )
+        if tag and self.OPEN not in before:
+            return [("thinking", before), ("text", after.lstrip())]
+        return [("text", text)]
 
     def thought(self, text):
         """Text inside the tags; the beginning of a closing tag, and line ends, wait for what
@@ -3810,10 +3803,7 @@ class ThinkTags:
         if tag:
             self.place = "after"
             return [("thinking", before.rstrip("\n"))] + self.answer(after)
-        keep = next(
-            (n for n in range(len(self.CLOSE) - 1, 0, -1) if text.endswith(self.CLOSE[:n])), 0
-        )
-        sure = text[: len(text) - keep].rstrip("\n")
+        sure = text[: re.search(r"(?:<[/think]{0,6})?\Z", text).start()].rstrip("\n")
         self.held = text[len(sure) :]
         return [("thinking", sure)]
 
@@ -3821,12 +3811,11 @@ class ThinkTags:
         """Text after the closing tag, from its first line that is not empty."""
         text = text.lstrip("\n")
         self.done = bool(text)
-        return [("text", text)] if text else []
+        return [("text", text)]
 
     def finish(self):
         """What was held back."""
-        held, self.held = self.held, ""
-        return [("text" if self.place == "start" else "thinking", held)] if held else []
+        return [("text" if self.place == "start" else "thinking", self.held)]
 
 
 # ---- the writer: calls in, Anthropic events out --------------------------------------------------
@@ -3921,7 +3910,7 @@ class MessageWriter:
     | OPEN         | stays OPEN          | closes the block,   | closes the block, error     |
     |              |                     | message_delta,      | event: FAILED; in the input |
     |              |                     | message_stop: DONE  | of a tool: raises Dropped   |
-    | DONE, FAILED | raises RuntimeError | nothing             | nothing                     |
+    | DONE, FAILED | a bug of the caller | nothing             | nothing                     |
 
     Promises: message_start once and first; block indexes 0, 1, 2 ...; one block open at a time;
     message_delta, then message_stop, once and last; the input of a tool is one JSON object.
@@ -3959,21 +3948,17 @@ class MessageWriter:
         if self.state != IDLE:
             return
         self.state = OPEN
-        told = as_dict(self.head.get("usage"))
-        counted = {"input_tokens": self.input_tokens, "output_tokens": 0}
-        usage = dict(counted, **told) if told else zero_usage(self.input_tokens)
         message = {"id": self.message_id, "type": "message", "role": "assistant"}
         message.update({"stop_reason": None, "stop_sequence": None}, **self.head)
+        usage = dict(zero_usage(self.input_tokens), **as_dict(self.head.get("usage")))
         message.update(model=self.model, content=[], usage=usage)
         yield {"type": "message_start", "message": message}
 
     def open_block(self, block, signing=False):
         """Close what is open and open a block. signing: it is thinking, and its end is signed."""
-        if self.state in ENDED:
-            raise RuntimeError("a block after the end")
         yield from self.start()
         yield from self.close_block()
-        self.kind, self.index, self.signing = str(block["type"]), self.index + 1, signing
+        self.kind, self.index, self.signing = block["type"], self.index + 1, signing
         yield start_event(self.index, block)
 
     def close_block(self):
@@ -4237,12 +4222,11 @@ class ChatReader(Reader):
                 raise error
         fresh = not self.writer.content  # MiniMax ends with the whole message again
         usage = chunk.get("usage") or as_dict(chunk.get("x_groq")).get("usage")
-        for choice in as_list(chunk.get("choices")):
-            choice = as_dict(choice)
+        for choice in map(as_dict, as_list(chunk.get("choices"))):
             delta = choice.get("delta")
-            if not isinstance(delta, dict):
-                delta = as_dict(choice.get("message")) if fresh and delta is None else {}
-            yield from self.feed_delta(delta)
+            if delta is None and fresh:
+                delta = choice.get("message")
+            yield from self.feed_delta(as_dict(delta))
             if choice.get("finish_reason"):
                 self.note_finish(choice)
             usage = usage or choice.get("usage")  # Moonshot
@@ -4266,10 +4250,13 @@ class ChatReader(Reader):
     def is_plain(self, text):
         """Whether text goes on in the open block without a look at what it says."""
         writer = self.writer
-        if writer.kind != "text" or writer.calls or not self.tags.done:
-            return False
-        scanner = self.scanners.get("text")
-        return scanner is None or not (scanner.held or scanner.TRIGGER(text))
+        is_open = writer.kind == "text" and self.tags.done and not writer.calls
+        return is_open and not self.must_scan("text", text)
+
+    def must_scan(self, kind, text):
+        """Whether text may hold a call, or a part of one."""
+        scanner = self.scanners.get(kind)
+        return scanner is not None and (scanner.held or scanner.TRIGGER(text))
 
     def plain_fragment(self, delta):
         """What a delta adds to the input of the open call, where it holds nothing else; else None.
@@ -4309,16 +4296,14 @@ class ChatReader(Reader):
         {"thinking": string}.
         """
         if isinstance(content, str):
-            for kind, piece in ([("text", content)] if self.tags.done else self.tags.feed(content)):
+            for kind, piece in self.tags.feed(content):
                 yield from self.scan(kind, piece)
         for part in map(as_dict, as_list(content)):
             inner = part.get("thinking")
-            if isinstance(inner, list):
-                inner = "".join(str(as_dict(piece).get("text") or "") for piece in inner)
-            if inner or part.get("type") == "thinking":
-                yield from self.scan("thinking", inner)
-            elif isinstance(part.get("text"), str):
-                yield from self.feed_text(part["text"])
+            for thought in [as_dict(piece).get("text") for piece in as_list(inner)] or [inner]:
+                yield from self.scan("thinking", thought)
+            if not inner and part.get("type") != "thinking":
+                yield from self.feed_text(as_str(part.get("text")))
 
     def scan(self, kind, text):
         """Text or thinking, looked through for calls written as text."""
@@ -4326,11 +4311,10 @@ class ChatReader(Reader):
             return
         self.heard = self.heard or bool(text.strip())
         yield from self.flush_scanners(kind)
-        scanner = self.scanners.get(kind)
-        if scanner is None or not (scanner.held or scanner.TRIGGER(text)):
-            yield from self.writer.say(kind, text)
+        if self.must_scan(kind, text):
+            yield from self.tell_found(kind, self.scanners[kind].feed(text))
         else:
-            yield from self.tell_found(kind, scanner.feed(text))
+            yield from self.writer.say(kind, text)
 
     def flush_scanners(self, kind=""):
         """What the scanners of other kinds still hold: it came before what comes now."""
@@ -4352,10 +4336,10 @@ class ChatReader(Reader):
         text, and the stop reason says so)."""
         yield from self.flush_scanners()
         self.heard = True
-        older = {"index": 0, "function": as_dict(delta.get("function_call"))}
-        calls = as_list(delta.get("tool_calls")) + [older] * bool(older["function"])
-        for call in filter(None, map(as_dict, calls)):
+        for call in filter(None, map(as_dict, as_list(delta.get("tool_calls")))):
             self.feed_call(call)
+        if as_dict(delta.get("function_call")):
+            self.feed_call({"index": 0, "function": delta["function_call"]})
         yield from self.writer.advance()
         if as_str(delta.get("refusal")):
             self.reason = "content_filter"
@@ -4383,14 +4367,14 @@ class ChatReader(Reader):
         """
         call_id, calls = as_str(call_id), self.writer.calls
         if isinstance(index, int):
-            found = next((call for call in reversed(calls) if call.key == index), None)
+            fits = [call for call in calls if call.key == index]
         else:
-            found = next((call for call in calls if call_id and call.id == call_id), None)
-            found = found or (calls[-1] if calls and not (call_id and name) else None)
-        if found is None or name and self.is_another(found, call_id, name, fragment):
+            fits = [call for call in calls if call_id and call.id == call_id]
+            fits = fits or ([] if call_id and name else calls)
+        if not fits or name and self.is_another(fits[-1], call_id, name, fragment):
             return self.writer.add_call(index, call_id)
-        found.id = found.id or call_id
-        return found
+        fits[-1].id = fits[-1].id or call_id
+        return fits[-1]
 
     @staticmethod
     def is_another(call, call_id, name, fragment):
@@ -4412,10 +4396,11 @@ class ChatReader(Reader):
             status, sentence = FINISH_ERRORS[reason]
             raise UpstreamError(sentence, status, retry=True)
         self.ended = True
-        self.reason = self.reason if self.reason == "content_filter" else reason
+        if self.reason != "content_filter":
+            self.reason = reason
         self.writer.cut = STOP_REASONS.get(self.reason) == "max_tokens"
-        if isinstance(choice.get("stop_reason"), str):  # vLLM names the stop sequence that matched
-            self.stopped_at = choice["stop_reason"]
+        # vLLM names the stop sequence that matched.
+        self.stopped_at = as_str(choice.get("stop_reason")) or self.stopped_at
 
     def done(self):
         """The provider's [DONE]: what came is whole even without a finish reason. By itself it is
@@ -4450,7 +4435,7 @@ class ChatReader(Reader):
             return "max_tokens"
         if any(call.client_id for call in self.writer.calls):
             return "tool_use"
-        if self.stopped_at is not None:
+        if self.stopped_at:
             return "stop_sequence"
         return STOP_REASONS.get(self.reason, "end_turn")
 
@@ -4505,9 +4490,9 @@ def keep_detail(details, part):
         details.append(dict(part))
         return
     for key, value in part.items():
-        if key in ("text", "summary") and isinstance(value, str) and isinstance(last.get(key), str):
-            last[key] += value
-        elif value is not None:
+        if key in ("text", "summary") and isinstance(value, str):
+            value = as_str(last.get(key)) + value
+        if value is not None:
             last[key] = value
 
 
@@ -4656,15 +4641,15 @@ def fold(events):
     Raises UpstreamError for an error event. fold(unfold(message)) is the message again, under
     fresh tool ids if unfold is given new_id.
     """
-    message, blocks, pieces = {}, {}, {}
+    message, blocks = {}, {}  # {index: (block, its pieces)}
     for event in events:
         kind, index = event["type"], event.get("index")
         if kind == "message_start":
             message = dict(event["message"], usage=dict(as_dict(event["message"].get("usage"))))
         elif kind == "content_block_start":
-            blocks[index], pieces[index] = dict(event["content_block"]), {}
+            blocks[index] = dict(event["content_block"]), {}
         elif kind == "content_block_delta":
-            add_delta(blocks[index], event["delta"], pieces[index])
+            add_delta(*blocks[index], event["delta"])
         elif kind == "message_delta":
             message.update(event["delta"])
             message["usage"].update(event["usage"])
@@ -4672,11 +4657,11 @@ def fold(events):
             error = event["error"]
             status = 529 if error["type"] == "overloaded_error" else 502
             raise UpstreamError(error["message"], status, error["type"])
-    message["content"] = [finish_block(blocks[index], pieces[index]) for index in sorted(blocks)]
+    message["content"] = [finish_block(*blocks[index]) for index in sorted(blocks)]
     return message
 
 
-def add_delta(block, delta, pieces):
+def add_delta(block, pieces, delta):
     """Put one delta into a block; strings go to pieces, {field: [str]}, to be joined once. That a
     kind of block or delta is not known makes no difference."""
     for field, value in delta.items():
@@ -4719,17 +4704,15 @@ def unfold(message, new_id=None):
 def unfold_block(index, block):
     """The events of one finished block, as its row of BLOCKS says."""
     kind = str(block.get("type"))
-    row = BLOCKS.get(kind)
-    if row and row.delta:
-        yield start_event(index, dict(block, **row.empty))
-        value = block.get(row.field)
-        value = compact_json(value or {}) if row.field == "input" else value
-        if value:
-            yield delta_event(index, kind, value)
-        if block.get("signature"):
-            yield signature_event(index, block["signature"])
-    else:
-        yield start_event(index, block)
+    row = BLOCKS.get(kind) or BlockKind({})
+    yield start_event(index, dict(block, **row.empty))
+    value = block.get(row.field)
+    if row.field == "input":
+        value = compact_json(value or {})
+    if row.delta and value:
+        yield delta_event(index, kind, value)
+    if row.delta and block.get("signature"):
+        yield signature_event(index, block["signature"])
     yield stop_event(index)
 
 
@@ -4740,7 +4723,7 @@ def unfold_block(index, block):
 FIELD_PATTERNS = (
     # Field names in "no such field" errors, as the providers word them.
     r"Unrecognized request arguments? supplied: ([\w, ]+)",  # OpenAI, Azure
-    r"property '(?:body\.)?([\w.]+)' is unsupported",  # Groq, Cerebras
+    r"property '([\w.]+)' is unsupported",  # Groq, Cerebras
     r'Unknown name \\*"(\w+)\\*"',  # Gemini
     r"Unsupported parameter\(s\): ([\w, `']+)",  # NVIDIA NIM
     r"""["']?loc["']?:\s*[\[(]\s*["']body["'],\s*["'](\w+)""",  # FastAPI: Mistral, NIM
@@ -4783,7 +4766,7 @@ def learn(error, profile, body, sent):
     body: the normalized request; sent: the same as the format wrote it, whose field names the
     provider's words use.
     """
-    if error.kind not in ("request", "size", "sampling", "policy") or not error.text:
+    if error.kind not in ("request", "size", "sampling", "policy"):
         return {}
     for words, lesson in LESSON_RULES:
         found = re.search(words, error.text, re.I)
@@ -4803,16 +4786,9 @@ def never_send(profile, *fields):
 
 def named_fields(text):
     """Names of request fields that an error complains of, in snake case (Gemini's are in camel)."""
-    found = []
-    for pattern in FIELD_PATTERNS:
-        for match in re.findall(pattern, text, re.I):
-            found += re.findall(r"[\w.]+", match)
-    return list(dict.fromkeys(name if name.isupper() else snake_case(name) for name in found))
-
-
-def snake_case(name):
-    """maxTokens as max_tokens."""
-    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
+    found = [names for pattern in FIELD_PATTERNS for names in re.findall(pattern, text, re.I)]
+    in_snake_case = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", " ".join(found)).lower()
+    return list(dict.fromkeys(re.findall(r"[\w.]+", in_snake_case)))
 
 
 def learn_betas(found, profile, body, sent):
@@ -4836,11 +4812,9 @@ def learn_no_thinking(found, profile, body, sent):
 def learn_thinking(found, profile, body, sent):
     """A field that asks for thinking is named and called wrong, or thinking itself is."""
     asked = [field for field in THINKING_FIELDS if field in sent]
-    no_thinking = r"not support (?:thinking|reasoning)|(?:thinking|reasoning) is not"
-    named = re.search(r"\b(?:%s)\b" % "|".join(asked), found.string)
-    if asked and (named or re.search(no_thinking, found.string, re.I)):
-        return {"reasoning": "", "effort_with_tools": ""}
-    return {}
+    telling = r"\b(?:%s)\b|not support (?:thinking|reasoning)|(?:thinking|reasoning) is not"
+    refused = asked and re.search(telling % "|".join(asked), found.string, re.I)
+    return {"reasoning": "", "effort_with_tools": ""} if refused else {}
 
 
 def learn_reasoning(found, profile, body, sent):
@@ -4858,9 +4832,8 @@ def learn_choice(found, profile, body, sent):
     """A forced tool choice that the provider refuses becomes auto: thinking models take no other
     (Qwen, Kimi), and vLLM without a parser takes none."""
     choice = sent.get("tool_choice")
-    keeps_none = choice not in ("none", {"type": "none"})
-    forms = tuple(form for form in profile.tool_choice if form == "none" and keeps_none)
-    return {"tool_choice": forms} if choice else {}
+    keeps_none = "none" in profile.tool_choice and choice not in ("none", {"type": "none"})
+    return {"tool_choice": ("none",) if keeps_none else ()} if choice else {}
 
 
 def learn_max_tools(found, profile, body, sent):
@@ -4909,7 +4882,7 @@ def learn_fields(found, profile, body, sent):
     changes, refused = {}, []
     for name in named_fields(found.string):
         last = name.rsplit(".", 1)[-1]
-        if name.startswith("ANTHROPIC_"):
+        if last.startswith("anthropic_"):
             changes["strict"] = True
         elif last in OTHER_LIMIT and last in sent:
             changes["max_tokens"] = OTHER_LIMIT[last]
@@ -4929,17 +4902,15 @@ def learn_schema(found, profile, body, sent):
     words = re.findall(r"['\"`\[]\$?(%s)['\"`\]]" % "|".join(SCHEMA_WORDS), found.string)
     if re.search(r"regex|look-?(?:ahead|behind|around)", found.string, re.I):
         words = ["pattern"]
-    new = tuple(word for word in dict.fromkeys(words) if word not in profile.schema)
-    return {"schema": profile.schema + new} if sent.get("tools") else {}
+    known = tuple(dict.fromkeys([*profile.schema, *words]))
+    return {"schema": known} if sent.get("tools") else {}
 
 
 def learn_any_field(found, profile, body, sent):
     """Last resort: a field of ours that the text names in quotes and calls wrong in some way."""
-    free = (field for field in sent if field not in ESSENTIAL + (profile.max_tokens,))
-    quoted = r"['\"`(\[]%s\b"
-    return never_send(
-        profile, *(field for field in free if re.search(quoted % re.escape(field), found.string))
-    )
+    free = [field for field in sent if field not in ESSENTIAL + (profile.max_tokens,)]
+    quoted = re.findall(r"['\"`(\[](\w+)", found.string)
+    return never_send(profile, *(field for field in free if field in quoted))
 
 
 OTHER_LIMIT = {
@@ -4961,15 +4932,20 @@ LESSON_RULES = (
     (r"thought_signature", {"reasoning_field": "google", "placeholder": GEMINI_SKIP}),
     (r"Unexpected role 'user' after role 'tool'", {"user_after_tool": False}),  # Mistral
     (r"must be a-z, A-Z, 0-9, with a length of 9", {"tool_ids": "nine"}),  # Mistral
-    (r"system.{0,30}role.{0,30}(?:not supported|not enabled|unsupported)", {"system_role": False}),
-    (r"role: system|Developer instruction is not enabled", {"system_role": False}),  # Gemma
+    (
+        r"system.{0,30}role.{0,30}(?:not supported|not enabled|unsupported)|role: system"
+        r"|Developer instruction is not enabled",  # Gemma
+        {"system_role": False},
+    ),
     # "parameter.enable_thinking must be set to false for non-streaming calls" (DashScope)
     (r"enable_thinking must be set to false", learn_no_thinking),
     (r"cannot be disabled when (reasoning_effort)", learn_named),  # DeepSeek, of thinking
     (REFUSED, learn_thinking),
     # "The reasoning_content in the thinking mode must be passed back to the API." (DeepSeek, MiMo)
-    (r"reasoning_content.{0,80}(?:passed back|missing)", learn_reasoning),
-    (r"missing.{0,20}reasoning_content", learn_reasoning),
+    (
+        r"reasoning_content.{0,80}(?:passed back|missing)|missing.{0,20}reasoning_content",
+        learn_reasoning,
+    ),
     (r"tool[_ ]choice", learn_choice),
     # "Invalid 'tools': array too long. Expected an array with maximum length 128" (OpenAI)
     (r"maximum (?:number of items is|length) (\d+)", learn_max_tools),
@@ -5001,30 +4977,29 @@ def room_after(error, profile, size):
 
 LESSON_WORDS = {
     # profile field: its lesson as a sentence, for the log and the status page
-    "never": "not sent: %s",
-    "schema": "left out of tool schemas: %s",
+    "never": "not sent: {}",
+    "schema": "left out of tool schemas: {}",
     "strict": "unknown fields are refused; the disguise is not attached",
     "untouched": "takes no system turns",
-    "max_tokens": "the output limit is called %s",
-    "density": "counts up to %s tokens a byte",
-    "max_output": "at most %s output tokens",
-    "context": "the context window has %s tokens",
+    "max_tokens": "the output limit is called {}",
+    "density": "counts up to {} tokens a byte",
+    "max_output": "at most {} output tokens",
+    "context": "the context window has {} tokens",
     "images": "takes no images",
     "files": "takes no PDF files",
-    "reasoning_field": "reasoning goes back as: %s",
-    "placeholder": "missing reasoning is replaced by: %s",
-    "tool_choice": "tool choice beyond auto: %s",
+    "reasoning_field": "reasoning goes back as: {}",
+    "placeholder": "missing reasoning is replaced by: {}",
+    "tool_choice": "tool choice beyond auto: {}",
     "always_stream": "always asked for a stream",
     "user_after_tool": "takes no user message right after a tool message",
-    "tool_ids": "tool ids in the form: %s",
+    "tool_ids": "tool ids in the form: {}",
 }
 
 
 def lesson_text(field, value):
     """A lesson as a sentence."""
-    sentence = LESSON_WORDS.get(field, field + " is now %s")
     shown = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
-    return sentence % (shown,) if "%s" in sentence else sentence
+    return LESSON_WORDS.get(field, field + " is now {}").format(shown)
 
 
 def apply_lesson(profile, changes):
