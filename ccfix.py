@@ -3692,10 +3692,8 @@ def sse_payloads(blocks):
                 yield event_payload(data, failed)
                 data, failed = [], False
         yield None
-    last = to_string(b"".join(rest)).strip()
-    if last:
-        failed = read_other_line(last, data, failed)
-    if data and (data[-1].strip() == "[DONE]" or json_or_none("\n".join(data)) is not None):
+    failed = read_other_line(to_string(b"".join(rest)).strip(), data, failed)
+    if is_whole_event("\n".join(data).strip()):
         yield event_payload(data, failed)
         yield None
 
@@ -3837,16 +3835,13 @@ def start_event(index, block):
     return {"type": "content_block_start", "index": index, "content_block": block}
 
 
-def delta_event(index, kind, text):
-    """A delta of a block of `kind`, a key of BLOCKS."""
-    row = BLOCKS[kind]
+# The delta with which a thinking block is signed, its last.
+SIGNATURE = BlockKind({}, delta="signature_delta", piece="signature")
+
+
+def delta_event(index, row, text):
+    """A delta as a row of BLOCKS, or SIGNATURE, has it."""
     delta = {"type": row.delta, row.piece: text}
-    return {"type": "content_block_delta", "index": index, "delta": delta}
-
-
-def signature_event(index, signature):
-    """The delta with which a thinking block is signed, its last."""
-    delta = {"type": "signature_delta", "signature": signature}
     return {"type": "content_block_delta", "index": index, "delta": delta}
 
 
@@ -3855,13 +3850,14 @@ def stop_event(index):
     return {"type": "content_block_stop", "index": index}
 
 
-def zero_usage(input_tokens=0):
-    """Anthropic's usage before anything is known: all four fields, as the client expects."""
+def token_usage(input_tokens=0, created=0, read=0, output_tokens=0):
+    """Anthropic's usage, all four fields, as the client expects. created, read: of a prefix cache;
+    input_tokens are those beside."""
     return {
         "input_tokens": input_tokens,
-        "cache_creation_input_tokens": 0,
-        "cache_read_input_tokens": 0,
-        "output_tokens": 0,
+        "cache_creation_input_tokens": created,
+        "cache_read_input_tokens": read,
+        "output_tokens": output_tokens,
     }
 
 
@@ -3910,22 +3906,20 @@ class MessageWriter:
     | OPEN         | stays OPEN          | closes the block,   | closes the block, error     |
     |              |                     | message_delta,      | event: FAILED; in the input |
     |              |                     | message_stop: DONE  | of a tool: raises Dropped   |
-    | DONE, FAILED | a bug of the caller | nothing             | nothing                     |
+    | DONE, FAILED | Reader.feed raises  | nothing             | nothing                     |
 
     Promises: message_start once and first; block indexes 0, 1, 2 ...; one block open at a time;
     message_delta, then message_stop, once and last; the input of a tool is one JSON object.
     """
 
-    def __init__(
-        self, message_id, model, scope="", input_tokens=0, tools=(), taken=(), new_id=None
-    ):
+    def __init__(self, message_id, model, new_id, scope="", input_tokens=0, tools=(), taken=()):
         self.message_id = message_id  # also the request_id of an error event
         self.model = model  # the name that the client is shown
         self.scope = scope  # whose reasoning it is: Profile.scope
         self.input_tokens = input_tokens  # an estimate, until the provider tells
         self.tools = dict(tools)  # {name sent to the provider: (the client's name, JSON schema)}
         self.taken = set(taken)  # tool ids that the conversation has used
-        self.new_id = new_id or (lambda: "%d" % len(self.taken))  # -> a fresh part of an id
+        self.new_id = new_id  # () -> a fresh part of an id
         self.head = {}  # fields of message_start that the provider sent itself
         self.state = IDLE
         self.content = False  # real content went out: nothing is tried again
@@ -3950,7 +3944,7 @@ class MessageWriter:
         self.state = OPEN
         message = {"id": self.message_id, "type": "message", "role": "assistant"}
         message.update({"stop_reason": None, "stop_sequence": None}, **self.head)
-        usage = dict(zero_usage(self.input_tokens), **as_dict(self.head.get("usage")))
+        usage = dict(token_usage(self.input_tokens), **as_dict(self.head.get("usage")))
         message.update(model=self.model, content=[], usage=usage)
         yield {"type": "message_start", "message": message}
 
@@ -3975,7 +3969,7 @@ class MessageWriter:
         self.signing = False
         if self.details:
             state, self.signed = dict(state, details=self.details), compact_json(self.details)
-        return signature_event(self.index, write_state(self.scope, state))
+        return delta_event(self.index, SIGNATURE, write_state(self.scope, state))
 
     def has_unsigned(self):
         """Whether there is opaque reasoning that no signature carries yet."""
@@ -4011,7 +4005,7 @@ class MessageWriter:
             self.said.append(text)
         elif kind == "thinking" and self.written < MAX_THOUGHT:
             self.thought.append(text)
-        yield delta_event(self.index, kind, text)
+        yield delta_event(self.index, BLOCKS[kind], text)
 
     def idle(self):
         """Something that the client counts as life after minutes of pings: an empty delta, in a
@@ -4019,13 +4013,13 @@ class MessageWriter:
         pings or comments, and asks again without a stream (seen with 2.1.330)."""
         if self.kind not in ("thinking", "tool_use"):
             yield from self.open_block(empty_block("thinking"), signing=True)
-        yield delta_event(self.index, self.kind, "")
+        yield delta_event(self.index, BLOCKS[self.kind], "")
 
     def fresh(self):
         """A writer for another try, which goes on where this one's message stands: message_start,
         and perhaps a sign of life, have gone out in the silence."""
-        new = MessageWriter(self.message_id, self.model, self.scope, self.input_tokens, self.tools)
-        for name in ("taken", "new_id", "state", "kind", "index", "signing"):
+        new = MessageWriter(self.message_id, self.model, self.new_id, tools=self.tools)
+        for name in ("scope", "input_tokens", "taken", "state", "kind", "index", "signing"):
             setattr(new, name, getattr(self, name))
         return new
 
@@ -4060,9 +4054,9 @@ class MessageWriter:
         """Open the block of a call, if it is not, and send the fragments that waited for it."""
         if call.stream is None:
             yield from self.open_call(call)
-        waiting, call.waiting = call.waiting, []
-        for fragment in waiting:
-            yield from self.arguments(call.stream.feed(fragment))
+        text = "".join(map(call.stream.feed, call.waiting))
+        call.waiting = []
+        yield from self.arguments(text)
 
     def end_call(self, call, cut):
         """The rest of a call's input, and what is to be remembered of it. cut: it may be half."""
@@ -4099,25 +4093,24 @@ class MessageWriter:
         """A piece of the open call's input."""
         if text:
             self.written += len(text)
-            yield delta_event(self.index, "tool_use", text)
+            yield delta_event(self.index, BLOCKS["tool_use"], text)
 
     # -- the end
 
-    def finish(self, stop_reason, stop_sequence, usage, event=()):
+    def finish(self, stop_reason, stop_sequence, usage, event={}):
         """The last events. event: a provider's own message_delta, whose other fields go along."""
         if self.state in ENDED:
             return
         yield from self.advance(ending=True)
-        late, self.late = self.late, []
-        for kind, text in late:
+        for kind, text in self.late:
             yield from self.say(kind, text)
         yield from self.start()
         yield from self.close_block()
         self.state = DONE
         self.keep_memory()
-        event = dict({"type": "message_delta"}, **dict(event))
         ends = {"stop_reason": stop_reason, "stop_sequence": stop_sequence}
-        yield dict(event, delta=dict(as_dict(event.get("delta")), **ends), usage=usage)
+        delta = dict(as_dict(event.get("delta")), **ends)
+        yield dict(event, type="message_delta", delta=delta, usage=usage)
         yield {"type": "message_stop"}
 
     def keep_memory(self):
@@ -4201,14 +4194,15 @@ class ChatReader(Reader):
     """
 
     def __init__(self, writer, profile):
-        Reader.__init__(self, writer, profile)
+        super().__init__(writer, profile)
         self.reason = ""  # finish_reason
         self.stopped_at = None  # the stop sequence that matched
         self.heard = False  # something of an answer came
         self.tags = ThinkTags()
         schemas = {name: schema for name, (_, schema) in writer.tools.items()}
-        kinds = ("text", "thinking") if schemas else ()
-        self.scanners = {kind: TextCalls(schemas) for kind in kinds}  # for calls written as text
+        self.scanners = {  # for calls written as text
+            kind: TextCalls(schemas) for kind in ("text", "thinking") if schemas
+        }
 
     def read(self, chunk):
         """Events for one chunk. Raises UpstreamError for an error in it.
@@ -4230,14 +4224,15 @@ class ChatReader(Reader):
             if choice.get("finish_reason"):
                 self.note_finish(choice)
             usage = usage or choice.get("usage")  # Moonshot
-        if usage:
-            self.raw_usage = as_dict(usage)
+        self.raw_usage = as_dict(usage) or self.raw_usage
 
     def feed_delta(self, delta):
         """Reasoning, then text, then calls: the order in which they belong together."""
-        text = delta.get("content")
-        if len(delta) == 1 and isinstance(text, str) and self.is_plain(text):
-            yield from self.writer.say("text", text)  # the hot path of text
+        text, writer = delta.get("content"), self.writer
+        is_open = writer.kind == "text" and self.tags.done and not writer.calls
+        is_plain = is_open and len(delta) == 1 and isinstance(text, str)
+        if is_plain and not self.must_scan("text", text):
+            yield from writer.say("text", text)  # the hot path of text
             return
         if not REASONING_FIELDS.keys().isdisjoint(delta):
             yield from self.feed_reasoning(delta)
@@ -4245,13 +4240,7 @@ class ChatReader(Reader):
             yield from self.feed_text(text)
         if delta.get("tool_calls") or delta.get("function_call") or delta.get("refusal"):
             piece = self.plain_fragment(delta)
-            yield from self.feed_rare(delta) if piece is None else self.writer.arguments(piece)
-
-    def is_plain(self, text):
-        """Whether text goes on in the open block without a look at what it says."""
-        writer = self.writer
-        is_open = writer.kind == "text" and self.tags.done and not writer.calls
-        return is_open and not self.must_scan("text", text)
+            yield from self.feed_rare(delta) if piece is None else writer.arguments(piece)
 
     def must_scan(self, kind, text):
         """Whether text may hold a call, or a part of one."""
@@ -4261,15 +4250,15 @@ class ChatReader(Reader):
     def plain_fragment(self, delta):
         """What a delta adds to the input of the open call, where it holds nothing else; else None.
         The hot path of tool input: hundreds of fragments a call, with a look at nothing else."""
-        call = self.writer.calls[-1] if self.writer.calls else None
-        if call is None or call.closed or not call.stream:
-            return None
         try:
+            call = self.writer.calls[-1]
             text = delta["tool_calls"][0]["function"]["arguments"]
         except (LookupError, TypeError):
             return None
         plain = {"tool_calls": [{"index": call.key, "function": {"arguments": text}}]}
-        return call.stream.feed(text) if isinstance(text, str) and delta == plain else None
+        is_live = call.stream and not call.closed
+        is_plain = is_live and isinstance(text, str) and delta == plain
+        return call.stream.feed(text) if is_plain else None
 
     def feed_reasoning(self, delta):
         """Reasoning from the first field that holds any (chutes.ai sends the same in two); opaque
@@ -4307,7 +4296,7 @@ class ChatReader(Reader):
 
     def scan(self, kind, text):
         """Text or thinking, looked through for calls written as text."""
-        if not text or not isinstance(text, str):
+        if not as_str(text):
             return
         self.heard = self.heard or bool(text.strip())
         yield from self.flush_scanners(kind)
@@ -4380,11 +4369,11 @@ class ChatReader(Reader):
     def is_another(call, call_id, name, fragment):
         """Whether a delta with a name begins a call of its own, though it points at `call`."""
         if call_id:
-            return bool(call.id) and call_id != call.id
+            return call.id not in ("", call_id)
         if name != call.name:
-            return bool(call.name)
-        more = fragment and str(fragment).strip()
-        return bool(more) and call.arguments().strip() != "{}" and call.is_whole()
+            return call.name != ""
+        more = str(fragment or "").strip()
+        return more and call.arguments().strip() != "{}" and call.is_whole()
 
     def note_finish(self, choice):
         """Remember why it ended; the stop reason waits for the end, as usage often comes after it,
@@ -4409,7 +4398,7 @@ class ChatReader(Reader):
         The other way round, a finish reason without [DONE] is a whole reply too; with neither it
         was cut, and must not look like the end of a turn: Claude Code would take half an answer.
         """
-        self.ended = self.ended or self.heard or bool(self.raw_usage)
+        self.ended = self.ended or self.heard or self.raw_usage != {}
 
     def end(self):
         """The last events: what was held back, then the writer's own."""
@@ -4446,27 +4435,24 @@ class ChatReader(Reader):
         cached_tokens, OpenRouter cache_write_tokens, DashScope created_cache_tokens; relays of
         Claude use Anthropic's own. xAI counts reasoning apart, all others inside the completion.
         """
-        told, writer = dict(self.raw_usage), self.writer
+        told = dict(self.raw_usage)
+
+        def count(*names):
+            return positive_int(told, *names)
+
         for group in ("prompt_tokens_details", "completion_tokens_details"):
             told.update(item for item in as_dict(told.get(group)).items() if item[1])
-        prompt = positive_int(told, "prompt_tokens", "input_tokens") or writer.input_tokens
-        output = positive_int(told, "completion_tokens", "output_tokens")
-        read = positive_int(
-            told, "cached_tokens", "prompt_cache_hit_tokens", "cache_read_input_tokens"
-        )
-        made = positive_int(
-            told, "cache_write_tokens", "created_cache_tokens", "cache_creation_input_tokens"
-        )
-        thought = positive_int(told, "reasoning_tokens")
-        if thought and positive_int(told, "total_tokens") == prompt + output + thought:
+        prompt = count("prompt_tokens", "input_tokens") or self.writer.input_tokens
+        output = count("completion_tokens", "output_tokens")
+        read = count("cached_tokens", "prompt_cache_hit_tokens", "cache_read_input_tokens")
+        made = count("cache_write_tokens", "created_cache_tokens", "cache_creation_input_tokens")
+        thought = count("reasoning_tokens")
+        if thought and count("total_tokens") == prompt + output + thought:
             output += thought
+        if not told:
+            output = (self.writer.written + 3) // 4
         rest = prompt - read - made  # below 0: this prompt count leaves the cached part out
-        return dict(
-            zero_usage(rest if rest >= 0 else prompt),
-            cache_creation_input_tokens=made,
-            cache_read_input_tokens=read,
-            output_tokens=output if told else (writer.written + 3) // 4,
-        )
+        return token_usage(rest if rest >= 0 else prompt, made, read, output)
 
 
 # A finish_reason of relays of Anthropic's models, and of Z.ai's GLM-5. It is a stop reason of
@@ -4532,37 +4518,32 @@ class MessagesReader(Reader):
         """An event about a block; what belongs to no open block is dropped."""
         writer, block, delta = self.writer, event.get("content_block"), event.get("delta")
         if kind == "content_block_start" and isinstance(block, dict):
-            yield from self.end_block()
+            yield from writer.advance(ending=True)
             if block.get("type") == "tool_use":
-                yield from self.begin_call(event.get("index"), block)
+                yield from self.begin_call(block)
             else:
                 writer.content = True
                 yield from writer.open_block(dict(block, type=str(block.get("type") or "text")))
         elif kind == "content_block_stop":
-            yield from self.end_block()
+            yield from writer.advance(ending=True)  # a tool's input is first made whole
+            yield from writer.close_block()
         elif kind == "content_block_delta" and writer.kind and isinstance(delta, dict):
             if writer.kind == "tool_use" and delta.get("type") == "input_json_delta":
                 text = as_str(delta.get("partial_json"))
                 yield from writer.arguments(writer.calls[-1].stream.feed(text))
             else:
-                same = event.get("index") == writer.index
-                yield event if same else dict(event, index=writer.index)
+                yield dict(event, index=writer.index)
         elif not kind.startswith("content_block"):
             yield from writer.start()
             yield event
 
-    def begin_call(self, index, block):
+    def begin_call(self, block):
         """Open a tool's block; a few servers put its whole input there."""
         name = str(block.get("name") or "tool")
-        call = self.writer.add_call(index, as_str(block.get("id")), name, block)
+        call = self.writer.add_call(None, as_str(block.get("id")), name, block)
         if block.get("input"):
             call.waiting.append(compact_json(block["input"]))
         yield from self.writer.advance()
-
-    def end_block(self):
-        """Close the open block; a tool's input is first made whole."""
-        yield from self.writer.advance(ending=True)
-        yield from self.writer.close_block()
 
     def idle(self):
         """A sign of life inside the provider's own block, as an empty delta where its kind has
@@ -4570,7 +4551,7 @@ class MessagesReader(Reader):
         row = BLOCKS.get(self.writer.kind)
         if not self.writer.kind:
             return self.writer.idle()
-        return [delta_event(self.writer.index, self.writer.kind, "") if row and row.delta else PING]
+        return [delta_event(self.writer.index, row, "") if row and row.delta else PING]
 
     def end(self):
         """The last events, with what the provider's message_delta says beside the stop reason."""
@@ -4580,7 +4561,7 @@ class MessagesReader(Reader):
 
     def usage(self):
         """Anthropic's usage; the estimate where the provider tells no input."""
-        usage = {name: positive_int(self.raw_usage, name) for name in zero_usage()}
+        usage = {name: positive_int(self.raw_usage, name) for name in token_usage()}
         if not usage["input_tokens"] + usage["cache_read_input_tokens"]:
             usage["input_tokens"] = self.writer.input_tokens
         return usage
@@ -4589,22 +4570,15 @@ class MessagesReader(Reader):
 FORMATS = {
     row.name: row
     for row in (
-        Format(
-            "chat",
-            path="/chat/completions",
-            models_path="/models",
-            headers=chat_headers,
-            write=write_chat,
-            reader=ChatReader,
-        ),
+        Format("chat", "/chat/completions", "/models", chat_headers, write_chat, ChatReader),
         Format(
             "anthropic",
-            path="/v1/messages",
-            models_path="/v1/models",
+            "/v1/messages",
+            "/v1/models",
+            anthropic_headers,
+            write_anthropic,
+            MessagesReader,
             count_path="/v1/messages/count_tokens",
-            headers=anthropic_headers,
-            write=write_anthropic,
-            reader=MessagesReader,
             relays=True,
         ),
     )
@@ -4676,10 +4650,9 @@ def add_delta(block, pieces, delta):
 def finish_block(block, pieces):
     """A block with its pieces joined; tool input that is not a JSON object is told in the client's
     own form for that."""
-    pieces = {field: "".join(parts) for field, parts in pieces.items()}
-    written = pieces.pop("partial_json", "")
-    for field, text in pieces.items():
-        block[field] = str(block.get(field) or "") + text
+    for field, parts in pieces.items():
+        block[field] = str(block.get(field) or "") + "".join(parts)
+    written = block.pop("partial_json", "")
     if written:
         parsed = json_or_none(written)
         unparsed = {"__unparsedToolInput": {"raw": written, "len": len(written)}}
@@ -4703,16 +4676,15 @@ def unfold(message, new_id=None):
 
 def unfold_block(index, block):
     """The events of one finished block, as its row of BLOCKS says."""
-    kind = str(block.get("type"))
-    row = BLOCKS.get(kind) or BlockKind({})
+    row = BLOCKS.get(str(block.get("type"))) or BlockKind({})
     yield start_event(index, dict(block, **row.empty))
     value = block.get(row.field)
     if row.field == "input":
         value = compact_json(value or {})
     if row.delta and value:
-        yield delta_event(index, kind, value)
+        yield delta_event(index, row, value)
     if row.delta and block.get("signature"):
-        yield signature_event(index, block["signature"])
+        yield delta_event(index, SIGNATURE, block["signature"])
     yield stop_event(index)
 
 
@@ -4779,16 +4751,20 @@ def learn(error, profile, body, sent):
     return {}
 
 
-def never_send(profile, *fields):
-    """The lesson that these fields of a request are not sent any more; {} for no field."""
-    return {"never": profile.never + fields} if fields else {}
+def never_send(profile, fields):
+    """The lesson that these fields of a request are not sent any more; {} for none that could be
+    left out."""
+    free = tuple(field for field in fields if field not in ESSENTIAL)
+    return {"never": profile.never + free} if free else {}
 
 
 def named_fields(text):
-    """Names of request fields that an error complains of, in snake case (Gemini's are in camel)."""
+    """Names of request fields that an error complains of, without the fields around them, in snake
+    case (Gemini's are in camel)."""
     found = [names for pattern in FIELD_PATTERNS for names in re.findall(pattern, text, re.I)]
     in_snake_case = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", " ".join(found)).lower()
-    return list(dict.fromkeys(re.findall(r"[\w.]+", in_snake_case)))
+    paths = re.findall(r"[\w.]+", in_snake_case)
+    return dict.fromkeys(path.rpartition(".")[2] for path in paths)
 
 
 def learn_betas(found, profile, body, sent):
@@ -4799,7 +4775,7 @@ def learn_betas(found, profile, body, sent):
 def learn_named(found, profile, body, sent):
     """The field that the words name, wherever it stands in the request."""
     field = found.group(1)
-    return never_send(profile, field) if '"%s"' % field in compact_json(sent) else {}
+    return never_send(profile, [field] if '"%s"' % field in compact_json(sent) else [])
 
 
 def learn_no_thinking(found, profile, body, sent):
@@ -4881,18 +4857,17 @@ def learn_fields(found, profile, body, sent):
     """
     changes, refused = {}, []
     for name in named_fields(found.string):
-        last = name.rsplit(".", 1)[-1]
-        if last.startswith("anthropic_"):
+        if name.startswith("anthropic_"):
             changes["strict"] = True
-        elif last in OTHER_LIMIT and last in sent:
-            changes["max_tokens"] = OTHER_LIMIT[last]
-        elif last in REASONING_FIELDS and last not in sent:
+        elif name in OTHER_LIMIT and name in sent:
+            changes["max_tokens"] = OTHER_LIMIT[name]
+        elif name in sent:
+            refused.append(name)
+        elif name in REASONING_FIELDS:
             changes["reasoning_field"] = ""
-        elif last in SCHEMA_WORDS and last not in sent and last not in profile.schema:
-            changes["schema"] = profile.schema + (last,)
-        elif last in sent and last not in ESSENTIAL:
-            refused.append(last)
-    return dict(changes, **never_send(profile, *refused))
+        elif name in SCHEMA_WORDS and name not in profile.schema:
+            changes["schema"] = profile.schema + (name,)
+    return dict(changes, **never_send(profile, refused))
 
 
 def learn_schema(found, profile, body, sent):
@@ -4908,9 +4883,9 @@ def learn_schema(found, profile, body, sent):
 
 def learn_any_field(found, profile, body, sent):
     """Last resort: a field of ours that the text names in quotes and calls wrong in some way."""
-    free = [field for field in sent if field not in ESSENTIAL + (profile.max_tokens,)]
     quoted = re.findall(r"['\"`(\[](\w+)", found.string)
-    return never_send(profile, *(field for field in free if field in quoted))
+    free = omit(sent, [profile.max_tokens])
+    return never_send(profile, [field for field in free if field in quoted])
 
 
 OTHER_LIMIT = {
@@ -7257,7 +7232,7 @@ class Exchange:
 
         No tokens are counted, as none were used. new_id: for fresh call ids; None leaves them.
         """
-        told = {"id": "msg_" + self.id, "model": self.shown, "usage": zero_usage()}
+        told = {"id": "msg_" + self.id, "model": self.shown, "usage": token_usage()}
         yield from unfold(dict(message, **told), new_id)
         yield None
 
@@ -7323,10 +7298,10 @@ class Exchange:
         return MessageWriter(
             "msg_" + self.id,
             self.shown,
+            self.proxy.new_id,
             input_tokens=self.bytes_in // 4,
             tools=tool_names(self.body),
             taken=used_ids(self.body),
-            new_id=self.proxy.new_id,
         )
 
     def write_request(self, recall=None):
@@ -7476,7 +7451,7 @@ class Exchange:
 
         status: what the client got, 499 where it left; error: its text.
         """
-        usage = self.reader.usage() if self.reader and self.writer.content else zero_usage()
+        usage = self.reader.usage() if self.reader and self.writer.content else token_usage()
         row = {name: getattr(self, name) for name in ROW_FIELDS}
         row.update(
             time=self.proxy.now(),

@@ -4784,14 +4784,14 @@ def reader(tools=TOOLS, taken=(), profile=PLAIN):
     """A ChatReader on a MessageWriter of its own."""
     numbers = itertools.count(1)
     writer = ccfix.MessageWriter(
-        "msg_1", "claude-x", "host", 10, tools, taken, lambda: "new%d" % next(numbers)
+        "msg_1", "claude-x", lambda: "new%d" % next(numbers), "host", 10, tools, taken
     )
     return ccfix.ChatReader(writer, profile)
 
 
 def messages_reader():
     """A MessagesReader on a MessageWriter of its own."""
-    writer = ccfix.MessageWriter("msg_1", "claude-x", "host", 10)
+    writer = ccfix.MessageWriter("msg_1", "claude-x", lambda: "new", "host", 10)
     return ccfix.MessagesReader(writer, row("anthropic"))
 
 
