@@ -3934,7 +3934,7 @@ class MessageWriter:
         self.thought = []  # thinking text, for memory
         self.said = []  # text while there are details, for memory
         self.details = []  # opaque reasoning that must go back: OpenRouter's reasoning_details
-        self.signed = ""  # JSON of the details that the last signature carried
+        self.signed = "[]"  # JSON of the details that the last signature carried
         self.memory = {}  # {tool id, or text_key: what to remember}, see normalize; after finish()
 
     def start(self):
@@ -3967,13 +3967,13 @@ class MessageWriter:
     def sign(self, state):
         """The signature_delta with state, and with the opaque reasoning so far."""
         self.signing = False
-        if self.details:
-            state, self.signed = dict(state, details=self.details), compact_json(self.details)
+        self.signed = compact_json(self.details)
+        state = dict(state, details=self.details) if self.details else state
         return delta_event(self.index, SIGNATURE, write_state(self.scope, state))
 
     def has_unsigned(self):
         """Whether there is opaque reasoning that no signature carries yet."""
-        return bool(self.details) and compact_json(self.details) != self.signed
+        return compact_json(self.details) != self.signed
 
     def carry(self, state):
         """An empty thinking block whose signature carries state: the client echoes it as it is."""
@@ -4077,9 +4077,9 @@ class MessageWriter:
         if call.google or (self.has_unsigned() and self.kind != "thinking"):
             google = {"google": {call.client_id: call.google}} if call.google else {}
             yield from self.carry(google)
-        block = dict(call.fields, **empty_block("tool_use", id=call.client_id, name=name))
         self.content = True
-        yield from self.open_block(block)
+        own = empty_block("tool_use", id=call.client_id, name=name)
+        yield from self.open_block(dict(call.fields, **own))
 
     def offered_tool(self, name):
         """(the client's name, schema) of a tool that the model named; a wrong case is forgiven
@@ -4694,10 +4694,10 @@ def unfold_block(index, block):
 
 FIELD_PATTERNS = (
     # Field names in "no such field" errors, as the providers word them.
-    r"Unrecognized request arguments? supplied: ([\w, ]+)",  # OpenAI, Azure
+    # OpenAI and Azure, NVIDIA NIM
+    r"(?:Unrecognized request arguments? supplied|Unsupported parameter\(s\)): ([\w, `']+)",
     r"property '([\w.]+)' is unsupported",  # Groq, Cerebras
     r'Unknown name \\*"(\w+)\\*"',  # Gemini
-    r"Unsupported parameter\(s\): ([\w, `']+)",  # NVIDIA NIM
     r"""["']?loc["']?:\s*[\[(]\s*["']body["'],\s*["'](\w+)""",  # FastAPI: Mistral, NIM
     r"Extra inputs are not permitted, field: '(\w+)'",  # Fireworks
     r"Unsupported (?:parameter|value): '([\w.\[\]]+)'",  # OpenAI's reasoning models
