@@ -3664,23 +3664,25 @@ def sse_payloads(blocks):
 
     Knows LF and CRLF, comments, several data lines in one event, data lines without the blank line
     between, a BOM, `event: error`, and llama.cpp's older `error: {..}` line (both come out as
-    {"error": ..}). An event that the end of the stream cuts off is dropped when it is not valid
-    JSON, as a browser would (https://html.spec.whatwg.org/multipage/server-sent-events.html).
+    {"error": ..}). An event that the end of the stream cuts off is dropped unless it is whole, as a
+    browser would (https://html.spec.whatwg.org/multipage/server-sent-events.html).
     """
     rest, data, failed = [], [], False
     for block in blocks:
-        end, lines = block.rfind(b"\n") + 1, []
-        if end:
+        end, lines = block.rfind(b"\n"), ()
+        if end >= 0:
             # Decoded by whole lines, so that no character is cut in two; not splitlines(), which
             # also splits at U+2028 and the like, and those may stand inside a JSON string.
-            lines = to_string(b"".join(rest + [block[:end]])).split("\n")[:-1]
+            lines = to_string(b"".join(rest + [block[:end]])).split("\n")
             rest = []
-        rest.append(block[end:])
-        # The sum is only taken now and then: at every block it would be quadratic.
-        if len(rest) % 64 == 63 and sum(map(len, rest)) > MAX_LINE:
-            raise too_long("a line")
+        if end + 1 < len(block):
+            rest.append(block[end + 1 :])
+            # The sum is only taken now and then: at every block it would be quadratic.
+            if len(rest) % 64 == 63 and sum(map(len, rest)) > MAX_LINE:
+                raise too_long("a line")
         for line in lines:
-            line = line.rstrip("\r")
+            if line[-1:] == "\r":
+                line = line[:-1]
             if line[:6] == "data: ":
                 if data and is_whole_event(data[-1]):
                     yield event_payload(data, failed)
@@ -4084,10 +4086,8 @@ class MessageWriter:
     def offered_tool(self, name):
         """(the client's name, schema) of a tool that the model named; a wrong case is forgiven
         where only one tool fits. A name that no tool has goes on: the client tells the model so."""
-        if name in self.tools:
-            return self.tools[name]
-        fits = [tool for other, tool in self.tools.items() if other.lower() == name.lower()]
-        return fits[0] if len(fits) == 1 else (name, {})
+        fits = [other for other in self.tools if other.lower() == name.lower()]
+        return self.tools.get(fits[0] if len(fits) == 1 else name, (name, {}))
 
     def arguments(self, text):
         """A piece of the open call's input."""
@@ -4220,11 +4220,13 @@ class ChatReader(Reader):
             delta = choice.get("delta")
             if delta is None and fresh:
                 delta = choice.get("message")
-            yield from self.feed_delta(as_dict(delta))
+            if isinstance(delta, dict):
+                yield from self.feed_delta(delta)
             if choice.get("finish_reason"):
                 self.note_finish(choice)
             usage = usage or choice.get("usage")  # Moonshot
-        self.raw_usage = as_dict(usage) or self.raw_usage
+        if usage:
+            self.raw_usage = as_dict(usage)
 
     def feed_delta(self, delta):
         """Reasoning, then text, then calls: the order in which they belong together."""
@@ -4409,12 +4411,12 @@ class ChatReader(Reader):
         for kind, text in self.tags.finish():
             yield from self.scan(kind, text)
         yield from self.flush_scanners()
-        if writer.calls and not writer.content and not any(call.name for call in writer.calls):
+        yield from writer.advance(ending=True)
+        if writer.calls and not writer.content:
             nameless = "The model made a tool call without a name."
             raise UpstreamError(nameless, kind="sampling", retry=True)
-        yield from writer.advance(ending=True)
         reason = self.stop_reason()
-        stopped_at = self.stopped_at if reason in ("stop_sequence", "max_tokens") else None
+        stopped_at = self.stopped_at if reason == "stop_sequence" else None
         yield from writer.finish(reason, stopped_at, self.usage())
 
     def stop_reason(self):
@@ -4532,7 +4534,8 @@ class MessagesReader(Reader):
                 text = as_str(delta.get("partial_json"))
                 yield from writer.arguments(writer.calls[-1].stream.feed(text))
             else:
-                yield dict(event, index=writer.index)
+                event["index"] = writer.index
+                yield event
         elif not kind.startswith("content_block"):
             yield from writer.start()
             yield event
