@@ -3664,8 +3664,8 @@ def sse_payloads(blocks):
 
     Knows LF and CRLF, comments, several data lines in one event, data lines without the blank line
     between, a BOM, `event: error`, and llama.cpp's older `error: {..}` line (both come out as
-    {"error": ..}). An event that the end of the stream cuts off is dropped unless it is whole, as a
-    browser would (https://html.spec.whatwg.org/multipage/server-sent-events.html).
+    {"error": ..}). An event that the end of the stream cuts off is dropped when it is not valid
+    JSON, as a browser would (https://html.spec.whatwg.org/multipage/server-sent-events.html).
     """
     rest, data, failed = [], [], False
     for block in blocks:
@@ -3695,7 +3695,7 @@ def sse_payloads(blocks):
                 data, failed = [], False
         yield None
     failed = read_other_line(to_string(b"".join(rest)).strip(), data, failed)
-    if is_whole_event("\n".join(data).strip()):
+    if data[-1:] == ["[DONE]"] or json_or_none("\n".join(data)) is not None:
         yield event_payload(data, failed)
         yield None
 
@@ -3893,9 +3893,8 @@ class ToolCall:
 
     def is_whole(self):
         """Whether the arguments so far are whole JSON."""
-        if self.stream and self.stream.complete and not self.waiting:
-            return True
-        return json_or_none(self.arguments()) is not None
+        is_read = self.stream and self.stream.complete and not self.waiting
+        return is_read or json_or_none(self.arguments()) is not None
 
 
 class MessageWriter:
@@ -3944,10 +3943,15 @@ class MessageWriter:
         if self.state != IDLE:
             return
         self.state = OPEN
-        message = {"id": self.message_id, "type": "message", "role": "assistant"}
-        message.update({"stop_reason": None, "stop_sequence": None}, **self.head)
         usage = dict(token_usage(self.input_tokens), **as_dict(self.head.get("usage")))
-        message.update(model=self.model, content=[], usage=usage)
+        message = {
+            "id": self.message_id,
+            "type": "message",
+            "role": "assistant",
+            "stop_reason": None,
+            "stop_sequence": None,
+        }
+        message.update(self.head, model=self.model, content=[], usage=usage)
         yield {"type": "message_start", "message": message}
 
     def open_block(self, block, signing=False):
@@ -4097,8 +4101,9 @@ class MessageWriter:
 
     # -- the end
 
-    def finish(self, stop_reason, stop_sequence, usage, event={}):
-        """The last events. event: a provider's own message_delta, whose other fields go along."""
+    def finish(self, stop_reason, stop_sequence, usage, event):
+        """The last events. event: a provider's own message_delta, whose other fields go along, or
+        {}."""
         if self.state in ENDED:
             return
         yield from self.advance(ending=True)
@@ -4266,9 +4271,9 @@ class ChatReader(Reader):
         """Reasoning from the first field that holds any (chutes.ai sends the same in two); opaque
         details are kept for the next turn and shown where no plain field has the text.
 
-        An entry of OpenRouter's reasoning_details is {"type": "reasoning.text" | "reasoning.summary"
-        | "reasoning.encrypted", "text" | "summary" | "data", "signature", "index"}; a signature may
-        come after the text has begun, and opens no block.
+        An entry of OpenRouter's reasoning_details is {"type": "reasoning.text" |
+        "reasoning.summary" | "reasoning.encrypted", "text" | "summary" | "data", "signature",
+        "index"}; a signature may come after the text has begun, and opens no block.
         """
         shown = False
         for field, shape in REASONING_FIELDS.items():
@@ -4417,7 +4422,7 @@ class ChatReader(Reader):
             raise UpstreamError(nameless, kind="sampling", retry=True)
         reason = self.stop_reason()
         stopped_at = self.stopped_at if reason == "stop_sequence" else None
-        yield from writer.finish(reason, stopped_at, self.usage())
+        yield from writer.finish(reason, stopped_at, self.usage(), {})
 
     def stop_reason(self):
         """Anthropic's stop reason. Any call makes it tool_use, whatever the provider says (Gemini
@@ -4534,7 +4539,7 @@ class MessagesReader(Reader):
                 text = as_str(delta.get("partial_json"))
                 yield from writer.arguments(writer.calls[-1].stream.feed(text))
             else:
-                event["index"] = writer.index
+                event["index"] = writer.index  # no copy: a payload is parsed for us alone
                 yield event
         elif not kind.startswith("content_block"):
             yield from writer.start()
