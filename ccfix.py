@@ -4305,7 +4305,7 @@ class ChatReader(Reader):
         """Text or thinking, looked through for calls written as text."""
         if not as_str(text):
             return
-        self.heard = self.heard or bool(text.strip())
+        self.heard = self.heard or not text.isspace()
         yield from self.flush_scanners(kind)
         if self.must_scan(kind, text):
             yield from self.tell_found(kind, self.scanners[kind].feed(text))
@@ -4707,9 +4707,9 @@ FIELD_PATTERNS = (
     r"property '([\w.]+)' is unsupported",  # Groq, Cerebras
     r'Unknown name \\*"(\w+)\\*"',  # Gemini
     r"""["']?loc["']?:\s*[\[(]\s*["']body["'],\s*["'](\w+)""",  # FastAPI: Mistral, NIM
-    r"Extra inputs are not permitted, field: '(\w+)'",  # Fireworks
+    # Fireworks, xAI
+    r"(?:Extra inputs are not permitted, field|Argument not supported on this model): '?(\w+)",
     r"Unsupported (?:parameter|value): '([\w.\[\]]+)'",  # OpenAI's reasoning models
-    r"Argument not supported on this model: (\w+)",  # xAI
     r"does not support (?:the )?parameters?:? \[?['`\"]?(\w+)",  # xAI, Copilot
     r"Unexpected fields in the request: \{([^}]+)\}",
     r"invalid (temperature|top_p): only",  # Kimi
