@@ -3525,20 +3525,17 @@ def sse_payloads(blocks):
     """
     rest, data, failed = [], [], False
     for block in blocks:
-        end = block.rfind(b"\n") + 1
-        if not end:
-            if block:
-                rest.append(block)
+        end, lines = block.rfind(b"\n"), ()
+        if end >= 0:
+            # Decoded by whole lines, so that no character is cut in two; not splitlines(), which
+            # also splits at U+2028 and the like, and those may stand inside a JSON string.
+            lines = to_string(b"".join(rest + [block[:end]])).split("\n")
+            rest = []
+        if end + 1 < len(block):
+            rest.append(block[end + 1 :])
             # The sum is only taken now and then: at every block it would be quadratic.
             if len(rest) % 64 == 63 and sum(map(len, rest)) > MAX_LINE:
                 raise too_long("a line")
-            yield None
-            continue
-        # Decoded by whole lines, so that no character is cut in two; not splitlines(), which also
-        # splits at U+2028 and the like, and those may stand inside a JSON string.
-        lines = to_string(b"".join(rest + [block[:end]])).split("\n")
-        rest = [block[end:]] if end < len(block) else []
-        lines.pop()
         for line in lines:
             if line[-1:] == "\r":
                 line = line[:-1]
@@ -3553,10 +3550,8 @@ def sse_payloads(blocks):
                 yield event_payload(data, failed)
                 data, failed = [], False
         yield None
-    last = to_string(b"".join(rest)).strip()
-    if last:
-        failed = read_other_line(last, data, failed)
-    if data and (data[-1].strip() == "[DONE]" or json_or_none("\n".join(data)) is not None):
+    failed = read_other_line(to_string(b"".join(rest)).strip(), data, failed)
+    if data[-1:] == ["[DONE]"] or json_or_none("\n".join(data)) is not None:
         yield event_payload(data, failed)
         yield None
 
@@ -3578,14 +3573,12 @@ def read_other_line(line, data, failed):
     """Put a line that is neither plain data nor blank into data -> whether the event is an
     error."""
     name, _, value = line.partition(":")
+    value = value.strip()
     if name == "event":
-        return value.strip() == "error"
-    if name == "data":
-        data.append(value[1:] if value[:1] == " " else value)
-    elif name == "error":
-        data.append(value.strip())
-        return True
-    return failed
+        return value == "error"
+    if name in ("data", "error"):
+        data.append(value)
+    return failed or name == "error"
 
 
 def event_payload(data, failed):
@@ -3594,9 +3587,9 @@ def event_payload(data, failed):
     Groq and LM Studio send `event: error` with the error's fields alone, or with plain words.
     """
     payload = "\n".join(data)
-    body = json_or_none(payload) if failed else None
-    if failed and "error" not in as_dict(body):
-        return compact_json({"error": as_dict(body) or {"message": payload}})
+    body = as_dict(json_or_none(payload)) if failed else {}
+    if failed and "error" not in body:
+        return compact_json({"error": body or {"message": payload}})
     return payload
 
 
@@ -3631,7 +3624,9 @@ class ThinkTags:
         self.held, self.place, self.done = "", "start", False
 
     def feed(self, text):
-        """The pieces of a reply's next text, each "text" or "thinking"."""
+        """The pieces of a reply's next text, each "text" or "thinking"; some are empty."""
+        if self.done:
+            return [("text", text)]
         text, self.held = self.held + text, ""
         if self.place == "start":
             start = text.lstrip()
@@ -3641,23 +3636,21 @@ class ThinkTags:
             if not start.startswith(self.OPEN):
                 return self.untagged(text)
             self.place, text = "lead", start[len(self.OPEN) :]
+        if self.place == "after":
+            return self.answer(text)
         if self.place == "lead":
             text = text.lstrip("\n")
             self.place = "inside" if text else "lead"
-        if self.place in ("lead", "inside"):
-            return self.thought(text)
-        return self.answer(text)
+        return self.thought(text)
 
     def untagged(self, text):
         """Text without an opening tag; a closing one tells that the prompt template held the
         opening."""
         self.done = True
         before, tag, after = text.partition(self.CLOSE)
-        return (
-            [("thinking", before), ("text", after.lstrip())]
-            if tag and self.OPEN not in before
-            else [("text", text)]
-        )
+        if tag and self.OPEN not in before:
+            return [("thinking", before), ("text", after.lstrip())]
+        return [("text", text)]
 
     def thought(self, text):
         """Text inside the tags; the beginning of a closing tag, and line ends, wait for what
@@ -3666,10 +3659,7 @@ class ThinkTags:
         if tag:
             self.place = "after"
             return [("thinking", before.rstrip("\n"))] + self.answer(after)
-        keep = next(
-            (n for n in range(len(self.CLOSE) - 1, 0, -1) if text.endswith(self.CLOSE[:n])), 0
-        )
-        sure = text[: len(text) - keep].rstrip("\n")
+        sure = text[: re.search(r"(?:<[/think]{0,6})?\Z", text).start()].rstrip("\n")
         self.held = text[len(sure) :]
         return [("thinking", sure)]
 
@@ -3677,12 +3667,11 @@ class ThinkTags:
         """Text after the closing tag, from its first line that is not empty."""
         text = text.lstrip("\n")
         self.done = bool(text)
-        return [("text", text)] if text else []
+        return [("text", text)]
 
     def finish(self):
         """What was held back."""
-        held, self.held = self.held, ""
-        return [("text" if self.place == "start" else "thinking", held)] if held else []
+        return [("text" if self.place == "start" else "thinking", self.held)]
 
 
 # ---- the writer: calls in, Anthropic events out --------------------------------------------------
@@ -3704,16 +3693,13 @@ def start_event(index, block):
     return {"type": "content_block_start", "index": index, "content_block": block}
 
 
-def delta_event(index, kind, text):
-    """A delta of a block of `kind`, a key of BLOCKS."""
-    row = BLOCKS[kind]
+# The delta with which a thinking block is signed, its last.
+SIGNATURE = BlockKind({}, delta="signature_delta", piece="signature")
+
+
+def delta_event(index, row, text):
+    """A delta as a row of BLOCKS, or SIGNATURE, has it."""
     delta = {"type": row.delta, row.piece: text}
-    return {"type": "content_block_delta", "index": index, "delta": delta}
-
-
-def signature_event(index, signature):
-    """The delta with which a thinking block is signed, its last."""
-    delta = {"type": "signature_delta", "signature": signature}
     return {"type": "content_block_delta", "index": index, "delta": delta}
 
 
@@ -3722,13 +3708,14 @@ def stop_event(index):
     return {"type": "content_block_stop", "index": index}
 
 
-def zero_usage(input_tokens=0):
-    """Anthropic's usage before anything is known: all four fields, as the client expects."""
+def token_usage(input_tokens=0, created=0, read=0, output_tokens=0):
+    """Anthropic's usage, all four fields, as the client expects. created, read: of a prefix cache;
+    input_tokens are those beside."""
     return {
         "input_tokens": input_tokens,
-        "cache_creation_input_tokens": 0,
-        "cache_read_input_tokens": 0,
-        "output_tokens": 0,
+        "cache_creation_input_tokens": created,
+        "cache_read_input_tokens": read,
+        "output_tokens": output_tokens,
     }
 
 
@@ -3762,9 +3749,8 @@ class ToolCall:
 
     def is_whole(self):
         """Whether the arguments so far are whole JSON."""
-        if self.stream and self.stream.complete and not self.waiting:
-            return True
-        return json_or_none(self.arguments()) is not None
+        is_read = self.stream and self.stream.complete and not self.waiting
+        return is_read or json_or_none(self.arguments()) is not None
 
 
 class MessageWriter:
@@ -3777,22 +3763,20 @@ class MessageWriter:
     | OPEN         | stays OPEN          | closes the block,   | closes the block, error     |
     |              |                     | message_delta,      | event: FAILED; in the input |
     |              |                     | message_stop: DONE  | of a tool: raises Dropped   |
-    | DONE, FAILED | raises RuntimeError | nothing             | nothing                     |
+    | DONE, FAILED | Reader.feed raises  | nothing             | nothing                     |
 
     Promises: message_start once and first; block indexes 0, 1, 2 ...; one block open at a time;
     message_delta, then message_stop, once and last; the input of a tool is one JSON object.
     """
 
-    def __init__(
-        self, message_id, model, scope="", input_tokens=0, tools=(), taken=(), new_id=None
-    ):
+    def __init__(self, message_id, model, new_id, scope="", input_tokens=0, tools=(), taken=()):
         self.message_id = message_id  # also the request_id of an error event
         self.model = model  # the name that the client is shown
         self.scope = scope  # whose reasoning it is: Profile.scope
         self.input_tokens = input_tokens  # an estimate, until the provider tells
         self.tools = dict(tools)  # {name sent to the provider: (the client's name, JSON schema)}
         self.taken = set(taken)  # tool ids that the conversation has used
-        self.new_id = new_id or (lambda: "%d" % len(self.taken))  # -> a fresh part of an id
+        self.new_id = new_id  # () -> a fresh part of an id
         self.head = {}  # fields of message_start that the provider sent itself
         self.state = IDLE
         self.content = False  # real content went out: nothing is tried again
@@ -3807,7 +3791,7 @@ class MessageWriter:
         self.thought = []  # thinking text, for memory
         self.said = []  # text while there are details, for memory
         self.details = []  # opaque reasoning that must go back: OpenRouter's reasoning_details
-        self.signed = ""  # JSON of the details that the last signature carried
+        self.signed = "[]"  # JSON of the details that the last signature carried
         self.memory = {}  # {tool id, or text_key: what to remember}, see normalize; after finish()
 
     def start(self):
@@ -3815,21 +3799,22 @@ class MessageWriter:
         if self.state != IDLE:
             return
         self.state = OPEN
-        told = as_dict(self.head.get("usage"))
-        counted = {"input_tokens": self.input_tokens, "output_tokens": 0}
-        usage = dict(counted, **told) if told else zero_usage(self.input_tokens)
-        message = {"id": self.message_id, "type": "message", "role": "assistant"}
-        message.update({"stop_reason": None, "stop_sequence": None}, **self.head)
-        message.update(model=self.model, content=[], usage=usage)
+        usage = dict(token_usage(self.input_tokens), **as_dict(self.head.get("usage")))
+        message = {
+            "id": self.message_id,
+            "type": "message",
+            "role": "assistant",
+            "stop_reason": None,
+            "stop_sequence": None,
+        }
+        message.update(self.head, model=self.model, content=[], usage=usage)
         yield {"type": "message_start", "message": message}
 
     def open_block(self, block, signing=False):
         """Close what is open and open a block. signing: it is thinking, and its end is signed."""
-        if self.state in ENDED:
-            raise RuntimeError("a block after the end")
         yield from self.start()
         yield from self.close_block()
-        self.kind, self.index, self.signing = str(block["type"]), self.index + 1, signing
+        self.kind, self.index, self.signing = block["type"], self.index + 1, signing
         yield start_event(self.index, block)
 
     def close_block(self):
@@ -3844,13 +3829,13 @@ class MessageWriter:
     def sign(self, state):
         """The signature_delta with state, and with the opaque reasoning so far."""
         self.signing = False
-        if self.details:
-            state, self.signed = dict(state, details=self.details), compact_json(self.details)
-        return signature_event(self.index, write_state(self.scope, state))
+        self.signed = compact_json(self.details)
+        state = dict(state, details=self.details) if self.details else state
+        return delta_event(self.index, SIGNATURE, write_state(self.scope, state))
 
     def has_unsigned(self):
         """Whether there is opaque reasoning that no signature carries yet."""
-        return bool(self.details) and compact_json(self.details) != self.signed
+        return compact_json(self.details) != self.signed
 
     def carry(self, state):
         """An empty thinking block whose signature carries state: the client echoes it as it is."""
@@ -3882,7 +3867,7 @@ class MessageWriter:
             self.said.append(text)
         elif kind == "thinking" and self.written < MAX_THOUGHT:
             self.thought.append(text)
-        yield delta_event(self.index, kind, text)
+        yield delta_event(self.index, BLOCKS[kind], text)
 
     def idle(self):
         """Something that the client counts as life after minutes of pings: an empty delta, in a
@@ -3890,13 +3875,13 @@ class MessageWriter:
         pings or comments, and asks again without a stream (seen with 2.1.330)."""
         if self.kind not in ("thinking", "tool_use"):
             yield from self.open_block(empty_block("thinking"), signing=True)
-        yield delta_event(self.index, self.kind, "")
+        yield delta_event(self.index, BLOCKS[self.kind], "")
 
     def fresh(self):
         """A writer for another try, which goes on where this one's message stands: message_start,
         and perhaps a sign of life, have gone out in the silence."""
-        new = MessageWriter(self.message_id, self.model, self.scope, self.input_tokens, self.tools)
-        for name in ("taken", "new_id", "state", "kind", "index", "signing"):
+        new = MessageWriter(self.message_id, self.model, self.new_id, tools=self.tools)
+        for name in ("scope", "input_tokens", "taken", "state", "kind", "index", "signing"):
             setattr(new, name, getattr(self, name))
         return new
 
@@ -3931,9 +3916,9 @@ class MessageWriter:
         """Open the block of a call, if it is not, and send the fragments that waited for it."""
         if call.stream is None:
             yield from self.open_call(call)
-        waiting, call.waiting = call.waiting, []
-        for fragment in waiting:
-            yield from self.arguments(call.stream.feed(fragment))
+        text = "".join(map(call.stream.feed, call.waiting))
+        call.waiting = []
+        yield from self.arguments(text)
 
     def end_call(self, call, cut):
         """The rest of a call's input, and what is to be remembered of it. cut: it may be half."""
@@ -3954,41 +3939,39 @@ class MessageWriter:
         if call.google or (self.has_unsigned() and self.kind != "thinking"):
             google = {"google": {call.client_id: call.google}} if call.google else {}
             yield from self.carry(google)
-        block = dict(call.fields, **empty_block("tool_use", id=call.client_id, name=name))
         self.content = True
-        yield from self.open_block(block)
+        own = empty_block("tool_use", id=call.client_id, name=name)
+        yield from self.open_block(dict(call.fields, **own))
 
     def offered_tool(self, name):
         """(the client's name, schema) of a tool that the model named; a wrong case is forgiven
         where only one tool fits. A name that no tool has goes on: the client tells the model so."""
-        if name in self.tools:
-            return self.tools[name]
-        fits = [tool for other, tool in self.tools.items() if other.lower() == name.lower()]
-        return fits[0] if len(fits) == 1 else (name, {})
+        fits = [other for other in self.tools if other.lower() == name.lower()]
+        return self.tools.get(fits[0] if len(fits) == 1 else name, (name, {}))
 
     def arguments(self, text):
         """A piece of the open call's input."""
         if text:
             self.written += len(text)
-            yield delta_event(self.index, "tool_use", text)
+            yield delta_event(self.index, BLOCKS["tool_use"], text)
 
     # -- the end
 
-    def finish(self, stop_reason, stop_sequence, usage, event=()):
-        """The last events. event: a provider's own message_delta, whose other fields go along."""
+    def finish(self, stop_reason, stop_sequence, usage, event):
+        """The last events. event: a provider's own message_delta, whose other fields go along, or
+        {}."""
         if self.state in ENDED:
             return
         yield from self.advance(ending=True)
-        late, self.late = self.late, []
-        for kind, text in late:
+        for kind, text in self.late:
             yield from self.say(kind, text)
         yield from self.start()
         yield from self.close_block()
         self.state = DONE
         self.keep_memory()
-        event = dict({"type": "message_delta"}, **dict(event))
         ends = {"stop_reason": stop_reason, "stop_sequence": stop_sequence}
-        yield dict(event, delta=dict(as_dict(event.get("delta")), **ends), usage=usage)
+        delta = dict(as_dict(event.get("delta")), **ends)
+        yield dict(event, type="message_delta", delta=delta, usage=usage)
         yield {"type": "message_stop"}
 
     def keep_memory(self):
@@ -4072,14 +4055,15 @@ class ChatReader(Reader):
     """
 
     def __init__(self, writer, profile):
-        Reader.__init__(self, writer, profile)
+        super().__init__(writer, profile)
         self.reason = ""  # finish_reason
         self.stopped_at = None  # the stop sequence that matched
         self.heard = False  # something of an answer came
         self.tags = ThinkTags()
         schemas = {name: schema for name, (_, schema) in writer.tools.items()}
-        kinds = ("text", "thinking") if schemas else ()
-        self.scanners = {kind: TextCalls(schemas) for kind in kinds}  # for calls written as text
+        self.scanners = {  # for calls written as text
+            kind: TextCalls(schemas) for kind in ("text", "thinking") if schemas
+        }
 
     def read(self, chunk):
         """Events for one chunk. Raises UpstreamError for an error in it.
@@ -4093,12 +4077,12 @@ class ChatReader(Reader):
                 raise error
         fresh = not self.writer.content  # MiniMax ends with the whole message again
         usage = chunk.get("usage") or as_dict(chunk.get("x_groq")).get("usage")
-        for choice in as_list(chunk.get("choices")):
-            choice = as_dict(choice)
+        for choice in map(as_dict, as_list(chunk.get("choices"))):
             delta = choice.get("delta")
-            if not isinstance(delta, dict):
-                delta = as_dict(choice.get("message")) if fresh and delta is None else {}
-            yield from self.feed_delta(delta)
+            if delta is None and fresh:
+                delta = choice.get("message")
+            if isinstance(delta, dict):
+                yield from self.feed_delta(delta)
             if choice.get("finish_reason"):
                 self.note_finish(choice)
             usage = usage or choice.get("usage")  # Moonshot
@@ -4107,9 +4091,11 @@ class ChatReader(Reader):
 
     def feed_delta(self, delta):
         """Reasoning, then text, then calls: the order in which they belong together."""
-        text = delta.get("content")
-        if len(delta) == 1 and isinstance(text, str) and self.is_plain(text):
-            yield from self.writer.say("text", text)  # the hot path of text
+        text, writer = delta.get("content"), self.writer
+        is_open = writer.kind == "text" and self.tags.done and not writer.calls
+        is_plain = is_open and len(delta) == 1 and isinstance(text, str)
+        if is_plain and not self.must_scan("text", text):
+            yield from writer.say("text", text)  # the hot path of text
             return
         if not REASONING_FIELDS.keys().isdisjoint(delta):
             yield from self.feed_reasoning(delta)
@@ -4117,28 +4103,25 @@ class ChatReader(Reader):
             yield from self.feed_text(text)
         if delta.get("tool_calls") or delta.get("function_call") or delta.get("refusal"):
             piece = self.plain_fragment(delta)
-            yield from self.feed_rare(delta) if piece is None else self.writer.arguments(piece)
+            yield from self.feed_rare(delta) if piece is None else writer.arguments(piece)
 
-    def is_plain(self, text):
-        """Whether text goes on in the open block without a look at what it says."""
-        writer = self.writer
-        if writer.kind != "text" or writer.calls or not self.tags.done:
-            return False
-        scanner = self.scanners.get("text")
-        return scanner is None or not (scanner.held or scanner.TRIGGER(text))
+    def must_scan(self, kind, text):
+        """Whether text may hold a call, or a part of one."""
+        scanner = self.scanners.get(kind)
+        return scanner is not None and (scanner.held or scanner.TRIGGER(text))
 
     def plain_fragment(self, delta):
         """What a delta adds to the input of the open call, where it holds nothing else; else None.
         The hot path of tool input: hundreds of fragments a call, with a look at nothing else."""
-        call = self.writer.calls[-1] if self.writer.calls else None
-        if call is None or call.closed or not call.stream:
-            return None
         try:
+            call = self.writer.calls[-1]
             text = delta["tool_calls"][0]["function"]["arguments"]
         except (LookupError, TypeError):
             return None
         plain = {"tool_calls": [{"index": call.key, "function": {"arguments": text}}]}
-        return call.stream.feed(text) if isinstance(text, str) and delta == plain else None
+        is_live = call.stream and not call.closed
+        is_plain = is_live and isinstance(text, str) and delta == plain
+        return call.stream.feed(text) if is_plain else None
 
     def feed_reasoning(self, delta):
         """Reasoning from the first field that holds any (chutes.ai sends the same in two); opaque
@@ -4165,28 +4148,25 @@ class ChatReader(Reader):
         {"thinking": string}.
         """
         if isinstance(content, str):
-            for kind, piece in ([("text", content)] if self.tags.done else self.tags.feed(content)):
+            for kind, piece in self.tags.feed(content):
                 yield from self.scan(kind, piece)
         for part in map(as_dict, as_list(content)):
             inner = part.get("thinking")
-            if isinstance(inner, list):
-                inner = "".join(str(as_dict(piece).get("text") or "") for piece in inner)
-            if inner or part.get("type") == "thinking":
-                yield from self.scan("thinking", inner)
-            elif isinstance(part.get("text"), str):
-                yield from self.feed_text(part["text"])
+            for thought in [as_dict(piece).get("text") for piece in as_list(inner)] or [inner]:
+                yield from self.scan("thinking", thought)
+            if not inner and part.get("type") != "thinking":
+                yield from self.feed_text(as_str(part.get("text")))
 
     def scan(self, kind, text):
         """Text or thinking, looked through for calls written as text."""
-        if not text or not isinstance(text, str):
+        if not as_str(text):
             return
-        self.heard = self.heard or bool(text.strip())
+        self.heard = self.heard or not text.isspace()
         yield from self.flush_scanners(kind)
-        scanner = self.scanners.get(kind)
-        if scanner is None or not (scanner.held or scanner.TRIGGER(text)):
-            yield from self.writer.say(kind, text)
+        if self.must_scan(kind, text):
+            yield from self.tell_found(kind, self.scanners[kind].feed(text))
         else:
-            yield from self.tell_found(kind, scanner.feed(text))
+            yield from self.writer.say(kind, text)
 
     def flush_scanners(self, kind=""):
         """What the scanners of other kinds still hold: it came before what comes now."""
@@ -4208,10 +4188,10 @@ class ChatReader(Reader):
         text, and the stop reason says so)."""
         yield from self.flush_scanners()
         self.heard = True
-        older = {"index": 0, "function": as_dict(delta.get("function_call"))}
-        calls = as_list(delta.get("tool_calls")) + [older] * bool(older["function"])
-        for call in filter(None, map(as_dict, calls)):
+        for call in filter(None, map(as_dict, as_list(delta.get("tool_calls")))):
             self.feed_call(call)
+        if as_dict(delta.get("function_call")):
+            self.feed_call({"index": 0, "function": delta["function_call"]})
         yield from self.writer.advance()
         if as_str(delta.get("refusal")):
             self.reason = "content_filter"
@@ -4239,24 +4219,24 @@ class ChatReader(Reader):
         """
         call_id, calls = as_str(call_id), self.writer.calls
         if isinstance(index, int):
-            found = next((call for call in reversed(calls) if call.key == index), None)
+            fits = [call for call in calls if call.key == index]
         else:
-            found = next((call for call in calls if call_id and call.id == call_id), None)
-            found = found or (calls[-1] if calls and not (call_id and name) else None)
-        if found is None or name and self.is_another(found, call_id, name, fragment):
+            fits = [call for call in calls if call_id and call.id == call_id]
+            fits = fits or ([] if call_id and name else calls)
+        if not fits or name and self.is_another(fits[-1], call_id, name, fragment):
             return self.writer.add_call(index, call_id)
-        found.id = found.id or call_id
-        return found
+        fits[-1].id = fits[-1].id or call_id
+        return fits[-1]
 
     @staticmethod
     def is_another(call, call_id, name, fragment):
         """Whether a delta with a name begins a call of its own, though it points at `call`."""
         if call_id:
-            return bool(call.id) and call_id != call.id
+            return call.id not in ("", call_id)
         if name != call.name:
-            return bool(call.name)
-        more = fragment and str(fragment).strip()
-        return bool(more) and call.arguments().strip() != "{}" and call.is_whole()
+            return call.name != ""
+        more = str(fragment or "").strip()
+        return more and call.arguments().strip() != "{}" and call.is_whole()
 
     def note_finish(self, choice):
         """Remember why it ended; the stop reason waits for the end, as usage often comes after it,
@@ -4268,10 +4248,11 @@ class ChatReader(Reader):
             status, sentence = FINISH_ERRORS[reason]
             raise UpstreamError(sentence, status, retry=True)
         self.ended = True
-        self.reason = self.reason if self.reason == "content_filter" else reason
+        if self.reason != "content_filter":
+            self.reason = reason
         self.writer.cut = STOP_REASONS.get(self.reason) == "max_tokens"
-        if isinstance(choice.get("stop_reason"), str):  # vLLM names the stop sequence that matched
-            self.stopped_at = choice["stop_reason"]
+        # vLLM names the stop sequence that matched.
+        self.stopped_at = as_str(choice.get("stop_reason")) or self.stopped_at
 
     def done(self):
         """The provider's [DONE]: what came is whole even without a finish reason. By itself it is
@@ -4280,7 +4261,7 @@ class ChatReader(Reader):
         The other way round, a finish reason without [DONE] is a whole reply too; with neither it
         was cut, and must not look like the end of a turn: Claude Code would take half an answer.
         """
-        self.ended = self.ended or self.heard or bool(self.raw_usage)
+        self.ended = self.ended or self.heard or self.raw_usage != {}
 
     def end(self):
         """The last events: what was held back, then the writer's own."""
@@ -4291,13 +4272,13 @@ class ChatReader(Reader):
         for kind, text in self.tags.finish():
             yield from self.scan(kind, text)
         yield from self.flush_scanners()
-        if writer.calls and not writer.content and not any(call.name for call in writer.calls):
+        yield from writer.advance(ending=True)
+        if writer.calls and not writer.content:
             nameless = "The model made a tool call without a name."
             raise UpstreamError(nameless, kind="sampling", retry=True)
-        yield from writer.advance(ending=True)
         reason = self.stop_reason()
-        stopped_at = self.stopped_at if reason in ("stop_sequence", "max_tokens") else None
-        yield from writer.finish(reason, stopped_at, self.usage())
+        stopped_at = self.stopped_at if reason == "stop_sequence" else None
+        yield from writer.finish(reason, stopped_at, self.usage(), {})
 
     def stop_reason(self):
         """Anthropic's stop reason. Any call makes it tool_use, whatever the provider says (Gemini
@@ -4306,7 +4287,7 @@ class ChatReader(Reader):
             return "max_tokens"
         if any(call.client_id for call in self.writer.calls):
             return "tool_use"
-        if self.stopped_at is not None:
+        if self.stopped_at:
             return "stop_sequence"
         return STOP_REASONS.get(self.reason, "end_turn")
 
@@ -4317,27 +4298,24 @@ class ChatReader(Reader):
         cached_tokens, OpenRouter cache_write_tokens, DashScope created_cache_tokens; relays of
         Claude use Anthropic's own. xAI counts reasoning apart, all others inside the completion.
         """
-        told, writer = dict(self.raw_usage), self.writer
+        told = dict(self.raw_usage)
+
+        def count(*names):
+            return positive_int(told, *names)
+
         for group in ("prompt_tokens_details", "completion_tokens_details"):
             told.update(item for item in as_dict(told.get(group)).items() if item[1])
-        prompt = positive_int(told, "prompt_tokens", "input_tokens") or writer.input_tokens
-        output = positive_int(told, "completion_tokens", "output_tokens")
-        read = positive_int(
-            told, "cached_tokens", "prompt_cache_hit_tokens", "cache_read_input_tokens"
-        )
-        made = positive_int(
-            told, "cache_write_tokens", "created_cache_tokens", "cache_creation_input_tokens"
-        )
-        thought = positive_int(told, "reasoning_tokens")
-        if thought and positive_int(told, "total_tokens") == prompt + output + thought:
+        prompt = count("prompt_tokens", "input_tokens") or self.writer.input_tokens
+        output = count("completion_tokens", "output_tokens")
+        read = count("cached_tokens", "prompt_cache_hit_tokens", "cache_read_input_tokens")
+        made = count("cache_write_tokens", "created_cache_tokens", "cache_creation_input_tokens")
+        thought = count("reasoning_tokens")
+        if thought and count("total_tokens") == prompt + output + thought:
             output += thought
+        if not told:
+            output = (self.writer.written + 3) // 4
         rest = prompt - read - made  # below 0: this prompt count leaves the cached part out
-        return dict(
-            zero_usage(rest if rest >= 0 else prompt),
-            cache_creation_input_tokens=made,
-            cache_read_input_tokens=read,
-            output_tokens=output if told else (writer.written + 3) // 4,
-        )
+        return token_usage(rest if rest >= 0 else prompt, made, read, output)
 
 
 # A finish_reason of relays of Anthropic's models, and of Z.ai's GLM-5. It is a stop reason of
@@ -4361,9 +4339,9 @@ def keep_detail(details, part):
         details.append(dict(part))
         return
     for key, value in part.items():
-        if key in ("text", "summary") and isinstance(value, str) and isinstance(last.get(key), str):
-            last[key] += value
-        elif value is not None:
+        if key in ("text", "summary") and isinstance(value, str):
+            value = as_str(last.get(key)) + value
+        if value is not None:
             last[key] = value
 
 
@@ -4403,37 +4381,33 @@ class MessagesReader(Reader):
         """An event about a block; what belongs to no open block is dropped."""
         writer, block, delta = self.writer, event.get("content_block"), event.get("delta")
         if kind == "content_block_start" and isinstance(block, dict):
-            yield from self.end_block()
+            yield from writer.advance(ending=True)
             if block.get("type") == "tool_use":
-                yield from self.begin_call(event.get("index"), block)
+                yield from self.begin_call(block)
             else:
                 writer.content = True
                 yield from writer.open_block(dict(block, type=str(block.get("type") or "text")))
         elif kind == "content_block_stop":
-            yield from self.end_block()
+            yield from writer.advance(ending=True)  # a tool's input is first made whole
+            yield from writer.close_block()
         elif kind == "content_block_delta" and writer.kind and isinstance(delta, dict):
             if writer.kind == "tool_use" and delta.get("type") == "input_json_delta":
                 text = as_str(delta.get("partial_json"))
                 yield from writer.arguments(writer.calls[-1].stream.feed(text))
             else:
-                same = event.get("index") == writer.index
-                yield event if same else dict(event, index=writer.index)
+                event["index"] = writer.index  # no copy: a payload is parsed for us alone
+                yield event
         elif not kind.startswith("content_block"):
             yield from writer.start()
             yield event
 
-    def begin_call(self, index, block):
+    def begin_call(self, block):
         """Open a tool's block; a few servers put its whole input there."""
         name = str(block.get("name") or "tool")
-        call = self.writer.add_call(index, as_str(block.get("id")), name, block)
+        call = self.writer.add_call(None, as_str(block.get("id")), name, block)
         if block.get("input"):
             call.waiting.append(compact_json(block["input"]))
         yield from self.writer.advance()
-
-    def end_block(self):
-        """Close the open block; a tool's input is first made whole."""
-        yield from self.writer.advance(ending=True)
-        yield from self.writer.close_block()
 
     def idle(self):
         """A sign of life inside the provider's own block, as an empty delta where its kind has
@@ -4441,7 +4415,7 @@ class MessagesReader(Reader):
         row = BLOCKS.get(self.writer.kind)
         if not self.writer.kind:
             return self.writer.idle()
-        return [delta_event(self.writer.index, self.writer.kind, "") if row and row.delta else PING]
+        return [delta_event(self.writer.index, row, "") if row and row.delta else PING]
 
     def end(self):
         """The last events, with what the provider's message_delta says beside the stop reason."""
@@ -4451,7 +4425,7 @@ class MessagesReader(Reader):
 
     def usage(self):
         """Anthropic's usage; the estimate where the provider tells no input."""
-        usage = {name: positive_int(self.raw_usage, name) for name in zero_usage()}
+        usage = {name: positive_int(self.raw_usage, name) for name in token_usage()}
         if not usage["input_tokens"] + usage["cache_read_input_tokens"]:
             usage["input_tokens"] = self.writer.input_tokens
         return usage
@@ -4460,22 +4434,15 @@ class MessagesReader(Reader):
 FORMATS = {
     row.name: row
     for row in (
-        Format(
-            "chat",
-            path="/chat/completions",
-            models_path="/models",
-            headers=chat_headers,
-            write=write_chat,
-            reader=ChatReader,
-        ),
+        Format("chat", "/chat/completions", "/models", chat_headers, write_chat, ChatReader),
         Format(
             "anthropic",
-            path="/v1/messages",
-            models_path="/v1/models",
+            "/v1/messages",
+            "/v1/models",
+            anthropic_headers,
+            write_anthropic,
+            MessagesReader,
             count_path="/v1/messages/count_tokens",
-            headers=anthropic_headers,
-            write=write_anthropic,
-            reader=MessagesReader,
             relays=True,
         ),
     )
@@ -4512,15 +4479,15 @@ def fold(events):
     Raises UpstreamError for an error event. fold(unfold(message)) is the message again, under
     fresh tool ids if unfold is given new_id.
     """
-    message, blocks, pieces = {}, {}, {}
+    message, blocks = {}, {}  # {index: (block, its pieces)}
     for event in events:
         kind, index = event["type"], event.get("index")
         if kind == "message_start":
             message = dict(event["message"], usage=dict(as_dict(event["message"].get("usage"))))
         elif kind == "content_block_start":
-            blocks[index], pieces[index] = dict(event["content_block"]), {}
+            blocks[index] = dict(event["content_block"]), {}
         elif kind == "content_block_delta":
-            add_delta(blocks[index], event["delta"], pieces[index])
+            add_delta(*blocks[index], event["delta"])
         elif kind == "message_delta":
             message.update(event["delta"])
             message["usage"].update(event["usage"])
@@ -4528,11 +4495,11 @@ def fold(events):
             error = event["error"]
             status = 529 if error["type"] == "overloaded_error" else 502
             raise UpstreamError(error["message"], status, error["type"])
-    message["content"] = [finish_block(blocks[index], pieces[index]) for index in sorted(blocks)]
+    message["content"] = [finish_block(*blocks[index]) for index in sorted(blocks)]
     return message
 
 
-def add_delta(block, delta, pieces):
+def add_delta(block, pieces, delta):
     """Put one delta into a block; strings go to pieces, {field: [str]}, to be joined once. That a
     kind of block or delta is not known makes no difference."""
     for field, value in delta.items():
@@ -4547,10 +4514,9 @@ def add_delta(block, delta, pieces):
 def finish_block(block, pieces):
     """A block with its pieces joined; tool input that is not a JSON object is told in the client's
     own form for that."""
-    pieces = {field: "".join(parts) for field, parts in pieces.items()}
-    written = pieces.pop("partial_json", "")
-    for field, text in pieces.items():
-        block[field] = str(block.get(field) or "") + text
+    for field, parts in pieces.items():
+        block[field] = str(block.get(field) or "") + "".join(parts)
+    written = block.pop("partial_json", "")
     if written:
         parsed = json_or_none(written)
         unparsed = {"__unparsedToolInput": {"raw": written, "len": len(written)}}
@@ -4574,18 +4540,15 @@ def unfold(message, new_id=None):
 
 def unfold_block(index, block):
     """The events of one finished block, as its row of BLOCKS says."""
-    kind = str(block.get("type"))
-    row = BLOCKS.get(kind)
-    if row and row.delta:
-        yield start_event(index, dict(block, **row.empty))
-        value = block.get(row.field)
-        value = compact_json(value or {}) if row.field == "input" else value
-        if value:
-            yield delta_event(index, kind, value)
-        if block.get("signature"):
-            yield signature_event(index, block["signature"])
-    else:
-        yield start_event(index, block)
+    row = BLOCKS.get(str(block.get("type"))) or BlockKind({})
+    yield start_event(index, dict(block, **row.empty))
+    value = block.get(row.field)
+    if row.field == "input":
+        value = compact_json(value or {})
+    if row.delta and value:
+        yield delta_event(index, row, value)
+    if row.delta and block.get("signature"):
+        yield delta_event(index, SIGNATURE, block["signature"])
     yield stop_event(index)
 
 
@@ -4595,14 +4558,14 @@ def unfold_block(index, block):
 
 FIELD_PATTERNS = (
     # Field names in "no such field" errors, as the providers word them.
-    r"Unrecognized request arguments? supplied: ([\w, ]+)",  # OpenAI, Azure
-    r"property '(?:body\.)?([\w.]+)' is unsupported",  # Groq, Cerebras
+    # OpenAI and Azure, NVIDIA NIM
+    r"(?:Unrecognized request arguments? supplied|Unsupported parameter\(s\)): ([\w, `']+)",
+    r"property '([\w.]+)' is unsupported",  # Groq, Cerebras
     r'Unknown name \\*"(\w+)\\*"',  # Gemini
-    r"Unsupported parameter\(s\): ([\w, `']+)",  # NVIDIA NIM
     r"""["']?loc["']?:\s*[\[(]\s*["']body["'],\s*["'](\w+)""",  # FastAPI: Mistral, NIM
-    r"Extra inputs are not permitted, field: '(\w+)'",  # Fireworks
+    # Fireworks, xAI
+    r"(?:Extra inputs are not permitted, field|Argument not supported on this model): '?(\w+)",
     r"Unsupported (?:parameter|value): '([\w.\[\]]+)'",  # OpenAI's reasoning models
-    r"Argument not supported on this model: (\w+)",  # xAI
     r"does not support (?:the )?parameters?:? \[?['`\"]?(\w+)",  # xAI, Copilot
     r"Unexpected fields in the request: \{([^}]+)\}",
     r"invalid (temperature|top_p): only",  # Kimi
@@ -4639,7 +4602,7 @@ def learn(error, profile, body, sent):
     body: the normalized request; sent: the same as the format wrote it, whose field names the
     provider's words use.
     """
-    if error.kind not in ("request", "size", "sampling", "policy") or not error.text:
+    if error.kind not in ("request", "size", "sampling", "policy"):
         return {}
     for words, lesson in LESSON_RULES:
         found = re.search(words, error.text, re.I)
@@ -4652,23 +4615,20 @@ def learn(error, profile, body, sent):
     return {}
 
 
-def never_send(profile, *fields):
-    """The lesson that these fields of a request are not sent any more; {} for no field."""
-    return {"never": profile.never + fields} if fields else {}
+def never_send(profile, fields):
+    """The lesson that these fields of a request are not sent any more; {} for none that could be
+    left out."""
+    free = tuple(field for field in fields if field not in ESSENTIAL)
+    return {"never": profile.never + free} if free else {}
 
 
 def named_fields(text):
-    """Names of request fields that an error complains of, in snake case (Gemini's are in camel)."""
-    found = []
-    for pattern in FIELD_PATTERNS:
-        for match in re.findall(pattern, text, re.I):
-            found += re.findall(r"[\w.]+", match)
-    return list(dict.fromkeys(name if name.isupper() else snake_case(name) for name in found))
-
-
-def snake_case(name):
-    """maxTokens as max_tokens."""
-    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
+    """Names of request fields that an error complains of, without the fields around them, in snake
+    case (Gemini's are in camel)."""
+    found = [names for pattern in FIELD_PATTERNS for names in re.findall(pattern, text, re.I)]
+    in_snake_case = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", " ".join(found)).lower()
+    paths = re.findall(r"[\w.]+", in_snake_case)
+    return dict.fromkeys(path.rpartition(".")[2] for path in paths)
 
 
 def learn_betas(found, profile, body, sent):
@@ -4679,7 +4639,7 @@ def learn_betas(found, profile, body, sent):
 def learn_named(found, profile, body, sent):
     """The field that the words name, wherever it stands in the request."""
     field = found.group(1)
-    return never_send(profile, field) if '"%s"' % field in compact_json(sent) else {}
+    return never_send(profile, [field] if '"%s"' % field in compact_json(sent) else [])
 
 
 def learn_no_thinking(found, profile, body, sent):
@@ -4692,11 +4652,9 @@ def learn_no_thinking(found, profile, body, sent):
 def learn_thinking(found, profile, body, sent):
     """A field that asks for thinking is named and called wrong, or thinking itself is."""
     asked = [field for field in THINKING_FIELDS if field in sent]
-    no_thinking = r"not support (?:thinking|reasoning)|(?:thinking|reasoning) is not"
-    named = re.search(r"\b(?:%s)\b" % "|".join(asked), found.string)
-    if asked and (named or re.search(no_thinking, found.string, re.I)):
-        return {"reasoning": "", "effort_with_tools": ""}
-    return {}
+    telling = r"\b(?:%s)\b|not support (?:thinking|reasoning)|(?:thinking|reasoning) is not"
+    refused = asked and re.search(telling % "|".join(asked), found.string, re.I)
+    return {"reasoning": "", "effort_with_tools": ""} if refused else {}
 
 
 def learn_reasoning(found, profile, body, sent):
@@ -4714,9 +4672,8 @@ def learn_choice(found, profile, body, sent):
     """A forced tool choice that the provider refuses becomes auto: thinking models take no other
     (Qwen, Kimi), and vLLM without a parser takes none."""
     choice = sent.get("tool_choice")
-    keeps_none = choice not in ("none", {"type": "none"})
-    forms = tuple(form for form in profile.tool_choice if form == "none" and keeps_none)
-    return {"tool_choice": forms} if choice else {}
+    keeps_none = "none" in profile.tool_choice and choice not in ("none", {"type": "none"})
+    return {"tool_choice": ("none",) if keeps_none else ()} if choice else {}
 
 
 def learn_max_tools(found, profile, body, sent):
@@ -4764,18 +4721,17 @@ def learn_fields(found, profile, body, sent):
     """
     changes, refused = {}, []
     for name in named_fields(found.string):
-        last = name.rsplit(".", 1)[-1]
-        if name.startswith("ANTHROPIC_"):
+        if name.startswith("anthropic_"):
             changes["strict"] = True
-        elif last in OTHER_LIMIT and last in sent:
-            changes["max_tokens"] = OTHER_LIMIT[last]
-        elif last in REASONING_FIELDS and last not in sent:
+        elif name in OTHER_LIMIT and name in sent:
+            changes["max_tokens"] = OTHER_LIMIT[name]
+        elif name in sent:
+            refused.append(name)
+        elif name in REASONING_FIELDS:
             changes["reasoning_field"] = ""
-        elif last in SCHEMA_WORDS and last not in sent and last not in profile.schema:
-            changes["schema"] = profile.schema + (last,)
-        elif last in sent and last not in ESSENTIAL:
-            refused.append(last)
-    return dict(changes, **never_send(profile, *refused))
+        elif name in SCHEMA_WORDS and name not in profile.schema:
+            changes["schema"] = profile.schema + (name,)
+    return dict(changes, **never_send(profile, refused))
 
 
 def learn_schema(found, profile, body, sent):
@@ -4785,17 +4741,15 @@ def learn_schema(found, profile, body, sent):
     words = re.findall(r"['\"`\[]\$?(%s)['\"`\]]" % "|".join(SCHEMA_WORDS), found.string)
     if re.search(r"regex|look-?(?:ahead|behind|around)", found.string, re.I):
         words = ["pattern"]
-    new = tuple(word for word in dict.fromkeys(words) if word not in profile.schema)
-    return {"schema": profile.schema + new} if sent.get("tools") else {}
+    known = tuple(dict.fromkeys([*profile.schema, *words]))
+    return {"schema": known} if sent.get("tools") else {}
 
 
 def learn_any_field(found, profile, body, sent):
     """Last resort: a field of ours that the text names in quotes and calls wrong in some way."""
-    free = (field for field in sent if field not in ESSENTIAL + (profile.max_tokens,))
-    quoted = r"['\"`(\[]%s\b"
-    return never_send(
-        profile, *(field for field in free if re.search(quoted % re.escape(field), found.string))
-    )
+    quoted = re.findall(r"['\"`(\[](\w+)", found.string)
+    free = omit(sent, [profile.max_tokens])
+    return never_send(profile, [field for field in free if field in quoted])
 
 
 OTHER_LIMIT = {
@@ -4817,15 +4771,20 @@ LESSON_RULES = (
     (r"thought_signature", {"reasoning_field": "google", "placeholder": GEMINI_SKIP}),
     (r"Unexpected role 'user' after role 'tool'", {"user_after_tool": False}),  # Mistral
     (r"must be a-z, A-Z, 0-9, with a length of 9", {"tool_ids": "nine"}),  # Mistral
-    (r"system.{0,30}role.{0,30}(?:not supported|not enabled|unsupported)", {"system_role": False}),
-    (r"role: system|Developer instruction is not enabled", {"system_role": False}),  # Gemma
+    (
+        r"system.{0,30}role.{0,30}(?:not supported|not enabled|unsupported)|role: system"
+        r"|Developer instruction is not enabled",  # Gemma
+        {"system_role": False},
+    ),
     # "parameter.enable_thinking must be set to false for non-streaming calls" (DashScope)
     (r"enable_thinking must be set to false", learn_no_thinking),
     (r"cannot be disabled when (reasoning_effort)", learn_named),  # DeepSeek, of thinking
     (REFUSED, learn_thinking),
     # "The reasoning_content in the thinking mode must be passed back to the API." (DeepSeek, MiMo)
-    (r"reasoning_content.{0,80}(?:passed back|missing)", learn_reasoning),
-    (r"missing.{0,20}reasoning_content", learn_reasoning),
+    (
+        r"reasoning_content.{0,80}(?:passed back|missing)|missing.{0,20}reasoning_content",
+        learn_reasoning,
+    ),
     (r"tool[_ ]choice", learn_choice),
     # "Invalid 'tools': array too long. Expected an array with maximum length 128" (OpenAI)
     (r"maximum (?:number of items is|length) (\d+)", learn_max_tools),
@@ -4857,30 +4816,29 @@ def room_after(error, profile, size):
 
 LESSON_WORDS = {
     # profile field: its lesson as a sentence, for the log and the status page
-    "never": "not sent: %s",
-    "schema": "left out of tool schemas: %s",
+    "never": "not sent: {}",
+    "schema": "left out of tool schemas: {}",
     "strict": "unknown fields are refused; the disguise is not attached",
     "untouched": "takes no system turns",
-    "max_tokens": "the output limit is called %s",
-    "density": "counts up to %s tokens a byte",
-    "max_output": "at most %s output tokens",
-    "context": "the context window has %s tokens",
+    "max_tokens": "the output limit is called {}",
+    "density": "counts up to {} tokens a byte",
+    "max_output": "at most {} output tokens",
+    "context": "the context window has {} tokens",
     "images": "takes no images",
     "files": "takes no PDF files",
-    "reasoning_field": "reasoning goes back as: %s",
-    "placeholder": "missing reasoning is replaced by: %s",
-    "tool_choice": "tool choice beyond auto: %s",
+    "reasoning_field": "reasoning goes back as: {}",
+    "placeholder": "missing reasoning is replaced by: {}",
+    "tool_choice": "tool choice beyond auto: {}",
     "always_stream": "always asked for a stream",
     "user_after_tool": "takes no user message right after a tool message",
-    "tool_ids": "tool ids in the form: %s",
+    "tool_ids": "tool ids in the form: {}",
 }
 
 
 def lesson_text(field, value):
     """A lesson as a sentence."""
-    sentence = LESSON_WORDS.get(field, field + " is now %s")
     shown = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
-    return sentence % (shown,) if "%s" in sentence else sentence
+    return LESSON_WORDS.get(field, field + " is now {}").format(shown)
 
 
 def apply_lesson(profile, changes):
@@ -7087,7 +7045,7 @@ class Exchange:
 
         No tokens are counted, as none were used. new_id: for fresh call ids; None leaves them.
         """
-        told = {"id": "msg_" + self.id, "model": self.shown, "usage": zero_usage()}
+        told = {"id": "msg_" + self.id, "model": self.shown, "usage": token_usage()}
         yield from unfold(dict(message, **told), new_id)
         yield None
 
@@ -7153,10 +7111,10 @@ class Exchange:
         return MessageWriter(
             "msg_" + self.id,
             self.shown,
+            self.proxy.new_id,
             input_tokens=self.bytes_in // 4,
             tools=tool_names(self.body),
             taken=used_ids(self.body),
-            new_id=self.proxy.new_id,
         )
 
     def write_request(self, recall=None):
@@ -7303,7 +7261,7 @@ class Exchange:
 
         status: what the client got, 499 where it left; error: its text.
         """
-        usage = self.reader.usage() if self.reader and self.writer.content else zero_usage()
+        usage = self.reader.usage() if self.reader and self.writer.content else token_usage()
         row = {name: getattr(self, name) for name in ROW_FIELDS}
         row.update(
             time=self.proxy.now(),
