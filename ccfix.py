@@ -3550,6 +3550,9 @@ def sse_payloads(blocks):
                 yield event_payload(data, failed)
                 data, failed = [], False
         yield None
+    if data and is_whole_event(data[-1]):  # what is left is a line without its end
+        yield event_payload(data, failed)
+        data = []
     failed = read_other_line(to_string(b"".join(rest)).strip(), data, failed)
     if data[-1:] == ["[DONE]"] or json_or_none("\n".join(data)) is not None:
         yield event_payload(data, failed)

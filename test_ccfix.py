@@ -5830,6 +5830,7 @@ FRAMES = (
         ["a"],
     ),
     ("several data lines are one event", b"data: {\"a\":\ndata: 1}\n\n", ["{\"a\":\n1}"]),
+    ("the last line without its end", b"data: {}\ndata: [DONE]", ["{}", "[DONE]"]),
     (
         "a data line that only looks whole",
         b"data: {\"a\":{}\ndata: ,\"b\":{}}\n\n",
