@@ -8389,12 +8389,13 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
 #   list      joins strings; what is false, 0 or empty is left out, as is a count of 0
 #   readShare "input" leaves out what was read from the cache, as in Anthropic's usage
 #   memory    keeps the key: as long as the tab, or as the page where storage is forbidden
-#   call      the JSON of an answer; throws an Error with a message to show, and the status if
-#             there was one
-#   refresh   polls, but does not knock on with a wrong key: then it waits for the form
+#   call      the JSON of an answer; throws an Error with a message to show, and the status, if
+#             there was one, as its cause
+#   refresh   one poll. None begins while another lasts, while nobody looks at the page, or while
+#             the form waits for a key: it does not knock on with a wrong one
 #   copy      has no clipboard outside https and localhost: there it selects the text for the user
 #   PLOTS     title, format, top of the scale (0: the highest bar), and the parts of the bar of a
-#             minute: class, name, field of a row of stats.series
+#             minute: class, name, figure of a row of stats.series. The last wants a known cost
 #   COLUMNS   of the requests: title, class, cell. A phone leaves out what is "wide"
 #   DETAILS   what a click on a request shows, where there is something to show. Each request is
 #             a tbody of its own, which takes the details in
@@ -8436,7 +8437,7 @@ button, input, .card {
 button, input { padding: 5px 12px; color: inherit; font: inherit; }
 button { cursor: pointer; }
 button:hover { border-color: var(--accent); }
-h3, th, dt, small, button, input, pre, code, .soft { font-size: 13px; font-weight: 400; }
+h3, th, dt, small, button, input, pre, code, .soft, .changed { font-size: 13px; font-weight: 400; }
 h3, th, dt, small, .soft { color: var(--soft); }
 .accent { --dot: var(--accent); }
 .pale { --dot: var(--pale); }
@@ -8465,7 +8466,7 @@ h3, th, dt, small, .soft { color: var(--soft); }
 ul { padding: 0; list-style: none; }
 li, pre, .pairs { margin-top: 6px; }
 dl:empty { display: none; }
-dt + dd { font-size: 24px; font-weight: 600; }
+#tiles dt + dd { font-size: 24px; font-weight: 600; }
 svg {
   display: block; width: 100%; height: 72px; margin: 8px 0 4px;
   border-bottom: 1px solid var(--line);
@@ -8490,9 +8491,9 @@ thead:only-child::after { content: "No request yet."; display: block; padding: 7
 .detail td { padding-top: 0; border-top: 0; }
 .pairs { display: grid; grid-template-columns: fit-content(40%) 1fr; gap: 3px 16px; }
 .pairs div { display: contents; }
-.pairs dd { font: inherit; white-space: pre-wrap; }
+.pairs dd { white-space: pre-wrap; }
 .detail .pairs { margin: 0; padding: 10px 12px; border-radius: 6px; background: var(--page); }
-.changed { color: var(--accent); font-size: 13px; }
+.changed { color: var(--accent); }
 #message {
   position: fixed; inset: auto 20px 20px; width: fit-content; margin: 0 auto;
   border-radius: 8px; background: var(--ink); color: var(--page);
@@ -8501,7 +8502,7 @@ thead:only-child::after { content: "No request yet."; display: block; padding: 7
 @media (max-width: 700px) {
   #flow > span { transform: rotate(90deg); }
   th, td { padding: 7px 6px; }
-  .wide, #settings thead { display: none; }
+  .wide { display: none; }
   #settings tr { display: flex; flex-wrap: wrap; justify-content: space-between; }
   #settings td:first-child { width: 100%; }
   #settings td + td { padding-top: 0; border: 0; }
@@ -8532,20 +8533,7 @@ thead:only-child::after { content: "No request yet."; display: block; padding: 7
       <ul id="routes" class="soft"></ul>
     </div>
   </div>
-  <dl id="tiles" class="grid" aria-label="Totals since the start">
-    <div class="card">
-      <dt>Requests</dt><dd id="requests-total"></dd><dd class="soft" id="active"></dd>
-    </div>
-    <div class="card"><dt>Errors</dt><dd id="errors-total"></dd></div>
-    <div class="card"><dt>Tokens in</dt><dd id="input-total"></dd></div>
-    <div class="card"><dt>Tokens out</dt><dd id="output-total"></dd></div>
-    <div class="card">
-      <dt>Prompt cache read</dt><dd id="cache_read-total"></dd><dd class="soft" id="share"></dd>
-    </div>
-    <div class="card">
-      <dt>Cost</dt><dd id="cost-total"></dd><dd class="soft" id="cost-hint"></dd>
-    </div>
-  </dl>
+  <dl id="tiles" class="grid" aria-label="Totals since the start"></dl>
   <section id="plots" class="grid"></section>
 
   <h2>Connect</h2>
@@ -8584,7 +8572,7 @@ thead:only-child::after { content: "No request yet."; display: block; padding: 7
   <h2>Settings</h2>
   <div class="card scroll">
     <table id="settings">
-      <thead>
+      <thead class="wide">
         <tr><th>Name</th><th>Value</th><th>From</th></tr>
       </thead>
       <tbody></tbody>
@@ -8596,7 +8584,7 @@ thead:only-child::after { content: "No request yet."; display: block; padding: 7
 "use strict";
 const POLL_MS = 2000, PATIENCE_MS = 10000;
 const NONE = "\u2013", DOT = " \u00b7 ";
-let polling = false, pollTimer, messageTimer;
+let polling, messageTimer;
 
 // -- DOM
 const byId = id => document.getElementById(id);
@@ -8612,8 +8600,8 @@ function el(kind, ...children) {
   const [tag, classes] = kind.split(".");
   return fill(document.createElement(tag), classes ? { class: classes } : {}, ...children);
 }
-const svg = (tag, attributes, ...children) =>
-  fill(document.createElementNS("http://www.w3.org/2000/svg", tag), attributes, ...children);
+const svg = (tag, ...rest) =>
+  fill(document.createElementNS("http://www.w3.org/2000/svg", tag), ...rest);
 function sync(parent, items, build) {
   const kept = new Map([...parent.children].map(child => [child.key, child]));
   const keys = items.map(item => JSON.stringify(item));
@@ -8635,14 +8623,10 @@ const compact = orDash(value => value
   .toLocaleString("en-US", { notation: "compact", maximumSignificantDigits: 3 })
   .replace("K", "k").replace("B", "G"));
 const bytes = orDash(value => compact(value).replace(/[kMG]?$/, " $&B"));
-const span = orDash(seconds => {
-  const parts = [["d", 86400], ["h", 3600], ["min", 60], ["s", 1]].map(([unit, size]) => {
-    const amount = Math.floor(seconds / size);
-    seconds -= amount * size;
-    return amount && amount + " " + unit;
-  });
-  return parts.filter(Boolean).slice(0, 2).join(" ") || "0 s";
-});
+const span = orDash(seconds => [
+  ["d", 86400, Infinity], ["h", 3600, 24], ["min", 60, 60], ["s", 1, 60],
+].map(([unit, size, most]) => [Math.floor(seconds / size) % most, unit])
+  .filter(([amount]) => amount).slice(0, 2).flat().join(" ") || "0 s");
 const duration = orDash(ms =>
   ms < 1000 ? Math.round(ms) + " ms"
     : ms < 60000 ? (ms / 1000).toFixed(1) + " s" : span(ms / 1000));
@@ -8653,17 +8637,16 @@ const readShare = row => row.cache_read / (row.input + row.cache_read);
 
 // -- Talking to the proxy
 let memory = {};
-try { memory = sessionStorage; } catch (error) { }
+try { memory = sessionStorage; } catch { }
 async function call(path, method) {
   const headers = memory.ccfixKey ? { "x-api-key": memory.ccfixKey } : {};
-  const options = { method, headers, cache: "no-store", signal: AbortSignal.timeout(PATIENCE_MS) };
-  const response = await fetch(path, options).catch(() => {
-    throw new Error("the proxy does not answer");
-  });
+  const response = await fetch(path, {
+    method, headers, cache: "no-store", signal: AbortSignal.timeout(PATIENCE_MS),
+  }).catch(() => { throw new Error("the proxy does not answer"); });
   const body = await response.json().catch(() => ({}));
   if (response.ok) return body;
-  const message = body.error ? body.error.message : "the proxy answered " + response.status;
-  throw Object.assign(new Error(message), { status: response.status });
+  const message = body.error?.message || "the proxy answered " + response.status;
+  throw new Error(message, { cause: response.status });
 }
 function tell(text) {
   put("message", text);
@@ -8676,18 +8659,15 @@ function setState(color, text) {
 }
 async function refresh() {
   if (polling || document.hidden) return;
-  clearTimeout(pollTimer);
   polling = true;
-  try { show(await call("stats")); } catch (error) { lose(error); }
+  await call("stats").then(show).catch(lose);
   polling = false;
-  if (byId("key-form").hidden) pollTimer = setTimeout(refresh, POLL_MS);
 }
-function lose({ status, message }) {
-  if (status === 401) return askForKey();
-  if (byId("state").className === "accent") tell("Not up to date: " + message + ".");
-  setState("bad", message);
-}
-function askForKey() {
+function lose({ cause, message }) {
+  if (cause !== 401) {
+    if (byId("state").className === "accent") tell("Not up to date: " + message + ".");
+    return setState("bad", message);
+  }
   if (memory.ccfixKey) tell("That key was not accepted.");
   memory.ccfixKey = "";
   byId("key-form").hidden = false;
@@ -8699,7 +8679,7 @@ async function copy(source) {
   try {
     await navigator.clipboard.writeText(source.textContent);
     tell("Copied.");
-  } catch (error) {
+  } catch {
     getSelection().selectAllChildren(source);
     tell("Selected: press Ctrl+C or Cmd+C.");
   }
@@ -8712,11 +8692,11 @@ function show(stats) {
   setState("accent", list(stats.demo && "demo", "up " + span(stats.uptime_s), stats.address));
   put("version", stats.version);
   showModels(stats);
-  showTotals(stats.totals);
-  showPlots(stats);
+  sync(byId("tiles"), tilesOf(stats.totals), tile);
+  const plots = stats.totals.cost === null ? PLOTS.slice(0, -1) : PLOTS;
+  sync(byId("plots"), plots.map(plot => [...plot, stats.series]), plotFigure);
   sync(byId("connect"), Object.entries(stats.connect), shellCard);
-  sync(byId("requests"), ["head", ...stats.requests],
-    row => row === "head" ? headRow() : requestRow(row));
+  sync(byId("requests"), [null, ...stats.requests], row => row ? requestRow(row) : HEAD);
   showCache(stats.cache);
   showLessons(stats.lessons);
   sync(byId("settings").tBodies[0], stats.settings, settingRow);
@@ -8731,52 +8711,50 @@ function showModels({ target, disguise, routes }) {
   sync(byId("routes"), routes,
     row => el("li", row.family + " \u2192 " + row.model + " at " + row.api_base));
 }
-function showTotals(totals) {
-  for (const name of ["requests", "errors", "input", "output", "cache_read"])
-    put(name + "-total", number(totals[name]));
-  byId("errors-total").className = totals.errors ? "bad" : "";
-  put("active", number(totals.active) + " running now");
-  put("share", percent(readShare(totals)) + " of the input");
-  put("cost-total", money(totals.cost));
-  put("cost-hint", totals.cost === null ? "no price known: set PRICES" : totals.unpriced
-    ? count(totals.unpriced, "request") + " without a price" : "");
+function tilesOf({ requests, active, errors, input, output, cache_read, cost, unpriced }) {
+  return [
+    ["Requests", number(requests), number(active) + " running now"],
+    ["Errors", number(errors), "", errors && "bad"],
+    ["Tokens in", number(input)],
+    ["Tokens out", number(output)],
+    ["Prompt cache read", number(cache_read),
+      percent(readShare({ input, cache_read })) + " of the input"],
+    ["Cost", money(cost), cost === null ? "no price known: set PRICES"
+      : unpriced && count(unpriced, "request") + " without a price"],
+  ];
 }
+const tile = ([name, figure, hint, color]) => el("div.card",
+  el("dt", name), el("dd." + (color || ""), figure), el("dd.soft", hint || ""));
 function shellCard([shell, lines]) {
   const code = el("code", lines.join("\n"));
   const button = fill(el("button", "Copy"), { "aria-label": "Copy the lines for " + shell });
-  button.addEventListener("click", () => copy(code));
+  button.onclick = () => copy(code);
   return el("div.card",
     el("div.bar", el("h3", shell), button), el("pre", code));
 }
 
 const PLOTS = [
-  ["Tokens a minute", compact, 0,
-    [["accent", "in", "input"], ["pale", "cached", "cache_read"], ["grey", "out", "output"]]],
-  ["Latency to first content", duration, 0, [["accent", "", "first_ms"]]],
-  ["Cache-read share of input", percent, 1, [["accent", "", "share"]]],
-  ["Cost a minute", money, 0, [["accent", "", "cost"]]],
+  ["Tokens a minute", compact, 0, [["accent", "in", row => row.input],
+    ["pale", "cached", row => row.cache_read], ["grey", "out", row => row.output]]],
+  ["Latency to first content", duration, 0, [["accent", "", row => row.first_ms]]],
+  ["Cache-read share of input", percent, 1, [["accent", "", readShare]]],
+  ["Cost a minute", money, 0, [["accent", "", row => row.cost]]],
 ];
-function showPlots({ series, totals }) {
-  const barsOf = parts => series
-    .map(row => ({ ...row, share: readShare(row) }))
-    .map((row, x) => ({ x, t: row.t, values: parts.map(([, , field]) => row[field]) }))
-    .filter(bar => Number.isFinite(bar.values[0]));
-  const plots = totals.cost === null ? PLOTS.slice(0, -1) : PLOTS;
-  sync(byId("plots"), plots.map(plot => [...plot, barsOf(plot[3]), series.length]), plotFigure);
-}
-function plotFigure([title, format, top, parts, bars, minutes]) {
-  const sums = bars.map(bar => bar.values.reduce((a, b) => a + b)), peak = Math.max(...sums);
+function plotFigure([title, format, top, parts, series]) {
+  const bars = series
+    .map((row, x) => ({ x, t: row.t, values: parts.map(([, , figure]) => figure(row)) }))
+    .filter(({ values }) => Number.isFinite(values[0]));
+  const sums = bars.map(({ values }) => values.reduce((a, b) => a + b)), peak = Math.max(...sums);
   const summary = bars.length ? "last " + format(sums.at(-1)) + ", peak " + format(peak)
     : "nothing yet";
   const drawing = svg("svg", {
-    viewBox: "0 0 " + minutes + " 100", preserveAspectRatio: "none", role: "img",
+    viewBox: "0 0 60 100", preserveAspectRatio: "none", role: "img",
     "aria-label": title + " in the last hour: " + summary,
   }, ...bars.map(bar => barShape(bar, parts, format, 96 / (top || peak || 1))));
   const keys = parts.filter(([, name]) => name)
     .map(([color, name]) => el("span.key " + color, name));
-  const axis = [["1 h ago"], keys, ["now"]].map(texts => el("span", ...texts));
   return el("div.card", el("h3", title), el("small", summary), drawing,
-    el("div.bar soft", ...axis));
+    el("div.bar soft", "1 h ago", el("span", ...keys), "now"));
 }
 function barShape({ x, t, values }, parts, format, scale) {
   const texts = parts.map((part, index) => format(values[index]) + " " + part[1]);
@@ -8825,20 +8803,17 @@ function modelCell(row) {
   return el("span", row.model || row.asked || NONE,
     el("small.bad", row.error || ""), el("small", notes));
 }
-function headRow() {
-  const cells = COLUMNS.map(([title, kind]) => el("th." + kind, title));
-  return el("thead", el("tr", ...cells));
-}
+const HEAD = el("thead", el("tr", ...COLUMNS.map(([title, kind]) => el("th." + kind, title))));
 function requestRow(row) {
-  const cells = COLUMNS.map(([, kind, cell]) => el("td." + kind, cell(row)));
-  const line = fill(el("tr"), { "data-id": row.id }, ...cells), body = el("tbody", line);
-  line.addEventListener("click", () => {
+  const line = fill(el("tr"), { "data-id": row.id },
+    ...COLUMNS.map(([, kind, cell]) => el("td." + kind, cell(row))));
+  line.onclick = () => {
     const details = line.nextElementSibling;
     if (details) details.remove();
-    else body.append(detailRow(row));
+    else line.after(detailRow(row));
     line.querySelector("button").setAttribute("aria-expanded", !details);
-  });
-  return body;
+  };
+  return el("tbody", line);
 }
 function detailRow(row) {
   const pairs = DETAILS.map(([name, text]) => [name, text(row)]).filter(([, text]) => text);
@@ -8871,23 +8846,23 @@ function settingRow({ name, help, value, origin }) {
 }
 
 // -- Start
-function onPress(id, path, done) {
-  byId(id).addEventListener("click", async () => {
-    try { tell(done + ": " + number((await call(path, "POST")).removed) + " removed."); }
-    catch (error) { tell("Not done: " + error.message); }
-    refresh();
-  });
+function onPress(id, path) {
+  byId(id).onclick = () => call(path, "POST")
+    .then(({ removed }) => tell(number(removed) + " removed."))
+    .catch(({ message }) => tell("Not done: " + message))
+    .then(refresh);
 }
-onPress("cache-clear", "cache/clear", "Cache cleared");
-onPress("cache-expired", "cache/clear-expired", "Expired entries cleared");
-onPress("lessons-forget", "lessons/forget", "Lessons forgotten");
-byId("key-form").addEventListener("submit", event => {
+onPress("cache-clear", "cache/clear");
+onPress("cache-expired", "cache/clear-expired");
+onPress("lessons-forget", "lessons/forget");
+byId("key-form").onsubmit = event => {
   event.preventDefault();
   memory.ccfixKey = byId("key").value.trim();
   byId("key").value = "";
   refresh();
-});
-document.addEventListener("visibilitychange", refresh);
+};
+document.onvisibilitychange = refresh;
+setInterval(() => byId("key-form").hidden && refresh(), POLL_MS);
 refresh();
 </script>
 </body>

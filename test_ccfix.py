@@ -13328,10 +13328,8 @@ class TestStatusPage(unittest.TestCase):
         self.assertLessEqual(asked, set(ids))
         self.assertLessEqual(
             {
-                "requests-total",
-                "errors-total",
-                "input-total",
-                "output-total",
+                "tiles",
+                "plots",
                 "cache-clear",
                 "cache-expired",
                 "requests",
