@@ -9401,7 +9401,7 @@ def list_models(settings, seconds=10):
     tls = settings.ca_bundle, settings.client_cert, settings.insecure
     try:
         headers = upstream_headers(plan, settings)
-        return model_names(fetch(models_url(plan), seconds, headers, *tls))
+        return model_names(fetch(plan.url(plan.format.models_path), seconds, headers, *tls))
     except ProxyError as e:
         notify("its models cannot be listed: %s" % e)
         return []
@@ -9793,10 +9793,6 @@ def claude_files(home):
 ROW_SECONDS, LONG_SECONDS = 60, 180  # for one question; for a long prompt on a small machine
 ANSWER_TOKENS = 400  # enough for a model that thinks before it calls a tool
 FIRST_REQUEST = 13000  # tokens of Claude Code's first request, by its own count
-# Tokens of a context window. Below the first, hardly a file fits in beside that request; up to the
-# second, a conversation is compacted often: Claude Code keeps 33,000 tokens free.
-LEAST_CONTEXT, GOOD_CONTEXT = 20000, 64000
-CODE_WORD = "ZEBRA-42"
 
 # The tool of all rows about tools, described as Claude Code describes its own.
 WEATHER = {
@@ -9809,15 +9805,10 @@ WEATHER = {
         "additionalProperties": False,
     },
 }
-# A PNG in base64. 64 x 64 pixels, since some vision models refuse a picture of under 28.
-RED_SQUARE = (
-    "iVBORw0KGgoAAAANSUhEUgAAAEAAAABAAQMAAACQp+OdAAAAA1BMVEX/AAAZ4gk3AAAAD0lEQVR42mNgGAWj"
-    "gHwAAAJAAAHgTR1EAAAAAElFTkSuQmCC"
-)
-RED_IMAGE = {
-    "type": "image",
-    "source": {"type": "base64", "media_type": "image/png", "data": RED_SQUARE},
-}
+# A red square of 64 x 64 pixels, since some vision models refuse a picture of under 28.
+RED_PNG = "iVBORw0KGgoAAAANSUhEUgAAAEAAAABAAQMAAACQp+OdAAAAA1BMVEX/AAAZ4gk3AAAAD0lEQVR42mNgGAWj"
+RED_PNG += "gHwAAAJAAAHgTR1EAAAAAElFTkSuQmCC"
+RED_SQUARE = {"type": "base64", "media_type": "image/png", "data": RED_PNG}
 # name -> arguments of Tester.ask. Each is asked once, however many rows look at its answer.
 QUESTIONS = {
     "plain": dict(content="Reply with the one word: pong", stream=False),
@@ -9838,7 +9829,12 @@ QUESTIONS = {
         max_tokens=1200,
         thinking={"type": "enabled", "budget_tokens": 1024},
     ),
-    "image": dict(content=[RED_IMAGE, {"type": "text", "text": "Which colour is this picture?"}]),
+    "image": dict(
+        content=[
+            {"type": "image", "source": RED_SQUARE},
+            {"type": "text", "text": "Which colour is this picture?"},
+        ]
+    ),
 }
 
 TRAINED = "choose a model that was trained for tools"
@@ -9851,11 +9847,11 @@ ADVICE = {
     "path": "check the base URL (-b, TARGET_API_BASE): most end in /v1",
     "overflow": "choose a model with a larger context window, or raise the server's "
     "(llama.cpp: -c, vLLM: --max-model-len, Ollama: OLLAMA_CONTEXT_LENGTH=65536)",
-    "timeout": "try again; for a server that is always slow, raise TARGET_TIMEOUT",
+    "timeout": "try again; for a slow server, raise TARGET_TIMEOUT",
     "rate": "wait, or ask the provider for a higher limit",
     "overloaded": "try again later, or set TARGET_MODEL_FALLBACK",
     "server": "try again later, or see the server's own log",
-    "cut": "try again; if it persists, see the logs of the server and of proxies in between",
+    "cut": "try again, or see the logs of the server and of proxies in between",
     "sampling": TRAINED,
 }
 # profile -> what makes tools work there, where a model trained for them is not enough
@@ -9941,22 +9937,27 @@ class Answer:
 
 def question_body(model, content):
     """The body of an Anthropic request with one user message."""
-    messages = [{"role": "user", "content": content}]
-    return {"model": model, "max_tokens": ANSWER_TOKENS, "stream": True, "messages": messages}
+    return {
+        "model": model,
+        "max_tokens": ANSWER_TOKENS,
+        "stream": True,
+        "messages": [{"role": "user", "content": content}],
+    }
 
 
 class Tester:
     """What the rows share: a Proxy that tries nothing twice, and what the target has said so far.
 
     settings is changed, so that nothing in it hides or repairs what the target does. family: whose
-    models Claude Code would ask for, which decides where requests go; any other word means the main
-    target. To be closed.
+    models Claude Code would ask for, which decides where requests go; "" means the main target.
+    The proxy is to be closed.
     """
 
-    def __init__(self, settings, family="check"):
-        self.settings, self.asked = settings, "claude-" + family
+    def __init__(self, settings, family=""):
+        self.settings, self.family = settings, family
+        self.asked = "claude-" + (family or "check")
         self.models = []  # the names that the provider lists, once a row has looked
-        self.known = {}  # name of a question -> its Answer, or the ProxyError that it ended with
+        self.known = {}  # name of a question -> what `once` returns
         settings.target_retries, settings.target_model_fallback = 0, ""
         settings.cache_enabled, settings.record_dir = False, ""
         out = sys.stderr if settings.log_level == "debug" else io.StringIO()
@@ -9965,8 +9966,7 @@ class Tester:
     @property
     def plan(self):
         """Where requests go, and how. Each time anew: a probe or a lesson changes the profile."""
-        profile_of = self.proxy.profile_of(self.settings)
-        return plan_request(self.settings, self.asked, False, profile_of)
+        return self.proxy.plan_of(self.settings, self.family)
 
     def ask(self, content="", limit=ROW_SECONDS, **fields):
         """The Answer to a user's content (string or blocks), within `limit` seconds.
@@ -9982,36 +9982,18 @@ class Tester:
             raise dropped.args[0]
 
     def once(self, name):
-        """The Answer to one of QUESTIONS. What it raised the first time it raises each time."""
+        """(the Answer to one of QUESTIONS or None, the ProxyError that it ended with or None)."""
         if name not in self.known:
             try:
-                self.known[name] = self.ask(**QUESTIONS[name])
+                self.known[name] = self.ask(**QUESTIONS[name]), None
             except ProxyError as error:
-                self.known[name] = error
-        if isinstance(self.known[name], ProxyError):
-            raise self.known[name]
+                self.known[name] = None, error
         return self.known[name]
-
-    def plain_error(self):
-        """The ProxyError that the plain question ends with, or None."""
-        try:
-            self.once("plain")
-        except ProxyError as error:
-            return error
-
-    def close(self):
-        """Close the connections that are kept alive, and the store."""
-        self.proxy.close()
-
-
-def models_url(plan):
-    """Where a provider lists its models."""
-    return plan.url(plan.format.models_path)
 
 
 # The first four rows. Where one of them fails, the rest would only say the same again.
 
-ELSEWHERE = skip("unknown: the question failed otherwise, see below")
+ELSEWHERE = skip("the question failed otherwise, see below")
 
 
 def is_reachable(tester):
@@ -10020,8 +10002,9 @@ def is_reachable(tester):
     Otherwise Claude Code says "API Error" after three minutes of trying again.
     """
     plan, settings = tester.plan, tester.settings
-    upstream, headers = tester.proxy.upstream(settings), upstream_headers(plan, settings)
-    tester.models = model_names(get_json(upstream, models_url(plan), headers, patience(20)))
+    upstream, url = tester.proxy.upstream(settings), plan.url(plan.format.models_path)
+    answer = get_json(upstream, url, upstream_headers(plan, settings), patience(20))
+    tester.models = model_names(answer)
     tester.proxy.probe(plan, patience(10))  # tells a local server's kind, and so its profile
     way = upstream.way_to(plan.base)
     seen = host_port(way.host, way.port) + " answers"
@@ -10037,7 +10020,7 @@ def takes_key(tester):
 
     Otherwise every turn ends with an error about the login (401, 403) or the credit (402).
     """
-    error = tester.plain_error()
+    error = tester.once("plain")[1]
     if not error:
         return ok("accepted" if tester.plan.key else "none given, none needed")
     return failure(error) if error.kind in ("auth", "billing", "policy", "connect") else ELSEWHERE
@@ -10048,7 +10031,7 @@ def has_model(tester):
 
     Without it, Claude Code says that the selected model may not exist (404).
     """
-    model, error = tester.plan.model, tester.plain_error()
+    model, error = tester.plan.model, tester.once("plain")[1]
     if not error:
         return ok(model)
     if error.kind not in ("model", "path") or model in tester.models:
@@ -10056,8 +10039,8 @@ def has_model(tester):
     import difflib  # nothing else needs it, and a start should not wait for it
 
     # At 0.3 "sonnet" is still like "anthropic/claude-sonnet-4.5".
-    near = difflib.get_close_matches(model, tester.models, 12, 0.3) or tester.models[:12]
-    fix = "-m with one of: " + shorten(", ".join(near), 300) if near else ADVICE["model"]
+    near = difflib.get_close_matches(model, tester.models, 9, 0.3) or tester.models[:9]
+    fix = "-m with one of: " + ", ".join(near) if near else ADVICE["model"]
     if error.kind == "model":
         return fail("the provider has no model " + model, fix)
     return fail("no such address, or no model " + model, ADVICE["path"] + "; or " + fix)
@@ -10071,8 +10054,7 @@ def judge_text(answer):
         return fail("a tool call instead of text", TRAINED)
     if answer.blocks("thinking"):
         return ok("thinking only, within %d tokens" % ANSWER_TOKENS)
-    fix = "choose another model, or see the server's log: its chat template may not fit"
-    return fail("an empty answer", fix)
+    return fail("an empty answer", "see the server's log: its chat template may not fit the model")
 
 
 # The stream.
@@ -10083,7 +10065,7 @@ def judge_stream(answer):
     if not answer.marks:
         return fail("an empty stream", ADVICE["server"])
     if len(answer.marks) == 1 and answer.output > 8:
-        return ok("all in one piece, at the end: the server, or a proxy in between, holds it back")
+        return ok("all in one piece, at the end: the server or a proxy in between holds it back")
     return ok("%d pieces in %.1f s" % (len(answer.marks), answer.marks[-1]))
 
 
@@ -10141,9 +10123,9 @@ def takes_result(tester):
     Otherwise each piece of work ends after its first tool call. The call must be the model's own:
     some providers refuse one without the reasoning that they had sent with it.
     """
-    answer = tester.once("tool")
-    if not answer.calls():
-        return skip("not tried: there is no call to answer")
+    answer, error = tester.once("tool")
+    if error or not answer.calls():
+        return skip("there is no call to answer")
     results = [
         {"type": "tool_result", "tool_use_id": call["id"], "content": "11 degrees, heavy rain"}
         for call in answer.blocks("tool_use")
@@ -10173,7 +10155,7 @@ def judge_sight(answer):
         return ok("it saw the colour")
     seen = "it did not see a red square: " + quote(answer.text)
     if not answer.profile.images:  # known before, or a lesson: ccfix left the picture out
-        seen = "the provider is known to take no images, or refused the image"
+        seen = "the provider takes no images, or refused the image"
     return fail(seen, "name a model that sees pictures: TARGET_MODEL_IMAGE")
 
 
@@ -10182,8 +10164,10 @@ def judge_sight(answer):
 
 def fill_prompt(count):
     """`count` different lines of some 16 tokens."""
-    line = "%d. The cat sat on the mat and looked at the rain for a while.\n"
-    return "".join(line % number for number in range(count))
+    return "".join(
+        "%d. The cat sat on the mat and looked at the rain for a while.\n" % number
+        for number in range(count)
+    )
 
 
 def holds_context(tester):
@@ -10197,10 +10181,11 @@ def holds_context(tester):
     window = tester.plan.profile.context
     if not window:
         return takes_long_prompt(tester)
-    if window < LEAST_CONTEXT:
+    if window < 20000:  # hardly a file fits in beside that request
         seen = "%d tokens; Claude Code's first request alone has %d" % (window, FIRST_REQUEST)
         return fail(seen, ADVICE["overflow"])
-    small = ": small, so conversations are compacted often" if window < GOOD_CONTEXT else ""
+    # Claude Code keeps 33,000 tokens free.
+    small = ": small, so conversations are compacted often" if window < 64000 else ""
     return ok("%d tokens%s" % (window, small))
 
 
@@ -10210,15 +10195,15 @@ def takes_long_prompt(tester):
     900 lines are some 14,000 tokens, as much as Claude Code's first request. The code word is at
     the top, since that is where servers cut. A provider that counts far fewer tokens has cut it.
     """
-    prompt = "The code word is %s.\n%sWhat is the code word at the top?"
-    answer = tester.ask(prompt % (CODE_WORD, fill_prompt(900)), LONG_SECONDS)
+    prompt = "The code word is ZEBRA-42.\n%sWhat is the code word at the top?"
+    answer = tester.ask(prompt % fill_prompt(900), LONG_SECONDS)
     if answer.usage and answer.prompt < FIRST_REQUEST // 2:
         seen = "the server silently cut the prompt to %d tokens" % answer.prompt
         return fail(seen, ADVICE["overflow"])
     seen = "took a prompt of %d tokens" % answer.prompt
-    if CODE_WORD not in answer.text:
+    if "ZEBRA-42" not in answer.text:
         seen += ", but forgot its beginning"
-    return ok(seen + "; the limit is unknown: set MAX_CONTEXT so that Claude Code compacts in time")
+    return ok(seen + "; the limit is unknown: set MAX_CONTEXT, so that Claude Code compacts")
 
 
 def caches_prefix(tester):
@@ -10246,7 +10231,7 @@ def orders_events(tester):
     plan, settings = tester.plan, tester.settings
     if not plan.format.relays:
         return None  # the client is sent ccfix's own events
-    data = compact_json(question_body(plan.model, "Say hello.")).encode()
+    data = to_json_bytes(question_body(plan.model, "Say hello."))
     address = plan.url(plan.format.path), upstream_headers(plan, settings)
     reply = tester.proxy.upstream(settings).open("POST", *address, data, patience(ROW_SECONDS))
     with contextlib.closing(reply):
@@ -10254,8 +10239,7 @@ def orders_events(tester):
     if reply.status != 200:
         return failure(upstream_error(reply.status, {}, raw))
     fault = grammar_fault(to_string(raw))
-    fix = "Claude Code needs Anthropic's event order; report it to the server's makers"
-    return fail(fault, fix) if fault else ok("as Anthropic's")
+    return fail(fault, "report it to the server's makers") if fault else ok("as Anthropic's")
 
 
 # The types of the events of a whole stream, pings apart.
@@ -10326,7 +10310,8 @@ def run_checks(tester, progress=False):
             print("...  " + name, end="\r", flush=True)
         began = time.monotonic()
         try:
-            verdict = blocked or judge(tester.once(question) if question else tester)
+            answer, error = (tester, None) if blocked or not question else tester.once(question)
+            verdict = blocked or (failure(error) if error else judge(answer))
         except ProxyError as error:
             verdict = failure(error)
         if not verdict:
@@ -10346,7 +10331,7 @@ def check(config, options):
     """
     if not options.base_url:
         find_target(config)
-    tester = Tester(config(), options.family or "check")
+    tester = Tester(config(), options.family)
     show = (lambda line: None) if options.json else say
     plan, rows, bad = tester.plan, [], []
     base = without_password(plan.base)
@@ -10360,7 +10345,7 @@ def check(config, options):
         show("%-4s %-18s  %s" % (mark, row["name"], row["seen"]))
         if row["fix"]:
             show("%25sfix: %s" % ("", row["fix"]))
-    tester.close()
+    tester.proxy.close()
     lessons = [lesson["text"] for lesson in tester.proxy.lesson_rows()]
     for lesson in lessons:
         show("     learned on the way: " + lesson)
@@ -10368,7 +10353,8 @@ def check(config, options):
     show(cannot if bad else "Claude Code can work with it.")
     if options.json:
         report = dict(ok=not bad, model=plan.model, api_base=base, profile=plan.profile.name)
-        say(json.dumps(dict(report, checks=rows, lessons=lessons), indent=1))
+        report.update(checks=rows, lessons=lessons)
+        say(json.dumps(report, indent=1))
     return 1 if bad else 0
 
 
