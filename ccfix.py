@@ -8396,7 +8396,8 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
 #   copy      has no clipboard outside https and localhost: there it selects the text for the user
 #   PLOTS     title, format, top of the scale (0: the highest bar), and the parts of the bar of a
 #             minute: class, name, figure of a row of stats.series. The last wants a known cost
-#   COLUMNS   of the requests: title, class, cell. A phone leaves out what is "wide"
+#   FIGURES   those of the COLUMNS that the details repeat, since a phone leaves out what is "wide"
+#   COLUMNS   of the requests: title, class, cell
 #   DETAILS   what a click on a request shows, where there is something to show. Each request is
 #             a tbody of its own, which takes the details in
 #
@@ -8457,8 +8458,8 @@ h3, th, dt, small, .soft { color: var(--soft); }
 .bar {
   display: flex; flex-wrap: wrap; justify-content: space-between; align-items: center; gap: 4px 6px;
 }
-#key-form { margin-top: 32px; }
-#key-form input { flex: 1 1 200px; }
+form { margin-top: 32px; }
+input { flex: 1 1 200px; }
 #flow { display: flex; flex-wrap: wrap; gap: 0 28px; margin-top: 18px; }
 #flow > :last-child { flex: 1 1 300px; }
 #flow strong { display: block; font-size: 19px; }
@@ -8588,6 +8589,7 @@ let polling, messageTimer;
 
 // -- DOM
 const byId = id => document.getElementById(id);
+const form = byId("key-form");
 function put(id, text) {
   if (byId(id).textContent !== text) byId(id).textContent = text;
 }
@@ -8639,9 +8641,9 @@ const readShare = row => row.cache_read / (row.input + row.cache_read);
 let memory = {};
 try { memory = sessionStorage; } catch { }
 async function call(path, method) {
-  const headers = memory.ccfixKey ? { "x-api-key": memory.ccfixKey } : {};
   const response = await fetch(path, {
-    method, headers, cache: "no-store", signal: AbortSignal.timeout(PATIENCE_MS),
+    method, headers: { "x-api-key": memory.ccfixKey || "" },
+    cache: "no-store", signal: AbortSignal.timeout(PATIENCE_MS),
   }).catch(() => { throw new Error("the proxy does not answer"); });
   const body = await response.json().catch(() => ({}));
   if (response.ok) return body;
@@ -8670,10 +8672,10 @@ function lose({ cause, message }) {
   }
   if (memory.ccfixKey) tell("That key was not accepted.");
   memory.ccfixKey = "";
-  byId("key-form").hidden = false;
+  form.hidden = false;
   byId("content").hidden = true;
   setState("grey", "locked");
-  byId("key").focus();
+  form.key.focus();
 }
 async function copy(source) {
   try {
@@ -8687,7 +8689,7 @@ async function copy(source) {
 
 // -- Sections
 function show(stats) {
-  byId("key-form").hidden = true;
+  form.hidden = true;
   byId("content").hidden = false;
   setState("accent", list(stats.demo && "demo", "up " + span(stats.uptime_s), stats.address));
   put("version", stats.version);
@@ -8747,10 +8749,9 @@ function plotFigure([title, format, top, parts, series]) {
   const sums = bars.map(({ values }) => values.reduce((a, b) => a + b)), peak = Math.max(...sums);
   const summary = bars.length ? "last " + format(sums.at(-1)) + ", peak " + format(peak)
     : "nothing yet";
-  const drawing = svg("svg", {
-    viewBox: "0 0 60 100", preserveAspectRatio: "none", role: "img",
-    "aria-label": title + " in the last hour: " + summary,
-  }, ...bars.map(bar => barShape(bar, parts, format, 96 / (top || peak || 1))));
+  const view = { viewBox: "0 0 60 100", preserveAspectRatio: "none", "aria-hidden": true };
+  const scale = 96 / (top || peak || 1);
+  const drawing = svg("svg", view, ...bars.map(bar => barShape(bar, parts, format, scale)));
   const keys = parts.filter(([, name]) => name)
     .map(([color, name]) => el("span.key " + color, name));
   return el("div.card", el("h3", title), el("small", summary), drawing,
@@ -8768,16 +8769,19 @@ function barShape({ x, t, values }, parts, format, scale) {
     }));
 }
 
+const FIGURES = [
+  ["In", "n wide", row => number(row.input)],
+  ["Cache read", "n wide", row => number(row.cache_read)],
+  ["Out", "n wide", row => number(row.output)],
+  ["First content", "n wide", row => duration(row.first_ms)],
+  ["Total", "n", row => duration(row.total_ms)],
+];
 const COLUMNS = [
   ["Time", "", row => fill(el("button", clock(row.time)), { "aria-expanded": false })],
   ["Model", "name", modelCell],
   ["Status", "n", ({ status, error }) =>
     el(status >= 400 || error ? "span.bad" : "span", status || NONE)],
-  ["In", "n wide", row => number(row.input)],
-  ["Cache read", "n wide", row => number(row.cache_read)],
-  ["Out", "n wide", row => number(row.output)],
-  ["First", "n wide", row => duration(row.first_ms)],
-  ["Total", "n", row => duration(row.total_ms)],
+  ...FIGURES,
 ];
 const DETAILS = [
   ["Error", row => row.error],
@@ -8786,11 +8790,8 @@ const DETAILS = [
   ["Asked for", row => row.asked],
   ["Called", row => row.model],
   ["When", row => new Date(row.time * 1000).toLocaleString("en-GB")],
-  ["Tokens", row => list(number(row.input) + " in", number(row.cache_read) + " cache read",
-    number(row.output) + " out")],
-  ["Latency", row => list(duration(row.first_ms) + " to first content",
-    duration(row.total_ms) + " in all")],
-  ["Cost", row => row.cost === null ? "" : money(row.cost)],
+  ...FIGURES.map(([title, , cell]) => [title, cell]),
+  ["Cost", row => money(row.cost)],
   ["Bytes", row => list(bytes(row.bytes_in) + " in", bytes(row.bytes_out) + " out")],
   ["Mode", row => list(row.stream ? "streamed" : "whole", count(row.retries, "retry"),
     row.cache && "cache " + row.cache)],
@@ -8855,14 +8856,14 @@ function onPress(id, path) {
 onPress("cache-clear", "cache/clear");
 onPress("cache-expired", "cache/clear-expired");
 onPress("lessons-forget", "lessons/forget");
-byId("key-form").onsubmit = event => {
+form.onsubmit = event => {
   event.preventDefault();
-  memory.ccfixKey = byId("key").value.trim();
-  byId("key").value = "";
+  memory.ccfixKey = form.key.value.trim();
+  form.reset();
   refresh();
 };
 document.onvisibilitychange = refresh;
-setInterval(() => byId("key-form").hidden && refresh(), POLL_MS);
+setInterval(() => form.hidden && refresh(), POLL_MS);
 refresh();
 </script>
 </body>
@@ -9812,7 +9813,7 @@ RED_SQUARE = {"type": "base64", "media_type": "image/png", "data": RED_PNG}
 # name -> arguments of Tester.ask. Each is asked once, however many rows look at its answer.
 QUESTIONS = {
     "plain": dict(content="Reply with the one word: pong", stream=False),
-    "count": dict(content="Count from 1 to 30 in digits, separated by blanks."),
+    "count": dict(content="Count from 1 to 30 in digits."),
     "tool": dict(content="What is the weather in Paris? Use the tool.", tools=[WEATHER]),
     "forced": dict(  # the words alone would not lead to a call
         content="Good morning! I am in Rome.",
@@ -9889,10 +9890,8 @@ def fail(seen, fix=""):
 
 def failure(error):
     """The Verdict of a ProxyError that a request to the target ended with."""
-    # A connection error brings its own advice: "... (Connection refused): check that ..."
-    seen, parenthesis, advice = error.message.partition("): ")
-    if error.kind == "connect" and parenthesis:
-        return fail(seen + ")", advice)
+    if error.kind == "connect":  # brings its own: "... (Connection refused): check that ..."
+        return fail(*re.split(r"(?<=\)): ", error.message, maxsplit=1))
     return fail(error.message, ADVICE.get(error.kind, ""))
 
 
@@ -10127,7 +10126,7 @@ def takes_result(tester):
     if error or not answer.calls():
         return skip("there is no call to answer")
     results = [
-        {"type": "tool_result", "tool_use_id": call["id"], "content": "11 degrees, heavy rain"}
+        {"type": "tool_result", "tool_use_id": call["id"], "content": "11 degrees, rain"}
         for call in answer.blocks("tool_use")
     ]
     messages = [
@@ -10267,10 +10266,9 @@ def grammar_fault(text):
         index += kind == "content_block_start"
         if kind.startswith("content_block_") and event.get("index") != index:
             return "%s with index %a where %d was due" % (kind, event.get("index"), index)
-        order += kind + " " if kind != "ping" else ""
-    if EVENT_ORDER.match(order):
-        return ""
-    return "events out of order: " + shorten(order or "none", 200)
+        order += kind + " "
+    fault = "events out of order: " + shorten(order or "none", 200)
+    return "" if EVENT_ORDER.match(order.replace("ping ", "")) else fault
 
 
 CHECKS = (
@@ -10334,8 +10332,7 @@ def check(config, options):
     tester = Tester(config(), options.family)
     show = (lambda line: None) if options.json else say
     plan, rows, bad = tester.plan, [], []
-    base = without_password(plan.base)
-    show("%s at %s" % (plan.model, base))
+    show("%(model)s at %(api_base)s" % place_of(plan))
     for row in run_checks(tester, not options.json):
         rows.append(row)
         mark = {"ok": "ok", "skip": "--", "fail": "no"}[row["status"]]
@@ -10352,9 +10349,8 @@ def check(config, options):
     cannot = "Claude Code cannot work with it: " + ", ".join(bad)
     show(cannot if bad else "Claude Code can work with it.")
     if options.json:
-        report = dict(ok=not bad, model=plan.model, api_base=base, profile=plan.profile.name)
-        report.update(checks=rows, lessons=lessons)
-        say(json.dumps(report, indent=1))
+        report = dict(place_of(plan), ok=not bad, profile=plan.profile.name)
+        say(json.dumps(dict(report, checks=rows, lessons=lessons), indent=1))
     return 1 if bad else 0
 
 
