@@ -8377,7 +8377,8 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
 # provider. They enter the document through textContent and append() only, which never parse
 # markup; a test searches PAGE for all other ways.
 #
-# The script, in its order. refresh() -> call("stats") -> show(stats) -> one function a section.
+# The script, in its order: the DOM, numbers as text, talking to the proxy, the sections, the start.
+# refresh() -> call("stats") -> show(stats) -> one function a section.
 #   el        makes an HTML element: "tag" or "tag.classes", children; fill gives it attributes
 #   svg       makes an SVG element: tag, attributes, children
 #   sync      makes parent's children show items; a child whose item is as before stays as it is,
@@ -8408,7 +8409,7 @@ PAGE = r"""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="viewport" content="width=device-width">
 <title>ccfix</title>
 <link rel="icon" href="data:,">
 <style nonce="{nonce}">
@@ -8587,7 +8588,6 @@ const POLL_MS = 2000, PATIENCE_MS = 10000;
 const NONE = "\u2013", DOT = " \u00b7 ";
 let polling, messageTimer;
 
-// -- DOM
 const byId = id => document.getElementById(id);
 const form = byId("key-form");
 function put(id, text) {
@@ -8615,7 +8615,6 @@ function sync(parent, items, build) {
   });
 }
 
-// -- Numbers as text
 const orDash = format => value => Number.isFinite(value) ? format(value) : NONE;
 const number = orDash(value => value.toLocaleString("en-US"));
 const percent = orDash(value => Math.round(value * 100) + " %");
@@ -8637,7 +8636,6 @@ const count = (amount, noun) =>
   amount && number(amount) + " " + (amount === 1 ? noun : noun.replace(/y$/, "ie") + "s");
 const readShare = row => row.cache_read / (row.input + row.cache_read);
 
-// -- Talking to the proxy
 let memory = {};
 try { memory = sessionStorage; } catch { }
 async function call(path, method) {
@@ -8687,7 +8685,6 @@ async function copy(source) {
   }
 }
 
-// -- Sections
 function show(stats) {
   form.hidden = true;
   byId("content").hidden = false;
@@ -8788,13 +8785,11 @@ const DETAILS = [
   ["Prefix cache lost", row => row.broke],
   ["Lessons", row => row.lessons.join("\n")],
   ["Asked for", row => row.asked],
-  ["Called", row => row.model],
   ["When", row => new Date(row.time * 1000).toLocaleString("en-GB")],
   ...FIGURES.map(([title, , cell]) => [title, cell]),
   ["Cost", row => money(row.cost)],
   ["Bytes", row => list(bytes(row.bytes_in) + " in", bytes(row.bytes_out) + " out")],
-  ["Mode", row => list(row.stream ? "streamed" : "whole", count(row.retries, "retry"),
-    row.cache && "cache " + row.cache)],
+  ["Mode", row => list(row.stream ? "streamed" : "whole", row.cache && "cache " + row.cache)],
   ["Session", row => row.session],
   ["Id", row => row.id],
 ];
@@ -8846,7 +8841,6 @@ function settingRow({ name, help, value, origin }) {
     el(origin === "default" ? "td.soft" : "td.changed", origin));
 }
 
-// -- Start
 function onPress(id, path) {
   byId(id).onclick = () => call(path, "POST")
     .then(({ removed }) => tell(number(removed) + " removed."))
@@ -9821,7 +9815,7 @@ QUESTIONS = {
         tool_choice={"type": "tool", "name": WEATHER["name"]},
     ),
     "parallel": dict(
-        content="What is the weather in Paris, and what in Rome? Call the tool for both at once.",
+        content="What is the weather in Paris and in Rome? Call the tool for both at once.",
         tools=[WEATHER],
     ),
     # 1,024 is the least budget that Anthropic's API takes, and max_tokens must be above it.
@@ -9844,7 +9838,7 @@ ADVICE = {
     "auth": "set the right key: -k KEY, or TARGET_API_KEY",
     "billing": "add credit at the provider, or choose another one",
     "policy": "ask the provider what this key may use",
-    "model": "choose one of the provider's models: -m NAME, or TARGET_MODEL",
+    "model": "choose one of its models: -m NAME, or TARGET_MODEL",
     "path": "check the base URL (-b, TARGET_API_BASE): most end in /v1",
     "overflow": "choose a model with a larger context window, or raise the server's "
     "(llama.cpp: -c, vLLM: --max-model-len, Ollama: OLLAMA_CONTEXT_LENGTH=65536)",
@@ -9897,7 +9891,7 @@ def failure(error):
 
 def quote(text):
     """The beginning of a model's words, in quotes, on one line."""
-    return ascii(text[:40]) + ("..." if len(text) > 40 else "")
+    return ascii(shorten(text, 40))
 
 
 class Answer:
@@ -10335,10 +10329,10 @@ def check(config, options):
     show("%(model)s at %(api_base)s" % place_of(plan))
     for row in run_checks(tester, not options.json):
         rows.append(row)
-        mark = {"ok": "ok", "skip": "--", "fail": "no"}[row["status"]]
-        if row["required"] and mark == "no":
+        failed = "FAIL" if row["required"] else "no"
+        mark = {"ok": "ok", "skip": "--", "fail": failed}[row["status"]]
+        if mark == "FAIL":
             bad.append(row["name"])
-            mark = "FAIL"
         show("%-4s %-18s  %s" % (mark, row["name"], row["seen"]))
         if row["fix"]:
             show("%25sfix: %s" % ("", row["fix"]))
