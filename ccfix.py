@@ -8392,8 +8392,8 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
 #   memory    keeps the key: as long as the tab, or as the page where storage is forbidden
 #   call      the JSON of an answer; throws an Error with a message to show, and the status, if
 #             there was one, as its cause
-#   refresh   one poll. None begins while another lasts, while nobody looks at the page, or while
-#             the form waits for a key: it does not knock on with a wrong one
+#   refresh   one poll. The timer starts none while the form waits for a key: it does not knock on
+#             with a wrong one
 #   copy      has no clipboard outside https and localhost: there it selects the text for the user
 #   PLOTS     title, format, top of the scale (0: the highest bar), and the parts of the bar of a
 #             minute: class, name, figure of a row of stats.series. The last wants a known cost
@@ -8494,7 +8494,7 @@ thead:only-child::after { content: "No request yet."; display: block; padding: 7
 .pairs { display: grid; grid-template-columns: fit-content(40%) 1fr; gap: 3px 16px; }
 .pairs div { display: contents; }
 .pairs dd { white-space: pre-wrap; }
-.detail .pairs { margin: 0; padding: 10px 12px; border-radius: 6px; background: var(--page); }
+.detail .pairs { padding: 10px 12px; border-radius: 6px; background: var(--page); }
 .changed { color: var(--accent); }
 #message {
   position: fixed; inset: auto 20px 20px; width: fit-content; margin: 0 auto;
@@ -8536,7 +8536,7 @@ thead:only-child::after { content: "No request yet."; display: block; padding: 7
     </div>
   </div>
   <dl id="tiles" class="grid" aria-label="Totals since the start"></dl>
-  <section id="plots" class="grid"></section>
+  <div id="plots" class="grid"></div>
 
   <h2>Connect</h2>
   <div id="connect" class="grid"></div>
@@ -8545,7 +8545,7 @@ thead:only-child::after { content: "No request yet."; display: block; padding: 7
   <div class="card scroll"><table id="requests"></table></div>
 
   <div class="grid">
-    <section>
+    <div>
       <h2>Response cache</h2>
       <div class="card">
         <div class="bar">
@@ -8558,8 +8558,8 @@ thead:only-child::after { content: "No request yet."; display: block; padding: 7
         <p class="bad" id="cache-error"></p>
         <dl id="cache-text" class="pairs"></dl>
       </div>
-    </section>
-    <section>
+    </div>
+    <div>
       <h2>Lessons learned</h2>
       <div class="card">
         <div class="bar">
@@ -8568,7 +8568,7 @@ thead:only-child::after { content: "No request yet."; display: block; padding: 7
         </div>
         <ul id="lessons"></ul>
       </div>
-    </section>
+    </div>
   </div>
 
   <h2>Settings</h2>
@@ -8586,7 +8586,7 @@ thead:only-child::after { content: "No request yet."; display: block; padding: 7
 "use strict";
 const POLL_MS = 2000, PATIENCE_MS = 10000;
 const NONE = "\u2013", DOT = " \u00b7 ";
-let polling, messageTimer;
+let messageTimer;
 
 const byId = id => document.getElementById(id);
 const form = byId("key-form");
@@ -8622,8 +8622,8 @@ const money = orDash(value => value.toFixed(value < 1 ? 4 : 2));
 const clock = orDash(time => new Date(time * 1000).toLocaleTimeString("en-GB"));
 const compact = orDash(value => value
   .toLocaleString("en-US", { notation: "compact", maximumSignificantDigits: 3 })
-  .replace("K", "k").replace("B", "G"));
-const bytes = orDash(value => compact(value).replace(/[kMG]?$/, " $&B"));
+  .replace("B", "G"));
+const bytes = orDash(value => compact(value).replace(/[KMG]?$/, " $&B"));
 const span = orDash(seconds => [
   ["d", 86400, Infinity], ["h", 3600, 24], ["min", 60, 60], ["s", 1, 60],
 ].map(([unit, size, most]) => [Math.floor(seconds / size) % most, unit])
@@ -8657,12 +8657,7 @@ function setState(color, text) {
   byId("state").className = color;
   put("state", text);
 }
-async function refresh() {
-  if (polling || document.hidden) return;
-  polling = true;
-  await call("stats").then(show).catch(lose);
-  polling = false;
-}
+const refresh = () => document.hidden || call("stats").then(show).catch(lose);
 function lose({ cause, message }) {
   if (cause !== 401) {
     if (byId("state").className === "accent") tell("Not up to date: " + message + ".");
@@ -9792,7 +9787,7 @@ FIRST_REQUEST = 13000  # tokens of Claude Code's first request, by its own count
 # The tool of all rows about tools, described as Claude Code describes its own.
 WEATHER = {
     "name": "get_weather",
-    "description": "The weather of today at a place.",
+    "description": "The weather at a place.",
     "input_schema": {
         "type": "object",
         "properties": {"place": {"type": "string"}},
@@ -10236,7 +10231,7 @@ def orders_events(tester):
 
 
 # The types of the events of a whole stream, pings apart.
-EVENT_ORDER = re.compile(
+EVENT_ORDER = (
     "message_start (content_block_start (content_block_delta )*content_block_stop )*"
     "message_delta message_stop $"
 )
@@ -10262,7 +10257,7 @@ def grammar_fault(text):
             return "%s with index %a where %d was due" % (kind, event.get("index"), index)
         order += kind + " "
     fault = "events out of order: " + shorten(order or "none", 200)
-    return "" if EVENT_ORDER.match(order.replace("ping ", "")) else fault
+    return "" if re.match(EVENT_ORDER, order.replace("ping ", "")) else fault
 
 
 CHECKS = (
