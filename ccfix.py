@@ -8467,7 +8467,6 @@ input { flex: 1 1 200px; }
 #flow > span { align-self: center; color: var(--accent); font-size: 22px; }
 ul { padding: 0; list-style: none; }
 li, pre, .pairs { margin-top: 6px; }
-dl:empty { display: none; }
 #tiles dt + dd { font-size: 24px; font-weight: 600; }
 svg {
   display: block; width: 100%; height: 72px; margin: 8px 0 4px;
@@ -8721,7 +8720,7 @@ const tile = ([name, figure, hint, color]) => el("div.card",
   el("dt", name), el("dd." + (color || ""), figure), el("dd.soft", hint || ""));
 function shellCard([shell, lines]) {
   const code = el("code", lines.join("\n"));
-  const button = fill(el("button", "Copy"), { "aria-label": "Copy the lines for " + shell });
+  const button = fill(el("button", "Copy"), { "aria-label": "Copy for " + shell });
   button.onclick = () => copy(code);
   return el("div.card",
     el("div.bar", el("h3", shell), button), el("pre", code));
@@ -9946,8 +9945,9 @@ class Tester:
         self.asked = "claude-" + (family or "check")
         self.models = []  # the names that the provider lists, once a row has looked
         self.known = {}  # name of a question -> what `once` returns
-        settings.target_retries, settings.target_model_fallback = 0, ""
-        settings.cache_enabled, settings.record_dir = False, ""
+        vars(settings).update(
+            target_retries=0, target_model_fallback="", cache_enabled=False, record_dir=""
+        )
         out = sys.stderr if settings.log_level == "debug" else io.StringIO()
         self.proxy = Proxy(lambda: settings, Log(settings, out))
 
@@ -10053,7 +10053,7 @@ def judge_stream(answer):
     if not answer.marks:
         return fail("an empty stream", ADVICE["server"])
     if len(answer.marks) == 1 and answer.output > 8:
-        return ok("all in one piece, at the end: the server or a proxy in between holds it back")
+        return ok("all in one piece, at the end: the server or a proxy holds it back")
     return ok("%d pieces in %.1f s" % (len(answer.marks), answer.marks[-1]))
 
 
@@ -10219,9 +10219,13 @@ def orders_events(tester):
     plan, settings = tester.plan, tester.settings
     if not plan.format.relays:
         return None  # the client is sent ccfix's own events
-    data = to_json_bytes(question_body(plan.model, "Say hello."))
-    address = plan.url(plan.format.path), upstream_headers(plan, settings)
-    reply = tester.proxy.upstream(settings).open("POST", *address, data, patience(ROW_SECONDS))
+    reply = tester.proxy.upstream(settings).open(
+        "POST",
+        plan.url(plan.format.path),
+        upstream_headers(plan, settings),
+        to_json_bytes(question_body(plan.model, "Say hello.")),
+        patience(ROW_SECONDS),
+    )
     with contextlib.closing(reply):
         raw = reply.read(4 << 20)
     if reply.status != 200:
