@@ -13342,10 +13342,8 @@ class TestStatusPage(unittest.TestCase):
         self.assertLessEqual(asked, set(ids))
         self.assertLessEqual(
             {
-                "requests-total",
-                "errors-total",
-                "input-total",
-                "output-total",
+                "tiles",
+                "plots",
                 "cache-clear",
                 "cache-expired",
                 "requests",
@@ -13818,7 +13816,7 @@ class TestCheck(CommandsCase):
                 for row in ccfix.run_checks(tester)
             }
         finally:
-            tester.close()
+            tester.proxy.close()
 
     def test_each_fault_is_named_in_its_row_with_its_fix(self):
         for fault, name, status, seen, fix in (
@@ -13996,7 +13994,7 @@ class TestCheck(CommandsCase):
             self.assertEqual(ccfix.judge_sight(answer).status, status, text)
 
     def test_the_picture_is_a_red_png(self):
-        data = base64.b64decode(ccfix.RED_SQUARE)
+        data = base64.b64decode(ccfix.RED_PNG)
         self.assertEqual((data[:8], data[16:24]), (b"\x89PNG\r\n\x1a\n", b"\0\0\0\x40" * 2))
         chunks, rest = {}, data[8:]
         while rest:

@@ -26,10 +26,10 @@ FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --disable-dev-shm-
 FLAGS += "--no-first-run --disable-sync --disable-background-networking "
 FLAGS += "--disable-component-update --remote-debugging-port=0"
 TOTALS = {
-    "requests-total": "requests",
-    "errors-total": "errors",
-    "input-total": "input",
-    "output-total": "output",
+    "Requests": "requests",
+    "Errors": "errors",
+    "Tokens in": "input",
+    "Tokens out": "output",
 }
 # file, theme, width
 VIEWS = (("light", "light", 1200), ("dark", "dark", 1200), ("phone", "light", 390))
@@ -169,6 +169,13 @@ class Browser:
         found = "document.querySelector(%s) || {}" % json.dumps(selector)
         return self.run("(%s).textContent || ''" % found)
 
+    def tile(self, title):
+        """The figure under a title, and the hint under the figure ("": none)."""
+        tiles = "[...document.querySelectorAll('#tiles .card')]"
+        tiles += ".map(tile => [...tile.children].map(child => child.textContent))"
+        ((_, figure, hint),) = [row for row in self.run(tiles) if row[0] == title]
+        return figure, hint
+
     def press_enter(self):
         key = {"key": "Enter", "code": "Enter", "windowsVirtualKeyCode": 13, "text": "\r"}
         for kind in ("keyDown", "keyUp"):
@@ -251,7 +258,7 @@ class PageCheck:
             self.wait_for("the form for the key", "location.href !== 'about:blank' && " + shown)
             fill = "document.querySelector('#key').value = %s; " % json.dumps(self.key)
             self.browser.run(fill + "document.querySelector('#key-form').requestSubmit()")
-        self.wait_for_text("#requests-total")
+        self.wait_for_text("#tiles dd")
         self.browser.run("window.loadedOnce = true")
 
     def totals_are_those_of_stats(self):
@@ -259,7 +266,7 @@ class PageCheck:
         before = self.stats()["totals"]
 
         def differences():
-            digits = {name: re.sub(r"\D", "", self.browser.text("#" + name)) for name in TOTALS}
+            digits = {name: re.sub(r"\D", "", self.browser.tile(name)[0]) for name in TOTALS}
             after = self.stats()["totals"]
             rows = [(n, int(digits[n] or -1), before[key], after[key]) for n, key in TOTALS.items()]
             told = "%s: shown %s, in /stats %s to %s"
@@ -274,10 +281,10 @@ class PageCheck:
         def differences():
             totals = self.stats()["totals"]
             known, unpriced = totals["cost"] is not None, totals["unpriced"]
-            hint = self.browser.text("#cost-hint")
+            figure, hint = self.browser.tile("Cost")
             told = hint.partition(" request")[0] == (str(unpriced) if unpriced else "")
             found = {
-                "a figure": bool(re.search(r"\d", self.browser.text("#cost-total"))) == known,
+                "a figure": bool(re.search(r"\d", figure)) == known,
                 "a plot": ("Cost a minute" in self.browser.text("#plots")) == known,
                 "a hint": ("PRICES" in hint) != known,
                 "how many had no price": told or not known,
