@@ -5128,17 +5128,25 @@ def find_way(scheme, host, port):
     return Way(scheme, host, port, address, basic_auth(parts) if parts.username else "")
 
 
-def poll_socket(sock, seconds, read=True, write=False):
-    """Waits until `sock` can be read (or written, as asked). True: it can; False: the seconds are
-    over. Without a socket (None) it sleeps."""
+def new_poll(socks, write=False):
+    """poll(seconds) -> those of the sockets that can be read (or written), or were closed; it waits
+    for one at most that long."""
+    if not hasattr(select, "poll"):  # Windows, where select() takes no empty lists
+        lists = ([], socks, []) if write else (socks, [], [])
+        return lambda seconds: sum(select.select(*lists, seconds), []) if socks else time.sleep(seconds) or []
+    poll, by_number = select.poll(), {sock.fileno(): sock for sock in socks}
+    for sock in socks:
+        poll.register(sock, select.POLLOUT if write else select.POLLIN)
+    return lambda seconds: [by_number[number] for number, _ in poll.poll(seconds * 1000)]
+
+
+def poll_socket(sock, seconds, write=False):
+    """Waits until `sock` can be read (or written). True: it can; False: the seconds are over.
+    Without a socket (None) it sleeps."""
     if sock is None:
         time.sleep(seconds)
         return True
-    if not hasattr(select, "poll"):  # Windows
-        return any(select.select([sock] * read, [sock] * write, [], seconds))
-    poll = select.poll()
-    poll.register(sock, select.POLLIN * read | select.POLLOUT * write)
-    return bool(poll.poll(seconds * 1000))
+    return bool(new_poll([sock], write)(seconds))
 
 
 def request_parts(way, url, headers):
@@ -5223,6 +5231,7 @@ class Line(io.RawIOBase):
     def begin(self, wait, timeout):
         """Starts an exchange: nothing is left of the one before."""
         self.wait = wait  # None: only what is there is read
+        self.pending = getattr(self.sock, "pending", int)  # TLS: bytes it has and we have not
         self.timeout = timeout  # seconds that a silence may last
         # Monotonic time by which what is read must have come to its end, within MAX_HEAD bytes.
         # None: a body, which may go on for as long as something comes.
@@ -5273,7 +5282,7 @@ class Line(io.RawIOBase):
                 raise self.garbage("a head of more than %d KB" % (MAX_HEAD >> 10))
             seconds = self.deadline - time.monotonic()
         if seconds > 0:
-            if getattr(self.sock, "pending", int)() or self.wait(self.sock, seconds):
+            if self.pending() or self.wait(self.sock, seconds):
                 return
         if self.deadline and self.came:
             raise self.stuck("%s sent no whole head in %g s: it is overloaded or stuck; try again")
@@ -5296,7 +5305,7 @@ class Line(io.RawIOBase):
     def sendall(self, data):
         """Sends `data`, or (then it is not `whole`) as much as the other side takes before it
         closes or answers: a 413 may come before the end of the request."""
-        view, moved, early = memoryview(data), time.monotonic(), b""
+        view, moved = memoryview(data), time.monotonic()
         while view and self.whole:
             try:
                 view = view[self.sock.send(view[:SEND_SIZE]) :]
@@ -5307,7 +5316,7 @@ class Line(io.RawIOBase):
             except OSError:  # it may have answered before it hung up: who reads will see
                 self.whole = False
                 return
-            poll_socket(self.sock, SLICE_SECONDS, read=not early, write=True)
+            poll_socket(self.sock, SLICE_SECONDS, write=True)
             self.wait(self.sock, 0)  # for the client's sake
             early = self.look()
             # HTTP/1.1 1.. is an interim answer: the real one is still to come (RFC 9110, 15.2).
@@ -5394,7 +5403,7 @@ class Dechunker:
         framing."""
         data, at = self.tail + data, self.left
         pieces, end, self.tail = [data[:at]], len(data), b""
-        while at < end:
+        while end - at > 2:  # bytes of the shortest line
             line = self.SIZE_LINE.match(data, at)
             size = line and int(line.group(1), 16)
             if not size:
@@ -5404,7 +5413,8 @@ class Dechunker:
             start = line.end()
             at = start + size
             pieces.append(data[start:at])
-        self.left = at - end
+        self.left = max(0, at - end)
+        self.tail += data[at:]
         return b"".join(pieces)
 
     def stop(self, data, at, line):
@@ -7738,20 +7748,6 @@ class Inbox(io.RawIOBase):
         return size
 
 
-def wait_for_data(socks, seconds):
-    """Those of the sockets that can be read, or were closed; waits for one at most `seconds`."""
-    if hasattr(select, "poll"):
-        poll = select.poll()
-        for sock in socks:
-            poll.register(sock, select.POLLIN)
-        ready = {fd for fd, _ in poll.poll(seconds * 1000)}
-        return [sock for sock in socks if sock.fileno() in ready]
-    if socks:
-        return select.select(socks, [], [], seconds)[0]
-    time.sleep(seconds)  # Windows, where select() takes no empty list
-    return []
-
-
 class Watch:
     """Waits for the provider and the client at once: the wait(sock, seconds) of `Upstream.open`.
 
@@ -7764,13 +7760,16 @@ class Watch:
     def __init__(self, client, on_look=None):
         self.client = client  # its socket; None once it has sent its next request early
         self.on_look, self.next_look = on_look, 0
+        self.socks, self.poll = None, None  # of the last wait; most are for the same sockets
 
     def __call__(self, sock, seconds):
         """True: sock can be read; False: the seconds are over. Without a sock it only waits."""
         end = time.monotonic() + seconds
         while True:
-            socks = [one for one in (sock, self.client) if one]
-            ready = wait_for_data(socks, max(min(seconds, LOOK_SECONDS), 0))
+            if self.socks != (sock, self.client):
+                self.socks = sock, self.client
+                self.poll = new_poll([one for one in self.socks if one])
+            ready = self.poll(max(min(seconds, LOOK_SECONDS), 0))
             now = time.monotonic()
             if self.client in ready:
                 self.look_at_client()
@@ -8115,7 +8114,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             try:
                 data = memoryview(data)[self.connection.send(data) :]
             except BlockingIOError:
-                if not poll_socket(self.connection, SEND_SECONDS, read=False, write=True):
+                if not poll_socket(self.connection, SEND_SECONDS, write=True):
                     raise ClientGone()
             except OSError:
                 raise ClientGone()
