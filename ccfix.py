@@ -5128,25 +5128,24 @@ def find_way(scheme, host, port):
     return Way(scheme, host, port, address, basic_auth(parts) if parts.username else "")
 
 
-def new_poll(socks, write=False):
-    """poll(seconds) -> those of the sockets that can be read (or written), or were closed; it waits
-    for one at most that long."""
-    if not hasattr(select, "poll"):  # Windows, where select() takes no empty lists
-        lists = ([], socks, []) if write else (socks, [], [])
-        return lambda seconds: sum(select.select(*lists, seconds), []) if socks else time.sleep(seconds) or []
-    poll, by_number = select.poll(), {sock.fileno(): sock for sock in socks}
-    for sock in socks:
-        poll.register(sock, select.POLLOUT if write else select.POLLIN)
-    return lambda seconds: [by_number[number] for number, _ in poll.poll(seconds * 1000)]
+def new_poll(*socks, write=False):
+    """poll(seconds) -> the file numbers of those sockets that can be read (or written) or were
+    closed; it waits for the first of them at most that long. A None among `socks` does not count.
+    """
+    numbers = [sock.fileno() for sock in socks if sock]
+    if hasattr(select, "poll"):
+        poll = select.poll()
+        for number in numbers:
+            poll.register(number, select.POLLOUT if write else select.POLLIN)
+        return lambda seconds: dict(poll.poll(seconds * 1000))
+    lists = ([], numbers, []) if write else (numbers, [], [])
+    # Windows, where select() takes no empty lists.
+    return lambda seconds: select.select(*lists, seconds)[write] if numbers else time.sleep(seconds)
 
 
 def poll_socket(sock, seconds, write=False):
-    """Waits until `sock` can be read (or written). True: it can; False: the seconds are over.
-    Without a socket (None) it sleeps."""
-    if sock is None:
-        time.sleep(seconds)
-        return True
-    return bool(new_poll([sock], write)(seconds))
+    """Whether `sock` can be read (or written) within so many seconds. None: it only waits."""
+    return bool(new_poll(sock, write=write)(seconds))
 
 
 def request_parts(way, url, headers):
@@ -5169,10 +5168,12 @@ def request_parts(way, url, headers):
         for name in fields
         if not FIELD.fullmatch(name + ":" + fields[name])
     ]
-    if wrong or not re.fullmatch("[!-~]+", target):
+    if not re.fullmatch("[!-~]+", target):
+        wrong.append("the URL")
+    if wrong:
         raise UpstreamError(
             "%s to the provider has a line break or another character that HTTP forbids: check the "
-            "setting (an API key?) it comes from" % (wrong or ["the URL"])[0],
+            "setting (an API key?) it comes from" % wrong[0],
             500,
             kind="request",
         )
@@ -5225,8 +5226,6 @@ class Line(io.RawIOBase):
         if way.proxy:
             self.peer += " (through the proxy %s)" % host_port(*way.proxy)
         self.file = Inlet(self, READ_SIZE)
-        self.since = 0.0  # monotonic time at which it became idle
-        self.begin(None, 0.0)
 
     def begin(self, wait, timeout):
         """Starts an exchange: nothing is left of the one before."""
@@ -5284,12 +5283,8 @@ class Line(io.RawIOBase):
         if seconds > 0:
             if self.pending() or self.wait(self.sock, seconds):
                 return
-        if self.deadline and self.came:
-            raise self.stuck("%s sent no whole head in %g s: it is overloaded or stuck; try again")
-        raise self.stuck(
-            "%s has been silent for %g s: it is overloaded or stuck; try again, or raise the "
-            "timeout"
-        )
+        is_slow = self.deadline and self.came
+        raise self.stuck("sent no whole head" if is_slow else "has been silent")
 
     def look(self):
         """What has come and is not read yet, without waiting for more; None where the connection is
@@ -5322,9 +5317,7 @@ class Line(io.RawIOBase):
             # HTTP/1.1 1.. is an interim answer: the real one is still to come (RFC 9110, 15.2).
             self.whole = early is not None and early[9:10] in b"1"
             if time.monotonic() - moved > self.timeout:
-                raise self.stuck(
-                    "%s took no byte of the request for %g s: it is overloaded or stuck; try again"
-                )
+                raise self.stuck("took no byte of the request")
 
     def ask(self, method, target, fields, body, wait, timeout):
         """Sends a request and reads the head of the answer, which has `timeout` seconds -> Head."""
@@ -5347,10 +5340,10 @@ class Line(io.RawIOBase):
         self.deadline = None
         return head
 
-    def handshake(self, context, seconds):
+    def handshake(self, context):
         """TLS from here on, through the proxy if there is one. OSError, ValueError
         (ssl.CertificateError on Python 3.6)."""
-        end = time.monotonic() + seconds
+        end = time.monotonic() + self.timeout
         self.sock = context.wrap_socket(
             self.sock, server_hostname=self.way.host, do_handshake_on_connect=False
         )
@@ -5364,10 +5357,11 @@ class Line(io.RawIOBase):
 
     # -- what can be wrong with it
 
-    def stuck(self, said):
+    def stuck(self, seen):
         """It is there, and does nothing. No retry: with the same patience, that would take as long
         again."""
-        said %= self.peer, self.timeout
+        said = "%s %s for %g s: it is overloaded or stuck; try again, or raise the timeout"
+        said %= self.peer, seen, self.timeout
         return UpstreamError(said, 504, "timeout_error", kind="timeout")
 
     def garbage(self, seen, alert=False):
@@ -5498,17 +5492,16 @@ class Reply:
 
     def read(self, limit=MAX_BODY):
         """The whole body. UpstreamError as in blocks(), and if it has more than `limit` bytes."""
-        blocks, size = [], 0
+        body = bytearray()
         for block in self.blocks():
-            blocks.append(block)
-            size += len(block)
-            if size > limit:
+            body += block
+            if len(body) > limit:
                 raise UpstreamError(
                     "the answer of %s is longer than %d bytes: that is not a chat completion; "
                     "check the base URL" % (self.line.peer, limit),
                     kind="body",
                 )
-        return b"".join(blocks)
+        return bytes(body)
 
     def finish(self):
         """close(), but first throws away the end of the body if it is there or comes at once: a
@@ -5584,16 +5577,12 @@ def connect_error(way, error):
 
 def proxy_refusal(way, status, reason):
     """The proxy's answer to CONNECT, or its 407 to a request, as an UpstreamError."""
-    said = (
-        "the proxy %s does not connect to %s (%d %s): ask who runs it, or name the host in NO_PROXY"
-        % (host_port(*way.proxy), host_port(way.host, way.port), status, ascii(reason)[1:-1])
-    )
+    said = "does not connect to %s (%d %s): ask who runs it, or name the host in NO_PROXY"
+    said %= host_port(way.host, way.port), status, ascii(reason)[1:-1]
     if status == 407:
-        said = (
-            "the proxy %s wants a name and password (407): %s_PROXY needs user:password@ before "
-            "its host"
-        )
-        said %= host_port(*way.proxy), way.scheme.upper()
+        said = "wants a name and password (407): %s_PROXY needs user:password@ before its host"
+        said %= way.scheme.upper()
+    said = "the proxy %s %s" % (host_port(*way.proxy), said)
     return UpstreamError(said, kind="connect", retry=status >= 500)
 
 
@@ -5623,7 +5612,6 @@ class Upstream:
         self.live = set()  # every line, idle or in use
         self.ways = {}  # (scheme, host, port) -> (monotonic time until which it holds, Way)
         self.context = None  # the SSLContext, once it was needed
-        self.context_lock = threading.Lock()
 
     def open(self, method, url, headers, body=None, wait=None, timeout=None):
         """Sends a request (body: bytes or None) -> a Reply, once its head has come; redirects on
@@ -5694,11 +5682,11 @@ class Upstream:
     def close_idle(self):
         """Ends the connections that were idle too long. The server's accepting thread calls it too,
         so that they end also where no request comes any more."""
-        old, before = [], time.monotonic() - self.idle
+        before = time.monotonic() - self.idle
         with self.lock:
-            for lines in self.pool.values():
-                while lines and lines[0].since < before:
-                    old.append(lines.pop(0))
+            old = [line for lines in self.pool.values() for line in lines if line.since < before]
+            for line in old:
+                self.pool[line.way].remove(line)
         for line in old:
             self.drop(line)
 
@@ -5757,7 +5745,7 @@ class Upstream:
             self.tunnel(line, wait)
         line.begin(wait, self.connect_timeout)
         try:
-            line.handshake(self.tls(), self.connect_timeout)
+            line.handshake(self.tls())
         except (OSError, ValueError) as error:
             raise connect_error(way._replace(proxy=None), error)
         line.peer = peer
@@ -5778,13 +5766,10 @@ class Upstream:
 
     def tls(self):
         """The one SSLContext, made when it is first needed: loading certificates takes 25 ms, and
-        up to Python 3.11 each context does it anew."""
-        with self.context_lock:
-            self.context = self.context or self.new_context()
+        up to Python 3.11 each context does it anew. By the user's settings, whose mistakes show
+        here, and not as a fault of the provider."""
+        if self.context:
             return self.context
-
-    def new_context(self):
-        """By the user's settings; their mistakes show here, and not as a fault of the provider."""
         try:
             context = ssl.create_default_context()
             # Python 3.13 turned this on; many company CAs lack the extensions that it asks for.
@@ -5804,12 +5789,14 @@ class Upstream:
             )
         if self.insecure:  # in this order: ssl refuses not to verify while names are checked
             context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        self.context = context  # two threads may have made one: either will do
         return context
 
     def keep(self, line):
         """Takes a line back on which nothing is under way. Its last `wait` is forgotten: it knows a
         client, which would be kept as long as the line."""
-        line.wait, line.since = None, time.monotonic()
+        line.wait = None
+        line.since = time.monotonic()  # at which it became idle
         with self.lock:
             lines = self.pool.setdefault(line.way, [])
             if not self.closed and len(lines) < KEPT_LINES:
@@ -7728,7 +7715,7 @@ class Inbox(io.RawIOBase):
     """
 
     def __init__(self, sock):
-        self.sock, self.deadline, self.pause = sock, 0, 0
+        self.sock = sock
         self.may_end = True  # no request has begun
 
     def allow(self, seconds, pause=None):
@@ -7768,15 +7755,15 @@ class Watch:
         while True:
             if self.socks != (sock, self.client):
                 self.socks = sock, self.client
-                self.poll = new_poll([one for one in self.socks if one])
+                self.poll = new_poll(*self.socks)
             ready = self.poll(max(min(seconds, LOOK_SECONDS), 0))
             now = time.monotonic()
-            if self.client in ready:
+            if self.client and self.client.fileno() in ready:
                 self.look_at_client()
             if self.on_look and now >= self.next_look:
                 self.next_look = now + LOOK_SECONDS
                 self.on_look()
-            if sock in ready:
+            if sock and sock.fileno() in ready:
                 return True
             seconds = end - now
             if seconds <= 0:
@@ -7858,8 +7845,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """One request, from its first byte to the last of its reply."""
         self.request_id = "req_" + self.proxy.new_id()
         self.command, self.request_version, self.headers = "", "HTTP/1.1", Fields()
-        self.length = None  # of the body, as Content-Length says
-        self.chunked = False  # the body comes in chunks
         self.awaited = False  # the client waits for "100 Continue" before it sends the body
         # The client sent more than was read, or may have: nobody knows where its next request
         # begins, so the connection ends with this reply.
@@ -7969,7 +7954,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 "Transfer-Encoding may only be chunked, in HTTP/1.1 and without Content-Length"
             )
         self.path = path or "/"  # without host and query
-        self.length, self.chunked = int(lengths[0]) if lengths else None, bool(codings)
+        self.length = int(lengths[0]) if lengths else None  # of the body
+        self.chunked = bool(codings)  # the body comes in chunks
         self.unread = bool(self.chunked or self.length)
         # HTTP/1.0 keeps connections only by an extension that every reply would have to name.
         options = ",".join(self.headers.get_all("Connection", [])).lower()
@@ -8137,12 +8123,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def send(self, data, headers=(), status=200):
         """A whole reply in one write; none of the body for HEAD. -> the body's length"""
-        usual = {
-            "Content-Type": "application/json",
-            "Cache-Control": "no-store",
-            "Content-Length": len(data),
-        }
-        head = self.head(status, dict(usual, **dict(headers)))
+        usual = {"Content-Type": "application/json", "Cache-Control": "no-store"}
+        head = self.head(status, {**usual, "Content-Length": len(data), **dict(headers)})
         self.write(head if self.command == "HEAD" else head + data)
         return len(data)
 

@@ -7973,7 +7973,7 @@ class TestHttpFraming(UpstreamCase):
         with self.fake([b"HTTP/1.1 200 OK\r\n"] + [b"X", 0.02] * 1000) as server:
             error = self.failure(self.client(timeout=0.2), server.url)
             self.assertEqual((error.kind, error.status), ("timeout", 504))
-            self.assertIn("sent no whole head in 0.2 s", error.message)
+            self.assertIn("sent no whole head for 0.2 s", error.message)
 
     def test_every_framing_is_read_whole(self):
         for name, reply, body in self.WHOLE:
