@@ -5056,8 +5056,9 @@ def apply_lesson(profile, changes):
 
 READ_SIZE = 16384  # one TLS record; every waiting thread holds one
 SEND_SIZE = 1 << 18
-MAX_HEAD = 1 << 16  # bytes that may come before a head, interim ones included, is whole
-MAX_BODY = 1 << 26  # of a reply that is read whole
+# In bytes, of what a client or a provider sends:
+MAX_HEAD = 1 << 16  # of an answer: with the interim ones before it
+MAX_BODY = 1 << 26  # that is read whole; Anthropic's own API takes 32 MB, Claude Code sends no more
 BLOCK_SIZE = 1 << 16  # of decompressed output: a bomb costs time, not memory
 KEPT_LINES = 128  # idle connections to one place
 DRAIN_SECONDS = 0.05  # how long finish() waits for the end of a body
@@ -5478,8 +5479,7 @@ class Reply:
     def payload(self):
         """Generates the body without its framing, what one read brought as one piece."""
         while self.line and self.left != 0:
-            most = READ_SIZE if self.left is None else min(self.left, READ_SIZE)
-            data = self.line.file.read1(most)
+            data = self.line.file.read1(min(self.left or READ_SIZE, READ_SIZE))
             if not data and (self.chunks or self.left):
                 raise self.line.cut("closed by it")
             if self.chunks:
@@ -5546,33 +5546,38 @@ def redirect_target(method, url, reply):
 
 def connect_error(way, error):
     """Why no connection came about, as an UpstreamError."""
-    place, words = host_port(way.host, way.port), str(error) or type(error).__name__
+    words = str(error) or type(error).__name__
     seen = getattr(error, "verify_message", "") or getattr(error, "strerror", "") or words
     untrusted = isinstance(error, ssl.CertificateError) or "CERTIFICATE_VERIFY_FAILED" in words
-    if untrusted:
-        said = (
+    rows = (
+        (
+            untrusted,
             "%s shows a certificate that is not trusted here (%s): if a company proxy or a private "
             "CA signed it, name the CA's file in SSL_CERT_FILE or --ca-bundle (NODE_EXTRA_CA_CERTS "
-            "is for Node only)"
-        )
-    elif isinstance(error, ssl.SSLError):
-        said = "no TLS with %s (%s): if it is a plain HTTP server, write http:// in the base URL"
-    elif way.proxy:
-        place = host_port(*way.proxy)
-        said = (
+            "is for Node only)",
+        ),
+        (
+            isinstance(error, ssl.SSLError),
+            "no TLS with %s (%s): if it is a plain HTTP server, write http:// in the base URL",
+        ),
+        (
+            way.proxy,
             "the proxy %s cannot be reached (%s): check HTTPS_PROXY and HTTP_PROXY, or name the "
-            "host in NO_PROXY"
-        )
-    elif isinstance(error, (socket.gaierror, UnicodeError)):
-        said = (
+            "host in NO_PROXY",
+        ),
+        (
+            isinstance(error, (socket.gaierror, UnicodeError)),
             "the host name of %s cannot be resolved (%s): check the base URL, the network and any "
-            "proxy"
-        )
-    else:
-        said = (
-            "%s cannot be reached (%s): check that the server runs and that the base URL is right"
-        )
-    return UpstreamError(said % (place, seen), kind="connect", retry=not untrusted)
+            "proxy",
+        ),
+        (
+            True,
+            "%s cannot be reached (%s): check that the server runs and that the base URL is right",
+        ),
+    )
+    said = next(said for holds, said in rows if holds)
+    said %= host_port(*way.proxy or (way.host, way.port)), seen
+    return UpstreamError(said, kind="connect", retry=not untrusted)
 
 
 def proxy_refusal(way, status, reason):
@@ -5731,8 +5736,7 @@ class Upstream:
         line = Line(made[0], way)
         with self.lock:  # either close() finds it among the live ones, or it sees that it is closed
             self.live.add(line)
-            closed = self.closed
-        if closed:
+        if self.closed:
             self.drop(line)
             raise UpstreamError("this proxy is shutting down", 503, kind="connect")
         return line
@@ -5816,11 +5820,9 @@ class Upstream:
             self.closed = True
             self.idle = -1.0  # not even for no time
             for line in self.live:
-                try:
-                    # Not SSLSocket's own shutdown, which is not for two threads.
+                # Not SSLSocket's own shutdown, which is not for two threads.
+                with contextlib.suppress(OSError):
                     socket.socket.shutdown(line.sock, socket.SHUT_RDWR)
-                except OSError:
-                    pass
         self.close_idle()
 
 
@@ -7686,9 +7688,7 @@ def search_web(exchange, query):
 # ==================================================================================================
 
 # Limits on what a client sends: whoever reaches the port can neither fill the memory nor hold a
-# thread for ever. Anthropic's own API takes 32 MB, so Claude Code sends no more.
-MAX_BODY_BYTES = 64 << 20
-MAX_HEAD_BYTES = 64 << 10  # http.server itself takes up to 100 header fields
+# thread for ever. MAX_HEAD and MAX_BODY count here too; http.server takes up to 100 header fields.
 MAX_CHUNK_LINE = 4096  # a chunk's size and its extensions, which nobody uses
 
 HEAD_SECONDS = 30  # for a request's head, and between two reads of its body
@@ -7886,24 +7886,24 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not self.inbox.peek(1):
             return False
         self.inbox.raw.allow(HEAD_SECONDS)
-        self.raw_requestline = line = self.inbox.readline(MAX_HEAD_BYTES)
+        self.raw_requestline = line = self.inbox.readline(MAX_HEAD)
         if not line.strip():  # RFC 9112, 2.2: an empty line before a request is no fault
             self.close_connection = False
             return False
         self.unread, self.inbox.raw.may_end = True, False
         found = REQUEST_LINE.fullmatch(line)
-        if len(line) == MAX_HEAD_BYTES:
+        if len(line) == MAX_HEAD:
             raise ProxyError("the request line is too long", 414)
         if not found:
             raise BadRequest("the request line is not HTTP")
         if found.group(1) not in (b"1.0", b"1.1"):
             raise ProxyError("only HTTP/1.1 and 1.0 are served", 505)
-        self.rfile = io.BytesIO(self.read_fields(MAX_HEAD_BYTES - len(line)))
+        self.rfile = io.BytesIO(self.read_fields(MAX_HEAD - len(line)))
         self.parse_request()  # http.server's, which reads from rfile
         self.check_head()
         return True
 
-    def read_fields(self, left=MAX_HEAD_BYTES):
+    def read_fields(self, left=MAX_HEAD):
         """The lines of header fields, or of a body's trailers, up to the empty one, as bytes.
 
         Folded lines, lines that are not fields and control characters are refused: another server
@@ -8055,9 +8055,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def check_size(self, size):
         """Raise ProxyError if a body of this many bytes is too large."""
-        if size > MAX_BODY_BYTES:
+        if size > MAX_BODY:
             raise ProxyError(
-                "the request has %d bytes; the limit is %d MB" % (size, MAX_BODY_BYTES >> 20), 413
+                "the request has %d bytes; the limit is %d MB" % (size, MAX_BODY >> 20), 413
             )
 
     def read_chunks(self):
@@ -8161,11 +8161,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         # Claude Code asks twice after a 404, and shows its own words; after a 424 once, and ours.
         is_claude = "claude-cli/" in self.headers.get("User-Agent", "")
         status = 424 if error.status == 404 and error.kind and is_claude else error.status
-        try:
+        with contextlib.suppress(ClientGone):
             if not self.began_reply:
                 return self.send_json(error.body(self.request_id), error.headers, status)
-        except ClientGone:
-            pass
         self.close_connection = True
 
     def write_events(self, text):
@@ -8244,8 +8242,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not name:
             return models
         name = urllib.parse.unquote(name)[:200]
-        other = dict(models["data"][0], id=name, display_name=name)
-        return {row["id"]: row for row in models["data"]}.get(name, other)
+        rows = {row["id"]: row for row in models["data"]}
+        return rows.get(name) or dict(models["data"][0], id=name, display_name=name)
 
     def get_health(self):
         return {"status": "ok", "name": "ccfix", "version": __version__}

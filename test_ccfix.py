@@ -12475,7 +12475,7 @@ class TestChunkedBodies(HttpCase):
 
     def test_the_limit_holds_for_all_chunks_together(self):
         self.serve()
-        with mock.patch.object(ccfix, "MAX_BODY_BYTES", 2 * len(self.BODY)):
+        with mock.patch.object(ccfix, "MAX_BODY", 2 * len(self.BODY)):
             for count, status in ((1, 200), (2, 400), (3, 413)):
                 answers = self.talk(self.chunked(self.WHOLE * count, self.END, Connection="close"))
                 self.assertEqual([answer.status for answer in answers], [status])
