@@ -5055,16 +5055,12 @@ def apply_lesson(profile, changes):
 # until something is wrong with it, or it was idle for too long: drop.
 
 READ_SIZE = 16384  # one TLS record; every waiting thread holds one
-SEND_SIZE = 1 << 18
 # In bytes, of what a client or a provider sends:
 MAX_HEAD = 1 << 16  # of an answer: with the interim ones before it
 MAX_BODY = 1 << 26  # that is read whole; Anthropic's own API takes 32 MB, Claude Code sends no more
-BLOCK_SIZE = 1 << 16  # of decompressed output: a bomb costs time, not memory
 KEPT_LINES = 128  # idle connections to one place
 DRAIN_SECONDS = 0.05  # how long finish() waits for the end of a body
 SLICE_SECONDS = 0.2  # between two looks at the client where the socket alone is waited for
-WAY_SECONDS = 60  # how long a look-up of the system's proxy settings holds
-MAX_REDIRECTS = 3
 
 PORTS = {"http": 80, "https": 443}
 # What a socket that never blocks says instead of waiting.
@@ -5099,7 +5095,9 @@ def url_origin(url):
 
 
 def basic_auth(parts):
-    """The Authorization value for the user and password of a split URL (RFC 7617)."""
+    """The Authorization value for the user and password of a split URL (RFC 7617), "" for none."""
+    if not parts.username:
+        return ""
     pair = [urllib.parse.unquote(each or "") for each in (parts.username, parts.password)]
     return "Basic " + base64.b64encode(":".join(pair).encode("utf-8")).decode("ascii")
 
@@ -5126,7 +5124,7 @@ def find_way(scheme, host, port):
         said = "the proxy setting for %s has no valid host and port: correct %s" % (host, setting)
         raise UpstreamError(said, kind="connect")
     parts = urllib.parse.urlsplit("http://" + place)
-    return Way(scheme, host, port, address, basic_auth(parts) if parts.username else "")
+    return Way(scheme, host, port, address, basic_auth(parts))
 
 
 def new_poll(*socks, write=False):
@@ -5157,8 +5155,9 @@ def request_parts(way, url, headers):
     target = (parts.path or "/") + ("?" + parts.query if parts.query else "")
     framing = ("content-length", "transfer-encoding")  # http.client's business
     fields = {name: value for name, value in headers.items() if name.lower() not in framing}
-    if parts.username and "authorization" not in map(str.lower, fields):
-        fields["Authorization"] = basic_auth(parts)
+    auth = basic_auth(parts)
+    if auth and "authorization" not in map(str.lower, fields):
+        fields["Authorization"] = auth
     if way.proxy and way.scheme == "http":
         target = "http://" + host_port(way.host, way.port) + target
         if way.proxy_auth:
@@ -5304,7 +5303,7 @@ class Line(io.RawIOBase):
         view, moved = memoryview(data), time.monotonic()
         while view and self.whole:
             try:
-                view = view[self.sock.send(view[:SEND_SIZE]) :]
+                view = view[self.sock.send(view[: 1 << 18]) :]
                 moved = time.monotonic()
                 continue
             except NOTHING_YET:
@@ -5423,13 +5422,13 @@ class Dechunker:
 
 # Neither raw deflate, which no server sends any more, nor brotli, which Python cannot read.
 def inflate(pieces):
-    """The decompressed `pieces` of gzip or zlib, each as soon as it is there, at most BLOCK_SIZE
-    bytes at a time. zlib.error: damaged; ValueError: cut off."""
+    """The decompressed `pieces` of gzip or zlib, each as soon as it is there, at most 64 KB
+    at a time: a bomb costs time, not memory. zlib.error: damaged; ValueError: cut off."""
     inflater, begun = zlib.decompressobj(zlib.MAX_WBITS | 32), False
     for piece in pieces:
         begun = True
         while piece and not inflater.eof:  # what follows the end is ignored, as browsers do
-            block = inflater.decompress(piece, BLOCK_SIZE)
+            block = inflater.decompress(piece, 1 << 16)
             piece = inflater.unconsumed_tail
             if block:
                 yield block
@@ -5455,8 +5454,8 @@ class Reply:
         # Only a body whose end is certain leaves a connection on which the next answer begins.
         # http.client says will_close for one without a length; some servers send a body with 204
         # all the same.
-        clean = head.status >= 200 and head.status not in (204, 205, 304)
-        self.keep = clean and line.whole and not head.will_close
+        bare = head.status < 200 or head.status in (204, 205, 304)
+        self.keep = line.whole and not (bare or head.will_close)
 
     def blocks(self):
         """Generates the body's bytes as they arrive, whatever one read brought. UpstreamError
@@ -5517,10 +5516,10 @@ class Reply:
 
     def close(self):
         """Keeps the connection for the next request if nothing of this answer is left on it, else
-        ends it."""
+        ends it. Who takes it then looks whether something came since."""
         line, self.line = self.line, None
         surplus = self.chunks and self.chunks.tail
-        if line and self.keep and self.left == 0 and not surplus and line.look() == b"":
+        if line and self.keep and self.left == 0 and not surplus:
             self.upstream.keep(line)
         elif line:
             self.upstream.drop(line)
@@ -5629,7 +5628,7 @@ class Upstream:
         what HTTP forbids, 500).
         """
         wait, timeout = wait or poll_socket, timeout or self.timeout
-        for left in range(MAX_REDIRECTS, -1, -1):
+        for left in (3, 2, 1, 0):
             reply = self.ask(method, url, headers, body, wait, timeout)
             target = redirect_target(method, url, reply)
             if not target or not left:
@@ -5670,7 +5669,7 @@ class Upstream:
         until, way = self.ways.get(place, (0, None))
         if until < time.monotonic():
             way = find_way(*place)
-            self.ways[place] = time.monotonic() + WAY_SECONDS, way
+            self.ways[place] = time.monotonic() + 60, way
         return way
 
     def kept(self, way):
@@ -5705,18 +5704,15 @@ class Upstream:
 
         def connect():
             try:
-                made.append(socket.create_connection(address, self.connect_timeout))
-                made[0].setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                made[0].setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-                made[0].setblocking(False)
+                sock = socket.create_connection(address, self.connect_timeout)
+                made.append(sock)
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                sock.setblocking(False)
+                if left:
+                    sock.close()
             except (OSError, ValueError) as error:  # ValueError: a host name that is none
                 failed.append(error)
-            if left:
-                close_made()
-
-        def close_made():
-            for sock in made:
-                sock.close()
 
         # It tries each address of the name in turn, as urllib does; that is why a name with a dead
         # IPv6 address takes connect_timeout longer.
@@ -5729,7 +5725,8 @@ class Upstream:
                 thread.join(SLICE_SECONDS)
         except BaseException:
             left.append(True)
-            close_made()
+            for sock in made:
+                sock.close()
             raise
         if failed:
             raise connect_error(way, failed[0])
@@ -7689,7 +7686,6 @@ def search_web(exchange, query):
 
 # Limits on what a client sends: whoever reaches the port can neither fill the memory nor hold a
 # thread for ever. MAX_HEAD and MAX_BODY count here too; http.server takes up to 100 header fields.
-MAX_CHUNK_LINE = 4096  # a chunk's size and its extensions, which nobody uses
 
 HEAD_SECONDS = 30  # for a request's head, and between two reads of its body
 BODY_SECONDS = 300  # for the whole body
@@ -8069,7 +8065,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """
         body = bytearray()
         while True:
-            found = CHUNK_LINE.fullmatch(self.inbox.readline(MAX_CHUNK_LINE))
+            found = CHUNK_LINE.fullmatch(self.inbox.readline(4096))
             size = int(found.group(1), 16) if found else 0
             if size:
                 self.check_size(len(body) + size)
@@ -8326,8 +8322,9 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
 
     def service_actions(self):
         """What the accepting thread does twice a second: close idle connections to providers."""
-        if isinstance(self.proxy, Proxy) and self.proxy.wires:
-            self.proxy.wires[1].close_idle()
+        wires = getattr(self.proxy, "wires", None)
+        if wires:
+            wires[1].close_idle()
 
     def get_request(self):
         """The next connection. When the process is out of descriptors, it stays in the queue, and
