@@ -5058,7 +5058,7 @@ READ_SIZE = 16384  # one TLS record; every waiting thread holds one
 # In bytes, of what a client or a provider sends:
 MAX_HEAD = 1 << 16  # of an answer: with the interim ones before it
 MAX_BODY = 1 << 26  # that is read whole; Anthropic's own API takes 32 MB, Claude Code sends no more
-KEPT_LINES = 128  # idle connections to one place
+KEPT_LINES = 128  # idle connections
 DRAIN_SECONDS = 0.05  # how long finish() waits for the end of a body
 SLICE_SECONDS = 0.2  # between two looks at the client where the socket alone is waited for
 
@@ -5076,7 +5076,7 @@ class Way(NamedTuple):
     host: str  # in its ASCII form
     port: int
     proxy: tuple = None  # (host, port)
-    proxy_auth: str = ""  # the value of Proxy-Authorization, a secret
+    proxy_auth: tuple = ()  # (name, value) of each field that is for the proxy, a secret
 
 
 def host_port(host, port):
@@ -5094,12 +5094,11 @@ def url_origin(url):
     return parts.scheme, host, parts.port or PORTS[parts.scheme]
 
 
-def basic_auth(parts):
-    """The Authorization value for the user and password of a split URL (RFC 7617), "" for none."""
-    if not parts.username:
-        return ""
+def basic_auth(name, parts):
+    """((name, value),) for the user and password of a split URL (RFC 7617), () without a user."""
     pair = [urllib.parse.unquote(each or "") for each in (parts.username, parts.password)]
-    return "Basic " + base64.b64encode(":".join(pair).encode("utf-8")).decode("ascii")
+    value = "Basic " + base64.b64encode(":".join(pair).encode("utf-8")).decode("ascii")
+    return ((name, value),) if parts.username else ()
 
 
 def find_way(scheme, host, port):
@@ -5124,7 +5123,7 @@ def find_way(scheme, host, port):
         said = "the proxy setting for %s has no valid host and port: correct %s" % (host, setting)
         raise UpstreamError(said, kind="connect")
     parts = urllib.parse.urlsplit("http://" + place)
-    return Way(scheme, host, port, address, basic_auth(parts))
+    return Way(scheme, host, port, address, basic_auth("Proxy-Authorization", parts))
 
 
 def new_poll(*socks, write=False):
@@ -5155,13 +5154,11 @@ def request_parts(way, url, headers):
     target = (parts.path or "/") + ("?" + parts.query if parts.query else "")
     framing = ("content-length", "transfer-encoding")  # http.client's business
     fields = {name: value for name, value in headers.items() if name.lower() not in framing}
-    auth = basic_auth(parts)
-    if auth and "authorization" not in map(str.lower, fields):
-        fields["Authorization"] = auth
+    if "authorization" not in map(str.lower, fields):
+        fields.update(basic_auth("Authorization", parts))
     if way.proxy and way.scheme == "http":
         target = "http://" + host_port(way.host, way.port) + target
-        if way.proxy_auth:
-            fields["Proxy-Authorization"] = way.proxy_auth
+        fields.update(way.proxy_auth)
     # http.client lets \0 and names with blanks pass.
     wrong = [
         "the header " + ascii(name)
@@ -5612,7 +5609,7 @@ class Upstream:
         self.ca_bundle, self.client_cert, self.insecure = ca_bundle, client_cert, insecure
         self.lock = threading.Lock()  # for closed, pool and live
         self.closed = False
-        self.pool = {}  # Way -> idle lines, the latest used last
+        self.pool = []  # idle lines, the latest used last
         self.live = set()  # every line, idle or in use
         self.ways = {}  # (scheme, host, port) -> (monotonic time until which it holds, Way)
         self.context = None  # the SSLContext, once it was needed
@@ -5677,8 +5674,9 @@ class Upstream:
         self.close_idle()
         while True:
             with self.lock:
-                lines = self.pool.get(way)
-                line = lines.pop() if lines else None
+                line = next((line for line in reversed(self.pool) if line.way == way), None)
+                if line:
+                    self.pool.remove(line)
             if not line or line.look() == b"":
                 return line
             self.drop(line)
@@ -5688,9 +5686,8 @@ class Upstream:
         so that they end also where no request comes any more."""
         before = time.monotonic() - self.idle
         with self.lock:
-            old = [line for lines in self.pool.values() for line in lines if line.since < before]
-            for line in old:
-                self.pool[line.way].remove(line)
+            old = [line for line in self.pool if line.since < before]
+            self.pool = self.pool[len(old) :]
         for line in old:
             self.drop(line)
 
@@ -5754,9 +5751,7 @@ class Upstream:
     def tunnel(self, line, wait):
         """Has the proxy at the other end of `line` connect it to the origin (RFC 9110, 9.3.6)."""
         way, target = line.way, host_port(line.way.host, line.way.port)
-        fields = {"Host": target}
-        if way.proxy_auth:
-            fields["Proxy-Authorization"] = way.proxy_auth
+        fields = dict(way.proxy_auth, Host=target)
         try:
             head = line.ask("CONNECT", target, fields, None, wait, self.connect_timeout)
         except UpstreamError as error:  # whatever it was, the request itself was not sent yet
@@ -5797,11 +5792,10 @@ class Upstream:
         """Takes a line back on which nothing is under way. Its last `wait` is forgotten: it knows a
         client, which would be kept as long as the line."""
         line.wait = None
-        line.since = time.monotonic()  # at which it became idle
         with self.lock:
-            lines = self.pool.setdefault(line.way, [])
-            if not self.closed and len(lines) < KEPT_LINES:
-                lines.append(line)
+            if not self.closed and len(self.pool) < KEPT_LINES:
+                line.since = time.monotonic()  # at which it became idle
+                self.pool.append(line)
                 return
         self.drop(line)
 
