@@ -5458,14 +5458,15 @@ class Reply:
         """Generates the body's bytes as they arrive, whatever one read brought. UpstreamError
         (timeout, cut, body), ClientGone."""
         coding, peer = self.headers.get("Content-Encoding", "").strip().lower(), self.line.peer
-        if coding not in ("", "identity", "gzip", "x-gzip", "deflate"):
+        is_plain = coding in ("", "identity")
+        if not is_plain and coding not in ("gzip", "x-gzip", "deflate"):
             raise UpstreamError(
                 "%s compresses its answer with %s although it was asked not to: only gzip and "
                 "deflate can be read" % (peer, ascii(coding)),
                 kind="body",
             )
         try:
-            yield from (self.payload() if coding in ("", "identity") else inflate(self.payload()))
+            yield from self.payload() if is_plain else inflate(self.payload())
         except (zlib.error, ValueError) as error:
             said = (
                 "the answer of %s is damaged (%s): a fault there or in a proxy between; try again"
@@ -7746,7 +7747,7 @@ class Watch:
             if self.socks != (sock, self.client):
                 self.socks = sock, self.client
                 self.poll = new_poll(*self.socks)
-            ready = self.poll(max(min(seconds, LOOK_SECONDS), 0))
+            ready = self.poll(min(seconds, LOOK_SECONDS))
             now = time.monotonic()
             if self.client and self.client.fileno() in ready:
                 self.look_at_client()
