@@ -5579,12 +5579,17 @@ def connect_error(way, error):
 
 def proxy_refusal(way, status, reason):
     """The proxy's answer to CONNECT, or its 407 to a request, as an UpstreamError."""
-    said = "does not connect to %s (%d %s): ask who runs it, or name the host in NO_PROXY"
-    said %= host_port(way.host, way.port), status, ascii(reason)[1:-1]
+    proxy = host_port(*way.proxy)
+    said = (
+        "the proxy %s does not connect to %s (%d %s): ask who runs it, or name the host in NO_PROXY"
+    )
+    said %= proxy, host_port(way.host, way.port), status, ascii(reason)[1:-1]
     if status == 407:
-        said = "wants a name and password (407): %s_PROXY needs user:password@ before its host"
-        said %= way.scheme.upper()
-    said = "the proxy %s %s" % (host_port(*way.proxy), said)
+        said = (
+            "the proxy %s wants a name and password (407): %s_PROXY needs user:password@ before "
+            "its host"
+        )
+        said %= proxy, way.scheme.upper()
     return UpstreamError(said, kind="connect", retry=status >= 500)
 
 

@@ -14050,7 +14050,7 @@ class TestCheck(CommandsCase):
         with ends[0], ends[1], self.assertRaises(ccfix.UpstreamError) as caught:
             ccfix.patience(0.01)(ends[0], 5)
         self.assertEqual((caught.exception.status, caught.exception.kind), (504, "timeout"))
-        self.assertTrue(ccfix.patience(1)(None, 0.001))
+        self.assertFalse(ccfix.patience(1)(None, 0.001))  # as a Watch: only the time passed
 
 
 class TestRun(CommandsCase):
