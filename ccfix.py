@@ -7781,9 +7781,6 @@ class Watch:
         self.client = None
 
 
-HALF_PAIR = re.compile("[\ud800-\udfff]")
-
-
 def decode_json(raw):
     """The value of JSON bytes in UTF-8, with U+FFFD for half a surrogate pair. Raises ValueError.
 
@@ -7792,7 +7789,9 @@ def decode_json(raw):
     """
     value = STRICT.decode(raw.decode("utf-8"))
     if re.search(rb"\\u[dD]", raw):
-        value = json.loads(HALF_PAIR.sub("\ufffd", json.dumps(value, ensure_ascii=False)))
+        value = json.loads(
+            re.sub("[\ud800-\udfff]", "\ufffd", json.dumps(value, ensure_ascii=False))
+        )
     return value
 
 
@@ -7917,7 +7916,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             lines.append(line.rstrip() + b"\r\n")  # email would keep trailing spaces
         return b"".join(lines)
 
-    def send_error(self, code, message=None, explain=None):
+    def send_error(self, code, message=None, *_):
         """Where http.server's parser reports what it refuses.
 
         After our own checks of the lines it has only one reason left: more than 100 header fields.
@@ -8265,9 +8264,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def post_cache_clear(self, only_expired):
         store = self.proxy.store
-        if not store:
-            return {"removed": 0}
-        return {"removed": store.clear_expired() if only_expired else store.clear()}
+        clear = store and (store.clear_expired if only_expired else store.clear)
+        return {"removed": clear() if clear else 0}
 
     def post_lessons_forget(self):
         return {"removed": self.proxy.forget()}
