@@ -4872,15 +4872,12 @@ def apply_lesson(profile, changes):
 # until something is wrong with it, or it was idle for too long: drop.
 
 READ_SIZE = 16384  # one TLS record; every waiting thread holds one
-SEND_SIZE = 1 << 18
-MAX_HEAD = 1 << 16  # bytes that may come before a head, interim ones included, is whole
-MAX_BODY = 1 << 26  # of a reply that is read whole
-BLOCK_SIZE = 1 << 16  # of decompressed output: a bomb costs time, not memory
-KEPT_LINES = 128  # idle connections to one place
+# In bytes, of what a client or a provider sends:
+MAX_HEAD = 1 << 16  # of an answer: with the interim ones before it
+MAX_BODY = 1 << 26  # that is read whole; Anthropic's own API takes 32 MB, Claude Code sends no more
+KEPT_LINES = 128  # idle connections
 DRAIN_SECONDS = 0.05  # how long finish() waits for the end of a body
 SLICE_SECONDS = 0.2  # between two looks at the client where the socket alone is waited for
-WAY_SECONDS = 60  # how long a look-up of the system's proxy settings holds
-MAX_REDIRECTS = 3
 
 PORTS = {"http": 80, "https": 443}
 # What a socket that never blocks says instead of waiting.
@@ -4896,7 +4893,7 @@ class Way(NamedTuple):
     host: str  # in its ASCII form
     port: int
     proxy: tuple = None  # (host, port)
-    proxy_auth: str = ""  # the value of Proxy-Authorization, a secret
+    proxy_auth: tuple = ()  # (name, value) of each field that is for the proxy, a secret
 
 
 def host_port(host, port):
@@ -4914,10 +4911,11 @@ def url_origin(url):
     return parts.scheme, host, parts.port or PORTS[parts.scheme]
 
 
-def basic_auth(parts):
-    """The Authorization value for the user and password of a split URL (RFC 7617)."""
+def basic_auth(name, parts):
+    """((name, value),) for the user and password of a split URL (RFC 7617), () without a user."""
     pair = [urllib.parse.unquote(each or "") for each in (parts.username, parts.password)]
-    return "Basic " + base64.b64encode(":".join(pair).encode("utf-8")).decode("ascii")
+    value = "Basic " + base64.b64encode(":".join(pair).encode("utf-8")).decode("ascii")
+    return ((name, value),) if parts.username else ()
 
 
 def find_way(scheme, host, port):
@@ -4942,20 +4940,27 @@ def find_way(scheme, host, port):
         said = "the proxy setting for %s has no valid host and port: correct %s" % (host, setting)
         raise UpstreamError(said, kind="connect")
     parts = urllib.parse.urlsplit("http://" + place)
-    return Way(scheme, host, port, address, basic_auth(parts) if parts.username else "")
+    return Way(scheme, host, port, address, basic_auth("Proxy-Authorization", parts))
 
 
-def poll_socket(sock, seconds, read=True, write=False):
-    """Waits until `sock` can be read (or written, as asked). True: it can; False: the seconds are
-    over. Without a socket (None) it sleeps."""
-    if sock is None:
-        time.sleep(seconds)
-        return True
-    if not hasattr(select, "poll"):  # Windows
-        return any(select.select([sock] * read, [sock] * write, [], seconds))
-    poll = select.poll()
-    poll.register(sock, select.POLLIN * read | select.POLLOUT * write)
-    return bool(poll.poll(seconds * 1000))
+def new_poll(*socks, write=False):
+    """poll(seconds) -> the file numbers of those sockets that can be read (or written) or were
+    closed; it waits for the first of them at most that long. A None among `socks` does not count.
+    """
+    numbers = [sock.fileno() for sock in socks if sock]
+    if hasattr(select, "poll"):
+        poll = select.poll()
+        for number in numbers:
+            poll.register(number, select.POLLOUT if write else select.POLLIN)
+        return lambda seconds: dict(poll.poll(seconds * 1000))
+    lists = ([], numbers, []) if write else (numbers, [], [])
+    # Windows, where select() takes no empty lists.
+    return lambda seconds: select.select(*lists, seconds)[write] if numbers else time.sleep(seconds)
+
+
+def poll_socket(sock, seconds, write=False):
+    """Whether `sock` can be read (or written) within so many seconds. None: it only waits."""
+    return bool(new_poll(sock, write=write)(seconds))
 
 
 def request_parts(way, url, headers):
@@ -4966,22 +4971,23 @@ def request_parts(way, url, headers):
     target = (parts.path or "/") + ("?" + parts.query if parts.query else "")
     framing = ("content-length", "transfer-encoding")  # http.client's business
     fields = {name: value for name, value in headers.items() if name.lower() not in framing}
-    if parts.username and "authorization" not in map(str.lower, fields):
-        fields["Authorization"] = basic_auth(parts)
+    if "authorization" not in map(str.lower, fields):
+        fields.update(basic_auth("Authorization", parts))
     if way.proxy and way.scheme == "http":
         target = "http://" + host_port(way.host, way.port) + target
-        if way.proxy_auth:
-            fields["Proxy-Authorization"] = way.proxy_auth
+        fields.update(way.proxy_auth)
     # http.client lets \0 and names with blanks pass.
     wrong = [
         "the header " + ascii(name)
         for name in fields
         if not FIELD.fullmatch(name + ":" + fields[name])
     ]
-    if wrong or not re.fullmatch("[!-~]+", target):
+    if not re.fullmatch("[!-~]+", target):
+        wrong.append("the URL")
+    if wrong:
         raise UpstreamError(
             "%s to the provider has a line break or another character that HTTP forbids: check the "
-            "setting (an API key?) it comes from" % (wrong or ["the URL"])[0],
+            "setting (an API key?) it comes from" % wrong[0],
             500,
             kind="request",
         )
@@ -5034,12 +5040,11 @@ class Line(io.RawIOBase):
         if way.proxy:
             self.peer += " (through the proxy %s)" % host_port(*way.proxy)
         self.file = Inlet(self, READ_SIZE)
-        self.since = 0.0  # monotonic time at which it became idle
-        self.begin(None, 0.0)
 
     def begin(self, wait, timeout):
         """Starts an exchange: nothing is left of the one before."""
         self.wait = wait  # None: only what is there is read
+        self.pending = getattr(self.sock, "pending", int)  # TLS: bytes it has and we have not
         self.timeout = timeout  # seconds that a silence may last
         # Monotonic time by which what is read must have come to its end, within MAX_HEAD bytes.
         # None: a body, which may go on for as long as something comes.
@@ -5090,14 +5095,10 @@ class Line(io.RawIOBase):
                 raise self.garbage("a head of more than %d KB" % (MAX_HEAD >> 10))
             seconds = self.deadline - time.monotonic()
         if seconds > 0:
-            if getattr(self.sock, "pending", int)() or self.wait(self.sock, seconds):
+            if self.pending() or self.wait(self.sock, seconds):
                 return
-        if self.deadline and self.came:
-            raise self.stuck("%s sent no whole head in %g s: it is overloaded or stuck; try again")
-        raise self.stuck(
-            "%s has been silent for %g s: it is overloaded or stuck; try again, or raise the "
-            "timeout"
-        )
+        is_slow = self.deadline and self.came
+        raise self.stuck("sent no whole head" if is_slow else "has been silent")
 
     def look(self):
         """What has come and is not read yet, without waiting for more; None where the connection is
@@ -5113,10 +5114,10 @@ class Line(io.RawIOBase):
     def sendall(self, data):
         """Sends `data`, or (then it is not `whole`) as much as the other side takes before it
         closes or answers: a 413 may come before the end of the request."""
-        view, moved, early = memoryview(data), time.monotonic(), b""
+        view, moved = memoryview(data), time.monotonic()
         while view and self.whole:
             try:
-                view = view[self.sock.send(view[:SEND_SIZE]) :]
+                view = view[self.sock.send(view[: 1 << 18]) :]
                 moved = time.monotonic()
                 continue
             except NOTHING_YET:
@@ -5124,15 +5125,13 @@ class Line(io.RawIOBase):
             except OSError:  # it may have answered before it hung up: who reads will see
                 self.whole = False
                 return
-            poll_socket(self.sock, SLICE_SECONDS, read=not early, write=True)
+            poll_socket(self.sock, SLICE_SECONDS, write=True)
             self.wait(self.sock, 0)  # for the client's sake
             early = self.look()
             # HTTP/1.1 1.. is an interim answer: the real one is still to come (RFC 9110, 15.2).
             self.whole = early is not None and early[9:10] in b"1"
             if time.monotonic() - moved > self.timeout:
-                raise self.stuck(
-                    "%s took no byte of the request for %g s: it is overloaded or stuck; try again"
-                )
+                raise self.stuck("took no byte of the request")
 
     def ask(self, method, target, fields, body, wait, timeout):
         """Sends a request and reads the head of the answer, which has `timeout` seconds -> Head."""
@@ -5155,10 +5154,10 @@ class Line(io.RawIOBase):
         self.deadline = None
         return head
 
-    def handshake(self, context, seconds):
+    def handshake(self, context):
         """TLS from here on, through the proxy if there is one. OSError, ValueError
         (ssl.CertificateError on Python 3.6)."""
-        end = time.monotonic() + seconds
+        end = time.monotonic() + self.timeout
         self.sock = context.wrap_socket(
             self.sock, server_hostname=self.way.host, do_handshake_on_connect=False
         )
@@ -5172,10 +5171,11 @@ class Line(io.RawIOBase):
 
     # -- what can be wrong with it
 
-    def stuck(self, said):
+    def stuck(self, seen):
         """It is there, and does nothing. No retry: with the same patience, that would take as long
         again."""
-        said %= self.peer, self.timeout
+        said = "%s %s for %g s: it is overloaded or stuck; try again, or raise the timeout"
+        said %= self.peer, seen, self.timeout
         return UpstreamError(said, 504, "timeout_error", kind="timeout")
 
     def garbage(self, seen, alert=False):
@@ -5211,7 +5211,7 @@ class Dechunker:
         framing."""
         data, at = self.tail + data, self.left
         pieces, end, self.tail = [data[:at]], len(data), b""
-        while at < end:
+        while end - at > 2:  # bytes of the shortest line
             line = self.SIZE_LINE.match(data, at)
             size = line and int(line.group(1), 16)
             if not size:
@@ -5221,7 +5221,8 @@ class Dechunker:
             start = line.end()
             at = start + size
             pieces.append(data[start:at])
-        self.left = at - end
+        self.left = max(0, at - end)
+        self.tail += data[at:]
         return b"".join(pieces)
 
     def stop(self, data, at, line):
@@ -5235,13 +5236,13 @@ class Dechunker:
 
 # Neither raw deflate, which no server sends any more, nor brotli, which Python cannot read.
 def inflate(pieces):
-    """The decompressed `pieces` of gzip or zlib, each as soon as it is there, at most BLOCK_SIZE
-    bytes at a time. zlib.error: damaged; ValueError: cut off."""
+    """The decompressed `pieces` of gzip or zlib, each as soon as it is there, at most 64 KB
+    at a time: a bomb costs time, not memory. zlib.error: damaged; ValueError: cut off."""
     inflater, begun = zlib.decompressobj(zlib.MAX_WBITS | 32), False
     for piece in pieces:
         begun = True
         while piece and not inflater.eof:  # what follows the end is ignored, as browsers do
-            block = inflater.decompress(piece, BLOCK_SIZE)
+            block = inflater.decompress(piece, 1 << 16)
             piece = inflater.unconsumed_tail
             if block:
                 yield block
@@ -5267,21 +5268,22 @@ class Reply:
         # Only a body whose end is certain leaves a connection on which the next answer begins.
         # http.client says will_close for one without a length; some servers send a body with 204
         # all the same.
-        clean = head.status >= 200 and head.status not in (204, 205, 304)
-        self.keep = clean and line.whole and not head.will_close
+        bare = head.status < 200 or head.status in (204, 205, 304)
+        self.keep = line.whole and not (bare or head.will_close)
 
     def blocks(self):
         """Generates the body's bytes as they arrive, whatever one read brought. UpstreamError
         (timeout, cut, body), ClientGone."""
         coding, peer = self.headers.get("Content-Encoding", "").strip().lower(), self.line.peer
-        if coding not in ("", "identity", "gzip", "x-gzip", "deflate"):
+        is_plain = coding in ("", "identity")
+        if not is_plain and coding not in ("gzip", "x-gzip", "deflate"):
             raise UpstreamError(
                 "%s compresses its answer with %s although it was asked not to: only gzip and "
                 "deflate can be read" % (peer, ascii(coding)),
                 kind="body",
             )
         try:
-            yield from (self.payload() if coding in ("", "identity") else inflate(self.payload()))
+            yield from self.payload() if is_plain else inflate(self.payload())
         except (zlib.error, ValueError) as error:
             said = (
                 "the answer of %s is damaged (%s): a fault there or in a proxy between; try again"
@@ -5291,8 +5293,7 @@ class Reply:
     def payload(self):
         """Generates the body without its framing, what one read brought as one piece."""
         while self.line and self.left != 0:
-            most = READ_SIZE if self.left is None else min(self.left, READ_SIZE)
-            data = self.line.file.read1(most)
+            data = self.line.file.read1(min(self.left or READ_SIZE, READ_SIZE))
             if not data and (self.chunks or self.left):
                 raise self.line.cut("closed by it")
             if self.chunks:
@@ -5305,17 +5306,16 @@ class Reply:
 
     def read(self, limit=MAX_BODY):
         """The whole body. UpstreamError as in blocks(), and if it has more than `limit` bytes."""
-        blocks, size = [], 0
+        body = bytearray()
         for block in self.blocks():
-            blocks.append(block)
-            size += len(block)
-            if size > limit:
+            body += block
+            if len(body) > limit:
                 raise UpstreamError(
                     "the answer of %s is longer than %d bytes: that is not a chat completion; "
                     "check the base URL" % (self.line.peer, limit),
                     kind="body",
                 )
-        return b"".join(blocks)
+        return bytes(body)
 
     def finish(self):
         """close(), but first throws away the end of the body if it is there or comes at once: a
@@ -5331,10 +5331,10 @@ class Reply:
 
     def close(self):
         """Keeps the connection for the next request if nothing of this answer is left on it, else
-        ends it."""
+        ends it. Who takes it then looks whether something came since."""
         line, self.line = self.line, None
         surplus = self.chunks and self.chunks.tail
-        if line and self.keep and self.left == 0 and not surplus and line.look() == b"":
+        if line and self.keep and self.left == 0 and not surplus:
             self.upstream.keep(line)
         elif line:
             self.upstream.drop(line)
@@ -5360,47 +5360,53 @@ def redirect_target(method, url, reply):
 
 def connect_error(way, error):
     """Why no connection came about, as an UpstreamError."""
-    place, words = host_port(way.host, way.port), str(error) or type(error).__name__
+    words = str(error) or type(error).__name__
     seen = getattr(error, "verify_message", "") or getattr(error, "strerror", "") or words
     untrusted = isinstance(error, ssl.CertificateError) or "CERTIFICATE_VERIFY_FAILED" in words
-    if untrusted:
-        said = (
+    rows = (
+        (
+            untrusted,
             "%s shows a certificate that is not trusted here (%s): if a company proxy or a private "
             "CA signed it, name the CA's file in SSL_CERT_FILE or --ca-bundle (NODE_EXTRA_CA_CERTS "
-            "is for Node only)"
-        )
-    elif isinstance(error, ssl.SSLError):
-        said = "no TLS with %s (%s): if it is a plain HTTP server, write http:// in the base URL"
-    elif way.proxy:
-        place = host_port(*way.proxy)
-        said = (
+            "is for Node only)",
+        ),
+        (
+            isinstance(error, ssl.SSLError),
+            "no TLS with %s (%s): if it is a plain HTTP server, write http:// in the base URL",
+        ),
+        (
+            way.proxy,
             "the proxy %s cannot be reached (%s): check HTTPS_PROXY and HTTP_PROXY, or name the "
-            "host in NO_PROXY"
-        )
-    elif isinstance(error, (socket.gaierror, UnicodeError)):
-        said = (
+            "host in NO_PROXY",
+        ),
+        (
+            isinstance(error, (socket.gaierror, UnicodeError)),
             "the host name of %s cannot be resolved (%s): check the base URL, the network and any "
-            "proxy"
-        )
-    else:
-        said = (
-            "%s cannot be reached (%s): check that the server runs and that the base URL is right"
-        )
-    return UpstreamError(said % (place, seen), kind="connect", retry=not untrusted)
+            "proxy",
+        ),
+        (
+            True,
+            "%s cannot be reached (%s): check that the server runs and that the base URL is right",
+        ),
+    )
+    said = next(said for holds, said in rows if holds)
+    said %= host_port(*way.proxy or (way.host, way.port)), seen
+    return UpstreamError(said, kind="connect", retry=not untrusted)
 
 
 def proxy_refusal(way, status, reason):
     """The proxy's answer to CONNECT, or its 407 to a request, as an UpstreamError."""
+    proxy = host_port(*way.proxy)
     said = (
         "the proxy %s does not connect to %s (%d %s): ask who runs it, or name the host in NO_PROXY"
-        % (host_port(*way.proxy), host_port(way.host, way.port), status, ascii(reason)[1:-1])
     )
+    said %= proxy, host_port(way.host, way.port), status, ascii(reason)[1:-1]
     if status == 407:
         said = (
             "the proxy %s wants a name and password (407): %s_PROXY needs user:password@ before "
             "its host"
         )
-        said %= host_port(*way.proxy), way.scheme.upper()
+        said %= proxy, way.scheme.upper()
     return UpstreamError(said, kind="connect", retry=status >= 500)
 
 
@@ -5426,11 +5432,10 @@ class Upstream:
         self.ca_bundle, self.client_cert, self.insecure = ca_bundle, client_cert, insecure
         self.lock = threading.Lock()  # for closed, pool and live
         self.closed = False
-        self.pool = {}  # Way -> idle lines, the latest used last
+        self.pool = []  # idle lines, the latest used last
         self.live = set()  # every line, idle or in use
         self.ways = {}  # (scheme, host, port) -> (monotonic time until which it holds, Way)
         self.context = None  # the SSLContext, once it was needed
-        self.context_lock = threading.Lock()
 
     def open(self, method, url, headers, body=None, wait=None, timeout=None):
         """Sends a request (body: bytes or None) -> a Reply, once its head has come; redirects on
@@ -5443,7 +5448,7 @@ class Upstream:
         what HTTP forbids, 500).
         """
         wait, timeout = wait or poll_socket, timeout or self.timeout
-        for left in range(MAX_REDIRECTS, -1, -1):
+        for left in (3, 2, 1, 0):
             reply = self.ask(method, url, headers, body, wait, timeout)
             target = redirect_target(method, url, reply)
             if not target or not left:
@@ -5484,7 +5489,7 @@ class Upstream:
         until, way = self.ways.get(place, (0, None))
         if until < time.monotonic():
             way = find_way(*place)
-            self.ways[place] = time.monotonic() + WAY_SECONDS, way
+            self.ways[place] = time.monotonic() + 60, way
         return way
 
     def kept(self, way):
@@ -5492,8 +5497,9 @@ class Upstream:
         self.close_idle()
         while True:
             with self.lock:
-                lines = self.pool.get(way)
-                line = lines.pop() if lines else None
+                line = next((line for line in reversed(self.pool) if line.way == way), None)
+                if line:
+                    self.pool.remove(line)
             if not line or line.look() == b"":
                 return line
             self.drop(line)
@@ -5501,11 +5507,10 @@ class Upstream:
     def close_idle(self):
         """Ends the connections that were idle too long. The server's accepting thread calls it too,
         so that they end also where no request comes any more."""
-        old, before = [], time.monotonic() - self.idle
+        before = time.monotonic() - self.idle
         with self.lock:
-            for lines in self.pool.values():
-                while lines and lines[0].since < before:
-                    old.append(lines.pop(0))
+            old = [line for line in self.pool if line.since < before]
+            self.pool = self.pool[len(old) :]
         for line in old:
             self.drop(line)
 
@@ -5519,18 +5524,15 @@ class Upstream:
 
         def connect():
             try:
-                made.append(socket.create_connection(address, self.connect_timeout))
-                made[0].setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                made[0].setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-                made[0].setblocking(False)
+                sock = socket.create_connection(address, self.connect_timeout)
+                made.append(sock)
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                sock.setblocking(False)
+                if left:
+                    sock.close()
             except (OSError, ValueError) as error:  # ValueError: a host name that is none
                 failed.append(error)
-            if left:
-                close_made()
-
-        def close_made():
-            for sock in made:
-                sock.close()
 
         # It tries each address of the name in turn, as urllib does; that is why a name with a dead
         # IPv6 address takes connect_timeout longer.
@@ -5543,15 +5545,15 @@ class Upstream:
                 thread.join(SLICE_SECONDS)
         except BaseException:
             left.append(True)
-            close_made()
+            for sock in made:
+                sock.close()
             raise
         if failed:
             raise connect_error(way, failed[0])
         line = Line(made[0], way)
         with self.lock:  # either close() finds it among the live ones, or it sees that it is closed
             self.live.add(line)
-            closed = self.closed
-        if closed:
+        if self.closed:
             self.drop(line)
             raise UpstreamError("this proxy is shutting down", 503, kind="connect")
         return line
@@ -5564,7 +5566,7 @@ class Upstream:
             self.tunnel(line, wait)
         line.begin(wait, self.connect_timeout)
         try:
-            line.handshake(self.tls(), self.connect_timeout)
+            line.handshake(self.tls())
         except (OSError, ValueError) as error:
             raise connect_error(way._replace(proxy=None), error)
         line.peer = peer
@@ -5572,9 +5574,7 @@ class Upstream:
     def tunnel(self, line, wait):
         """Has the proxy at the other end of `line` connect it to the origin (RFC 9110, 9.3.6)."""
         way, target = line.way, host_port(line.way.host, line.way.port)
-        fields = {"Host": target}
-        if way.proxy_auth:
-            fields["Proxy-Authorization"] = way.proxy_auth
+        fields = dict(way.proxy_auth, Host=target)
         try:
             head = line.ask("CONNECT", target, fields, None, wait, self.connect_timeout)
         except UpstreamError as error:  # whatever it was, the request itself was not sent yet
@@ -5585,13 +5585,10 @@ class Upstream:
 
     def tls(self):
         """The one SSLContext, made when it is first needed: loading certificates takes 25 ms, and
-        up to Python 3.11 each context does it anew."""
-        with self.context_lock:
-            self.context = self.context or self.new_context()
+        up to Python 3.11 each context does it anew. By the user's settings, whose mistakes show
+        here, and not as a fault of the provider."""
+        if self.context:
             return self.context
-
-    def new_context(self):
-        """By the user's settings; their mistakes show here, and not as a fault of the provider."""
         try:
             context = ssl.create_default_context()
             # Python 3.13 turned this on; many company CAs lack the extensions that it asks for.
@@ -5611,16 +5608,17 @@ class Upstream:
             )
         if self.insecure:  # in this order: ssl refuses not to verify while names are checked
             context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        self.context = context  # two threads may have made one: either will do
         return context
 
     def keep(self, line):
         """Takes a line back on which nothing is under way. Its last `wait` is forgotten: it knows a
         client, which would be kept as long as the line."""
-        line.wait, line.since = None, time.monotonic()
+        line.wait = None
         with self.lock:
-            lines = self.pool.setdefault(line.way, [])
-            if not self.closed and len(lines) < KEPT_LINES:
-                lines.append(line)
+            if not self.closed and len(self.pool) < KEPT_LINES:
+                line.since = time.monotonic()  # at which it became idle
+                self.pool.append(line)
                 return
         self.drop(line)
 
@@ -5636,11 +5634,9 @@ class Upstream:
             self.closed = True
             self.idle = -1.0  # not even for no time
             for line in self.live:
-                try:
-                    # Not SSLSocket's own shutdown, which is not for two threads.
+                # Not SSLSocket's own shutdown, which is not for two threads.
+                with contextlib.suppress(OSError):
                     socket.socket.shutdown(line.sock, socket.SHUT_RDWR)
-                except OSError:
-                    pass
         self.close_idle()
 
 
@@ -7444,10 +7440,7 @@ def search_web(exchange, query):
 # ==================================================================================================
 
 # Limits on what a client sends: whoever reaches the port can neither fill the memory nor hold a
-# thread for ever. Anthropic's own API takes 32 MB, so Claude Code sends no more.
-MAX_BODY_BYTES = 64 << 20
-MAX_HEAD_BYTES = 64 << 10  # http.server itself takes up to 100 header fields
-MAX_CHUNK_LINE = 4096  # a chunk's size and its extensions, which nobody uses
+# thread for ever. MAX_HEAD and MAX_BODY count here too; http.server takes up to 100 header fields.
 
 HEAD_SECONDS = 30  # for a request's head, and between two reads of its body
 BODY_SECONDS = 300  # for the whole body
@@ -7473,7 +7466,7 @@ class Inbox(io.RawIOBase):
     """
 
     def __init__(self, sock):
-        self.sock, self.deadline, self.pause = sock, 0, 0
+        self.sock = sock
         self.may_end = True  # no request has begun
 
     def allow(self, seconds, pause=None):
@@ -7493,20 +7486,6 @@ class Inbox(io.RawIOBase):
         return size
 
 
-def wait_for_data(socks, seconds):
-    """Those of the sockets that can be read, or were closed; waits for one at most `seconds`."""
-    if hasattr(select, "poll"):
-        poll = select.poll()
-        for sock in socks:
-            poll.register(sock, select.POLLIN)
-        ready = {fd for fd, _ in poll.poll(seconds * 1000)}
-        return [sock for sock in socks if sock.fileno() in ready]
-    if socks:
-        return select.select(socks, [], [], seconds)[0]
-    time.sleep(seconds)  # Windows, where select() takes no empty list
-    return []
-
-
 class Watch:
     """Waits for the provider and the client at once: the wait(sock, seconds) of `Upstream.open`.
 
@@ -7519,20 +7498,23 @@ class Watch:
     def __init__(self, client, on_look=None):
         self.client = client  # its socket; None once it has sent its next request early
         self.on_look, self.next_look = on_look, 0
+        self.socks, self.poll = None, None  # of the last wait; most are for the same sockets
 
     def __call__(self, sock, seconds):
         """True: sock can be read; False: the seconds are over. Without a sock it only waits."""
         end = time.monotonic() + seconds
         while True:
-            socks = [one for one in (sock, self.client) if one]
-            ready = wait_for_data(socks, max(min(seconds, LOOK_SECONDS), 0))
+            if self.socks != (sock, self.client):
+                self.socks = sock, self.client
+                self.poll = new_poll(*self.socks)
+            ready = self.poll(min(seconds, LOOK_SECONDS))
             now = time.monotonic()
-            if self.client in ready:
+            if self.client and self.client.fileno() in ready:
                 self.look_at_client()
             if self.on_look and now >= self.next_look:
                 self.next_look = now + LOOK_SECONDS
                 self.on_look()
-            if sock in ready:
+            if sock and sock.fileno() in ready:
                 return True
             seconds = end - now
             if seconds <= 0:
@@ -7554,9 +7536,6 @@ class Watch:
         self.client = None
 
 
-HALF_PAIR = re.compile("[\ud800-\udfff]")
-
-
 def decode_json(raw):
     """The value of JSON bytes in UTF-8, with U+FFFD for half a surrogate pair. Raises ValueError.
 
@@ -7565,7 +7544,9 @@ def decode_json(raw):
     """
     value = STRICT.decode(raw.decode("utf-8"))
     if re.search(rb"\\u[dD]", raw):
-        value = json.loads(HALF_PAIR.sub("\ufffd", json.dumps(value, ensure_ascii=False)))
+        value = json.loads(
+            re.sub("[\ud800-\udfff]", "\ufffd", json.dumps(value, ensure_ascii=False))
+        )
     return value
 
 
@@ -7614,8 +7595,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """One request, from its first byte to the last of its reply."""
         self.request_id = "req_" + self.proxy.new_id()
         self.command, self.request_version, self.headers = "", "HTTP/1.1", Fields()
-        self.length = None  # of the body, as Content-Length says
-        self.chunked = False  # the body comes in chunks
         self.awaited = False  # the client waits for "100 Continue" before it sends the body
         # The client sent more than was read, or may have: nobody knows where its next request
         # begins, so the connection ends with this reply.
@@ -7657,24 +7636,24 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not self.inbox.peek(1):
             return False
         self.inbox.raw.allow(HEAD_SECONDS)
-        self.raw_requestline = line = self.inbox.readline(MAX_HEAD_BYTES)
+        self.raw_requestline = line = self.inbox.readline(MAX_HEAD)
         if not line.strip():  # RFC 9112, 2.2: an empty line before a request is no fault
             self.close_connection = False
             return False
         self.unread, self.inbox.raw.may_end = True, False
         found = REQUEST_LINE.fullmatch(line)
-        if len(line) == MAX_HEAD_BYTES:
+        if len(line) == MAX_HEAD:
             raise ProxyError("the request line is too long", 414)
         if not found:
             raise BadRequest("the request line is not HTTP")
         if found.group(1) not in (b"1.0", b"1.1"):
             raise ProxyError("only HTTP/1.1 and 1.0 are served", 505)
-        self.rfile = io.BytesIO(self.read_fields(MAX_HEAD_BYTES - len(line)))
+        self.rfile = io.BytesIO(self.read_fields(MAX_HEAD - len(line)))
         self.parse_request()  # http.server's, which reads from rfile
         self.check_head()
         return True
 
-    def read_fields(self, left=MAX_HEAD_BYTES):
+    def read_fields(self, left=MAX_HEAD):
         """The lines of header fields, or of a body's trailers, up to the empty one, as bytes.
 
         Folded lines, lines that are not fields and control characters are refused: another server
@@ -7692,7 +7671,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             lines.append(line.rstrip() + b"\r\n")  # email would keep trailing spaces
         return b"".join(lines)
 
-    def send_error(self, code, message=None, explain=None):
+    def send_error(self, code, message=None, *_):
         """Where http.server's parser reports what it refuses.
 
         After our own checks of the lines it has only one reason left: more than 100 header fields.
@@ -7725,7 +7704,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 "Transfer-Encoding may only be chunked, in HTTP/1.1 and without Content-Length"
             )
         self.path = path or "/"  # without host and query
-        self.length, self.chunked = int(lengths[0]) if lengths else None, bool(codings)
+        self.length = int(lengths[0]) if lengths else None  # of the body
+        self.chunked = bool(codings)  # the body comes in chunks
         self.unread = bool(self.chunked or self.length)
         # HTTP/1.0 keeps connections only by an extension that every reply would have to name.
         options = ",".join(self.headers.get_all("Connection", [])).lower()
@@ -7825,9 +7805,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def check_size(self, size):
         """Raise ProxyError if a body of this many bytes is too large."""
-        if size > MAX_BODY_BYTES:
+        if size > MAX_BODY:
             raise ProxyError(
-                "the request has %d bytes; the limit is %d MB" % (size, MAX_BODY_BYTES >> 20), 413
+                "the request has %d bytes; the limit is %d MB" % (size, MAX_BODY >> 20), 413
             )
 
     def read_chunks(self):
@@ -7839,7 +7819,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """
         body = bytearray()
         while True:
-            found = CHUNK_LINE.fullmatch(self.inbox.readline(MAX_CHUNK_LINE))
+            found = CHUNK_LINE.fullmatch(self.inbox.readline(4096))
             size = int(found.group(1), 16) if found else 0
             if size:
                 self.check_size(len(body) + size)
@@ -7870,7 +7850,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             try:
                 data = memoryview(data)[self.connection.send(data) :]
             except BlockingIOError:
-                if not poll_socket(self.connection, SEND_SECONDS, read=False, write=True):
+                if not poll_socket(self.connection, SEND_SECONDS, write=True):
                     raise ClientGone()
             except OSError:
                 raise ClientGone()
@@ -7893,12 +7873,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def send(self, data, headers=(), status=200):
         """A whole reply in one write; none of the body for HEAD. -> the body's length"""
-        usual = {
-            "Content-Type": "application/json",
-            "Cache-Control": "no-store",
-            "Content-Length": len(data),
-        }
-        head = self.head(status, dict(usual, **dict(headers)))
+        usual = {"Content-Type": "application/json", "Cache-Control": "no-store"}
+        head = self.head(status, {**usual, "Content-Length": len(data), **dict(headers)})
         self.write(head if self.command == "HEAD" else head + data)
         return len(data)
 
@@ -7935,11 +7911,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         # Claude Code asks twice after a 404, and shows its own words; after a 424 once, and ours.
         is_claude = "claude-cli/" in self.headers.get("User-Agent", "")
         status = 424 if error.status == 404 and error.kind and is_claude else error.status
-        try:
+        with contextlib.suppress(ClientGone):
             if not self.began_reply:
                 return self.send_json(error.body(self.request_id), error.headers, status)
-        except ClientGone:
-            pass
         self.close_connection = True
 
     def write_events(self, text):
@@ -8018,8 +7992,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not name:
             return models
         name = urllib.parse.unquote(name)[:200]
-        other = dict(models["data"][0], id=name, display_name=name)
-        return {row["id"]: row for row in models["data"]}.get(name, other)
+        rows = {row["id"]: row for row in models["data"]}
+        return rows.get(name) or dict(models["data"][0], id=name, display_name=name)
 
     def get_health(self):
         return {"status": "ok", "name": "ccfix", "version": __version__}
@@ -8045,9 +8019,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def post_cache_clear(self, only_expired):
         store = self.proxy.store
-        if not store:
-            return {"removed": 0}
-        return {"removed": store.clear_expired() if only_expired else store.clear()}
+        clear = store and (store.clear_expired if only_expired else store.clear)
+        return {"removed": clear() if clear else 0}
 
     def post_lessons_forget(self):
         return {"removed": self.proxy.forget()}
@@ -8102,8 +8075,9 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
 
     def service_actions(self):
         """What the accepting thread does twice a second: close idle connections to providers."""
-        if isinstance(self.proxy, Proxy) and self.proxy.wires:
-            self.proxy.wires[1].close_idle()
+        wires = getattr(self.proxy, "wires", None)
+        if wires:
+            wires[1].close_idle()
 
     def get_request(self):
         """The next connection. When the process is out of descriptors, it stays in the queue, and
