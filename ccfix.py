@@ -5052,6 +5052,7 @@ class Line(io.RawIOBase):
         self.came = 0  # bytes of the current answer, interim ones included
         self.ended = False  # the other side has closed
         self.whole = True  # all of the request could be sent
+        self.outgoing = b""  # what http.client has given to be sent
 
     def makefile(self, *_):
         """Always the same file: what it read too much of belongs to what comes next."""
@@ -5112,9 +5113,14 @@ class Line(io.RawIOBase):
             self.wait = wait
 
     def sendall(self, data):
-        """Sends `data`, or (then it is not `whole`) as much as the other side takes before it
-        closes or answers: a 413 may come before the end of the request."""
-        view, moved = memoryview(data), time.monotonic()
+        """Takes what http.client sends: head and body come apart, and go out together, as each
+        would cost a wake-up at the other end."""
+        self.outgoing += data
+
+    def flush(self):
+        """Sends what is to go out, or (then it is not `whole`) as much as the other side takes
+        before it closes or answers: a 413 may come before the end of the request."""
+        view, moved, self.outgoing = memoryview(self.outgoing), time.monotonic(), b""
         while view and self.whole:
             try:
                 view = view[self.sock.send(view[: 1 << 18]) :]
@@ -5143,6 +5149,7 @@ class Line(io.RawIOBase):
         connection.response_class, connection.sock = Head, self
         try:
             connection.request(method, target, body, fields)
+            self.flush()
             self.deadline = time.monotonic() + timeout
             start = self.file.peek(1)[:40]
             # http.client would wait for the end of a line, whatever it begins with.
@@ -7277,6 +7284,8 @@ class Exchange:
         )
         self.proxy.ledger.add(row)
         self.proxy.log("error" if status >= 500 else "info", row_text(row))
+        if self.settings.log_level != "debug" and not self.proxy.recorder:
+            return
         told = {
             "time": row["time"],
             "id": self.id,
