@@ -25,7 +25,7 @@ the model that is really called, the *disguise* the model name that Claude Code 
 
     1 Vocabulary   tables that all sections share
     2 Errors       what went wrong, whose fault it is, and how Claude Code is told
-    3 Settings     one row a setting; command line > environment > .env > Claude's settings > default
+    3 Settings     one row a setting, and where values come from, most important first
     4 Providers    one row a provider: how it differs from the default
     5 Normalize    an Anthropic request -> the Anthropic request that this provider can take
     6 Formats out  a normalized request -> what goes over the wire

@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
-"""Tests of ccfix: python3 test_ccfix.py. Standard library, loopback only, in the order of ccfix.py's sections.
+"""Tests of ccfix: python3 test_ccfix.py. Standard library, loopback only, in the order of
+ccfix.py's sections.
 
-Further real-server and real-client checks are in .ci/. With ../shared/vectors beside the project, its transcripts are replayed too.
+Further real-server and real-client checks are in .ci/. With ../shared/vectors beside the project,
+its transcripts are replayed too.
 """
 
 import ast
@@ -45,9 +47,9 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 VECTORS = os.path.join(HERE, "..", "shared", "vectors")
 
 
-# ======================================================================================================
+# ==================================================================================================
 # Tools of the tests
-# ======================================================================================================
+# ==================================================================================================
 
 
 def pieces_of(raw, how):
@@ -60,7 +62,8 @@ def pieces_of(raw, how):
 
 
 def grammar(test, events):
-    """The oracle: events obey Anthropic's stream grammar. Returns the state at the end: "done", "error" or "open"."""
+    """The oracle: events obey Anthropic's stream grammar. Returns the state at the end: "done",
+    "error" or "open"."""
     state, index, kind = "start", -1, None
     for event in events:
         what = event["type"]
@@ -139,7 +142,8 @@ class FakeReply(object):
 
 
 class FakeWires(object):
-    """Stands in for Upstream: answer(body) -> FakeReply or an exception. `sent` keeps the request bodies."""
+    """Stands in for Upstream: answer(body) -> FakeReply or an exception. `sent` keeps the request
+    bodies."""
 
     def __init__(self, answer):
         self.answer, self.sent, self.urls, self.headers, self.replies = answer, [], [], [], []
@@ -179,7 +183,8 @@ HELLO_STREAM = sse(
 
 
 def settings_of(**values):
-    """Settings with the given values (ENV names), aimed at a loopback provider that nobody knows."""
+    """Settings with the given values (ENV names), aimed at a loopback provider that nobody
+    knows."""
     values = dict(
         {"TARGET_API_BASE": "http://127.0.0.1:9/v1", "TARGET_MODEL": "m", "TARGET_RETRIES": "0"},
         **values,
@@ -204,7 +209,8 @@ def no_wait(sock, seconds):
 
 
 def ask(proxy, body, headers=None):
-    """(events, error) of one exchange; error: the ProxyError that came before any event, or the Dropped."""
+    """(events, error) of one exchange; error: the ProxyError that came before any event, or the
+    Dropped."""
     exchange = ccfix.Exchange(proxy, body, headers or {}, no_wait)
     exchange.bytes_in = len(json.dumps(body))
     out = []
@@ -1816,9 +1822,9 @@ class TestProfiles(unittest.TestCase):
             self.assertEqual(ccfix.is_loopback(base), wanted, base)
 
 
-# ======================================================================================================
+# ==================================================================================================
 # 5  Request
-# ======================================================================================================
+# ==================================================================================================
 
 
 def user(*blocks):
@@ -1899,7 +1905,8 @@ PLAIN = ccfix.DEFAULT._replace(scope="host")
 TEXT_ONLY = PLAIN._replace(images=False, name="text only")
 WITH_FILES = PLAIN._replace(files=True, name="with files")
 NO_PDF = (
-    "[a PDF document (a.pdf) was here; this model cannot read PDF files. Convert it to text (for example with pdftotext), or read single "
+    "[a PDF document (a.pdf) was here; this model cannot read PDF files. Convert it to text (for "
+    "example with pdftotext), or read single "
     "pages as images.]"
 )
 
@@ -4211,9 +4218,9 @@ class TestArgumentFuzz(unittest.TestCase):
             self.assertRaises(ValueError, json.loads, joined)
 
 
-# ======================================================================================================
+# ==================================================================================================
 # 6  Tool text: calls written as text
-# ======================================================================================================
+# ==================================================================================================
 
 WEATHER = {
     "type": "object",
@@ -4731,9 +4738,9 @@ class TestTextCalls(unittest.TestCase):
                 self.assertLess(time.process_time() - start, 2, (head, piece))
 
 
-# ======================================================================================================
+# ==================================================================================================
 # 7  Stream
-# ======================================================================================================
+# ==================================================================================================
 
 TOOLS = {
     "Read": (
@@ -4758,7 +4765,8 @@ TOOLS = {
 def chunk(step):
     """A step of a stream in short notation as a chunk: a dict is a chunk already, else
 
-    "text Hello" . "think hm" . "call 0 c1 Read {" (index, id, name, arguments; - leaves one out) . "end stop" . "usage 7 2"
+    "text Hello" . "think hm" . "call 0 c1 Read {" (index, id, name, arguments; - leaves one out) .
+    "end stop" . "usage 7 2"
     """
     if not isinstance(step, str):
         return step
@@ -4824,7 +4832,8 @@ def messages_reader():
 
 
 def fed(raw, how, made):
-    """Events of bytes, as the proxy feeds them; a failure ends as `fail` tells. The last item may be ("dropped" or "raised", error)."""
+    """Events of bytes, as the proxy feeds them; a failure ends as `fail` tells. The last item may
+    be ("dropped" or "raised", error)."""
     events = []
     try:
         for payload in ccfix.sse_payloads(pieces_of(raw, how)):
@@ -5358,7 +5367,8 @@ STREAMS = (
 )
 
 BROKEN = (
-    # (name, steps, [DONE] at the end?, what happened: "raised" (status free), "error" event, or "dropped"; status; text before it)
+    # (name, steps, [DONE] at the end?, what happened: "raised" (status free), "error" event, or
+    # "dropped"; status; text before it)
     ("nothing at all", [], False, "raised", 502, ""),
     ("cut before content", [{"choices": []}], False, "raised", 502, ""),
     ("[DONE] without a word", [], True, "raised", 502, ""),
@@ -5455,7 +5465,8 @@ BROKEN = (
         [
             {
                 "error": {
-                    "message": "maximum context length is 8 tokens. However, your messages resulted in 9 tokens"
+                    "message": "maximum context length is 8 tokens. However, your messages "
+                    "resulted in 9 tokens"
                 }
             }
         ],
@@ -11648,9 +11659,9 @@ class TestSmallEndpoints(unittest.TestCase):
         self.assertLessEqual(memory.size, ccfix.MEMORY_BYTES)
 
 
-# ======================================================================================================
+# ==================================================================================================
 # 12  HTTP
-# ======================================================================================================
+# ==================================================================================================
 
 SSE_HEAD = (
     b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -14950,9 +14961,9 @@ class TestOwnPort(unittest.TestCase):
             )
 
 
-# ======================================================================================================
+# ==================================================================================================
 # The README
-# ======================================================================================================
+# ==================================================================================================
 
 README = os.path.join(HERE, "README.md")
 
@@ -15222,9 +15233,9 @@ def ccfix_source():
         return file.read()
 
 
-# ======================================================================================================
+# ==================================================================================================
 # The house
-# ======================================================================================================
+# ==================================================================================================
 
 SOURCE_FILE = os.path.join(HERE, "ccfix.py")
 
@@ -15241,9 +15252,10 @@ class TestHouse(unittest.TestCase):
     def test_only_the_standard_library_is_imported(self):
         allowed = set(
             """argparse ast base64 collections compileall contextlib difflib email functools
-            getpass hashlib hmac http io itertools json math operator os pathlib platform random re secrets
-            select selectors shlex shutil signal socket socketserver sqlite3 ssl stat string subprocess sys
-            tempfile textwrap threading time traceback typing urllib uuid webbrowser zlib""".split()
+            getpass hashlib hmac http io itertools json math operator os pathlib platform random
+            re secrets select selectors shlex shutil signal socket socketserver sqlite3 ssl stat
+            string subprocess sys tempfile textwrap threading time traceback typing urllib uuid
+            webbrowser zlib""".split()
         )
         found = set()
         for node in ast.walk(self.tree):
@@ -15338,7 +15350,8 @@ class TestHouse(unittest.TestCase):
 
 
 class Provider(object):
-    """A vector's server: answers as recorded for as long as the request offends, and normally after that."""
+    """A vector's server: answers as recorded for as long as the request offends, and normally after
+    that."""
 
     def __init__(self, row, how):
         self.row, self.how, self.offended = row, how, 0
@@ -15420,7 +15433,8 @@ def vector_request(row):
     os.path.exists(os.path.join(VECTORS, "upstream_transcripts.jsonl")), "no ../shared/vectors here"
 )
 class TestVectors(unittest.TestCase):
-    """Each recorded provider answer becomes what its row expects: fed whole and byte by byte, streamed."""
+    """Each recorded provider answer becomes what its row expects: fed whole and byte by byte,
+    streamed."""
 
     def rows(self):
         with open(os.path.join(VECTORS, "upstream_transcripts.jsonl"), encoding="utf-8") as file:
@@ -15550,7 +15564,8 @@ class Counted(unittest.TextTestResult):
 
 
 def main():
-    """Run all tests; the last line is `N passed, N failed, N skipped`. --tables: see write_tables."""
+    """Run all tests; the last line is `N passed, N failed, N skipped`. --tables: see
+    write_tables."""
     if "--tables" in sys.argv[1:]:
         write_tables(README)
         return 0
