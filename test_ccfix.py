@@ -2236,7 +2236,7 @@ MESSAGES = (
         [U("hi"), A("", ("c1", "Read", '{"path":"a"}')), T("c1", "Error:\nbad")],
     ),
     (
-        "raw text that is no JSON is wrapped, as servers parse it",
+        "raw text that is not JSON is wrapped, as servers parse it",
         request(
             "hi",
             said(use("c1", __unparsedToolInput={"raw": '{"pa', "len": 4})),
@@ -4498,7 +4498,7 @@ PROSE = [  # name, text that must come out as it came
         KIMI.replace(KIMI_ONE, KIMI_ONE + KIMI_ONE.replace("get_weather", "foo_bar")),
     ),
     ("arguments a list", '<tool_call>{"name": "get_weather", "arguments": [1]}</tool_call>'),
-    ("no json", "<tool_call>{get_weather Paris}</tool_call>"),
+    ("not json", "<tool_call>{get_weather Paris}</tool_call>"),
     ("cut off", HERMES[:-18]),
     ("cut off in a string", HERMES[:50]),
     (
@@ -7249,7 +7249,7 @@ class TestWhatIsNotLearned(unittest.TestCase):
                 self.assertIn(words, error.message)
                 self.assertEqual(proxy.lessons, {})
 
-    def test_never_more_than_three_mends(self):
+    def test_never_more_than_three_lessons(self):
         fields = iter(["temperature", "top_p", "stop", "stream_options", "max_tokens"] * 9)
         proxy, wires = proxy_with(
             lambda sent: FakeReply(
@@ -9243,7 +9243,7 @@ NOT_KEPT = (
         ),
     ),
     (
-        "result, then a text",
+        "result, then text",
         question("a", *CALLED + [results(("toolu_1", "x"), ("toolu_2", "y")), "continue"]),
     ),
     (
@@ -10228,7 +10228,7 @@ class TestRecorder(unittest.TestCase):
     def test_foreign_files_are_named(self):
         os.makedirs(self.folder)
         for text in (
-            "no json",
+            "not json",
             "[]",
             "{}",
             '{"replies": [1]}',

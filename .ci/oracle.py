@@ -38,7 +38,7 @@ def sse_events(raw):
         try:
             event = json.loads(data)
         except ValueError:
-            raise Broken("no JSON in the event %r" % part[:200])
+            raise Broken("not JSON in the event %r" % part[:200])
         if name != "event: %s" % event["type"] or "\n" in data:
             raise Broken("bad framing of %r" % part[:200])
         events.append(event)
