@@ -2181,6 +2181,8 @@ def clean_result(block, profile):
     for part in as_blocks(block["content"]):
         if part.get("type") == "tool_reference":
             loaded.append(short_name(str(part.get("tool_name"))))
+        elif part.get("type") == "tool_result":  # of no call: what it holds is all that can be told
+            content += result_blocks(clean_result(part, profile))
         else:
             content += clean_block(part, profile)
     if loaded:
@@ -3051,10 +3053,9 @@ class ArgumentStream:
 
 # ---- calls that a model wrote as text, because the server has no parser for its format -----------
 #
-# text -> pieces (white space, back-ticks, literals, prose) -> a mark that counts here: a Candidate,
-# held
-#      up to its closing literal -> parse_calls -> calls; or, when that fails, the same text again,
-#      with the mark as prose
+# text -> pieces (white space, back-ticks, literals, prose)
+#      -> a mark that counts here: a Candidate, held up to its closing literal -> parse_calls
+#      -> calls; or, when that fails, the same text again, with the mark as prose
 #
 # A document that only talks about such calls must come out as it is. So a mark that begins with
 # what people also write counts at the start of a line only, none counts in code, the tool must be
@@ -3681,9 +3682,9 @@ class ThinkTags:
 
 # Claude Code needs `event:` lines, message_start, and a start and a stop of each block; it takes
 # pings, comments and unknown event types anywhere. What it does with a stream that breaks off
-# depends
-# on where: an error event after a finished block keeps what there is, and asks the model to resume;
-# a connection that just ends makes it stream the same request again (both seen with 2.1.330).
+# depends on where: an error event after a finished block keeps what there is, and asks the model to
+# resume; a connection that just ends makes it stream the same request again (both seen with
+# 2.1.330).
 
 IDLE, OPEN, DONE, FAILED = "idle", "open", "done", "failed"
 ENDED = (DONE, FAILED)
@@ -4473,7 +4474,7 @@ def encode_event(event):
             if len(event["delta"]) == 2:
                 return template % (event["index"], json.dumps(event["delta"][field]))
         except (KeyError, TypeError):
-            """Another kind (a signature), or odd: a provider's own events go on as they are."""
+            pass  # another kind (a signature), or odd: a provider's own events go on as they are
     return "event: %s\ndata: %s\n\n" % (event["type"], compact_json(event))
 
 
@@ -4762,9 +4763,8 @@ OTHER_LIMIT = {
 }
 LESSON_RULES = (
     # (pattern of the provider's words, in any case; lesson): changes of the profile, or a function
-    # of
-    # (match, profile, body, sent) that gives them, {} where it is not sure. The first that changes
-    # anything is taken: from the surest to the vaguest. See learn for body and sent.
+    # of (match, profile, body, sent) that gives them, {} where it is not sure. The first that
+    # changes anything is taken: from the surest to the vaguest. See learn for body and sent.
     #
     # "Unexpected value(s) `x`, `y` for the `anthropic-beta` header." (Bedrock)
     (r"value\(s\) (.+?) for the .?anthropic-beta", learn_betas),

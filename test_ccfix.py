@@ -2097,6 +2097,24 @@ MESSAGES = (
         [U("hi\n\n[result of an earlier tool call]\n\nold")],
     ),
     (
+        "a result inside a result is told, whatever its id",
+        request(
+            "hi",
+            READ_CALL,
+            user(
+                result("toolu_1", {"type": "tool_result", "content": "in"}),
+                result("gone", result({}, "inner", is_error=True)),
+            ),
+        ),
+        PLAIN,
+        [
+            U("hi"),
+            A("", ("toolu_1", "Read", '{"path":"a"}')),
+            T("toolu_1", "in"),
+            U("[result of an earlier tool call]\n\nError:\n\ninner"),
+        ],
+    ),
+    (
         "a second result for one call is told in words",
         request("hi", READ_CALL, user(result("toolu_1", "1"), result("toolu_1", "2"))),
         PLAIN,
