@@ -11377,7 +11377,7 @@ class Folder:
 
 
 class TestStore(unittest.TestCase):
-    """Repeated requests are answered from the store; identical ones in flight share one answer."""
+    """Repeated requests are answered from the store."""
 
     CALLS = sse(
         delta(reasoning_content="hm"),
