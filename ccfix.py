@@ -9006,7 +9006,7 @@ def banner(settings, address):
         ("proxy key", "on, from " + settings.origins["anthropic_api_key"] if key else "off"),
     ]
     rows += [(shell, "; ".join(words)) for shell, words in connect_lines(address, bool(key))]
-    lines = ["ccfix %s on %s" % (__version__, address)] + ["  %-9s %s" % row for row in rows]
+    lines = ["ccfix %s on %s" % (__version__, address)] + ["  %-10s %s" % row for row in rows]
     host = settings.proxy_host
     if not key and (host in ANY_ADDRESS or not is_loopback(host)):
         lines.append("  WARNING: open to the network without a proxy key; set ANTHROPIC_API_KEY")
