@@ -46,6 +46,7 @@ printing.
 
 import argparse
 import base64
+import codecs
 import collections
 import contextlib
 import email.utils
@@ -56,6 +57,7 @@ import http.server
 import io
 import itertools
 import json
+import locale
 import os
 import random
 import re
@@ -814,8 +816,8 @@ SETTINGS = (
     ),
     Setting(
         "TARGET_API_BASE",
-        "https://api.openai.com/v1",
-        "the provider's base URL",
+        "",
+        "the provider's base URL, such as https://api.example.com/v1",
         parse_base_url,
         ("-b", "--api-base"),
     ),
@@ -1004,24 +1006,44 @@ class Settings:
     Never changed once made: who holds a Settings sees the same values through a whole request, and
     a changed .env makes a new one.
 
-    layers: [(origin, {ENV_NAME: string})], most important first. Raises SettingError. An empty
-    string in the environment or .env counts as not set, so that `TARGET_API_KEY=` in a template
-    means the default.
+    layers: [(origin, {ENV_NAME: string})], the most trusted first, and so the most important.
+    Raises SettingError. An empty string in the environment or .env counts as not set, so that
+    `TARGET_API_KEY=` in a template means the default.
+
+    A key only goes to a base URL of its own layer or of a more trusted one: who can write the
+    less trusted one could else send the key to himself.
     """
 
     def __init__(self, layers=()):
         self.origins = {}
-        for row in SETTINGS:
-            origin, value = next(
-                ((origin, values[row.env]) for origin, values in layers if values.get(row.env)),
-                ("default", row.default),
-            )
+        self.ranks = {}  # name -> the number of its layer; 0 also where it has its default
+        self.withheld = {}  # ENV_NAME of a key that goes nowhere -> (its origin, the base's name)
+        for row in sorted(SETTINGS, key=lambda row: row.secret):  # bases before their keys
+            given = [
+                (rank, origin, values[row.env])
+                for rank, (origin, values) in enumerate(layers)
+                if values.get(row.env)
+            ]
+            base = self.base_of(row)
+            allowed = [found for found in given if not base or found[0] >= self.ranks[base]]
+            if given and not allowed:
+                self.withheld[row.env] = given[0][1], base
+            rank, origin, value = (allowed + [(0, "default", row.default)])[0]
             try:
                 setattr(self, row.name, row.parse(value.strip()))
             except ValueError as e:
                 shown = "" if row.secret else " is %r" % without_password(value)[:100]
                 raise SettingError("%s%s (from %s); allowed: %s" % (row.env, shown, origin, e))
-            self.origins[row.name] = origin
+            self.origins[row.name], self.ranks[row.name] = origin, rank
+
+    def base_of(self, row):
+        """The name of the base URL to which a key goes, or EXTRA_HEADERS; "" for other rows."""
+        if row.env == "EXTRA_HEADERS":
+            return "target_api_base"
+        if not row.env.startswith("TARGET_API_KEY"):
+            return ""
+        base = row.name.replace("key", "base")
+        return base if getattr(self, base) else "target_api_base"
 
     def secrets(self):
         """All secret values that are set, the longest first: what must never be shown."""
@@ -1079,12 +1101,13 @@ def without_password(url):
 def dotenv(source):
     """{name: value} of a .env file's text, as people write it: export, quotes, comments, CRLF, BOM.
 
-    Double quotes know \\n, \\t, \\", \\$ and \\\\; single quotes are literal; a bare value ends at
-    " #". Lines without "=" are skipped; of two lines with a name the last counts.
+    Double quotes know \\n, \\r, \\t, \\", \\$ and \\\\; single quotes are literal; a bare value ends
+    at " #". Lines without "=" are skipped; of two lines with a name the last counts. Only \\n, or
+    \\r\\n, ends a line: a value may hold what Unicode calls a line separator.
     """
     line = r"(?m)^[ \t]*(?:(?:export|set)[ \t]+)?([A-Za-z_][\w.]*)[ \t]*=(.*)"
     found = re.findall(line, source.lstrip("\ufeff"))
-    return {name: dotenv_value(value.strip()) for name, value in found}
+    return {name: dotenv_value(value.strip(" \t\r")) for name, value in found}
 
 
 def dotenv_value(value):
@@ -1098,12 +1121,97 @@ def dotenv_value(value):
         return re.sub(r"(^|\s)#.*", "", value).rstrip()
     if quoted.group(1) is None:
         return quoted.group(2)
-    breaks = {"n": "\n", "t": "\t"}  # the other escapes stand for themselves
+    breaks = {"n": "\n", "r": "\r", "t": "\t"}  # the other escapes stand for themselves
     return re.sub(
-        r'\\([nt"$\\])',
+        r'\\([nrt"$\\])',
         lambda escape: breaks.get(escape.group(1), escape.group(1)),
         quoted.group(1),
     )
+
+
+def decode_env(raw, *encodings):
+    """The text of a file of settings; raw: its bytes. Raises SettingError.
+
+    UTF-8 or, with its byte order mark, UTF-16, as editors on Windows write them; then the encodings
+    that are given.
+    """
+    utf_16 = raw[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    for encoding in ("utf-16",) if utf_16 else ("utf-8-sig", *encodings):
+        with contextlib.suppress(ValueError):
+            text = raw.decode(encoding)
+            if "\0" not in text:
+                return text
+    raise SettingError("its encoding is not known; save it as UTF-8")
+
+
+# ---- the .env of a folder that somebody else may have written -----------------------------------
+
+TARGET_NAME = re.compile(r"TARGET_(?:MODEL|API_BASE|API_KEY|FORMAT)(_\w+)?\Z")
+# What it may choose beside targets: not where files are written, who may ask, what else is sent or
+# which answers are believed. The group writes files, which must stay in the folder.
+FOLDER_MAY = re.compile(
+    r"TARGET_(?:TIMEOUT|RETRIES)|MAX_|PROFILE|PRICES|DISGUISE_|ATTACH_FIELDS|CACHE_(?:KEY|TTL|MAX)"
+    r"|(CACHE_DIR|CACHE_ENABLED|LEDGER)|LOG_LEVEL|PROXY_PORT|ANTHROPIC_API_KEY"
+)
+SET_ELSEWHERE = "set it in the environment, or in a file for --env-file"
+TOGETHER = "a base URL and its key count together, where you have chosen none"
+
+
+def folder_layer(values, above, stays_inside):
+    """(the part of a folder's .env that counts, {name: why it does not count}).
+
+    values: {ENV_NAME: string} of the file; above: the names that more trusted layers set;
+    stays_inside: whether CACHE_DIR lies in the folder.
+    """
+    values = {name: value for name, value in values.items() if value and name in BY_ENV}
+    whys = {name: why_refused(name, values, above, stays_inside) for name in values}
+    refused = {name: why for name, why in whys.items() if why}
+    return omit(values, refused), refused
+
+
+def why_refused(name, values, above, stays_inside):
+    """Why a setting does not count in a folder's .env, or ""; see `folder_layer`."""
+    target, may = TARGET_NAME.match(name), FOLDER_MAY.match(name)
+    if target:
+        return "" if is_whole(target.group(1) or "", values, above) else TOGETHER
+    if (
+        not may
+        or (may.group(1) and not stays_inside)
+        or name == "PRICES"
+        and values[name][:1] != "{"
+    ):
+        return SET_ELSEWHERE
+    with contextlib.suppress(ValueError):
+        BY_ENV[name].parse(values[name].strip())
+        return ""
+    return "the value is not one of ours"  # other programs have settings of that name
+
+
+def is_whole(suffix, values, above):
+    """Whether the settings of a target ("", "_OPUS" ...) count in a folder's .env.
+
+    They do where the user has no target, and else only with base URL and key: his key must not go
+    elsewhere, nor his prompts to a model of his provider that he did not choose.
+    """
+    base, key = "TARGET_API_BASE" + suffix, "TARGET_API_KEY" + suffix
+    if base in above or (base in values and key in values):
+        return base not in above
+    return not {key, "EXTRA_HEADERS"} & above and not (suffix and not is_whole("", values, above))
+
+
+def near_misses(names):
+    """[sentence] about the names that are almost one of ours, of variables or lines of a file."""
+    import difflib  # here, not above: `import ccfix` does without
+
+    words = {word for name in BY_ENV for word in name.split("_") if len(word) > 2}
+    found = []
+    for name in sorted(names):
+        upper = name.upper()
+        if name not in BY_ENV and words.intersection(upper.split("_")):
+            least = 0.6 if upper.startswith("TARGET_") else 0.85
+            close = difflib.get_close_matches(upper, BY_ENV, 1, least)
+            found += ["%s is no setting; is %s meant?" % (name, meant) for meant in close]
+    return found
 
 
 def claude_layer(source):
@@ -1133,9 +1241,10 @@ def env_template(values):
 
 def quote_value(value):
     """value as .env text that `dotenv` reads back the same; in quotes only where it needs them."""
-    if re.match(r"[\w@%+=:,./-]*$", value):
+    if re.match(r"[\w@%+=:,./-]*\Z", value):
         return value
-    return json.dumps(value, ensure_ascii=False)
+    escaped = re.sub(r'(["\\])', r"\\\1", value)
+    return '"%s"' % escaped.replace("\n", "\\n").replace("\r", "\\r")
 
 
 # ==================================================================================================
@@ -6450,6 +6559,7 @@ class Plan(NamedTuple):
     base: str  # the base URL
     key: str  # "" for none
     profile: Profile  # with what was learned
+    headers: dict = {}  # EXTRA_HEADERS, where the base may have them
 
     @property
     def format(self):
@@ -6471,15 +6581,17 @@ def plan_for(settings, family, profile_of):
         family and getattr(settings, "target_%s_%s" % (name, family))
         for name in ("model", "api_base", "api_key")
     )
-    family = family if model or base else ""
+    family, is_own = family if model or base else "", bool(base)
     model = without_mark(model or settings.target_model)
     base = base or settings.target_api_base
     if base == settings.target_api_base:
         key = key or settings.target_api_key
-    return Plan(family, model, base, key, profile_of(base, model))
+    rank = settings.ranks["target_api_base" + ("_" + family if is_own else "")]
+    headers = settings.extra_headers if settings.ranks["extra_headers"] >= rank else {}
+    return Plan(family, model, base, key, profile_of(base, model), headers)
 
 
-def upstream_headers(plan, settings, client_headers=()):
+def upstream_headers(plan, client_headers=()):
     """Headers for the provider: its format's, its constants, and EXTRA_HEADERS (null removes).
 
     client_headers: by get(); a format passes some of them on. Names match in any case (RFC 9110,
@@ -6492,7 +6604,7 @@ def upstream_headers(plan, settings, client_headers=()):
         **plan.format.headers(plan.key, plan.profile, client_headers or {}),
         **dict(plan.profile.headers),
     }
-    for name, value in settings.extra_headers.items():
+    for name, value in plan.headers.items():
         headers = {known: headers[known] for known in headers if known.lower() != name.lower()}
         if value is not None:
             headers[name] = str(value)
@@ -6701,7 +6813,7 @@ class Proxy:
         """
         try:
             settings = self.settings()
-            headers = upstream_headers(plan, settings)
+            headers = upstream_headers(plan)
             owner, context = ask_provider(self.upstream(settings), plan, headers, wait)
         except (ProxyError, ClientGone, ValueError) as error:
             self.log("debug", "the provider was not asked about itself: %s" % error)
@@ -6786,7 +6898,7 @@ class Proxy:
             sent = normalize(body, plan.profile, memo=self.memo)
             sent = plan.format.write(sent, plan.model, plan.profile)
             sent = omit(sent, ("max_tokens", "stream"))
-            headers = upstream_headers(plan, settings, headers)
+            headers = upstream_headers(plan, headers)
             url, upstream = plan.url(plan.format.count_path), self.upstream(settings)
             try:
                 _, found = get_json(upstream, url, headers, wait, 10, sent)
@@ -7095,7 +7207,7 @@ class Exchange:
         data, outline = encode_request(self.sent)
         if not self.retries + self.fixes:
             self.broke = self.explain_prefix(outline)
-        headers = upstream_headers(plan, self.settings, self.headers)
+        headers = upstream_headers(plan, self.headers)
         url, timeout = plan.url(plan.format.path), self.settings.target_timeout
         upstream = proxy.upstream(self.settings)
         reply = upstream.open("POST", url, headers, data, self.wait, timeout)
@@ -8768,8 +8880,8 @@ def usage_errors(words):
     """An OSError inside becomes a Usage: these words and the system's reason."""
     try:
         yield
-    except OSError as e:
-        raise Usage("%s: %s" % (words, e.strerror or e))
+    except (OSError, UnicodeError) as e:
+        raise Usage("%s: %s" % (words, getattr(e, "strerror", "") or e))
 
 
 # ---- files ---------------------------------------------------------------------------------------
@@ -8781,10 +8893,12 @@ def file_text(path):
     utf-8-sig: editors on Windows begin a file with a byte order mark, which JSON does not know.
     """
     try:
-        with open(path, encoding="utf-8-sig", errors="replace") as file:
-            return file.read(1 << 20)
+        if os.path.isfile(path):  # a pipe or device would never end
+            with open(path, encoding="utf-8-sig", errors="replace") as file:
+                return file.read(1 << 20)
     except (OSError, ValueError):
-        return ""
+        pass
+    return ""
 
 
 # ---- the log -------------------------------------------------------------------------------------
@@ -8872,6 +8986,49 @@ def check_settings(settings, port=0):
             )
 
 
+def check_target(settings):
+    """Raise SettingError where the target cannot be used: no key, a key without a base URL, or one
+    that would go to a less trusted base URL. EXTRA_HEADERS may hold the key."""
+    for name, (origin, base) in settings.withheld.items():
+        raise SettingError(
+            "%s (from %s) is not sent to the %s that %s gives, which is less to be trusted; give"
+            " both in one place" % (name, origin, base.upper(), settings.origins[base])
+        )
+    base, has_key = settings.target_api_base, settings.target_api_key or settings.extra_headers
+    if has_key and not base:
+        raise SettingError(
+            "whose key is it? Give the provider's base URL too, with -b URL or as TARGET_API_BASE,"
+            " such as https://api.openai.com/v1"
+        )
+    if base and not has_key and not is_loopback(base):
+        raise SettingError(
+            "no key for %s: give it as TARGET_API_KEY in the environment or .env, or with -k KEY;"
+            " or try --demo" % without_password(base)
+        )
+
+
+def read_env(path):
+    """The text of a file of settings. Raises SettingError; a pipe or device would never end."""
+    try:
+        if not os.path.isfile(path):
+            raise SettingError("it is gone, or not a file")
+        with open(path, "rb") as file:
+            raw = file.read(1 << 20)
+    except OSError as e:
+        raise SettingError(e.strerror)
+    return decode_env(raw, locale.getpreferredencoding(False))
+
+
+def lies_beside_us(path):
+    """Whether ccfix.py itself lies in the folder of a file, both are the user's, and nobody else
+    may write them: then the user put it there, to use it so."""
+    paths = os.path.abspath(path), os.path.abspath(__file__)
+    if os.path.dirname(paths[0]) != os.path.dirname(paths[1]) or not os.path.exists(path):
+        return False
+    infos = map(os.stat, paths if os.name == "posix" else ())
+    return all(info.st_uid == os.getuid() and not info.st_mode & 0o022 for info in infos)
+
+
 class Config:
     """The settings of now: config() -> Settings.
 
@@ -8882,16 +9039,19 @@ class Config:
     # Settings of the provider: they do not count where the command line alone says who answers.
     TARGET_ROWS = re.compile("TARGET_|EXTRA_|PROFILE|MAX_")
 
-    def __init__(self, given, environ, path, alone=False):
+    def __init__(self, given, environ, path, alone=False, is_foreign=False):
         self.given = given  # {ENV_NAME: string} of the command line
         self.environ = environ  # the same of the environment
         self.path = path  # the .env file; "" for none
+        self.is_foreign = is_foreign  # it is a folder's, where the user merely stands
         self.alone = alone  # only `given` says who answers: the demo must reach no provider
         self.found = {}  # {ENV_NAME: string} of a server that was found on this machine
+        self.notes = []  # sentences about lines that do not count
         self.port = 0  # the port that the proxy listens on, once it is known
         self.log = None  # set once the proxy serves; .env is not followed before
         self.lock = threading.Lock()
         self.mark = self.file_mark()
+        self.text = self.first_text()
         self.settings = self.read()
 
     def file_mark(self):
@@ -8900,12 +9060,26 @@ class Config:
             info = os.stat(self.path)
             return info.st_mtime, info.st_size, info.st_ino
 
+    def first_text(self):
+        """What .env says at the start; a foreign one without a target is another program's."""
+        try:
+            text = read_env(self.path) if self.mark else ""
+        except SettingError as e:
+            text = ""
+            if not self.is_foreign:
+                raise SettingError("%s cannot be used: %s" % (self.path, e))
+        if self.is_foreign and not any(map(TARGET_NAME.match, dotenv(text))):
+            self.path = ""  # and not followed
+            return ""
+        return text
+
     def layers(self):
-        """[(origin, {ENV_NAME: string})], most important first."""
-        claude = os.path.expanduser("~/.claude/settings.json")
+        """[(origin, {ENV_NAME: string})], the most trusted first."""
+        claude, file = os.path.expanduser("~/.claude/settings.json"), dotenv(self.text)
+        self.notes = near_misses([*file, *self.environ])
         layers = [
             ("the environment", self.environ),
-            (os.path.basename(self.path) or ".env", dotenv(file_text(self.path))),
+            (os.path.basename(self.path), self.trusted_values(file) if self.is_foreign else file),
             ("~/.claude/settings.json", claude_layer(file_text(claude))),
             ("found on this machine", self.found),
         ]
@@ -8915,6 +9089,15 @@ class Config:
                 for name, values in layers
             ]
         return [("the command line", self.given)] + layers
+
+    def trusted_values(self, values):
+        """What counts of the values of a folder's .env; about the others there are notes."""
+        above = {name for layer in (self.given, self.environ) for name in BY_ENV if layer.get(name)}
+        folder, cache = map(os.path.realpath, (".", values.get("CACHE_DIR") or ".cache"))
+        values, refused = folder_layer(values, above, cache.startswith(os.path.join(folder, "")))
+        said = "%s does not count in the .env of a folder that may be another's: %s"
+        self.notes += [said % row for row in refused.items()]
+        return values
 
     def read(self):
         """The Settings of all layers. Raises SettingError."""
@@ -8936,20 +9119,36 @@ class Config:
         return self.settings
 
     def reload(self):
-        """Take the changed file; where it cannot be used, say why and keep the old settings."""
+        """Take the changed file; where it cannot be used, say why and keep the old settings.
+
+        It is checked as at the start, must be whole, and leaves the proxy closed to those who have
+        no key.
+        """
+        old, old_text = self.settings, self.text
         try:
+            self.text = read_env(self.path)
+            if not dotenv(self.text):
+                raise SettingError("it holds no setting")
+            if old_text.endswith("\n") and not self.text.endswith("\n"):
+                raise SettingError("its last line has no end: half of it is missing")
             new = self.read()
+            check_target(new)
+            if old.anthropic_api_key and not new.anthropic_api_key:
+                raise SettingError("without ANTHROPIC_API_KEY anybody could use the proxy")
             self.log.configure(new)
         except (SettingError, Usage) as e:
+            self.text = old_text
             said = "was changed but cannot be used, the old settings stay"
             return self.log("warning", "%s %s: %s" % (self.path, said, e))
-        old, self.settings = self.settings, new
+        self.settings = new
         changed = [
             row.env if row.secret else "%s = %s" % (row.env, getattr(new, row.name))
             for row in SETTINGS
             if getattr(old, row.name) != getattr(new, row.name)
         ]
         self.log("info", "%s was changed: %s" % (self.path, "; ".join(changed) or "no setting"))
+        for note in self.notes:
+            self.log("warning", note)
 
 
 # ---- serve ---------------------------------------------------------------------------------------
@@ -9109,7 +9308,7 @@ def list_models(settings, seconds=10):
     plan = target_plan(settings)
     tls = settings.ca_bundle, settings.client_cert, settings.insecure
     try:
-        headers = upstream_headers(plan, settings)
+        headers = upstream_headers(plan)
         return model_names(fetch(plan.url(plan.format.models_path), seconds, headers, *tls))
     except ProxyError as e:
         notify("its models cannot be listed: %s" % e)
@@ -9142,22 +9341,15 @@ def local_servers():
 def find_target(config):
     """Aim at a model server on this machine where nothing is configured, and say so.
 
-    A base URL, a key or headers count as configured. Raises Usage where no server is found, or the
-    configured target needs a key and has none; EXTRA_HEADERS may hold it.
+    Raises Usage where no server is found, SettingError where the configured target cannot be used.
     """
     settings = config()
-    base = settings.target_api_base
+    check_target(settings)
     given = {name for name, origin in settings.origins.items() if origin != "default"}
-    if not given & {"target_api_base", "target_api_key", "extra_headers"}:
+    if not settings.target_api_base:
         find_server(config, given)
-    elif is_loopback(base):
-        if "target_model" not in given:
-            find_model(config)
-    elif not (settings.target_api_key or settings.extra_headers):
-        raise Usage(
-            "no key for %s: give it as TARGET_API_KEY in the environment or .env, or with -k KEY;"
-            " or try --demo" % without_password(base)
-        )
+    elif is_loopback(settings.target_api_base) and "target_model" not in given:
+        find_model(config)
 
 
 def find_server(config, given):
@@ -9699,7 +9891,7 @@ def is_reachable(tester):
     """
     plan, settings = tester.plan, tester.settings
     upstream, url = tester.proxy.upstream(settings), plan.url(plan.format.models_path)
-    answer = get_json(upstream, url, upstream_headers(plan, settings), patience(20))[1]
+    answer = get_json(upstream, url, upstream_headers(plan), patience(20))[1]
     tester.models = model_names(answer)
     tester.proxy.probe(plan, patience(10))  # tells a local server's kind, and so its profile
     way = upstream.way_to(plan.base)
@@ -9930,7 +10122,7 @@ def orders_events(tester):
     reply = tester.proxy.upstream(settings).open(
         "POST",
         plan.url(plan.format.path),
-        upstream_headers(plan, settings),
+        upstream_headers(plan),
         to_json_bytes(question_body(plan.model, "Say hello.")),
         patience(ROW_SECONDS),
     )
@@ -10088,16 +10280,15 @@ def choose(title, rows):
 def ask_target(values):
     """Fill in the address and key that the flags left open, in {ENV_NAME: string}.
 
-    Where nobody can be asked, a key without an address is one of the default provider's. The key is
-    read without showing it, and not at all for a server on this machine. Raises Usage, SettingError
-    for an address that is none.
+    The key is read without showing it, and not at all for a server on this machine. Raises Usage
+    without an address, SettingError for one that is none.
     """
-    if "TARGET_API_BASE" not in values and (can_ask() or "TARGET_API_KEY" not in values):
+    if "TARGET_API_BASE" not in values:
         rows = [
             "%s (%s on this machine: %s)" % (base, title, shorten(", ".join(models), 60))
             for title, base, models in local_servers()
+            * (can_ask() or "TARGET_API_KEY" not in values)
         ]
-        rows += [BY_ENV["TARGET_API_BASE"].default] * can_ask()
         said = choose("At which base URL is the model?", rows)
         values["TARGET_API_BASE"] = said.partition(" ")[0]
     base = Settings([("init", values)]).target_api_base
@@ -10519,7 +10710,17 @@ def config_of(command, options):
     if "TARGET_MODEL" in given:  # as the model's name, it counts for the stand-in too
         target.pop("TARGET_MODEL", None)
     given.update(target)
-    return Config(given, os.environ, options.env_file or ".env", alone=bool(target))
+    path, is_foreign = options.env_file or ".env", False
+    if not options.env_file:
+        is_foreign = not lies_beside_us(path)
+    config = Config(given, os.environ, path, bool(target), is_foreign)
+    for note in config.notes:
+        notify(note)
+    names = [row.env for row in SETTINGS if config().origins[row.name] == ".env"]
+    if names and not options.env_file and command.act in (run, check):
+        notify("taking %s from .env in this folder" % ", ".join(names))
+        notify("the target is %(model)s at %(api_base)s" % place_of(target_plan(config())))
+    return config
 
 
 def main(argv=None):

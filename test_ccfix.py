@@ -8,6 +8,7 @@ its transcripts are replayed too.
 
 import ast
 import base64
+import codecs
 import contextlib
 import copy
 import email.message
@@ -1436,6 +1437,37 @@ class TestDotenv(unittest.TestCase):
             with self.subTest(value):
                 self.assertEqual(ccfix.dotenv("A=" + ccfix.quote_value(value))["A"], value)
 
+    def test_only_line_feeds_end_a_line(self):
+        """A provider's model name goes into the file that init writes: it must set nothing else."""
+        marks = "\v\f\x1c\x1d\x1e\x85\u2028\u2029\r"
+        for mark in marks:
+            for text in ("A=x%sB=y", "A=x%sB=y\r\n", "# A%sB=y\nA=x%sB=y\n", 'A="x%sB=y"\n'):
+                with self.subTest(repr(mark), text=text):
+                    found = ccfix.dotenv(text.replace("%s", mark))
+                    self.assertEqual(found, {"A": "x%sB=y" % mark})
+
+    def test_any_value_reads_back_from_the_template(self):
+        odd = [chr(number) for number in range(1, 0x2100)] + ["\ufeff", "\U0001f600"]
+        for name in ("x%sPROXY_HOST=0.0.0.0", "%s", "%sx", "x%s", '"%s', "'%s'", "\\%s", "a #%s"):
+            value = "".join(name.replace("%s", mark) for mark in odd)
+            for value in [value] + [name.replace("%s", mark) for mark in odd[:300]]:
+                text = ccfix.env_template({"TARGET_MODEL": value})
+                raw = text.encode("utf-8")
+                self.assertEqual(ccfix.dotenv(ccfix.decode_env(raw)), {"TARGET_MODEL": value})
+
+    def test_encodings(self):
+        text = "A=\u4f60\n"
+        for raw in (
+            text.encode("utf-8"),
+            text.encode("utf-8-sig"),
+            codecs.BOM_UTF16_LE + text.encode("utf-16-le"),
+            codecs.BOM_UTF16_BE + text.encode("utf-16-be"),
+            text.encode("gbk"),
+        ):
+            self.assertEqual(ccfix.dotenv(ccfix.decode_env(raw, "gbk")), {"A": "\u4f60"}, raw)
+        for raw in (text.encode("utf-16-le"), text.encode("gbk"), b"\xff\xfeA", b"A=\x00\n"):
+            self.assertRaises(ccfix.SettingError, ccfix.decode_env, raw, "ascii")
+
     def test_the_template_holds_every_setting_and_reads_back(self):
         values = {"TARGET_API_KEY": 'k "1"', "EXTRA_BODY": '{"a": {"b": null}}'}
         template = ccfix.env_template(values)
@@ -1525,7 +1557,7 @@ class TestLayers(unittest.TestCase):
         self.assertEqual(
             got,
             {
-                "target_api_base": "https://api.openai.com/v1",
+                "target_api_base": "",
                 "target_model": "gpt-4o",
                 "target_timeout": 300,
                 "proxy_host": "127.0.0.1",
@@ -13734,10 +13766,11 @@ class TestLiveSettings(CommandsCase):
         return config
 
     def test_a_change_is_taken_and_told_without_secrets(self):
-        self.change("TARGET_MODEL=one\nTARGET_API_KEY=sk-first\n")
+        base = "TARGET_API_BASE=https://api.example.com/v1\n"
+        self.change(base + "TARGET_MODEL=one\nTARGET_API_KEY=sk-first\n")
         config = self.config()
         self.assertEqual(config().target_model, "one")
-        self.change("TARGET_MODEL=two\nTARGET_API_KEY=sk-second\nCACHE_ENABLED=true\n")
+        self.change(base + "TARGET_MODEL=two\nTARGET_API_KEY=sk-second\nCACHE_ENABLED=true\n")
         self.assertEqual(
             (config().target_model, config().target_api_key, config().cache_enabled),
             ("two", "sk-second", True),
@@ -13772,7 +13805,10 @@ class TestLiveSettings(CommandsCase):
             ("CA_BUNDLE=nope.pem", "CA_BUNDLE names nope.pem, which does not exist"),
             ("CLIENT_CERT=.env,nope.pem", "CLIENT_CERT names nope.pem, which does not exist"),
             ("LOG_FILE=nope/x.log", "LOG_FILE nope/x.log cannot be written: "),
-            ("TARGET_API_BASE=localhost:8080", "localhost:8080/v1 is ccfix's own port"),
+            (
+                "TARGET_API_BASE=localhost:8080\nTARGET_API_KEY=k",
+                "localhost:8080/v1 is ccfix's own port",
+            ),
             ("TARGET_API_BASE_HAIKU=[::1]:8080", "[::1]:8080/v1 is ccfix's own port"),
         )
         for line, said in rows:
@@ -13791,7 +13827,10 @@ class TestLiveSettings(CommandsCase):
             self.assertEqual(proxy.status()["target"]["model"], "one", line)
             self.assertEqual(self.lines, [], "told once")
             self.change(line)
-            code, _, err = self.main("-k", "k", "-m", "m", "-p", "8080")
+            flags = ["-k", "k", "-m", "m", "-p", "8080", "--env-file", ".env"]
+            if "API_BASE=" not in line:
+                flags += ["-b", "https://api.example.com"]
+            code, _, err = self.main(*flags)
             self.assertEqual(code, 2, line)
             self.assertIn(said, err)
 
@@ -13803,7 +13842,7 @@ class TestLiveSettings(CommandsCase):
         self.change("LOG_FILE=two.log\n")
         config()
         log("info", "second")
-        self.change("")
+        self.change("TARGET_MODEL=two\n")
         config()
         log("info", "third")
         self.assertEqual(
@@ -13826,12 +13865,325 @@ class TestLiveSettings(CommandsCase):
         log("info", "fourth")
         self.assertIn("fourth", self.read("one.log"), "one that was moved away is made again")
 
-    def test_a_file_that_goes_or_comes_counts_as_a_change(self):
+    def test_a_file_that_comes_counts_as_a_change(self):
         config = self.config()
         self.change("TARGET_MODEL=one\n")
         self.assertEqual(config().target_model, "one")
-        os.remove(".env")
-        self.assertEqual(config().target_model, "gpt-4o")
+
+    def test_a_file_that_is_not_whole_keeps_the_old_settings_and_says_so(self):
+        """What is half there must not move traffic, and not open the proxy."""
+        lines = (
+            "TARGET_MODEL=one",
+            "TARGET_API_KEY=sk-first",
+            "TARGET_API_BASE=https://api.example.com/v1",
+            "ANTHROPIC_API_KEY=proxy-key",
+        )
+        whole = "".join(line + "\n" for line in lines)
+
+        def write_bytes(raw):
+            self.change("")
+            with open(".env", "wb") as file:
+                file.write(raw)
+
+        changes = [
+            ("gone", lambda: os.remove(".env"), "it is gone, or not a file"),
+            ("empty", lambda: self.change(""), "it holds no setting"),
+            ("comments", lambda: self.change("# TARGET_MODEL=x\n\n"), "it holds no setting"),
+            ("folder", lambda: os.mkdir(".env") if not os.remove(".env") else 0, "not a file"),
+            ("bytes", lambda: write_bytes(b"TARGET_MODEL=\x00\xff\n"), "its encoding is not known"),
+            (
+                "no proxy key",
+                lambda: self.change(whole[: whole.index("ANTHR")]),
+                "anybody could use",
+            ),
+            (
+                "no key",
+                lambda: self.change(whole.replace(lines[1], "")),
+                "no key for https://api.exa",
+            ),
+            ("no base", lambda: self.change(whole.replace(lines[2], "")), "whose key is it?"),
+        ]
+        for count in range(1, len(whole) - 1):
+            part = whole[:count]
+            changes.append((part, lambda part=part: self.change(part), ""))
+        for what, change, said in changes:
+            with self.subTest(what):
+                if os.path.isdir(".env"):
+                    os.rmdir(".env")
+                self.change(whole)
+                config = self.config()
+                change()
+                for _ in range(2):
+                    now = config()
+                    self.assertEqual(
+                        (now.target_model, now.target_api_base, now.anthropic_api_key),
+                        ("one", "https://api.example.com/v1", "proxy-key"),
+                    )
+                self.assertEqual(len(self.lines), 1, self.lines)
+                line = self.lines.pop()
+                self.assertIn("warning .env was changed but cannot be used, the old settings", line)
+                self.assertIn(said, line)
+                if os.path.isdir(".env"):
+                    os.rmdir(".env")
+                self.change(whole.replace("one", "two"))
+                self.assertEqual(config().target_model, "two")
+                self.lines.clear()
+
+    def test_near_misses_are_told_at_the_start_and_live(self):
+        said = "TARGET_MODLE is no setting; is TARGET_MODEL meant?"
+        self.change("TARGET_MODLE=m\nLOG_LEVLE=debug\nTARGET_URL=x\nOTHER=x\nDATABASE_URL=x\n")
+        with mock.patch.dict(os.environ, {"CACHE_ENABLE": "1", "HTTP_PROXY_X": "x", "EDITOR": "x"}):
+            code, _, err = self.main("-k", "k", "--env-file", ".env")
+        self.assertEqual(code, 2, "a key without a base")
+        self.assertEqual(
+            re.findall(r"(\w+) is no setting; is (\w+) meant", err),
+            [
+                ("CACHE_ENABLE", "CACHE_ENABLED"),
+                ("LOG_LEVLE", "LOG_LEVEL"),
+                ("TARGET_MODLE", "TARGET_MODEL"),
+                ("TARGET_URL", "TARGET_MODEL"),
+            ],
+        )
+        self.change("TARGET_MODEL=m\n")
+        config = self.config()
+        self.assertEqual(config().target_model, "m")
+        self.change("TARGET_MODLE=x\nTARGET_MODEL=m\n")
+        config()
+        self.assertIn("warning " + said, self.lines)
+
+
+class TestFolder(CommandsCase):
+    """A folder that one merely stands in is not trusted: somebody else may have written its .env."""
+
+    USERS = {"TARGET_API_BASE": "https://user.example.com/v1", "TARGET_API_KEY": "sk-user"}
+
+    def config(self, text, environ=(), **given):
+        """The Config of a folder with such a .env."""
+        self.write(".env", text)
+        return ccfix.Config(given, dict(environ), ".env", is_foreign=True)
+
+    def plans(self, settings):
+        """{family: its Plan}, with what is sent."""
+        families = ("",) + ccfix.FAMILIES + ("fallback", "image")
+        profile_of = lambda base, model: ccfix.DEFAULT
+        return {family: ccfix.plan_for(settings, family, profile_of) for family in families}
+
+    def test_a_key_only_goes_to_a_base_of_its_own_layer_or_a_more_trusted_one(self):
+        names = (
+            ("",) + tuple("_" + name.upper() for name in ccfix.FAMILIES) + ("_FALLBACK", "_IMAGE")
+        )
+        layers = range(3)
+        for suffix in names:
+            for base_layer, key_layer in itertools.product(layers, layers):
+                found = [("layer %d" % number, {}) for number in layers]
+                found[base_layer][1]["TARGET_API_BASE" + suffix] = "https://a.example.com/v1"
+                found[base_layer][1]["TARGET_MODEL" + suffix] = "m"
+                found[key_layer][1]["TARGET_API_KEY" + suffix] = "sk-1"
+                if suffix:
+                    found[0][1]["TARGET_API_BASE"] = "https://b.example.com/v1"
+                    found[0][1]["TARGET_API_KEY"] = "sk-main"
+                with self.subTest(suffix, base=base_layer, key=key_layer):
+                    settings = ccfix.Settings(found)
+                    plan = self.plans(settings)[suffix[1:].lower()]
+                    may = key_layer >= base_layer
+                    self.assertEqual(
+                        (plan.base, plan.key), ("https://a.example.com/v1", "sk-1" * may)
+                    )
+                    self.assertEqual(bool(settings.withheld), not may)
+                    if not may:
+                        with self.assertRaises(ccfix.SettingError) as caught:
+                            ccfix.check_target(settings)
+                        self.assertIn(
+                            "TARGET_API_KEY%s (from layer " % suffix, str(caught.exception)
+                        )
+
+    def test_a_familys_key_without_a_base_stays_away_from_a_less_trusted_main_base(self):
+        layers = [("env", {"TARGET_API_KEY_OPUS": "sk-opus", "TARGET_MODEL_OPUS": "m"})]
+        layers += [("file", {"TARGET_API_BASE": "https://x.example.com", "TARGET_API_KEY": "sk-x"})]
+        settings = ccfix.Settings(layers)
+        self.assertEqual(self.plans(settings)["opus"].key, "sk-x")
+        self.assertRaises(ccfix.SettingError, ccfix.check_target, settings)
+
+    def test_extra_headers_hold_keys_too(self):
+        extra = {"EXTRA_HEADERS": '{"Authorization": "Bearer sk-user"}'}
+        own = {"TARGET_API_BASE_OPUS": "https://o.example.com", "TARGET_API_KEY_OPUS": "sk-o"}
+        settings = ccfix.Settings([("env", dict(self.USERS, **extra)), (".env", own)])
+        sent = {
+            family: ccfix.upstream_headers(plan)["Authorization"]
+            for family, plan in self.plans(settings).items()
+        }
+        self.assertEqual(sent.pop("opus"), "Bearer sk-o")
+        self.assertEqual(set(sent.values()), {"Bearer sk-user"})
+
+    def test_the_folders_target_counts_whole_or_not_at_all(self):
+        theirs = "TARGET_API_BASE%s=https://evil.example.com/v1\n"
+        rows = (
+            # (.env, the environment, (base, key, model) of the main target, of opus)
+            ("base", theirs % "", self.USERS, None, None),
+            ("model", "TARGET_MODEL=dear\nTARGET_MODEL_OPUS=dear\n", self.USERS, None, None),
+            (
+                "key",
+                "TARGET_API_KEY=sk-evil\nTARGET_API_KEY_OPUS=sk-evil\n",
+                self.USERS,
+                None,
+                None,
+            ),
+            ("family", theirs % "_OPUS" + "TARGET_MODEL_OPUS=e\n", self.USERS, None, None),
+            (
+                "whole family",
+                theirs % "_OPUS" + "TARGET_MODEL_OPUS=e\nTARGET_API_KEY_OPUS=sk-e\n",
+                self.USERS,
+                None,
+                ("https://evil.example.com/v1", "sk-e", "e"),
+            ),
+            (
+                "whole",
+                theirs % "" + "TARGET_MODEL=e\nTARGET_API_KEY=sk-e\nTARGET_MODEL_OPUS=o\n",
+                {"TARGET_API_KEY": "sk-user"},
+                ("https://evil.example.com/v1", "sk-e", "e"),
+                ("https://evil.example.com/v1", "sk-e", "o"),
+            ),
+            ("whole", theirs % "" + "TARGET_API_KEY=k\nTARGET_MODEL=e\n", self.USERS, None, None),
+            (
+                "nothing of the user's",
+                "TARGET_API_BASE=http://127.0.0.1:9/v1\nTARGET_MODEL=e\n",
+                {},
+                ("http://127.0.0.1:9/v1", "", "e"),
+                ("http://127.0.0.1:9/v1", "", "e"),
+            ),
+        )
+        users = "https://user.example.com/v1", "sk-user", "gpt-4o"
+        for what, text, environ, main, opus in rows:
+            with self.subTest(what):
+                plans = self.plans(self.config(text, environ)())
+                got = [(plan.base, plan.key, plan.model) for plan in (plans[""], plans["opus"])]
+                self.assertEqual(got, [main or users, opus or main or users])
+
+    def test_a_base_alone_gets_no_key_and_no_request(self):
+        sink = self.serve("")
+        for name in ("", "_OPUS", "_HAIKU", "_FALLBACK", "_IMAGE"):
+            self.write(".env", "TARGET_API_BASE%s=%s\nTARGET_MODEL%s=m\n" % (name, sink, name))
+            for environ in ({"TARGET_API_KEY": "sk-user"}, {"EXTRA_HEADERS": '{"x-api-key": "k"}'}):
+                with mock.patch.dict(os.environ, environ):
+                    for command in ("serve", "run", "check"):
+                        code, _, err = self.main(command)
+                        self.assertEqual(code, 2, command)
+                        self.assertIn("whose key is it?", err)
+                        self.assertIn("TARGET_API_BASE%s does not count" % name, err)
+
+    def test_what_writes_files_or_opens_doors_is_refused_and_the_rest_counts(self):
+        never = {
+            "LOG_FILE": "../.bashrc",
+            "RECORD_DIR": "records",
+            "CACHE_DIR": "../elsewhere",
+            "CACHE_ENABLED": "true",
+            "CA_BUNDLE": "ca.pem",
+            "CLIENT_CERT": "c.pem",
+            "INSECURE": "true",
+            "ALLOWED_HOSTS": "evil.example.com",
+            "PROXY_HOST": "0.0.0.0",
+            "EXTRA_HEADERS": '{"x": "y"}',
+            "EXTRA_BODY": '{"x": "y"}',
+            "SEARCH_URL": "http://evil.example.com",
+            "PRICES": "../prices.json",
+        }
+        harmless = {
+            "TARGET_TIMEOUT": "7",
+            "TARGET_RETRIES": "1",
+            "MAX_OUTPUT": "100",
+            "MAX_CONTEXT": "1000",
+            "PROFILE": "deepseek",
+            "DISGUISE_MODEL": "claude-x",
+            "CACHE_KEY_MODE": "full",
+            "CACHE_TTL": "5",
+            "LOG_LEVEL": "error",
+        }
+        foreign = {"LOG_LEVEL": "WARN", "PROFILE": "dev", "CACHE_TTL": "1h", "MAX_OUTPUT": "lots"}
+        target = "TARGET_API_BASE=http://127.0.0.1:9\nTARGET_MODEL=m\n"
+        before = ccfix.Settings()
+        for rows, counts in ((never, False), (harmless, True), (foreign, False)):
+            text = "".join("%s='%s'\n" % row for row in rows.items())
+            config = self.config(target + text)
+            settings = config()
+            self.assertEqual(settings.target_model, "m")
+            for name in rows:
+                with self.subTest(name):
+                    value = getattr(settings, name.lower())
+                    self.assertEqual(value != getattr(before, name.lower()), counts)
+                    said = [note for note in config.notes if note.startswith(name + " ")]
+                    self.assertEqual(len(said), not counts)
+                    if rows is never:
+                        self.assertIn("set it in the environment", said[0])
+
+    def test_the_cache_stays_in_the_folder(self):
+        target = "TARGET_API_BASE=http://127.0.0.1:9\nTARGET_MODEL=m\n"
+        self.assertTrue(self.config(target + "CACHE_ENABLED=true\nCACHE_DIR=c/d\n")().cache_enabled)
+        outside = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, outside)
+        os.symlink(outside, ".cache")
+        self.assertFalse(self.config(target + "CACHE_ENABLED=true\n")().cache_enabled)
+        for folder in (outside, "..", "/", "c/../..", ".cache/x"):
+            found = self.config(target + "CACHE_ENABLED=1\nLEDGER=1\nCACHE_DIR=%s\n" % folder)()
+            values = found.cache_enabled, found.ledger, found.cache_dir
+            self.assertEqual(values, (False, False, ".cache"), folder)
+
+    def test_a_file_without_a_target_is_another_programs(self):
+        text = "LOG_LEVEL=error\nPROXY_PORT=9\nANTHROPIC_API_KEY=sk-ant-real\nTARGET_TIMEOUT=x\n"
+        config = self.config(text, self.USERS)
+        now = config()
+        self.assertEqual(
+            (now.log_level, now.proxy_port, now.anthropic_api_key, config.notes),
+            ("info", 8080, "", []),
+        )
+        for raw in (b"\xff\xfe\xff", b"\x00", b"TARGET_MODEL=\xff\xff\x00\n"):
+            with open(".env", "wb") as file:
+                file.write(raw)
+            config = ccfix.Config({}, dict(self.USERS), ".env", is_foreign=True)
+            self.assertEqual(config().target_model, "gpt-4o")
+
+    def test_a_file_that_was_not_used_at_the_start_is_not_followed(self):
+        """What the model writes into its folder must not lead the session elsewhere."""
+        config = ccfix.Config({}, dict(self.USERS), ".env", is_foreign=True)
+        config.log = mock.Mock()
+        self.write(".env", "TARGET_API_BASE_OPUS=https://e.example.com\nTARGET_API_KEY_OPUS=k\n")
+        self.assertEqual(config().target_api_base_opus, "")
+
+    def test_pipes_and_devices_end_nothing(self):
+        for target in ("/dev/zero", "/dev/tty", "/dev/stdin"):
+            os.symlink(target, ".env")
+            self.assertEqual(ccfix.Config({}, {}, ".env", is_foreign=True)().target_model, "gpt-4o")
+            os.remove(".env")
+        os.mkfifo("pipe")
+        self.assertEqual(ccfix.file_text("pipe"), "")
+
+    def test_run_and_check_tell_the_folders_settings_and_the_target_first(self):
+        base = "TARGET_API_BASE=http://127.0.0.1:9/v1\nTARGET_MODEL=m\nRECORD_DIR=r\n"
+        self.write(".env", base)
+        for command in ("run", "check"):
+            err = self.main(command)[2]
+            self.assertIn("taking TARGET_API_BASE, TARGET_MODEL from .env in this folder\n", err)
+            self.assertIn("the target is m at http://127.0.0.1:9/v1\n", err)
+            self.assertIn("RECORD_DIR does not count in the .env of a folder that may be", err)
+
+    @unittest.skipUnless(os.name == "posix", "the owner is looked at on POSIX alone")
+    def test_beside_ccfix_itself_the_file_is_the_users_own(self):
+        shutil.copy(SOURCE_FILE, "ccfix.py")
+        env = self.write(".env", "LOG_FILE=x.log\n")
+        os.chmod(env, 0o600)
+        os.chmod("ccfix.py", 0o644)
+        with mock.patch.object(ccfix, "__file__", "ccfix.py"):
+            self.assertTrue(ccfix.lies_beside_us(".env"))
+            for name in (".env", "ccfix.py"):
+                for mode in (0o620, 0o602):
+                    os.chmod(name, mode)
+                    self.assertFalse(ccfix.lies_beside_us(".env"), "others may write " + name)
+                os.chmod(name, 0o644)
+            with mock.patch.object(os, "getuid", lambda: os.stat(".env").st_uid + 1):
+                self.assertFalse(ccfix.lies_beside_us(".env"), "another's")
+            os.mkdir("sub")
+            shutil.copy(".env", "sub/.env")
+            self.assertFalse(ccfix.lies_beside_us("sub/.env"))
+        self.assertFalse(ccfix.lies_beside_us(".env"), "ccfix runs from elsewhere")
 
 
 class TestCheck(CommandsCase):
@@ -14443,13 +14795,13 @@ class TestInit(CommandsCase):
         self.assertIn("TARGET_API_BASE=%s\n" % base, self.read(".env"))
         self.assertIn("TARGET_MODEL=deepseek-chat\n", self.read(".env"))
 
-    def test_a_key_alone_is_the_default_providers_where_nobody_can_be_asked(self):
+    def test_a_key_alone_is_nobodys_where_nobody_can_be_asked(self):
         servers = [("Ollama", "http://127.0.0.1:11434/v1", ["m"])]
         with mock.patch.object(ccfix, "local_servers", lambda: servers):
             code, _, err = self.main("init", "-k", "key", "-m", "m")
-        self.assertEqual(code, 0, err)
-        self.assertIn("\n#TARGET_API_BASE=", self.read(".env"))
-        self.assertIn("\nTARGET_API_KEY=key\n", self.read(".env"))
+        self.assertEqual(code, 2, err)
+        self.assertIn("use -b URL", err)
+        self.assertEqual(os.listdir("."), [])
 
     def test_questions_offer_what_was_found(self):
         base = self.serve("")
@@ -14463,7 +14815,6 @@ class TestInit(CommandsCase):
             ) as err:
                 self.assertEqual(ccfix.main(["init"]), 0)
         self.assertIn("1  %s (Ollama on this machine" % base, err.getvalue())
-        self.assertIn("2  https://api.openai.com/v1\n", err.getvalue())
         self.assertIn("TARGET_MODEL=deepseek-reasoner\n", self.read(".env"))
 
 
@@ -15270,8 +15621,8 @@ class TestHouse(unittest.TestCase):
 
     def test_only_the_standard_library_is_imported(self):
         allowed = set(
-            """argparse ast base64 collections compileall contextlib difflib email functools
-            getpass hashlib hmac http io itertools json math operator os pathlib platform random
+            """argparse ast base64 codecs collections compileall contextlib difflib email functools
+            getpass hashlib hmac http io itertools json locale math operator os pathlib platform random
             re secrets select selectors shlex shutil signal socket socketserver sqlite3 ssl stat
             string subprocess sys tempfile textwrap threading time traceback typing urllib uuid
             webbrowser zlib""".split()
