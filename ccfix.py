@@ -1101,9 +1101,9 @@ def without_password(url):
 def dotenv(source):
     """{name: value} of a .env file's text, as people write it: export, quotes, comments, CRLF, BOM.
 
-    Double quotes know \\n, \\r, \\t, \\", \\$ and \\\\; single quotes are literal; a bare value ends
-    at " #". Lines without "=" are skipped; of two lines with a name the last counts. Only \\n, or
-    \\r\\n, ends a line: a value may hold what Unicode calls a line separator.
+    Double quotes know \\n, \\r, \\t, \\", \\$ and \\\\; single quotes are literal; a bare value
+    ends at " #". Lines without "=" are skipped; of two lines with a name the last counts. Only \\n,
+    or \\r\\n, ends a line: a value may hold what Unicode calls a line separator.
     """
     line = r"(?m)^[ \t]*(?:(?:export|set)[ \t]+)?([A-Za-z_][\w.]*)[ \t]*=(.*)"
     found = re.findall(line, source.lstrip("\ufeff"))
@@ -1173,7 +1173,7 @@ def why_refused(name, values, above, stays_inside):
     """Why a setting does not count in a folder's .env, or ""; see `folder_layer`."""
     target, may = TARGET_NAME.match(name), FOLDER_MAY.match(name)
     if target:
-        return "" if is_whole(target.group(1) or "", values, above) else TOGETHER
+        return "" if counts_there(target.group(1) or "", values, above) else TOGETHER
     if (
         not may
         or (may.group(1) and not stays_inside)
@@ -1187,7 +1187,7 @@ def why_refused(name, values, above, stays_inside):
     return "the value is not one of ours"  # other programs have settings of that name
 
 
-def is_whole(suffix, values, above):
+def counts_there(suffix, values, above):
     """Whether the settings of a target ("", "_OPUS" ...) count in a folder's .env.
 
     They do where the user has no target, and else only with base URL and key: his key must not go
@@ -1196,7 +1196,9 @@ def is_whole(suffix, values, above):
     base, key = "TARGET_API_BASE" + suffix, "TARGET_API_KEY" + suffix
     if base in above or (base in values and key in values):
         return base not in above
-    return not {key, "EXTRA_HEADERS"} & above and not (suffix and not is_whole("", values, above))
+    return not {key, "EXTRA_HEADERS"} & above and not (
+        suffix and not counts_there("", values, above)
+    )
 
 
 def near_misses(names):
@@ -3860,7 +3862,7 @@ class ToolCall:
         """The argument text as the model wrote it, so far."""
         return (self.stream.raw if self.stream else "") + "".join(self.waiting)
 
-    def is_whole(self):
+    def counts_there(self):
         """Whether the arguments so far are whole JSON."""
         is_read = self.stream and self.stream.complete and not self.waiting
         return is_read or json_or_none(self.arguments()) is not None
@@ -3962,7 +3964,7 @@ class MessageWriter:
         if not text:
             return
         if self.calls and not self.calls[-1].closed:
-            if not all(call.closed or call.name and call.is_whole() for call in self.calls):
+            if not all(call.closed or call.name and call.counts_there() for call in self.calls):
                 self.late.append((kind, text))
                 return
             yield from self.advance(ending=True)
@@ -4020,7 +4022,7 @@ class MessageWriter:
             if call.name:
                 yield from self.send_waiting(call)
                 last = call is self.calls[-1]
-                if not ending and (last or not call.is_whole()):
+                if not ending and (last or not call.counts_there()):
                     return
                 yield from self.end_call(call, self.cut and ending and last)
             call.closed = True
@@ -4349,7 +4351,7 @@ class ChatReader(Reader):
         if name != call.name:
             return call.name != ""
         more = str(fragment or "").strip()
-        return more and call.arguments().strip() != "{}" and call.is_whole()
+        return more and call.arguments().strip() != "{}" and call.counts_there()
 
     def note_finish(self, choice):
         """Remember why it ended; the stop reason waits for the end, as usage often comes after it,

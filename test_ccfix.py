@@ -13953,7 +13953,7 @@ class TestLiveSettings(CommandsCase):
 
 
 class TestFolder(CommandsCase):
-    """A folder that one merely stands in is not trusted: somebody else may have written its .env."""
+    """A folder that one merely stands in is not trusted: anybody may have written its .env."""
 
     USERS = {"TARGET_API_BASE": "https://user.example.com/v1", "TARGET_API_KEY": "sk-user"}
 
@@ -14115,6 +14115,7 @@ class TestFolder(CommandsCase):
                     if rows is never:
                         self.assertIn("set it in the environment", said[0])
 
+    @unittest.skipUnless(os.name == "posix", "links and pipes need POSIX")
     def test_the_cache_stays_in_the_folder(self):
         target = "TARGET_API_BASE=http://127.0.0.1:9\nTARGET_MODEL=m\n"
         self.assertTrue(self.config(target + "CACHE_ENABLED=true\nCACHE_DIR=c/d\n")().cache_enabled)
@@ -14148,6 +14149,7 @@ class TestFolder(CommandsCase):
         self.write(".env", "TARGET_API_BASE_OPUS=https://e.example.com\nTARGET_API_KEY_OPUS=k\n")
         self.assertEqual(config().target_api_base_opus, "")
 
+    @unittest.skipUnless(os.name == "posix", "links and pipes need POSIX")
     def test_pipes_and_devices_end_nothing(self):
         for target in ("/dev/zero", "/dev/tty", "/dev/stdin"):
             os.symlink(target, ".env")
@@ -15622,9 +15624,9 @@ class TestHouse(unittest.TestCase):
     def test_only_the_standard_library_is_imported(self):
         allowed = set(
             """argparse ast base64 codecs collections compileall contextlib difflib email functools
-            getpass hashlib hmac http io itertools json locale math operator os pathlib platform random
-            re secrets select selectors shlex shutil signal socket socketserver sqlite3 ssl stat
-            string subprocess sys tempfile textwrap threading time traceback typing urllib uuid
+            getpass hashlib hmac http io itertools json locale math operator os pathlib platform
+            random re secrets select selectors shlex shutil signal socket socketserver sqlite3 ssl
+            stat string subprocess sys tempfile textwrap threading time traceback typing urllib uuid
             webbrowser zlib""".split()
         )
         found = set()
