@@ -3862,7 +3862,7 @@ class ToolCall:
         """The argument text as the model wrote it, so far."""
         return (self.stream.raw if self.stream else "") + "".join(self.waiting)
 
-    def counts_there(self):
+    def is_whole(self):
         """Whether the arguments so far are whole JSON."""
         is_read = self.stream and self.stream.complete and not self.waiting
         return is_read or json_or_none(self.arguments()) is not None
@@ -3964,7 +3964,7 @@ class MessageWriter:
         if not text:
             return
         if self.calls and not self.calls[-1].closed:
-            if not all(call.closed or call.name and call.counts_there() for call in self.calls):
+            if not all(call.closed or call.name and call.is_whole() for call in self.calls):
                 self.late.append((kind, text))
                 return
             yield from self.advance(ending=True)
@@ -4022,7 +4022,7 @@ class MessageWriter:
             if call.name:
                 yield from self.send_waiting(call)
                 last = call is self.calls[-1]
-                if not ending and (last or not call.counts_there()):
+                if not ending and (last or not call.is_whole()):
                     return
                 yield from self.end_call(call, self.cut and ending and last)
             call.closed = True
@@ -4351,7 +4351,7 @@ class ChatReader(Reader):
         if name != call.name:
             return call.name != ""
         more = str(fragment or "").strip()
-        return more and call.arguments().strip() != "{}" and call.counts_there()
+        return more and call.arguments().strip() != "{}" and call.is_whole()
 
     def note_finish(self, choice):
         """Remember why it ended; the stop reason waits for the end, as usage often comes after it,
