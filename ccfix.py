@@ -1153,6 +1153,7 @@ FOLDER_MAY = re.compile(
     r"TARGET_(?:TIMEOUT|RETRIES)|MAX_|PROFILE|PRICES|DISGUISE_|ATTACH_FIELDS|CACHE_(?:KEY|TTL|MAX)"
     r"|(CACHE_DIR|CACHE_ENABLED|LEDGER)|LOG_LEVEL|PROXY_PORT|ANTHROPIC_API_KEY"
 )
+FOLDER = "the folder's .env"  # the origin of what it sets
 SET_ELSEWHERE = "set it in the environment, or in a file for --env-file"
 TOGETHER = "a base URL and its key count together, where you have chosen none"
 
@@ -7856,29 +7857,33 @@ class Handler(http.server.BaseHTTPRequestHandler):
         Where there is a proxy key, it decides. Without one, only names of this machine are served,
         or a web page whose own name was made to point here (DNS rebinding) could spend the user's
         money. For the same reason no page of another origin is served, except by the API itself to
-        one that knows the key.
+        one that knows the key. A folder's .env may ask for a key, which opens nothing: whoever wrote
+        the file knows it.
         """
         # The request is served by these, also when the user changes them meanwhile.
         settings = self.settings = self.proxy.settings()
         key, host = settings.anthropic_api_key, self.headers.get("Host", "")
         origin = self.headers.get("Origin")
         known = key and self.knows(key)
+        is_secret = key and settings.origins["anthropic_api_key"] != FOLDER
         if origin not in (None, "http://" + host, "https://" + host) and not (
-            known and "/v1/" in self.path
+            known and is_secret and "/v1/" in self.path
         ):
             raise ProxyError(
                 "requests from the origin %s are not served" % ascii(origin)[:100], 403
             )
-        if known or re.fullmatch(r"/health/?", self.path):
+        if (known and is_secret) or re.fullmatch(r"/health/?", self.path):
             return
-        if key and not self.wants_page():  # the page itself holds nothing; it asks for the key
+        if (
+            key and not known and not self.wants_page()
+        ):  # the page itself holds nothing; it asks for the key
             raise ProxyError(
                 "the proxy key is missing or wrong: set ANTHROPIC_AUTH_TOKEN (or ANTHROPIC_API_KEY)"
                 " of Claude Code to the ANTHROPIC_API_KEY of ccfix",
                 401,
                 headers=NEVER,
             )
-        if not key and not self.server.answers_to(host, settings.allowed_hosts):
+        if not is_secret and not self.server.answers_to(host, settings.allowed_hosts):
             raise ProxyError(
                 "ccfix does not answer to the host name %s; add it to ALLOWED_HOSTS, or set a proxy"
                 " key (ANTHROPIC_API_KEY)" % ascii(host)[:100],
@@ -9081,7 +9086,11 @@ class Config:
         self.notes = near_misses([*file, *self.environ])
         layers = [
             ("the environment", self.environ),
-            (os.path.basename(self.path), self.trusted_values(file) if self.is_foreign else file),
+            (
+                (FOLDER, self.trusted_values(file))
+                if self.is_foreign
+                else (os.path.basename(self.path), file)
+            ),
             ("~/.claude/settings.json", claude_layer(file_text(claude))),
             ("found on this machine", self.found),
         ]
@@ -10718,7 +10727,7 @@ def config_of(command, options):
     config = Config(given, os.environ, path, bool(target), is_foreign)
     for note in config.notes:
         notify(note)
-    names = [row.env for row in SETTINGS if config().origins[row.name] == ".env"]
+    names = [row.env for row in SETTINGS if config().origins[row.name] in (".env", FOLDER)]
     if names and not options.env_file and command.act in (run, check):
         notify("taking %s from .env in this folder" % ", ".join(names))
         notify("the target is %(model)s at %(api_base)s" % place_of(target_plan(config())))

@@ -12737,6 +12737,18 @@ class TestWhoMayAsk(HttpCase):
             self.assertEqual(self.call("GET", "/health").status, 200)
             self.assertEqual(len(self.upstream.requests), 0)
 
+    def test_a_key_that_the_folders_file_sets_is_asked_for_but_opens_nothing(self):
+        """Who wrote the file knows it: a web page of his must not get in with it."""
+        self.serve(ANTHROPIC_API_KEY=PROXY_KEY)
+        self.proxy.settings().origins["anthropic_api_key"] = ccfix.FOLDER
+        key = {"x-api-key": PROXY_KEY}
+        self.assertEqual(self.call("GET", "/stats").status, 401)
+        self.assertEqual(self.call("GET", "/stats", headers=key).status, 200)
+        for more in ({"Origin": "http://evil.test"}, {"Host": "evil.test"}):
+            for path in ("/stats", "/v1/models"):
+                answer = self.call("GET", path, headers=dict(key, **more), host="Host" not in more)
+                self.assertEqual(answer.status, 403, (more, path))
+
     def test_key_comparison_takes_constant_time(self):
         self.serve(ANTHROPIC_API_KEY="right")
         with mock.patch.object(
