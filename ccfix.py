@@ -1544,10 +1544,15 @@ OWNERS = {
 ANTHROPIC_PATHS = re.compile(
     r"(/anthropic|/api/(coding|compatible|plan)|api\.kimi\.com/coding)(/v1)?$", re.I
 )
-# localhost with the names under it (RFC 6761, 6.3), and what containers call the machine that they
-# run on.
+# localhost with the names under it (RFC 6761, 6.3), what containers call the machine that they run
+# on, and ::1, also as an IPv4 address in IPv6.
 LOOPBACK = re.compile(
-    r"((.*\.)?localhost|127(\.\d+){3}|::1?|0\.0\.0\.0|host\.(docker|containers)\.internal)$", re.I
+    r"((.*\.)?localhost|host\.(docker|containers)\.internal)\.?|[0:]*:[0:]*1?"
+    r"|[0:]*:ffff:7f[\da-f]{2}:[\da-f]{1,4}"
+)
+# An IPv4 address in all the forms that the system's inet_aton reads: 127.1, 0x7f.1, 2130706433.
+IPV4 = re.compile(
+    r"([0:]*:ffff:)?(((0x[0-9a-f]{1,8}|0[0-7]{0,11}|[1-9][0-9]{0,9})(\.|\Z)){1,4})(?<!\.)"
 )
 
 
@@ -1558,8 +1563,15 @@ def is_loopback(where):
     port (here), for targets that need no key or whose models can be listed unasked (Commands), and
     for addresses that no proxy is on the way to (Upstream).
     """
-    host = urllib.parse.urlsplit(where).hostname if "//" in where else where
-    return bool(LOOPBACK.match(host or ""))
+    host = (urllib.parse.urlsplit(where).hostname if "//" in where else where.lower()) or ""
+    found = IPV4.fullmatch(host)
+    if not found:
+        return bool(LOOPBACK.fullmatch(host))
+    numbers = [
+        int(part, 16 if part[1:2] == "x" else 8 if part[0] == "0" else 10)
+        for part in found.group(2).split(".")
+    ]
+    return not any(numbers) or numbers[0] >> (24 if len(numbers) == 1 else 0) == 127
 
 
 def family_of(model_name):
@@ -4923,7 +4935,7 @@ def find_way(scheme, host, port):
     Windows."""
     proxies, bypass = urllib.request.getproxies(), urllib.request.proxy_bypass
     proxy = proxies.get(scheme) or proxies.get("all")
-    if not proxy or LOOPBACK.match(host) or bypass(host_port(host, port)):
+    if not proxy or is_loopback(host) or bypass(host_port(host, port)):
         return Way(scheme, host, port)
     setting, (kind, _, place) = scheme.upper() + "_PROXY", proxy.rpartition("://")
     # The ssl module cannot run TLS with the origin inside TLS with the proxy, and to talk plainly
@@ -5009,10 +5021,11 @@ class Head(http.client.HTTPResponse):
             raise ValueError("a malformed field in its head")
         # Contradictions are errors, not something to choose from (RFC 9112, 6.3). http.client
         # itself takes the first of two lengths, "+5" for 5, and "chunked " for no coding at all.
-        coding = ",".join(self.headers.get_all("Transfer-Encoding", ())).strip().lower()
-        lengths = {length.strip() for length in self.headers.get_all("Content-Length", ())}
+        codings = ",".join(self.headers.get_all("Transfer-Encoding", ["identity"]))
+        coding = codings.strip(" \t").lower()
+        lengths = {length.strip(" \t") for length in self.headers.get_all("Content-Length", ())}
         self.chunked = coding == "chunked"
-        if coding not in ("", "identity", "chunked") or self.chunked and lengths:
+        if coding not in ("identity", "chunked") or self.chunked and lengths:
             raise ValueError("a Transfer-Encoding that cannot be")
         if len(lengths) > 1 or not all(re.fullmatch("[0-9]{1,18}", length) for length in lengths):
             raise ValueError("a Content-Length that is not one number")
@@ -5208,6 +5221,8 @@ class Dechunker:
     """
 
     SIZE_LINE = re.compile(rb"\r?\n([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\r\n]*)?\r?\n")
+    # A size line that is not whole yet: what cannot become one must not be waited for.
+    BEGUN = re.compile(rb"\r?|\r?\n([0-9A-Fa-f]{1,15}[ \t]*(;[^\r\n]*)?)?\r?")
     TRAILERS = re.compile(rb"(?:[^\r\n][^\n]*\n)*\r?\n")
 
     def __init__(self):
@@ -5218,7 +5233,7 @@ class Dechunker:
         framing."""
         data, at = self.tail + data, self.left
         pieces, end, self.tail = [data[:at]], len(data), b""
-        while end - at > 2:  # bytes of the shortest line
+        while at < end:
             line = self.SIZE_LINE.match(data, at)
             size = line and int(line.group(1), 16)
             if not size:
@@ -5237,7 +5252,8 @@ class Dechunker:
         line."""
         last = line and self.TRAILERS.match(data, line.end())
         self.done, self.tail = bool(last), data[last.end() if last else at :]
-        if not last and (len(self.tail) > READ_SIZE or not line and b"\n" in self.tail[2:]):
+        is_begun = line or self.BEGUN.fullmatch(self.tail)
+        if not last and (len(self.tail) > READ_SIZE or not is_begun):
             raise ValueError("a chunk of the body has no valid size")
 
 
@@ -5269,14 +5285,14 @@ class Reply:
         self.status, self.headers = head.status, head.headers
         self.upstream, self.line = upstream, line
         self.chunks = Dechunker() if head.chunked else None
-        # Bytes of the body that are to come. None: that is not known, as it is in chunks or goes on
-        # until the connection ends.
-        self.left = head.length
         # Only a body whose end is certain leaves a connection on which the next answer begins.
         # http.client says will_close for one without a length; some servers send a body with 204
         # all the same.
         bare = head.status < 200 or head.status in (204, 205, 304)
         self.keep = line.whole and not (bare or head.will_close)
+        # Bytes of the body that are to come. None: that is not known, as it is in chunks or goes on
+        # until the connection ends.
+        self.left = 0 if bare else head.length
 
     def blocks(self):
         """Generates the body's bytes as they arrive, whatever one read brought. UpstreamError
@@ -8080,7 +8096,7 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         if re.fullmatch(r"\d{1,3}(\.\d{1,3}){3}|\[[0-9a-f:.]+\]", name):
             if self.server_name in ANY_ADDRESS or is_loopback(bare):
                 return True
-        return bare in ("localhost", self.server_name.lower()) or name in more
+        return bare in ("localhost", "localhost.", self.server_name.lower()) or name in more
 
     def service_actions(self):
         """What the accepting thread does twice a second: close idle connections to providers."""

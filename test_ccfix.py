@@ -1813,7 +1813,35 @@ class TestProfiles(unittest.TestCase):
             ("localhost", True),
             ("::1", True),
             ("LOCALHOST", True),
+            ("http://localhost.:8000/v1", True),
+            ("http://x.localhost./v1", True),
+            ("http://[::ffff:127.0.0.1]:1/v1", True),
+            ("http://[::FFFF:7f00:1]/v1", True),
+            ("0:0:0:0:0:0:0:1", True),
+            ("0.0.0.0", True),
+            ("http://127.1/v1", True),
+            ("http://127.0.1:8/v1", True),
+            ("http://0x7f.1/v1", True),
+            ("0X7F000001", True),
+            ("0177.0.0.1", True),
+            ("017700000001", True),
+            ("2130706433", True),
+            ("2147483648", False),
+            ("127", False),  # 0.0.0.127
+            ("0127.0.0.1", False),  # 87.0.0.1
+            ("0189.1", False),
+            ("128.1", False),
+            ("127.evil.com", False),
+            ("127.1.evil.com", False),
+            ("127.0.0.1.evil.com", False),
+            ("127.0.0.1.1", False),
+            ("127..1", False),
+            ("::ffff:10.0.0.1", False),
+            ("::ffff:8f00:1", False),
+            ("1::1", False),
+            ("notlocalhost", False),
             ("localhost.evil.com", False),
+            ("localhost..", False),
             ("", False),
             ("https://localhost.evil.com/v1", False),
             ("http://10.0.0.1/v1", False),
@@ -7885,6 +7913,9 @@ class TestHttpFraming(UpstreamCase):
         ("content-length in two parts", [counted(b"hello")[:-3], 0.01, b"llo"], b"hello"),
         ("empty", [counted(b"")], b""),
         ("no content", [b"HTTP/1.1 204 No Content\r\n\r\n"], b""),
+        ("reset content", [b"HTTP/1.1 205 Reset Content\r\n\r\n"], b""),
+        ("a body that cannot be", [b"HTTP/1.1 205 X\r\nContent-Length: 5\r\n\r\n"], b""),
+        ("chunks that cannot be", [b"HTTP/1.1 204 X\r\nTransfer-Encoding: chunked\r\n\r\n"], b""),
         ("chunked", [chunked(b"he", b"llo")], b"hello"),
         ("chunked with trailers", [chunked(b"hello", end=b"0\r\nX-Sum: 1\r\n\r\n")], b"hello"),
         ("chunk extension", [chunked(end=b"5;a=b\r\nhello\r\n0\r\n\r\n")], b"hello"),
@@ -7952,7 +7983,22 @@ class TestHttpFraming(UpstreamCase):
         + [
             ("length %r" % length, [counted(b"hello", extra="").replace(b": 5", b": " + length)])
             + ("cut", "Content-Length")
-            for length in (b"+5", b"-5", b"5, 6", b"0x5", b"1_0", b"9" * 19, b"", b"\xb2")
+            for length in (b"+5", b"-5", b"5, 6", b"5;6", b"5 5", b"0x5", b"1_0", b"9" * 19, b"")
+            + (b"\xb2", b"5\x0b", b"5\x1f", b"\x1f5", b"5\x85", b"\xa05", b"5, 5")
+        ]
+        + [
+            ("Transfer-Encoding %r" % coding, [chunked(b"hello").replace(b"chunked", coding)])
+            + ("cut", "Transfer-Encoding")
+            for coding in (b"", b",", b"x", b"chunked\x1f", b"\x0bchunked", b"chunked;q=1")
+        ]
+        # Chunks that are none, on a connection that stays open without a line break.
+        + [
+            ("unchunked %r" % body, [chunked(end=body)], "cut", "valid size")
+            for body in (b"hello", b"zz", b"-5", b"{}", b"5 x", b"0x5\r", b" 5", b"\r\n", b"5\r\r")
+        ]
+        + [
+            ("after a chunk %r" % rest, [chunked(b"hello", end=rest)], "cut", "valid size")
+            for rest in (b"X", b"\r\rX", b"zz", b"5 5\n")
         ]
         + [
             (
@@ -8090,6 +8136,22 @@ class TestHttpFraming(UpstreamCase):
                 self.assertEqual(next(blocks), b"one")
                 go.set()
                 self.assertEqual(list(blocks), [b"two"])
+                reply.close()
+
+    def test_a_large_compressed_block_comes_whole_before_the_next(self):
+        """600 KB, with the least and the most that a compressed byte can stand for."""
+        for data in (bytes(600000), os.urandom(600000), b"data: {}\n\n" * 60000):
+            go, packer = threading.Event(), zlib.compressobj(6, zlib.DEFLATED, 31)
+            one = packer.compress(data) + packer.flush(zlib.Z_SYNC_FLUSH)
+            end = packer.flush()
+            head = b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: %d\r\n\r\n"
+            with self.fake([head % len(one + end) + one, go, end]) as server:
+                reply, got = self.client(timeout=5).open("POST", server.url, {}, b"{}"), 0
+                for block in reply.blocks():
+                    got += len(block)
+                    if got == len(data):
+                        go.set()
+                self.assertEqual(got, len(data))
                 reply.close()
 
     def test_a_bomb_is_unpacked_in_small_blocks(self):
@@ -8679,7 +8741,10 @@ class TestProxies(UpstreamCase):
             self.assertEqual(
                 self.ask(self.client(), "http://%s:%d/" % (host, server.port)), (200, b"a")
             )
-        for host in ("host.docker.internal", "HOST.docker.internal", "x.localhost", "[::1]"):
+        for host in (
+            "host.docker.internal HOST.docker.internal x.localhost [::1] localhost. 127.1 127.0.1"
+            " 2130706433 0x7f.1 0177.0.0.1 [::ffff:127.0.0.1]"
+        ).split():
             self.assertIsNone(self.client().way_to("http://%s:1/" % host).proxy, host)
         self.assertIsNotNone(self.client().way_to("http://docker.internal:1/").proxy)
 
@@ -8688,6 +8753,9 @@ class TestProxies(UpstreamCase):
         os.environ["http_proxy"] = proxy.url
         rows = [
             ("b\xfccher.test:81", "xn--bcher-kva.test:81"),
+            ("b\xfccher:8000", "xn--bcher-kva:8000"),
+            ("\u65e5\u672c:8000", "xn--wgv71a:8000"),
+            ("B\xdcCHER", "xn--bcher-kva:80"),
             ("[2001:db8::1]:81", "[2001:db8::1]:81"),
             ("[2001:db8::1]", "[2001:db8::1]:80"),
             ("Provider.test", "provider.test:80"),
@@ -12562,13 +12630,19 @@ class TestWhoMayAsk(HttpCase):
             ("127.0.0.1:8080", 200),
             ("localhost:1", 200),
             ("LOCALHOST", 200),
+            ("localhost.", 200),
+            ("localhost.:80", 200),
             ("[::1]:80", 200),
+            ("[::ffff:127.0.0.1]", 200),
             ("127.9.9.9", 200),
             ("box.internal:8080", 200),
             ("Host.Docker.Internal", 200),
             ("evil.test", 403),
             ("localhost.evil.test", 403),
             ("127.0.0.1.evil.test", 403),
+            ("127.1.evil.test", 403),
+            ("x.localhost.", 403),
+            ("localhost..", 403),
             ("192.168.1.5", 403),
             ("", 403),
             ("evil.test:127.0.0.1", 403),
