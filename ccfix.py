@@ -666,6 +666,13 @@ def parse_text(value):
     return value
 
 
+def parse_key(value):
+    """A key, which HTTP can carry: no line break, no control character, nothing but Latin-1."""
+    if re.search(r"[^ -~\xa0-\xff]", value):
+        raise ValueError("visible characters of Latin-1")
+    return value
+
+
 def parse_flag(value):
     """A bool, from true or false (also 1/0, yes/no, on/off); empty is false."""
     word = value.lower()
@@ -798,7 +805,7 @@ def own_target(name, model):
     return (
         Setting("TARGET_MODEL_" + name, "", model),
         Setting("TARGET_API_BASE_" + name, "", "base URL " + whose, parse_base_url),
-        Setting("TARGET_API_KEY_" + name, "", "key " + whose, secret=True),
+        Setting("TARGET_API_KEY_" + name, "", "key " + whose, parse_key, secret=True),
     )
 
 
@@ -809,7 +816,8 @@ SETTINGS = (
         "TARGET_API_KEY",
         "",
         "the provider's key (not needed for a server on this machine)",
-        flags=("-k", "--api-key"),
+        parse_key,
+        ("-k", "--api-key"),
         secret=True,
     ),
     Setting(
@@ -917,7 +925,9 @@ SETTINGS = (
     Setting(
         "ANTHROPIC_API_KEY",  # the name under which the original had it
         "",
-        "the proxy's own key, which clients must send; empty: no check",
+        "the proxy's own key, which clients must send; empty: no check; auto: made at each start",
+        parse_key,
+        ("--key",),
         secret=True,
     ),
     # A web page may give its own name the address 127.0.0.1, but not choose the Host that is sent.
@@ -1023,10 +1033,12 @@ class Settings:
                 raise SettingError("%s%s (from %s); allowed: %s" % (row.env, shown, origin, e))
             self.origins[row.name] = origin
 
-    def secrets(self):
-        """All secret values that are set, the longest first: what must never be shown."""
+    def secrets(self, more=()):
+        """All secret values that are set, the longest first: what must never be shown. more: others
+        that were."""
         found = [getattr(self, row.name) for row in SETTINGS if row.secret]
         found.remove(self.extra_headers)
+        found += more
         for name, value in self.extra_headers.items():
             # Only some hold secrets: "X-Title: ccfix" must not hide that word everywhere.
             if value and re.search("(?i)auth|cookie|credential|key|pass|secret|token", name):
@@ -1545,14 +1557,11 @@ ANTHROPIC_PATHS = re.compile(
     r"(/anthropic|/api/(coding|compatible|plan)|api\.kimi\.com/coding)(/v1)?$", re.I
 )
 # localhost with the names under it (RFC 6761, 6.3), what containers call the machine that they run
-# on, and ::1, also as an IPv4 address in IPv6.
+# on, and addresses in each form that the system's inet_aton reads: 127.1, 0x7f.1, 017700000001.
 LOOPBACK = re.compile(
-    r"((.*\.)?localhost|host\.(docker|containers)\.internal)\.?|[0:]*:[0:]*1?"
-    r"|[0:]*:ffff:7f[\da-f]{2}:[\da-f]{1,4}"
-)
-# An IPv4 address in all the forms that the system's inet_aton reads: 127.1, 0x7f.1, 2130706433.
-IPV4 = re.compile(
-    r"([0:]*:ffff:)?(((0x[0-9a-f]{1,8}|0[0-7]{0,11}|[1-9][0-9]{0,9})(\.|\Z)){1,4})(?<!\.)"
+    r"((.*\.)?localhost|host\.(docker|containers)\.internal)\.?|[0:]*:([0:]*1?|ffff:7f..:\w+)"
+    r"|([0:]*:ffff:)?(127|0+177|0x0*7f)(\.(0x[\da-f]+|\d+)){1,3}"
+    r"|0x0*7f[\da-f]{6}|0+177\d{8}|0(\.0){0,3}"
 )
 
 
@@ -1564,14 +1573,9 @@ def is_loopback(where):
     for addresses that no proxy is on the way to (Upstream).
     """
     host = (urllib.parse.urlsplit(where).hostname if "//" in where else where.lower()) or ""
-    found = IPV4.fullmatch(host)
-    if not found:
-        return bool(LOOPBACK.fullmatch(host))
-    numbers = [
-        int(part, 16 if part[1:2] == "x" else 8 if part[0] == "0" else 10)
-        for part in found.group(2).split(".")
-    ]
-    return not any(numbers) or numbers[0] >> (24 if len(numbers) == 1 else 0) == 127
+    if host.isdecimal() and int(host[:11]) >> 24 == 127:
+        return True
+    return bool(LOOPBACK.fullmatch(host))
 
 
 def family_of(model_name):
@@ -4894,8 +4898,10 @@ SLICE_SECONDS = 0.2  # between two looks at the client where the socket alone is
 PORTS = {"http": 80, "https": 443}
 # What a socket that never blocks says instead of waiting.
 NOTHING_YET = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
-# "name:value" as it may go out: visible ASCII, then what RFC 9110, 5.5 allows, of latin-1.
-FIELD = re.compile(r"[!-9;-~]+:[\t -~\x80-\xff]*")
+
+
+# "name\nvalue" as it may go out: visible ASCII, then what RFC 9110, 5.5 allows, of latin-1.
+FIELD = re.compile(r"[!-9;-~]+\n[\t -~\x80-\xff]*")
 
 
 class Way(NamedTuple):
@@ -4955,24 +4961,34 @@ def find_way(scheme, host, port):
     return Way(scheme, host, port, address, basic_auth("Proxy-Authorization", parts))
 
 
-def new_poll(*socks, write=False):
-    """poll(seconds) -> the file numbers of those sockets that can be read (or written) or were
-    closed; it waits for the first of them at most that long. A None among `socks` does not count.
-    """
-    numbers = [sock.fileno() for sock in socks if sock]
+READ, WRITE = 1, 4  # POLLIN and POLLOUT, which Windows lacks
+
+
+def new_poll(*wanted):
+    """poll(seconds) -> {file number: its state} of those sockets that are as wanted, or closed; it
+    waits for the first of them at most that long. wanted: (socket, state as poll() has them); a
+    None among the sockets does not count."""
     if hasattr(select, "poll"):
         poll = select.poll()
-        for number in numbers:
-            poll.register(number, select.POLLOUT if write else select.POLLIN)
+        for sock, state in wanted:
+            if sock:
+                poll.register(sock, state)
         return lambda seconds: dict(poll.poll(seconds * 1000))
-    lists = ([], numbers, []) if write else (numbers, [], [])
-    # Windows, where select() takes no empty lists.
-    return lambda seconds: select.select(*lists, seconds)[write] if numbers else time.sleep(seconds)
+
+    lists = [
+        [s.fileno() for s, state in wanted if s and state == each] for each in (READ, WRITE, 0)
+    ]
+
+    def wait(seconds):  # on Windows, where select() takes no empty lists
+        ready = select.select(*lists, seconds) if any(lists) else time.sleep(seconds)
+        return dict.fromkeys(sum(ready or [], []), READ)
+
+    return wait
 
 
-def poll_socket(sock, seconds, write=False):
+def poll_socket(sock, seconds, state=READ):
     """Whether `sock` can be read (or written) within so many seconds. None: it only waits."""
-    return bool(new_poll(sock, write=write)(seconds))
+    return bool(new_poll((sock, state))(seconds))
 
 
 def request_parts(way, url, headers):
@@ -4989,17 +5005,11 @@ def request_parts(way, url, headers):
         target = "http://" + host_port(way.host, way.port) + target
         fields.update(way.proxy_auth)
     # http.client lets \0 and names with blanks pass.
-    wrong = [
-        "the header " + ascii(name)
-        for name in fields
-        if not FIELD.fullmatch(name + ":" + fields[name])
-    ]
-    if not re.fullmatch("[!-~]+", target):
-        wrong.append("the URL")
-    if wrong:
+    wrong = [name for name in fields if not FIELD.fullmatch(name + "\n" + fields[name])]
+    if wrong or not re.fullmatch("[!-~]+", target):
         raise UpstreamError(
-            "%s to the provider has a line break or another character that HTTP forbids: check the "
-            "setting (an API key?) it comes from" % wrong[0],
+            "the request has characters that HTTP forbids (in %s): check the settings it comes from"
+            % ascii(wrong or "its URL"),
             500,
             kind="request",
         )
@@ -5144,7 +5154,7 @@ class Line(io.RawIOBase):
             except OSError:  # it may have answered before it hung up: who reads will see
                 self.whole = False
                 return
-            poll_socket(self.sock, SLICE_SECONDS, write=True)
+            poll_socket(self.sock, SLICE_SECONDS, WRITE)
             self.wait(self.sock, 0)  # for the client's sake
             early = self.look()
             # HTTP/1.1 1.. is an interim answer: the real one is still to come (RFC 9110, 15.2).
@@ -5222,7 +5232,7 @@ class Dechunker:
 
     SIZE_LINE = re.compile(rb"\r?\n([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\r\n]*)?\r?\n")
     # A size line that is not whole yet: what cannot become one must not be waited for.
-    BEGUN = re.compile(rb"\r?|\r?\n([0-9A-Fa-f]{1,15}[ \t]*(;[^\r\n]*)?)?\r?")
+    BEGUN = re.compile(rb"\r?(\n([0-9A-Fa-f]{1,15}[ \t]*(;[^\r\n]*)?)?\r?)?")
     TRAILERS = re.compile(rb"(?:[^\r\n][^\n]*\n)*\r?\n")
 
     def __init__(self):
@@ -5712,6 +5722,17 @@ def shorten(text, limit=2000):
     return "%s... (%d more characters)" % (text[:limit], len(text) - limit)
 
 
+def open_private(path, flags):
+    """The number of a file that is opened, or made 0600: a real one, and not behind a link that
+    somebody may have put there. Raises OSError."""
+    flags |= os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    number = os.open(path, flags, 0o600)
+    if os.path.isfile(number):
+        return number
+    os.close(number)
+    raise OSError("not a regular file")
+
+
 def write_file(path, text, mode=0o600):
     """Write a file, whole or not at all, with these permissions. Raises OSError, ValueError.
 
@@ -5721,7 +5742,7 @@ def write_file(path, text, mode=0o600):
     part = "%s.%d.part" % (path, os.getpid())
     try:
         # O_EXCL: in a shared folder, somebody else's file or link may wait under this name.
-        number = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        number = open_private(part, os.O_WRONLY | os.O_EXCL)
         with open(number, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
             file.write(text)
         os.chmod(part, mode)
@@ -6079,7 +6100,7 @@ class Cache:
         self._faults = (OSError, sqlite3.Error)
         os.makedirs(os.path.dirname(self.path), mode=0o700, exist_ok=True)
         # SQLite gives its side files the mode of this one.
-        os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
+        os.close(open_private(self.path, os.O_RDWR))
         db = self._db = sqlite3.connect(
             self.path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
         )
@@ -6594,9 +6615,12 @@ class Proxy:
         self.started = now()
         self.lock = threading.Lock()  # over what follows
         self.active = 0  # requests under way
+        self.wrong_keys = 0  # requests without the proxy key since the log was told, and ...
+        self.told = 0  # ... when that was
         self.store = None  # a Cache, where the user asked for one
         self.memory = Memory()
         self.recorder = None  # a Recorder, with RECORD_DIR
+        self.secrets = ()  # of all settings since the start
         self.ledger = Ledger(now=now)
         self.sessions = Sessions()  # for the explainer of lost prefixes
         self.lessons = {}  # (base, model) -> {profile field: value}
@@ -6631,9 +6655,8 @@ class Proxy:
             finally:
                 if differ(*STORE_SETTINGS):
                     self.open_store(settings)
-                if differ("record_dir"):
-                    folder, secrets = settings.record_dir, settings.secrets()
-                    self.recorder = Recorder(folder, secrets, self.warn) if folder else None
+                self.secrets, folder = settings.secrets(self.secrets), settings.record_dir
+                self.recorder = Recorder(folder, self.secrets, self.warn) if folder else None
 
     def open_store(self, settings):
         """Open the Cache in CACHE_DIR, if the user asked for the cache or the ledger, or named it.
@@ -6728,6 +6751,15 @@ class Proxy:
                 "%s has a context window of %d tokens; Claude Code's first request alone has about"
                 " 13,000" % (plan.model, context)
             )
+
+    def note_wrong_key(self):
+        """Log that a client's key is wrong or missing: once a minute, with how many there were."""
+        with self.lock:
+            self.wrong_keys += 1
+            if abs(self.now() - self.told) < 60:
+                return
+            count, self.wrong_keys, self.told = self.wrong_keys, 0, self.now()
+        self.warn("requests without the right proxy key: %d" % count)
 
     @contextlib.contextmanager
     def counted(self):
@@ -6833,7 +6865,7 @@ class Proxy:
             ),
             "disguise": {"model": settings.disguise_model, "api_base": settings.disguise_api_base},
             "routes": [dict(place_of(row), family=row.family) for row in plans if row.family],
-            "connect": dict(connect_lines(address, has_key)),
+            "connect": dict(connect_lines(address, has_key and "YOUR_PROXY_KEY")),
             "totals": dict(self.ledger.totals(), active=self.active),
             "series": self.ledger.series(),
             "requests": self.ledger.rows(100),
@@ -6929,10 +6961,9 @@ def loaded_context(ask, plan, owner):
     return positive_int(found, "n_ctx", "context_length")
 
 
-def connect_lines(address, has_key):
-    """(shell, the lines to paste) that connect Claude Code to this proxy."""
-    key = "YOUR_PROXY_KEY" if has_key else "ccfix"
-    variables = (("ANTHROPIC_BASE_URL", address), ("ANTHROPIC_AUTH_TOKEN", key))
+def connect_lines(address, key):
+    """(shell, the lines to paste) that connect Claude Code to this proxy; key: as it is shown."""
+    variables = (("ANTHROPIC_BASE_URL", address), ("ANTHROPIC_AUTH_TOKEN", key or "ccfix"))
     shells = (("bash", "export %s=%s"), ("powershell", '$env:%s="%s"'))
     return [(shell, [form % pair for pair in variables] + ["claude"]) for shell, form in shells]
 
@@ -7081,7 +7112,7 @@ class Exchange:
                 yield from self.attempt()
                 return
             except UpstreamError as error:
-                error.message = redact(error.message, self.settings.secrets())
+                error.message = redact(error.message, self.proxy.secrets)
                 self.error = error  # some providers quote the key in its message
                 if self.writer.content or not self.again(error):
                     if error.status in (429, 529):
@@ -7314,7 +7345,7 @@ class Exchange:
             "client_headers": dict(self.headers.items()),
         }
         if self.settings.log_level == "debug":
-            shown = redact(told, self.settings.secrets(), 500)
+            shown = redact(told, self.proxy.secrets, 500)
             self.proxy.log("debug", self.id + " " + compact_json(shown))
         if self.proxy.recorder:
             self.proxy.recorder.write(dict(told, replies=self.replies))
@@ -7493,6 +7524,7 @@ class Inbox(io.RawIOBase):
     def __init__(self, sock):
         self.sock = sock
         self.may_end = True  # no request has begun
+        self.told = READ | HANG_UP  # what a Watch waits for
 
     def allow(self, seconds, pause=None):
         """What is read next must come within `seconds`, with no silence longer than `pause`."""
@@ -7511,17 +7543,23 @@ class Inbox(io.RawIOBase):
         return size
 
 
+# What poll() says, on Linux alone, when the other side has ended its sending, even where something
+# it sent before is not read yet.
+HANG_UP = getattr(select, "POLLRDHUP", 0)
+
+
 class Watch:
     """Waits for the provider and the client at once: the wait(sock, seconds) of `Upstream.open`.
 
     Raises ClientGone when the client has hung up: nobody should pay for an answer that no one
-    reads. A client that closed only its sending side counts as gone too; from here both look
-    the same. on_look() is called about once a second while somebody waits; it fills a silence with
+    reads. on_look() is called about once a second while somebody waits; it fills a silence with
     pings.
     """
 
-    def __init__(self, client, on_look=None):
-        self.client = client  # its socket; None once it has sent its next request early
+    def __init__(self, inbox, on_look=None):
+        self.inbox, self.client = inbox, inbox.sock
+        self.told = inbox.told  # what is waited for of the client, and ...
+        self.seen = None  # ... what came true of it, both in poll()'s words
         self.on_look, self.next_look = on_look, 0
         self.socks, self.poll = None, None  # of the last wait; most are for the same sockets
 
@@ -7529,12 +7567,13 @@ class Watch:
         """True: sock can be read; False: the seconds are over. Without a sock it only waits."""
         end = time.monotonic() + seconds
         while True:
-            if self.socks != (sock, self.client):
-                self.socks = sock, self.client
-                self.poll = new_poll(*self.socks)
+            if self.socks != (sock, self.told):
+                self.socks = sock, self.told
+                self.poll = new_poll((sock, READ), (self.client, self.told))
             ready = self.poll(min(seconds, LOOK_SECONDS))
             now = time.monotonic()
-            if self.client and self.client.fileno() in ready:
+            self.seen = ready.get(self.client.fileno())
+            if self.seen:
                 self.look_at_client()
             if self.on_look and now >= self.next_look:
                 self.next_look = now + LOOK_SECONDS
@@ -7546,19 +7585,29 @@ class Watch:
                 return False
 
     def look_at_client(self):
-        """The client's socket can be read: it hung up, or it sent its next request early.
+        """The client hung up, was reset, or sent its next request early: ClientGone unless it may
+        still read an answer.
 
-        Nobody reads that request yet, so that the socket would end each further wait at once.
+        Nobody reads that request yet, so that from then on only a hang-up counts. A client that
+        closed only its sending side looks like one that left, until it is sent something: who has
+        left answers with a reset, which poll() tells at once. So it is sent a byte of urgent data,
+        which is no part of the stream: nobody sees it who does not ask for it. One for each
+        connection: the system puts an older one that was not passed yet into the stream. Where
+        there is no HANG_UP, both count as gone.
         """
+        is_there = False
         try:
-            data = self.client.recv(1, socket.MSG_PEEK)
+            if self.seen == READ:  # without HANG_UP, the end of its sending looks so too
+                is_there, self.told = self.client.recv(1, socket.MSG_PEEK), HANG_UP
+            elif self.seen | READ == HANG_UP | READ:
+                self.inbox.told = self.told = 0
+                is_there = self.client.send(b"\0", socket.MSG_OOB)
         except BlockingIOError:
-            return
+            is_there = True
         except OSError:
-            data = b""
-        if not data:
+            pass
+        if not is_there:
             raise ClientGone()
-        self.client = None
 
 
 def decode_json(raw):
@@ -7719,7 +7768,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         hosts = self.headers.get_all("Host", [""] if is_old else [])
         lengths = self.headers.get_all("Content-Length", [])
         codings = self.headers.get_all("Transfer-Encoding", [])
-        netloc, path = re.match(r"(?i)(?:http://([^/?]*))?([^?]*)", self.path).groups()
+        netloc, path = re.match(r"(?:[^/?]+://([^/?]+))?([^?]*)", self.path).groups()
         if len(hosts) != 1 or netloc and netloc.lower() != hosts[0].lower():
             raise BadRequest("the request must name one host, in one Host header")
         if lengths and not re.fullmatch(r"[0-9]{1,15}", ",".join(lengths)):
@@ -7763,17 +7812,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
         # The request is served by these, also when the user changes them meanwhile.
         settings = self.settings = self.proxy.settings()
         key, host = settings.anthropic_api_key, self.headers.get("Host", "")
-        origin = self.headers.get("Origin")
+        origin, site = self.headers.get("Origin"), self.headers.get("Sec-Fetch-Site", "none")
         known = key and self.knows(key)
-        if origin not in (None, "http://" + host, "https://" + host) and not (
-            known and "/v1/" in self.path
-        ):
+        # Browsers tell the site also where they send no Origin: for images, scripts and links.
+        # same-site is another port of this machine, and as foreign.
+        is_own = site in ("same-origin", "none")
+        is_own &= origin in (None, "http://" + host, "https://" + host)
+        if not is_own and not (known and "/v1/" in self.path):
             raise ProxyError(
-                "requests from the origin %s are not served" % ascii(origin)[:100], 403
+                "requests from the origin %s are not served" % ascii(origin or site)[:100], 403
             )
         if known or re.fullmatch(r"/health/?", self.path):
             return
         if key and not self.wants_page():  # the page itself holds nothing; it asks for the key
+            self.proxy.note_wrong_key()
             raise ProxyError(
                 "the proxy key is missing or wrong: set ANTHROPIC_AUTH_TOKEN (or ANTHROPIC_API_KEY)"
                 " of Claude Code to the ANTHROPIC_API_KEY of ccfix",
@@ -7792,9 +7844,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         bearer = re.sub(r"(?i)\Abearer[ \t]+", "", self.headers.get("Authorization", ""))
         return any(
             [
-                hmac.compare_digest(
-                    shown.encode("latin-1"), key.encode(encoding, "backslashreplace")
-                )
+                hmac.compare_digest(shown.encode("latin-1"), key.encode(encoding))
                 for shown in (self.headers.get("x-api-key", ""), bearer)
                 for encoding in ("utf-8", "latin-1")  # clients send either
             ]
@@ -7875,7 +7925,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             try:
                 data = memoryview(data)[self.connection.send(data) :]
             except BlockingIOError:
-                if not poll_socket(self.connection, SEND_SECONDS, write=True):
+                if not poll_socket(self.connection, SEND_SECONDS, WRITE):
                     raise ClientGone()
             except OSError:
                 raise ClientGone()
@@ -7898,7 +7948,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def send(self, data, headers=(), status=200):
         """A whole reply in one write; none of the body for HEAD. -> the body's length"""
-        usual = {"Content-Type": "application/json", "Cache-Control": "no-store"}
+        usual = {
+            "Content-Type": "application/json",
+            "Cache-Control": "no-store",
+            "X-Content-Type-Options": "nosniff",
+            "Cross-Origin-Resource-Policy": "same-origin",
+        }
         head = self.head(status, {**usual, "Content-Length": len(data), **dict(headers)})
         self.write(head if self.command == "HEAD" else head + data)
         return len(data)
@@ -7932,7 +7987,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
         When a reply has already begun, it is too late for that: then the connection just ends.
         """
-        error.message = redact(error.message, self.proxy.settings().secrets())
+        error.message = redact(error.message, self.proxy.secrets)
         # Claude Code asks twice after a 404, and shows its own words; after a 424 once, and ours.
         is_claude = "claude-cli/" in self.headers.get("User-Agent", "")
         status = 424 if error.status == 404 and error.kind and is_claude else error.status
@@ -7976,7 +8031,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.proxy,
             body,
             self.headers,
-            Watch(self.connection, self.break_silence),
+            Watch(self.inbox.raw, self.break_silence),
             settings=self.settings,
             id=self.request_id[4:],
         )
@@ -8009,7 +8064,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def post_count_tokens(self):
         body, _ = self.read_json()
-        return self.proxy.count_tokens(body, self.headers, Watch(self.connection))
+        return self.proxy.count_tokens(body, self.headers, Watch(self.inbox.raw))
 
     def get_models(self, name):
         """The list, or one model of it. Any name is served, so any name exists."""
@@ -8031,7 +8086,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         headers = {
             "Content-Type": "text/html; charset=utf-8",
             "Content-Security-Policy": page_policy(nonce),
-            "X-Content-Type-Options": "nosniff",
             "Referrer-Policy": "no-referrer",
         }
         self.send(status_page(nonce), headers)
@@ -8755,28 +8809,35 @@ def start_model(handler=DemoModel, source=None):
 
 
 class Usage(Exception):
-    """The command cannot go on as it was given; the message says what to do.
+    """The command cannot go on as it was given; its arguments, lines, say what to do.
 
-    main() prints it and ends with exit code 2, as argparse does for a wrong flag.
+    main() prints them and ends with exit code 2, as argparse does for a wrong flag.
     """
 
 
-def to_ascii(text):
-    """text with everything but ASCII escaped.
-
-    A terminal of LC_ALL=C takes nothing else: print() would end the program with a UnicodeError.
-    """
-    return text.encode("ascii", "backslashreplace").decode()
+def one_line(text):
+    """text as one line that any terminal shows as it is: what it would obey instead, what turns the
+    direction of writing, and what ends a line is escaped."""
+    unsafe = r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]"
+    return re.sub(unsafe, lambda found: ascii(found.group())[1:-1], text)
 
 
 def say(*lines, out=None):
-    """Print lines for a person; out: where to, instead of stdout."""
-    print(*map(to_ascii, lines), sep="\n", file=out, flush=True)
+    """Print lines for a person; out: where to, instead of stdout.
+
+    All that is printed or logged goes through here, since any of it may hold what a provider, a
+    file or a client wrote. What the stream's encoding lacks is escaped too: a terminal of LC_ALL=C
+    takes nothing but ASCII.
+    """
+    out = out or sys.stdout
+    encoding = getattr(out, "encoding", None) or "utf-8"
+    text = "".join(one_line(line) + "\n" for line in lines)
+    print(text.encode(encoding, "backslashreplace").decode(encoding), end="", file=out, flush=True)
 
 
-def notify(message):
-    """Tell the user something beside the output: on stderr, so that stdout stays data."""
-    say("ccfix: " + message, out=sys.stderr)
+def notify(message, *more):
+    """Tell the user something beside the output, in lines: on stderr, so that stdout stays data."""
+    say("ccfix: " + message, *more, out=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -8817,7 +8878,7 @@ class Log:
     MAX_FILE = 10 << 20  # bytes; then the file becomes NAME.1
 
     def __init__(self, settings, out=None):
-        self.lock, self.out = threading.Lock(), out or sys.stderr
+        self.lock, self.out, self.secrets = threading.Lock(), out or sys.stderr, ()
         self.configure(settings)
 
     def configure(self, settings):
@@ -8827,25 +8888,23 @@ class Log:
         """
         path = settings.log_file
         with usage_errors("LOG_FILE %s cannot be written" % path):
-            self.append(path, "")  # better to fail now than to lose every line
-        self.path, self.secrets = path, settings.secrets()
+            self.append(path, ())  # better to fail now than to lose every line
+        self.path, self.secrets = path, settings.secrets(self.secrets)
         self.least = self.LEVELS.index(settings.log_level)
 
     def __call__(self, level, text):
         if self.LEVELS.index(level) < self.least:
             return
-        text, unsafe = redact(text, self.secrets), r"[\x00-\x1f\x7f-\x9f]"
-        if level == "error" and "Traceback" in text:  # our own: the one text whose lines count
-            text, unsafe = text.replace("\n", "\n    "), r"(?!\n)" + unsafe
-        text = re.sub(unsafe, lambda found: ascii(found.group())[1:-1], text)
-        stamp = time.strftime("%Y-%m-%d %H:%M:%S")
-        line = "%s %-7s %s\n" % (stamp, level, to_ascii(text))
+        first, *more = [redact(text, self.secrets)]
+        if first.startswith("req_"):  # from Handler.fail: the one text whose lines count
+            first, *more = first.split("\n")
+        lines = ["%s %-7s %s" % (time.strftime("%Y-%m-%d %H:%M:%S"), level, first)]
+        lines += ["    " + line for line in more]
         with self.lock, contextlib.suppress(OSError, ValueError):
-            self.out.write(line)
-            self.out.flush()
-            self.append(self.path, line)
+            say(*lines, out=self.out)
+            self.append(self.path, lines)
 
-    def append(self, path, line):
+    def append(self, path, lines):
         """Write to the end of the log file, if there is to be one. Raises OSError.
 
         It is opened for each line (30 us): so it can be moved away at any time, and no open file
@@ -8853,9 +8912,9 @@ class Log:
         """
         if not path:
             return
-        handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-        with open(handle, "a") as file:
-            file.write(line)
+        handle = open_private(path, os.O_WRONLY | os.O_APPEND)
+        with open(handle, "a", encoding="utf-8") as file:
+            say(*lines, out=file)
             size = file.tell()
         if size > self.MAX_FILE:
             os.replace(path, path + ".1")
@@ -8870,6 +8929,8 @@ def check_settings(settings, port=0):
 
     Used at the start and for each change of .env, so that a typing error never breaks what serves.
     """
+    if not all(FIELD.fullmatch("%s\n%s" % field) for field in settings.extra_headers.items()):
+        raise SettingError("EXTRA_HEADERS has a name or a value that HTTP cannot carry")
     try:
         prices_from(settings.prices)
     except ValueError as e:
@@ -8907,6 +8968,7 @@ class Config:
         self.port = 0  # the port that the proxy listens on, once it is known
         self.log = None  # set once the proxy serves; .env is not followed before
         self.lock = threading.Lock()
+        self.random_key = os.urandom(24).hex()  # the proxy key where that is "auto"
         self.mark = self.file_mark()
         self.settings = self.read()
 
@@ -8935,6 +8997,9 @@ class Config:
     def read(self):
         """The Settings of all layers. Raises SettingError."""
         settings = Settings(self.layers())
+        if settings.anthropic_api_key.lower() == "auto":
+            settings.anthropic_api_key = self.random_key
+            settings.origins["anthropic_api_key"] = "auto"
         check_settings(settings, self.port)
         return settings
 
@@ -8961,7 +9026,11 @@ class Config:
             return self.log("warning", "%s %s: %s" % (self.path, said, e))
         old, self.settings = self.settings, new
         changed = [
-            row.env if row.secret else "%s = %s" % (row.env, getattr(new, row.name))
+            (
+                row.env
+                if row.secret
+                else "%s = %s" % (row.env, without_password(str(getattr(new, row.name))))
+            )
             for row in SETTINGS
             if getattr(old, row.name) != getattr(new, row.name)
         ]
@@ -9016,12 +9085,15 @@ INSECURE_WORDS = (
 def banner(settings, address):
     """What is printed at the start: under 12 lines."""
     key, base = settings.anthropic_api_key, without_password(settings.target_api_base)
+    origin = settings.origins["anthropic_api_key"]
+    is_open = "off: every user of this machine can spend your key (--key auto)"
     rows = [
         ("target", "%s at %s" % (settings.target_model, base)),
         ("disguise", settings.disguise_model or "the model name that Claude Code asks for"),
-        ("proxy key", "on, from " + settings.origins["anthropic_api_key"] if key else "off"),
+        ("proxy key", "on, from " + origin if key else is_open),
     ]
-    rows += [(shell, "; ".join(words)) for shell, words in connect_lines(address, bool(key))]
+    shown = key if origin == "auto" else key and "YOUR_PROXY_KEY"
+    rows += [(shell, "; ".join(words)) for shell, words in connect_lines(address, shown)]
     lines = ["ccfix %s on %s" % (__version__, address)] + ["  %-10s %s" % row for row in rows]
     host = settings.proxy_host
     if not key and (host in ANY_ADDRESS or not is_loopback(host)):
@@ -9029,13 +9101,25 @@ def banner(settings, address):
     return lines + ["  " + INSECURE_WORDS] * settings.insecure
 
 
+def take_signals(names, handler):
+    """Have signals handled that the system has, but not SIGHUP under nohup, which ignores it."""
+    for name in names.split():
+        number = getattr(signal, name, None)
+        if number and (name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN):
+            signal.signal(number, handler)
+
+
 def serve(config, options):
-    """Serve until Ctrl-C or SIGTERM -> exit code."""
+    """Serve until Ctrl-C, SIGTERM or SIGHUP -> exit code; a second one ends it at once."""
     find_target(config)
     check_settings(config(), config().proxy_port)
-    stopped = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):  # taken before the first request can come
-        signal.signal(number, lambda *_: stopped.set())
+    stopped, names = threading.Event(), "SIGINT SIGTERM SIGHUP"
+
+    def stop(*_):
+        take_signals(names, signal.SIG_DFL)
+        stopped.set()
+
+    take_signals(names, stop)  # before the first request can come
     running = Running(config).start()
     say(*banner(config(), running.server.address()))
     while not stopped.wait(0.5):  # a wait without a limit would not notice signals on Windows
@@ -9183,7 +9267,7 @@ def find_server(config, given):
     """
     settings, servers = config(), local_servers()
     if not servers:
-        raise Usage(NO_TARGET.format(program_name()))
+        raise Usage(*NO_TARGET.format(program_name()).split("\n"))
     wanted = settings.target_model if "target_model" in given else ""
     title, base, models = next((row for row in servers if wanted in row[2]), servers[0])
     model = wanted or models[0]
@@ -9313,7 +9397,7 @@ def session_variables(address, settings, plan):
         # nothing would be left of a small one. The reserve shrinks with the limit.
         limit = window // 4
     found.update((name, str(value)) for name, value in zip(CLAUDE_LIMITS, (window, limit)) if value)
-    return found
+    return {name: one_line(value) for name, value in found.items()}  # it shows the models' names
 
 
 def claude_environment(environ, address, settings, plan):
@@ -9418,15 +9502,9 @@ def exit_code(child):
             os.kill(child.pid, number)
 
     # They stay: the program ends soon after its child.
-    for name, handler in (
-        ("SIGINT", lambda *_: None),
-        ("SIGTERM", pass_on),
-        ("SIGHUP", pass_on),
-        ("SIGCONT", lambda *_: continued.append(True)),
-    ):
-        number = getattr(signal, name, None)  # Windows has two of them
-        if number and signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
-            signal.signal(number, handler)
+    take_signals("SIGINT", lambda *_: None)
+    take_signals("SIGTERM SIGHUP", pass_on)
+    take_signals("SIGCONT", lambda *_: continued.append(True))
     if not hasattr(os, "WUNTRACED"):  # Windows
         return child.wait()
     while child.returncode is None:
@@ -9458,8 +9536,7 @@ def run(config, options):
             " @anthropic-ai/claude-code) and try again"
         )
     config.given.setdefault("PROXY_PORT", "0")
-    key = os.urandom(24).hex()
-    config.add(config.given, ANTHROPIC_API_KEY=key, PROXY_HOST="127.0.0.1")
+    config.add(config.given, ANTHROPIC_API_KEY="auto", PROXY_HOST="127.0.0.1")
     # Log lines would garble Claude Code's screen; LOG_FILE has them.
     with open(os.devnull, "w") as out:
         running = Running(config, out).start(0 if config().max_context else PROBE_SECONDS)
@@ -9609,7 +9686,7 @@ def failure(error):
 
 def quote(text):
     """The beginning of a model's words, in quotes, on one line."""
-    return ascii(shorten(text, 40))
+    return repr(shorten(text, 40))
 
 
 class Answer:
@@ -9977,7 +10054,7 @@ def grammar_fault(text):
         event = as_dict(json_or_none(data))
         kind = str(event.get("type"))
         if name != kind:
-            return "an event without its own name in an `event:` line: " + ascii(data[:60])
+            return "an event without its own name in an `event:` line: " + repr(data[:60])
         if kind == "error":
             return "an error in the stream: " + error_fields(data)[0]
         index += kind == "content_block_start"
@@ -10067,7 +10144,7 @@ def check(config, options):
     show(cannot if bad else "Claude Code can work with it.")
     if options.json:
         report = dict(place_of(plan), ok=not bad, profile=plan.profile.name)
-        say(json.dumps(dict(report, checks=rows, lessons=lessons), indent=1))
+        say(*json.dumps(dict(report, checks=rows, lessons=lessons), indent=1).split("\n"))
     return 1 if bad else 0
 
 
@@ -10136,6 +10213,8 @@ def init(config, options):
     stop every session.
     """
     path, values = options.env_file or ".env", dict(config.given)
+    if "ANTHROPIC_API_KEY" in values:
+        values["ANTHROPIC_API_KEY"] = config().anthropic_api_key
     if os.path.lexists(path) and not options.force:
         raise Usage("%s exists already; --force replaces it, --env-file FILE writes another" % path)
     ask_target(values)
@@ -10145,10 +10224,11 @@ def init(config, options):
     settings = Settings([("init", values)])
     with usage_errors("%s cannot be written" % path):
         write_file(path, env_template(values))
-    notify(INIT_DONE.format(path, program_name()))
+    notify(*INIT_DONE.format(path, program_name()).split("\n"))
     address = local_url(settings.proxy_host, settings.proxy_port)
     env = {**session_variables(address, settings, target_plan(settings)), **CLAUDE_DEFAULTS}
-    say(json.dumps({"env": env, "permissions": {"disableAutoMode": "disable"}}, indent=2))
+    found = {"env": env, "permissions": {"disableAutoMode": "disable"}}
+    say(*json.dumps(found, indent=2).split("\n"))
     return 0
 
 
@@ -10252,7 +10332,7 @@ def install(config, options):
     if folder not in os.environ.get("PATH", "").split(os.pathsep):
         shown = "export PATH=\"%s:$PATH\"    (in ~/.profile or your shell's own file)"
         shown = 'setx PATH "%%PATH%%;%s"' if os.name == "nt" else shown
-        notify("%s is not on your PATH; add it:\n  %s" % (folder, shown % folder))
+        notify("%s is not on your PATH; add it:" % folder, "  " + shown % folder)
     return 0
 
 
@@ -10443,13 +10523,20 @@ def help_epilog(name, command):
     return "\n\n".join(parts)
 
 
+class Parser(argparse.ArgumentParser):
+    """One whose errors go the way of all others."""
+
+    def error(self, message):
+        raise Usage(message, *self.format_usage().split("\n")[:-1])
+
+
 def make_parser(name, command):
     """The parser of a command; "": of ccfix without one, which serves.
 
     Its texts name ccfix, whatever the file is called: they stand in the README too.
     """
     said = command.help[0].upper() + command.help[1:]
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=("ccfix " + name).strip(),
         usage=USAGES.get(name),
         epilog=help_epilog(name, command),
@@ -10486,14 +10573,11 @@ def flag_options(row):
 def command_line(argv):
     """(Command, its options) of argv, without the program's name.
 
-    Raises Usage for an unknown command; argparse itself ends the program (SystemExit 2) for an
-    unknown flag.
+    Raises Usage for an unknown command or flag.
     """
     name = argv[0] if argv and not argv[0].startswith("-") else ""
     if name and name not in COMMANDS:
-        raise Usage(
-            "there is no command %s; the commands are %s" % (ascii(name), ", ".join(COMMANDS))
-        )
+        raise Usage("there is no command %r; the commands are %s" % (name, ", ".join(COMMANDS)))
     command, words = COMMANDS[name or "serve"], argv[bool(name) :]
     # argparse would drop the "--", and with it what tells claude's arguments from ours.
     end = words.index("--") if name == "run" and "--" in words else len(words)
@@ -10548,7 +10632,7 @@ def main(argv=None):
         command, options = command_line(sys.argv[1:] if argv is None else argv)
         return command.act(config_of(command, options), options)
     except (Usage, SettingError) as e:
-        notify(str(e))
+        notify(*e.args)
         return 2
     except KeyboardInterrupt:
         return 130
