@@ -12838,9 +12838,11 @@ class TestWhoMayAsk(HttpCase):
 
     def test_a_foreign_origin_with_the_key_gets_the_api_only(self):
         self.serve(ANTHROPIC_API_KEY=PROXY_KEY)
-        headers = {"Origin": "http://evil.test", "x-api-key": PROXY_KEY}
-        for path, status in (("/v1/models", 200), ("/stats", 403), ("/", 403), ("/health", 403)):
-            self.assertEqual(self.call("GET", path, headers=headers).status, status, path)
+        for more in ({"Origin": "http://evil.test"}, {"Sec-Fetch-Site": "cross-site"}):
+            headers = dict(more, **{"x-api-key": PROXY_KEY})
+            rows = (("/v1/models", 200), ("/stats", 403), ("/", 403), ("/health", 403))
+            for path, status in rows:
+                self.assertEqual(self.call("GET", path, headers=headers).status, status, path)
 
     KEYS = [
         "sk-secret-proxy-2",
@@ -13190,6 +13192,7 @@ class TestHangUp(HttpCase):
         self.assertEqual(message["content"], [{"type": "text", "text": "Hello"}])
         self.assertEqual((second.status, second.headers["connection"]), (200, "close"))
 
+    @unittest.skipUnless(ccfix.HANG_UP, "where poll() tells the end of sending")
     def test_after_a_request_sent_early(self):
         """What is not read yet does not hide that the client left."""
         for early in (b"\r\n", b"x", self.head("GET", "/health", host=False), b"x" * 100000):
@@ -13209,6 +13212,7 @@ class TestHangUp(HttpCase):
         sock.shutdown(socket.SHUT_WR)
         return sock
 
+    @unittest.skipUnless(ccfix.HANG_UP, "where poll() tells the end of sending")
     def test_a_client_that_closes_its_sending_side_gets_its_answer(self):
         for stream in (True, False):
             for head in ([], [SSE_HEAD], [SSE_HEAD + piece(deltas(delta(content="Hel")))]):
@@ -13224,6 +13228,7 @@ class TestHangUp(HttpCase):
                 self.assertIn("lo", answer.body.decode())
                 self.assertFalse(answer.body.endswith(b"CUT"))
 
+    @unittest.skipUnless(ccfix.HANG_UP, "where poll() tells the end of sending")
     def test_two_requests_and_the_end_of_sending_get_two_answers(self):
         go = threading.Event()
         self.serve([go, 0.05, streamed(HELLO_STREAM)])
@@ -13234,6 +13239,7 @@ class TestHangUp(HttpCase):
         message = ccfix.fold(sse_events(first.body.decode()))
         self.assertEqual(message["content"], json.loads(second.body.decode())["content"])
 
+    @unittest.skipUnless(ccfix.HANG_UP, "where poll() tells the end of sending")
     def test_a_client_that_closes_its_sending_side_and_then_leaves(self):
         for script in (
             [threading.Event()],
@@ -13282,6 +13288,22 @@ class TestHonestStreams(HttpCase):
         go.set()
         (answer,) = answers_in(raw + read_all(sock))
         return answer, sse_events(answer.body.decode())
+
+    def test_a_compressed_stream_is_passed_on_block_by_block(self):
+        """600 KB in one compressed block, then one word a block: none waits for the next."""
+        go, packer = threading.Event(), zlib.compressobj(6, zlib.DEFLATED, 31)
+        texts = [deltas(*[delta(content="x" * 60)] * 10000)]
+        texts += [deltas(delta(content="word-%d" % number)) for number in range(5)]
+        blocks = [packer.compress(text) + packer.flush(zlib.Z_SYNC_FLUSH) for text in texts]
+        end = packer.compress(sse(delta("stop"))) + packer.flush()
+        head = SSE_HEAD.replace(b"\r\n\r\n", b"\r\nContent-Encoding: gzip\r\n\r\n")
+        _, events = self.stream_until(
+            lambda raw: b"word-4" in raw and raw.count(b"x") >= 600000,
+            go,
+            [head] + [piece(block) for block in blocks] + [go, piece(end) + b"0\r\n\r\n"],
+        )
+        self.assertEqual(grammar(self, events), "done")
+        self.assertEqual(len(ccfix.fold(events)["content"][0]["text"]), 600000 + 5 * len("word-0"))
 
     def test_early_errors_keep_their_status(self):
         early = sse({"error": {"message": "slow down", "code": 429}})
