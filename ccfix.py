@@ -1573,8 +1573,8 @@ def is_loopback(where):
     for addresses that no proxy is on the way to (Upstream).
     """
     host = (urllib.parse.urlsplit(where).hostname if "//" in where else where.lower()) or ""
-    if host.isdecimal() and int(host[:11]) >> 24 == 127:
-        return True
+    if re.fullmatch("2[0-9]{9}", host):  # 2130706433 is 127.0.0.1
+        return int(host) >> 24 == 127
     return bool(LOOPBACK.fullmatch(host))
 
 
@@ -7807,16 +7807,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         Where there is a proxy key, it decides. Without one, only names of this machine are served,
         or a web page whose own name was made to point here (DNS rebinding) could spend the user's
         money. For the same reason no page of another origin is served, except by the API itself to
-        one that knows the key.
+        one that knows the key; browsers tell the site also where they send no Origin: for images,
+        scripts and links.
         """
         # The request is served by these, also when the user changes them meanwhile.
         settings = self.settings = self.proxy.settings()
         key, host = settings.anthropic_api_key, self.headers.get("Host", "")
         origin, site = self.headers.get("Origin"), self.headers.get("Sec-Fetch-Site", "none")
         known = key and self.knows(key)
-        # Browsers tell the site also where they send no Origin: for images, scripts and links.
-        # same-site is another port of this machine, and as foreign.
-        is_own = site in ("same-origin", "none")
+        is_own = site in ("same-origin", "none")  # same-site: another port of this machine
         is_own &= origin in (None, "http://" + host, "https://" + host)
         if not is_own and not (known and "/v1/" in self.path):
             raise ProxyError(

@@ -1884,6 +1884,8 @@ class TestProfiles(unittest.TestCase):
             ("017700000001", True),
             ("2130706433", True),
             ("2147483648", False),
+            ("02130706433", False),  # octal
+            ("21307064330", False),
             ("127", False),  # 0.0.0.127
             ("0127.0.0.1", False),  # 87.0.0.1
             ("128.1", False),
