@@ -14126,15 +14126,15 @@ class TestCleanOutput(CommandsCase):
         self.is_clean(out.getvalue(), 6)
         self.assertIn("\u6a21\\x1b]52", out.getvalue())
         for argv in (
-            ["--env-file", "no" + evil],
+            ["--env-file", "no" + CLIPBOARD],
             ["--nosuch" + evil + "\nccfix: all is well"],
             ["run", "\u4f60" + evil + "\n"],
             ["x" + evil + "\n"],
             ["-p", evil],
             ["check", "--family", evil + "\n"],
-            ["--replay", "no" + evil],
-            ["--log-file", "no/" + evil, "--demo", "-p", "0"],
-            ["--ca-bundle", "no" + evil, "--demo"],
+            ["--replay", "no" + CLIPBOARD],
+            ["--log-file", "no/" + CLIPBOARD, "--demo", "-p", "0"],
+            ["--ca-bundle", "no" + CLIPBOARD, "--demo"],
         ):
             code, out, err = self.main(*argv)
             self.assertEqual((code, out), (2, ""), argv)
