@@ -668,6 +668,13 @@ def parse_text(value):
     return value
 
 
+def parse_key(value):
+    """A key, which HTTP can carry: no line break, no control character, nothing but Latin-1."""
+    if re.search(r"[^ -~\xa0-\xff]", value):
+        raise ValueError("visible characters of Latin-1")
+    return value
+
+
 def parse_flag(value):
     """A bool, from true or false (also 1/0, yes/no, on/off); empty is false."""
     word = value.lower()
@@ -800,7 +807,7 @@ def own_target(name, model):
     return (
         Setting("TARGET_MODEL_" + name, "", model),
         Setting("TARGET_API_BASE_" + name, "", "base URL " + whose, parse_base_url),
-        Setting("TARGET_API_KEY_" + name, "", "key " + whose, secret=True),
+        Setting("TARGET_API_KEY_" + name, "", "key " + whose, parse_key, secret=True),
     )
 
 
@@ -811,7 +818,8 @@ SETTINGS = (
         "TARGET_API_KEY",
         "",
         "the provider's key (not needed for a server on this machine)",
-        flags=("-k", "--api-key"),
+        parse_key,
+        ("-k", "--api-key"),
         secret=True,
     ),
     Setting(
@@ -919,7 +927,9 @@ SETTINGS = (
     Setting(
         "ANTHROPIC_API_KEY",  # the name under which the original had it
         "",
-        "the proxy's own key, which clients must send; empty: no check",
+        "the proxy's own key, which clients must send; empty: no check; auto: made at each start",
+        parse_key,
+        ("--key",),
         secret=True,
     ),
     # A web page may give its own name the address 127.0.0.1, but not choose the Host that is sent.
@@ -1045,10 +1055,12 @@ class Settings:
         base = row.name.replace("key", "base")
         return base if getattr(self, base) else "target_api_base"
 
-    def secrets(self):
-        """All secret values that are set, the longest first: what must never be shown."""
+    def secrets(self, more=()):
+        """All secret values that are set, the longest first: what must never be shown. more: others
+        that were."""
         found = [getattr(self, row.name) for row in SETTINGS if row.secret]
         found.remove(self.extra_headers)
+        found += more
         for name, value in self.extra_headers.items():
             # Only some hold secrets: "X-Title: ccfix" must not hide that word everywhere.
             if value and re.search("(?i)auth|cookie|credential|key|pass|secret|token", name):
@@ -1656,10 +1668,12 @@ OWNERS = {
 ANTHROPIC_PATHS = re.compile(
     r"(/anthropic|/api/(coding|compatible|plan)|api\.kimi\.com/coding)(/v1)?$", re.I
 )
-# localhost with the names under it (RFC 6761, 6.3), and what containers call the machine that they
-# run on.
+# localhost with the names under it (RFC 6761, 6.3), what containers call the machine that they run
+# on, and addresses in each form that the system's inet_aton reads: 127.1, 0x7f.1, 017700000001.
 LOOPBACK = re.compile(
-    r"((.*\.)?localhost|127(\.\d+){3}|::1?|0\.0\.0\.0|host\.(docker|containers)\.internal)$", re.I
+    r"((.*\.)?localhost|host\.(docker|containers)\.internal)\.?|[0:]*:([0:]*1?|ffff:7f..:\w+)"
+    r"|([0:]*:ffff:)?(127|0+177|0x0*7f)(\.(0x[\da-f]+|\d+)){1,3}"
+    r"|0x0*7f[\da-f]{6}|0+177\d{8}|0(\.0){0,3}"
 )
 
 
@@ -1670,8 +1684,10 @@ def is_loopback(where):
     port (here), for targets that need no key or whose models can be listed unasked (Commands), and
     for addresses that no proxy is on the way to (Upstream).
     """
-    host = urllib.parse.urlsplit(where).hostname if "//" in where else where
-    return bool(LOOPBACK.match(host or ""))
+    host = (urllib.parse.urlsplit(where).hostname if "//" in where else where.lower()) or ""
+    if re.fullmatch("2[0-9]{9}", host):  # 2130706433 is 127.0.0.1
+        return int(host) >> 24 == 127
+    return bool(LOOPBACK.fullmatch(host))
 
 
 def family_of(model_name):
@@ -4994,8 +5010,10 @@ SLICE_SECONDS = 0.2  # between two looks at the client where the socket alone is
 PORTS = {"http": 80, "https": 443}
 # What a socket that never blocks says instead of waiting.
 NOTHING_YET = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
-# "name:value" as it may go out: visible ASCII, then what RFC 9110, 5.5 allows, of latin-1.
-FIELD = re.compile(r"[!-9;-~]+:[\t -~\x80-\xff]*")
+
+
+# "name\nvalue" as it may go out: visible ASCII, then what RFC 9110, 5.5 allows, of latin-1.
+FIELD = re.compile(r"[!-9;-~]+\n[\t -~\x80-\xff]*")
 
 
 class Way(NamedTuple):
@@ -5035,7 +5053,7 @@ def find_way(scheme, host, port):
     Windows."""
     proxies, bypass = urllib.request.getproxies(), urllib.request.proxy_bypass
     proxy = proxies.get(scheme) or proxies.get("all")
-    if not proxy or LOOPBACK.match(host) or bypass(host_port(host, port)):
+    if not proxy or is_loopback(host) or bypass(host_port(host, port)):
         return Way(scheme, host, port)
     setting, (kind, _, place) = scheme.upper() + "_PROXY", proxy.rpartition("://")
     # The ssl module cannot run TLS with the origin inside TLS with the proxy, and to talk plainly
@@ -5055,24 +5073,34 @@ def find_way(scheme, host, port):
     return Way(scheme, host, port, address, basic_auth("Proxy-Authorization", parts))
 
 
-def new_poll(*socks, write=False):
-    """poll(seconds) -> the file numbers of those sockets that can be read (or written) or were
-    closed; it waits for the first of them at most that long. A None among `socks` does not count.
-    """
-    numbers = [sock.fileno() for sock in socks if sock]
+READ, WRITE = 1, 4  # POLLIN and POLLOUT, which Windows lacks
+
+
+def new_poll(*wanted):
+    """poll(seconds) -> {file number: its state} of those sockets that are as wanted, or closed; it
+    waits for the first of them at most that long. wanted: (socket, state as poll() has them); a
+    None among the sockets does not count."""
     if hasattr(select, "poll"):
         poll = select.poll()
-        for number in numbers:
-            poll.register(number, select.POLLOUT if write else select.POLLIN)
+        for sock, state in wanted:
+            if sock:
+                poll.register(sock, state)
         return lambda seconds: dict(poll.poll(seconds * 1000))
-    lists = ([], numbers, []) if write else (numbers, [], [])
-    # Windows, where select() takes no empty lists.
-    return lambda seconds: select.select(*lists, seconds)[write] if numbers else time.sleep(seconds)
+
+    lists = [
+        [s.fileno() for s, state in wanted if s and state == each] for each in (READ, WRITE, 0)
+    ]
+
+    def wait(seconds):  # on Windows, where select() takes no empty lists
+        ready = select.select(*lists, seconds) if any(lists) else time.sleep(seconds)
+        return dict.fromkeys(sum(ready or [], []), READ)
+
+    return wait
 
 
-def poll_socket(sock, seconds, write=False):
+def poll_socket(sock, seconds, state=READ):
     """Whether `sock` can be read (or written) within so many seconds. None: it only waits."""
-    return bool(new_poll(sock, write=write)(seconds))
+    return bool(new_poll((sock, state))(seconds))
 
 
 def request_parts(way, url, headers):
@@ -5089,17 +5117,11 @@ def request_parts(way, url, headers):
         target = "http://" + host_port(way.host, way.port) + target
         fields.update(way.proxy_auth)
     # http.client lets \0 and names with blanks pass.
-    wrong = [
-        "the header " + ascii(name)
-        for name in fields
-        if not FIELD.fullmatch(name + ":" + fields[name])
-    ]
-    if not re.fullmatch("[!-~]+", target):
-        wrong.append("the URL")
-    if wrong:
+    wrong = [name for name in fields if not FIELD.fullmatch(name + "\n" + fields[name])]
+    if wrong or not re.fullmatch("[!-~]+", target):
         raise UpstreamError(
-            "%s to the provider has a line break or another character that HTTP forbids: check the "
-            "setting (an API key?) it comes from" % wrong[0],
+            "the request has characters that HTTP forbids (in %s): check the settings it comes from"
+            % ascii(wrong or "its URL"),
             500,
             kind="request",
         )
@@ -5121,10 +5143,11 @@ class Head(http.client.HTTPResponse):
             raise ValueError("a malformed field in its head")
         # Contradictions are errors, not something to choose from (RFC 9112, 6.3). http.client
         # itself takes the first of two lengths, "+5" for 5, and "chunked " for no coding at all.
-        coding = ",".join(self.headers.get_all("Transfer-Encoding", ())).strip().lower()
-        lengths = {length.strip() for length in self.headers.get_all("Content-Length", ())}
+        codings = ",".join(self.headers.get_all("Transfer-Encoding", ["identity"]))
+        coding = codings.strip(" \t").lower()
+        lengths = {length.strip(" \t") for length in self.headers.get_all("Content-Length", ())}
         self.chunked = coding == "chunked"
-        if coding not in ("", "identity", "chunked") or self.chunked and lengths:
+        if coding not in ("identity", "chunked") or self.chunked and lengths:
             raise ValueError("a Transfer-Encoding that cannot be")
         if len(lengths) > 1 or not all(re.fullmatch("[0-9]{1,18}", length) for length in lengths):
             raise ValueError("a Content-Length that is not one number")
@@ -5243,7 +5266,7 @@ class Line(io.RawIOBase):
             except OSError:  # it may have answered before it hung up: who reads will see
                 self.whole = False
                 return
-            poll_socket(self.sock, SLICE_SECONDS, write=True)
+            poll_socket(self.sock, SLICE_SECONDS, WRITE)
             self.wait(self.sock, 0)  # for the client's sake
             early = self.look()
             # HTTP/1.1 1.. is an interim answer: the real one is still to come (RFC 9110, 15.2).
@@ -5320,6 +5343,8 @@ class Dechunker:
     """
 
     SIZE_LINE = re.compile(rb"\r?\n([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\r\n]*)?\r?\n")
+    # A size line that is not whole yet: what cannot become one must not be waited for.
+    BEGUN = re.compile(rb"\r?(\n([0-9A-Fa-f]{1,15}[ \t]*(;[^\r\n]*)?)?\r?)?")
     TRAILERS = re.compile(rb"(?:[^\r\n][^\n]*\n)*\r?\n")
 
     def __init__(self):
@@ -5330,7 +5355,7 @@ class Dechunker:
         framing."""
         data, at = self.tail + data, self.left
         pieces, end, self.tail = [data[:at]], len(data), b""
-        while end - at > 2:  # bytes of the shortest line
+        while at < end:
             line = self.SIZE_LINE.match(data, at)
             size = line and int(line.group(1), 16)
             if not size:
@@ -5349,7 +5374,8 @@ class Dechunker:
         line."""
         last = line and self.TRAILERS.match(data, line.end())
         self.done, self.tail = bool(last), data[last.end() if last else at :]
-        if not last and (len(self.tail) > READ_SIZE or not line and b"\n" in self.tail[2:]):
+        is_begun = line or self.BEGUN.fullmatch(self.tail)
+        if not last and (len(self.tail) > READ_SIZE or not is_begun):
             raise ValueError("a chunk of the body has no valid size")
 
 
@@ -5381,14 +5407,14 @@ class Reply:
         self.status, self.headers = head.status, head.headers
         self.upstream, self.line = upstream, line
         self.chunks = Dechunker() if head.chunked else None
-        # Bytes of the body that are to come. None: that is not known, as it is in chunks or goes on
-        # until the connection ends.
-        self.left = head.length
         # Only a body whose end is certain leaves a connection on which the next answer begins.
         # http.client says will_close for one without a length; some servers send a body with 204
         # all the same.
         bare = head.status < 200 or head.status in (204, 205, 304)
         self.keep = line.whole and not (bare or head.will_close)
+        # Bytes of the body that are to come. None: that is not known, as it is in chunks or goes on
+        # until the connection ends.
+        self.left = 0 if bare else head.length
 
     def blocks(self):
         """Generates the body's bytes as they arrive, whatever one read brought. UpstreamError
@@ -5808,6 +5834,17 @@ def shorten(text, limit=2000):
     return "%s... (%d more characters)" % (text[:limit], len(text) - limit)
 
 
+def open_private(path, flags):
+    """The number of a file that is opened, or made 0600: a real one, and not behind a link that
+    somebody may have put there. Raises OSError."""
+    flags |= os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    number = os.open(path, flags, 0o600)
+    if os.path.isfile(number):
+        return number
+    os.close(number)
+    raise OSError("not a regular file")
+
+
 def write_file(path, text, mode=0o600):
     """Write a file, whole or not at all, with these permissions. Raises OSError, ValueError.
 
@@ -5817,7 +5854,7 @@ def write_file(path, text, mode=0o600):
     part = "%s.%d.part" % (path, os.getpid())
     try:
         # O_EXCL: in a shared folder, somebody else's file or link may wait under this name.
-        number = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        number = open_private(part, os.O_WRONLY | os.O_EXCL)
         with open(number, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
             file.write(text)
         os.chmod(part, mode)
@@ -6175,7 +6212,7 @@ class Cache:
         self._faults = (OSError, sqlite3.Error)
         os.makedirs(os.path.dirname(self.path), mode=0o700, exist_ok=True)
         # SQLite gives its side files the mode of this one.
-        os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
+        os.close(open_private(self.path, os.O_RDWR))
         db = self._db = sqlite3.connect(
             self.path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
         )
@@ -6693,9 +6730,12 @@ class Proxy:
         self.started = now()
         self.lock = threading.Lock()  # over what follows
         self.active = 0  # requests under way
+        self.wrong_keys = 0  # requests without the proxy key since the log was told, and ...
+        self.told = 0  # ... when that was
         self.store = None  # a Cache, where the user asked for one
         self.memory = Memory()
         self.recorder = None  # a Recorder, with RECORD_DIR
+        self.secrets = ()  # of all settings since the start
         self.ledger = Ledger(now=now)
         self.sessions = Sessions()  # for the explainer of lost prefixes
         self.lessons = {}  # (base, model) -> {profile field: value}
@@ -6730,9 +6770,8 @@ class Proxy:
             finally:
                 if differ(*STORE_SETTINGS):
                     self.open_store(settings)
-                if differ("record_dir"):
-                    folder, secrets = settings.record_dir, settings.secrets()
-                    self.recorder = Recorder(folder, secrets, self.warn) if folder else None
+                self.secrets, folder = settings.secrets(self.secrets), settings.record_dir
+                self.recorder = Recorder(folder, self.secrets, self.warn) if folder else None
 
     def open_store(self, settings):
         """Open the Cache in CACHE_DIR, if the user asked for the cache or the ledger, or named it.
@@ -6827,6 +6866,15 @@ class Proxy:
                 "%s has a context window of %d tokens; Claude Code's first request alone has about"
                 " 13,000" % (plan.model, context)
             )
+
+    def note_wrong_key(self):
+        """Log that a client's key is wrong or missing: once a minute, with how many there were."""
+        with self.lock:
+            self.wrong_keys += 1
+            if abs(self.now() - self.told) < 60:
+                return
+            count, self.wrong_keys, self.told = self.wrong_keys, 0, self.now()
+        self.warn("requests without the right proxy key: %d" % count)
 
     @contextlib.contextmanager
     def counted(self):
@@ -6932,7 +6980,7 @@ class Proxy:
             ),
             "disguise": {"model": settings.disguise_model, "api_base": settings.disguise_api_base},
             "routes": [dict(place_of(row), family=row.family) for row in plans if row.family],
-            "connect": dict(connect_lines(address, has_key)),
+            "connect": dict(connect_lines(address, has_key and "YOUR_PROXY_KEY")),
             "totals": dict(self.ledger.totals(), active=self.active),
             "series": self.ledger.series(),
             "requests": self.ledger.rows(100),
@@ -7028,10 +7076,9 @@ def loaded_context(ask, plan, owner):
     return positive_int(found, "n_ctx", "context_length")
 
 
-def connect_lines(address, has_key):
-    """(shell, the lines to paste) that connect Claude Code to this proxy."""
-    key = "YOUR_PROXY_KEY" if has_key else "ccfix"
-    variables = (("ANTHROPIC_BASE_URL", address), ("ANTHROPIC_AUTH_TOKEN", key))
+def connect_lines(address, key):
+    """(shell, the lines to paste) that connect Claude Code to this proxy; key: as it is shown."""
+    variables = (("ANTHROPIC_BASE_URL", address), ("ANTHROPIC_AUTH_TOKEN", key or "ccfix"))
     shells = (("bash", "export %s=%s"), ("powershell", '$env:%s="%s"'))
     return [(shell, [form % pair for pair in variables] + ["claude"]) for shell, form in shells]
 
@@ -7180,7 +7227,7 @@ class Exchange:
                 yield from self.attempt()
                 return
             except UpstreamError as error:
-                error.message = redact(error.message, self.settings.secrets())
+                error.message = redact(error.message, self.proxy.secrets)
                 self.error = error  # some providers quote the key in its message
                 if self.writer.content or not self.again(error):
                     if error.status in (429, 529):
@@ -7413,7 +7460,7 @@ class Exchange:
             "client_headers": dict(self.headers.items()),
         }
         if self.settings.log_level == "debug":
-            shown = redact(told, self.settings.secrets(), 500)
+            shown = redact(told, self.proxy.secrets, 500)
             self.proxy.log("debug", self.id + " " + compact_json(shown))
         if self.proxy.recorder:
             self.proxy.recorder.write(dict(told, replies=self.replies))
@@ -7592,6 +7639,7 @@ class Inbox(io.RawIOBase):
     def __init__(self, sock):
         self.sock = sock
         self.may_end = True  # no request has begun
+        self.told = READ | HANG_UP  # what a Watch waits for
 
     def allow(self, seconds, pause=None):
         """What is read next must come within `seconds`, with no silence longer than `pause`."""
@@ -7610,17 +7658,23 @@ class Inbox(io.RawIOBase):
         return size
 
 
+# What poll() says, on Linux alone, when the other side has ended its sending, even where something
+# it sent before is not read yet.
+HANG_UP = getattr(select, "POLLRDHUP", 0)
+
+
 class Watch:
     """Waits for the provider and the client at once: the wait(sock, seconds) of `Upstream.open`.
 
     Raises ClientGone when the client has hung up: nobody should pay for an answer that no one
-    reads. A client that closed only its sending side counts as gone too; from here both look
-    the same. on_look() is called about once a second while somebody waits; it fills a silence with
+    reads. on_look() is called about once a second while somebody waits; it fills a silence with
     pings.
     """
 
-    def __init__(self, client, on_look=None):
-        self.client = client  # its socket; None once it has sent its next request early
+    def __init__(self, inbox, on_look=None):
+        self.inbox, self.client = inbox, inbox.sock
+        self.told = inbox.told  # what is waited for of the client, and ...
+        self.seen = None  # ... what came true of it, both in poll()'s words
         self.on_look, self.next_look = on_look, 0
         self.socks, self.poll = None, None  # of the last wait; most are for the same sockets
 
@@ -7628,12 +7682,13 @@ class Watch:
         """True: sock can be read; False: the seconds are over. Without a sock it only waits."""
         end = time.monotonic() + seconds
         while True:
-            if self.socks != (sock, self.client):
-                self.socks = sock, self.client
-                self.poll = new_poll(*self.socks)
+            if self.socks != (sock, self.told):
+                self.socks = sock, self.told
+                self.poll = new_poll((sock, READ), (self.client, self.told))
             ready = self.poll(min(seconds, LOOK_SECONDS))
             now = time.monotonic()
-            if self.client and self.client.fileno() in ready:
+            self.seen = ready.get(self.client.fileno())
+            if self.seen:
                 self.look_at_client()
             if self.on_look and now >= self.next_look:
                 self.next_look = now + LOOK_SECONDS
@@ -7645,19 +7700,29 @@ class Watch:
                 return False
 
     def look_at_client(self):
-        """The client's socket can be read: it hung up, or it sent its next request early.
+        """The client hung up, was reset, or sent its next request early: ClientGone unless it may
+        still read an answer.
 
-        Nobody reads that request yet, so that the socket would end each further wait at once.
+        Nobody reads that request yet, so that from then on only a hang-up counts. A client that
+        closed only its sending side looks like one that left, until it is sent something: who has
+        left answers with a reset, which poll() tells at once. So it is sent a byte of urgent data,
+        which is no part of the stream: nobody sees it who does not ask for it. One for each
+        connection: the system puts an older one that was not passed yet into the stream. Where
+        there is no HANG_UP, both count as gone.
         """
+        is_there = False
         try:
-            data = self.client.recv(1, socket.MSG_PEEK)
+            if self.seen == READ:  # without HANG_UP, the end of its sending looks so too
+                is_there, self.told = self.client.recv(1, socket.MSG_PEEK), HANG_UP
+            elif self.seen | READ == HANG_UP | READ:
+                self.inbox.told = self.told = 0
+                is_there = self.client.send(b"\0", socket.MSG_OOB)
         except BlockingIOError:
-            return
+            is_there = True
         except OSError:
-            data = b""
-        if not data:
+            pass
+        if not is_there:
             raise ClientGone()
-        self.client = None
 
 
 def decode_json(raw):
@@ -7818,7 +7883,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         hosts = self.headers.get_all("Host", [""] if is_old else [])
         lengths = self.headers.get_all("Content-Length", [])
         codings = self.headers.get_all("Transfer-Encoding", [])
-        netloc, path = re.match(r"(?i)(?:http://([^/?]*))?([^?]*)", self.path).groups()
+        netloc, path = re.match(r"(?:[^/?]+://([^/?]+))?([^?]*)", self.path).groups()
         if len(hosts) != 1 or netloc and netloc.lower() != hosts[0].lower():
             raise BadRequest("the request must name one host, in one Host header")
         if lengths and not re.fullmatch(r"[0-9]{1,15}", ",".join(lengths)):
@@ -7857,26 +7922,27 @@ class Handler(http.server.BaseHTTPRequestHandler):
         Where there is a proxy key, it decides. Without one, only names of this machine are served,
         or a web page whose own name was made to point here (DNS rebinding) could spend the user's
         money. For the same reason no page of another origin is served, except by the API itself to
-        one that knows the key. A folder's .env may ask for a key, which opens nothing: whoever wrote
-        the file knows it.
+        one that knows the key; browsers tell the site also where they send no Origin: for images,
+        scripts and links. A folder's .env may ask for a key, which opens nothing: whoever wrote the
+        file knows it.
         """
         # The request is served by these, also when the user changes them meanwhile.
         settings = self.settings = self.proxy.settings()
         key, host = settings.anthropic_api_key, self.headers.get("Host", "")
-        origin = self.headers.get("Origin")
+        origin, site = self.headers.get("Origin"), self.headers.get("Sec-Fetch-Site", "none")
         known = key and self.knows(key)
         is_secret = key and settings.origins["anthropic_api_key"] != FOLDER
-        if origin not in (None, "http://" + host, "https://" + host) and not (
-            known and is_secret and "/v1/" in self.path
-        ):
+        is_own = site in ("same-origin", "none")  # same-site: another port of this machine
+        is_own &= origin in (None, "http://" + host, "https://" + host)
+        if not is_own and not (known and is_secret and "/v1/" in self.path):
             raise ProxyError(
-                "requests from the origin %s are not served" % ascii(origin)[:100], 403
+                "requests from the origin %s are not served" % ascii(origin or site)[:100], 403
             )
         if (known and is_secret) or re.fullmatch(r"/health/?", self.path):
             return
-        if (
-            key and not known and not self.wants_page()
-        ):  # the page itself holds nothing; it asks for the key
+        # The page itself holds nothing; it asks for the key.
+        if key and not known and not self.wants_page():
+            self.proxy.note_wrong_key()
             raise ProxyError(
                 "the proxy key is missing or wrong: set ANTHROPIC_AUTH_TOKEN (or ANTHROPIC_API_KEY)"
                 " of Claude Code to the ANTHROPIC_API_KEY of ccfix",
@@ -7895,9 +7961,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         bearer = re.sub(r"(?i)\Abearer[ \t]+", "", self.headers.get("Authorization", ""))
         return any(
             [
-                hmac.compare_digest(
-                    shown.encode("latin-1"), key.encode(encoding, "backslashreplace")
-                )
+                hmac.compare_digest(shown.encode("latin-1"), key.encode(encoding))
                 for shown in (self.headers.get("x-api-key", ""), bearer)
                 for encoding in ("utf-8", "latin-1")  # clients send either
             ]
@@ -7978,7 +8042,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             try:
                 data = memoryview(data)[self.connection.send(data) :]
             except BlockingIOError:
-                if not poll_socket(self.connection, SEND_SECONDS, write=True):
+                if not poll_socket(self.connection, SEND_SECONDS, WRITE):
                     raise ClientGone()
             except OSError:
                 raise ClientGone()
@@ -8001,7 +8065,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def send(self, data, headers=(), status=200):
         """A whole reply in one write; none of the body for HEAD. -> the body's length"""
-        usual = {"Content-Type": "application/json", "Cache-Control": "no-store"}
+        usual = {
+            "Content-Type": "application/json",
+            "Cache-Control": "no-store",
+            "X-Content-Type-Options": "nosniff",
+            "Cross-Origin-Resource-Policy": "same-origin",
+        }
         head = self.head(status, {**usual, "Content-Length": len(data), **dict(headers)})
         self.write(head if self.command == "HEAD" else head + data)
         return len(data)
@@ -8035,7 +8104,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
         When a reply has already begun, it is too late for that: then the connection just ends.
         """
-        error.message = redact(error.message, self.proxy.settings().secrets())
+        error.message = redact(error.message, self.proxy.secrets)
         # Claude Code asks twice after a 404, and shows its own words; after a 424 once, and ours.
         is_claude = "claude-cli/" in self.headers.get("User-Agent", "")
         status = 424 if error.status == 404 and error.kind and is_claude else error.status
@@ -8079,7 +8148,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.proxy,
             body,
             self.headers,
-            Watch(self.connection, self.break_silence),
+            Watch(self.inbox.raw, self.break_silence),
             settings=self.settings,
             id=self.request_id[4:],
         )
@@ -8112,7 +8181,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def post_count_tokens(self):
         body, _ = self.read_json()
-        return self.proxy.count_tokens(body, self.headers, Watch(self.connection))
+        return self.proxy.count_tokens(body, self.headers, Watch(self.inbox.raw))
 
     def get_models(self, name):
         """The list, or one model of it. Any name is served, so any name exists."""
@@ -8134,7 +8203,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         headers = {
             "Content-Type": "text/html; charset=utf-8",
             "Content-Security-Policy": page_policy(nonce),
-            "X-Content-Type-Options": "nosniff",
             "Referrer-Policy": "no-referrer",
         }
         self.send(status_page(nonce), headers)
@@ -8199,7 +8267,7 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         if re.fullmatch(r"\d{1,3}(\.\d{1,3}){3}|\[[0-9a-f:.]+\]", name):
             if self.server_name in ANY_ADDRESS or is_loopback(bare):
                 return True
-        return bare in ("localhost", self.server_name.lower()) or name in more
+        return bare in ("localhost", "localhost.", self.server_name.lower()) or name in more
 
     def service_actions(self):
         """What the accepting thread does twice a second: close idle connections to providers."""
@@ -8858,28 +8926,35 @@ def start_model(handler=DemoModel, source=None):
 
 
 class Usage(Exception):
-    """The command cannot go on as it was given; the message says what to do.
+    """The command cannot go on as it was given; its arguments, lines, say what to do.
 
-    main() prints it and ends with exit code 2, as argparse does for a wrong flag.
+    main() prints them and ends with exit code 2, as argparse does for a wrong flag.
     """
 
 
-def to_ascii(text):
-    """text with everything but ASCII escaped.
-
-    A terminal of LC_ALL=C takes nothing else: print() would end the program with a UnicodeError.
-    """
-    return text.encode("ascii", "backslashreplace").decode()
+def one_line(text):
+    """text as one line that any terminal shows as it is: what it would obey instead, what turns the
+    direction of writing, and what ends a line is escaped."""
+    unsafe = r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]"
+    return re.sub(unsafe, lambda found: ascii(found.group())[1:-1], text)
 
 
 def say(*lines, out=None):
-    """Print lines for a person; out: where to, instead of stdout."""
-    print(*map(to_ascii, lines), sep="\n", file=out, flush=True)
+    """Print lines for a person; out: where to, instead of stdout.
+
+    All that is printed or logged goes through here, since any of it may hold what a provider, a
+    file or a client wrote. What the stream's encoding lacks is escaped too: a terminal of LC_ALL=C
+    takes nothing but ASCII.
+    """
+    out = out or sys.stdout
+    encoding = getattr(out, "encoding", None) or "utf-8"
+    text = "".join(one_line(line) + "\n" for line in lines)
+    print(text.encode(encoding, "backslashreplace").decode(encoding), end="", file=out, flush=True)
 
 
-def notify(message):
-    """Tell the user something beside the output: on stderr, so that stdout stays data."""
-    say("ccfix: " + message, out=sys.stderr)
+def notify(message, *more):
+    """Tell the user something beside the output, in lines: on stderr, so that stdout stays data."""
+    say("ccfix: " + message, *more, out=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -8922,7 +8997,7 @@ class Log:
     MAX_FILE = 10 << 20  # bytes; then the file becomes NAME.1
 
     def __init__(self, settings, out=None):
-        self.lock, self.out = threading.Lock(), out or sys.stderr
+        self.lock, self.out, self.secrets = threading.Lock(), out or sys.stderr, ()
         self.configure(settings)
 
     def configure(self, settings):
@@ -8932,25 +9007,23 @@ class Log:
         """
         path = settings.log_file
         with usage_errors("LOG_FILE %s cannot be written" % path):
-            self.append(path, "")  # better to fail now than to lose every line
-        self.path, self.secrets = path, settings.secrets()
+            self.append(path, ())  # better to fail now than to lose every line
+        self.path, self.secrets = path, settings.secrets(self.secrets)
         self.least = self.LEVELS.index(settings.log_level)
 
     def __call__(self, level, text):
         if self.LEVELS.index(level) < self.least:
             return
-        text, unsafe = redact(text, self.secrets), r"[\x00-\x1f\x7f-\x9f]"
-        if level == "error" and "Traceback" in text:  # our own: the one text whose lines count
-            text, unsafe = text.replace("\n", "\n    "), r"(?!\n)" + unsafe
-        text = re.sub(unsafe, lambda found: ascii(found.group())[1:-1], text)
-        stamp = time.strftime("%Y-%m-%d %H:%M:%S")
-        line = "%s %-7s %s\n" % (stamp, level, to_ascii(text))
+        first, *more = [redact(text, self.secrets)]
+        if first.startswith("req_"):  # from Handler.fail: the one text whose lines count
+            first, *more = first.split("\n")
+        lines = ["%s %-7s %s" % (time.strftime("%Y-%m-%d %H:%M:%S"), level, first)]
+        lines += ["    " + line for line in more]
         with self.lock, contextlib.suppress(OSError, ValueError):
-            self.out.write(line)
-            self.out.flush()
-            self.append(self.path, line)
+            say(*lines, out=self.out)
+            self.append(self.path, lines)
 
-    def append(self, path, line):
+    def append(self, path, lines):
         """Write to the end of the log file, if there is to be one. Raises OSError.
 
         It is opened for each line (30 us): so it can be moved away at any time, and no open file
@@ -8958,9 +9031,9 @@ class Log:
         """
         if not path:
             return
-        handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-        with open(handle, "a") as file:
-            file.write(line)
+        handle = open_private(path, os.O_WRONLY | os.O_APPEND)
+        with open(handle, "a", encoding="utf-8") as file:
+            say(*lines, out=file)
             size = file.tell()
         if size > self.MAX_FILE:
             os.replace(path, path + ".1")
@@ -8975,6 +9048,8 @@ def check_settings(settings, port=0):
 
     Used at the start and for each change of .env, so that a typing error never breaks what serves.
     """
+    if not all(FIELD.fullmatch("%s\n%s" % field) for field in settings.extra_headers.items()):
+        raise SettingError("EXTRA_HEADERS has a name or a value that HTTP cannot carry")
     try:
         prices_from(settings.prices)
     except ValueError as e:
@@ -9057,6 +9132,7 @@ class Config:
         self.port = 0  # the port that the proxy listens on, once it is known
         self.log = None  # set once the proxy serves; .env is not followed before
         self.lock = threading.Lock()
+        self.random_key = os.urandom(24).hex()  # the proxy key where that is "auto"
         self.mark = self.file_mark()
         self.text = self.first_text()
         self.settings = self.read()
@@ -9113,6 +9189,9 @@ class Config:
     def read(self):
         """The Settings of all layers. Raises SettingError."""
         settings = Settings(self.layers())
+        if settings.anthropic_api_key.lower() == "auto":
+            settings.anthropic_api_key = self.random_key
+            settings.origins["anthropic_api_key"] = "auto"
         check_settings(settings, self.port)
         return settings
 
@@ -9153,7 +9232,11 @@ class Config:
             return self.log("warning", "%s %s: %s" % (self.path, said, e))
         self.settings = new
         changed = [
-            row.env if row.secret else "%s = %s" % (row.env, getattr(new, row.name))
+            (
+                row.env
+                if row.secret
+                else "%s = %s" % (row.env, without_password(str(getattr(new, row.name))))
+            )
             for row in SETTINGS
             if getattr(old, row.name) != getattr(new, row.name)
         ]
@@ -9210,12 +9293,15 @@ INSECURE_WORDS = (
 def banner(settings, address):
     """What is printed at the start: under 12 lines."""
     key, base = settings.anthropic_api_key, without_password(settings.target_api_base)
+    origin = settings.origins["anthropic_api_key"]
+    is_open = "off: every user of this machine can spend your key (--key auto)"
     rows = [
         ("target", "%s at %s" % (settings.target_model, base)),
         ("disguise", settings.disguise_model or "the model name that Claude Code asks for"),
-        ("proxy key", "on, from " + settings.origins["anthropic_api_key"] if key else "off"),
+        ("proxy key", "on, from " + origin if key else is_open),
     ]
-    rows += [(shell, "; ".join(words)) for shell, words in connect_lines(address, bool(key))]
+    shown = key if origin == "auto" else key and "YOUR_PROXY_KEY"
+    rows += [(shell, "; ".join(words)) for shell, words in connect_lines(address, shown)]
     lines = ["ccfix %s on %s" % (__version__, address)] + ["  %-10s %s" % row for row in rows]
     host = settings.proxy_host
     if not key and (host in ANY_ADDRESS or not is_loopback(host)):
@@ -9223,13 +9309,25 @@ def banner(settings, address):
     return lines + ["  " + INSECURE_WORDS] * settings.insecure
 
 
+def take_signals(names, handler):
+    """Have signals handled that the system has, but not SIGHUP under nohup, which ignores it."""
+    for name in names.split():
+        number = getattr(signal, name, None)
+        if number and (name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN):
+            signal.signal(number, handler)
+
+
 def serve(config, options):
-    """Serve until Ctrl-C or SIGTERM -> exit code."""
+    """Serve until Ctrl-C, SIGTERM or SIGHUP -> exit code; a second one ends it at once."""
     find_target(config)
     check_settings(config(), config().proxy_port)
-    stopped = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):  # taken before the first request can come
-        signal.signal(number, lambda *_: stopped.set())
+    stopped, names = threading.Event(), "SIGINT SIGTERM SIGHUP"
+
+    def stop(*_):
+        take_signals(names, signal.SIG_DFL)
+        stopped.set()
+
+    take_signals(names, stop)  # before the first request can come
     running = Running(config).start()
     say(*banner(config(), running.server.address()))
     while not stopped.wait(0.5):  # a wait without a limit would not notice signals on Windows
@@ -9370,7 +9468,7 @@ def find_server(config, given):
     """
     settings, servers = config(), local_servers()
     if not servers:
-        raise Usage(NO_TARGET.format(program_name()))
+        raise Usage(*NO_TARGET.format(program_name()).split("\n"))
     wanted = settings.target_model if "target_model" in given else ""
     title, base, models = next((row for row in servers if wanted in row[2]), servers[0])
     model = wanted or models[0]
@@ -9500,7 +9598,7 @@ def session_variables(address, settings, plan):
         # nothing would be left of a small one. The reserve shrinks with the limit.
         limit = window // 4
     found.update((name, str(value)) for name, value in zip(CLAUDE_LIMITS, (window, limit)) if value)
-    return found
+    return {name: one_line(value) for name, value in found.items()}  # it shows the models' names
 
 
 def claude_environment(environ, address, settings, plan):
@@ -9605,15 +9703,9 @@ def exit_code(child):
             os.kill(child.pid, number)
 
     # They stay: the program ends soon after its child.
-    for name, handler in (
-        ("SIGINT", lambda *_: None),
-        ("SIGTERM", pass_on),
-        ("SIGHUP", pass_on),
-        ("SIGCONT", lambda *_: continued.append(True)),
-    ):
-        number = getattr(signal, name, None)  # Windows has two of them
-        if number and signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
-            signal.signal(number, handler)
+    take_signals("SIGINT", lambda *_: None)
+    take_signals("SIGTERM SIGHUP", pass_on)
+    take_signals("SIGCONT", lambda *_: continued.append(True))
     if not hasattr(os, "WUNTRACED"):  # Windows
         return child.wait()
     while child.returncode is None:
@@ -9645,8 +9737,7 @@ def run(config, options):
             " @anthropic-ai/claude-code) and try again"
         )
     config.given.setdefault("PROXY_PORT", "0")
-    key = os.urandom(24).hex()
-    config.add(config.given, ANTHROPIC_API_KEY=key, PROXY_HOST="127.0.0.1")
+    config.add(config.given, ANTHROPIC_API_KEY="auto", PROXY_HOST="127.0.0.1")
     # Log lines would garble Claude Code's screen; LOG_FILE has them.
     with open(os.devnull, "w") as out:
         running = Running(config, out).start(0 if config().max_context else PROBE_SECONDS)
@@ -9796,7 +9887,7 @@ def failure(error):
 
 def quote(text):
     """The beginning of a model's words, in quotes, on one line."""
-    return ascii(shorten(text, 40))
+    return repr(shorten(text, 40))
 
 
 class Answer:
@@ -10164,7 +10255,7 @@ def grammar_fault(text):
         event = as_dict(json_or_none(data))
         kind = str(event.get("type"))
         if name != kind:
-            return "an event without its own name in an `event:` line: " + ascii(data[:60])
+            return "an event without its own name in an `event:` line: " + repr(data[:60])
         if kind == "error":
             return "an error in the stream: " + error_fields(data)[0]
         index += kind == "content_block_start"
@@ -10254,7 +10345,7 @@ def check(config, options):
     show(cannot if bad else "Claude Code can work with it.")
     if options.json:
         report = dict(place_of(plan), ok=not bad, profile=plan.profile.name)
-        say(json.dumps(dict(report, checks=rows, lessons=lessons), indent=1))
+        say(*json.dumps(dict(report, checks=rows, lessons=lessons), indent=1).split("\n"))
     return 1 if bad else 0
 
 
@@ -10322,6 +10413,8 @@ def init(config, options):
     stop every session.
     """
     path, values = options.env_file or ".env", dict(config.given)
+    if "ANTHROPIC_API_KEY" in values:
+        values["ANTHROPIC_API_KEY"] = config().anthropic_api_key
     if os.path.lexists(path) and not options.force:
         raise Usage("%s exists already; --force replaces it, --env-file FILE writes another" % path)
     ask_target(values)
@@ -10331,10 +10424,11 @@ def init(config, options):
     settings = Settings([("init", values)])
     with usage_errors("%s cannot be written" % path):
         write_file(path, env_template(values))
-    notify(INIT_DONE.format(path, program_name()))
+    notify(*INIT_DONE.format(path, program_name()).split("\n"))
     address = local_url(settings.proxy_host, settings.proxy_port)
     env = {**session_variables(address, settings, target_plan(settings)), **CLAUDE_DEFAULTS}
-    say(json.dumps({"env": env, "permissions": {"disableAutoMode": "disable"}}, indent=2))
+    found = {"env": env, "permissions": {"disableAutoMode": "disable"}}
+    say(*json.dumps(found, indent=2).split("\n"))
     return 0
 
 
@@ -10438,7 +10532,7 @@ def install(config, options):
     if folder not in os.environ.get("PATH", "").split(os.pathsep):
         shown = "export PATH=\"%s:$PATH\"    (in ~/.profile or your shell's own file)"
         shown = 'setx PATH "%%PATH%%;%s"' if os.name == "nt" else shown
-        notify("%s is not on your PATH; add it:\n  %s" % (folder, shown % folder))
+        notify("%s is not on your PATH; add it:" % folder, "  " + shown % folder)
     return 0
 
 
@@ -10629,13 +10723,20 @@ def help_epilog(name, command):
     return "\n\n".join(parts)
 
 
+class Parser(argparse.ArgumentParser):
+    """One whose errors go the way of all others."""
+
+    def error(self, message):
+        raise Usage(message, *self.format_usage().split("\n")[:-1])
+
+
 def make_parser(name, command):
     """The parser of a command; "": of ccfix without one, which serves.
 
     Its texts name ccfix, whatever the file is called: they stand in the README too.
     """
     said = command.help[0].upper() + command.help[1:]
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=("ccfix " + name).strip(),
         usage=USAGES.get(name),
         epilog=help_epilog(name, command),
@@ -10672,14 +10773,11 @@ def flag_options(row):
 def command_line(argv):
     """(Command, its options) of argv, without the program's name.
 
-    Raises Usage for an unknown command; argparse itself ends the program (SystemExit 2) for an
-    unknown flag.
+    Raises Usage for an unknown command or flag.
     """
     name = argv[0] if argv and not argv[0].startswith("-") else ""
     if name and name not in COMMANDS:
-        raise Usage(
-            "there is no command %s; the commands are %s" % (ascii(name), ", ".join(COMMANDS))
-        )
+        raise Usage("there is no command %r; the commands are %s" % (name, ", ".join(COMMANDS)))
     command, words = COMMANDS[name or "serve"], argv[bool(name) :]
     # argparse would drop the "--", and with it what tells claude's arguments from ours.
     end = words.index("--") if name == "run" and "--" in words else len(words)
@@ -10744,7 +10842,7 @@ def main(argv=None):
         command, options = command_line(sys.argv[1:] if argv is None else argv)
         return command.act(config_of(command, options), options)
     except (Usage, SettingError) as e:
-        notify(str(e))
+        notify(*e.args)
         return 2
     except KeyboardInterrupt:
         return 130

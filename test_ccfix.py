@@ -1400,6 +1400,62 @@ DOTENV = (
 )
 
 
+class TestKeys(unittest.TestCase):
+    """What HTTP cannot carry is refused before anything is sent, by the name of the setting."""
+
+    NAMES = [row.env for row in ccfix.SETTINGS if row.secret and row.env != "EXTRA_HEADERS"]
+
+    def test_the_names(self):
+        self.assertEqual(
+            {name for name in self.NAMES if not name.startswith("TARGET_API_KEY_")},
+            {"TARGET_API_KEY", "ANTHROPIC_API_KEY"},
+        )
+        self.assertLessEqual(
+            {"TARGET_API_KEY_" + name for name in "OPUS HAIKU FALLBACK IMAGE".split()},
+            set(self.NAMES),
+        )
+
+    def test_keys(self):
+        marked = "sk-%ssecret"
+        for name in self.NAMES:
+            for part in (
+                ["\r\n"]
+                + list("\n\r\t\x0b\x0c\0\x1b\x1f\x7f\x80\x85\x9b")
+                + list("\u2028\u2019\u043a\u5bc6\ud800\u202e\u200b\u0100")
+            ):
+                with self.assertRaises(ccfix.SettingError, msg=(name, part)) as caught:
+                    settings_of(**{name: marked % part})
+                said = str(caught.exception)
+                self.assertIn(name + " (from ", said)
+                self.assertNotIn("secret", said)
+            for key in ("sk-1", "a\xfc\xff", 'k"\\ x #', " around\n", "=" * 5000, ""):
+                settings = settings_of(**{name: key})
+                self.assertEqual(getattr(settings, name.lower()), key.strip())
+
+    def test_extra_headers(self):
+        for name, value in (
+            ("X-Key", "a\nb"),
+            ("X-Key", "a\r\nSet-Cookie: b"),
+            ("X-Key", "\0"),
+            ("X-Key", "\x1b"),
+            ("X-Key", "\u2019"),
+            ("X-Key", ["a\u5bc6"]),
+            ("X Key", "a"),
+            ("X\nKey", "a"),
+            ("X:Key", "a"),
+            ("X:", "a"),
+            ("\xfc", "a"),
+            ("\u5bc6", None),
+            ("", "a"),
+        ):
+            with self.assertRaises(ccfix.SettingError, msg=(name, value)) as caught:
+                ccfix.Config({"EXTRA_HEADERS": json.dumps({"X-Title": "t", name: value})}, {}, "")
+            self.assertIn("EXTRA_HEADERS ", str(caught.exception))
+        good = {"X-Title": "a b\t\xfc", "X-Number": 5, "x_y.z": "", "Gone": None}
+        config = ccfix.Config({"EXTRA_HEADERS": json.dumps(good)}, {}, "")
+        self.assertEqual(config().extra_headers, good)
+
+
 class TestDotenv(unittest.TestCase):
     """.env as people write it."""
 
@@ -1845,7 +1901,41 @@ class TestProfiles(unittest.TestCase):
             ("localhost", True),
             ("::1", True),
             ("LOCALHOST", True),
+            ("http://localhost.:8000/v1", True),
+            ("http://x.localhost./v1", True),
+            ("http://[::ffff:127.0.0.1]:1/v1", True),
+            ("http://[::FFFF:7f00:1]/v1", True),
+            ("0:0:0:0:0:0:0:1", True),
+            ("0.0.0.0", True),
+            ("0", True),
+            ("http://127.1/v1", True),
+            ("http://127.0.1:8/v1", True),
+            ("http://0x7f.1/v1", True),
+            ("0X7F000001", True),
+            ("0177.0.0.1", True),
+            ("017700000001", True),
+            ("2130706433", True),
+            ("2147483648", False),
+            ("02130706433", False),  # octal
+            ("21307064330", False),
+            ("127", False),  # 0.0.0.127
+            ("0127.0.0.1", False),  # 87.0.0.1
+            ("128.1", False),
+            ("127.evil.com", False),
+            ("http://127.de/v1", False),  # hexadecimal digits, but a name
+            ("127.1.ee", False),
+            ("0x7f.ac", False),
+            ("0x7fevilxx", False),
+            ("127.1.evil.com", False),
+            ("127.0.0.1.evil.com", False),
+            ("127.0.0.1.1", False),
+            ("127..1", False),
+            ("::ffff:10.0.0.1", False),
+            ("::ffff:8f00:1", False),
+            ("1::1", False),
+            ("notlocalhost", False),
             ("localhost.evil.com", False),
+            ("localhost..", False),
             ("", False),
             ("https://localhost.evil.com/v1", False),
             ("http://10.0.0.1/v1", False),
@@ -7917,6 +8007,9 @@ class TestHttpFraming(UpstreamCase):
         ("content-length in two parts", [counted(b"hello")[:-3], 0.01, b"llo"], b"hello"),
         ("empty", [counted(b"")], b""),
         ("no content", [b"HTTP/1.1 204 No Content\r\n\r\n"], b""),
+        ("reset content", [b"HTTP/1.1 205 Reset Content\r\n\r\n"], b""),
+        ("a body that cannot be", [b"HTTP/1.1 205 X\r\nContent-Length: 5\r\n\r\n"], b""),
+        ("chunks that cannot be", [b"HTTP/1.1 204 X\r\nTransfer-Encoding: chunked\r\n\r\n"], b""),
         ("chunked", [chunked(b"he", b"llo")], b"hello"),
         ("chunked with trailers", [chunked(b"hello", end=b"0\r\nX-Sum: 1\r\n\r\n")], b"hello"),
         ("chunk extension", [chunked(end=b"5;a=b\r\nhello\r\n0\r\n\r\n")], b"hello"),
@@ -7984,7 +8077,22 @@ class TestHttpFraming(UpstreamCase):
         + [
             ("length %r" % length, [counted(b"hello", extra="").replace(b": 5", b": " + length)])
             + ("cut", "Content-Length")
-            for length in (b"+5", b"-5", b"5, 6", b"0x5", b"1_0", b"9" * 19, b"", b"\xb2")
+            for length in (b"+5", b"-5", b"5, 6", b"5;6", b"5 5", b"0x5", b"1_0", b"9" * 19, b"")
+            + (b"\xb2", b"5\x0b", b"5\x1f", b"\x1f5", b"5\x85", b"\xa05", b"5, 5")
+        ]
+        + [
+            ("Transfer-Encoding %r" % coding, [chunked(b"hello").replace(b"chunked", coding)])
+            + ("cut", "Transfer-Encoding")
+            for coding in (b"", b",", b"x", b"chunked\x1f", b"\x0bchunked", b"chunked;q=1")
+        ]
+        # Chunks that are none, on a connection that stays open without a line break.
+        + [
+            ("unchunked %r" % body, [chunked(end=body)], "cut", "valid size")
+            for body in (b"hello", b"zz", b"-5", b"{}", b"5 x", b"0x5\r", b" 5", b"\r\n", b"5\r\r")
+        ]
+        + [
+            ("after a chunk %r" % rest, [chunked(b"hello", end=rest)], "cut", "valid size")
+            for rest in (b"X", b"\r\rX", b"zz", b"5 5\n")
         ]
         + [
             (
@@ -8122,6 +8230,22 @@ class TestHttpFraming(UpstreamCase):
                 self.assertEqual(next(blocks), b"one")
                 go.set()
                 self.assertEqual(list(blocks), [b"two"])
+                reply.close()
+
+    def test_a_large_compressed_block_comes_whole_before_the_next(self):
+        """600 KB, with the least and the most that a compressed byte can stand for."""
+        for data in (bytes(600000), os.urandom(600000), b"data: {}\n\n" * 60000):
+            go, packer = threading.Event(), zlib.compressobj(6, zlib.DEFLATED, 31)
+            one = packer.compress(data) + packer.flush(zlib.Z_SYNC_FLUSH)
+            end = packer.flush()
+            head = b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: %d\r\n\r\n"
+            with self.fake([head % len(one + end) + one, go, end]) as server:
+                reply, got = self.client(timeout=5).open("POST", server.url, {}, b"{}"), 0
+                for block in reply.blocks():
+                    got += len(block)
+                    if got == len(data):
+                        go.set()
+                self.assertEqual(got, len(data))
                 reply.close()
 
     def test_a_bomb_is_unpacked_in_small_blocks(self):
@@ -8711,7 +8835,10 @@ class TestProxies(UpstreamCase):
             self.assertEqual(
                 self.ask(self.client(), "http://%s:%d/" % (host, server.port)), (200, b"a")
             )
-        for host in ("host.docker.internal", "HOST.docker.internal", "x.localhost", "[::1]"):
+        for host in (
+            "host.docker.internal HOST.docker.internal x.localhost [::1] localhost. 127.1 127.0.1"
+            " 2130706433 0x7f.1 0177.0.0.1 [::ffff:127.0.0.1]"
+        ).split():
             self.assertIsNone(self.client().way_to("http://%s:1/" % host).proxy, host)
         self.assertIsNotNone(self.client().way_to("http://docker.internal:1/").proxy)
 
@@ -8720,6 +8847,9 @@ class TestProxies(UpstreamCase):
         os.environ["http_proxy"] = proxy.url
         rows = [
             ("b\xfccher.test:81", "xn--bcher-kva.test:81"),
+            ("b\xfccher:8000", "xn--bcher-kva:8000"),
+            ("\u65e5\u672c:8000", "xn--wgv71a:8000"),
+            ("B\xdcCHER", "xn--bcher-kva:80"),
             ("[2001:db8::1]:81", "[2001:db8::1]:81"),
             ("[2001:db8::1]", "[2001:db8::1]:80"),
             ("Provider.test", "provider.test:80"),
@@ -12106,6 +12236,10 @@ class TestBadHttp(HttpCase):
         ("no host", b"GET / HTTP/1.1\r\n\r\n", 400, "Host"),
         ("two hosts", GET + HOST + b"\r\n", 400, "one Host"),
         ("another host", b"GET http://evil.test/ HTTP/1.1\r\n" + HOST + b"\r\n", 400, "one Host"),
+        ("another by https", b"GET https://evil.test/ HTTP/1.1\r\n" + HOST + b"\r\n", 400, "Host"),
+        ("another by HTTPS", b"GET HTTPS://evil.test/ HTTP/1.1\r\n" + HOST + b"\r\n", 400, "Host"),
+        ("another by ws", b"GET ws://evil.test/stats HTTP/1.1\r\n" + HOST + b"\r\n", 400, "Host"),
+        ("with a user", b"GET https://a@127.0.0.1/ HTTP/1.1\r\n" + HOST + b"\r\n", 400, "Host"),
         ("a foreign host", b"GET / HTTP/1.1\r\nHost: evil.test\r\n\r\n", 403, "ALLOWED_HOSTS"),
         ("no length", POST + b"\r\n", 411, "Content-Length"),
         ("length and chunked", POST + LENGTH + CODING + b"\r\n{}", 400, "chunked"),
@@ -12594,13 +12728,19 @@ class TestWhoMayAsk(HttpCase):
             ("127.0.0.1:8080", 200),
             ("localhost:1", 200),
             ("LOCALHOST", 200),
+            ("localhost.", 200),
+            ("localhost.:80", 200),
             ("[::1]:80", 200),
+            ("[::ffff:127.0.0.1]", 200),
             ("127.9.9.9", 200),
             ("box.internal:8080", 200),
             ("Host.Docker.Internal", 200),
             ("evil.test", 403),
             ("localhost.evil.test", 403),
             ("127.0.0.1.evil.test", 403),
+            ("127.1.evil.test", 403),
+            ("x.localhost.", 403),
+            ("localhost..", 403),
             ("192.168.1.5", 403),
             ("", 403),
             ("evil.test:127.0.0.1", 403),
@@ -12642,6 +12782,10 @@ class TestWhoMayAsk(HttpCase):
         for name, host, known in rows:
             self.assertEqual(ccfix.Server.answers_to(bound(name), host, ()), known, (name, host))
 
+    def test_a_target_without_a_host_is_no_address(self):
+        self.serve()
+        self.is_error(self.call("GET", "https:///stats"), 404)
+
     def test_foreign_origins_are_refused(self):
         self.serve()
         own = "http://" + self.host
@@ -12669,16 +12813,74 @@ class TestWhoMayAsk(HttpCase):
         self.assertEqual(self.post(request("hi"), {"Origin": "http://evil.test"}).status, 403)
         self.assertEqual(len(self.upstream.requests), 0)
 
+    def test_requests_of_pages_from_elsewhere_are_refused_without_an_origin_too(self):
+        """Browsers send no Origin for images, scripts, frames and links, but Sec-Fetch-Site."""
+        self.serve()
+        own = {"Origin": "http://" + self.host}
+        for site, more, status in (
+            ("same-origin", {}, 200),
+            ("same-origin", own, 200),
+            ("none", {}, 200),
+            ("cross-site", {}, 403),
+            ("cross-site", own, 403),
+            ("same-site", {}, 403),
+            ("Cross-Site", {}, 403),
+            ("same-origin, cross-site", {}, 403),
+            ("", {}, 403),
+            ("same-origin", {"Origin": "http://evil.test"}, 403),
+        ):
+            headers = dict(more, **{"Sec-Fetch-Site": site})
+            for method, path in (("GET", "/stats"), ("GET", "/health"), ("POST", "/cache/clear")):
+                answer = self.call(method, path, b"" if method == "POST" else None, headers)
+                self.assertEqual(answer.status, status, (site, more, path))
+            if status == 403:
+                page = self.call("GET", "/", headers=dict(headers, Accept="text/html"))
+                self.is_error(page, 403, "permission_error", "are not served")
+                self.is_error(self.post(request("hi"), headers), 403)
+        self.assertEqual(len(self.upstream.requests), 0)
+
+    def test_no_other_page_may_use_a_json_reply(self):
+        self.serve(counted(b"{}", "400 No"), ANTHROPIC_API_KEY=PROXY_KEY)
+        key = {"x-api-key": PROXY_KEY}
+        for answer in (
+            self.call("GET", "/stats", headers=key),
+            self.call("GET", "/stats"),
+            self.call("GET", "/health"),
+            self.call("HEAD", "/health"),
+            self.call("GET", "/nothing", headers=key),
+            self.call("GET", "/v1/models", headers=key),
+            self.post(request("hi", stream=False), key),
+            self.post(b"{", key),
+            self.call("GET", "/", headers={"Accept": "text/html"}),
+            self.talk(b"garbage\n")[0],
+        ):
+            self.assertEqual(answer.headers["x-content-type-options"], "nosniff")
+            self.assertEqual(answer.headers["cross-origin-resource-policy"], "same-origin")
+
+    def test_wrong_keys_are_logged_once_a_minute_with_their_number(self):
+        self.serve(ANTHROPIC_API_KEY=PROXY_KEY)
+        now = time.time()
+        for minute, count in enumerate((5, 1, 3)):
+            self.proxy.now = lambda: now + 61 * minute
+            for number in range(count):
+                self.call("GET", "/stats", headers={"x-api-key": "wrong-%d" % number})
+            self.call("GET", "/stats", headers={"x-api-key": PROXY_KEY})
+            self.call("GET", "/", headers={"Accept": "text/html"})
+        told = [text for level, text in self.log if level == "warning"]
+        self.assertEqual([int(re.search(r"\d+", text).group()) for text in told], [1, 5, 1])
+        self.assertNotIn("wrong-", str(self.log))
+
     def test_a_foreign_origin_with_the_key_gets_the_api_only(self):
         self.serve(ANTHROPIC_API_KEY=PROXY_KEY)
-        headers = {"Origin": "http://evil.test", "x-api-key": PROXY_KEY}
-        for path, status in (("/v1/models", 200), ("/stats", 403), ("/", 403), ("/health", 403)):
-            self.assertEqual(self.call("GET", path, headers=headers).status, status, path)
+        for more in ({"Origin": "http://evil.test"}, {"Sec-Fetch-Site": "cross-site"}):
+            headers = dict(more, **{"x-api-key": PROXY_KEY})
+            rows = (("/v1/models", 200), ("/stats", 403), ("/", 403), ("/health", 403))
+            for path, status in rows:
+                self.assertEqual(self.call("GET", path, headers=headers).status, status, path)
 
     KEYS = [
         "sk-secret-proxy-2",
         "schl\xfcssel-\xe0",
-        "\u043a\u043b\u044e\u0447-key",
         "a b",
         "x" * 3000,
     ]
@@ -12863,7 +13065,7 @@ class TestInjection(HttpCase):
         self.assertTrue(lines.getvalue())
         for line in lines.getvalue().split("\n")[:-1]:
             self.assertRegex(line, r"\A\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (debug|info|warning|error) ")
-            self.assertRegex(line, r"\A[\x20-\x7e]*\Z")
+            self.assertRegex(line, r"\A[\x20-\x7e\xa0-\xff\ufffd]*\Z")
 
     def test_client_headers_reach_the_upstream_only_if_meant_to(self):
         self.serve()
@@ -13036,6 +13238,74 @@ class TestHangUp(HttpCase):
         self.assertEqual(message["content"], [{"type": "text", "text": "Hello"}])
         self.assertEqual((second.status, second.headers["connection"]), (200, "close"))
 
+    @unittest.skipUnless(ccfix.HANG_UP, "where poll() tells the end of sending")
+    def test_after_a_request_sent_early(self):
+        """What is not read yet does not hide that the client left."""
+        for early in (b"\r\n", b"x", self.head("GET", "/health", host=False), b"x" * 100000):
+            self.serve([SSE_HEAD + piece(deltas(delta(content="Hello"))), threading.Event()])
+            sock = self.begin(request("hi"))
+            sock.recv(10)
+            sock.sendall(early)
+            time.sleep(0.05)
+            self.left(sock)
+
+    def half_closed(self, *bodies, headers=()):
+        """A connection on which requests were sent, and then the client's side was closed."""
+        sock = self.connect()
+        for body in bodies:
+            data = json.dumps(body).encode()
+            sock.sendall(self.head("POST", "/v1/messages", headers, len(data)) + data)
+        sock.shutdown(socket.SHUT_WR)
+        return sock
+
+    @unittest.skipUnless(ccfix.HANG_UP, "where poll() tells the end of sending")
+    def test_a_client_that_closes_its_sending_side_gets_its_answer(self):
+        for stream in (True, False):
+            for head in ([], [SSE_HEAD], [SSE_HEAD + piece(deltas(delta(content="Hel")))]):
+                go = threading.Event()
+                end = piece(sse(delta(content="lo"), delta("stop"))) + b"0\r\n\r\n"
+                self.serve(head + [go, end if head else SSE_HEAD + end])
+                sock = self.half_closed(request("hi", stream=stream))
+                self.wait_until(lambda: self.upstream.requests)
+                time.sleep(0.05)
+                go.set()
+                (answer,) = answers_in(read_all(sock))
+                self.assertEqual(answer.status, 200)
+                self.assertIn("lo", answer.body.decode())
+                self.assertFalse(answer.body.endswith(b"CUT"))
+
+    @unittest.skipUnless(ccfix.HANG_UP, "where poll() tells the end of sending")
+    def test_two_requests_and_the_end_of_sending_get_two_answers(self):
+        go = threading.Event()
+        self.serve([go, 0.05, streamed(HELLO_STREAM)])
+        sock = self.half_closed(request("hi"), request("ho", stream=False))
+        self.wait_until(lambda: self.upstream.requests)
+        go.set()
+        first, second = answers_in(read_all(sock))
+        message = ccfix.fold(sse_events(first.body.decode()))
+        self.assertEqual(message["content"], json.loads(second.body.decode())["content"])
+
+    @unittest.skipUnless(ccfix.HANG_UP, "where poll() tells the end of sending")
+    def test_a_client_that_closes_its_sending_side_and_then_leaves(self):
+        for script in (
+            [threading.Event()],
+            [SSE_HEAD + piece(deltas(delta(content="Hello"))), threading.Event()],
+        ):
+            self.serve(script)
+            sock = self.half_closed(request("hi"))
+            self.wait_until(lambda: self.upstream.requests)
+            time.sleep(0.05)
+            self.left(sock)
+
+    def test_half_a_request_and_the_end_of_sending_is_no_request(self):
+        self.serve()
+        data = json.dumps(request("hi")).encode()
+        sock = self.connect()
+        sock.sendall(self.head("POST", "/v1/messages", (), len(data)) + data[:-1])
+        sock.shutdown(socket.SHUT_WR)
+        self.assertEqual(read_all(sock), b"")
+        self.assertEqual(self.upstream.requests, [])
+
     def test_a_finished_stream_keeps_the_connection(self):
         self.serve()
         for _ in range(3):
@@ -13064,6 +13334,22 @@ class TestHonestStreams(HttpCase):
         go.set()
         (answer,) = answers_in(raw + read_all(sock))
         return answer, sse_events(answer.body.decode())
+
+    def test_a_compressed_stream_is_passed_on_block_by_block(self):
+        """600 KB in one compressed block, then one word a block: none waits for the next."""
+        go, packer = threading.Event(), zlib.compressobj(6, zlib.DEFLATED, 31)
+        texts = [deltas(*[delta(content="x" * 60)] * 10000)]
+        texts += [deltas(delta(content="word-%d" % number)) for number in range(5)]
+        blocks = [packer.compress(text) + packer.flush(zlib.Z_SYNC_FLUSH) for text in texts]
+        end = packer.compress(sse(delta("stop"))) + packer.flush()
+        head = SSE_HEAD.replace(b"\r\n\r\n", b"\r\nContent-Encoding: gzip\r\n\r\n")
+        _, events = self.stream_until(
+            lambda raw: b"word-4" in raw and raw.count(b"x") >= 600000,
+            go,
+            [head] + [piece(block) for block in blocks] + [go, piece(end) + b"0\r\n\r\n"],
+        )
+        self.assertEqual(grammar(self, events), "done")
+        self.assertEqual(len(ccfix.fold(events)["content"][0]["text"]), 600000 + 5 * len("word-0"))
 
     def test_early_errors_keep_their_status(self):
         early = sse({"error": {"message": "slow down", "code": 429}})
@@ -13289,8 +13575,11 @@ class TestFuzz(unittest.TestCase):
 class TestSignals(unittest.TestCase):
     """A process that serves, ended while a stream is open."""
 
-    def run_until(self, signum, *script):
-        """(exit code, what the client got, what was printed) when the signal comes in a stream."""
+    def run_until(self, signums, *script, ignored=()):
+        """(exit code, what the client got, what was printed) when these signals come in a stream.
+
+        ignored: signals that the process is started without, as by nohup.
+        """
         with FakeUpstream(*script) as upstream, tempfile.TemporaryDirectory() as folder:
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
@@ -13319,6 +13608,7 @@ class TestSignals(unittest.TestCase):
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
+                preexec_fn=lambda: [signal.signal(number, signal.SIG_IGN) for number in ignored],
             )
             try:
                 sock, end = None, time.monotonic() + 15
@@ -13332,7 +13622,9 @@ class TestSignals(unittest.TestCase):
                     head = b"POST /v1/messages HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d"
                     sock.sendall(head % len(data) + b"\r\n\r\n" + data)
                     got = sock.recv(100)
-                    process.send_signal(signum)
+                    for signum in signums:
+                        process.send_signal(signum)
+                        time.sleep(0.2)
                     got += read_all(sock)
                 printed = process.communicate(timeout=10)[0].decode()
             finally:
@@ -13355,13 +13647,39 @@ class TestSignals(unittest.TestCase):
                 ]
             )
         ]
-        for signum in (signal.SIGTERM, signal.SIGINT):
-            code, got, printed = self.run_until(signum, *stream)
+        for signums, ignored in (
+            ([signal.SIGTERM], ()),
+            ([signal.SIGINT], ()),
+            ([signal.SIGHUP], ()),
+            ([signal.SIGHUP, signal.SIGTERM], [signal.SIGHUP]),
+        ):
+            code, got, printed = self.run_until(signums, *stream, ignored=ignored)
             self.assertEqual(code, 0, printed)
             message = ccfix.fold(sse_events(answers_in(got)[0].body.decode()))
             self.assertEqual(message["content"], [{"type": "text", "text": "Hello"}])
             self.assertNotIn("Traceback", printed)
             self.assertNotIn(KEY, printed)
+
+    @unittest.skipIf(os.name == "nt", "POSIX signals")
+    def test_a_second_signal_ends_it_at_once(self):
+        stream = [
+            lambda r: (
+                counted(b"{}", "404 No")
+                if r.method == "GET"
+                else [SSE_HEAD + piece(deltas(delta(content="Hel"))), threading.Event()]
+            )
+        ]
+        for signums in (
+            [signal.SIGINT, signal.SIGINT],
+            [signal.SIGTERM, signal.SIGTERM],
+            [signal.SIGINT, signal.SIGTERM],
+            [signal.SIGHUP, signal.SIGINT],
+        ):
+            began = time.monotonic()
+            code, got, printed = self.run_until(signums, *stream)
+            self.assertLess(time.monotonic() - began, 4, "open streams have five seconds")
+            self.assertEqual(code, -signums[-1], printed)
+            self.assertNotIn("Traceback", printed)
 
 
 # ==================================================================================================
@@ -13756,6 +14074,234 @@ class TestTarget(CommandsCase):
         )
 
 
+# What a terminal obeys, what reads from right to left, and what ends a line.
+CONTROLS = "\0\a\b\t\n\x0b\x0c\r\x1b\x1f\x7f\x80\x85\x9b\x9f\u061c\u200e\u200f\u2028\u2029"
+CONTROLS += "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+CLIPBOARD = "\x1b]52;c;ZXZpbA==\x07"  # has a terminal set the clipboard
+
+
+class TestCleanOutput(CommandsCase):
+    """What a provider, a file or a client wrote is printed as text, whatever is in it."""
+
+    def is_clean(self, text, lines=None):
+        """Asserts that nothing in a printed text is obeyed by a terminal."""
+        self.assertEqual(set(text) & set(CONTROLS) - {"\n"}, set(), ascii(text))
+        self.assertTrue(text.endswith("\n"))
+        if lines:
+            self.assertEqual(text.count("\n"), lines, text)
+
+    def test_one_line_stays_one_line_and_what_can_be_shown_is_shown(self):
+        words = "\u4f60\u597d \xe4 \U0001f600 \u3000 \u0645"
+        for encoding, shown in (
+            ("utf-8", words),
+            ("utf-16", words),
+            ("gb18030", words),
+            ("ascii", r"\u4f60\u597d \xe4 \U0001f600 \u3000 \u0645"),
+            ("latin-1", "\\u4f60\\u597d \xe4 \\U0001f600 \\u3000 \\u0645"),
+            ("gbk", "\u4f60\u597d \\xe4 \\U0001f600 \u3000 \\u0645"),
+        ):
+            raw = io.BytesIO()
+            out = io.TextIOWrapper(raw, encoding=encoding, newline="\n")
+            ccfix.say(words, "a" + CONTROLS + "\ud800b", out=out)
+            text = raw.getvalue().decode(encoding)
+            self.is_clean(text, 2)
+            self.assertEqual(text.split("\n")[0], shown)
+            self.assertIn(r"\x00\x07\x08\t\n\x0b\x0c\r\x1b", text)
+            self.assertIn(r"\u202e", text)
+            self.assertIn(r"\ud800", text)
+
+    def test_what_a_provider_calls_its_models_and_says_of_errors(self):
+        names = ["deepseek-chat" + CLIPBOARD + CONTROLS, "\u6a21\u578b\n  2  forged"]
+        models = {"object": "list", "data": [{"id": name} for name in names]}
+        error = {"error": {"message": "no \u4e2d\u6587 " + CLIPBOARD + CONTROLS + "\nok   key"}}
+        error = json.dumps(dict(error, code="model_not_found"), ensure_ascii=False)
+
+        def answer(asked):
+            body = json.dumps(models) if asked.method == "GET" else error
+            return counted(body.encode(), "200 OK" if asked.method == "GET" else "404 No")
+
+        with FakeUpstream(answer) as server:
+            base = server.url + "/v1"
+            code, out, err = self.main("check", "-b", base, "-m", "deepseek" + CLIPBOARD)
+            self.assertEqual(code, 1)
+            self.is_clean(out)
+            self.assertEqual(len(re.findall("(?m)^(ok|no|--|FAIL) ", out)), len(ccfix.CHECKS))
+            self.assertRegex(out, r" fix: .*-m with one of: deepseek-chat\\x1b]52;c;ZXZpbA==\\x07")
+            self.is_clean(self.main("init", "-b", base)[2])
+            lines = io.StringIO("2\n")
+            lines.isatty = lambda: True
+            with mock.patch.object(ccfix.sys, "stdin", lines):
+                with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(
+                    io.StringIO()
+                ) as err:
+                    ccfix.main(["init", "--force", "-b", base, "-k", "k"])
+            self.is_clean(err.getvalue())
+            self.assertEqual(
+                re.findall("(?m)^  2  .*", err.getvalue()), ["  2  \u6a21\u578b\\n  2  forged"]
+            )
+
+    def test_what_a_provider_or_its_model_says_in_a_row_of_check(self):
+        words = "\u4e2d\u6587 " + CLIPBOARD + CONTROLS + "\nok   key"
+        error = json.dumps({"error": {"message": words}}).encode()
+        for answer in (
+            counted(error, "500 No"),
+            streamed(sse(delta(content=words), delta("stop"))),
+        ):
+            with FakeUpstream(answer) as server:
+                out = self.main("check", "-b", server.url + "/v1", "-m", "m")[1]
+            self.is_clean(out)
+            self.assertNotRegex(out, "(?m)^ok   key\\b(?! accepted)")
+            self.assertIn("\u4e2d\u6587 ", out)
+            self.assertIn(r"\x1b]52", out)
+
+    def test_names_of_models_that_claude_code_shows(self):
+        plan = ccfix.Plan("", "m" + CONTROLS, "b", "k", ccfix.DEFAULT)
+        values = {"TARGET_MODEL_HAIKU": "\u6a21" + CLIPBOARD, "TARGET_MODEL": "m"}
+        found = ccfix.session_variables("http://127.0.0.1:1", settings_of(**values), plan)
+        self.assertEqual(found["ANTHROPIC_DEFAULT_HAIKU_MODEL_NAME"][:6], "\u6a21\\x1b]")
+        for value in found.values():
+            self.is_clean(value + "\n", 1)
+
+    def test_the_start_line_and_errors_of_settings(self):
+        evil = CLIPBOARD + "\x9b31m\u202e"
+        config = ccfix.Config({"TARGET_MODEL": "\u6a21" + evil, "DISGUISE_MODEL": evil}, {}, "")
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            ccfix.say(*ccfix.banner(config(), "http://127.0.0.1:1"))
+        self.is_clean(out.getvalue(), 6)
+        self.assertIn("\u6a21\\x1b]52", out.getvalue())
+        for argv in (
+            ["--env-file", "no" + CLIPBOARD],
+            ["--nosuch" + evil + "\nccfix: all is well"],
+            ["run", "\u4f60" + evil + "\n"],
+            ["x" + evil + "\n"],
+            ["-p", evil],
+            ["check", "--family", evil + "\n"],
+            ["--replay", "no" + CLIPBOARD],
+            ["--log-file", "no/" + CLIPBOARD, "--demo", "-p", "0"],
+            ["--ca-bundle", "no" + CLIPBOARD, "--demo"],
+        ):
+            code, out, err = self.main(*argv)
+            self.assertEqual((code, out), (2, ""), argv)
+            self.is_clean(err)
+            self.assertIn("ccfix", err)
+            self.assertNotRegex(err, "(?m)^ccfix: all is well")
+        self.assertIn("\u4f60\\x1b", self.main("run", "\u4f60\x1b")[2])
+
+    def test_log_lines(self):
+        log, out = ccfix.Log(settings_of(LOG_FILE="x.log"), io.StringIO()), io.StringIO()
+        raw = io.BytesIO()
+        log.out = io.TextIOWrapper(raw, encoding="ascii")
+        forged = "\n2026-01-01 00:00:00 info    all is well"
+        for text in (
+            "\u4e2d\u6587" + CONTROLS + forged,
+            "Traceback (most recent call last):" + forged,
+            "0a1b failed inside ccfix:" + forged,
+            "half \ud800",
+        ):
+            for level in ("error", "warning"):
+                log(level, text)
+        printed = raw.getvalue().decode("ascii")
+        self.is_clean(printed, 8)
+        with open("x.log", encoding="utf-8", newline="") as file:
+            kept = file.read()
+        self.is_clean(kept, 8)
+        self.assertIn("\u4e2d\u6587", kept)
+        self.assertIn(r"\u4e2d\u6587", printed)
+        for line in (printed + kept).split("\n")[:-1]:
+            self.assertRegex(line, r"\A20\d\d-\d\d-\d\d \d\d:\d\d:\d\d (error  |warning) [^2]")
+
+    def test_a_traceback_of_ours_has_lines_and_each_is_clean(self):
+        log = ccfix.Log(settings_of(), io.StringIO())
+        log("error", "req_1 failed inside ccfix:\nTraceback:\n  a" + CLIPBOARD + "\nb")
+        self.is_clean(log.out.getvalue(), 4)
+        for line in log.out.getvalue().split("\n")[1:-1]:
+            self.assertTrue(line.startswith("    "), line)
+
+    @unittest.skipUnless(hasattr(os, "O_NOFOLLOW"), "no O_NOFOLLOW")
+    def test_nothing_is_written_through_a_link_or_into_something_else(self):
+        for name in ("log", "responses.db", ".env"):
+            os.symlink("victim", name)
+        os.mkfifo("pipe")
+        for path in ("log", "pipe", "/dev/null", "."):
+            code, _, err = self.main("--log-file", path, "--demo", "-p", "0")
+            self.assertEqual(code, 2, path)
+            self.assertIn("LOG_FILE %s cannot be written: " % path, err)
+        told = []
+        cache = ccfix.Cache(".", 60, 1 << 20, told.append)
+        cache.put("k", {"a": 1}, 1)
+        self.assertEqual((cache.get("k"), len(told)), (None, 1))
+        cache.close()
+        ccfix.write_file(".env", "A=b")  # takes the place of the link
+        self.assertFalse(os.path.islink(".env") or os.path.exists("victim"))
+
+    @unittest.skipUnless(os.name == "posix", "modes of files")
+    def test_files_are_private(self):
+        self.addCleanup(os.umask, os.umask(0))
+        ccfix.Log(settings_of(LOG_FILE="x.log"), io.StringIO())("info", "a")
+        cache = ccfix.Cache("c", 60, 1 << 20, print)
+        cache.put("k", {"a": 1}, 1)
+        ccfix.Recorder("r", [], print).write({"time": 1, "id": "a", "replies": []})
+        ccfix.write_file("env", "A=b")
+        for path in ["x.log", "env"] + glob.glob("c/*") + glob.glob("r/*"):
+            self.assertEqual(stat.S_IMODE(os.stat(path).st_mode), 0o600, path)
+        cache.close()
+
+
+class TestProxyKey(CommandsCase):
+    """auto: a key made at random, another one at each start."""
+
+    def banner(self, config):
+        return "\n".join(ccfix.banner(config(), "http://127.0.0.1:1"))
+
+    def test_auto_is_a_key_that_is_printed_where_one_connects(self):
+        keys = set()
+        for given, environ in (
+            ({"ANTHROPIC_API_KEY": "auto"}, {}),
+            ({"ANTHROPIC_API_KEY": "AUTO"}, {}),
+            ({}, {"ANTHROPIC_API_KEY": "auto"}),
+        ):
+            config = ccfix.Config(given, environ, "")
+            key = config().anthropic_api_key
+            keys.add(key)
+            self.assertRegex(key, r"\A[0-9a-f]{48}\Z")
+            self.assertIn(key, config().secrets())
+            said = self.banner(config)
+            self.assertIn("export ANTHROPIC_AUTH_TOKEN=%s;" % key, said)
+            self.assertIn('$env:ANTHROPIC_AUTH_TOKEN="%s"' % key, said)
+            status = json.dumps(ccfix.Proxy(config, mock.Mock()).status("x"))
+            self.assertNotIn(key, status)
+            self.assertIn("YOUR_PROXY_KEY", status)
+        self.assertEqual(len(keys), 3)
+
+    def test_a_key_that_was_chosen_is_not_printed_and_none_is_told(self):
+        said = self.banner(ccfix.Config({"ANTHROPIC_API_KEY": "chosen-key"}, {}, ""))
+        self.assertNotIn("chosen-key", said)
+        self.assertIn("YOUR_PROXY_KEY", said)
+        said = self.banner(ccfix.Config({}, {}, ""))
+        self.assertRegex(said, "proxy key +off: every user of this machine")
+        self.assertIn("--key auto", said)
+
+    def test_a_live_change_keeps_it(self):
+        for text in ("ANTHROPIC_API_KEY=auto\n", ""):
+            path = self.write(".env", text)
+            config = ccfix.Config({} if text else {"ANTHROPIC_API_KEY": "auto"}, {}, ".env")
+            config.log = mock.Mock()
+            key = config().anthropic_api_key
+            self.write(".env", text + "TARGET_MODEL=other\n")
+            os.utime(path, (1, 1))
+            self.assertEqual((config().target_model, config().anthropic_api_key), ("other", key))
+
+    def test_the_flag_and_init(self):
+        flag = ccfix.config_of(*ccfix.command_line(["--demo", "--key", "auto"]))
+        self.assertEqual(len(flag().anthropic_api_key), 48)
+        code, out, _ = self.main("init", "-b", "http://127.0.0.1:1", "-m", "m", "--key", "auto")
+        self.assertEqual(code, 0)
+        key = ccfix.Config({}, {}, ".env")().anthropic_api_key
+        self.assertEqual(len(key), 48)
+        self.assertIn("\nANTHROPIC_API_KEY=%s\n" % key, self.read(".env"))
+        self.assertEqual(json.loads(out)["env"]["ANTHROPIC_AUTH_TOKEN"], key)
+
+
 class TestLiveSettings(CommandsCase):
 
     def setUp(self):
@@ -13791,6 +14337,40 @@ class TestLiveSettings(CommandsCase):
             self.lines,
             ["info .env was changed: TARGET_API_KEY; TARGET_MODEL = two; CACHE_ENABLED = True"],
         )
+
+    def test_a_change_names_no_password_of_an_address(self):
+        self.change("TARGET_MODEL=one\n")
+        config = self.config()
+        self.change(
+            "TARGET_API_KEY=k\n"
+            + "".join(
+                "%s=https://user:pass-word@host.test/x\n" % row.env
+                for row in ccfix.SETTINGS
+                if row.parse in (ccfix.parse_address, ccfix.parse_base_url)
+            )
+        )
+        config()
+        self.change("SEARCH_URL=https://user:pass-word@host.test:seven/\n")
+        config()
+        self.assertEqual(len(self.lines), 2)
+        self.assertNotIn("pass-word", str(self.lines))
+        self.assertIn("SEARCH_URL = https://host.test/x", self.lines[0])
+
+    def test_log_and_records_hide_the_keys_of_before_and_of_now(self):
+        base = "TARGET_API_BASE=http://127.0.0.1:9\n"
+        self.change(base + "TARGET_API_KEY=sk-first\nRECORD_DIR=r\n")
+        config, out = ccfix.Config({}, {}, ".env"), io.StringIO()
+        config.log = ccfix.Log(config(), out)
+        proxy = ccfix.Proxy(config, config.log)
+        for text in ("TARGET_API_KEY=sk-second\n", "", "TARGET_API_KEY=sk-third\n"):
+            self.change(base + text + "TARGET_MODEL=m\nRECORD_DIR=r\n")
+            proxy.settings()
+        keys = "sk-first sk-second sk-third"
+        config.log("info", keys)
+        proxy.recorder.write({"time": 1, "id": "a", "replies": [{"status": 200, "body": keys}]})
+        told = out.getvalue() + "".join(self.read(path) for path in glob.glob("r/*"))
+        self.assertEqual(told.count("<hidden> <hidden> <hidden>"), 2)
+        self.assertNotIn("sk-", told)
 
     def test_a_broken_file_keeps_the_old_settings_and_says_why(self):
         self.change("TARGET_MODEL=one\n")
