@@ -3310,7 +3310,7 @@ BEGINNINGS = {
 ASIDE = re.compile(r"\s{4}|\s*[\t>|#]")
 # Words that introduce a quotation end so, perhaps in bold, and so does the quote mark before one.
 INTRODUCED = re.compile(
-    "[-:,;=('\"\\[{<|~\uff1a\uff0c\u3001\uff1b\uff1d\uff08\u2013\u2014\u2018-\u201f\xab\xbb\u2039"
+    "[-:,;=('\"\\[{<|\uff1a\uff0c\u3001\uff1b\uff1d\uff08\u2013\u2014\u2018-\u201f\xab\xbb\u2039"
     "\u203a\u300a-\u300f\uff02\uff07][*_\\s]*\\Z"
 )
 # What a call may follow in its line: a word directly, or the end of a sentence.
