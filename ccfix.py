@@ -888,6 +888,15 @@ SETTINGS = (
         "the main model's context window in tokens; 0: as known or learned",
         parse_count,
     ),
+    # A model may also quote a call, of an attacker's perhaps; so auto looks for them only where the
+    # server may have left them in the text.
+    Setting(
+        "TEXT_CALLS",
+        "auto",
+        "take a call that stands in the model's text for a call: auto (from local and unknown"
+        " servers), always, never",
+        parse_choice("auto", "always", "never"),
+    ),
     # The disguise. Claude Code's own settings fill it, so that requests tell what its user chose.
     # Eight of the large providers answer 400 or 422 to any field that they do not know: hence auto.
     Setting(
@@ -1318,6 +1327,9 @@ class Profile(NamedTuple):
     efforts: tuple = ()  # effort words it takes, weakest first
     # the only effort that it takes beside tools [none: gpt-5.4 and later]
     effort_with_tools: str = ""
+    # its server may leave calls in the text, having no parser for them (chat alone; profile_for
+    # says no to whoever has a host of a row)
+    text_calls: bool = True
     betas: tuple = ()  # anthropic-beta flags that are not passed on (Anthropic's form only)
     scope: str = ""  # whose reasoning state this is: host of the base URL (set by profile_for)
     tried: bool = False  # on a real server; all else is from documentation and reports
@@ -1649,7 +1661,7 @@ PROFILES = (
     # litellm issues 32086 and 17343. Strict, for the sake of the providers behind it.
     Profile("litellm", "LiteLLM gateway", ":4000", strict=True),
     # set by --demo, whose server stands in this file
-    Profile("demo", "the embedded demo model"),
+    Profile("demo", "the embedded demo model", text_calls=False),
     ANTHROPIC,
     NATIVE,
 )
@@ -1729,7 +1741,10 @@ def profile_for(base, model, forced="", format="auto", owner=""):
             and re.match("(.*/)?(%s)" % row.models, model, re.I)
             and (format == "auto" or row.format != "anthropic")
         )
-    return next(fitting, DEFAULT)._replace(scope=host)
+    row = next(fitting, DEFAULT)
+    # A server of one's own: in a row of ports, or of no host, and at a host that is nobody's.
+    own = row.hosts[:1] in ":" and not any(serves(known, host) for known in PROFILES)
+    return row._replace(scope=host, text_calls=row.text_calls and own)
 
 
 def serves(row, place):
@@ -2857,7 +2872,7 @@ TOKEN = re.compile(
     r"""
     (?P<string> "[^"\\]*(?:\\.[^"\\]*)*" | '[^'\\]*(?:\\.[^'\\]*)*' )
   | (?P<gap>    \s+ | ,(?=\s*[}\]]) )
-  | (?P<name>   [A-Za-z_$][\w$]*(?=\s*:) )
+  | (?P<name>   (?<![\w$])[A-Za-z_$][\w$]*(?=\s*:) )
   | (?P<other>  [:,\[\]{}] | [-+.0-9][-+.0-9eE]* | [A-Za-z]+ )
 """,
     re.VERBOSE | re.DOTALL,
@@ -3181,27 +3196,26 @@ class ArgumentStream:
 
 # ---- calls that a model wrote as text, because the server has no parser for its format -----------
 #
-# text -> pieces (white space, back-ticks, literals, prose)
-#      -> a mark that counts here: a Candidate, held up to its closing literal -> parse_calls
-#      -> calls; or, when that fails, the same text again, with the mark as prose
+# text -> pieces (white space, rows of back-ticks or tildes, literals, prose)
+#      -> a mark that counts here: from it on all text is held -> at the reply's end: parse_calls
+#      -> calls, when nothing else is held; else the same text again, with the mark as prose
 #
-# A document that only talks about such calls must come out as it is. So a mark that begins with
-# what people also write counts at the start of a line only, none counts in code, the tool must be
-# one that was offered, and a call that was cut off must have all that its schema requires.
+# A model also quotes such calls: from a document about them, or from a file whose author wants one
+# made. So they count only at the very end of a reply, from the start of a line on (the special
+# tokens of some models: from the end of a sentence on), never in code or thinking, nor where the
+# words before introduce a quotation; the tool must be one that was offered. What is left is a
+# quotation that looks like a model's own call in every way.
 
-MAX_BLANK = 1024  # white space, or back-ticks, that wait for what follows them
 STEP = 4096  # characters looked at in one go, so that no mark costs more than this again
+MAX_HELD = 1 << 18  # characters; so long without an end: text
 
-# Where on the page we are; a mark counts in one of these places and in those before it.
-# The start of the message, right after a call, the start of a line, the middle of a line.
-NOWHERE, START, AFTER, LINE, MIDDLE = range(5)
-
-
-class Incomplete(ValueError):
-    """The closing literal was part of a value; the call goes on."""
+# Where on the page a mark counts: at the start of the message, of a line, or in a line; and
+# everywhere before.
+START, LINE, MIDDLE = range(3)
+SIGNS = "<[{"  # what calls begin with
 
 
-# ---- reading one call
+# ---- reading calls
 
 
 def widen(text):
@@ -3216,12 +3230,12 @@ def widen(text):
 DSML = r"(?:[\uff5c|]DSML[\uff5c|])?"  # some servers write plain bars
 CALLS = {
     # Qwen3-Coder, and Llama with JSON in it
-    r"<function=(?P<name>[^>\s]+)>\s*": r"</function>",
+    r"<function=(?P<name>[^<>\s]+)>\s*": r"</function>",
     # MiniMax, DeepSeek V3.2
     r'<%sinvoke\s+name="(?P<name>[^"]+)"\s*>\s*' % DSML: r"</%sinvoke>" % DSML,
     # Kimi
     (
-        r"<\|tool_call_begin\|>\s*(?:functions\.)?(?P<name>[^\s<]+?)(?::\d+)?\s*"
+        r"<\|tool_call_begin\|>\s*(?:functions\.)?(?P<name>[\w.-]+)(?::\d+)?\s*"
         r"<\|tool_call_argument_begin\|>\s*"
     ): r"<\|tool_call_end\|>",
     # DeepSeek R1 and V3.1
@@ -3230,11 +3244,11 @@ CALLS = {
         r"(?:```(?:json)?\s*)?"
     ): widen(r"(?:```\s*)?<|tool_call_end|>"),
     # Mistral
-    r"(?:\[TOOL_CALLS\])?(?P<name>[\w.-]+)(?:\[CALL_ID\][\w-]*)?\[ARGS\]\s*": r"",
+    r"(?P<name>[\w.-]+)(?:\[CALL_ID\][\w-]*)?\[ARGS\]\s*(?=\{)": r"",
     # GLM
-    r"(?P<name>[\w.:-]+)\s*(?=<arg_key>)": r"\Z",
+    r"(?P<name>[\w.:-]+)\s*(?=<arg_key>|</tool_call>)": r"</tool_call>",
     # GPT-OSS
-    r"(?:functions\.)?(?P<name>[\w.-]+)(?![\w.-])[^{}\n]*?<\|message\|>\s*": r"\Z",
+    r"(?:functions\.)?(?P<name>[\w.-]+)(?![\w.-])[^{}\n]*?<\|message\|>\s*(?=\{)": r"",
 }
 # Some put line breaks around a value. Without a first one, a last one is its own.
 VALUE = r"(?P<pad>\n)?(?P<value>.*?)(?(pad)\n?)"
@@ -3242,7 +3256,10 @@ PARAMETERS = [
     # Qwen, GLM, and invoke, where DeepSeek's attribute `string` says whether the value is one. What
     # looks like an end and is not followed by a parameter, or the call's end, is part of the value.
     r"\s*<parameter=(?P<key>[^>]+)>%s</parameter>(?=\s*(?:<parameter=|</function>))" % VALUE,
-    r"\s*<arg_key>(?P<key>[^<]+)</arg_key>\s*<arg_value>%s</arg_value>(?=\s*(?:<arg_key>|\Z))"
+    (
+        r"\s*<arg_key>(?P<key>[^<]+)</arg_key>\s*<arg_value>%s</arg_value>"
+        r"(?=\s*(?:<arg_key>|</tool_call>))"
+    )
     % VALUE,
     (
         r'\s*<DSMLparameter\s+name="(?P<key>[^"]+)"(?:\s+string="(?P<string>true|false)")?\s*>'
@@ -3252,6 +3269,8 @@ PARAMETERS = [
 ]
 # That attribute -> the schema it stands for; a type that there is not means: any but a string.
 STRING_SCHEMAS = {"true": {"type": "string"}, "false": {"type": "JSON"}}
+# All that an object may have that is a call without any mark.
+BARE_KEYS = {"type", "id", "function", "name", "arguments", "parameters"}
 
 
 def match_any(patterns, text, at):
@@ -3260,38 +3279,35 @@ def match_any(patterns, text, at):
     return next(filter(None, matches), None)
 
 
-def fix_object(text, schema):
-    """fix_arguments; Qwen sometimes forgets the last brace."""
-    found = fix_arguments(text, schema)
-    return fix_arguments(text + "}", schema) if found is None else found
+def json_value(text, at, stop):
+    """(value, its end) of the JSON at `at`, or of what is nearly JSON; ValueError for other text.
 
-
-def json_value(body, at, end, closed):
-    """(value, its end) of the JSON at `at`; broken JSON is taken up to `end` and fixed, or None.
-
-    Not closed: it may have been cut off, and nothing is fixed. Incomplete when it ends in a string.
+    stop: pattern of what follows; Qwen sometimes forgets the last brace before it.
     """
     try:
-        return LENIENT.raw_decode(body, at)
-    except ValueError as error:
-        if "Unterminated string" in str(error):
-            raise Incomplete()
-    return fix_object(body[at:end], {}) if closed else None, end
+        return object_at(text, at)
+    except ValueError:
+        end = re.compile(stop).search(text, at)
+        if not end:
+            raise
+    return object_at(text[at : end.start()] + "}", 0)[0], end.start()
 
 
-def json_call(value, tools):
+def json_call(value, tools, bare):
     """(name, arguments) of {"name", "arguments"} in its many spellings; both may be anything.
 
     Llama says "parameters", Cohere "tool_name", and some wrap it like OpenAI, in {"function"}.
+    bare: without a mark, so that other keys, or no arguments, make it data.
     """
     value = as_dict(value)
-    value = as_dict(value.get("function")) or value
-    name = value.get("name", value.get("tool_name", value.get("function")))
+    inner = as_dict(value.get("function")) or value
+    name = inner.get("name", inner.get("tool_name", inner.get("function")))
     name = re.sub(r"^functions\.", "", str(name))
-    arguments = value.get("arguments", value.get("parameters", value.get("args", {})))
+    empty = None if bare else {}
+    arguments = inner.get("arguments", inner.get("parameters", inner.get("args", empty)))
     if isinstance(arguments, str):
-        arguments = fix_object(arguments, tools.get(name))
-    return name, arguments
+        arguments = fix_arguments(arguments, tools.get(name))
+    return name, None if bare and not {*value, *inner} <= BARE_KEYS else arguments
 
 
 def parse_bare(text, schema):
@@ -3306,11 +3322,11 @@ def parse_bare(text, schema):
     return text if ANY in types and (plain is None or isinstance(plain, str)) else plain
 
 
-def tagged_parameters(body, at, schema):
+def tagged_parameters(text, at, schema):
     """(arguments, their end) of the PARAMETERS at `at`."""
     arguments = {}
     while True:
-        found = match_any(PARAMETERS, body, at)
+        found = match_any(PARAMETERS, text, at)
         if not found:
             return arguments, at
         key, at = found["key"].strip(), found.end()
@@ -3318,322 +3334,278 @@ def tagged_parameters(body, at, schema):
         arguments[key] = parse_bare(found["value"], told or property_schema(schema, key))
 
 
-def tagged_call(found, tools, closed):
-    """([(name, arguments)], its end) of the call that begins with `found`, a match by CALLS."""
-    name, body, at = found.group("name"), found.string, found.end()
-    stop = re.compile(CALLS[found.re.pattern])
-    if body.startswith("{", at):
-        end = stop.search(body, at)
-        arguments, at = json_value(body, at, end.start() if end else len(body), closed)
+def tagged_call(found, tools):
+    """({name, arguments}, its end) of the call that begins with `found`, a match by CALLS."""
+    name, text, at = found.group("name"), found.string, found.end()
+    stop = CALLS[found.re.pattern]
+    if text.startswith("{", at):
+        arguments, at = json_value(text, at, stop)
     else:
-        arguments, at = tagged_parameters(body, at, tools.get(name))
-    end = stop.match(body, BETWEEN.match(body, at).end())
+        arguments, at = tagged_parameters(text, at, tools.get(name))
+    end = re.compile(stop).match(text, BETWEEN.match(text, at).end())
     if not end:
-        raise Incomplete()
-    return [(name, arguments)], end.end()
+        raise ValueError("not whole")
+    return {"name": name, "arguments": arguments}, end.end()
 
 
-def parse_calls(body, at, tools, closed):
-    """([(name, arguments dict)], where they end) of calls in a row, from `at` in the body on.
+def parse_calls(text, tools):
+    """([(name, arguments dict)], where they end) of the calls in a row that `text` begins with.
 
-    tools: {offered name: JSON schema}; closed: the closing literal has come. Incomplete when one of
-    them goes on behind the body. What is not a call of an offered tool ends the row.
+    tools: {offered name: JSON schema}. Behind the end comes nothing, other text, or, with one of
+    SIGNS, what is not (yet) whole. Without calls, 0 means that too, and any other end that up to
+    there stands a call that cannot be made.
     """
-    calls, name = [], body[at:].strip()
-    if name in tools:  # GLM, without arguments
-        return [(name, {})], len(body)
-    at = BETWEEN.match(body, at).end()
-    while at < len(body):
-        found = match_any(CALLS, body, at)
-        if found:
-            more, end = tagged_call(found, tools, closed)
-        elif body.startswith(("{", "["), at):
-            value, end = json_value(body, at, len(body), closed)
-            more = [json_call(one, tools) for one in as_list(value) or [value]]
-        else:
-            break
+    calls, at, end = [], 0, 0
+    while True:
+        found, opener = match_any(CALLS, text, at), OPENER.match(text, at)
+        if opener and not found:
+            at = opener.end()
+            continue
+        try:
+            value, at = tagged_call(found, tools) if found else json_value(text, at, CLOSER)
+        except UNREADABLE:
+            return calls, end
+        more = [json_call(one, tools, text[0] == "{") for one in as_list(value) or [value]]
+        at = end = CLOSERS.match(text, at).end()
         if not all(name in tools and isinstance(arguments, dict) for name, arguments in more):
-            break
+            return [], end
         calls += more
-        at = BETWEEN.match(body, end).end()
-    return calls, at
+        if text[end : end + 1] not in SIGNS:  # an empty string is in it
+            return calls, end
 
 
 # ---- finding them in text
 
 
-class Mark(NamedTuple):
-    """A literal in text that begins calls, or a channel."""
-
-    literal: str
-    close: str = ""  # the literal that ends the calls; "" when only the end of the message does
-    head: str = r"\s*[<{\[]"  # regex of what must come soon behind it; group: the tool's name
-    where: int = MIDDLE  # the last of the places at which it counts
-    channel: str = ""  # the kind of text behind the mark, which is not of calls then, and vanishes
-
-
-MARKS = {  # by literal
-    mark.literal: mark
-    for mark in [
-        Mark("<tool_call>", "</tool_call>", r"\s*(?:[{\[]|<function=|([\w.:-]+)\s*<)", LINE),
-        Mark("<function=", "</function>", r"([^>\s]+)>\s*[<{]", LINE),
-        Mark("[TOOL_REQUEST]", "[END_TOOL_REQUEST]", where=LINE),  # LM Studio
-        Mark("<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"),
-        *[
-            Mark(form("<|tool_call_begin|>"), form("<|tool_call_end|>"), r"[^<>]+<")
-            for form in (str, widen)  # Kimi, DeepSeek
-        ],
-        *[
-            Mark("<%s>" % tag, "</%s>" % tag)
-            for tag in (
-                "\uff5cDSML\uff5cfunction_calls",
-                "\uff5cDSML\uff5ctool_calls",
-                "minimax:tool_call",
-            )
-        ],
-        Mark("<\uff5cDSML\uff5cinvoke", "</\uff5cDSML\uff5cinvoke>", r'\s+name="([^"]+)"'),
-        Mark(widen("<|tool_calls_begin|>"), widen("<|tool_calls_end|>")),
-        Mark("[TOOL_CALLS]", "", r"\s*(?:[{\[]|([\w.-]+)\[)"),  # Mistral
-        Mark("<|python_tag|>"),  # Llama
-        Mark("<|tool_call_start|>", "<|tool_call_end|>"),  # LFM2
-        Mark("<|START_ACTION|>", "<|END_ACTION|>"),  # Cohere
-        Mark(
-            "{",
-            "",
-            r'\s*"(?:name"\s*:\s*"([^"]+)"|type"\s*:\s*"function"|function"\s*:\s*\{)',
-            START,
-        ),
-        # GPT-OSS ("Harmony"): calls, and channels of text. What ends a channel counts only in one,
-        # and while one is open all of these marks count, in code too.
-        *[
-            Mark(start + " to=", "<|call|>", r"(?:functions\.)?([\w.-]+)[^\w.-]")
-            for start in (
-                "<|channel|>commentary",
-                "<|channel|>analysis",
-                "<|start|>assistant",
-                "<|start|>assistant<|channel|>commentary",
-            )
-        ],
-        *[
-            Mark("%s<|channel|>%s<|message|>" % (start, name), channel=kind)
-            for start in ("", "<|start|>assistant")
-            for name, kind in (("analysis", "thinking"), ("final", "text"), ("commentary", "text"))
-        ],
-        *[
-            Mark(end, channel="text", where=NOWHERE)
-            for end in ("<|start|>assistant", "<|end|>", "<|return|>", "<|call|>")
-        ],
-    ]
+# The literals that calls begin and end with: Qwen, Hermes and GLM; LM Studio; Kimi; DeepSeek;
+# MiniMax; Mistral; Llama; LFM2; Cohere; GPT-OSS ("Harmony").
+OPENING = (
+    "<tool_call> <function= [TOOL_REQUEST] <|tool_calls_section_begin|> <|tool_call_begin|>"
+    " <minimax:tool_call> [TOOL_CALLS] <|python_tag|> <|tool_call_start|> <|START_ACTION|>"
+    " <\uff5cDSML\uff5cfunction_calls> <\uff5cDSML\uff5ctool_calls> <\uff5cDSML\uff5cinvoke "
+    + widen("<|tool_calls_begin|> <|tool_call_begin|>")
+).split() + [
+    start + " to="
+    for start in (
+        "<|channel|>commentary",
+        "<|channel|>analysis",
+        "<|start|>assistant",
+        "<|start|>assistant<|channel|>commentary",
+    )
+]
+CLOSING = (
+    "</tool_call> </function> [END_TOOL_REQUEST] <|tool_calls_section_end|> <|tool_call_end|>"
+    " </minimax:tool_call> <|END_ACTION|> </\uff5cDSML\uff5cfunction_calls>"
+    " </\uff5cDSML\uff5ctool_calls> </\uff5cDSML\uff5cinvoke> <|call|> "
+    + widen("<|tool_calls_end|> <|tool_call_end|>")
+).split()
+# What people also write counts in fewer places than other literals, which count in the MIDDLE.
+PLACES = {"{": START, "<tool_call>": LINE, "<function=": LINE, "[TOOL_REQUEST]": LINE}
+# Harmony's channels -> the kind of text that one holds. What ends a channel counts only in one, and
+# while one is open all of these count, in code too.
+ENDS = ("<|start|>assistant", "<|end|>", "<|return|>", "<|call|>")
+CHANNELS = {
+    "%s<|channel|>%s<|message|>" % (start, name): kind
+    for start in ("", ENDS[0])
+    for name, kind in (("analysis", "thinking"), ("final", "text"), ("commentary", "text"))
 }
-PIECE = re.compile(
-    r"(?P<blank>\s+)|(?P<ticks>`+)|(?P<literal>%s)"
-    r"|[^\s`<\[{](?:[^\n`<\[{]*[^\s`<\[{])?|."  # prose
-    % "|".join(map(re.escape, sorted(MARKS, reverse=True)))  # the longer ones first
+CHANNELS.update(dict.fromkeys(ENDS, "text"))
+MARKS = {"{", *OPENING, *CHANNELS}
+# What must come soon behind a mark of calls; group: the tool's name.
+HEAD = re.compile(
+    r'\s*(?:[<{\[]|function<|"(?:type"\s*:\s*")?function"'
+    r'|(?:functions\.|name="|"name"\s*:\s*")?(?!name=)([\w.-]+)[^\w.-])'
 )
 
 
-class Candidate:
-    """The text of a possible call while it arrives, from its mark on."""
+def one_of(literals):
+    """A pattern of literals, the longer ones first."""
+    return "(?:%s)" % "|".join(map(re.escape, sorted(literals, reverse=True)))
 
-    def __init__(self, mark, tools, space):
-        self.mark, self.tools = mark, tools
-        self.space = space  # the white space in front: kept before prose, dropped before a call
-        self.parts = []  # the text
-        self.size = 0  # of it
-        self.tail = ""  # its last characters, in which the closing literal may have begun
-        self.closings = 0  # closing literals that turned out to be part of a value
-        self.has_head = False  # the mark's head has come, with an offered tool
 
-    def text(self):
-        return "".join(self.parts)
-
-    def add(self, text):
-        """Take more text; the offset behind each closing literal that it completed.
-
-        Looks at no character twice.
-        """
-        close, window, start = self.mark.close, self.tail + text, self.size - len(self.tail)
-        self.parts.append(text)
-        self.size += len(text)
-        if not close:
-            return []
-        self.tail = window[1 - len(close) :]
-        return [start + found.end() for found in re.finditer(re.escape(close), window)]
-
-    def parse(self, end, closed):
-        """([("call", (name, arguments JSON))], where they end) of the text up to `end`.
-
-        ValueError when it is not all calls, Incomplete when it may become so.
-        Not closed: nothing is fixed, and every required argument must be there.
-        """
-        mark, body, start = self.mark, self.text()[:end], 0
-        if mark.where != START and not match_any(CALLS, body, 0):  # both literals wrap the calls
-            start, body = len(mark.literal), body[: end - len(mark.close) * closed]
-        calls, stop = parse_calls(body, start, self.tools, closed)
-        if not calls or stop < len(body) and (mark.close or mark.where == START):
-            raise ValueError("not a call")
-        for name, arguments in calls:
-            if not closed and set(required_names(self.tools[name])) - arguments.keys():
-                raise ValueError("cut off")
-        found = [("call", (name, json.dumps(arguments))) for name, arguments in calls]
-        return found, end if closed else stop
-
-    def feed(self, text, final):
-        """Take more text. None while undecided, else what parse returns.
-
-        ([], end): it is prose up to there.
-        """
-        ends, start = self.add(text), len(self.mark.literal)
-        if not self.has_head:
-            limit = start + 200  # by then the head must have come
-            head = re.compile(self.mark.head).match(self.text(), start, limit)
-            if not (head or ends or final) and self.size < limit:
-                return None
-            if not head or head.lastindex and head.group(1) not in self.tools:
-                return [], start
-            self.has_head = True
-        for end, closed in [(end, True) for end in ends] + [(self.size, False)] * final:
-            try:
-                return self.parse(end, closed)
-            except Incomplete:
-                self.closings += 1
-                if closed and self.closings < 64:  # each is one more reading
-                    continue
-            except UNREADABLE:
-                pass
-            return [], end
-        return ([], self.size) if self.size > 1 << 18 else None  # so long without an end: text
+OPENER = re.compile(one_of(OPENING) + r"\s*")
+CLOSER = one_of(CLOSING)
+CLOSERS = re.compile(r"(?:[\s,;]|%s)*" % CLOSER)
+PIECE = re.compile(
+    r"(?P<blank>\s+)|(?P<row>`{1,64}|~{1,64})|(?P<literal>%s)"
+    r"|[^\s`~<\[{](?:[^\n`~<\[{]*[^\s`~<\[{])?|." % one_of(MARKS)  # prose
+)
+# What may become a literal, or a longer row, with the next characters.
+BEGINNINGS = {
+    whole[:size] for whole in [*MARKS, "`" * 64, "~" * 64] for size in range(1, len(whole))
+}
+# A line of code by its indentation, of a quotation, table or heading by its first character.
+ASIDE = re.compile(r"\s{4}|\s*[\t>|#]")
+# Words that introduce a quotation end so, perhaps in bold, and so does the quote mark before one.
+INTRODUCED = re.compile(
+    "[-:,;=('\"\\[{<|\uff1a\uff0c\u3001\uff1b\uff1d\uff08\u2013\u2014\u2018-\u201f\xab\xbb\u2039"
+    "\u203a\u300a-\u300f\uff02\uff07][*_\\s]*\\Z"
+)
+# What a call may follow in its line: a word directly, or the end of a sentence.
+SENTENCE = re.compile("(?:[^\\W_]|[.!?\u2026\u3002\uff01\uff1f]\\s?)\\Z")
 
 
 class TextCalls:
-    """Finds the tool calls in a stream of text. tools: {offered name: JSON schema}.
+    """Finds the tool calls at the end of a stream of text. tools: {offered name: JSON schema}; with
+    {}, only Harmony's channels are found.
 
-    feed(text) and finish() return pieces: ("text", str), ("thinking", str), ("call", (name,
-    arguments JSON)). What is not a call comes out as it came in; white space next to a call is
-    dropped. A caller may keep text from feed while `held` is false and TRIGGER(text) finds nothing:
-    such text stays in the middle of a line, and changes no state.
+    feed(text) and finish() return pieces: ("text", str), ("thinking", str), and from finish()
+    ("call", (name, arguments JSON)). What is not a call comes out as it came in; white space behind
+    a call is dropped. A caller may keep text from feed that `passes`.
     """
 
     TRIGGER = re.compile(r"[\n<`]|\[(?:T|\Z)|\s\Z").search
 
     def __init__(self, tools):
         self.tools = tools
-        self.place = START  # START, AFTER, LINE or MIDDLE
-        self.fences = []  # the back-ticks that opened the fences we are in, the innermost last
-        self.inline = ""  # those in this line that opened code, perhaps a fence
+        self.place = START  # START, LINE or MIDDLE
+        self.indent = ""  # white space at the beginning of this line
+        self.last = ""  # the last characters, white space as one
+        self.aside = None  # the last line that was not empty is one of ASIDE
+        self.quoted = False  # so was another line of its paragraph, or it introduced a quotation
+        self.fences = []  # the rows that opened the fences we are in, the innermost last
+        self.row = ""  # the row in this line that opened code, perhaps a fence
+        self.bare = False  # it stands alone in its line
         self.channel = ""  # Harmony: the kind of text that its open channel holds
         self.pending = ""  # the end of the text, while the next characters decide what it is
-        self.call = None  # a Candidate, while inside one
+        self.mark = ""  # of what may be calls,
+        self.parts = []  # which is held
+        self.missing = 0  # characters that must come before it is read again
 
-    @property
-    def held(self):
-        """Whether all text must be fed: where we are, it may be more than prose."""
-        code = self.fences or self.inline
-        return self.place != MIDDLE or self.call or self.pending or code or self.channel
+    def passes(self, text):
+        """Whether text is prose that stays in the middle of a line, whatever comes behind it."""
+        state = self.fences or self.row or self.channel or self.pending or self.mark
+        if state or self.place != MIDDLE or self.TRIGGER(text):
+            return False
+        self.last = (self.last + text)[-9:]
+        return True
 
     def feed(self, text, final=False):
         steps = [text[at : at + STEP] for at in range(0, len(text) or 1, STEP)]
         return [piece for step in steps for piece in self.scan(step, final) if piece[1]]
 
-    def finish(self):
+    def finish(self, calls=True):
+        """What is held, once nothing more comes, or nothing that calls may stand before."""
+        self.tools = self.tools if calls else {}
         return self.feed("", final=True)
 
     def scan(self, text, final):
         """Prose and possible calls in turn, until the text is used up."""
         quiet = 0  # no mark counts before it
         while True:
-            if not self.call:
+            if not self.mark:
                 text = yield from self.prose(text, quiet, final)
-            candidate, verdict = self.call, self.call and self.call.feed(text, final)
-            if not verdict:
+            if not self.mark:
                 return
-            calls, end = verdict
-            self.call, text, quiet = None, candidate.text(), 0
+            self.parts.append(text)
+            self.missing -= len(text)
+            if self.missing > 0 and not final:
+                return
+            text = "".join(self.parts)
+            calls, quiet = self.decide(text, final)
+            if not quiet:
+                self.parts, self.missing = [text], len(text) - 64  # so few are read again each time
+                return
+            self.mark, self.parts, self.missing = "", [], 0
             if calls:
-                yield from calls
-                self.place, self.channel = AFTER, self.channel and "text"
-                text = text[end:]
-            else:
-                yield self.channel or "text", candidate.space
-                again = text.rfind(candidate.mark.literal, 1, end)
-                quiet = again if again > 0 else end  # only the last one gets a try: linear time
+                yield from (("call", (name, json.dumps(values))) for name, values in calls)
+                return
+
+    def decide(self, text, final):
+        """(calls, where they end) of all that is held; ([], where prose ends); ([], 0): not yet."""
+        start = len(self.mark)
+        limit = start + 200  # by then the head must have come
+        head = HEAD.match(text, start, limit)
+        if not head and not final and len(text) < limit:
+            return [], 0
+        if not head or head.lastindex and head.group(1) not in self.tools:
+            return [], start
+        calls, end = parse_calls(text, self.tools)
+        if final and calls and end == len(text):
+            return calls, end
+        if end and not (calls and text[end : end + 1] in SIGNS):
+            return [], end
+        if not final and len(text) <= MAX_HELD:
+            return [], 0
+        again = text.rfind(self.mark, 1)  # only the last one gets another try: linear time
+        return [], max(again, end) if again > 0 else len(text)
 
     # -- prose
 
     def prose(self, text, quiet, final):
         """Yield text up to a mark of calls that counts (none before `quiet`); return the rest.
 
-        What white space, back-ticks and the beginning of a literal mean shows only behind them:
-        they wait in `pending`.
+        What a row, and the beginning of a literal, mean shows only behind them: they wait in
+        `pending`.
         """
         text, self.pending = self.pending + text, ""
-        done = solid = at = 0  # yielded up to done; white space alone from solid to at
+        done = at = 0  # yielded up to done
         while at < len(text):
             token = PIECE.match(text, at)
-            kind, literal, end = token.lastgroup, token.group(), token.end()
-            if not final and self.undecided(text, at, end):
-                break
-            if kind == "blank":
-                self.blank(literal)
-                if self.place == AFTER:
-                    done = solid = end
-            elif kind == "literal" and at >= quiet and self.counts(literal):
-                mark = MARKS[literal]
-                yield self.channel or "text", text[done : at if mark.channel else solid]
-                if not mark.channel:
-                    self.call = Candidate(mark, self.tools, text[solid:at])
+            kind, piece, end = token.lastgroup, token.group(), token.end()
+            if not final and text[at : at + 64] in BEGINNINGS:
+                text, self.pending = text[:at], text[at:]
+            elif kind == "literal" and at >= quiet and self.counts(piece):
+                yield self.channel or "text", text[done:at]
+                if piece not in CHANNELS:
+                    self.mark = piece
                     return text[at:]
-                self.channel = mark.channel
-                self.place, self.fences, self.inline = LINE, [], ""
-                done = solid = end
+                self.enter(CHANNELS[piece])
+                done = end
+            elif kind == "blank":
+                self.blank(piece)
             else:
-                if kind == "ticks":
-                    self.ticks(literal, text[end : end + 1])
-                self.place, solid = MIDDLE, end
+                self.ink(kind, piece)
+                if kind == "literal" and at >= quiet:
+                    self.last = ":"  # a mark that does not count quotes what is inside
             at = end
-        if final or len(text) - solid > MAX_BLANK:
-            solid = len(text)
-        self.pending = text[solid:]
-        yield self.channel or "text", text[done:solid]
-
-    def undecided(self, text, at, end):
-        """Whether the piece at the end of text may go on: back-ticks, or the beginning of a literal
-        that would count.
-        """
-        if text[at] == "`":
-            return end == len(text) and end - at < MAX_BLANK
-        rest = text[at : at + 64]  # no literal is as long
-        return rest[0] in "<[{" and any(
-            literal.startswith(rest) and literal != rest and self.counts(literal)
-            for literal in MARKS
-        )
+        yield self.channel or "text", text[done:]
 
     def counts(self, literal):
-        """Whether a literal means something here. In an open channel, Harmony's always do."""
-        mark = MARKS[literal]
-        if self.channel and (mark.channel or mark.close == "<|call|>"):
-            return True
-        return not (self.fences or self.inline) and self.place <= mark.where
+        """Whether a literal means something here."""
+        code = self.fences or self.row
+        if literal in CHANNELS:
+            return self.channel or not code and literal not in ENDS
+        if not self.tools or code or self.aside or self.quoted or self.channel == "thinking":
+            return False
+        last = PLACES.get(literal, MIDDLE)
+        if self.place == MIDDLE:
+            return last == MIDDLE and SENTENCE.search(self.last)
+        shifted = self.indent if self.place else ASIDE.match(self.indent)
+        return self.place <= last and not shifted
+
+    def enter(self, channel):
+        """A channel begins: a message of its own, though in the same code."""
+        fences = self.fences
+        self.__init__(self.tools)
+        self.channel, self.fences, self.place = channel, fences, LINE
+
+    def ink(self, kind, piece):
+        """A piece that is not white space."""
+        is_first, self.place = self.place != MIDDLE, MIDDLE
+        if is_first:
+            self.aside = ASIDE.match(self.indent + piece)
+        self.last = (self.last + piece)[-9:]
+        self.bare = False
+        if kind == "row" and self.row:
+            self.row = "" if piece == self.row else self.row
+        elif kind == "row" and (is_first and piece[2:] or piece[0] == "`" and not self.fences):
+            self.row, self.bare = piece, is_first
 
     def blank(self, space):
-        """White space: a new line ends inline code, but three back-ticks or more opened a fence."""
-        if "\n" in space:
-            if len(self.inline) >= 3:
-                self.fences.append(self.inline)
-            self.inline, self.place = "", min(self.place, LINE)
-
-    def ticks(self, row, after):
-        """Back-ticks, and the character behind them.
-
-        In a fence, a row of them with a language behind it opens one more, a bare one closes.
-        """
-        if self.inline:
-            if row == self.inline:
-                self.inline = ""
-        elif not self.fences or self.place != MIDDLE and len(row) >= 3 and after.strip():
-            self.inline = row
-        elif self.place != MIDDLE and len(row) >= len(self.fences[-1]):
-            self.fences.pop()
+        """White space. A new line ends inline code, but three back-ticks or more opened a fence; in
+        a fence, a row with a language behind it opens one more, a bare one closes."""
+        *ended, rest = space.split("\n")
+        if ended:
+            row, fences = self.row, self.fences
+            if len(row) >= 3 and (not fences or row.startswith(fences[-1])):
+                fences.pop() if fences and self.bare else fences.append(row)
+            same = len(ended) == 1 and self.place == MIDDLE  # paragraph
+            self.quoted = self.aside or INTRODUCED.search(self.last) or same and self.quoted
+            self.row, self.place, self.indent = "", min(self.place, LINE), ""
+        if self.place != MIDDLE:
+            self.indent = (self.indent + rest)[:9]
+        self.last = self.last.rstrip() + " "
 
 
 # ==================================================================================================
@@ -4192,10 +4164,9 @@ class ChatReader(Reader):
         self.stopped_at = None  # the stop sequence that matched
         self.heard = False  # something of an answer came
         self.tags = ThinkTags()
-        schemas = {name: schema for name, (_, schema) in writer.tools.items()}
-        self.scanners = {  # for calls written as text
-            kind: TextCalls(schemas) for kind in ("text", "thinking") if schemas
-        }
+        offered = writer.tools.items() if profile.text_calls else ()
+        schemas = {name: schema for name, (_, schema) in offered}
+        self.scanners = {"text": TextCalls(schemas), "thinking": TextCalls({})}
 
     def read(self, chunk):
         """Events for one chunk. Raises UpstreamError for an error in it.
@@ -4226,7 +4197,7 @@ class ChatReader(Reader):
         text, writer = delta.get("content"), self.writer
         is_open = writer.kind == "text" and self.tags.done and not writer.calls
         is_plain = is_open and len(delta) == 1 and isinstance(text, str)
-        if is_plain and not self.must_scan("text", text):
+        if is_plain and self.scanners["text"].passes(text):
             yield from writer.say("text", text)  # the hot path of text
             return
         if not REASONING_FIELDS.keys().isdisjoint(delta):
@@ -4236,11 +4207,6 @@ class ChatReader(Reader):
         if delta.get("tool_calls") or delta.get("function_call") or delta.get("refusal"):
             piece = self.plain_fragment(delta)
             yield from self.feed_rare(delta) if piece is None else writer.arguments(piece)
-
-    def must_scan(self, kind, text):
-        """Whether text may hold a call, or a part of one."""
-        scanner = self.scanners.get(kind)
-        return scanner is not None and (scanner.held or scanner.TRIGGER(text))
 
     def plain_fragment(self, delta):
         """What a delta adds to the input of the open call, where it holds nothing else; else None.
@@ -4295,16 +4261,18 @@ class ChatReader(Reader):
             return
         self.heard = self.heard or not text.isspace()
         yield from self.flush_scanners(kind)
-        if self.must_scan(kind, text):
-            yield from self.tell_found(kind, self.scanners[kind].feed(text))
-        else:
+        if self.scanners[kind].passes(text):
             yield from self.writer.say(kind, text)
+        else:
+            yield from self.tell_found(kind, self.scanners[kind].feed(text))
 
-    def flush_scanners(self, kind=""):
-        """What the scanners of other kinds still hold: it came before what comes now."""
+    def flush_scanners(self, kind="", ending=False):
+        """What the scanners of other kinds still hold: it came before what comes now. Calls are
+        only found where the reply ends, by itself and without a real one."""
+        whole = ending and not self.writer.calls and self.stop_reason() == "end_turn"
         for other, scanner in self.scanners.items():
-            if other != kind and (scanner.pending or scanner.call):
-                yield from self.tell_found(other, scanner.finish())
+            if other != kind and (scanner.pending or scanner.mark):
+                yield from self.tell_found(other, scanner.finish(whole))
 
     def tell_found(self, kind, pieces):
         """What a TextCalls scanner made of text: text of the same kind, thinking, or calls."""
@@ -4403,7 +4371,7 @@ class ChatReader(Reader):
             raise overflow_error(prompt, self.profile.context, writer.input_tokens)
         for kind, text in self.tags.finish():
             yield from self.scan(kind, text)
-        yield from self.flush_scanners()
+        yield from self.flush_scanners(ending=True)
         yield from writer.advance(ending=True)
         if writer.calls and not writer.content:
             nameless = "The model made a tool call without a name."
@@ -6820,7 +6788,8 @@ class Proxy:
             )
             key = (base, model, *forced, owner)
             row = self.rows.get(key) or self.rows.setdefault(key, profile_for(*key))
-            row = row._replace(context=row.context or context)
+            wanted = {"always": True, "never": False}.get(settings.text_calls, row.text_calls)
+            row = row._replace(context=row.context or context, text_calls=wanted)
             row = apply_lesson(row, self.lessons.get(place))
             if place != main_place:
                 return row
