@@ -176,10 +176,11 @@ def to_string(raw):
     return raw.decode("utf-8", "replace") if isinstance(raw, bytes) else raw
 
 
-def json_or_none(raw):
-    """raw (bytes or a string) parsed as JSON, or None: not JSON, too deep, or too long a number."""
+def json_or_none(raw, hook=None):
+    """raw (bytes or a string) parsed as JSON, or None: not JSON, too deep, or too long a number.
+    hook: json.loads's object_hook."""
     try:
-        return json.loads(to_string(raw), parse_int=parse_integer)
+        return json.loads(to_string(raw), parse_int=parse_integer, object_hook=hook)
     except (ValueError, RecursionError):
         return None
 
@@ -277,11 +278,12 @@ class UpstreamError(ProxyError):
     """The provider, or the way to it, failed.
 
     numbers: (prompt, output, limit) in tokens, as an overflow error told them, 0 where it did not;
-    text: the provider's own words (at most MAX_WORDS characters), for learning.
+    text: the provider's own words (at most MAX_WORDS characters), for learning; reply: what
+    upstream_error made it from.
     """
 
     default = 502
-    numbers, text = (0, 0, 0), ""
+    numbers, text, reply = (0, 0, 0), "", ()
 
 
 class ClientGone(Exception):
@@ -313,7 +315,8 @@ def error_fields(raw):
     {base_resp:{status_msg}} (MiniMax) . {detail:..} (FastAPI) . RFC 7807 . HTML . plain text.
     """
     text = to_string(raw).strip()
-    body = json_or_none(text)
+    # pydantic's list of details quotes the request, and lists its values, beside its own words.
+    body = json_or_none(text, lambda item: omit(item, ("input", "ctx")))
     if isinstance(body, list) and body:
         body = body[0]
     if isinstance(body, dict):
@@ -347,6 +350,31 @@ def readable_text(text):
     found = re.findall(r"(?is)<(?:title|h1)\b[^<>]{0,40}>([^<]{1,90})", text)
     parts = dict.fromkeys(" ".join(part.split()) for part in found)
     return " - ".join(filter(None, parts)) or "an HTML page"
+
+
+def letters(text):
+    """The first 40 letters, digits and underscores of a string, others than ASCII as in JSON: the
+    same however often it was escaped, indented, or written as Python does, or where it was cut."""
+    return re.sub(r"\\{1,9}[nrtbf]?|[^\w\\]{1,99}", "", compact_json(text[:200]))[:40]
+
+
+def own_words(text, sent):
+    """A provider's words as far as they are its own: to the first quotation of the request.
+
+    sent: the request, any JSON value. A quotation is the whole of one of its strings, or the first
+    40 letters, from one punctuation mark to another: sentences that only share words with the
+    request are not cut. Nor are short strings, and the names of models, tools, fields and files.
+    """
+    strings = re.findall(r'"((?:[^"\\]|\\.){12,200})', compact_json(sent))
+    quoted = {letters(each) for each in strings if not re.match(r"[\w./:@-]{1,99}\Z", each, re.A)}
+    text = re.sub("input_value=.{0,99}", "", text)  # pydantic's, which are both ends of a value
+    parts = re.split(r"(\\{1,9}[nrtbf]?|[^\w \\]{1,99})", text)
+    words = list(map(letters, parts))
+    for at in range(len(parts)):
+        joined = itertools.accumulate(words[at : at + 80])
+        if any(len(word) > 11 and word[:40] in quoted for word in joined):
+            return "".join(parts[:at])
+    return text
 
 
 # Patterns of error texts. They are tried in any case, and compiled when the first error comes, not
@@ -594,20 +622,22 @@ ERROR_ROWS = tuple(
 )
 
 
-def upstream_error(status, headers, raw):
+def upstream_error(status, headers, raw, sent=None):
     """The UpstreamError that makes Claude Code do the right thing about an upstream's error.
 
-    status, headers, raw: of the upstream's reply, or of an error inside a 200. Chosen by what the
+    status, headers, raw: of the upstream's reply, or of an error inside a 200; sent: the request
+    (any JSON value), whose own words decide nothing where the error quotes them. Chosen by what the
     real client does with each status: 400 is sent up to six times and 401 for three minutes, so an
     unrecognised 400 goes out as 424 (once), and a bad key with `x-should-retry: false`; billing is
     402 (once); 429 and 5xx are retried with Retry-After; the words of a 404 it hides (see
     Handler.fail).
     """
     fields = error_fields(raw)
-    text = head_and_tail(" ".join(fields))
+    text = own_words(head_and_tail("\n".join(fields)), sent)
     message = fields[0] or "the provider answered HTTP %d without saying why" % status
     # Some numbers stand in fields beside the message: llama.cpp's n_ctx, Gemini's retryDelay.
-    with_fields = head_and_tail(text + " " + to_string(raw[-TAIL:]))
+    beside = own_words(head_and_tail(to_string(raw)), sent)[-TAIL:]
+    with_fields = head_and_tail(text + " " + beside)
     row = next(row for row in ERROR_ROWS if row.matches(status, text))
     if row.kind == "overflow":
         numbers = tuple(first_number(patterns, with_fields) for patterns in OVERFLOW_NUMBERS)
@@ -619,7 +649,7 @@ def upstream_error(status, headers, raw):
         extra = {"retry-after": wait} if wait else NEVER if 401 <= row.status <= 404 else {}
         message = (row.sentence + " " + message).strip()
         error = UpstreamError(message, row.status, None, extra, row.kind, retry)
-    error.text = text
+    error.text, error.reply = text, (status, headers, raw)
     return error
 
 
@@ -1937,14 +1967,15 @@ def without_our_thinking(messages):
 
 def normalize_turns(messages, profile, recall):
     """The messages of a conversation whose calls are all answered, in the order of the calls."""
-    clean, calls, counter = [], [], 0
+    clean, calls, counter, past = [], [], 0, profile.scope
     for role, blocks, message in split_turns(messages):
         if role == "assistant":
-            blocks, calls = clean_assistant(blocks, profile, recall, counter)
+            blocks, calls = clean_assistant(blocks, profile, recall, counter, past)
             counter += len(calls)
         else:
             blocks, calls = answer_calls(clean_blocks(blocks, profile), calls), []
         if blocks:
+            past = text_key(past, blocks)
             same = message and blocks in (message["content"], [text_block(message["content"])])
             clean.append(message if same else {"role": role, "content": blocks})
     if calls:
@@ -1981,8 +2012,9 @@ def result_blocks(block):
     return [text_block("Error:")] + blocks if block.get("is_error") is True else blocks
 
 
-def clean_assistant(blocks, profile, recall, counter):
-    """(blocks, [(client's id, id sent)]) of an assistant turn. counter: calls so far."""
+def clean_assistant(blocks, profile, recall, counter, past):
+    """(blocks, [(client's id, id sent)]) of an assistant turn. counter: calls so far; past: the
+    text_key of the turn before."""
     said, calls, notes, thoughts = [], [], [], []
     for block in blocks:
         kind, call_id = block.get("type"), str(block.get("id") or "")
@@ -2000,7 +2032,7 @@ def clean_assistant(blocks, profile, recall, counter):
             said.append(block)
     if profile.reasoning_field and (calls or profile.reasoning_always):
         if REASONING_FIELDS.get(profile.reasoning_field) == "parts" and not calls:
-            notes = [as_dict(recall(text_key(profile.scope, "".join(map(block_text, said)))))]
+            notes = [as_dict(recall(text_key(past, said)))]
         said = bring_back(said, thoughts, profile, notes, calls)
     return said, calls
 
@@ -2111,9 +2143,14 @@ def short_name(name):
 # ---- reasoning state in signatures: Claude Code echoes a signature as it is ----------------------
 
 
-def text_key(scope, text):
-    """Under which name the reasoning of a turn without calls is remembered."""
-    return "text_" + short_hash(scope + "\n" + text.strip(), 40)
+def text_key(past, content):
+    """Under which name the reasoning of a turn without calls is remembered: that of its text, and
+    of all texts and calls before it, since everyone says "Done.", and often.
+
+    past: the text_key of the turn before; the provider's scope before the first.
+    """
+    text = "".join(str(block.get("id") or block_text(block)) for block in as_blocks(content))
+    return "text_" + short_hash(past + "\n" + text.strip(), 40)
 
 
 def write_state(scope, state):
@@ -3773,6 +3810,10 @@ class MessageWriter:
     message_delta, then message_stop, once and last; the input of a tool is one JSON object.
     """
 
+    talk = ""  # the conversation: begins all names in memory
+    past = ""  # the text_key of the request's last turn
+    claim = bool  # (tool id) -> whether nothing is remembered under it; it is this reply's then
+
     def __init__(self, message_id, model, new_id, scope="", input_tokens=0, tools=(), taken=()):
         self.message_id = message_id  # also the request_id of an error event
         self.model = model  # the name that the client is shown
@@ -3929,15 +3970,18 @@ class MessageWriter:
         yield from self.arguments(call.stream.finish(cut))
         yield from self.close_block()
         note = {"arguments": call.stream.raw, "google": call.google}
-        self.memory[call.client_id] = {key: value for key, value in note.items() if value}
+        self.memory[self.talk + call.client_id] = {
+            key: value for key, value in note.items() if value
+        }
 
     def open_call(self, call):
         """Open the block of a call whose name is known, under an id that the conversation lacks:
         some providers count from call_0 in each reply, and the client takes equal ids for one
-        call."""
+        call. What is remembered of two calls must not be mixed up either."""
         name, schema = self.offered_tool(call.name)
         call.stream = ArgumentStream(name, schema)
         good = re.match(r"[A-Za-z0-9_-]{1,64}\Z", call.id) and call.id not in self.taken
+        good = good and self.claim(self.talk + call.id)
         call.client_id = call.id if good else "toolu_" + self.new_id()
         self.taken.add(call.client_id)
         if call.google or (self.has_unsigned() and self.kind != "thinking"):
@@ -3983,7 +4027,7 @@ class MessageWriter:
         block. A turn without calls is known by its text."""
         if self.has_unsigned() and not self.memory:
             # Not carried in a block after the text: `claude -p` prints what the last block says.
-            self.memory[text_key(self.scope, "".join(self.said))] = {}
+            self.memory[self.talk + text_key(self.past, "".join(self.said))] = {}
         for note in self.memory.values():
             note["scope"] = self.scope
             if self.thought and self.written < MAX_THOUGHT:
@@ -6532,8 +6576,25 @@ def name_of(tool):
     return str(as_dict(tool.get("function")).get("name") or tool.get("name"))
 
 
+def conversation(headers, body):
+    """The name of a request's conversation: what one remembers never reaches another.
+
+    It is made of the session's id, which every Claude Code tells, in a header or in its user id,
+    and of the first message. A client that tells no session is known by its system text instead;
+    where two of them begin alike, Memory.claim still keeps their calls apart. Subagents have their
+    session's id and beginnings of their own; a fork goes on with its parent's. A conversation that
+    goes on under another session's id, or begins with other words after --resume, loses what is
+    remembered: its reasoning is in the signatures too, and the provider's prefix cache is lost
+    anyway where the first words are others.
+    """
+    who = headers.get("x-claude-code-session-id") or as_dict(body.get("metadata")).get("user_id")
+    who = str(who or system_text(body.get("system")))
+    return text_key(who, as_dict(body["messages"][0]).get("content"))
+
+
 class Memory:
-    """What is remembered of tool calls, by tool id: bounded, the least recently used go first.
+    """What is remembered of tool calls, by conversation and tool id: bounded, the least recently
+    used go first.
 
     Thread-safe. store: a Cache that keeps them too, or None. The client drops what it does not
     know, and rewrites arguments; what a provider needs back byte for byte is kept here as well as
@@ -6564,6 +6625,14 @@ class Memory:
                 self.notes.move_to_end(call_id)
                 return self.notes[call_id][0]
         return self.store and self.store.recall(call_id) or {}
+
+    def claim(self, call_id):
+        """Whether nothing was kept under this id; it is the caller's from now on."""
+        mine = {}, 0
+        if self.recall(call_id):
+            return False
+        with self.lock:
+            return self.notes.setdefault(call_id, mine) is mine
 
 
 class Proxy:
@@ -7065,6 +7134,8 @@ class Exchange:
                 yield from self.attempt()
                 return
             except UpstreamError as error:
+                if error.reply:  # a client's text may be one of the sent strings, or a part of one
+                    error = upstream_error(*error.reply, [self.normalized, self.sent])
                 error.message = redact(error.message, self.settings.secrets())
                 self.error = error  # some providers quote the key in its message
                 if self.writer.content or not self.again(error):
@@ -7091,7 +7162,12 @@ class Exchange:
         self.writer = self.writer.fresh() if self.writer else self.new_writer()
         self.writer.scope = plan.profile.scope
         self.reader = plan.format.reader(self.writer, plan.profile)
-        self.sent = self.write_request(proxy.memory.recall)
+        talk, memory = conversation(self.headers, self.body), proxy.memory
+        self.sent = self.write_request(lambda name: memory.recall(talk + name))
+        self.writer.talk, self.writer.claim = talk, memory.claim
+        self.writer.past = plan.profile.scope
+        for message in self.normalized["messages"]:
+            self.writer.past = text_key(self.writer.past, message.get("content"))
         data, outline = encode_request(self.sent)
         if not self.retries + self.fixes:
             self.broke = self.explain_prefix(outline)
