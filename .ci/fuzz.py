@@ -667,7 +667,8 @@ def sessions(rng, bed):
 
 TARGETS = {"requests": requests, "replies": replies, "raw": raw_http}
 TARGETS.update({"dotenv": dotenv, "claude": claude_settings, "sessions": sessions})
-ORDER = ("requests", "replies", "raw", "replies", "requests", "raw", "dotenv", "claude", "sessions")
+ORDER = ("requests", "replies", "raw", "replies", "requests", "raw", "dotenv")
+ORDER += ("claude",) + ORDER + ("sessions",)
 
 
 def numbers(case, seconds, most):
