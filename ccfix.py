@@ -358,22 +358,32 @@ def letters(text):
     return re.sub(r"\\{1,9}[nrtbf]?|[^\w\\]{1,99}", "", compact_json(text[:200]))[:40]
 
 
-def own_words(text, sent):
-    """A provider's words as far as they are its own: to the first quotation of the request.
+def echoes(sent):
+    """The letters of all strings in a request (any JSON value) that an error may quote.
 
-    sent: the request, any JSON value. A quotation is the whole of one of its strings, or the first
-    40 letters, from one punctuation mark to another: sentences that only share words with the
-    request are not cut. Nor are short strings, and the names of models, tools, fields and files.
+    Not of the short ones, and of the names of models, tools, fields and files: they stand in
+    errors by right.
     """
     strings = re.findall(r'"((?:[^"\\]|\\.){12,200})', compact_json(sent))
-    quoted = {letters(each) for each in strings if not re.match(r"[\w./:@-]{1,99}\Z", each, re.A)}
+    return {letters(each) for each in strings if not re.match(r"[\w./:@-]{1,99}\Z", each, re.A)}
+
+
+def own_words(text, quoted):
+    """A provider's words without what they quote of the request; quoted: see `echoes`.
+
+    A quotation is the whole of a string, or the first 40 letters of one, from one punctuation mark
+    to another: a sentence that only shares words with the request is the provider's. It ends with
+    the last quotation mark of its kind, or with the text, as it may have been cut.
+    """
     text = re.sub("input_value=.{0,99}", "", text)  # pydantic's, which are both ends of a value
     parts = re.split(r"(\\{1,9}[nrtbf]?|[^\w \\]{1,99})", text)
     words = list(map(letters, parts))
     for at in range(len(parts)):
         joined = itertools.accumulate(words[at : at + 80])
-        if any(len(word) > 11 and word[:40] in quoted for word in joined):
-            return "".join(parts[:at])
+        if words[at] and any(len(word) > 11 and word[:40] in quoted for word in joined):
+            mark, rest = parts[at - 1][-1:], "".join(parts[at:])
+            rest = rest.rpartition(mark)[2] if mark in ("'", '"', "`") else ""
+            return "".join(parts[:at]) + own_words(rest, quoted)
     return text
 
 
@@ -612,6 +622,7 @@ ERROR_ROWS = tuple(
         ("policy", (403,), "", 403, "The provider forbids this request:"),
         ("overloaded", (200, 429, 500, 503), OVERLOADED, 529, BUSY),
         ("rate", (429,), "", 429),
+        ("rate", (500,), "(?i)rate[_ ]limit", 429),  # inside a 200
         ("size", (413,), "", 413, "The request is too large for the provider:"),
         ("request", (500,), PERMANENT_500, 424, REQUEST_REFUSED),
         ("timeout", (408, 504, 522, 524), "", 504, "The provider took too long:"),
@@ -632,11 +643,11 @@ def upstream_error(status, headers, raw, sent=None):
     402 (once); 429 and 5xx are retried with Retry-After; the words of a 404 it hides (see
     Handler.fail).
     """
-    fields = error_fields(raw)
-    text = own_words(head_and_tail("\n".join(fields)), sent)
+    fields, quoted = error_fields(raw), echoes(sent)
+    text = own_words(head_and_tail("\n".join(fields)), quoted)
     message = fields[0] or "the provider answered HTTP %d without saying why" % status
     # Some numbers stand in fields beside the message: llama.cpp's n_ctx, Gemini's retryDelay.
-    beside = own_words(head_and_tail(to_string(raw)), sent)[-TAIL:]
+    beside = own_words(head_and_tail(to_string(raw)), quoted)[-TAIL:]
     with_fields = head_and_tail(text + " " + beside)
     row = next(row for row in ERROR_ROWS if row.matches(status, text))
     if row.kind == "overflow":
@@ -666,9 +677,7 @@ def error_in_reply(body):
     raw, details = compact_json(body if is_whole else {"error": error}), as_dict(error)
     code = str(details.get("code"))[:4]
     status = int(code) if re.match(r"[45]\d\d\Z", code) else 500
-    if status == 500 and re.search("(?i)rate[_ ]limit", head_and_tail(raw)):
-        status = 429
-    elif status == 500 and details.get("type") == "invalid_request_error":
+    if status == 500 and details.get("type") == "invalid_request_error":
         status = 400
     return upstream_error(status, {}, raw)
 
@@ -7159,15 +7168,14 @@ class Exchange:
     def attempt(self):
         """One request to the provider, and its reply as events. Raises UpstreamError."""
         plan, proxy = self.plan, self.proxy
-        self.writer = self.writer.fresh() if self.writer else self.new_writer()
-        self.writer.scope = plan.profile.scope
-        self.reader = plan.format.reader(self.writer, plan.profile)
+        writer = self.writer = self.writer.fresh() if self.writer else self.new_writer()
+        writer.scope = past = plan.profile.scope
+        self.reader = plan.format.reader(writer, plan.profile)
         talk, memory = conversation(self.headers, self.body), proxy.memory
         self.sent = self.write_request(lambda name: memory.recall(talk + name))
-        self.writer.talk, self.writer.claim = talk, memory.claim
-        self.writer.past = plan.profile.scope
         for message in self.normalized["messages"]:
-            self.writer.past = text_key(self.writer.past, message.get("content"))
+            past = text_key(past, message.get("content"))
+        writer.talk, writer.past, writer.claim = talk, past, memory.claim
         data, outline = encode_request(self.sent)
         if not self.retries + self.fixes:
             self.broke = self.explain_prefix(outline)

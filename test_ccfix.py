@@ -1484,6 +1484,23 @@ class TestQuotedRequests(unittest.TestCase):
                 elif wanted:
                     self.assertEqual(ccfix.learn(heard, ccfix.DEFAULT, body, sent), wanted)
 
+    def test_own_words_around_a_quotation_count(self):
+        own = "max_tokens must be less than or equal to 8192"
+        for said_ in CLAIMS[:2] + CLAIMS[3:5] + CLAIMS[-1:]:
+            for told in (
+                err("%s, but the prompt says '%s'" % (own, said_)),
+                err('The prompt "%s" is malformed, and %s' % (said_, own)),
+                err("`%s` and \"%s\" are malformed; %s" % (said_, said_, own)),
+                {"detail": [{"input": said_, "loc": ["body"], "msg": own}]},
+                {"detail": [dict(PYDANTIC, input=said_), {"msg": own, "ctx": {"le": 8192}}]},
+                err("2 errors [input_value='%s', input_type=str]\n%s" % (said_[:40], own)),
+            ):
+                body = request(said_)
+                sent = to_chat(body, "m", ccfix.DEFAULT)
+                error = ccfix.upstream_error(422, {}, json.dumps(told), [body, sent])
+                found = ccfix.learn(error, ccfix.DEFAULT, body, sent)
+                self.assertEqual(found, {"max_output": 8192}, told)
+
     def test_the_client_is_told_all_words(self):
         told = "Malformed content: '%s'" % CLAIMS[0]
         proxy, _ = proxy_with(lambda sent: FakeReply(422, {}, [json.dumps(err(told)).encode()]))
@@ -1492,7 +1509,7 @@ class TestQuotedRequests(unittest.TestCase):
     def test_time_grows_with_the_length(self):
         def cost(text, sent):
             began = time.process_time()
-            ccfix.own_words(text, sent)
+            ccfix.own_words(text, ccfix.echoes(sent))
             return time.process_time() - began
 
         sent = {"messages": [{"content": "aaaaaaaaaaaaaa aa"}, {"content": "a b" * 9999}]}
