@@ -178,10 +178,11 @@ def to_string(raw):
     return raw.decode("utf-8", "replace") if isinstance(raw, bytes) else raw
 
 
-def json_or_none(raw):
-    """raw (bytes or a string) parsed as JSON, or None: not JSON, too deep, or too long a number."""
+def json_or_none(raw, hook=None):
+    """raw (bytes or a string) parsed as JSON, or None: not JSON, too deep, or too long a number.
+    hook: json.loads's object_hook."""
     try:
-        return json.loads(to_string(raw), parse_int=parse_integer)
+        return json.loads(to_string(raw), parse_int=parse_integer, object_hook=hook)
     except (ValueError, RecursionError):
         return None
 
@@ -279,11 +280,12 @@ class UpstreamError(ProxyError):
     """The provider, or the way to it, failed.
 
     numbers: (prompt, output, limit) in tokens, as an overflow error told them, 0 where it did not;
-    text: the provider's own words (at most MAX_WORDS characters), for learning.
+    text: the provider's own words (at most MAX_WORDS characters), for learning; reply: what
+    upstream_error made it from.
     """
 
     default = 502
-    numbers, text = (0, 0, 0), ""
+    numbers, text, reply = (0, 0, 0), "", ()
 
 
 class ClientGone(Exception):
@@ -315,7 +317,8 @@ def error_fields(raw):
     {base_resp:{status_msg}} (MiniMax) . {detail:..} (FastAPI) . RFC 7807 . HTML . plain text.
     """
     text = to_string(raw).strip()
-    body = json_or_none(text)
+    # pydantic's list of details quotes the request, and lists its values, beside its own words.
+    body = json_or_none(text, lambda item: omit(item, ("input", "ctx")))
     if isinstance(body, list) and body:
         body = body[0]
     if isinstance(body, dict):
@@ -349,6 +352,41 @@ def readable_text(text):
     found = re.findall(r"(?is)<(?:title|h1)\b[^<>]{0,40}>([^<]{1,90})", text)
     parts = dict.fromkeys(" ".join(part.split()) for part in found)
     return " - ".join(filter(None, parts)) or "an HTML page"
+
+
+def letters(text):
+    """The first 40 letters, digits and underscores of a string, others than ASCII as in JSON: the
+    same however often it was escaped, indented, or written as Python does, or where it was cut."""
+    return re.sub(r"\\{1,9}[nrtbf]?|[^\w\\]{1,99}", "", compact_json(text[:200]))[:40]
+
+
+def echoes(sent):
+    """The letters of all strings in a request (any JSON value) that an error may quote.
+
+    Not of the short ones, and of the names of models, tools, fields and files: they stand in
+    errors by right.
+    """
+    strings = re.findall(r'"((?:[^"\\]|\\.){12,200})', compact_json(sent))
+    return {letters(each) for each in strings if not re.match(r"[\w./:@-]{1,99}\Z", each, re.A)}
+
+
+def own_words(text, quoted):
+    """A provider's words without what they quote of the request; quoted: see `echoes`.
+
+    A quotation is the whole of a string, or the first 40 letters of one, from one punctuation mark
+    to another: a sentence that only shares words with the request is the provider's. It ends with
+    the last quotation mark of its kind, or with the text, as it may have been cut.
+    """
+    text = re.sub("input_value=.{0,99}", "", text)  # pydantic's, which are both ends of a value
+    parts = re.split(r"(\\{1,9}[nrtbf]?|[^\w \\]{1,99})", text)
+    words = list(map(letters, parts))
+    for at in range(len(parts)):
+        joined = itertools.accumulate(words[at : at + 80])
+        if words[at] and any(len(word) > 11 and word[:40] in quoted for word in joined):
+            mark, rest = parts[at - 1][-1:], "".join(parts[at:])
+            rest = rest.rpartition(mark)[2] if mark in ("'", '"', "`") else ""
+            return "".join(parts[:at]) + own_words(rest, quoted)
+    return text
 
 
 # Patterns of error texts. They are tried in any case, and compiled when the first error comes, not
@@ -586,6 +624,7 @@ ERROR_ROWS = tuple(
         ("policy", (403,), "", 403, "The provider forbids this request:"),
         ("overloaded", (200, 429, 500, 503), OVERLOADED, 529, BUSY),
         ("rate", (429,), "", 429),
+        ("rate", (500,), "(?i)rate[_ ]limit", 429),  # inside a 200
         ("size", (413,), "", 413, "The request is too large for the provider:"),
         ("request", (500,), PERMANENT_500, 424, REQUEST_REFUSED),
         ("timeout", (408, 504, 522, 524), "", 504, "The provider took too long:"),
@@ -596,20 +635,22 @@ ERROR_ROWS = tuple(
 )
 
 
-def upstream_error(status, headers, raw):
+def upstream_error(status, headers, raw, sent=None):
     """The UpstreamError that makes Claude Code do the right thing about an upstream's error.
 
-    status, headers, raw: of the upstream's reply, or of an error inside a 200. Chosen by what the
+    status, headers, raw: of the upstream's reply, or of an error inside a 200; sent: the request
+    (any JSON value), whose own words decide nothing where the error quotes them. Chosen by what the
     real client does with each status: 400 is sent up to six times and 401 for three minutes, so an
     unrecognised 400 goes out as 424 (once), and a bad key with `x-should-retry: false`; billing is
     402 (once); 429 and 5xx are retried with Retry-After; the words of a 404 it hides (see
     Handler.fail).
     """
-    fields = error_fields(raw)
-    text = head_and_tail(" ".join(fields))
+    fields, quoted = error_fields(raw), echoes(sent)
+    text = own_words(head_and_tail("\n".join(fields)), quoted)
     message = fields[0] or "the provider answered HTTP %d without saying why" % status
     # Some numbers stand in fields beside the message: llama.cpp's n_ctx, Gemini's retryDelay.
-    with_fields = head_and_tail(text + " " + to_string(raw[-TAIL:]))
+    beside = own_words(head_and_tail(to_string(raw)), quoted)[-TAIL:]
+    with_fields = head_and_tail(text + " " + beside)
     row = next(row for row in ERROR_ROWS if row.matches(status, text))
     if row.kind == "overflow":
         numbers = tuple(first_number(patterns, with_fields) for patterns in OVERFLOW_NUMBERS)
@@ -621,7 +662,7 @@ def upstream_error(status, headers, raw):
         extra = {"retry-after": wait} if wait else NEVER if 401 <= row.status <= 404 else {}
         message = (row.sentence + " " + message).strip()
         error = UpstreamError(message, row.status, None, extra, row.kind, retry)
-    error.text = text
+    error.text, error.reply = text, (status, headers, raw)
     return error
 
 
@@ -638,9 +679,7 @@ def error_in_reply(body):
     raw, details = compact_json(body if is_whole else {"error": error}), as_dict(error)
     code = str(details.get("code"))[:4]
     status = int(code) if re.match(r"[45]\d\d\Z", code) else 500
-    if status == 500 and re.search("(?i)rate[_ ]limit", head_and_tail(raw)):
-        status = 429
-    elif status == 500 and details.get("type") == "invalid_request_error":
+    if status == 500 and details.get("type") == "invalid_request_error":
         status = 400
     return upstream_error(status, {}, raw)
 
@@ -2080,14 +2119,15 @@ def without_our_thinking(messages):
 
 def normalize_turns(messages, profile, recall):
     """The messages of a conversation whose calls are all answered, in the order of the calls."""
-    clean, calls, counter = [], [], 0
+    clean, calls, counter, past = [], [], 0, profile.scope
     for role, blocks, message in split_turns(messages):
         if role == "assistant":
-            blocks, calls = clean_assistant(blocks, profile, recall, counter)
+            blocks, calls = clean_assistant(blocks, profile, recall, counter, past)
             counter += len(calls)
         else:
             blocks, calls = answer_calls(clean_blocks(blocks, profile), calls), []
         if blocks:
+            past = text_key(past, blocks)
             same = message and blocks in (message["content"], [text_block(message["content"])])
             clean.append(message if same else {"role": role, "content": blocks})
     if calls:
@@ -2124,8 +2164,9 @@ def result_blocks(block):
     return [text_block("Error:")] + blocks if block.get("is_error") is True else blocks
 
 
-def clean_assistant(blocks, profile, recall, counter):
-    """(blocks, [(client's id, id sent)]) of an assistant turn. counter: calls so far."""
+def clean_assistant(blocks, profile, recall, counter, past):
+    """(blocks, [(client's id, id sent)]) of an assistant turn. counter: calls so far; past: the
+    text_key of the turn before."""
     said, calls, notes, thoughts = [], [], [], []
     for block in blocks:
         kind, call_id = block.get("type"), str(block.get("id") or "")
@@ -2143,7 +2184,7 @@ def clean_assistant(blocks, profile, recall, counter):
             said.append(block)
     if profile.reasoning_field and (calls or profile.reasoning_always):
         if REASONING_FIELDS.get(profile.reasoning_field) == "parts" and not calls:
-            notes = [as_dict(recall(text_key(profile.scope, "".join(map(block_text, said)))))]
+            notes = [as_dict(recall(text_key(past, said)))]
         said = bring_back(said, thoughts, profile, notes, calls)
     return said, calls
 
@@ -2254,9 +2295,14 @@ def short_name(name):
 # ---- reasoning state in signatures: Claude Code echoes a signature as it is ----------------------
 
 
-def text_key(scope, text):
-    """Under which name the reasoning of a turn without calls is remembered."""
-    return "text_" + short_hash(scope + "\n" + text.strip(), 40)
+def text_key(past, content):
+    """Under which name the reasoning of a turn without calls is remembered: that of its text, and
+    of all texts and calls before it, since everyone says "Done.", and often.
+
+    past: the text_key of the turn before; the provider's scope before the first.
+    """
+    text = "".join(str(block.get("id") or block_text(block)) for block in as_blocks(content))
+    return "text_" + short_hash(past + "\n" + text.strip(), 40)
 
 
 def write_state(scope, state):
@@ -3873,6 +3919,10 @@ class MessageWriter:
     message_delta, then message_stop, once and last; the input of a tool is one JSON object.
     """
 
+    talk = ""  # the conversation: begins all names in memory
+    past = ""  # the text_key of the request's last turn
+    claim = bool  # (tool id) -> whether nothing is remembered under it; it is this reply's then
+
     def __init__(self, message_id, model, new_id, scope="", input_tokens=0, tools=(), taken=()):
         self.message_id = message_id  # also the request_id of an error event
         self.model = model  # the name that the client is shown
@@ -4029,15 +4079,18 @@ class MessageWriter:
         yield from self.arguments(call.stream.finish(cut))
         yield from self.close_block()
         note = {"arguments": call.stream.raw, "google": call.google}
-        self.memory[call.client_id] = {key: value for key, value in note.items() if value}
+        self.memory[self.talk + call.client_id] = {
+            key: value for key, value in note.items() if value
+        }
 
     def open_call(self, call):
         """Open the block of a call whose name is known, under an id that the conversation lacks:
         some providers count from call_0 in each reply, and the client takes equal ids for one
-        call."""
+        call. What is remembered of two calls must not be mixed up either."""
         name, schema = self.offered_tool(call.name)
         call.stream = ArgumentStream(name, schema)
         good = re.match(r"[A-Za-z0-9_-]{1,64}\Z", call.id) and call.id not in self.taken
+        good = good and self.claim(self.talk + call.id)
         call.client_id = call.id if good else "toolu_" + self.new_id()
         self.taken.add(call.client_id)
         if call.google or (self.has_unsigned() and self.kind != "thinking"):
@@ -4083,7 +4136,7 @@ class MessageWriter:
         block. A turn without calls is known by its text."""
         if self.has_unsigned() and not self.memory:
             # Not carried in a block after the text: `claude -p` prints what the last block says.
-            self.memory[text_key(self.scope, "".join(self.said))] = {}
+            self.memory[self.talk + text_key(self.past, "".join(self.said))] = {}
         for note in self.memory.values():
             note["scope"] = self.scope
             if self.thought and self.written < MAX_THOUGHT:
@@ -6652,8 +6705,25 @@ def name_of(tool):
     return str(as_dict(tool.get("function")).get("name") or tool.get("name"))
 
 
+def conversation(headers, body):
+    """The name of a request's conversation: what one remembers never reaches another.
+
+    It is made of the session's id, which every Claude Code tells, in a header or in its user id,
+    and of the first message. A client that tells no session is known by its system text instead;
+    where two of them begin alike, Memory.claim still keeps their calls apart. Subagents have their
+    session's id and beginnings of their own; a fork goes on with its parent's. A conversation that
+    goes on under another session's id, or begins with other words after --resume, loses what is
+    remembered: its reasoning is in the signatures too, and the provider's prefix cache is lost
+    anyway where the first words are others.
+    """
+    who = headers.get("x-claude-code-session-id") or as_dict(body.get("metadata")).get("user_id")
+    who = str(who or system_text(body.get("system")))
+    return text_key(who, as_dict(body["messages"][0]).get("content"))
+
+
 class Memory:
-    """What is remembered of tool calls, by tool id: bounded, the least recently used go first.
+    """What is remembered of tool calls, by conversation and tool id: bounded, the least recently
+    used go first.
 
     Thread-safe. store: a Cache that keeps them too, or None. The client drops what it does not
     know, and rewrites arguments; what a provider needs back byte for byte is kept here as well as
@@ -6684,6 +6754,14 @@ class Memory:
                 self.notes.move_to_end(call_id)
                 return self.notes[call_id][0]
         return self.store and self.store.recall(call_id) or {}
+
+    def claim(self, call_id):
+        """Whether nothing was kept under this id; it is the caller's from now on."""
+        mine = {}, 0
+        if self.recall(call_id):
+            return False
+        with self.lock:
+            return self.notes.setdefault(call_id, mine) is mine
 
 
 class Proxy:
@@ -7196,6 +7274,8 @@ class Exchange:
                 yield from self.attempt()
                 return
             except UpstreamError as error:
+                if error.reply:  # a client's text may be one of the sent strings, or a part of one
+                    error = upstream_error(*error.reply, [self.normalized, self.sent])
                 error.message = redact(error.message, self.proxy.secrets)
                 self.error = error  # some providers quote the key in its message
                 if self.writer.content or not self.again(error):
@@ -7219,10 +7299,14 @@ class Exchange:
     def attempt(self):
         """One request to the provider, and its reply as events. Raises UpstreamError."""
         plan, proxy = self.plan, self.proxy
-        self.writer = self.writer.fresh() if self.writer else self.new_writer()
-        self.writer.scope = plan.profile.scope
-        self.reader = plan.format.reader(self.writer, plan.profile)
-        self.sent = self.write_request(proxy.memory.recall)
+        writer = self.writer = self.writer.fresh() if self.writer else self.new_writer()
+        writer.scope = past = plan.profile.scope
+        self.reader = plan.format.reader(writer, plan.profile)
+        talk, memory = conversation(self.headers, self.body), proxy.memory
+        self.sent = self.write_request(lambda name: memory.recall(talk + name))
+        for message in self.normalized["messages"]:
+            past = text_key(past, message.get("content"))
+        writer.talk, writer.past, writer.claim = talk, past, memory.claim
         data, outline = encode_request(self.sent)
         if not self.retries + self.fixes:
             self.broke = self.explain_prefix(outline)

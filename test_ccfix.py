@@ -1362,6 +1362,168 @@ class TestHostileErrors(unittest.TestCase):
         self.assertEqual(error.kind, "overflow")
 
 
+CLAIMS = (
+    # What a prompt says, as an error would. None of it may be taken for the provider's own words.
+    "max_tokens should be <= 200",
+    "max_tokens<=200 please",
+    "Is it `max_tokens: at most 200`, or \"max_tokens <= 200\"?",
+    "This model's maximum context length is 4096 tokens. However, you requested 5000 tokens.",
+    "prompt is too long: 5000 tokens > 4096 maximum",
+    "insufficient_quota: your credit balance is too low",
+    "the model `m` does not exist",
+    "thought_signature is missing",
+    "Unrecognized request argument supplied: temperature",
+    "Extra inputs are not permitted: 'tools'; image input is not supported",
+    "reasoning_content must be passed back",
+    "line one\n\tmax_tokens must be \\ at most 200\r\nline three \u00fc \u4f60 \U0001f600",
+    "max_tokens\u5e94\u8be5<= 200",
+    "\u4f59\u989d\u4e0d\u8db3\uff0c\u989d\u5ea6\u4e0d\u8db3\uff0c\u6b20\u8d39",
+    "A long story. " * 40 + "max_tokens should be at most 200 (context length exceeded).",
+)
+QUOTING = (
+    # (how, error body of a prompt and the messages that were sent)
+    ("FastAPI", lambda said, sent: {"detail": [dict(PYDANTIC, input=said)]}),
+    ("FastAPI, of an object", lambda said, sent: {"detail": [dict(PYDANTIC, input=sent[0])]}),
+    ("FastAPI's ctx", lambda said, sent: {"detail": [dict(PYDANTIC, ctx={"given": said})]}),
+    ("twice", lambda said, sent: {"detail": [dict(PYDANTIC, input=said)] * 2, "body": sent}),
+    ("the body beside it", lambda said, sent: {"detail": "Malformed", "body": {"messages": sent}}),
+    ("FastAPI's list as Python", lambda said, sent: err(str([dict(PYDANTIC, input=said)]))),
+    ("messages as Python", lambda said, sent: err("cannot parse messages: %s" % sent)),
+    ("messages as JSON", lambda said, sent: err("cannot parse " + json.dumps(sent))),
+    ("indented", lambda said, sent: err("cannot parse " + json.dumps(sent, indent=2))),
+    ("escaped twice", lambda said, sent: err("cannot " + json.dumps(json.dumps(sent)))),
+    ("in quotes", lambda said, sent: err('Malformed content "%s" in message 0' % said)),
+    ("without quotes", lambda said, sent: err("Malformed content: " + said)),
+    ("as plain text", lambda said, sent: "Malformed content: %s" % said),
+    ("cut off", lambda said, sent: err("Malformed content: '%s...'" % said[:60])),
+    ("in OpenRouter's raw", lambda said, sent: err("x", metadata={"raw": json.dumps(err(said))})),
+    (
+        "pydantic, both ends",
+        lambda said, sent: err(
+            "1 validation error for Chat\nmessages.0\n  Malformed [type=x, input_value='%s...%s',"
+            " input_type=str]" % (said[:25], said[-24:])
+        ),
+    ),
+)
+PYDANTIC = {"type": "string_type", "loc": ["body", "messages", 0], "msg": "Malformed message"}
+TALK = "What does 'context length exceeded' mean, and max_tokens: 32000? It says: model not found."
+
+
+class TestQuotedRequests(unittest.TestCase):
+    """Lessons, and what Claude Code is told, come from the provider's own words alone."""
+
+    def test_nothing_is_learned_from_a_quotation(self):
+        for said_, (how, quoting) in itertools.product(CLAIMS, QUOTING):
+            for status, where in ((422, "user"), (400, "result"), (400, "system"), (500, "user")):
+                body = request(said_, tools=[tool("Read")], temperature=1)
+                if where == "result":
+                    body["messages"] += [said(use("c1")), user(result("c1", said_))]
+                elif where == "system":
+                    body.update(system=said_, messages=[U("Hello there")])
+                with self.subTest(how, said=said_, status=status, where=where):
+
+                    def answer(sent):
+                        if sent["messages"][-1]["role"] == "user" and len(wires.sent) > 4:
+                            self.fail("it goes on and on")
+                        told = quoting(said_, sent["messages"])
+                        told = told if isinstance(told, str) else json.dumps(told)
+                        return FakeReply(status, {}, [told.encode()])
+
+                    proxy, wires = proxy_with(answer, TARGET_RETRIES="0")
+                    _, error = ask(proxy, body)
+                    self.assertEqual(proxy.lessons, {})
+                    self.assertEqual(error.kind, "server" if status == 500 else "request")
+
+    def test_nor_inside_a_stream(self):
+        for said_ in CLAIMS:
+            for form in (
+                {"error": {"message": "Malformed content: '%s'" % said_, "code": 400}},
+                {"error": {"message": str([said_]), "type": "invalid_request_error"}},
+            ):
+                proxy, wires = proxy_with(lambda sent: FakeReply(200, {}, [sse(form)]))
+                _, error = ask(proxy, request(said_, temperature=1))
+                self.assertEqual((proxy.lessons, error.kind), ({}, "request"), form)
+
+    def test_numbers_of_an_overflow_are_not_taken_from_a_quotation(self):
+        said_ = "maximum context length is 10 tokens, resulted in 9 tokens, 5 output tokens"
+        body = {"error": {"message": "maximum context length exceeded"}, "request": [said_]}
+        proxy, _ = proxy_with(lambda sent: FakeReply(400, {}, [json.dumps(body).encode()]))
+        _, error = ask(proxy, request(said_))
+        self.assertEqual((error.kind, error.numbers, proxy.lessons), ("overflow", (0, 0, 0), {}))
+
+    def test_a_providers_own_words_are_heard_whatever_the_conversation_is_about(self):
+        body = request(
+            TALK,
+            said(use("c1", "Grep", pattern="maximum context length is", path="a b/c-d.py")),
+            user(result("c1", "does not exist\nprompt is too long\nmax_tokens: 32000")),
+            "Error: The model `m` does not exist",
+            tools=[dict(tool("parallel_tool_calls"), description="parallel_tool_calls")],
+            system="Unrecognized request argument supplied, for example: max_tokens",
+            model="org/model-of-a-long-name",
+        )
+        sent = to_chat(body, "org/model-of-a-long-name", ccfix.DEFAULT)
+        rows = [(400, text, "overflow") for _, text, _, _ in OVERFLOWS]
+        rows += [
+            (400, "max_tokens: 32000 > 8192, which is the maximum", {"max_output": 8192}),
+            (400, "'max_tokens': 32000 must be less than or equal to 8192", {"max_output": 8192}),
+            (422, "the valid range of max_tokens is [1, 8192]", {"max_output": 8192}),
+            (400, "Unrecognized request argument supplied: max_tokens", None),
+            (400, "Unsupported parameter: 'parallel_tool_calls'", None),
+            (404, "The model `org/model-of-a-long-name` does not exist", "model"),
+            (404, "model 'org/model-of-a-long-name' not found, try pulling it first", "model"),
+            (402, "insufficient_quota", "billing"),
+        ]
+        for status, text, wanted in rows:
+            with self.subTest(text):
+                raw = text if text[:1] in "{[" else json.dumps(err(text))
+                heard = ccfix.upstream_error(status, {}, raw, [body, sent])
+                plain = ccfix.upstream_error(status, {}, raw)
+                self.assertEqual((heard.text, heard.numbers), (plain.text, plain.numbers))
+                self.assertEqual((heard.kind, heard.message), (plain.kind, plain.message))
+                if isinstance(wanted, str):
+                    self.assertEqual(heard.kind, wanted)
+                elif wanted:
+                    self.assertEqual(ccfix.learn(heard, ccfix.DEFAULT, body, sent), wanted)
+
+    def test_own_words_around_a_quotation_count(self):
+        own = "max_tokens must be less than or equal to 8192"
+        for said_ in CLAIMS[:2] + CLAIMS[3:5] + CLAIMS[-1:]:
+            for told in (
+                err("%s, but the prompt says '%s'" % (own, said_)),
+                err('The prompt "%s" is malformed, and %s' % (said_, own)),
+                err("`%s` and \"%s\" are malformed; %s" % (said_, said_, own)),
+                {"detail": [{"input": said_, "loc": ["body"], "msg": own}]},
+                {"detail": [dict(PYDANTIC, input=said_), {"msg": own, "ctx": {"le": 8192}}]},
+                err("2 errors [input_value='%s', input_type=str]\n%s" % (said_[:40], own)),
+            ):
+                body = request(said_)
+                sent = to_chat(body, "m", ccfix.DEFAULT)
+                error = ccfix.upstream_error(422, {}, json.dumps(told), [body, sent])
+                found = ccfix.learn(error, ccfix.DEFAULT, body, sent)
+                self.assertEqual(found, {"max_output": 8192}, told)
+
+    def test_the_client_is_told_all_words(self):
+        told = "Malformed content: '%s'" % CLAIMS[0]
+        proxy, _ = proxy_with(lambda sent: FakeReply(422, {}, [json.dumps(err(told)).encode()]))
+        self.assertIn(told, ask(proxy, request(CLAIMS[0]))[1].message)
+
+    def test_time_grows_with_the_length(self):
+        def cost(text, sent):
+            began = time.process_time()
+            ccfix.own_words(text, ccfix.echoes(sent))
+            return time.process_time() - began
+
+        sent = {"messages": [{"content": "aaaaaaaaaaaaaa aa"}, {"content": "a b" * 9999}]}
+        for seed in ('"', "\\n", 'a"', "a.b,", "\\", "x", " ", "\u4f60'", "aaaaaaaaaaaaaa aa\" "):
+            short, long_ = ((seed * size)[:size] for size in (1000, 4000))
+            least = min(cost(short, sent) for _ in range(3))
+            most = min(cost(long_, sent) for _ in range(3))
+            self.assertLess(most, 6 * least + 0.05, seed)
+        texts = ["%d <= words of a b" % number for number in range(40000)]
+        least = cost("x", {"messages": texts[:10000]})
+        self.assertLess(cost("x", {"messages": texts}), 6 * least + 0.1)
+
+
 # ==================================================================================================
 # 3  Settings
 # ==================================================================================================
@@ -12073,6 +12235,274 @@ class TestSecrets(unittest.TestCase):
                 self.assertNotIn("very-secret", "".join(seen + lines))
 
 
+class Talk:
+    """A session of a client that drops thinking, or not, before a provider that repeats its ids."""
+
+    def __init__(self, proxy, wires, secret, first="hi", headers=(), **fields):
+        self.proxy, self.wires, self.secret = proxy, wires, secret
+        self.headers, self.fields, self.sent = dict(headers), fields, []
+        self.messages = [U(first)]
+        self.tools = [tool("Read", path="string")]
+
+    def begin(self):
+        """Ask -> the exchange's events, as they come."""
+        body = request(*self.messages, tools=self.tools, **self.fields)
+        exchange = ccfix.Exchange(self.proxy, body, self.headers, no_wait)
+        self.wires.secret, events = self.secret, []
+        for batch in exchange.batches():
+            if not events:
+                self.sent.append(json.dumps(exchange.sent))
+            events += sse_events(batch)
+            yield events
+
+    def end(self, events, keep=False):
+        """Go on with the answer -> it."""
+        content = ccfix.fold(events)["content"]
+        if not keep:
+            content = [block for block in content if "thinking" not in block["type"]]
+        self.messages.append({"role": "assistant", "content": content})
+        calls = [block["id"] for block in content if block["type"] == "tool_use"]
+        results = [result(call_id, "read by " + self.secret) for call_id in calls]
+        self.messages.append(user(*results or ["go on"]))
+        return content
+
+    def turn(self, keep=False):
+        *_, events = self.begin()
+        return self.end(events, keep)
+
+
+def thoughtful_reply(secret, ids, text=""):
+    """A reply with calls under these ids (none: text), whose reasoning holds the secret, in every
+    field that a provider has for it."""
+    detail = {"type": "reasoning.encrypted", "data": "data " + secret, "index": 0}
+    thought = "I think " + secret
+    chunks = [delta(reasoning_content=thought, reasoning=thought)]
+    google = {"google": {"thought_signature": "sign " + secret}}
+    chunks.append(delta(reasoning_details=[detail]))
+    if text:  # the rest of the reasoning comes after it
+        chunks += [delta(content=text), delta(reasoning_details=[dict(detail, index=1)])]
+    for index, call_id in enumerate(ids):
+        arguments = '{ "path": "%s" }' % secret
+        chunks.append(
+            call_chunk(fn("Read", arguments, index=index, id=call_id, extra_content=google))
+        )
+    chunks.append(delta("tool_calls" if ids else "stop"))
+    return FakeReply(200, {}, [sse(chunk, done=False) for chunk in chunks])
+
+
+class TestSessionsNeverMix(unittest.TestCase):
+    """What is remembered of one conversation reaches no other, whatever ids a provider gives."""
+
+    HEADER = "x-claude-code-session-id"
+    PAIRS = (
+        # (how two sessions differ, of the one, of the other)
+        ("header", {"headers": {HEADER: "one"}}, {"headers": {HEADER: "two"}}),
+        (
+            "user id",
+            {"metadata": {"user_id": '{"session_id":"one"}'}},
+            {"metadata": {"user_id": '{"session_id":"two"}'}},
+        ),
+        ("no session, first words", {"first": "hi"}, {"first": "hello"}),
+        ("no session, system", {"system": "a b"}, {"system": "c d"}),
+        (
+            "a claimed session",
+            {"headers": {HEADER: "one"}, "first": "hi"},
+            {"headers": {HEADER: "one"}, "first": "hello"},
+        ),
+        ("nothing but what was read", {}, {}),
+        ("the same words beside notes", {"first": reminder("x") + "hi"}, {"first": "hi"}),
+    )
+
+    def pair(self, profile, one, other, reply):
+        proxy, wires = proxy_with(lambda sent: reply(wires.secret), PROFILE=profile)
+        return Talk(proxy, wires, "SECRET-1", **one), Talk(proxy, wires, "SECRET-2", **other)
+
+    def check(self, one, other, is_kept=True):
+        """Each one's requests hold its own secrets alone, and each goes on from the one before."""
+        for talk, foreign in ((one, other), (other, one)):
+            for sent in talk.sent:
+                self.assertNotIn(foreign.secret, sent)
+            told = [json.loads(sent)["messages"] for sent in talk.sent]
+            for before, after in zip(told, told[1:]):
+                self.assertEqual(after[: len(before)], before)
+            calls = [call["id"] for message in told[-1] for call in message.get("tool_calls") or ()]
+            results = [m["tool_call_id"] for m in told[-1] if m["role"] == "tool"]
+            self.assertEqual((len(set(calls)), results), (len(calls), calls))
+            if is_kept:
+                self.assertIn("I think " + talk.secret, talk.sent[-1].replace("data", "I think"))
+
+    def test_ids_that_repeat(self):
+        all_ids = (["call_0"], ["tool_0_Read", "tool_1_Read"], ["call_0", "call_0"], [""])
+        for profile, (place, pair) in itertools.product(CHAT_PROFILES, enumerate(self.PAIRS)):
+            how, first, second = pair
+            for ids in all_ids[place % 4 :: 4] + all_ids[: place == 5]:
+                with self.subTest(profile.name, how=how, ids=ids):
+                    one, other = self.pair(
+                        profile.name, first, second, lambda secret: thoughtful_reply(secret, ids)
+                    )
+                    for talk in (one, other, one, other, other, one):
+                        talk.turn()
+                    shape = ccfix.REASONING_FIELDS.get(profile.reasoning_field, "opaque")
+                    self.check(one, other, shape != "opaque")
+                    if profile.reasoning_field == "google":
+                        for talk in (one, other):
+                            self.assertEqual(
+                                talk.sent[-1].count("sign " + talk.secret), 2 * len(ids)
+                            )
+
+    def test_answers_at_the_same_time(self):
+        for first, second in (self.PAIRS[0][1:], self.PAIRS[5][1:]):
+            one, other = self.pair(
+                "deepseek", first, second, lambda secret: thoughtful_reply(secret, ["call_0"])
+            )
+            for _ in range(3):
+                streams = [(talk, talk.begin()) for talk in (one, other)]
+                told = list(itertools.zip_longest(*(stream for _, stream in streams)))
+                for talk, events in zip((one, other), told[0]):
+                    talk.end(events)
+            self.check(one, other)
+
+    def test_texts_that_repeat(self):
+        """Reasoning that comes after the text of a turn without calls is known by its text."""
+        for how, first, second in self.PAIRS[:5]:
+            for name in ("openrouter", "minimax"):
+                with self.subTest(name, how=how):
+                    one, other = self.pair(
+                        name, first, second, lambda secret: thoughtful_reply(secret, (), "Done.")
+                    )
+                    for talk in (one, other, other, one, one, other):
+                        talk.turn()
+                    self.check(one, other)
+
+    def test_texts_that_repeat_after_other_results(self):
+        steps = {"SECRET-1": 0, "SECRET-2": 0}
+
+        def reply(secret):
+            steps[secret] += 1
+            is_call = steps[secret] % 2
+            return thoughtful_reply(secret, ["call_0"] * is_call, "" if is_call else "Done.")
+
+        one, other = self.pair("openrouter", {}, {}, reply)
+        for talk in (one, other, one, other, other, one, one, other, one, other):
+            talk.turn()
+        self.check(one, other)
+
+    def test_a_text_said_twice_keeps_both_thoughts(self):
+        count = itertools.count()
+        one, _ = self.pair(
+            "openrouter", {}, {}, lambda secret: thoughtful_reply(str(next(count)), (), "Done.")
+        )
+        for _ in range(4):
+            one.turn()
+        found = re.findall(r'"data": "data (\d)"', one.sent[-1])
+        self.assertEqual(found, ["0", "0", "1", "1", "2", "2"])
+
+    def test_one_conversation_stays_one(self):
+        """What the client changes between its requests, or when it is resumed."""
+        header = {self.HEADER: "one"}
+        first = [txt("<system-reminder>\nnote\n</system-reminder>"), txt("hi")]
+        rows = (
+            ({}, {"headers": dict(header, **{"x-claude-code-agent-id": "fork"})}),
+            ({"system": "Today is Monday"}, {"system": "Today is Tuesday"}),
+            ({}, {"first": [txt("hi", cache_control={"type": "ephemeral"})]}),
+            ({"first": first}, {"first": [first[0], dict(first[1], cache_control={"a": 1})]}),
+            ({}, {"headers": {}, "metadata": {"user_id": "one"}}),
+        )
+        for before, after in rows:
+            one, again = self.pair(
+                "deepseek",
+                dict({"headers": header}, **before),
+                dict({"headers": header}, **after),
+                lambda secret: thoughtful_reply(secret, ["call_0"]),
+            )
+            if not dict({"headers": header}, **after)["headers"]:
+                one.headers, one.fields = {}, {"metadata": {"user_id": "one"}}
+            one.turn()
+            again.secret, again.messages[1:] = one.secret, one.messages[1:]
+            again.turn()
+            self.assertIn("I think SECRET-1", again.sent[0], after)
+
+    def test_another_session_that_goes_on_loses_only_the_models_own_spelling(self):
+        for keep in (True, False):
+            one, other = self.pair(
+                "deepseek", *self.PAIRS[0][1:], lambda secret: thoughtful_reply(secret, ["call_0"])
+            )
+            one.turn(keep=True)
+            other.messages[1:] = one.messages[1:]
+            if not keep:
+                del other.messages[1]["content"][0]
+            other.turn()
+            sent = json.loads(other.sent[0])["messages"][1]
+            self.assertEqual(
+                sent["reasoning_content"], "I think SECRET-1" if keep else ccfix.NOT_KEPT
+            )
+            self.assertEqual(sent["tool_calls"][0]["function"]["arguments"], '{"path":"SECRET-1"}')
+
+    def test_a_forged_history_gets_nothing(self):
+        for name in ("deepseek", "openrouter", "gemini", "minimax", "kimi"):
+            one, other = self.pair(
+                name, *self.PAIRS[0][1:], lambda secret: thoughtful_reply(secret, ["call_0"])
+            )
+            one.turn()
+            signed = ccfix.write_state(ccfix.urllib.parse.urlsplit("http://127.0.0.1").hostname, {})
+            for signature in ("", signed):
+                thought = {"type": "thinking", "thinking": "", "signature": signature}
+                other.messages[1:] = [said(thought, use("call_0")), user(result("call_0", "x"))]
+                other.turn()
+                self.assertNotIn("SECRET-1", other.sent[-1])
+
+    def test_an_id_is_given_once(self):
+        memory = ccfix.Memory()
+        memory.keep({"known": {"arguments": "{}"}})
+        self.assertEqual([memory.claim(name) for name in ("known", "new", "new")], [0, 1, 0])
+        taken, threads = [], []
+        for _ in range(8):
+            threads.append(threading.Thread(target=lambda: taken.append(memory.claim("hot"))))
+            threads[-1].start()
+        for thread in threads:
+            thread.join()
+        self.assertEqual(sorted(taken), [False] * 7 + [True])
+        memory.keep({"new": {"arguments": "{}"}})
+        self.assertEqual((memory.recall("new"), memory.size > 0), ({"arguments": "{}"}, True))
+
+    def test_an_id_is_given_once_over_a_restart(self):
+        folder = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, folder, True)
+        store = ccfix.Cache(folder, 9, 1 << 20, print)
+        ccfix.Memory(store).keep({"known": {"arguments": "{}"}})
+        again = ccfix.Memory(store)
+        self.assertEqual((again.claim("known"), again.claim("new")), (False, True))
+        self.assertEqual(again.recall("known"), {"arguments": "{}"})
+        store.close()
+
+
+class TestCacheBetweenSessions(CachedCase):
+    """The cache, too, gives nothing of one conversation to another, whatever ids they share."""
+
+    def test_each_mode_and_profile(self):
+        for mode, name in itertools.product(
+            ("full", "prefix", "none"), ("deepseek", "openrouter", "gemini", "groq")
+        ):
+            with self.subTest(name, mode=mode):
+                steps = {"SECRET-1": 0, "SECRET-2": 0}
+
+                def reply(secret):
+                    steps[secret] += 1
+                    ids = ["call_0"] * (steps[secret] % 3 > 0)
+                    return thoughtful_reply(secret, ids, "" if ids else "It says " + secret)
+
+                proxy = self.proxy(lambda sent: reply(proxy.wires[1].secret), mode, PROFILE=name)
+                talks = [
+                    Talk(proxy, proxy.wires[1], secret, secret, {"x-claude-code-session-id": "s"})
+                    for secret in ("SECRET-1", "SECRET-2")
+                ]
+                for turn in range(14):
+                    talk, other = talks[turn % 2], talks[1 - turn % 2]
+                    answer = talk.turn(keep=turn % 4 < 2)
+                    self.assertNotIn(other.secret, json.dumps(answer))
+                    self.assertNotIn(other.secret, "".join(talk.sent))
+
+
 class TestSmallEndpoints(unittest.TestCase):
 
     def test_models_are_names_that_claude_code_keeps(self):
@@ -13808,6 +14238,26 @@ class TestCacheOverHttp(HttpCase):
             json.loads(self.call("POST", "/cache/clear", b"").body.decode()), {"removed": 1}
         )
         self.assertEqual(self.post(request("hi")).headers["x-ccfix-cache"], "miss")
+
+    def test_a_client_that_does_not_read_holds_up_nobody_with_the_same_request(self):
+        folder = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, folder, True)
+        chunks = [delta(content="x" * 50000)] * 400 + [delta("stop")]
+        self.serve(
+            SSE_HEAD + chunked(sse(*chunks)).partition(b"\r\n\r\n")[2],
+            streamed(HELLO_STREAM),
+            CACHE_ENABLED="true",
+            CACHE_DIR=folder,
+            CACHE_KEY_MODE="full",
+        )
+        leader = self.begin(request("hi"))
+        self.wait_until(lambda: self.upstream.requests)
+        began = time.monotonic()
+        self.is_fine()
+        self.assertLess(time.monotonic() - began, 5)
+        self.assertEqual((self.proxy.active, len(self.upstream.requests)), (1, 2))
+        leader.close()
+        self.wait_until(lambda: self.proxy.active == 0)
 
 
 class TestServerItself(HttpCase):

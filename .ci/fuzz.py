@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""A seeded fuzzer: hostile requests, replies, raw HTTP, .env and settings.json, against ccfix in
-this process.
+"""A seeded fuzzer: hostile requests, replies, raw HTTP, .env and settings.json, and sessions that
+must not mix, against ccfix in this process.
 
     python3 .ci/fuzz.py                          # about 30 s
     python3 .ci/fuzz.py --seconds 600 --seed 7   # longer, from another seed
@@ -514,9 +514,161 @@ def claude_settings(rng, bed):
         pass
 
 
+# Two sessions of one proxy, before a provider that repeats its tool ids
+
+
+class Wires:
+    """Stands for ccfix.Upstream. secret: of the session whose turn it is; reply: bytes to come."""
+
+    status, headers = 200, {}
+
+    def open(self, method, url, headers, body=None, wait=None, timeout=None):
+        self.sent, self.raw = json.loads(body.decode()), self.reply(self.secret)
+        return copy.copy(self)
+
+    def blocks(self):
+        return iter(self.raw)
+
+    def finish(self):
+        pass
+
+    close = finish
+
+
+def thoughtful_chat(rng, secret, ids):
+    """A chat reply that thinks of the secret in any field that a provider has for it."""
+    detail = {"type": rng.choice(("reasoning.text", "reasoning.encrypted")), "index": 0}
+    detail["text" if detail["type"] == "reasoning.text" else "data"] = "details of " + secret
+    told = [
+        say(reasoning_content="thought of " + secret),
+        say(reasoning="thought of " + secret),
+        say(reasoning_details=[detail]),
+        say(content="<think>thought of %s</think>" % secret),
+    ]
+    chunks = rng.sample(told, rng.randrange(1, 4))
+    if rng.random() < 0.5 or not ids:
+        chunks += [say(content="Done."), say(reasoning_details=[dict(detail, index=1)])]
+    for index, given in enumerate(ids):
+        more = {"id": given} if given else {}
+        if rng.random() < 0.7:
+            more["extra_content"] = {"google": {"thought_signature": "signed " + secret}}
+        chunks.append(call(index, '{ "file_path": "a" }', "Read", **more))
+    return [sse(chunk) for chunk in chunks + [say("tool_calls" if ids else "stop"), "[DONE]"]]
+
+
+def thoughtful_messages(rng, secret, ids):
+    """The same from a provider that speaks Anthropic."""
+    thinking = {"type": "thinking", "thinking": "thought of " + secret, "signature": "s" + secret}
+    blocks = [thinking, {"type": "text", "text": "Done."}][rng.randrange(2) :]
+    blocks += [
+        {"type": "tool_use", "id": given, "name": "Read", "input": {"file_path": "a"}}
+        for given in ids
+    ]
+    reason = "tool_use" if ids else "end_turn"
+    message = {"type": "message", "id": "m", "role": "assistant", "usage": {}}
+    events = ccfix.unfold(dict(message, content=blocks, stop_reason=reason))
+    return [ccfix.encode_event(event).encode() for event in events]
+
+
+class Session:
+    """A client's conversation. It keeps thinking, drops it, or moves text before calls."""
+
+    def __init__(self, rng, proxy, wires, secret, first, headers, more):
+        self.rng, self.proxy, self.wires, self.secret = rng, proxy, wires, secret
+        self.headers, self.sent, self.calls = headers, [], []
+        self.body = dict(BODY, messages=[{"role": "user", "content": first}], **more)
+        del self.body["output_config"]  # Claude Code wants JSON of a side request alone
+
+    def turn(self):
+        """A turn, a step at each next()."""
+        body = copy.deepcopy(dict(self.body, stream=self.rng.random() < 0.8))
+        exchange = ccfix.Exchange(self.proxy, body, self.headers, lambda sock, seconds: False)
+        batches, events = exchange.event_batches(), []
+        while True:
+            self.wires.secret = self.secret
+            batch = next(batches, None)
+            if not events and exchange.sent:
+                self.sent.append(exchange.sent)
+            if batch is None:
+                break
+            events += batch
+            yield
+        self.go_on(ccfix.fold(events)["content"])
+
+    def go_on(self, content):
+        how = self.rng.randrange(3)
+        if how:
+            content = [block for block in content if "thinking" not in block["type"]]
+        if how == 2:
+            content.sort(key=lambda block: block["type"] == "tool_use")
+        ids = [block["id"] for block in content if block["type"] == "tool_use"]
+        self.calls += ids
+        demand(len(set(self.calls)) == len(self.calls), "an id twice: %s" % self.calls)
+        results = [
+            {"type": "tool_result", "tool_use_id": given, "content": "read by " + self.secret}
+            for given in ids
+        ]
+        self.rng.shuffle(results)
+        turns = [("assistant", content), ("user", results or "go on")]
+        self.body["messages"] += [dict(role=role, content=said) for role, said in turns]
+
+
+def check_sent(session, foreign):
+    """Finding unless a session's requests are its own, each goes on from the one before, and each
+    call has its result."""
+    before = []
+    for sent in session.sent:
+        demand(foreign not in json.dumps(sent), "%s in the request of another" % foreign)
+        messages, asked = sent["messages"], []
+        demand(messages[: len(before)] == before, "no prefix: %r, %r" % (before, messages))
+        for message in messages:
+            asked += [made["id"] for made in message.get("tool_calls") or ()]
+            if message["role"] == "tool":
+                demand(message["tool_call_id"] == asked.pop(0), "a result of another call")
+        demand(not asked, "calls without a result: %s" % asked)
+        before = messages
+
+
+def sessions(rng, bed):
+    """Two sessions in turns, also at the same time: what one thinks never reaches the other."""
+    profile = rng.choice(ccfix.PROFILES)
+    values = {"TARGET_API_BASE": "http://127.0.0.1:9", "TARGET_MODEL": "m", "TARGET_RETRIES": "0"}
+    settings = ccfix.Settings([("the fuzzer", dict(values, PROFILE=profile.name))])
+    proxy, wires = ccfix.Proxy(lambda: settings, lambda level, text: None), Wires()
+    proxy.wires = ({name: getattr(settings, name) for name in ccfix.TLS_SETTINGS}, wires)
+    pool = rng.choice((["call_0"], ["call_0", "call_1"], ["tool_0_Read", "call_1", ""], ["x" * 70]))
+    write = thoughtful_chat if profile.format == "chat" else thoughtful_messages
+    how, header, pair = rng.randrange(6), "x-claude-code-session-id", []
+    wires.reply = lambda secret: write(
+        rng, secret, [rng.choice(pool) for _ in range(rng.choice((how == 5, 1, 1, 2)))]
+    )
+    for name in "ab":
+        secret, first, headers, more = "SECRET-" + name, "read", {}, {"metadata": {}}
+        if how == 0:
+            headers = {header: name}
+        elif how == 1:
+            more = {"metadata": {"user_id": json.dumps({"session_id": name})}}
+        elif how == 2:
+            more = {"metadata": {}, "system": "You work for " + name}
+        elif how < 5:  # at 5, only what they read tells them apart
+            first, headers = "read " + name, {header: "claimed"} if how == 3 else {}
+        pair.append(Session(rng, proxy, wires, secret, first, headers, more))
+    running = {}
+    for _ in range(rng.randrange(8, 40)):
+        session = rng.choice(pair)
+        turn = running.pop(session, None) or session.turn()
+        if next(turn, turn) is None:
+            running[session] = turn
+    for turn in running.values():
+        list(turn)
+    check_sent(pair[0], pair[1].secret)
+    check_sent(pair[1], pair[0].secret)
+
+
 TARGETS = {"requests": requests, "replies": replies, "raw": raw_http}
-TARGETS.update({"dotenv": dotenv, "claude": claude_settings})
-ORDER = ("requests", "replies", "raw", "replies", "requests", "raw", "dotenv", "claude")
+TARGETS.update({"dotenv": dotenv, "claude": claude_settings, "sessions": sessions})
+ORDER = ("requests", "replies", "raw", "replies", "requests", "raw", "dotenv")
+ORDER += ("claude",) + ORDER + ("sessions",)
 
 
 def numbers(case, seconds, most):
