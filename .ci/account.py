@@ -14,6 +14,7 @@ import re
 import select
 import shutil
 import signal
+import socket
 import ssl
 import stat
 import struct
@@ -32,6 +33,7 @@ ROOT = os.environ.get("CLAUDE_ROOT") or os.path.join(harness.CACHE, "claude")
 CLIENT = os.path.join(ROOT, VERSION, "node_modules", ".bin")
 COMMANDS = ("serve", "run", "check", "init", "install", "uninstall", "open")
 NOBODY = "http://127.0.0.1:1"
+OWN_NAME = socket.gethostname()
 
 
 # Helpers
@@ -420,7 +422,7 @@ CERTIFICATE += "basicConstraints=critical,CA:true\n"
 
 
 @contextlib.contextmanager
-def over_tls(script, names):
+def over_tls(script, names, host="127.0.0.1"):
     """A scripted provider behind a certificate that nobody trusts -> (base URL, certificate)."""
     with tempfile.TemporaryDirectory() as folder:
         config = write(CERTIFICATE % names, folder, "openssl.cnf")
@@ -430,7 +432,7 @@ def over_tls(script, names):
         subprocess.check_call(request.split() + files, stderr=subprocess.DEVNULL)
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(cert, key)
-        with Upstream(script, tls=context) as upstream:
+        with Upstream(script, tls=context, host=host) as upstream:
             yield upstream.url, cert
 
 
@@ -477,12 +479,12 @@ def proxies(address):
 
 
 def check_through_a_proxy():
-    """The provider is called 127.1: loopback, but not a name that goes past a proxy."""
+    """The provider goes by this machine's own name: with one of loopback, no proxy is asked."""
     if not shutil.which("tinyproxy"):
         return skip("a real forward proxy", "tinyproxy is not installed")
-    with account() as home, Upstream(able) as upstream:
-        with over_tls(able, "DNS:127.1") as (secure, cert):
-            bases = [base.replace("127.0.0.1", "127.1") for base in (upstream.url, secure)]
+    with account() as home, Upstream(able, host=OWN_NAME) as upstream:
+        with over_tls(able, "DNS:" + OWN_NAME, OWN_NAME) as (secure, cert):
+            bases = upstream.url, secure
 
             def checked(base, **env):
                 target = ("-b", base, "-m", "scripted", "-k", "k", "--ca-bundle", cert)
@@ -493,7 +495,7 @@ def check_through_a_proxy():
             run, words = checked(bases[0], **gone), "fix: check HTTPS_PROXY and HTTP_PROXY"
             name, proxy = "a proxy that is not there is named", "the proxy 127.0.0.1:"
             has_row(name, run, "reachable", "FAIL", proxy, words)
-            all_works("NO_PROXY goes past it", checked(bases[0], NO_PROXY="127.1", **gone))
+            all_works("NO_PROXY goes past it", checked(bases[0], NO_PROXY=OWN_NAME, **gone))
 
 
 def through_proxies(home, bases, checked):
@@ -504,7 +506,7 @@ def through_proxies(home, bases, checked):
             has_row("%s through a proxy" % name, run, "reachable", "ok", words)
             all_works("%s: and all works" % name, run)
         seen = text_of(log)
-        both = "CONNECT 127.1:" in seen and "http://127.1:" in seen
+        both = "CONNECT %s:" % OWN_NAME in seen and "http://%s:" % OWN_NAME in seen
         check("the proxy saw both", both, seen[-2000:])
     with tinyproxy(home, "s3cret") as (address, log):
         for base in bases:

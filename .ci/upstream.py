@@ -461,20 +461,21 @@ class Upstream:
     """The server as a context manager; `script` may be replaced at any time.
 
     models   the ids that GET /v1/models lists; tls: an SSLContext
+    host     the address that it listens on, and the name in its URL
     most     requests of one session; more is a loop. None: any number, and none is recorded
     hangups  replies that the peer did not wait for; open: replies under way; gets: paths of GET
     """
 
-    def __init__(self, script, port=0, models=("scripted",), tls=None, most=60):
+    def __init__(self, script, port=0, models=("scripted",), tls=None, most=60, host="127.0.0.1"):
         self.script, self.models, self.tls, self.most = script, models, tls, most
         self.requests, self.gets, self.hangups, self.open = [], [], 0, 0
         self.lock = threading.Lock()
         self.listener = socket.socket()
         self.listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self.listener.bind(("127.0.0.1", port))
+        self.listener.bind((host, port))
         self.listener.listen(1024)
         scheme = "https" if tls else "http"
-        self.url = "%s://127.0.0.1:%d/v1" % (scheme, self.listener.getsockname()[1])
+        self.url = "%s://%s:%d/v1" % (scheme, host, self.listener.getsockname()[1])
 
     def __enter__(self):
         threading.Thread(target=self.accept, daemon=True).start()
