@@ -3473,12 +3473,14 @@ OPENER = re.compile(one_of(OPENING) + r"\s*")
 CLOSER = one_of(CLOSING)
 CLOSERS = re.compile(r"(?:[\s,;]|%s)*" % CLOSER)
 PIECE = re.compile(
-    r"(?P<blank>\s+)|(?P<row>`{1,64}|~{1,64})|(?P<literal>%s)"
+    r"(?P<blank>\s+)|(?P<row>`{1,64}|~{1,64}|<think>)|(?P<literal>%s)"
     r"|[^\s`~<\[{](?:[^\n`~<\[{]*[^\s`~<\[{])?|." % one_of(MARKS)  # prose
 )
 # What may become a literal, or a longer row, with the next characters.
 BEGINNINGS = {
-    whole[:size] for whole in [*MARKS, "`" * 64, "~" * 64] for size in range(1, len(whole))
+    whole[:size]
+    for whole in [*MARKS, "`" * 64, "~" * 64, "<think>"]
+    for size in range(1, len(whole))
 }
 # A line of code by its indentation, of a quotation, table or heading by its first character.
 ASIDE = re.compile(r"\s{4}|\s*[\t>|#]")
@@ -3527,8 +3529,14 @@ class TextCalls:
         return True
 
     def feed(self, text, final=False):
-        steps = [text[at : at + STEP] for at in range(0, len(text) or 1, STEP)]
-        return [piece for step in steps for piece in self.scan(step, final) if piece[1]]
+        pieces = []
+        for at in range(0, len(text) or 1, STEP):
+            told = self.scan(text[at : at + STEP], final)
+            for kind, group in itertools.groupby(told, lambda piece: piece[0]):
+                values = [value for _, value in group]
+                joined = values if kind == "call" else ["".join(values)]  # each is an event
+                pieces += [(kind, value) for value in joined if value]
+        return pieces
 
     def finish(self, calls=True):
         """What is held, once nothing more comes, or nothing that calls may stand before."""
@@ -3640,12 +3648,14 @@ class TextCalls:
 
     def blank(self, space):
         """White space. A new line ends inline code, but three back-ticks or more opened a fence; in
-        a fence, a row with a language behind it opens one more, a bare one closes."""
+        a fence, a row with a language behind it opens one more, a bare one closes. A <think> that
+        does not lead the reply (else ThinkTags takes it) is a fence that never closes."""
         *ended, rest = space.split("\n")
         if ended:
             row, fences = self.row, self.fences
             if len(row) >= 3 and (not fences or row.startswith(fences[-1])):
-                fences.pop() if fences and self.bare else fences.append(row)
+                closes = fences and self.bare and row[0] != "<"
+                fences.pop() if closes else fences.append(row)
             same = len(ended) == 1 and self.place == MIDDLE  # paragraph
             self.quoted = self.aside or INTRODUCED.search(self.last) or same and self.quoted
             self.row, self.place, self.indent = "", min(self.place, LINE), ""

@@ -4837,6 +4837,9 @@ PROSE = [  # name, text that must come out as it came
     ("fence, closed by one with a language", "```\n```xml\n" + HERMES),
     ("fence, closed by fewer", "````\n```\n" + HERMES),
     ("fence, closed by tildes", "```\n~~~\n" + HERMES),
+    ("thinking in the text, not closed", "Ok.\n\n<think>\n\nIt says.\n\n" + HERMES),
+    ("thinking in the text, twice", "Ok.\n<think>\n<think>\n\nIt says.\n\n" + HERMES),
+    ("thinking in the text, in its line", "Ok.\n\n<think>It says.\n\n" + HERMES),
     ("inline code, not closed, a special token", "See `this. " + KIMI),
     ("json with another member", JSON_CALL.replace("{", '{"a": 1, ', 1) % "arguments"),
     ("json without arguments", '{"name": "now"}'),
@@ -5130,6 +5133,12 @@ class TestTextCalls(unittest.TestCase):
                 with self.subTest(name, how=how):
                     limit = 0.1 + 6 * self.cost(scale, 4000, how)
                     self.assertLess(self.cost(scale, 16000, how), limit)
+
+    def test_refused_marks_make_no_pieces_of_their_own(self):
+        calls, text = ccfix.TextCalls(OFFERED), "\n<tool_call>x" * 10000
+        pieces = calls.feed(text) + calls.finish()
+        self.assertEqual(join_pieces(pieces), plain_piece(text))
+        self.assertLess(len(pieces), 2 + len(text) // 4000)
 
     def cost(self, scale, size, how):
         """CPU seconds of a text of so many characters: scanned, fixed, and read as arguments."""
