@@ -376,11 +376,12 @@ def own_words(text, quoted):
     the last quotation mark of its kind, or with the text, as it may have been cut.
     """
     text = re.sub("input_value=.{0,99}", "", text)  # pydantic's, which are both ends of a value
-    parts = re.split(r"(\\{1,9}[nrtbf]?|[^\w \\]{1,99})", text)
-    words = list(map(letters, parts))
+    parts = re.split(r"(\\{1,9}[nrtbf]?|[^\w \\]{1,99}| )", text)
+    words, ends = list(map(letters, parts)), [" " not in p for p in zip(parts, parts[1:] + [""])]
     for at in range(len(parts)):
-        joined = itertools.accumulate(words[at : at + 80])
-        if words[at] and any(len(word) > 11 and word[:40] in quoted for word in joined):
+        joined = itertools.accumulate(words[at : at + 99])
+        whole = itertools.compress(joined, ends[at : at + 99])
+        if words[at] and any(len(word) > 11 and word[:40] in quoted for word in whole):
             mark, rest = parts[at - 1][-1:], "".join(parts[at:])
             rest = rest.rpartition(mark)[2] if mark in ("'", '"', "`") else ""
             return "".join(parts[:at]) + own_words(rest, quoted)

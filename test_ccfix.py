@@ -1394,6 +1394,11 @@ QUOTING = (
     ("in quotes", lambda said, sent: err('Malformed content "%s" in message 0' % said)),
     ("without quotes", lambda said, sent: err("Malformed content: " + said)),
     ("as plain text", lambda said, sent: "Malformed content: %s" % said),
+    ("after a word", lambda said, sent: err("value error, got " + said)),
+    ("alone", lambda said, sent: err(said)),
+    ("as another field", lambda said, sent: {"errors": [{"value": said, "error": "malformed"}]}),
+    ("in the model's template", lambda said, sent: err("cannot <s>[INST] %s [/INST]" % said)),
+    ("in French", lambda said, sent: err("cannot \u00ab%s\u00bb" % said)),
     ("cut off", lambda said, sent: err("Malformed content: '%s...'" % said[:60])),
     ("in OpenRouter's raw", lambda said, sent: err("x", metadata={"raw": json.dumps(err(said))})),
     (
@@ -1412,8 +1417,9 @@ class TestQuotedRequests(unittest.TestCase):
     """Lessons, and what Claude Code is told, come from the provider's own words alone."""
 
     def test_nothing_is_learned_from_a_quotation(self):
-        for said_, (how, quoting) in itertools.product(CLAIMS, QUOTING):
-            for status, where in ((422, "user"), (400, "result"), (400, "system"), (500, "user")):
+        places = ((422, "user"), (400, "result"), (400, "system"), (500, "user"))
+        for number, (said_, (how, quoting)) in enumerate(itertools.product(CLAIMS, QUOTING)):
+            for status, where in places if said_ == CLAIMS[0] else places[number % 4 :][:1]:
                 body = request(said_, tools=[tool("Read")], temperature=1)
                 if where == "result":
                     body["messages"] += [said(use("c1")), user(result("c1", said_))]
@@ -1422,8 +1428,6 @@ class TestQuotedRequests(unittest.TestCase):
                 with self.subTest(how, said=said_, status=status, where=where):
 
                     def answer(sent):
-                        if sent["messages"][-1]["role"] == "user" and len(wires.sent) > 4:
-                            self.fail("it goes on and on")
                         told = quoting(said_, sent["messages"])
                         told = told if isinstance(told, str) else json.dumps(told)
                         return FakeReply(status, {}, [told.encode()])
