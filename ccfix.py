@@ -365,7 +365,7 @@ def echoes(sent):
     errors by right.
     """
     strings = re.findall(r'"((?:[^"\\]|\\.){12,200})', compact_json(sent))
-    return {letters(each) for each in strings if not re.match(r"[\w./:@-]{1,99}\Z", each, re.A)}
+    return {letters(each) for each in strings if re.search(r"[^\w./:@-]", each)}
 
 
 def own_words(text, quoted):
@@ -6598,8 +6598,8 @@ def conversation(headers, body):
     anyway where the first words are others.
     """
     who = headers.get("x-claude-code-session-id") or as_dict(body.get("metadata")).get("user_id")
-    who = str(who or system_text(body.get("system")))
-    return text_key(who, as_dict(body["messages"][0]).get("content"))
+    who = who or without_billing(system_text(body.get("system")))
+    return text_key(str(who), as_dict(body["messages"][0]).get("content"))
 
 
 class Memory:

@@ -11936,12 +11936,16 @@ class TestSessionsNeverMix(unittest.TestCase):
         """What the client changes between its requests, or when it is resumed."""
         header = {self.HEADER: "one"}
         first = [txt("<system-reminder>\nnote\n</system-reminder>"), txt("hi")]
+        no_header, billing = {"headers": {}}, "x-anthropic-billing-header: cch=%d;\nBe brief"
         rows = (
             ({}, {"headers": dict(header, **{"x-claude-code-agent-id": "fork"})}),
             ({"system": "Today is Monday"}, {"system": "Today is Tuesday"}),
             ({}, {"first": [txt("hi", cache_control={"type": "ephemeral"})]}),
             ({"first": first}, {"first": [first[0], dict(first[1], cache_control={"a": 1})]}),
-            ({}, {"headers": {}, "metadata": {"user_id": "one"}}),
+            (dict(no_header, metadata={"user_id": "one"}),) * 2,
+            (dict(no_header, system=billing % 1), dict(no_header, system=billing % 2)),
+            (dict(no_header, system=[txt(billing % 1), txt("Be brief")]),)
+            + (dict(no_header, system=[txt(billing % 2), txt("Be brief", cache_control={})]),),
         )
         for before, after in rows:
             one, again = self.pair(
@@ -11950,8 +11954,6 @@ class TestSessionsNeverMix(unittest.TestCase):
                 dict({"headers": header}, **after),
                 lambda secret: thoughtful_reply(secret, ["call_0"]),
             )
-            if not dict({"headers": header}, **after)["headers"]:
-                one.headers, one.fields = {}, {"metadata": {"user_id": "one"}}
             one.turn()
             again.secret, again.messages[1:] = one.secret, one.messages[1:]
             again.turn()
