@@ -367,7 +367,7 @@ def echoes(sent):
     errors by right.
     """
     strings = re.findall(r'"((?:[^"\\]|\\.){12,200})', compact_json(sent))
-    return {letters(each) for each in strings if not re.match(r"[\w./:@-]{1,99}\Z", each, re.A)}
+    return {letters(each) for each in strings if re.search(r"[^\w./:@-]", each)}
 
 
 def own_words(text, quoted):
@@ -378,11 +378,12 @@ def own_words(text, quoted):
     the last quotation mark of its kind, or with the text, as it may have been cut.
     """
     text = re.sub("input_value=.{0,99}", "", text)  # pydantic's, which are both ends of a value
-    parts = re.split(r"(\\{1,9}[nrtbf]?|[^\w \\]{1,99})", text)
-    words = list(map(letters, parts))
+    parts = re.split(r"(\\{1,9}[nrtbf]?|[^\w \\]{1,99}| )", text)
+    words, ends = list(map(letters, parts)), [" " not in p for p in zip(parts, parts[1:] + [""])]
     for at in range(len(parts)):
-        joined = itertools.accumulate(words[at : at + 80])
-        if words[at] and any(len(word) > 11 and word[:40] in quoted for word in joined):
+        joined = itertools.accumulate(words[at : at + 99])
+        whole = itertools.compress(joined, ends[at : at + 99])
+        if words[at] and any(len(word) > 11 and word[:40] in quoted for word in whole):
             mark, rest = parts[at - 1][-1:], "".join(parts[at:])
             rest = rest.rpartition(mark)[2] if mark in ("'", '"', "`") else ""
             return "".join(parts[:at]) + own_words(rest, quoted)
@@ -6727,8 +6728,8 @@ def conversation(headers, body):
     anyway where the first words are others.
     """
     who = headers.get("x-claude-code-session-id") or as_dict(body.get("metadata")).get("user_id")
-    who = str(who or system_text(body.get("system")))
-    return text_key(who, as_dict(body["messages"][0]).get("content"))
+    who = who or without_billing(system_text(body.get("system")))
+    return text_key(str(who), as_dict(body["messages"][0]).get("content"))
 
 
 class Memory:

@@ -1395,6 +1395,11 @@ QUOTING = (
     ("in quotes", lambda said, sent: err('Malformed content "%s" in message 0' % said)),
     ("without quotes", lambda said, sent: err("Malformed content: " + said)),
     ("as plain text", lambda said, sent: "Malformed content: %s" % said),
+    ("after a word", lambda said, sent: err("value error, got " + said)),
+    ("alone", lambda said, sent: err(said)),
+    ("as another field", lambda said, sent: {"errors": [{"value": said, "error": "malformed"}]}),
+    ("in the model's template", lambda said, sent: err("cannot <s>[INST] %s [/INST]" % said)),
+    ("in French", lambda said, sent: err("cannot \u00ab%s\u00bb" % said)),
     ("cut off", lambda said, sent: err("Malformed content: '%s...'" % said[:60])),
     ("in OpenRouter's raw", lambda said, sent: err("x", metadata={"raw": json.dumps(err(said))})),
     (
@@ -1413,8 +1418,9 @@ class TestQuotedRequests(unittest.TestCase):
     """Lessons, and what Claude Code is told, come from the provider's own words alone."""
 
     def test_nothing_is_learned_from_a_quotation(self):
-        for said_, (how, quoting) in itertools.product(CLAIMS, QUOTING):
-            for status, where in ((422, "user"), (400, "result"), (400, "system"), (500, "user")):
+        places = ((422, "user"), (400, "result"), (400, "system"), (500, "user"))
+        for number, (said_, (how, quoting)) in enumerate(itertools.product(CLAIMS, QUOTING)):
+            for status, where in places if said_ == CLAIMS[0] else places[number % 4 :][:1]:
                 body = request(said_, tools=[tool("Read")], temperature=1)
                 if where == "result":
                     body["messages"] += [said(use("c1")), user(result("c1", said_))]
@@ -1423,8 +1429,6 @@ class TestQuotedRequests(unittest.TestCase):
                 with self.subTest(how, said=said_, status=status, where=where):
 
                     def answer(sent):
-                        if sent["messages"][-1]["role"] == "user" and len(wires.sent) > 4:
-                            self.fail("it goes on and on")
                         told = quoting(said_, sent["messages"])
                         told = told if isinstance(told, str) else json.dumps(told)
                         return FakeReply(status, {}, [told.encode()])
@@ -12410,12 +12414,16 @@ class TestSessionsNeverMix(unittest.TestCase):
         """What the client changes between its requests, or when it is resumed."""
         header = {self.HEADER: "one"}
         first = [txt("<system-reminder>\nnote\n</system-reminder>"), txt("hi")]
+        no_header, billing = {"headers": {}}, "x-anthropic-billing-header: cch=%d;\nBe brief"
         rows = (
             ({}, {"headers": dict(header, **{"x-claude-code-agent-id": "fork"})}),
             ({"system": "Today is Monday"}, {"system": "Today is Tuesday"}),
             ({}, {"first": [txt("hi", cache_control={"type": "ephemeral"})]}),
             ({"first": first}, {"first": [first[0], dict(first[1], cache_control={"a": 1})]}),
-            ({}, {"headers": {}, "metadata": {"user_id": "one"}}),
+            (dict(no_header, metadata={"user_id": "one"}),) * 2,
+            (dict(no_header, system=billing % 1), dict(no_header, system=billing % 2)),
+            (dict(no_header, system=[txt(billing % 1), txt("Be brief")]),)
+            + (dict(no_header, system=[txt(billing % 2), txt("Be brief", cache_control={})]),),
         )
         for before, after in rows:
             one, again = self.pair(
@@ -12424,8 +12432,6 @@ class TestSessionsNeverMix(unittest.TestCase):
                 dict({"headers": header}, **after),
                 lambda secret: thoughtful_reply(secret, ["call_0"]),
             )
-            if not dict({"headers": header}, **after)["headers"]:
-                one.headers, one.fields = {}, {"metadata": {"user_id": "one"}}
             one.turn()
             again.secret, again.messages[1:] = one.secret, one.messages[1:]
             again.turn()
