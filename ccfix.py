@@ -1267,7 +1267,7 @@ def near_misses(names):
     """[sentence] about the names that are almost one of ours, of variables or lines of a file."""
     import difflib  # here, not above: `import ccfix` does without
 
-    words = {word for name in BY_ENV for word in name.split("_") if len(word) > 2}
+    words = {word for name in BY_ENV for word in name.split("_")}
     found = []
     for name in sorted(names):
         upper = name.upper()
@@ -3443,7 +3443,8 @@ OPENING = (
 CLOSING = (
     "</tool_call> </function> [END_TOOL_REQUEST] <|tool_calls_section_end|> <|tool_call_end|>"
     " </minimax:tool_call> <|END_ACTION|> </\uff5cDSML\uff5cfunction_calls>"
-    " </\uff5cDSML\uff5ctool_calls> </\uff5cDSML\uff5cinvoke> <|call|> "
+    " </\uff5cDSML\uff5ctool_calls> </\uff5cDSML\uff5cinvoke> <|call|>"
+    " <|im_end|> <|eot_id|> <|eom_id|> </s> "  # the ends of turns, which some servers let through
     + widen("<|tool_calls_end|> <|tool_call_end|>")
 ).split()
 # What people also write counts in fewer places than other literals, which count in the MIDDLE.
@@ -10883,16 +10884,15 @@ def config_of(command, options):
     if "TARGET_MODEL" in given:  # as the model's name, it counts for the stand-in too
         target.pop("TARGET_MODEL", None)
     given.update(target)
-    path, is_foreign = options.env_file or ".env", False
-    if not options.env_file:
-        is_foreign = not lies_beside_us(path)
+    path = options.env_file or ".env"
+    is_foreign = not (options.env_file or lies_beside_us(path))
     config = Config(given, os.environ, path, bool(target), is_foreign)
     for note in config.notes:
         notify(note)
     names = [row.env for row in SETTINGS if config().origins[row.name] in (".env", FOLDER)]
     if names and not options.env_file and command.act in (run, check):
-        notify("taking %s from .env in this folder" % ", ".join(names))
-        notify("the target is %(model)s at %(api_base)s" % place_of(target_plan(config())))
+        target = "the target is %(model)s at %(api_base)s" % place_of(target_plan(config()))
+        notify("taking %s from .env in this folder; %s" % (", ".join(names), target))
     return config
 
 

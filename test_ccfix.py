@@ -4625,6 +4625,8 @@ CALLS = [  # name, text, pieces
     ("two in a row", HERMES + "\n" + HERMES_OSLO, call(PARIS, OSLO)),
     ("two, no space", HERMES + HERMES_OSLO, call(PARIS, OSLO)),
     ("white space behind", HERMES + " \n\n", call(PARIS)),
+    ("the end of the turn behind", HERMES + "\n<|im_end|>\n", call(PARIS)),
+    ("another model's", HERMES + "</s>", call(PARIS)),
     ("white space in front", "\n\n  " + HERMES, plain_piece("\n\n  ") + call(PARIS)),
     ("after a list", "- a\n  - b\n" + HERMES, plain_piece("- a\n  - b\n") + call(PARIS)),
     (
@@ -15527,8 +15529,10 @@ class TestFolder(CommandsCase):
         self.write(".env", base)
         for command in ("run", "check"):
             err = self.main(command)[2]
-            self.assertIn("taking TARGET_API_BASE, TARGET_MODEL from .env in this folder\n", err)
-            self.assertIn("the target is m at http://127.0.0.1:9/v1\n", err)
+            said = (
+                "taking TARGET_API_BASE, TARGET_MODEL from .env in this folder; the target is m at"
+            )
+            self.assertIn(said + " http://127.0.0.1:9/v1\n", err)
             self.assertIn("RECORD_DIR does not count in the .env of a folder that may be", err)
 
     @unittest.skipUnless(os.name == "posix", "the owner is looked at on POSIX alone")
