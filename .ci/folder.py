@@ -78,7 +78,7 @@ def repository(text):
         for path, content in (
             (os.path.join(work, ".env"), text),
             (os.path.join(home, ".bashrc"), "# the user's\n"),
-            (os.path.join(programs, "claude"), CLIENT % PYTHON),
+            (os.path.join(programs, "claude"), CLIENT % shutil.which(PYTHON)),
         ):
             with open(path, "w", encoding="utf-8") as file:
                 file.write(content)
