@@ -2157,14 +2157,13 @@ def read_state(block, scope, room=None):
     if not mark.startswith(start):
         return None
     try:
-        room, inflater = room or [MAX_STATE], zlib.decompressobj()
-        packed = base64.urlsafe_b64decode(mark[len(start) :])
-        data = inflater.decompress(packed, max(1, min(MAX_STATE, room[0])))
+        room, packed = room or [MAX_STATE], base64.urlsafe_b64decode(mark[len(start) :])
+        data = zlib.decompressobj().decompress(packed, max(1, min(MAX_STATE, room[0])))
     except (ValueError, zlib.error):
         return None
     room[0] -= len(data)
     state = json_or_none("{}" if mark == start else data)
-    if state is not None:  # as where it was cut
+    if state is not None:  # as it is where it was cut
         return dict(as_dict(state), text=as_str(block.get("thinking")))
 
 
@@ -3646,7 +3645,8 @@ def parse_payload(payload):
     """The dict in a payload; an empty one for what is not a JSON object: a broken line costs that
     line, not the reply. What stands behind the object is ignored, as some servers pad there."""
     try:
-        check_values(payload)
+        if len(payload) > 1 << 17:
+            check_values(payload)
         return as_dict(_decode_json(payload)[0])
     except (ValueError, RecursionError):
         return as_dict(json_or_none(payload))  # there is white space before it
@@ -3884,7 +3884,7 @@ class MessageWriter:
         self.signing = False
         if self.has_unsigned():
             self.signed = self.grown
-            state = dict(state, details=join_details(self.details))
+            state = dict(state, details=self.details)
         return delta_event(self.index, SIGNATURE, write_state(self.scope, state))
 
     def has_unsigned(self):
@@ -3893,12 +3893,23 @@ class MessageWriter:
         return 8 * self.grown > 9 * self.signed
 
     def keep_detail(self, part):
-        """Add a piece of opaque reasoning."""
-        if part:
-            size = len(compact_json(part))
-            self.hold(size)
-            self.grown += size
-            self.details.append(part)
+        """Add a reasoning detail; pieces of one entry (same type and index) are joined, as they
+        come split over deltas (https://openrouter.ai/docs/use-cases/reasoning-tokens)."""
+        last = self.details[-1] if self.details else {}
+        same = all(last.get(key) == part.get(key) for key in ("type", "index"))
+        size = len(compact_json(part))
+        self.hold(size)
+        self.grown += size
+        if part and (not self.details or not same or "data" in part):
+            self.details.append(dict(part))
+            return
+        for key, value in part.items():
+            if key in ("text", "summary") and isinstance(value, str):
+                text, last[key] = as_str(last.get(key)), ""  # nobody else has it: it grows in place
+                text += value
+                value = text
+            if value is not None:
+                last[key] = value
 
     def hold(self, size):
         """Count what came, and what it costs to keep. Raises UpstreamError for far too much: most
@@ -4052,11 +4063,11 @@ class MessageWriter:
         if self.grown > self.signed and not self.memory:
             # Not carried in a block after the text: `claude -p` prints what the last block says.
             self.memory[text_key(self.scope, "".join(self.said))] = {}
-        shared = {"reasoning": "".join(self.thought), "details": join_details(self.details)}
-        is_short = (self.written + self.grown) * len(self.memory) < MAX_LINE
+        shared = {"scope": self.scope}
+        if (self.written + self.grown) * len(self.memory) < MAX_LINE:
+            shared.update(reasoning="".join(self.thought), details=self.details)
         for note in self.memory.values():
-            note["scope"] = self.scope
-            note.update(item for item in shared.items() if is_short and item[1])
+            note.update(item for item in shared.items() if item[1])
 
     def fail(self, error):
         """Tell the client that the reply broke off, so that it keeps what it has. Raises Dropped in
@@ -4404,27 +4415,6 @@ def positive_int(values, *names):
     """The first of the named values that is a positive whole number, else 0."""
     found = (values.get(name) for name in names)
     return next((value for value in found if type(value) is int and 0 < value < 10**12), 0)
-
-
-def join_details(parts):
-    """Reasoning details as they must go back: the pieces of one entry (same type and index) joined,
-    as they come split over deltas (https://openrouter.ai/docs/use-cases/reasoning-tokens)."""
-    details, texts = [], []  # texts: {field: strings} of each
-    for part in parts:
-        last = details[-1] if details else {}
-        same = all(last.get(key) == part.get(key) for key in ("type", "index"))
-        if not details or not same or "data" in part:
-            details.append(dict(part))
-            texts.append(collections.defaultdict(list))
-        for key, value in part.items():
-            if key in ("text", "summary") and isinstance(value, str):
-                texts[-1][key].append(value)
-            elif value is not None:
-                details[-1][key] = value
-    return [
-        dict(detail, **{key: "".join(text[key]) for key in text})
-        for detail, text in zip(details, texts)
-    ]
 
 
 class MessagesReader(Reader):

@@ -15568,7 +15568,7 @@ class TestLinearRequests(Linear):
 
 
 class TestBounds(HttpCase):
-    """What others send takes memory in proportion, and ends in a clear error where it is too much."""
+    """What others send takes memory in proportion; too much of it ends in a clear error."""
 
     def test_an_event_without_an_end(self):
         for line in (b"data: x\n", b"data: xxxxxxxxxxxxxxxxx\n" * 9, b"data:\n", b"error: x\n"):
@@ -15785,7 +15785,10 @@ class TestNumbers(HttpCase):
         usage = '{"input_tokens":%s,"output_tokens":%s,"cache_read_input_tokens":%s}' % (
             (number,) * 3
         )
-        whole = '{"type":"message","content":[{"type":"text","text":"Hi"}],"usage":%s,"stop_reason":"end_turn"}'
+        whole = (
+            '{"type":"message","content":[{"type":"text","text":"Hi"}],"usage":%s,'
+            '"stop_reason":"end_turn"}'
+        )
         yield {"TARGET_FORMAT": "anthropic"}, whole % usage
         events = (
             '{"type":"message_start","message":{"usage":%s}}' % usage,
