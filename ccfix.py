@@ -166,7 +166,7 @@ REASONING_FIELDS = {
 
 # What Claude Code tells the model of the tokens that are left. Later it takes that out of the
 # history.
-TOKEN_MARKER = re.compile(r"\s*<total_tokens>[^<]*</total_tokens>\s*$")
+TOKEN_MARKER = re.compile(r"\A\s*<total_tokens>[^<]*</total_tokens>\s*$")
 
 
 # compact_json(value): JSON text without spaces; ASCII, since half a surrogate pair has no UTF-8.
@@ -179,10 +179,15 @@ def to_string(raw):
 
 
 def json_or_none(raw, hook=None):
-    """raw (bytes or a string) parsed as JSON, or None: not JSON, too deep, or too long a number.
-    hook: json.loads's object_hook."""
+    """raw (bytes or a string) parsed as JSON, or None: not JSON, too deep, or too many values.
+
+    A number that is none, or that no double can hold, is null: it must not cost all the rest.
+    hook: json.loads's object_hook.
+    """
     try:
-        return json.loads(to_string(raw), parse_int=parse_integer, object_hook=hook)
+        text = to_string(raw)
+        check_values(text)
+        return json.loads(text, object_hook=hook, **TAME)
     except (ValueError, RecursionError):
         return None
 
@@ -216,27 +221,34 @@ def omit(values, names):
     return {key: value for key, value in values.items() if key not in names}
 
 
-def parse_integer(digits):
-    """JSON's integers. Raises ValueError where there are too many digits."""
-    if len(digits) > 300:  # Python before 3.11 takes 20 s for a million, hours for more
-        raise ValueError("a number has %d digits" % len(digits))
-    return int(digits)
+def check_values(text):
+    """Raise ValueError for JSON that takes far more memory than its text: an object of 3 characters
+    takes 60 bytes or more, a number about 36. What stands in strings is counted too."""
+    if text.count("{") + text.count("[") + text.count(",") // 4 > 200000 + len(text) // 25:
+        raise ValueError("nested too deeply, or too many values")
 
 
-def parse_float(digits):
-    """JSON's other numbers. Raises ValueError for 1e999, which would be written as Infinity."""
-    value = float(digits)
-    if abs(value) == float("inf"):
-        raise ValueError("%s is too large" % digits[:20])
-    return value
+# What a provider's numbers are read by. int(): Python before 3.11 takes 20 s for a million digits.
+TAME = dict(
+    parse_int=lambda digits: int(digits) if len(digits) < 300 else None,
+    parse_float=lambda digits: float(digits) if abs(float(digits)) <= 1e308 else None,
+    parse_constant=lambda name: None,
+)
 
 
-def refuse_constant(name):
-    """NaN and Infinity, which Python reads and RFC 8259 does not know. Raises ValueError."""
-    raise ValueError("%s is not a JSON number" % name)
+def or_refuse(read):
+    """A reader of numbers that raises ValueError where `read` gives None."""
+
+    def read_strictly(digits):
+        value = read(digits)
+        if value is None:
+            raise ValueError("%s is no number, too large, or has too many digits" % digits[:20])
+        return value
+
+    return read_strictly
 
 
-JSON_HOOKS = dict(parse_int=parse_integer, parse_float=parse_float, parse_constant=refuse_constant)
+JSON_HOOKS = {name: or_refuse(read) for name, read in TAME.items()}
 STRICT = json.JSONDecoder(**JSON_HOOKS)  # Python's own takes NaN, 1e999 and numbers without end
 
 
@@ -256,6 +268,7 @@ class ProxyError(Exception):
     default = 500
 
     def __init__(self, message, status=None, type=None, headers=(), kind="", retry=False):
+        message = head_and_tail(message, MAX_MESSAGE)
         super().__init__(message)
         self.message, self.status = message, status or self.default
         self.type = type or ERROR_TYPES.get(self.status, "api_error")
@@ -296,17 +309,19 @@ class ClientGone(Exception):
 
 MAX_WORDS = 4000  # characters of a provider's words that are searched, and shown
 TAIL = 1000  # of these are the end of longer words: numbers often stand there
+MAX_MESSAGE = 2000  # characters of an error as it is shown and kept
+MAX_NAME = 200  # of a client's string that is kept: its model's name, its session
 
 
-def head_and_tail(text):
-    """text, or the front and the end of one that is longer than MAX_WORDS characters.
+def head_and_tail(text, limit=MAX_WORDS):
+    """text, or the front and the end of one that is longer than so many characters.
 
     The only place that bounds what the patterns of error texts run on: a provider may send
     megabytes.
     """
-    if len(text) <= MAX_WORDS:
+    if len(text) <= limit:
         return text
-    return text[: MAX_WORDS - TAIL - 5] + " ... " + text[-TAIL:]
+    return text[: limit * 3 // 4 - 5] + " ... " + text[-limit // 4 :]
 
 
 def error_fields(raw):
@@ -568,7 +583,7 @@ def seconds_between(start, end):
     try:
         start, end = map(email.utils.parsedate_to_datetime, (start, end))
         return max(0, (end.replace(tzinfo=None) - start.replace(tzinfo=None)).total_seconds())
-    except (TypeError, ValueError, IndexError):
+    except (TypeError, ValueError, IndexError, OverflowError):
         return 0
 
 
@@ -1374,6 +1389,10 @@ class Profile(NamedTuple):
     scope: str = ""  # whose reasoning state this is: host of the base URL (set by profile_for)
     tried: bool = False  # on a real server; all else is from documentation and reports
 
+    def keeps_parts(self):
+        """Whether its reasoning is a list of parts, which no signature carries in a turn's text."""
+        return REASONING_FIELDS.get(self.reasoning_field) == "parts"
+
 
 DEFAULT = Profile()
 # OpenAI's three words, which every server with reasoning_effort took over.
@@ -1861,7 +1880,8 @@ STATE_MARK = "ccfix1."  # begins every signature that this program writes
 THOUGHTS = ("thinking", "redacted_thinking")
 PLACEHOLDER_TOOL = "DeferredToolPlaceholder"  # Claude Code's; it cannot be called
 PERSONAL = ("metadata", "safeguards")  # device id, home folder, git state: never passed on
-MAX_REFS = 200  # $ref resolved in one schema: schemas that name each other grow without end
+MAX_STATE = 1 << 20  # bytes of state in a signature, and 16 times that in all of a request
+MAX_MEMO = 4 << 20  # bytes of cleaned tools that are kept
 MAX_SCHEMA_DEPTH = 40
 
 
@@ -2090,7 +2110,8 @@ def join_turns(turns):
     joined = []
     for role, blocks, message in turns:
         if joined and joined[-1][0] == role and blocks:
-            joined[-1] = (role, joined[-1][1] + blocks, None)
+            joined[-1][1].extend(blocks)
+            joined[-1] = (role, joined[-1][1], None)
         elif blocks:
             joined.append((role, blocks, message))
     return joined
@@ -2120,15 +2141,15 @@ def without_our_thinking(messages):
 
 def normalize_turns(messages, profile, recall):
     """The messages of a conversation whose calls are all answered, in the order of the calls."""
-    clean, calls, counter, past = [], [], 0, profile.scope
+    clean, calls, counter, past, room = [], [], 0, profile.scope, [16 * MAX_STATE]
     for role, blocks, message in split_turns(messages):
         if role == "assistant":
-            blocks, calls = clean_assistant(blocks, profile, recall, counter, past)
+            blocks, calls = clean_assistant(blocks, profile, recall, counter, past, room)
             counter += len(calls)
         else:
             blocks, calls = answer_calls(clean_blocks(blocks, profile), calls), []
         if blocks:
-            past = text_key(past, blocks)
+            past = text_key(past, blocks) if profile.keeps_parts() else ""
             same = message and blocks in (message["content"], [text_block(message["content"])])
             clean.append(message if same else {"role": role, "content": blocks})
     if calls:
@@ -2165,9 +2186,9 @@ def result_blocks(block):
     return [text_block("Error:")] + blocks if block.get("is_error") is True else blocks
 
 
-def clean_assistant(blocks, profile, recall, counter, past):
+def clean_assistant(blocks, profile, recall, counter, past, room):
     """(blocks, [(client's id, id sent)]) of an assistant turn. counter: calls so far; past: the
-    text_key of the turn before."""
+    text_key of the turn before; room: see read_state."""
     said, calls, notes, thoughts = [], [], [], []
     for block in blocks:
         kind, call_id = block.get("type"), str(block.get("id") or "")
@@ -2184,13 +2205,13 @@ def clean_assistant(blocks, profile, recall, counter, past):
         elif not is_our_thinking(block):
             said.append(block)
     if profile.reasoning_field and (calls or profile.reasoning_always):
-        if REASONING_FIELDS.get(profile.reasoning_field) == "parts" and not calls:
+        if profile.keeps_parts() and not calls:
             notes = [as_dict(recall(text_key(past, said)))]
-        said = bring_back(said, thoughts, profile, notes, calls)
+        said = bring_back(said, thoughts, profile, notes, calls, room)
     return said, calls
 
 
-def bring_back(said, thoughts, profile, notes, calls):
+def bring_back(said, thoughts, profile, notes, calls, room):
     """An assistant turn with its earlier reasoning, which some providers insist on: from the
     signatures of its thinking blocks, else from what is remembered of its calls.
 
@@ -2200,7 +2221,7 @@ def bring_back(said, thoughts, profile, notes, calls):
     Cerebras refuse a field that they do not know, so nothing goes back unless the profile names a
     field.
     """
-    states = list(filter(None, (read_state(block, profile.scope) for block in thoughts)))
+    states = list(filter(None, (read_state(block, profile.scope, room) for block in thoughts)))
     shape = REASONING_FIELDS.get(profile.reasoning_field)
     if shape == "opaque":
         return sign_calls(said, states, profile, notes, calls)
@@ -2215,7 +2236,7 @@ def bring_back(said, thoughts, profile, notes, calls):
 
 def sign_calls(said, states, profile, notes, calls):
     """The turn with Gemini's thought signatures on its calls; Gemini checks the first call's."""
-    known = collections.ChainMap(*(as_dict(state.get("google")) for state in states))
+    known = dict(mark for state in states[::-1] for mark in as_dict(state.get("google")).items())
     found = [known.get(call_id) or note.get("google") for (call_id, _), note in zip(calls, notes)]
     found[:1] = [mark or profile.placeholder for mark in found[:1]]
     found = iter(found)
@@ -2303,7 +2324,7 @@ def text_key(past, content):
     past: the text_key of the turn before; the provider's scope before the first.
     """
     text = "".join(str(block.get("id") or block_text(block)) for block in as_blocks(content))
-    return "text_" + short_hash(past + "\n" + text.strip(), 40)
+    return "text_" + short_hash(past + short_hash(text.strip(), 40), 40)
 
 
 def write_state(scope, state):
@@ -2316,18 +2337,22 @@ def write_state(scope, state):
     return STATE_MARK + ".".join(parts)
 
 
-def read_state(block, scope):
+def read_state(block, scope, room=None):
     """The state in a thinking block that came from `scope`, with its text; None for any other
-    block."""
+    block. room: [bytes that the states of a request may still take]: each says little of how much
+    it inflates to."""
     mark, start = as_str(block.get("signature")), write_state(scope, {})
     if not mark.startswith(start):
         return None
     try:
-        packed = mark[len(start) :]
-        data = zlib.decompress(base64.urlsafe_b64decode(packed)) if packed else b""
+        room, packed = room or [MAX_STATE], base64.urlsafe_b64decode(mark[len(start) :])
+        data = zlib.decompressobj().decompress(packed, max(1, min(MAX_STATE, room[0])))
     except (ValueError, zlib.error):
         return None
-    return dict(as_dict(json_or_none(data)), text=as_str(block.get("thinking")))
+    room[0] -= len(data)
+    state = json_or_none("{}" if mark == start else data)
+    if state is not None:  # as it is where it was cut
+        return dict(as_dict(state), text=as_str(block.get("thinking")))
 
 
 def is_our_thinking(block):
@@ -2453,11 +2478,12 @@ def offered_tools(body):
         name = as_str(as_dict(tool).get("name"))
         if name not in ("", PLACEHOLDER_TOOL) and is_function(tool):
             tools[name] = tool
-    loaded = [str(block.get("tool_name")) for block in find_blocks(body, "tool_reference")]
+    named = (str(block.get("tool_name")) for block in find_blocks(body, "tool_reference"))
+    loaded = {name: number for number, name in enumerate(dict.fromkeys(named))}
 
     def place(name):  # a deferred tool's is where it was first named, else behind all of those
         is_late = bool(tools[name].get("defer_loading"))
-        return is_late, (loaded + [name]).index(name) if is_late else 0, name
+        return is_late, loaded.get(name, len(loaded)) if is_late else 0, name
 
     return [tools[name] for name in sorted(tools, key=place)]
 
@@ -2507,9 +2533,11 @@ def clean_tool(tool, profile, memo):
     schema.update(type="object", properties=as_dict(schema.get("properties")))
     clean = omit(tool, ("defer_loading",))
     clean.update(name=short_name(tool["name"]), input_schema=schema)
-    if len(memo) > 2000:
+    size = memo["size"] = memo.get("size", 0) + len(compact_json([tool, clean]))
+    if size > MAX_MEMO:
         memo.clear()
-    memo[key] = (tool, clean)
+    else:
+        memo[key] = (tool, clean)
     return clean  # not the memo's: another thread may have put its own there
 
 
@@ -2520,20 +2548,22 @@ def clean_schema(schema, profile):
     Kimi writes nonsense with $schema in a tool, Gemini and several others refuse format:uri and
     $ref, and most know no list of types; none of it changes what a model writes.
     """
-    return SchemaCleaner(profile).clean(schema, {}, 0)
+    return SchemaCleaner(profile, schema).clean(schema, {}, 0)
 
 
 class SchemaCleaner:
     """Cleans one schema. defs: {name: schema} that a $ref may name where it stands; depth: schemas
-    around it."""
+    around it. Schemas that name each other would grow without end: by references alone, one grows
+    to about ten times its size."""
 
-    def __init__(self, profile):
-        self.profile, self.refs = profile, MAX_REFS
+    def __init__(self, profile, schema):
+        self.profile, self.left = profile, 2000 + 10 * len(compact_json(schema))
 
     def clean(self, schema, defs, depth):
         """A schema, or one inside another; a new dict."""
         for key in ("$defs", "definitions"):
-            defs = dict(defs, **as_dict(schema.get(key)))
+            if schema.get(key):
+                defs = collections.ChainMap(as_dict(schema[key]), defs)
         if isinstance(schema.get("$ref"), str):
             return self.resolve(schema, defs, depth)
         clean = {}
@@ -2553,10 +2583,10 @@ class SchemaCleaner:
         """What a schema's $ref names, with what stands beside the $ref; any object where it names
         nothing known, or itself."""
         name = schema["$ref"].rsplit("/", 1)[-1]
-        self.refs -= 1
-        found = as_dict(defs.get(name)) if self.refs >= 0 else {}
+        found = as_dict(defs.get(name)) if self.left > 0 else {}
+        self.left -= len(compact_json(found))
         found = dict(found or {"type": "object"}, **omit(schema, ("$ref",)))
-        return self.clean(found, omit(defs, (name,)), depth + 1)
+        return self.clean(found, collections.ChainMap({name: {}}, defs), depth + 1)
 
     def clean_part(self, key, value, defs, depth):
         """The value of one keyword, cleaned where it holds schemas itself."""
@@ -3670,7 +3700,7 @@ class TextCalls:
 # 8  Stream in: SSE bytes -> payloads -> a reader -> MessageWriter -> Anthropic events -> SSE bytes
 # ==================================================================================================
 
-MAX_LINE = 32 << 20  # a longer SSE line is not a model's work
+MAX_LINE = 32 << 20  # bytes; a longer event, JSON or reply is not a model's work
 
 
 def sse_payloads(blocks):
@@ -3682,46 +3712,55 @@ def sse_payloads(blocks):
     {"error": ..}). An event that the end of the stream cuts off is dropped when it is not valid
     JSON, as a browser would (https://html.spec.whatwg.org/multipage/server-sent-events.html).
     """
-    rest, data, failed = [], [], False
+    rest, data, failed, size = bytearray(), [], False, 0
     for block in blocks:
         end, lines = block.rfind(b"\n"), ()
+        size = size + len(block) if data else 0  # since the event began
         if end >= 0:
             # Decoded by whole lines, so that no character is cut in two; not splitlines(), which
             # also splits at U+2028 and the like, and those may stand inside a JSON string.
-            lines = to_string(b"".join(rest + [block[:end]])).split("\n")
-            rest = []
-        if end + 1 < len(block):
-            rest.append(block[end + 1 :])
-            # The sum is only taken now and then: at every block it would be quadratic.
-            if len(rest) % 64 == 63 and sum(map(len, rest)) > MAX_LINE:
-                raise too_long("a line")
+            lines = to_string(bytes(rest + block[:end])).split("\n")
+            rest = bytearray()
+        rest += block[end + 1 :]
+        if len(rest) + size > MAX_LINE:
+            raise too_long("an event")
         for line in lines:
             if line[-1:] == "\r":
                 line = line[:-1]
             if line[:6] == "data: ":
                 if data and is_whole_event(data[-1]):
                     yield event_payload(data, failed)
-                    data = []
+                    data, size = [], 0
                 data.append(line[6:])
             elif line:
                 failed = read_other_line(line.lstrip("\ufeff"), data, failed)
             elif data:
                 yield event_payload(data, failed)
-                data, failed = [], False
+                data, failed, size = [], False, 0
         yield None
     if data and is_whole_event(data[-1]):  # what is left is a line without its end
         yield event_payload(data, failed)
         data = []
-    failed = read_other_line(to_string(b"".join(rest)).strip(), data, failed)
+    failed = read_other_line(to_string(bytes(rest)).strip(), data, failed)
     if data[-1:] == ["[DONE]"] or json_or_none("\n".join(data)) is not None:
         yield event_payload(data, failed)
         yield None
 
 
-def too_long(what):
+def too_long(what, limit=0):
     """The UpstreamError of a reply that no model makes."""
-    message = "The provider sent %s of over %d MB; that is not a model's reply."
-    return UpstreamError(message % (what, MAX_LINE >> 20), kind="cut")
+    message = "The provider sent %s of over %d bytes; that is not a model's reply."
+    return UpstreamError(message % (what, limit or MAX_LINE), kind="cut")
+
+
+def read_all(head, blocks, limit=0):
+    """All of a reply that is not a stream. Raises UpstreamError when it is far too long."""
+    raw = bytearray(head)
+    for block in blocks:
+        raw += block
+        if len(raw) > (limit or MAX_LINE):
+            raise too_long("an answer", limit)
+    return bytes(raw)
 
 
 def is_whole_event(line):
@@ -3755,13 +3794,15 @@ def event_payload(data, failed):
     return payload
 
 
-_decode_json = json.JSONDecoder().raw_decode
+_decode_json = json.JSONDecoder(**TAME).raw_decode
 
 
 def parse_payload(payload):
     """The dict in a payload; an empty one for what is not a JSON object: a broken line costs that
     line, not the reply. What stands behind the object is ignored, as some servers pad there."""
     try:
+        if len(payload) > 1 << 17:
+            check_values(payload)
         return as_dict(_decode_json(payload)[0])
     except (ValueError, RecursionError):
         return as_dict(json_or_none(payload))  # there is white space before it
@@ -3792,7 +3833,7 @@ class ThinkTags:
         text, self.held = self.held + text, ""
         if self.place == "start":
             start = text.lstrip()
-            if self.OPEN.startswith(start) and start != self.OPEN:
+            if self.OPEN.startswith(start) and start != self.OPEN and len(text) < 500:
                 self.held = text
                 return []
             if not start.startswith(self.OPEN):
@@ -3821,7 +3862,7 @@ class ThinkTags:
         if tag:
             self.place = "after"
             return [("thinking", before.rstrip("\n"))] + self.answer(after)
-        sure = text[: re.search(r"(?:<[/think]{0,6})?\Z", text).start()].rstrip("\n")
+        sure = text[: re.search(r"\n{0,50}(?:<[/think]{0,6})?\Z", text).start()]
         self.held = text[len(sure) :]
         return [("thinking", sure)]
 
@@ -3846,7 +3887,6 @@ class ThinkTags:
 
 IDLE, OPEN, DONE, FAILED = "idle", "open", "done", "failed"
 ENDED = (DONE, FAILED)
-MAX_THOUGHT = 4 << 20  # characters; a longer turn's reasoning travels in its thinking block alone
 PING = {"type": "ping"}
 
 
@@ -3903,7 +3943,7 @@ class ToolCall:
         self.stream = None  # its ArgumentStream, once its block is open
         self.client_id = ""  # the id that the client is shown
         self.google = ""  # Gemini's thought signature
-        self.closed = False  # its block is closed
+        self.looks = 64  # at all of its arguments, which are left
 
     def arguments(self):
         """The argument text as the model wrote it, so far."""
@@ -3911,8 +3951,10 @@ class ToolCall:
 
     def is_whole(self):
         """Whether the arguments so far are whole JSON."""
-        is_read = self.stream and self.stream.complete and not self.waiting
-        return is_read or json_or_none(self.arguments()) is not None
+        if self.stream and self.stream.complete and not self.waiting:
+            return True
+        self.looks -= 1  # after so many it is whole when it ends
+        return self.looks > 0 and json_or_none(self.arguments()) is not None
 
 
 class MessageWriter:
@@ -3950,14 +3992,17 @@ class MessageWriter:
         self.index = -1  # of the block that was opened last
         self.signing = False  # the open block is thinking that we sign
         self.calls = []  # ToolCalls in the order in which they began
+        self.turn = 0  # the place of the first of them that is not closed
+        self.held = 0  # bytes of memory that the reply takes if it is kept, about
         self.cut = False  # the model hit its output limit: the last arguments may be half
         self.late = []  # (kind, text) that came while a tool call was unfinished
-        self.blank = ""  # white space that waits for text: alone it is no block
+        self.blank = []  # white space that waits for text: alone it is no block
         self.written = 0  # characters of content
         self.thought = []  # thinking text, for memory
-        self.said = []  # text while there are details, for memory
+        self.said = []  # text, for memory
         self.details = []  # opaque reasoning that must go back: OpenRouter's reasoning_details
-        self.signed = "[]"  # JSON of the details that the last signature carried
+        self.grown = 0  # characters of details
+        self.signed = 0  # those that the last signature carried
         self.memory = {}  # {tool id, or text_key: what to remember}, see normalize; after finish()
 
     def start(self):
@@ -3980,6 +4025,8 @@ class MessageWriter:
         """Close what is open and open a block. signing: it is thinking, and its end is signed."""
         yield from self.start()
         yield from self.close_block()
+        # At most a thousand or so: it takes far more bytes than a provider needs to ask for one.
+        self.hold(MAX_LINE // 1000)
         self.kind, self.index, self.signing = block["type"], self.index + 1, signing
         yield start_event(self.index, block)
 
@@ -3995,13 +4042,42 @@ class MessageWriter:
     def sign(self, state):
         """The signature_delta with state, and with the opaque reasoning so far."""
         self.signing = False
-        self.signed = compact_json(self.details)
-        state = dict(state, details=self.details) if self.details else state
+        if self.has_unsigned():
+            self.signed = self.grown
+            state = dict(state, details=self.details)
         return delta_event(self.index, SIGNATURE, write_state(self.scope, state))
 
     def has_unsigned(self):
-        """Whether there is opaque reasoning that no signature carries yet."""
-        return compact_json(self.details) != self.signed
+        """Whether there is opaque reasoning for which a signature is due. It carries all of it: if
+        that had not grown by a part, they would be far longer than what came."""
+        return 8 * self.grown > 9 * self.signed
+
+    def keep_detail(self, part):
+        """Add a reasoning detail; pieces of one entry (same type and index) are joined, as they
+        come split over deltas (https://openrouter.ai/docs/use-cases/reasoning-tokens)."""
+        last = self.details[-1] if self.details else {}
+        same = all(last.get(key) == part.get(key) for key in ("type", "index"))
+        size = len(compact_json(part))
+        self.hold(size)
+        self.grown += size
+        if part and (not self.details or not same or "data" in part):
+            self.details.append(dict(part))
+            return
+        for key, value in part.items():
+            if key in ("text", "summary") and isinstance(value, str):
+                text, last[key] = as_str(last.get(key)), ""  # nobody else has it: it grows in place
+                text += value
+                value = text
+            if value is not None:
+                last[key] = value
+
+    def hold(self, size):
+        """Count what came, and what it costs to keep. Raises UpstreamError for far too much: most
+        of a reply is kept until its end, for memory, the store or an answer that is not streamed.
+        """
+        self.held += size + 60
+        if self.held > MAX_LINE:
+            raise too_long("a reply")
 
     def carry(self, state):
         """An empty thinking block whose signature carries state: the client echoes it as it is."""
@@ -4014,25 +4090,24 @@ class MessageWriter:
         waits until after it."""
         if not text:
             return
-        if self.calls and not self.calls[-1].closed:
-            if not all(call.closed or call.name and call.is_whole() for call in self.calls):
+        self.hold(len(text))
+        if self.turn < len(self.calls):
+            call = self.calls[self.turn]  # those behind it wait for it, whole or not
+            if not (call.name and call.is_whole()):
                 self.late.append((kind, text))
                 return
             yield from self.advance(ending=True)
         if self.kind != kind:
             if not text.strip():
-                self.blank += text
+                self.blank.append(text)
                 return
-            text, self.blank = self.blank + text, ""
+            text, self.blank = "".join(self.blank) + text, []
             if kind == "text" and self.kind != "thinking" and self.has_unsigned():
                 yield from self.carry({})
             yield from self.open_block(empty_block(kind), signing=kind == "thinking")
         self.content = True
         self.written += len(text)
-        if kind == "text" and self.details:
-            self.said.append(text)
-        elif kind == "thinking" and self.written < MAX_THOUGHT:
-            self.thought.append(text)
+        (self.thought if kind == "thinking" else self.said).append(text)
         yield delta_event(self.index, BLOCKS[kind], text)
 
     def idle(self):
@@ -4055,6 +4130,7 @@ class MessageWriter:
 
     def add_call(self, key, call_id, name="", fields=()):
         """A ToolCall that begins now; its arguments go to `waiting`, then `advance` is due."""
+        self.hold(500)
         self.calls.append(ToolCall(key, call_id, name, fields))
         return self.calls[-1]
 
@@ -4065,9 +4141,8 @@ class MessageWriter:
 
         Only the last call of a reply that was cut may be half: its input then stays as it came.
         """
-        for call in self.calls:
-            if call.closed:
-                continue
+        while self.turn < len(self.calls):
+            call = self.calls[self.turn]
             if not call.name and not ending:
                 return
             if call.name:
@@ -4076,7 +4151,7 @@ class MessageWriter:
                 if not ending and (last or not call.is_whole()):
                     return
                 yield from self.end_call(call, self.cut and ending and last)
-            call.closed = True
+            self.turn += 1
 
     def send_waiting(self, call):
         """Open the block of a call, if it is not, and send the fragments that waited for it."""
@@ -4146,15 +4221,14 @@ class MessageWriter:
     def keep_memory(self):
         """Reasoning belongs to each call of the turn: the client may drop or trim the thinking
         block. A turn without calls is known by its text."""
-        if self.has_unsigned() and not self.memory:
+        if self.grown > self.signed and not self.memory:
             # Not carried in a block after the text: `claude -p` prints what the last block says.
             self.memory[self.talk + text_key(self.past, "".join(self.said))] = {}
+        shared = {"scope": self.scope}
+        if (self.written + self.grown) * len(self.memory) < MAX_LINE:
+            shared.update(reasoning="".join(self.thought), details=self.details)
         for note in self.memory.values():
-            note["scope"] = self.scope
-            if self.thought and self.written < MAX_THOUGHT:
-                note["reasoning"] = "".join(self.thought)
-            if self.details:
-                note["details"] = self.details
+            note.update(item for item in shared.items() if item[1])
 
     def fail(self, error):
         """Tell the client that the reply broke off, so that it keeps what it has. Raises Dropped in
@@ -4228,6 +4302,7 @@ class ChatReader(Reader):
         self.reason = ""  # finish_reason
         self.stopped_at = None  # the stop sequence that matched
         self.heard = False  # something of an answer came
+        self.known = {}  # index or id -> the last ToolCall that has it
         self.tags = ThinkTags()
         offered = writer.tools.items() if profile.text_calls else ()
         schemas = {name: schema for name, (_, schema) in offered}
@@ -4282,9 +4357,11 @@ class ChatReader(Reader):
         except (LookupError, TypeError):
             return None
         plain = {"tool_calls": [{"index": call.key, "function": {"arguments": text}}]}
-        is_live = call.stream and not call.closed
-        is_plain = is_live and isinstance(text, str) and delta == plain
-        return call.stream.feed(text) if is_plain else None
+        is_live = call.stream and self.writer.turn < len(self.writer.calls)
+        if not (is_live and isinstance(text, str) and delta == plain):
+            return None
+        self.writer.hold(len(text))
+        return call.stream.feed(text)
 
     def feed_reasoning(self, delta):
         """Reasoning from the first field that holds any (chutes.ai sends the same in two); opaque
@@ -4301,7 +4378,7 @@ class ChatReader(Reader):
                 yield from self.scan("thinking", value)
                 shown = True
             for part in map(as_dict, as_list(value) if shape == "parts" else ()):
-                keep_detail(self.writer.details, part)
+                self.writer.keep_detail(part)
                 if not shown:
                     yield from self.scan("thinking", part.get("text") or part.get("summary"))
 
@@ -4315,8 +4392,8 @@ class ChatReader(Reader):
                 yield from self.scan(kind, piece)
         for part in map(as_dict, as_list(content)):
             inner = part.get("thinking")
-            for thought in [as_dict(piece).get("text") for piece in as_list(inner)] or [inner]:
-                yield from self.scan("thinking", thought)
+            thoughts = "".join(as_str(as_dict(piece).get("text")) for piece in as_list(inner))
+            yield from self.scan("thinking", thoughts or inner)
             if not inner and part.get("type") != "thinking":
                 yield from self.feed_text(as_str(part.get("text")))
 
@@ -4369,8 +4446,10 @@ class ChatReader(Reader):
         name, fragment = function.get("name"), function.get("arguments")
         call = self.call_for(delta.get("index"), delta.get("id"), name, fragment)
         call.name = call.name or as_str(name)
-        if fragment is not None:
-            call.waiting.append(fragment if isinstance(fragment, str) else compact_json(fragment))
+        if fragment not in (None, ""):
+            fragment = fragment if isinstance(fragment, str) else compact_json(fragment)
+            self.writer.hold(len(fragment))
+            call.waiting.append(fragment)
         google = as_dict(as_dict(delta.get("extra_content")).get("google"))
         call.google = as_str(google.get("thought_signature")) or call.google
 
@@ -4383,15 +4462,15 @@ class ChatReader(Reader):
         1.
         """
         call_id, calls = as_str(call_id), self.writer.calls
-        if isinstance(index, int):
-            fits = [call for call in calls if call.key == index]
-        else:
-            fits = [call for call in calls if call_id and call.id == call_id]
-            fits = fits or ([] if call_id and name else calls)
-        if not fits or name and self.is_another(fits[-1], call_id, name, fragment):
-            return self.writer.add_call(index, call_id)
-        fits[-1].id = fits[-1].id or call_id
-        return fits[-1]
+        place = index if isinstance(index, int) else call_id
+        call = place != "" and self.known.get(place)
+        if not call and place is call_id and calls and not (call_id and name):
+            call = calls[-1]
+        if not call or name and self.is_another(call, call_id, name, fragment):
+            call = self.writer.add_call(index, call_id)
+        call.id = call.id or call_id
+        self.known[place] = self.known[call.id] = call
+        return call
 
     @staticmethod
     def is_another(call, call_id, name, fragment):
@@ -4401,7 +4480,7 @@ class ChatReader(Reader):
         if name != call.name:
             return call.name != ""
         more = str(fragment or "").strip()
-        return more and call.arguments().strip() != "{}" and call.is_whole()
+        return more and call.is_whole() and call.arguments().strip() != "{}"
 
     def note_finish(self, choice):
         """Remember why it ended; the stop reason waits for the end, as usage often comes after it,
@@ -4492,22 +4571,7 @@ FULL_WINDOW = "model_context_window_exceeded"
 def positive_int(values, *names):
     """The first of the named values that is a positive whole number, else 0."""
     found = (values.get(name) for name in names)
-    return next((value for value in found if isinstance(value, int) and value > 0), 0)
-
-
-def keep_detail(details, part):
-    """Add a reasoning detail; pieces of one entry (same type and index) are joined, as they come
-    split over deltas (https://openrouter.ai/docs/use-cases/reasoning-tokens)."""
-    last = details[-1] if details else {}
-    same = all(last.get(key) == part.get(key) for key in ("type", "index"))
-    if part and (not details or not same or "data" in part):
-        details.append(dict(part))
-        return
-    for key, value in part.items():
-        if key in ("text", "summary") and isinstance(value, str):
-            value = as_str(last.get(key)) + value
-        if value is not None:
-            last[key] = value
+    return next((value for value in found if type(value) is int and 0 < value < 10**12), 0)
 
 
 class MessagesReader(Reader):
@@ -4526,6 +4590,7 @@ class MessagesReader(Reader):
         Its own pings are not passed on: this program sends what the silence asks for.
         """
         kind = event.get("type")
+        self.writer.hold(len(str(event)))
         if kind == "error" or "error" in event:
             raise error_in_reply(event) or UpstreamError("The provider reported an error.")
         if kind == "message":  # a whole message in answer to a stream request
@@ -4732,11 +4797,11 @@ FIELD_PATTERNS = (
     r"(?:Extra inputs are not permitted, field|Argument not supported on this model): '?(\w+)",
     r"Unsupported (?:parameter|value): '([\w.\[\]]+)'",  # OpenAI's reasoning models
     r"does not support (?:the )?parameters?:? \[?['`\"]?(\w+)",  # xAI, Copilot
-    r"Unexpected fields in the request: \{([^}]+)\}",
+    r"Unexpected fields in the request: \{([^}]{1,400})\}",
     r"invalid (temperature|top_p): only",  # Kimi
     r"(?:unknown|unexpected|unrecognized|unsupported|invalid) "
     r"(?:field|parameter|argument|keyword argument|property):? ['`\"]?([\w.]+)",
-    r"(\w+): Extra inputs are not permitted",
+    r"\b(\w{1,99}): Extra inputs are not permitted",
 )
 SCHEMA_WORDS = (
     "pattern format const additionalProperties exclusiveMinimum exclusiveMaximum default"
@@ -4798,7 +4863,7 @@ def named_fields(text):
 
 def learn_betas(found, profile, body, sent):
     """Newer beta flags: Bedrock and its relays name those that they do not know."""
-    return {"betas": profile.betas + tuple(re.findall(r"[\w-]+", found.group(1)))}
+    return {"betas": (profile.betas + tuple(re.findall(r"[\w-]+", found.group(1))))[-100:]}
 
 
 def learn_named(found, profile, body, sent):
@@ -4928,7 +4993,7 @@ LESSON_RULES = (
     # changes anything is taken: from the surest to the vaguest. See learn for body and sent.
     #
     # "Unexpected value(s) `x`, `y` for the `anthropic-beta` header." (Bedrock)
-    (r"value\(s\) (.+?) for the .?anthropic-beta", learn_betas),
+    (r"value\(s\) (.{1,400}?) for the .?anthropic-beta", learn_betas),
     (r"(cache_control)", learn_named),
     (r"messages\.\d+\.role|Unexpected role .?system", {"untouched": False}),  # older Claude models
     (r"tools with reasoning_effort are not supported", {"effort_with_tools": "none"}),  # gpt-5.4
@@ -4951,7 +5016,7 @@ LESSON_RULES = (
     ),
     (r"tool[_ ]choice", learn_choice),
     # "Invalid 'tools': array too long. Expected an array with maximum length 128" (OpenAI)
-    (r"maximum (?:number of items is|length) (\d+)", learn_max_tools),
+    (r"maximum (?:number of items is|length) (\d{1,6})", learn_max_tools),
     (r"response_format|json_schema|json_object|structured output", learn_format),
     (r"image|vision|multi-?modal|only supports? text", learn_images),
     (r"\bfile|pdf|document|unknown variant|content type", learn_files),
@@ -5036,6 +5101,7 @@ READ_SIZE = 16384  # one TLS record; every waiting thread holds one
 # In bytes, of what a client or a provider sends:
 MAX_HEAD = 1 << 16  # of an answer: with the interim ones before it
 MAX_BODY = 1 << 26  # that is read whole; Anthropic's own API takes 32 MB, Claude Code sends no more
+MAX_FRAME = 2048  # of the line before a chunk, and of trailers: read again with all that comes
 KEPT_LINES = 128  # idle connections
 DRAIN_SECONDS = 0.05  # how long finish() waits for the end of a body
 SLICE_SECONDS = 0.2  # between two looks at the client where the socket alone is waited for
@@ -5046,7 +5112,7 @@ NOTHING_YET = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
 # "name\nvalue" as it may go out: visible ASCII, then what RFC 9110, 5.5 allows, of latin-1.
-FIELD = re.compile(r"[!-9;-~]+\n[\t -~\x80-\xff]*")
+FIELD = re.compile(r"\A[!-9;-~]+\n[\t -~\x80-\xff]*")
 
 
 class Way(NamedTuple):
@@ -5408,7 +5474,7 @@ class Dechunker:
         last = line and self.TRAILERS.match(data, line.end())
         self.done, self.tail = bool(last), data[last.end() if last else at :]
         is_begun = line or self.BEGUN.fullmatch(self.tail)
-        if not last and (len(self.tail) > READ_SIZE or not is_begun):
+        if not last and (len(self.tail) > MAX_FRAME or not is_begun):
             raise ValueError("a chunk of the body has no valid size")
 
 
@@ -5484,16 +5550,7 @@ class Reply:
 
     def read(self, limit=MAX_BODY):
         """The whole body. UpstreamError as in blocks(), and if it has more than `limit` bytes."""
-        body = bytearray()
-        for block in self.blocks():
-            body += block
-            if len(body) > limit:
-                raise UpstreamError(
-                    "the answer of %s is longer than %d bytes: that is not a chat completion; "
-                    "check the base URL" % (self.line.peer, limit),
-                    kind="body",
-                )
-        return bytes(body)
+        return read_all(b"", self.blocks(), limit)
 
     def finish(self):
         """close(), but first throws away the end of the body if it is there or comes at once: a
@@ -6386,6 +6443,7 @@ class Ledger:
         provider's cache. A cost that it brings along stays, as prices may have changed since.
         """
         row = dict(row)
+        row.update((name, positive_int(row, name)) for name in PRICE_FIELDS)
         if row.get("cost") is None:
             row["cost"] = self._cost(row)
         minute = int((row.get("time") or self._now()) // 60)
@@ -6714,7 +6772,7 @@ def to_json_bytes(value):
 def name_of(tool):
     """The name of a tool as OpenAI or Anthropic writes it."""
     tool = as_dict(tool)
-    return str(as_dict(tool.get("function")).get("name") or tool.get("name"))
+    return str(as_dict(tool.get("function")).get("name") or tool.get("name"))[:MAX_NAME]
 
 
 def conversation(headers, body):
@@ -7161,7 +7219,8 @@ class Exchange:
         self.settings = settings or proxy.settings()
         self.id = id or proxy.new_id()
         self.stream = body.get("stream") is True
-        self.asked = without_mark(str(body.get("model") or ""))  # the model that the client named
+        # The model that the client named.
+        self.asked = without_mark(str(body.get("model") or ""))[:MAX_NAME]
         self.shown = self.settings.disguise_model or self.asked or self.settings.target_model
         self.plan = proxy.plan_request(self.settings, body)
         self.writer = None  # the MessageWriter, and ...
@@ -7213,11 +7272,11 @@ class Exchange:
     def message(self):
         """The whole answer as one message. Raises ProxyError."""
         try:
-            events = [event for batch in self.event_batches() for event in batch]
+            message = fold(itertools.chain.from_iterable(self.event_batches()))
         except Dropped as dropped:
             raise dropped.args[0]
         self.first_ms = self.spent_ms()  # the client sees the content only now
-        return fold(events)
+        return message
 
     def spent_ms(self):
         """Milliseconds since the request came."""
@@ -7316,7 +7375,7 @@ class Exchange:
         self.reader = plan.format.reader(writer, plan.profile)
         talk, memory = conversation(self.headers, self.body), proxy.memory
         self.sent = self.write_request(lambda name: memory.recall(talk + name))
-        for message in self.normalized["messages"]:
+        for message in self.normalized["messages"] if plan.profile.keeps_parts() else ():
             past = text_key(past, message.get("content"))
         writer.talk, writer.past, writer.claim = talk, past, memory.claim
         data, outline = encode_request(self.sent)
@@ -7498,7 +7557,7 @@ class Exchange:
         row = {name: getattr(self, name) for name in ROW_FIELDS}
         row.update(
             time=self.proxy.now(),
-            session=self.headers.get("x-claude-code-session-id", ""),
+            session=self.headers.get("x-claude-code-session-id", "")[:MAX_NAME],
             model=self.plan.model,
             status=status,
             input=usage["input_tokens"],
@@ -7507,7 +7566,7 @@ class Exchange:
             cache_write=usage["cache_creation_input_tokens"],
             total_ms=self.spent_ms(),
             cache=self.cache_state,
-            error=error,
+            error=error[:MAX_MESSAGE],
         )
         self.proxy.ledger.add(row)
         self.proxy.log("error" if status >= 500 else "info", row_text(row))
@@ -7553,22 +7612,7 @@ BLANK = b"\xef\xbb\xbf \t\r\n"  # some providers send blank lines while they thi
 
 def first_bytes(blocks):
     """The first bytes of a reply, from the first that is not white space; b"" for white space."""
-    head = b""
-    for block in blocks:
-        head += block
-        if head.strip(BLANK) or len(head) > 1 << 16:
-            break
-    return head.lstrip(BLANK)
-
-
-def read_all(head, blocks):
-    """All of a reply that is not a stream. Raises UpstreamError when it is far too long."""
-    raw = bytearray(head)
-    for block in blocks:
-        raw += block
-        if len(raw) > MAX_LINE:
-            raise too_long("JSON")
-    return bytes(raw)
+    return next(filter(None, (block.lstrip(BLANK) for block in blocks)), b"")
 
 
 def whole_reply(raw, plan):
@@ -7684,6 +7728,8 @@ IDLE_SECONDS = 300  # a kept-alive connection without a request
 SEND_SECONDS = 120  # for a client that does not read
 LINGER_SECONDS = 2  # at the end of a connection, for what the client still sends
 LOOK_SECONDS = 1  # between two looks at whether a silence needs a ping
+LARGE = 4 << 20  # bytes of a body: while it is served it takes up to ten times as much
+MAX_LARGE = 4  # of these that are served at once; others wait
 
 # The lines of HTTP as RFC 9112 has them (sections 3, 5 and 7.1), except that in a head a bare LF
 # may end a line (2.2). A path may hold raw bytes above ASCII, but not \x85 and \xa0: http.server,
@@ -7796,7 +7842,9 @@ def decode_json(raw):
     JavaScript cuts strings within a pair, and writes the half as an escape. Strict parsers refuse
     it, and UTF-8 has no form for it. The first look is for speed: most bodies have no such escape.
     """
-    value = STRICT.decode(raw.decode("utf-8"))
+    text = raw.decode("utf-8")
+    check_values(text)
+    value = STRICT.decode(text)
     if re.search(rb"\\u[dD]", raw):
         value = json.loads(
             re.sub("[\ud800-\udfff]", "\ufffd", json.dumps(value, ensure_ascii=False))
@@ -7856,12 +7904,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.close_connection = True
         self.began_reply = False  # it is too late for another status
         self.exchange = None  # of a message: it knows what a silence is filled with
+        self.placed = False  # among the large requests
         try:
             if self.read_head():
                 self.guard()
                 self.route()
         except Exception as error:
             self.fail(error)
+        finally:
+            if self.placed:
+                self.server.places.release()
         if self.close_connection and (self.unread or self.began_reply):
             self.drain()
 
@@ -8061,11 +8113,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return raw
 
     def check_size(self, size):
-        """Raise ProxyError if a body of this many bytes is too large."""
+        """Raise ProxyError if a body of this many bytes is too large; wait if it is large."""
         if size > MAX_BODY:
             raise ProxyError(
                 "the request has %d bytes; the limit is %d MB" % (size, MAX_BODY >> 20), 413
             )
+        if size > LARGE and not self.placed:
+            self.placed = self.server.places.acquire()
 
     def read_chunks(self):
         """A body sent in chunks (RFC 9112, 7.1). Extensions and trailers are read, and ignored.
@@ -8311,7 +8365,7 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
     stopping = False  # once true, each connection ends with its next reply
 
     def __init__(self, address, proxy, handler=Handler):
-        self.proxy = proxy
+        self.proxy, self.places = proxy, threading.Semaphore(MAX_LARGE)  # for large requests
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         super().__init__(address, handler)
         self.server_name, self.server_port = self.server_address[:2]
@@ -8897,7 +8951,7 @@ def demo_reply(body):
     if last.get("role") == "tool":
         return "", "The tool answered:\n" + said[:2000], None
     # Claude Code puts its own notes into the user's message; they are full of words like "read".
-    said = re.sub(r"(?s)<system-reminder>.*?</system-reminder>", "", said).strip()
+    said = re.sub(r"(?s)<system-reminder>((?!<system-r).)*</system-reminder>", "", said).strip()
     offered = list(map(name_of, as_list(body.get("tools"))))
     for name, argument, words in DEMO_CALLS:
         found = re.search(words, said, re.I)
@@ -9627,7 +9681,7 @@ DECIDES_MODE = re.compile(
     # Arguments by which the user decides about permissions: auto mode is not switched off beside
     # them. The last ones print (-p also among joined short flags), which asks nobody.
     r"--(permission-mode|(allow-)?dangerously-skip-permissions|enable-auto-mode|print)(=|\Z)"
-    r"|-[a-z]*p[a-z]*\Z"
+    r"|-[a-oq-z]*p[a-z]*\Z"
 )
 PROBE_SECONDS = 6  # how long a session waits for the model's window, which it cannot learn later
 WHY_NO_AUTO = (

@@ -37,6 +37,7 @@ import sys
 import tempfile
 import threading
 import time
+import tracemalloc
 import unittest
 import zlib
 from collections import namedtuple
@@ -1353,11 +1354,12 @@ class TestHostileErrors(unittest.TestCase):
         )
 
     def test_a_number_without_end_is_no_trouble(self):
-        for text in (
-            "9" * 400,
-            "[%s]" % ("9" * 400),
-        ):  # int() of a megabyte of digits takes minutes
-            self.assertIsNone(ccfix.json_or_none(text))
+        self.assertIsNone(ccfix.json_or_none("9" * 400))
+        # int() of a megabyte of digits takes minutes; what stands beside it is still told
+        for digits in ("9" * 400, "9" * 100000, "1e999", "NaN", "-Infinity"):
+            text = '{"a": [1, %s]}' % digits
+            self.assertEqual(ccfix.json_or_none(text), {"a": [1, None]})
+            self.assertEqual(ccfix.parse_payload(text), {"a": [1, None]})
         error = provider_error(400, "prompt is too long: %s tokens > 8 maximum" % ("9" * 100000))
         self.assertEqual(error.kind, "overflow")
 
@@ -8740,7 +8742,7 @@ class TestHttpFraming(UpstreamCase):
             self.assertEqual((sum(sizes), max(sizes)), (20000000, 1 << 16))
             reply.close()
             reply = self.client().open("POST", server.url, {}, b"{}")
-            with self.assertRaisesRegex(ccfix.UpstreamError, "longer than 1000000 bytes"):
+            with self.assertRaisesRegex(ccfix.UpstreamError, "over 1000000 bytes"):
                 reply.read(1000000)
 
 
@@ -16699,6 +16701,925 @@ class TestOwnPort(unittest.TestCase):
             self.assertIn(
                 "is ccfix's own port; give ccfix another one, say -p 8081", said.getvalue()
             )
+
+
+# ==================================================================================================
+# Everywhere: linear time, bounded memory, numbers
+# ==================================================================================================
+
+SRE = getattr(re, "_parser", None) or importlib.import_module("sre_parse")
+RE_METHODS = ("match", "fullmatch", "search", "sub", "findall", "finditer", "split")
+# Characters that a class of a pattern may tell apart.
+APART = " \n\t\r\0\x7f\"'\\`[](){}<>_-+.,:;=|/@#%!?*&$~^07afnpuxzAFZ\u00e9\u2028\u4f60\ud83d"
+CATEGORIES = {
+    "CATEGORY_DIGIT": r"\d",
+    "CATEGORY_NOT_DIGIT": r"\D",
+    "CATEGORY_SPACE": r"\s",
+    "CATEGORY_NOT_SPACE": r"\S",
+    "CATEGORY_WORD": r"\w",
+    "CATEGORY_NOT_WORD": r"\W",
+}
+# Patterns that are put together where they are used: {function: what it runs}.
+BUILT = {
+    "first_number": lambda: [
+        pattern.replace("#", r"(\d{1,12})") for row in ccfix.OVERFLOW_NUMBERS for pattern in row
+    ],
+    "matches": lambda: [row.pattern for row in ccfix.ERROR_ROWS],
+    "learn": lambda: [words for words, _ in ccfix.LESSON_RULES],
+    "named_fields": lambda: ccfix.FIELD_PATTERNS,
+    "learn_thinking": lambda: [r"\b(?:%s)\b" % "|".join(ccfix.THINKING_FIELDS)],
+    "profile_for": lambda: ["(.*/)?(%s)" % row.models for row in ccfix.PROFILES],
+    "match_any": lambda: [*ccfix.CALLS, *ccfix.PARAMETERS],
+    "coerce_scalar": lambda: ccfix.STRING_FORMS.values(),
+    "tagged_call": lambda: ccfix.CALLS.values(),
+    "json_value": lambda: [ccfix.CLOSER, *filter(None, ccfix.CALLS.values())],
+    "route": lambda: [pattern for _, pattern, _ in ccfix.Handler.ROUTES],
+    "parse_arguments": lambda: [r"""[^\w/.~$-]|true$|false$|[^{]*"\s*:|x["']?\s*[:=]"""],
+    "demo_reply": lambda: [words for _, _, words in ccfix.DEMO_CALLS],
+}
+
+
+class PatternUses(ast.NodeVisitor):
+    """Every pattern of ccfix.py and how it is used: found {(text, flags, method): pattern}.
+
+    The pattern of a call of re's is evaluated, by the module's names and by the strings that the
+    function assigns; what is put together of others stands in BUILT. unknown: [(function, line)].
+    """
+
+    def __init__(self, tree):
+        self.function, self.local, self.found, self.unknown = "", {}, {}, []
+        self.compiled = {}
+        for holder in [ccfix] + [part for part in vars(ccfix).values() if isinstance(part, type)]:
+            for name, value in vars(holder).items():
+                if isinstance(getattr(value, "__self__", value), type(re.compile(""))):
+                    self.compiled[name] = getattr(value, "__self__", value)
+        self.named = set()
+        self.visit(tree)
+        for name in set(self.compiled) - self.named:  # called by another name
+            self.note(self.compiled[name], "search")
+
+    def visit_FunctionDef(self, node):
+        outer = self.function, self.local
+        self.function, self.local = node.name, {}
+        self.generic_visit(node)
+        self.function, self.local = outer
+
+    def visit_Assign(self, node):
+        targets, values = node.targets[:1], [node.value]
+        if isinstance(targets[0], ast.Tuple) and isinstance(node.value, ast.Tuple):
+            targets, values = targets[0].elts, node.value.elts
+        for target, value in zip(targets, values):
+            value = self.evaluate(value)
+            if self.function and isinstance(target, ast.Name) and isinstance(value, str):
+                self.local[target.id] = value
+        self.generic_visit(node)
+
+    def evaluate(self, node):
+        """The value of an expression, None where that takes more than module and function tell."""
+        try:
+            code = compile(ast.Expression(node), "ccfix.py", "eval")
+            calls = [part for part in ast.walk(node) if isinstance(part, ast.Call)]
+            if all(getattr(part.func, "attr", "") in ("join", "escape") for part in calls):
+                return eval(code, dict(vars(ccfix), **self.local))
+        except Exception:
+            return None
+
+    def visit_Attribute(self, node):
+        name = getattr(node.value, "id", getattr(node.value, "attr", ""))
+        if node.attr in RE_METHODS and name in self.compiled:
+            self.named.add(name)
+            self.note(self.compiled[name], node.attr)
+        self.generic_visit(node)
+
+    def visit_Call(self, node):
+        function = node.func
+        if isinstance(function, ast.Attribute) and getattr(function.value, "id", "") == "re":
+            if function.attr in RE_METHODS + ("compile",) and self.function:
+                self.note_call(node, function.attr)
+        self.generic_visit(node)
+
+    def note_call(self, node, method):
+        others = [*node.args[1:], *(keyword.value for keyword in node.keywords)]
+        flags = [self.evaluate(part) for part in others if isinstance(part, ast.Attribute)]
+        flags = sum(int(flag) for flag in flags if isinstance(flag, re.RegexFlag))
+        given = self.evaluate(node.args[0])
+        if not isinstance(given, (str, bytes)) and self.function not in BUILT:
+            self.unknown.append((self.function, node.lineno))
+            return
+        patterns = [given] if isinstance(given, (str, bytes)) else BUILT[self.function]()
+        for pattern in patterns:
+            self.note(re.compile(pattern, flags), "match" if method == "compile" else method)
+
+    def note(self, pattern, method):
+        self.found[pattern.pattern, pattern.flags, method] = pattern
+
+
+def takes(node, letter):
+    """Whether a node of a parsed pattern takes a letter; None: it takes none by itself."""
+    name, value = str(node[0]), node[1]
+    if name == "LITERAL":
+        return chr(value).lower() == letter.lower()
+    if name == "NOT_LITERAL":
+        return chr(value) != letter
+    if name == "IN":
+        return bool(re.match("[%s]" % "".join(map(class_part, value)), letter))
+    return True if name == "ANY" else None
+
+
+def class_part(item):
+    name, value = str(item[0]), item[1]
+    if name == "RANGE":
+        return "%s-%s" % tuple(re.escape(chr(end)) for end in value)
+    return {"NEGATE": "^", "LITERAL": re.escape(chr(value or 0)) if name == "LITERAL" else ""}.get(
+        name, CATEGORIES.get(str(value))
+    )
+
+
+def inner_parts(node):
+    """The sequences inside a node of a parsed pattern."""
+    name, value = str(node[0]), node[1]
+    if name == "BRANCH":
+        return value[1]
+    if name == "GROUPREF_EXISTS":
+        return [part for part in value[1:] if part]
+    has_inner = name in ("SUBPATTERN", "ASSERT", "ASSERT_NOT", "ATOMIC_GROUP") or "REPEAT" in name
+    return [value[-1]] if has_inner and not isinstance(value, int) else []
+
+
+def all_nodes(items):
+    for node in items:
+        yield node
+        for inner in inner_parts(node):
+            yield from all_nodes(inner)
+
+
+def sample(items):
+    """A string that a sequence of a parsed pattern takes, mostly."""
+    text = ""
+    for node in items:
+        inner, name = inner_parts(node), str(node[0])
+        if name == "LITERAL":
+            text += chr(node[1])
+        elif inner and not name.startswith("ASSERT"):
+            text += sample(inner[0]) * (min(5, max(1, node[1][0])) if "REPEAT" in name else 1)
+        elif not inner:
+            text += next((letter for letter in "a1 x" + APART if takes(node, letter)), "")
+    return text
+
+
+def fronts(items, before=""):
+    """What a pattern takes up to each of its places, and the words in it."""
+    found, word = {before}, ""
+    for node in items:
+        for inner in inner_parts(node):
+            found |= fronts(inner, before)
+        if str(node[0]) == "LITERAL":
+            word += chr(node[1])
+        else:
+            found |= {word, before}
+            word = ""
+        before += sample([node])
+    return (found | {word, before}) - {""}
+
+
+def hostile_texts(pattern):
+    """[(front, what is repeated behind it)] by which a pattern may take long."""
+    source, flags = pattern.pattern, pattern.flags
+    if isinstance(source, bytes):
+        source = source.decode("latin-1")
+    parsed = SRE.parse(source, flags)
+    nodes, kinds = list(all_nodes(parsed)), {}
+    for letter in APART:
+        kinds.setdefault(tuple(takes(node, letter) for node in nodes), letter)
+    letters, words = list(kinds.values()), fronts(parsed)
+    is_small = len(words) < 40
+    again = set(letters) | words
+    again |= {word + letter for word in words for letter in letters[: 8 if is_small else 0]}
+    again |= {first + second for first in letters[:9] for second in letters[:9]}
+    behind = itertools.product(words, letters[: 30 if is_small else 6])
+    return sorted({("", part) for part in again} | set(behind))
+
+
+def cpu_seconds(run):
+    began = time.process_time()
+    run()
+    return time.process_time() - began
+
+
+class Linear(unittest.TestCase):
+    """Four times as much input may take six times the work, above a floor of a glance."""
+
+    FLOOR = 0.05  # seconds
+
+    def setUp(self):
+        gc.disable()  # its work is not ours, and not linear
+        self.addCleanup(gc.enable)
+
+    def is_linear(self, name, make, run, size):
+        """make(size) -> input, run(input)."""
+        large = cpu_seconds(lambda made=make(4 * size): run(made))
+        for again in range(4):
+            if large <= self.FLOOR:
+                return
+            small = cpu_seconds(lambda made=make(size): run(made))
+            if large <= 6 * small:
+                return
+            large = min(large, cpu_seconds(lambda made=make(4 * size): run(made)))
+        self.fail("%s: %.3f s, and %.3f s for four times as much" % (name, small, large))
+
+
+class TestLinearPatterns(Linear):
+    """Every pattern of ccfix.py, wherever it stands, with input made of its own parts."""
+
+    def uses(self):
+        with open(SOURCE_FILE, encoding="utf-8") as file:
+            return PatternUses(ast.parse(file.read()))
+
+    def test_every_pattern_is_known(self):
+        uses = self.uses()
+        self.assertEqual(uses.unknown, [], "give them a name, or a row in BUILT")
+        self.assertGreater(len(uses.found), 180)
+        texts = "".join(str(source) for source, _, _ in uses.found)
+        for known in (ccfix.OVERFLOW, r"Extra inputs", r"chunk|model.{0,80}", "total_tokens"):
+            self.assertTrue(known in texts or re.search(known, texts), known)
+
+    def test_four_times_the_text_takes_four_times_the_time(self):
+        for (source, _, method), pattern in self.uses().found.items():
+            run = self.runner(pattern, method)
+            for front, again in hostile_texts(pattern):
+
+                def make(size):
+                    text = (front + again * (size // len(again) + 1))[:size]
+                    return text.encode("latin-1", "replace") if type(source) is bytes else text
+
+                if cpu_seconds(lambda made=make(2000): run(made)) > 0.002:
+                    name = "%s of %.60r: %.20r, %.20r" % (method, source, front, again)
+                    self.is_linear(name, make, run, 2000)
+
+    def runner(self, pattern, method):
+        act = getattr(pattern, method)
+        if method == "sub":
+            return lambda text: act(lambda found: text[:0], text)
+        return lambda text: [*act(text)] if method in ("findall", "finditer") else act(text)
+
+    def test_only_the_ends_of_a_providers_words_are_searched(self):
+        seen = []
+        error = provider_error(400, "x" * 100000)
+        with mock.patch.object(ccfix, "re", ScannedText()) as scanned:
+            for text in ("y " * 100000, json.dumps({"error": {"message": "max_tokens " * 50000}})):
+                error = provider_error(400, text)
+                ccfix.learn(error, PLAIN, request("hi"), {"max_tokens": 5})
+            seen += scanned.lengths
+        self.assertLessEqual(max(seen), ccfix.MAX_WORDS)
+
+
+def a_call(name=None, arguments=None, **more):
+    """A chunk with a fragment of a tool call."""
+    return delta(tool_calls=[fn(name, arguments, **more)])
+
+
+def letters_of(text, **first):
+    """A chunk of content for each letter."""
+    return [delta(content=letter) for letter in text]
+
+
+def argument_letters(text):
+    return [a_call("Bash", "", index=0)] + [a_call(None, letter, index=0) for letter in text]
+
+
+def two_calls(letter):
+    begun = [a_call("Bash", '{"cmd":"', index=index, id="c%d" % index) for index in (0, 1)]
+    return lambda n: begun + [a_call(None, letter, index=number % 2) for number in range(n)]
+
+
+def native(kind, **more):
+    return dict({"type": "content_block_" + kind}, **more)
+
+
+OPEN_CALL = '{"cmd":"'
+CHAT_FLOODS = {
+    # what comes: chunks of about n pieces
+    "think tags byte by byte": lambda n: letters_of("<think>" + "a" * n + "</think>b"),
+    "closing tags that break off": lambda n: letters_of("<think>" + "</thin" * (n // 6)),
+    "angles in thinking": lambda n: letters_of("<think>" + "<" * n),
+    "line ends in thinking": lambda n: letters_of("<think>a" + "\n" * n),
+    "line ends behind a tag": lambda n: letters_of("<think>" + "\n" * n),
+    "line ends behind both tags": lambda n: letters_of("<think>a</think>" + "\n" * n),
+    "blanks before all": lambda n: letters_of(" " * n),
+    "line ends before all": lambda n: letters_of("\n" * n),
+    "blanks in text": lambda n: letters_of("a" + " " * n),
+    "line ends in text": lambda n: letters_of("a" + "\n" * n),
+    "blanks in reasoning": lambda n: [delta(reasoning=" ") for _ in range(n)],
+    "blanks behind reasoning": lambda n: [delta(reasoning="a")] + letters_of(" " * n),
+    "blanks of both kinds": lambda n: [delta(reasoning=" ", content=" ") for _ in range(n)],
+    "angles": lambda n: letters_of("a" + "<" * n),
+    "back-ticks": lambda n: letters_of("a" + "`" * n),
+    "brackets": lambda n: letters_of("a" + "[" * n),
+    "marks of calls": lambda n: letters_of("a\n" + "<tool_call>" * (n // 11)),
+    "a call as text": lambda n: letters_of(
+        '<tool_call>{"name":"Bash","arguments":{"cmd":"' + "x" * n
+    ),
+    "ends of a call as text": lambda n: letters_of(
+        '<tool_call>{"name":"Bash","arguments":{"cmd":"' + "</tool_call>" * (n // 12)
+    ),
+    "alternating": lambda n: [delta(reasoning="a", content="b") for _ in range(n)],
+    "alternating parts": lambda n: [delta(content=[{"thinking": "a"}, {"text": "b"}] * n)],
+    "parts": lambda n: [delta(content=[{"text": "b"}] * n)],
+    "parts of thinking": lambda n: [delta(content=[{"thinking": [{"text": "a"}] * n}])],
+    "details in one chunk": lambda n: [delta(reasoning_details=[{"text": "b"}] * n)],
+    "details of two types": lambda n: [
+        delta(reasoning_details=[{"type": number % 2, "text": "b"}]) for number in range(n)
+    ],
+    "details that grow": lambda n: [delta(reasoning_details=[{"text": "b"}])] * n,
+    "details and text": lambda n: [delta(reasoning_details=[{"data": "b"}], content="x")] * n,
+    "details and calls": lambda n: [
+        dict(
+            delta(
+                reasoning_details=[{"data": "b"}],
+                **a_call("Bash", "{}", index=number)["choices"][0]["delta"],
+            )
+        )
+        for number in range(n)
+    ],
+    "a long call": lambda n: [a_call("Bash", OPEN_CALL, index=0)]
+    + [a_call(None, "x", index=0)] * n,
+    "a name again and again": lambda n: [a_call("Bash", OPEN_CALL, index=0)]
+    + [a_call("Bash", "x", index=0)] * n,
+    "a name again, no index": lambda n: [a_call("Bash", OPEN_CALL)] + [a_call("Bash", "x")] * n,
+    "a name again, braces": lambda n: [a_call("Bash", OPEN_CALL)] + [a_call("Bash", "}")] * n,
+    "a name again, blanks": lambda n: [a_call("Bash", "{}")] + [a_call("Bash", " ")] * n,
+    "calls without an index": lambda n: [a_call("Bash", "{}")] * n,
+    "calls by index": lambda n: [a_call("Bash", "{}", index=number) for number in range(n)],
+    "calls by id": lambda n: [a_call("Bash", "{}", id="id%d" % number) for number in range(n)],
+    "calls in one chunk": lambda n: [delta(tool_calls=[fn("Bash")] * n)],
+    "calls without a name": lambda n: [a_call(None, "x", index=number) for number in range(n)],
+    "arguments without a name": lambda n: [a_call(None, "x", index=0)] * n,
+    "two calls": two_calls("x"),
+    "two calls, braces": two_calls("}"),
+    "many calls": lambda n: [a_call("Bash", OPEN_CALL, index=number) for number in range(n // 2)]
+    + [a_call(None, "x", index=number) for number in range(n // 2)],
+    "text in a call": lambda n: [a_call("Bash", OPEN_CALL, index=0)]
+    + [delta(content="x", tool_calls=[fn(None, "}", index=0)])] * n,
+    "text behind a long call": lambda n: [a_call("Bash", OPEN_CALL + "x" * n, index=0)]
+    + letters_of("x" * n),
+    "long thoughts and calls": lambda n: [delta(reasoning="x" * 200 * n)]
+    + [a_call("Bash", "{}", index=number) for number in range(n)],
+    "refusals": lambda n: [delta(refusal="x")] * n,
+    "finish reasons": lambda n: [delta("stop", content="a")] * n,
+    "bare arguments": lambda n: argument_letters("ls " * (n // 3)),
+    "a list": lambda n: argument_letters('{"n":[' + "1," * (n // 2)),
+    "line ends in arguments": lambda n: argument_letters(OPEN_CALL + "\n" * n),
+    "backslashes": lambda n: argument_letters(OPEN_CALL + "\\" * n),
+    "members": lambda n: argument_letters("{" + '"a":1,' * (n // 6)),
+    "objects in a row": lambda n: argument_letters('{"a":1}' * (n // 7)),
+    "nesting": lambda n: argument_letters('{"n":' + "[" * n),
+}
+NATIVE_FLOODS = {
+    "input": lambda n: [native("start", content_block={"type": "tool_use", "name": "Bash"})]
+    + [native("delta", delta={"type": "input_json_delta", "partial_json": "x"})] * n,
+    "tools": lambda n: [native("start", content_block={"type": "tool_use", "name": "Bash"})] * n,
+    "tools and thinking": lambda n: [
+        native("start", content_block={"type": kind, "name": "Bash"})
+        for kind in ("tool_use", "thinking") * n
+    ],
+    "text": lambda n: [native("start", content_block={"type": "text", "text": ""})]
+    + [native("delta", delta={"type": "text_delta", "text": "x"}) for _ in range(n)],
+    "blocks": lambda n: [native("start", content_block={})] * n,
+    "ends": lambda n: [native("stop")] * n,
+    "starts": lambda n: [
+        {"type": "message_start", "message": {"usage": {"a%d" % number: 1}}} for number in range(n)
+    ],
+    "unknown": lambda n: [{"type": "a"}] * n,
+}
+SSE_FLOODS = {
+    # bytes, and how many come at once
+    "one line": (b"data: x", b"x", 1),
+    "blank": (b"", b"\n", 1),
+    "carriage returns": (b"", b"\r", 1),
+    "zeros": (b"", b"\0", 2),
+    "marks of byte order": (b"", b"\xef\xbb\xbf", 1),
+    "data without an event": (b"", b"data: x\n", 1),
+    "many data lines at once": (b"", b"data: x\n", 500),
+    "whole data lines": (b"", b"data: {}\n", 100),
+    "half JSON": (b"", b'data: {"a":1\n', 50),
+    "braces": (b"", b"data: {}}\n", 50),
+    "nothing in data": (b"", b"data:\n", 1),
+    "events": (b"", b"data: {}\n\n", 1),
+    "comments": (b"", b": x\n", 1),
+    "failed events": (b"", b"event: error\n", 1),
+    "errors": (b"", b"error: x\n", 1),
+}
+CHUNK_FLOODS = {
+    "digits": (b"", b"0", 1),
+    "an extension": (b"1;", b"x", 1),
+    "blanks": (b"1", b" ", 1),
+    "trailers": (b"0\r\n", b"a: b\r\n", 1),
+    "a trailer": (b"0\r\n", b"a", 1),
+    "small chunks": (b"", b"1\r\nx\r\n", 1),
+    "small chunks at once": (b"", b"1\r\nx\r\n", 16384),
+    "chunks with extensions": (b"", b"1;" + b"y" * 1000 + b"\r\nx\r\n", 1),
+    "payload": (b"fffff\r\n", b"x", 1),
+    "line ends": (b"", b"\n", 1),
+    "a last chunk": (b"1\r\nx\r\n0;", b"0", 1),
+}
+HEAD_FLOODS = {
+    "fields": (b"", b"a:b\r\n"),
+    "one field": (b"a: ", b"x"),
+    "parameters": (b"Content-Type: multipart/x", b";"),
+    "quotes": (b"Content-Type: multipart/x", b';"'),
+    "open quotes": (b'Content-Disposition: form-data; name="', b'\\"'),
+    "continued parameters": (b"Content-Type: multipart/x;", b"a*0=x;"),
+    "encoded words": (b"Subject: ", b"=?utf-8?q?"),
+    "addresses": (b"To: ", b"<"),
+    "comments": (b"Date: ", b"("),
+}
+
+
+def stream_of(chunks, make_reader):
+    """What a reader makes of chunks -> (bytes that go out, the error that ended it or None)."""
+    made, size = make_reader(), 0
+    try:
+        for chunk in chunks:
+            size += sum(len(ccfix.encode_event(event)) for event in made.feed(chunk))
+        made.ended = True
+        size += sum(len(ccfix.encode_event(event)) for event in made.finish())
+        ccfix.Memory().keep(made.writer.memory)
+    except (ccfix.UpstreamError, ccfix.Dropped) as error:
+        return size, error
+    return size, None
+
+
+class TestLinearStreams(Linear):
+    """Every machine of a stream looks at each byte a bounded number of times."""
+
+    def flood(self, parts, run, size):
+        front, again, step = parts
+
+        def make(length):
+            raw = front + again * (length // len(again))
+            return [raw[at : at + step] for at in range(0, len(raw), step)]
+
+        return make, run, size
+
+    def test_chat(self):
+        for name, make in CHAT_FLOODS.items():
+            with self.subTest(name):
+                self.is_linear(name, make, lambda chunks: stream_of(chunks, reader), 1000)
+
+    def test_native(self):
+        for name, make in NATIVE_FLOODS.items():
+            with self.subTest(name):
+                self.is_linear(name, make, lambda chunks: stream_of(chunks, messages_reader), 1000)
+
+    def test_bytes(self):
+        def events(parts):
+            with contextlib.suppress(ccfix.UpstreamError):
+                return list(ccfix.sse_payloads(parts))
+
+        def chunks(parts):
+            dechunker = ccfix.Dechunker()
+            with contextlib.suppress(ValueError):
+                for part in parts:
+                    if not dechunker.done:
+                        dechunker.feed(part)
+
+        first = lambda parts: ccfix.first_bytes(iter(parts))
+        for floods, run in ((SSE_FLOODS, events), (SSE_FLOODS, first), (CHUNK_FLOODS, chunks)):
+            for name, parts in floods.items():
+                with self.subTest(name):
+                    self.is_linear(name, *self.flood(parts, run, 6000))
+
+    def test_inflating(self):
+        noise = bytes(random.Random(1).getrandbits(8) for _ in range(40000))
+        for name, make in {
+            "bomb": lambda n: [zlib.compress(b"x" * n * 100)],
+            "noise": lambda n: [bytes([b]) for b in zlib.compress(noise[:n])],
+            "behind the end": lambda n: [zlib.compress(b"x")] + [b"y"] * n,
+        }.items():
+            with self.subTest(name):
+                self.is_linear(name, make, lambda parts: list(ccfix.inflate(parts)), 10000)
+
+    def test_heads(self):
+        def run(raw):
+            http.client.parse_headers(io.BytesIO(raw + b"\r\n\r\n"), _class=ccfix.Fields)
+
+        for name, (front, again) in HEAD_FLOODS.items():
+            with self.subTest(name), contextlib.suppress(http.client.HTTPException):
+                make = lambda n: front + again * (n // len(again))
+                self.is_linear(name, make, run, 15000)
+
+    def test_output_is_a_small_multiple_of_what_came(self):
+        many = "alternating parts in one chunk by type details text calls without index id name"
+        for kind, floods, made in (
+            ("chat", CHAT_FLOODS, reader),
+            ("native", NATIVE_FLOODS, messages_reader),
+        ):
+            for name, make in floods.items():
+                is_wide = kind == "native" or any(word in name for word in many.split())
+                chunks = make(8000 if is_wide else 1000)
+                came = sum(len(ccfix.compact_json(chunk)) + 8 for chunk in chunks)
+                with self.subTest(name):
+                    self.assertLess(stream_of(chunks, made)[0], 10 * came + 20000)
+
+
+NESTED = {"$ref": "#/$defs/a"}
+REQUEST_FLOODS = {
+    # what a client sends: body with about n parts
+    "messages of one role": lambda n: request(*["x"] * n),
+    "deferred tools": lambda n: request(
+        said(use("a")),
+        user(result("a", *[dict(REFERENCE, tool_name="t%d" % i) for i in range(n)])),
+        tools=[dict(tool("t%d" % (n - i)), defer_loading=True) for i in range(n)],
+    ),
+    "definitions": lambda n: request(
+        tools=[
+            dict(
+                tool("t"),
+                input_schema={
+                    "type": "object",
+                    "$defs": {"d%d" % i: {"type": "string"} for i in range(n)},
+                    "properties": {"p%d" % i: {"$ref": "#/$defs/d%d" % i} for i in range(n)},
+                },
+            )
+        ]
+    ),
+    "definitions everywhere": lambda n: request(
+        tools=[
+            dict(
+                tool("t"),
+                input_schema={
+                    "type": "object",
+                    "$defs": {"d%d" % i: {"type": "string"} for i in range(n)},
+                    "properties": {"p%d" % i: {"$defs": {"a": {}}} for i in range(n)},
+                },
+            )
+        ]
+    ),
+    "signatures": lambda n: request(
+        "x",
+        said(
+            *[
+                {"type": "thinking", "thinking": "a", "signature": SIGNATURE_OF % i}
+                for i in range(n)
+            ]
+            + [use("c%d" % i) for i in range(n)]
+        ),
+    ),
+    "calls": lambda n: request("x", said(*[use("c%d" % i) for i in range(n)])),
+    "results of nothing": lambda n: request(user(*[result("c%d" % i, txt("x")) for i in range(n)])),
+    "system turns": lambda n: request("x", *[{"role": "system", "content": "y"}] * n),
+}
+SIGNATURE_OF = ccfix.write_state("host", {}) + "%d"
+
+
+class TestLinearRequests(Linear):
+    """What a client sends is made ready for the provider in linear time."""
+
+    def test_requests(self):
+        profiles = [
+            PLAIN._replace(reasoning_field=field, reasoning_always=True)
+            for field in ("reasoning_content", "reasoning_details", "google")
+        ]
+        for name, make in REQUEST_FLOODS.items():
+            for profile in profiles:
+                with self.subTest(name, profile=profile.reasoning_field):
+                    run = lambda body: to_chat(body, "m", profile)
+                    self.is_linear(name, make, run, 1000)
+
+
+class TestBounds(HttpCase):
+    """What others send takes memory in proportion; too much of it ends in a clear error."""
+
+    def test_an_event_without_an_end(self):
+        for line in (b"data: x\n", b"data: xxxxxxxxxxxxxxxxx\n" * 9, b"data:\n", b"error: x\n"):
+            with mock.patch.object(ccfix, "MAX_LINE", 100000):
+                with self.assertRaises(ccfix.UpstreamError) as caught:
+                    list(ccfix.sse_payloads(itertools.repeat(line, 100000)))
+            self.assertIn("not a model's reply", caught.exception.message)
+
+    def test_many_events_are_no_event_without_an_end(self):
+        with mock.patch.object(ccfix, "MAX_LINE", 10000):
+            for blocks in ([b"data: {}\n", b"\n"], [b"\ndata: {}\n"], [b": x\n"], [b"data: {}\n"]):
+                list(ccfix.sse_payloads(blocks * 5000))
+
+    def test_replies_that_never_end(self):
+        """As an error that the client understands, streamed or not."""
+        endless = (
+            ("no name", lambda n: a_call(None, "x" * 500, index=0)),
+            ("no name, none alike", lambda n: a_call(None, "x", index=n)),
+            ("calls", lambda n: a_call("Bash", "{}")),
+            ("details", lambda n: delta(reasoning_details=[{"type": "x", "data": "y"}])),
+            ("behind a call", lambda n: delta(content="x" * 500)),
+            ("alternating", lambda n: delta(reasoning="a", content="b")),
+        )
+        begin = a_call("Bash", '{"a', index=7)
+        for name, make in endless:
+            for stream in (True, False):
+                numbers = itertools.count()
+                chunks = (
+                    sse(make(number), done=False)
+                    for number in itertools.takewhile(lambda n: n < 100000, numbers)
+                )
+                first = [sse(begin, done=False)] if name == "behind a call" else []
+                reply = FakeReply(200, {}, itertools.chain(first, chunks))
+                proxy, _ = proxy_with(lambda sent: reply)
+                with self.subTest(name, stream=stream), mock.patch.object(
+                    ccfix, "MAX_LINE", 1 << 17
+                ):
+                    events, error = ask(proxy, request("hi", stream=stream))
+                    if isinstance(error, ccfix.Dropped):  # in a call: the client asks again
+                        error = error.args[0]
+                    words = error.message if error else events[-1]["error"]["message"]
+                    self.assertIn("not a model's reply", words)
+                    self.assertLess(next(numbers), 50000)
+
+    def test_an_unstreamed_answer_put_together_from_a_stream(self):
+        with mock.patch.object(ccfix, "MAX_LINE", 1 << 18):
+            self.serve([SSE_HEAD] + [piece(sse(delta(content="x" * 1000), done=False))] * 1000)
+            answer = self.post(request("hi", stream=False))
+        self.is_error(answer, 502, "api_error", "The provider sent a reply of over")
+
+    def test_names_and_errors_that_are_kept(self):
+        self.serve([counted(b"y" * 50000, "418 no")])
+        answer = self.post(
+            request("hi", model="m" * 100000, stream=False),
+            {"x-claude-code-session-id": "s" * 5000},
+        )
+        words = json.loads(answer.body.decode())["error"]["message"]
+        self.assertLessEqual(len(words), 2000)
+        self.assertIn(" ... ", words)
+        rows = json.loads(self.call("GET", "/stats").body.decode())["requests"]
+        for field, most in (("asked", 200), ("session", 200), ("model", 200), ("error", 2000)):
+            self.assertLessEqual(len(rows[0][field]), most, field)
+        self.assertLess(max(len(text) for level, text in self.log), 3000)
+
+    def test_tool_names_in_outlines(self):
+        sent = {"tools": [tool("x" * 10000)], "messages": []}
+        _, outline = ccfix.encode_request(sent)
+        self.assertEqual(len(outline.tools[0][0]), 200)
+
+    def test_the_memo_of_tools_counts_bytes(self):
+        memo = {}
+        for number in range(40):
+            wide = tool("t%d" % number, **{"p%d" % i: "string" for i in range(20000)})
+            to_chat(request("hi", tools=[wide]), "m", PLAIN, memo=memo)
+            kept = [row[0] for row in memo.values() if isinstance(row, tuple)]
+            self.assertLess(len(json.dumps(kept)), 2 * ccfix.MAX_MEMO)
+        to_chat(request("hi", tools=[tool("small")]), "m", PLAIN, memo=memo)
+        self.assertTrue([row for row in memo.values() if isinstance(row, tuple)])
+
+    def test_references_of_a_schema_grow_it_tenfold_at_most(self):
+        wide = {"type": "object", "properties": {"p%d" % i: {"type": "null"} for i in range(500)}}
+        doubling = {
+            "d%d" % i: {"properties": {side: {"$ref": "#/$defs/d%d" % (i + 1)} for side in "ab"}}
+            for i in range(30)
+        }
+        for schema in (
+            {"$defs": {"d": wide}, "properties": {"q%d" % i: NESTED for i in range(2000)}},
+            {
+                "$defs": {"a": wide},
+                "properties": {"q%d" % i: {"$ref": "#/$defs/a"} for i in range(2000)},
+            },
+            {"$defs": doubling, "properties": {"x": {"$ref": "#/$defs/d0"}}},
+            {"$defs": {"a": {"anyOf": [NESTED, NESTED]}}, "properties": {"x": NESTED}},
+        ):
+            given = len(ccfix.compact_json(schema))
+            clean = ccfix.clean_schema(schema, PLAIN)
+            self.assertLess(len(ccfix.compact_json(clean)), 14 * given + 20000)
+
+    def test_references_of_real_schemas_are_all_resolved(self):
+        one = {"type": "object", "properties": {"a": {"type": "string"}, "b": {"type": "number"}}}
+        schema = {"$defs": {"one": one}, "type": "object"}
+        schema["properties"] = {"p%d" % i: {"$ref": "#/$defs/one"} for i in range(30)}
+        clean = ccfix.clean_schema(schema, PLAIN)
+        self.assertEqual(clean["properties"], {"p%d" % i: one for i in range(30)})
+
+    def test_signatures_that_inflate(self):
+        def signed(text):
+            mark = ccfix.write_state("host", {"details": [{"type": "x", "data": text}]})
+            return {"type": "thinking", "thinking": "t", "signature": mark}
+
+        self.assertIsNone(ccfix.read_state(signed("x" * (50 << 20)), "host"))
+        self.assertTrue(ccfix.read_state(signed("x" * 900000), "host")["details"])
+        turns = [said(signed("x" * 900000), use("c%d" % i)) for i in range(60)]
+        body = request(*itertools.chain.from_iterable(("go on", turn) for turn in turns))
+        sent = to_chat(body, "m", PLAIN._replace(reasoning_field="reasoning_details"))
+        size = len(ccfix.compact_json(sent))
+        self.assertTrue(10 << 20 < size < 18 << 20, size)
+
+    def test_json_of_very_many_values(self):
+        for text in (
+            "[%s{}]" % ("{}," * 900000),
+            "[%s]" % ",".join(["[]"] * 900000),
+            '{"a":[%s{"a":1}]}' % ('{"a":1},' * 1200000),
+            "[%s1]" % ("1," * 6000000),
+        ):
+            self.assertIsNone(ccfix.json_or_none(text))
+            self.assertEqual(ccfix.parse_payload(text), {})
+            with self.assertRaisesRegex(ValueError, "too many values"):
+                ccfix.decode_json(text.encode())
+        self.serve()
+        body = b'{"messages":[%s{}]}' % (b"{}," * 900000)
+        self.is_error(self.post(body), 400, "invalid_request_error", "too many values")
+        for fine in ("[%s1]" % ("1," * 800000), json.dumps({"a": "{[" * 100000 + "x" * 4000000})):
+            self.assertIsNotNone(ccfix.json_or_none(fine))
+
+    def test_a_request_takes_ten_times_its_size(self):
+        words = "x" * (4 << 20)
+        for text in (words, words + "\u4f60", words + "\U0001f600", "\u4f60" * (1 << 20)):
+            raw = json.dumps(request(text), ensure_ascii=False).encode()
+            proxy, _ = proxy_with(lambda sent: FakeReply(200, {}, [HELLO_STREAM]))
+            proxy.wires[1].open = lambda *a, **k: FakeReply(200, {}, [HELLO_STREAM])
+            tracemalloc.start()
+            try:
+                exchange = ccfix.Exchange(proxy, ccfix.decode_json(raw), {}, no_wait)
+                exchange.bytes_in = len(raw)
+                list(exchange.batches())
+                exchange.close(200)
+                peak = tracemalloc.get_traced_memory()[1]
+            finally:
+                tracemalloc.stop()
+            self.assertLess(peak, 10 * len(raw), ascii(text[-1]))
+
+    def test_large_requests_wait_for_each_other(self):
+        at_once, most, lock = [0], [0], threading.Lock()
+
+        def answer(exchange):
+            with lock:
+                at_once[0] += 1
+                most[0] = max(most[0], at_once[0])
+            poll = threading.Event()
+            poll.wait(0.05)
+            with lock:
+                at_once[0] -= 1
+            return {"type": "message"}
+
+        self.serve()
+        with mock.patch.object(ccfix, "LARGE", 5000), mock.patch.object(
+            ccfix.Exchange, "message", answer
+        ):
+            self.server.places = threading.Semaphore(2)
+            socks = [self.begin(request("x" * 6000, stream=False)) for _ in range(6)]
+            chunks = json.dumps(request("x" * 9000, stream=False)).encode()
+            head = self.head("POST", "/v1/messages", {"Transfer-Encoding": "chunked"})
+            raw = b"".join(
+                b"%x\r\n%s\r\n" % (len(chunks[at : at + 1000]), chunks[at : at + 1000])
+                for at in range(0, len(chunks), 1000)
+            )
+            socks.append(self.connect())
+            socks[-1].sendall(head + raw + b"0\r\n\r\n")
+            for sock in socks:
+                self.assertTrue(sock.recv(100).startswith(b"HTTP/1.1 200"))
+            self.assertEqual(most[0], 2)
+            # A place is free again after an error too.
+            for _ in range(3):
+                self.is_error(self.post(b"x" * 6000), 400)
+            self.assertEqual(self.post(request("hi", stream=False)).status, 200)
+
+
+HUGE = ("1" + "0" * 400, "9" * 5000, "-" + "9" * 5000, "1e400", "1e308", "NaN", "Infinity")
+ODD_NUMBERS = HUGE + ("-5", '"12"', "[]", "{}", "null", "true", "1.5", str(10**13))
+
+
+def strict_json(raw):
+    """JSON as a browser reads it: without NaN and Infinity."""
+
+    def refuse(name):
+        raise ValueError(name)
+
+    return json.loads(raw.decode(), parse_constant=refuse)
+
+
+class TestNumbers(HttpCase):
+    """No number of a provider ends anything: not the reply, the ledger, nor the page."""
+
+    CHAT_USAGE = (
+        '{"prompt_tokens":%s,"completion_tokens":%s,"prompt_tokens_details":{"cached_tokens":%s}}'
+    )
+
+    def replies(self, number):
+        """(settings, a reply with that number in its usage), in each format, streamed or not."""
+        usage = self.CHAT_USAGE % (number, number, number)
+        text = '{"choices":[{"delta":{"content":"Hi"},"finish_reason":"stop"}],"usage":%s}' % usage
+        yield {}, "data: %s\n\ndata: [DONE]\n\n" % text
+        yield {}, text.replace("delta", "message")
+        usage = '{"input_tokens":%s,"output_tokens":%s,"cache_read_input_tokens":%s}' % (
+            (number,) * 3
+        )
+        whole = (
+            '{"type":"message","content":[{"type":"text","text":"Hi"}],"usage":%s,'
+            '"stop_reason":"end_turn"}'
+        )
+        yield {"TARGET_FORMAT": "anthropic"}, whole % usage
+        events = (
+            '{"type":"message_start","message":{"usage":%s}}' % usage,
+            '{"type":"content_block_start","index":%s,"content_block":{"type":"text","text":""}}'
+            % number,
+            '{"type":"content_block_delta","index":0,"delta":{"type":"text_delta","text":"Hi"}}',
+            '{"type":"content_block_stop","index":0}',
+            '{"type":"message_delta","delta":{"stop_reason":"end_turn"},"usage":%s}' % usage,
+        )
+        yield {"TARGET_FORMAT": "anthropic"}, "".join("data: %s\n\n" % event for event in events)
+
+    def test_usage(self):
+        prices = json.dumps({"*": {"input": 1, "output": 2}})
+        for number in ODD_NUMBERS:
+            for values, raw in self.replies(number):
+                proxy, _ = proxy_with(
+                    lambda sent: FakeReply(200, {}, [raw.encode()]), PRICES=prices, **values
+                )
+                logged = []
+                proxy.log = lambda level, text: logged.append((level, text))
+                for stream in (True, False):
+                    body = request("hi", stream=stream)
+                    exchange = ccfix.Exchange(proxy, body, {}, no_wait)
+                    with self.subTest(number[:9], values=values, stream=stream):
+                        if stream:
+                            message = ccfix.fold(sse_events("".join(exchange.batches())))
+                        else:
+                            message = exchange.message()
+                        strict_json(ccfix.compact_json(message).encode())
+                        self.assertEqual(message["content"], [{"type": "text", "text": "Hi"}])
+                        exchange.close(200)
+                        row = proxy.ledger.rows()[0]
+                        for field in ccfix.PRICE_FIELDS:
+                            self.assertTrue(type(row[field]) is int and 0 <= row[field] < 10**12)
+                strict_json(ccfix.compact_json(proxy.status()).encode())
+                self.assertEqual([row for row in logged if row[0] == "error"], [])
+
+    def test_a_row_of_an_older_run(self):
+        for number in (10**400, 10**5000, -1, 1e308, float("inf"), float("nan"), "x", None, []):
+            ledger = ccfix.Ledger()
+            ledger.prices = ccfix.prices_from('{"*": {"input": 1, "output": 2}}')
+            rows = [{"model": "m", "time": 5, "status": 200, "input": number, "output": number}]
+            ledger.restore(rows)
+            ledger.add(dict(rows[0]))
+            strict_json(
+                ccfix.compact_json([ledger.totals(), ledger.series(), ledger.rows()]).encode()
+            )
+
+    def test_error_texts(self):
+        for number in HUGE + ("-5", "0", "007"):
+            for form in (
+                "prompt is too long: %s tokens > %s maximum",
+                '{"error":{"message":"context length is %s","code":%s,"n_ctx":%s}}',
+                '{"error":{"message":"max_tokens must be less than or equal to %s","param":%s}}',
+                "maximum number of items is %s tools",
+                "Rate limit: try again in %s s",
+                '{"error":{"message":"x","details":[{"retryDelay":"%ss"}]}}',
+                '{"code":%s,"message":"x"}',
+            ):
+                text = form.replace("%s", number)
+                for status in (200, 400, 413, 429, 500):
+                    error = provider_error(status, text, {"retry-after": number})
+                    ccfix.learn(error, PLAIN, request("hi"), {"max_tokens": 5, "tools": [1]})
+                    ccfix.room_after(error, PLAIN, 1000)
+                    self.assertLessEqual(len(error.message), 2000)
+                    int(error.headers.get("retry-after") or 0)
+                ccfix.error_in_reply({"error": {"message": text, "code": text}})
+                ccfix.error_in_reply(ccfix.parse_payload(text))
+
+    def test_waits(self):
+        date = "Mon, 01 Jan 2026 00:00:00 GMT"
+        for value in HUGE + (
+            "Mon, 01 Jan %s 00:00:00 GMT" % ("9" * 30),
+            "9" * 30 + " Jan 2026",
+            date,
+        ):
+            for start in (date, value):
+                wait = ccfix.retry_after({"retry-after": value, "date": start}, "")
+                self.assertLess(int(wait or 0), 10**10)
+
+    def test_context_windows(self):
+        for number in ODD_NUMBERS:
+            row = '{"id":"m","max_model_len":%s,"context_length":%s,"owned_by":%s}'
+            raw = '{"data":[%s]}' % row.replace("%s", number)
+            proxy, _ = proxy_with(lambda sent: FakeReply(200, {}, [raw.encode()]))
+            proxy.probe(proxy.plan_of(proxy.settings()))
+            (found,) = proxy.found.values()
+            self.assertTrue(0 <= found[1] < 10**12, number[:20])
+            strict_json(ccfix.compact_json(proxy.status()).encode())
+
+    def test_prices(self):
+        for number in HUGE + ('"1"', "-1", "[]"):
+            with self.assertRaises(ValueError):
+                ccfix.prices_from('{"m": {"input": %s, "output": 1}}' % number)
+
+    def test_counts_of_tokens(self):
+        for number in ODD_NUMBERS:
+            raw = '{"input_tokens":%s}' % number
+            proxy, _ = proxy_with(
+                lambda sent: FakeReply(200, {}, [raw.encode()]), TARGET_FORMAT="anthropic"
+            )
+            self.assertLess(proxy.count_tokens(request("hi"), {})["input_tokens"], 10**12)
+
+    def test_requests(self):
+        self.serve()
+        for number in ODD_NUMBERS + ("9" * 299,):
+            body = '{"messages":[{"role":"user","content":"x"}],"max_tokens":%s,"n":[%s]}'
+            answer = self.post((body % (number, number)).encode())
+            self.assertIn(answer.status, (200, 400), number[:20])
+        self.assertEqual(self.call("GET", "/stats").status, 200)
 
 
 # ==================================================================================================

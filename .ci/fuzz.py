@@ -8,8 +8,9 @@ must not mix, against ccfix in this process.
 
 After each case: an answer in time, proper HTTP and Anthropic's stream grammar, no failure inside
 ccfix, no traceback in the log, and no key in anything that came out: answers, log, log file,
-records, page, process title. A finding is printed with what makes it again; the exit code is then
-1. Standard library only, loopback only, Python 3.6 or newer: test_ccfix.py runs a slice of it.
+records, page, process title; and floods cost time, output and memory in proportion to their length.
+A finding is printed with what makes it again; the exit code is then 1. Standard library only,
+loopback only, Python 3.6 or newer: test_ccfix.py runs a slice of it.
 """
 
 import argparse
@@ -26,6 +27,7 @@ import sys
 import tempfile
 import threading
 import time
+import tracemalloc
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [os.environ.get("CCFIX_FOLDER") or os.path.dirname(HERE), HERE]
@@ -41,7 +43,24 @@ KEYS = {
     "extra header": "sk-secret-extra-5b60",
 }
 PATIENCE = 5  # seconds for a case; more is a hang
-ODD = (None, True, False, 0, -1, 3, 1e308, 2**70, "", "x", "\ud83d", "\x00\r\n", "a" * 3000)
+ODD = (
+    None,
+    True,
+    False,
+    0,
+    -1,
+    3,
+    1e308,
+    2**70,
+    10**400,
+    10**4000,
+    float("inf"),
+    "",
+    "x",
+    "\ud83d",
+    "\x00\r\n",
+    "a" * 3000,
+)
 ODD += ("auto", "user", "system", "text", "tool_use", "tool_result", "image", "<think>", "{\"a\":")
 ODD += ([], {}, [None], [[]], [{}], {"type": "text"}, {"type": "text", "text": None})
 ODD += ({"type": "tool_use", "id": 5},)
@@ -665,10 +684,82 @@ def sessions(rng, bed):
     check_sent(pair[1], pair[0].secret)
 
 
-TARGETS = {"requests": requests, "replies": replies, "raw": raw_http}
+def digest(blocks, kind):
+    """What the readers make of a reply's bytes -> how many go out."""
+    readers, tools = {"chat": ccfix.ChatReader, "anthropic": ccfix.MessagesReader}, {}
+    tools["Read"] = "Read", {"type": "object", "properties": {"file_path": {"type": "string"}}}
+    writer = ccfix.MessageWriter("m", "c", lambda: "%x" % random.getrandbits(64), tools=tools)
+    reader, size = readers[kind](writer, ccfix.DEFAULT), 0
+    try:
+        for payload in ccfix.sse_payloads(blocks):
+            if payload:
+                events = reader.feed(ccfix.parse_payload(payload))
+                size += sum(len(ccfix.encode_event(event)) for event in events)
+        size += sum(len(ccfix.encode_event(event)) for event in reader.finish())
+    except (ccfix.UpstreamError, ccfix.Dropped):
+        pass
+    return size
+
+
+def dechunk_all(blocks, kind):
+    """Bytes through the two machines under the readers -> how many come out."""
+    dechunker, size = ccfix.Dechunker(), 0
+    try:
+        for block in blocks:
+            size += len(dechunker.feed(block)) if not dechunker.done else 0
+        size += sum(map(len, ccfix.inflate(blocks)))
+    except (ValueError, ccfix.zlib.error):
+        pass
+    return size
+
+
+def seconds_of(act, *given):
+    began = time.process_time()
+    act(*given)
+    return time.process_time() - began
+
+
+def floods(rng, bed):
+    """A few pieces of a reply again and again: time grows as they do, output and memory stay a
+    small multiple of what came."""
+    if rng.random() < 0.5:
+        act, chunks = digest, [mutate(rng, rng.choice(rng.choice(REPLIES))) for _ in "123"]
+        unit = write_sse(chunks[: rng.randrange(1, 4)]).replace(b"data: [DONE]\n\n", b"")
+    else:
+        act, unit = rng.choice((digest, dechunk_all)), b"".join(
+            rng.choice(TOKENS) for _ in range(rng.choice((1, 1, 2, 3)))
+        )
+    front = rng.choice((b"", b"data: ", b"1;", b"5\r\n", write_sse(rng.choice(REPLIES))[:-14]))
+    step, kind = rng.choice((1, 7, 16384)), rng.choice(("chat", "chat", "anthropic"))
+
+    def blocks(size):
+        raw = front + unit * (size // len(unit) + 1)
+        return [raw[at : at + step] for at in range(0, len(raw), step)]
+
+    size = 100000 if step > 1 else 20000
+    for _ in range(3):
+        large = seconds_of(act, blocks(4 * size), kind)
+        small = seconds_of(act, blocks(size), kind) if large > 0.3 else large
+        if large <= 6 * small:
+            break
+    demand(large <= 6 * small, "%.2f s, then %.2f s for 4 times %r" % (small, large, unit[:200]))
+    given = blocks(4 * size)
+    came = sum(map(len, given))
+    tracemalloc.start()
+    try:
+        out = act(given, kind)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    demand(out <= 10 * came + 1000000, "%d bytes made of %d of %r" % (out, came, unit[:200]))
+    demand(peak <= 20 * came + 5000000, "%d bytes kept of %d of %r" % (peak, came, unit[:200]))
+
+
+TARGETS = {"requests": requests, "replies": replies, "raw": raw_http, "floods": floods}
 TARGETS.update({"dotenv": dotenv, "claude": claude_settings, "sessions": sessions})
 ORDER = ("requests", "replies", "raw", "replies", "requests", "raw", "dotenv")
 ORDER += ("claude",) + ORDER + ("sessions",)
+ORDER = ORDER * 2 + ("floods",)
 
 
 def numbers(case, seconds, most):
