@@ -7728,7 +7728,7 @@ IDLE_SECONDS = 300  # a kept-alive connection without a request
 SEND_SECONDS = 120  # for a client that does not read
 LINGER_SECONDS = 2  # at the end of a connection, for what the client still sends
 LOOK_SECONDS = 1  # between two looks at whether a silence needs a ping
-LARGE = 4 << 20  # bytes of a body: while it is served it takes up to ten times as much
+LARGE = 4 << 20  # bytes of a body: until its answer begins it takes up to ten times as much
 MAX_LARGE = 4  # of these that are served at once; others wait
 
 # The lines of HTTP as RFC 9112 has them (sections 3, 5 and 7.1), except that in a head a bare LF
@@ -7912,8 +7912,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except Exception as error:
             self.fail(error)
         finally:
-            if self.placed:
-                self.server.places.release()
+            self.leave()
         if self.close_connection and (self.unread or self.began_reply):
             self.drain()
 
@@ -8110,16 +8109,22 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except socket.timeout:
             raise ProxyError("the request's body did not arrive in time", 408)
         self.unread = False
+        if len(raw) > LARGE:  # all of it is there: a client that is slow keeps no place
+            self.placed = self.server.places.acquire()
         return raw
 
+    def leave(self):
+        """Give a large request's place to the next: it is answered, or its answer has begun."""
+        if self.placed:
+            self.placed = False
+            self.server.places.release()
+
     def check_size(self, size):
-        """Raise ProxyError if a body of this many bytes is too large; wait if it is large."""
+        """Raise ProxyError if a body of this many bytes is too large."""
         if size > MAX_BODY:
             raise ProxyError(
                 "the request has %d bytes; the limit is %d MB" % (size, MAX_BODY >> 20), 413
             )
-        if size > LARGE and not self.placed:
-            self.placed = self.server.places.acquire()
 
     def read_chunks(self):
         """A body sent in chunks (RFC 9112, 7.1). Extensions and trailers are read, and ignored.
@@ -8171,6 +8176,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
         Some values come from the provider: what HTTP forbids in them becomes a space.
         """
+        self.leave()
         self.began_reply, self.wfile = True, io.BytesIO()  # where http.server writes to
         self.close_connection |= self.unread or self.server.stopping
         self.send_response_only(status)

@@ -17476,6 +17476,26 @@ class TestBounds(HttpCase):
                 self.is_error(self.post(b"x" * 6000), 400)
             self.assertEqual(self.post(request("hi", stream=False)).status, 200)
 
+    def test_no_large_request_keeps_its_place_for_long(self):
+        """Not a client that sends slowly, and none whose answer has begun."""
+        going_on = threading.Event()
+
+        def batches(exchange):
+            yield "event: ping\ndata: {}\n\n"
+            going_on.wait(20)
+
+        self.serve()
+        self.addCleanup(going_on.set)
+        with mock.patch.object(ccfix, "LARGE", 5000), mock.patch.object(
+            ccfix.Exchange, "batches", batches
+        ):
+            self.server.places = threading.Semaphore(1)
+            slow = self.connect()
+            slow.sendall(self.head("POST", "/v1/messages", {"Content-Length": "6000"}) + b"{")
+            for _ in range(3):
+                sock = self.begin(request("x" * 6000))
+                self.assertTrue(sock.recv(100).startswith(b"HTTP/1.1 200"))
+
 
 HUGE = ("1" + "0" * 400, "9" * 5000, "-" + "9" * 5000, "1e400", "1e308", "NaN", "Infinity")
 ODD_NUMBERS = HUGE + ("-5", '"12"', "[]", "{}", "null", "true", "1.5", str(10**13))
