@@ -607,8 +607,6 @@ class ErrorRow(NamedTuple):
 
 
 NO_KEY = "The provider refused the key; check TARGET_API_KEY (-k):"
-NO_CREDIT = "The provider's account has no credit:"
-UNKNOWN_MODEL = "The provider has no such model; check TARGET_MODEL (-m):"
 BUSY = "The provider is overloaded:"
 REQUEST_REFUSED = "The provider refused the request:"
 ERROR_ROWS = tuple(
@@ -617,13 +615,25 @@ ERROR_ROWS = tuple(
         # The first match counts. What providers send is theirs to change; what Claude Code does
         # with each status was seen with version 2.1.330.
         ("rate", (429,), r"retry in \d", 429),  # Gemini: a rate limit in the words of a quota
-        ("billing", (200, 400, 402, 403, 429, 500), BILLING, 402, NO_CREDIT),
+        (
+            "billing",
+            (200, 400, 402, 403, 429, 500),
+            BILLING,
+            402,
+            "The provider's account has no credit:",
+        ),
         ("billing", (402,), "", 402, "The provider wants payment:"),
         # One status and one text for all of them: every version of Claude Code compacts by it.
         ("overflow", (), "", 400),
         ("auth", (401,), "", 401, NO_KEY),
         ("auth", (400, 403), BAD_KEY, 401, NO_KEY),  # Gemini
-        ("model", (400, 404, 410, 422), NO_MODEL, 404, UNKNOWN_MODEL),
+        (
+            "model",
+            (400, 404, 410, 422),
+            NO_MODEL,
+            404,
+            "The provider has no such model; check TARGET_MODEL (-m):",
+        ),
         # The same request may succeed the next time.
         ("sampling", (400, 422, 500), SAMPLING, 500, "The model produced a malformed tool call:"),
         # OpenRouter: none of its providers takes images, or tools
@@ -1226,8 +1236,8 @@ TARGET_NAME = re.compile(r"TARGET_(?:MODEL|API_BASE|API_KEY|FORMAT)(_\w+)?\Z")
 # What it may choose beside targets: not where files are written, who may ask, what else is sent or
 # which answers are believed. The group writes files, which must stay in the folder.
 FOLDER_MAY = re.compile(
-    r"TARGET_(?:TIMEOUT|RETRIES)|MAX_|PROFILE|PRICES|DISGUISE_|ATTACH_FIELDS|CACHE_(?:KEY|TTL|MAX)"
-    r"|(CACHE_DIR|CACHE_ENABLED|LEDGER)|LOG_LEVEL|PROXY_PORT|ANTHROPIC_API_KEY"
+    r"TARGET_(?:TIMEOUT|RETRIES)|MAX_|PROFILE|PRICES=\{|DISGUISE_|ATTACH_FIELDS"
+    r"|CACHE_(?:KEY|TTL|MAX)|(CACHE_DIR|CACHE_ENABLED|LEDGER)|LOG_LEVEL|PROXY_PORT|ANTHROPIC_API_KEY"
 )
 FOLDER = "the folder's .env"  # the origin of what it sets
 SET_ELSEWHERE = "set it in the environment, or in a file for --env-file"
@@ -1248,15 +1258,10 @@ def folder_layer(values, above, stays_inside):
 
 def why_refused(name, values, above, stays_inside):
     """Why a setting does not count in a folder's .env, or ""; see `folder_layer`."""
-    target, may = TARGET_NAME.match(name), FOLDER_MAY.match(name)
+    target, may = TARGET_NAME.match(name), FOLDER_MAY.match("%s=%s" % (name, values[name]))
     if target:
         return "" if counts_there(target.group(1) or "", values, above) else TOGETHER
-    if (
-        not may
-        or (may.group(1) and not stays_inside)
-        or name == "PRICES"
-        and values[name][:1] != "{"
-    ):
+    if not may or (may.group(1) and not stays_inside):
         return SET_ELSEWHERE
     with contextlib.suppress(ValueError):
         BY_ENV[name].parse(values[name].strip())
@@ -1790,16 +1795,15 @@ def profile_for(base, model, forced="", format="auto", owner=""):
         name = "anthropic"
     if name == "anthropic" and serves(ANTHROPIC, place):
         name = ANTHROPIC.name  # takes more than others that speak the same
-    if name:
-        fitting = (row for row in PROFILES if row.name == name)
-    else:
-        fitting = (
-            row
-            for row in PROFILES
-            if serves(row, place)
-            and re.match("(.*/)?(%s)" % row.models, model, re.I)
-            and (format == "auto" or row.format != "anthropic")
-        )
+    fitting = (
+        row
+        for row in PROFILES
+        if row.name == name
+        or not name
+        and serves(row, place)
+        and re.match("(.*/)?(%s)" % row.models, model, re.I)
+        and (format == "auto" or row.format != "anthropic")
+    )
     row = next(fitting, DEFAULT)
     # A server of one's own: in a row of ports, or of no host, and at a host that is nobody's.
     own = row.hosts[:1] in ":" and not any(serves(known, host) for known in PROFILES)
@@ -3099,9 +3103,8 @@ def coerce_member(name, key, value, schema):
 
     name: the tool's, as the client knows it.
     """
-    if value is None and null_means_absent(schema, key):
-        return ABSENT
-    if value == "" and (name, key) in EMPTY_MEANS_ABSENT:
+    is_empty = value == "" and (name, key) in EMPTY_MEANS_ABSENT
+    if is_empty or value is None and null_means_absent(schema, key):
         return ABSENT
     schema = property_schema(schema, key)
     value = coerce_scalar(value, schema_types(schema))
@@ -3803,9 +3806,9 @@ def parse_payload(payload):
     try:
         if len(payload) > 1 << 17:
             check_values(payload)
-        return as_dict(_decode_json(payload)[0])
+        return as_dict(_decode_json(payload.lstrip())[0])
     except (ValueError, RecursionError):
-        return as_dict(json_or_none(payload))  # there is white space before it
+        return {}
 
 
 # ---- reply text: leading <think>, calls written as text ------------------------------------------
@@ -4813,13 +4816,7 @@ REFUSED = (
     r"|extra|forbidden|invalid|unavailable"
 )
 ESSENTIAL = ("model", "messages", "tools", "stream")  # a request without them is another request
-THINKING_FIELDS = (
-    "reasoning_effort",
-    "thinking",
-    "enable_thinking",
-    "reasoning",
-    "chat_template_kwargs",
-)
+THINKING_FIELDS = {name for style in REASONING.values() for name in style(True, "low")}
 
 
 def learn(error, profile, body, sent):
@@ -5044,30 +5041,26 @@ def room_after(error, profile, size):
 
 
 LESSON_WORDS = {
-    # profile field: its lesson as a sentence, for the log and the status page
-    "never": "not sent: {}",
-    "schema": "left out of tool schemas: {}",
-    "strict": "unknown fields are refused; the disguise is not attached",
-    "untouched": "takes no system turns",
-    "max_tokens": "the output limit is called {}",
-    "density": "counts up to {} tokens a byte",
-    "max_output": "at most {} output tokens",
-    "context": "the context window has {} tokens",
-    "images": "takes no images",
-    "files": "takes no PDF files",
-    "reasoning_field": "reasoning goes back as: {}",
-    "placeholder": "missing reasoning is replaced by: {}",
-    "tool_choice": "tool choice beyond auto: {}",
-    "always_stream": "always asked for a stream",
-    "user_after_tool": "takes no user message right after a tool message",
-    "tool_ids": "tool ids in the form: {}",
+    # profile field: what a lesson about it is called, where its name does not say it
+    "never": "not sent",
+    "schema": "left out of tool schemas",
+    "strict": "refuses unknown fields",
+    "untouched": "takes system turns",
+    "max_tokens": "name of the output limit",
+    "density": "tokens a byte",
+    "context": "context window",
+    "files": "PDF files",
+    "tool_choice": "tool choice beyond auto",
 }
 
 
 def lesson_text(field, value):
-    """A lesson as a sentence."""
-    shown = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
-    return LESSON_WORDS.get(field, field + " is now {}").format(shown)
+    """A lesson in words, for the log and the status page: "images: no"."""
+    if isinstance(value, (list, tuple)):
+        value = ", ".join(map(str, value))
+    if isinstance(value, bool):
+        value = "yes" if value else "no"
+    return "%s: %s" % (LESSON_WORDS.get(field, field.replace("_", " ")), value or "none")
 
 
 def apply_lesson(profile, changes):
