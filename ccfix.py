@@ -221,6 +221,11 @@ def omit(values, names):
     return {key: value for key, value in values.items() if key not in names}
 
 
+def filled(values):
+    """A copy of a dict without values that are empty."""
+    return {key: value for key, value in values.items() if value}
+
+
 def check_values(text):
     """Raise ValueError for JSON that takes far more memory than its text: an object of 3 characters
     takes 60 bytes or more, a number about 36. What stands in strings is counted too."""
@@ -1237,7 +1242,8 @@ TARGET_NAME = re.compile(r"TARGET_(?:MODEL|API_BASE|API_KEY|FORMAT)(_\w+)?\Z")
 # which answers are believed. The group writes files, which must stay in the folder.
 FOLDER_MAY = re.compile(
     r"TARGET_(?:TIMEOUT|RETRIES)|MAX_|PROFILE|PRICES=\{|DISGUISE_|ATTACH_FIELDS"
-    r"|CACHE_(?:KEY|TTL|MAX)|(CACHE_DIR|CACHE_ENABLED|LEDGER)|LOG_LEVEL|PROXY_PORT|ANTHROPIC_API_KEY"
+    r"|CACHE_(?:KEY|TTL|MAX)|(CACHE_DIR|CACHE_ENABLED|LEDGER)"
+    r"|LOG_LEVEL|PROXY_PORT|ANTHROPIC_API_KEY"
 )
 FOLDER = "the folder's .env"  # the origin of what it sets
 SET_ELSEWHERE = "set it in the environment, or in a file for --env-file"
@@ -1250,9 +1256,9 @@ def folder_layer(values, above, stays_inside):
     values: {ENV_NAME: string} of the file; above: the names that more trusted layers set;
     stays_inside: whether CACHE_DIR lies in the folder.
     """
-    values = {name: value for name, value in values.items() if value and name in BY_ENV}
+    values = {name: value for name, value in filled(values).items() if name in BY_ENV}
     whys = {name: why_refused(name, values, above, stays_inside) for name in values}
-    refused = {name: why for name, why in whys.items() if why}
+    refused = filled(whys)
     return omit(values, refused), refused
 
 
@@ -1276,11 +1282,10 @@ def counts_there(suffix, values, above):
     elsewhere, nor his prompts to a model of his provider that he did not choose.
     """
     base, key = "TARGET_API_BASE" + suffix, "TARGET_API_KEY" + suffix
-    if base in above or (base in values and key in values):
+    if base in above or {base, key} <= values.keys():
         return base not in above
-    return not {key, "EXTRA_HEADERS"} & above and not (
-        suffix and not counts_there("", values, above)
-    )
+    keeps_target = {key, "EXTRA_HEADERS"}.isdisjoint(above)
+    return keeps_target and (not suffix or counts_there("", values, above))
 
 
 def near_misses(names):
@@ -2039,25 +2044,13 @@ def estimate_tokens(body):
 
     An image or a document counts as its row of BLOCKS says, whatever its bytes in base64.
     """
-    total, stack = 0, [body.get("system"), body.get("messages"), body.get("tools")]
-    while stack:
-        value = stack.pop()
-        if isinstance(value, str):
-            # Bytes of UTF-8 beyond one a character: about 2 for each of the others.
-            wide = len(value.encode("utf-8", "replace")) - len(value)
-            total += (len(value) - wide // 2) // 4 + wide // 3 + 1
-        elif isinstance(value, dict):
-            source = as_dict(value.get("source"))
-            kind = BLOCKS.get(str(value.get("type")))
-            if kind and kind.tokens and source.get("type", "text") != "text":
-                total += kind.tokens
-                continue
-            stack.extend(value.values())
-            total += len(value)
-        elif isinstance(value, list):
-            stack.extend(value)
-        elif value is not None:
-            total += 1
+    told = [body.get(name) for name in ("system", "messages", "tools")]
+    total = len(compact_json(told)) // 4  # in which a character beyond ASCII has six
+    for kind, row in BLOCKS.items():
+        for block in find_blocks(body, kind) if row.tokens else ():
+            source = as_dict(block.get("source"))
+            if source.get("type", "text") != "text":
+                total += row.tokens - len(compact_json(source)) // 4
     return total
 
 
@@ -2092,8 +2085,7 @@ def split_turns(messages):
     """
     turns = []
     for message in map(as_dict, messages):
-        role, blocks = message.get("role"), as_blocks(message.get("content"))
-        blocks = [block for block in blocks if not is_blank(block)]
+        role, blocks = message.get("role"), shown_blocks(message.get("content"))
         if role != "assistant":
             blocks = [block for block in blocks if not TOKEN_MARKER.match(block_text(block))]
         if role in ("system", "developer"):
@@ -2121,9 +2113,10 @@ def join_turns(turns):
     return joined
 
 
-def is_blank(block):
-    """Whether a block is text that shows nothing."""
-    return block.get("type") == "text" and not block_text(block).strip()
+def shown_blocks(content):
+    """Message content as blocks, without text that shows nothing."""
+    blocks = as_blocks(content)
+    return [block for block in blocks if block.get("type") != "text" or block_text(block).strip()]
 
 
 def without_our_thinking(messages):
@@ -2185,8 +2178,7 @@ def answer_calls(blocks, calls):
 
 def result_blocks(block):
     """The content of a tool_result in words that stand for themselves: an error says so."""
-    blocks = [part for part in as_blocks(block.get("content")) if not is_blank(part)]
-    blocks = blocks or [text_block(NO_OUTPUT)]
+    blocks = shown_blocks(block.get("content")) or [text_block(NO_OUTPUT)]
     return [text_block("Error:")] + blocks if block.get("is_error") is True else blocks
 
 
@@ -2252,7 +2244,7 @@ def sign_calls(said, states, profile, notes, calls):
 
 def add_note(block, **note):
     """The block with what only a format can write, see normalize; the same block for nothing."""
-    note = {key: value for key, value in note.items() if value}
+    note = filled(note)
     return dict(block, ccfix=dict(block.get("ccfix", ()), **note)) if note else block
 
 
@@ -2278,7 +2270,7 @@ def clean_call(block, profile, original, number):
 def says_the_same(original, value):
     """Whether JSON text holds the same arguments as the client's echo, which adds defaults, makes
     numbers of strings and drops null."""
-    known = json_or_none(original) if isinstance(original, str) else None
+    known = json_or_none(as_str(original))
     return isinstance(known, dict) and all(
         part is None or key in value and (value[key] == part or str(value[key]) == str(part))
         for key, part in known.items()
@@ -2440,8 +2432,7 @@ def clean_document(block, source, profile):
     if form == "text":
         return [text_block("%s\n%s" % (heading, source.get("data")))]
     if form == "content":
-        parts = [part for part in as_blocks(source.get("content")) if not is_blank(part)]
-        return [text_block(heading)] + clean_blocks(parts, profile)
+        return [text_block(heading)] + clean_blocks(shown_blocks(source.get("content")), profile)
     url = as_str(source.get("url"))
     return [text_block(NO_PDF % (title, url and " at " + url))]
 
@@ -2510,10 +2501,8 @@ def normalize_tools(body, profile, memo):
     tools = [clean_tool(tool, profile, memo) for tool in offered]
     if profile.native_blocks:
         tools += [tool for tool in as_list(body.get("tools")) if not is_function(as_dict(tool))]
-    if not tools:
-        return {}
-    choice = clean_choice(as_dict(body.get("tool_choice")), tools, profile)
-    return {"tools": tools, "tool_choice": choice} if choice else {"tools": tools}
+    choice = tools and clean_choice(as_dict(body.get("tool_choice")), tools, profile)
+    return filled({"tools": tools, "tool_choice": choice})
 
 
 def clean_choice(choice, tools, profile):
@@ -2877,8 +2866,7 @@ def anthropic_headers(key, profile, client_headers):
         "anthropic-beta": ",".join(flag for flag in flags if flag not in profile.betas),
         "x-api-key": key,
     }
-    headers = {name: value for name, value in headers.items() if value}
-    return dict(headers, **chat_headers(key, profile, client_headers))
+    return dict(filled(headers), **chat_headers(key, profile, client_headers))
 
 
 def write_anthropic(body, model, profile, attach=()):
@@ -2960,19 +2948,16 @@ TOKEN = re.compile(
 )
 # Python's, which models mix up with JSON's
 WORDS = {"True": "true", "False": "false", "None": "null"}
-QUOTES = {"\\'": "'", '"': '\\"'}  # all that a single-quoted string writes differently
+# All that a single-quoted string writes differently: escapes, and a quote that has none.
+QUOTES = {"\\'": "'", '"': '\\"'}
 REWRITES = {  # kind of TOKEN -> its JSON
-    "string": lambda text: '"%s"' % re.sub(r'\\.|"', requote, text[1:-1]),
+    "string": lambda text: '"%s"'
+    % re.sub(r'\\.|"', lambda part: QUOTES.get(part.group(), part.group()), text[1:-1]),
     "gap": lambda text: " ",
     "name": json.dumps,
     "other": lambda text: WORDS.get(text, text),
 }
 BETWEEN = re.compile(r"[\s,;]*")  # what may come between two objects
-
-
-def requote(found):
-    """The JSON of a match: an escape, or a quote that has none."""
-    return QUOTES.get(found.group(), found.group())
 
 
 def object_at(text, start):
@@ -4169,9 +4154,7 @@ class MessageWriter:
         yield from self.arguments(call.stream.finish(cut))
         yield from self.close_block()
         note = {"arguments": call.stream.raw, "google": call.google}
-        self.memory[self.talk + call.client_id] = {
-            key: value for key, value in note.items() if value
-        }
+        self.memory[self.talk + call.client_id] = filled(note)
 
     def open_call(self, call):
         """Open the block of a call whose name is known, under an id that the conversation lacks:
@@ -4231,7 +4214,7 @@ class MessageWriter:
         if (self.written + self.grown) * len(self.memory) < MAX_LINE:
             shared.update(reasoning="".join(self.thought), details=self.details)
         for note in self.memory.values():
-            note.update(item for item in shared.items() if item[1])
+            note.update(filled(shared))
 
     def fail(self, error):
         """Tell the client that the reply broke off, so that it keeps what it has. Raises Dropped in
@@ -4283,12 +4266,10 @@ class Reader:
         if self.writer.state in ENDED:
             return ()
         if not self.ended:
-            raise UpstreamError(CUT if self.writer.content else EMPTY, kind="cut", retry=True)
+            cut = "The provider's reply was cut off before its end."
+            empty = "The provider closed the connection without an answer."
+            raise UpstreamError(cut if self.writer.content else empty, kind="cut", retry=True)
         return self.end()
-
-
-CUT = "The provider's reply was cut off before its end."
-EMPTY = "The provider closed the connection without an answer."
 
 
 class ChatReader(Reader):
@@ -4551,7 +4532,7 @@ class ChatReader(Reader):
             return positive_int(told, *names)
 
         for group in ("prompt_tokens_details", "completion_tokens_details"):
-            told.update(item for item in as_dict(told.get(group)).items() if item[1])
+            told.update(filled(as_dict(told.get(group))))
         prompt = count("prompt_tokens", "input_tokens") or self.writer.input_tokens
         output = count("completion_tokens", "output_tokens")
         read = count("cached_tokens", "prompt_cache_hit_tokens", "cache_read_input_tokens")
@@ -4798,12 +4779,11 @@ FIELD_PATTERNS = (
     r"""["']?loc["']?:\s*[\[(]\s*["']body["'],\s*["'](\w+)""",  # FastAPI: Mistral, NIM
     # Fireworks, xAI
     r"(?:Extra inputs are not permitted, field|Argument not supported on this model): '?(\w+)",
-    r"Unsupported (?:parameter|value): '([\w.\[\]]+)'",  # OpenAI's reasoning models
     r"does not support (?:the )?parameters?:? \[?['`\"]?(\w+)",  # xAI, Copilot
     r"Unexpected fields in the request: \{([^}]{1,400})\}",
     r"invalid (temperature|top_p): only",  # Kimi
     r"(?:unknown|unexpected|unrecognized|unsupported|invalid) "
-    r"(?:field|parameter|argument|keyword argument|property):? ['`\"]?([\w.]+)",
+    r"(?:field|parameter|value|argument|keyword argument|property):? ['`\"]?([\w.]+)",
     r"\b(\w{1,99}): Extra inputs are not permitted",
 )
 SCHEMA_WORDS = (
