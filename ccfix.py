@@ -903,13 +903,13 @@ SETTINGS = (
     Setting(
         "TARGET_TIMEOUT",
         "300",
-        "seconds without a byte from the provider before giving up",
+        "seconds to wait for a byte from the provider",
         parse_seconds,
     ),
     Setting(
         "TARGET_RETRIES",
         "2",
-        "tries again, before the first content, after connection failures and 408, 429 and 5xx",
+        "retries before the first content, after connection failures, 408, 429 and 5xx",
         parse_count,
     ),
     # auto goes by the end of the base URL's path (ANTHROPIC_PATHS).
@@ -929,7 +929,7 @@ SETTINGS = (
     Setting(
         "PROFILE",
         "",
-        "provider row of the main base URL (see the provider table); empty: by host and model",
+        "row of the provider table for the main base URL; empty: by host and model",
         parse_profile,
     ),
     # For what nobody foresaw. Headers often hold a key, so none of them is shown.
@@ -963,8 +963,7 @@ SETTINGS = (
     Setting(
         "TEXT_CALLS",
         "auto",
-        "take a call that stands in the model's text for a call: auto (from local and unknown"
-        " servers), always, never",
+        "take calls in the model's text for calls: auto (local and unknown servers), always, never",
         parse_choice("auto", "always", "never"),
     ),
     # The disguise. Claude Code's own settings fill it, so that requests tell what its user chose.
@@ -985,8 +984,7 @@ SETTINGS = (
     Setting(
         "ATTACH_FIELDS",
         "auto",
-        "attach the two disguise fields to requests: auto (where unknown fields are tolerated),"
-        " always, never",
+        "attach the two disguise fields: auto (where unknown fields are tolerated), always, never",
         parse_choice("auto", "always", "never"),
     ),
     # This proxy. Without a key it answers to loopback names alone: a web page must not reach it.
@@ -1246,7 +1244,6 @@ FOLDER_MAY = re.compile(
     r"|LOG_LEVEL|PROXY_PORT|ANTHROPIC_API_KEY"
 )
 FOLDER = "the folder's .env"  # the origin of what it sets
-SET_ELSEWHERE = "set it in the environment, or in a file for --env-file"
 TOGETHER = "a base URL and its key count together, where you have chosen none"
 
 
@@ -1268,7 +1265,7 @@ def why_refused(name, values, above, stays_inside):
     if target:
         return "" if counts_there(target.group(1) or "", values, above) else TOGETHER
     if not may or (may.group(1) and not stays_inside):
-        return SET_ELSEWHERE
+        return "set it in the environment, or in a file for --env-file"
     with contextlib.suppress(ValueError):
         BY_ENV[name].parse(values[name].strip())
         return ""
@@ -1410,6 +1407,11 @@ EFFORT = dict(reasoning="effort", efforts=("low", "medium", "high"))
 # Reasoning comes and goes back in reasoning_content, and thinking is turned on and off.
 THINKING = dict(reasoning="thinking", reasoning_field="reasoning_content")
 NOT_KEPT = "(the reasoning of this step was not kept)"
+# JSON schema keywords that Gemini rejects, and others now and then.
+ODD_KEYWORDS = tuple(
+    "additionalProperties const exclusiveMinimum exclusiveMaximum pattern default format"
+    " not propertyNames patternProperties if then else examples".split()
+)
 GEMINI_SKIP = "skip_thought_signature_validator"  # Google's own word for "there is none"
 
 # openai-openapi's openapi.json. "Unrecognized request argument supplied": langchain_dart issue 712.
@@ -1619,10 +1621,7 @@ PROFILES = (
         "generativelanguage.googleapis.com aiplatform.googleapis.com",
         "json_schema",
         strict=True,
-        schema=tuple(
-            "additionalProperties const exclusiveMinimum exclusiveMaximum pattern default format"
-            " not propertyNames patternProperties if then else examples".split()
-        ),
+        schema=ODD_KEYWORDS,
         reasoning_field="google",
         placeholder=GEMINI_SKIP,
         **EFFORT,
@@ -1867,7 +1866,7 @@ def thinking_level(body):
     if effort in LEVELS:
         return "off" if effort == "none" else effort
     budget = thinking.get("budget_tokens")
-    if thinking.get("type") == "enabled" and isinstance(budget, (int, float)):
+    if thinking.get("type") == "enabled" and is_number(budget):
         return "low" if budget < 4000 else "medium" if budget < 16000 else "high"
     return ""
 
@@ -2645,8 +2644,6 @@ def clean_config(body, profile):
 # 6  Formats out: a normalized request -> what goes over the wire
 # ==================================================================================================
 
-MAX_STOPS = 4  # stop sequences; OpenAI and vLLM take no more
-
 
 class Format(NamedTuple):
     """An API that providers speak; a row of FORMATS. Nothing else knows which format is in use.
@@ -2850,7 +2847,7 @@ def sampling_fields(body, profile):
     fields = {names[name]: body[name] for name in names if is_number(body.get(name))}
     stops = [stop for stop in as_list(body.get("stop_sequences")) if stop and isinstance(stop, str)]
     if stops:
-        fields["stop"] = stops[:MAX_STOPS]
+        fields["stop"] = stops[:4]  # OpenAI and vLLM take no more
     return fields
 
 
@@ -3141,14 +3138,15 @@ class ArgumentStream:
     is the raw text, as far as no changed member has gone out before.
     """
 
+    complete = False  # a whole object has come; after finish(): or could be made of it
+    _state = "START"
+    _missing = 0  # characters that must come before _held is read again
+    _begun = False  # a member, or its beginning, went out
+
     def __init__(self, name, schema):
         self.name, self.schema = name, schema  # of the tool, as the client knows it
-        self.complete = False  # a whole object has come; after finish(): or could be made of it
-        self._state = "START"
         self._pieces = []  # all that came
         self._held = []  # what came and was not read
-        self._missing = 0  # characters that must come before _held is read again
-        self._begun = False  # a member, or its beginning, went out
 
     @property
     def raw(self):
@@ -3810,9 +3808,7 @@ class ThinkTags:
     """
 
     OPEN, CLOSE = "<think>", "</think>"
-
-    def __init__(self):
-        self.held, self.place, self.done = "", "start", False
+    held, place, done = "", "start", False
 
     def feed(self, text):
         """The pieces of a reply's next text, each "text" or "thinking"; some are empty."""
@@ -3827,12 +3823,10 @@ class ThinkTags:
             if not start.startswith(self.OPEN):
                 return self.untagged(text)
             self.place, text = "lead", start[len(self.OPEN) :]
-        if self.place == "after":
-            return self.answer(text)
         if self.place == "lead":
             text = text.lstrip("\n")
             self.place = "inside" if text else "lead"
-        return self.thought(text)
+        return self.tagged(text)
 
     def untagged(self, text):
         """Text without an opening tag; a closing one tells that the prompt template held the
@@ -3843,22 +3837,20 @@ class ThinkTags:
             return [("thinking", before), ("text", after.lstrip())]
         return [("text", text)]
 
-    def thought(self, text):
-        """Text inside the tags; the beginning of a closing tag, and line ends, wait for what
-        follows."""
-        before, tag, after = text.partition(self.CLOSE)
-        if tag:
-            self.place = "after"
-            return [("thinking", before.rstrip("\n"))] + self.answer(after)
-        sure = text[: re.search(r"\n{0,50}(?:<[/think]{0,6})?\Z", text).start()]
-        self.held = text[len(sure) :]
-        return [("thinking", sure)]
-
-    def answer(self, text):
-        """Text after the closing tag, from its first line that is not empty."""
+    def tagged(self, text):
+        """Text inside the tags, or after them, from its first line that is not empty; the beginning
+        of a closing tag, and line ends, wait for what follows."""
+        thought = ""
+        if self.place != "after":
+            thought, tag, after = text.partition(self.CLOSE)
+            if not tag:
+                sure = text[: re.search(r"\n{0,50}(?:<[/think]{0,6})?\Z", text).start()]
+                self.held = text[len(sure) :]
+                return [("thinking", sure)]
+            self.place, text = "after", after
         text = text.lstrip("\n")
         self.done = bool(text)
-        return [("text", text)]
+        return [("thinking", thought.rstrip("\n")), ("text", text)]
 
     def finish(self):
         """What was held back."""
@@ -3922,16 +3914,17 @@ class ToolCall:
     are whole.
     """
 
-    def __init__(self, key, call_id, name="", fields=()):
+    stream = None  # its ArgumentStream, once its block is open
+    client_id = ""  # the id that the client is shown
+    google = ""  # Gemini's thought signature
+    looks = 64  # at all of its arguments, which are left
+
+    def __init__(self, key, call_id, name, fields):
         self.key = key  # the provider's index, or id, or None
         self.id = call_id  # the provider's id, "" until it comes
         self.name = name  # the name sent by the provider, "" until it comes
         self.fields = fields  # further fields of the block, from a provider that speaks Anthropic
         self.waiting = []  # argument fragments that came before the name, or before its turn
-        self.stream = None  # its ArgumentStream, once its block is open
-        self.client_id = ""  # the id that the client is shown
-        self.google = ""  # Gemini's thought signature
-        self.looks = 64  # at all of its arguments, which are left
 
     def arguments(self):
         """The argument text as the model wrote it, so far."""
@@ -3961,6 +3954,17 @@ class MessageWriter:
     message_delta, then message_stop, once and last; the input of a tool is one JSON object.
     """
 
+    state = IDLE
+    content = False  # real content went out: nothing is tried again
+    kind = ""  # of the open block, "" for none
+    index = -1  # of the block that was opened last
+    signing = False  # the open block is thinking that we sign
+    turn = 0  # the place of the first of the calls that is not closed
+    held = 0  # bytes of memory that the reply takes if it is kept, about
+    cut = False  # the model hit its output limit: the last arguments may be half
+    written = 0  # characters of content
+    grown = 0  # characters of details
+    signed = 0  # those that the last signature carried
     talk = ""  # the conversation: begins all names in memory
     past = ""  # the text_key of the request's last turn
     claim = bool  # (tool id) -> whether nothing is remembered under it; it is this reply's then
@@ -3974,23 +3978,12 @@ class MessageWriter:
         self.taken = set(taken)  # tool ids that the conversation has used
         self.new_id = new_id  # () -> a fresh part of an id
         self.head = {}  # fields of message_start that the provider sent itself
-        self.state = IDLE
-        self.content = False  # real content went out: nothing is tried again
-        self.kind = ""  # of the open block, "" for none
-        self.index = -1  # of the block that was opened last
-        self.signing = False  # the open block is thinking that we sign
         self.calls = []  # ToolCalls in the order in which they began
-        self.turn = 0  # the place of the first of them that is not closed
-        self.held = 0  # bytes of memory that the reply takes if it is kept, about
-        self.cut = False  # the model hit its output limit: the last arguments may be half
         self.late = []  # (kind, text) that came while a tool call was unfinished
         self.blank = []  # white space that waits for text: alone it is no block
-        self.written = 0  # characters of content
         self.thought = []  # thinking text, for memory
         self.said = []  # text, for memory
         self.details = []  # opaque reasoning that must go back: OpenRouter's reasoning_details
-        self.grown = 0  # characters of details
-        self.signed = 0  # those that the last signature carried
         self.memory = {}  # {tool id, or text_key: what to remember}, see normalize; after finish()
 
     def start(self):
@@ -4242,10 +4235,11 @@ class Reader:
     read(payload) and end(), generators of events, and usage().
     """
 
+    ended = False  # the reply is whole
+
     def __init__(self, writer, profile):
         self.writer, self.profile = writer, profile
         self.raw_usage = {}  # the provider's own usage, as last told
-        self.ended = False  # the reply is whole
 
     def feed(self, payload):
         """Events for one payload (dict). Raises UpstreamError for an error in it."""
@@ -4281,11 +4275,12 @@ class ChatReader(Reader):
     (https://platform.openai.com/docs/api-reference/chat/streaming).
     """
 
+    reason = ""  # finish_reason
+    stopped_at = None  # the stop sequence that matched
+    heard = False  # something of an answer came
+
     def __init__(self, writer, profile):
         super().__init__(writer, profile)
-        self.reason = ""  # finish_reason
-        self.stopped_at = None  # the stop sequence that matched
-        self.heard = False  # something of an answer came
         self.known = {}  # index or id -> the last ToolCall that has it
         self.tags = ThinkTags()
         offered = writer.tools.items() if profile.text_calls else ()
@@ -4502,8 +4497,9 @@ class ChatReader(Reader):
         yield from self.flush_scanners(ending=True)
         yield from writer.advance(ending=True)
         if writer.calls and not writer.content:
-            nameless = "The model made a tool call without a name."
-            raise UpstreamError(nameless, kind="sampling", retry=True)
+            raise UpstreamError(
+                "The model made a tool call without a name.", kind="sampling", retry=True
+            )
         reason = self.stop_reason()
         stopped_at = self.stopped_at if reason == "stop_sequence" else None
         yield from writer.finish(reason, stopped_at, self.usage(), {})
@@ -4787,10 +4783,9 @@ FIELD_PATTERNS = (
     r"\b(\w{1,99}): Extra inputs are not permitted",
 )
 SCHEMA_WORDS = (
-    "pattern format const additionalProperties exclusiveMinimum exclusiveMaximum default"
-    " propertyNames patternProperties anyOf oneOf allOf minLength maxLength minItems maxItems not"
-    " examples title"
-).split()
+    *ODD_KEYWORDS,
+    *"anyOf oneOf allOf minLength maxLength minItems maxItems title".split(),
+)
 REFUSED = (
     r"unsupported|not support|unknown|unrecogni[sz]ed|unexpected|not permitted|not allowed"
     r"|extra|forbidden|invalid|unavailable"
@@ -5028,8 +5023,6 @@ LESSON_WORDS = {
     "untouched": "takes system turns",
     "max_tokens": "name of the output limit",
     "density": "tokens a byte",
-    "context": "context window",
-    "files": "PDF files",
     "tool_choice": "tool choice beyond auto",
 }
 
