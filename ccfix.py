@@ -922,7 +922,7 @@ SETTINGS = (
     # Other targets; a family's is taken where the model that Claude Code asks for names the
     # family. What is empty is the main target's, but a base URL of its own never gets the main key.
     *(row for name in FAMILIES for row in own_target(name, "model for Claude's %s family" % name)),
-    *own_target("fallback", "model that takes over when the main one is down or out of quota"),
+    *own_target("fallback", "model for when the main one is down or out of quota"),
     *own_target("image", "model for requests with images, where the main one takes none"),
     # What is special about the main target: PROFILE goes with its base URL, the limits with its
     # model.
@@ -1013,7 +1013,7 @@ SETTINGS = (
     Setting(
         "ALLOWED_HOSTS",
         "",
-        "further Host names to answer to when there is no proxy key, for containers",
+        "further Host names to answer to without a proxy key, for containers",
         parse_names,
     ),
     # Web search, a tool that Anthropic's servers run and other providers have not.
@@ -1025,7 +1025,7 @@ SETTINGS = (
     Setting(
         "CACHE_ENABLED",
         "false",
-        "store replies and answer repeated requests from the store",
+        "answer repeated requests from stored replies",
         parse_flag,
         ("--cache",),
     ),
@@ -1362,7 +1362,7 @@ class Profile(NamedTuple):
     never: tuple = ()  # fields that are never sent
     body: tuple = ()  # (field, value) sent with every request [Z.ai, MiniMax]
     headers: tuple = ()  # (name, value) sent with every request [Copilot, OpenRouter]
-    key_header: str = "authorization"  # "authorization" means "Bearer KEY" [api-key: Azure]
+    key_header: str = ""  # empty: "Authorization: Bearer KEY" [api-key: Azure]
     usage_option: bool = True  # wants stream_options.include_usage [Mistral sends usage unasked]
     always_stream: bool = False  # asked as a stream even when the client wants none [DashScope]
     tool_choice: tuple = ("none", "required", "named")  # forms it takes besides auto
@@ -1929,7 +1929,7 @@ def normalize(body, profile, recall=None, memo=None, room=0):
     if schema is not None and profile.json_format != "json_schema":
         # Asked for in words at the end of the last turn, as Claude Code does for a session's title.
         messages.append({"role": "user", "content": WISH + compact_json(schema)})
-    clean["messages"] = normalize_turns(messages, profile, recall or (lambda call_id: {}))
+    clean["messages"] = normalize_turns(messages, profile, recall or {}.get)
     tools = normalize_tools(body, profile, {} if memo is None else memo)
     return dict(omit(clean, ("tools", "tool_choice")), **tools)
 
@@ -1940,8 +1940,7 @@ def normalize(body, profile, recall=None, memo=None, room=0):
 def is_number(value):
     """Whether a value is a number that can be sent: 1e400 is read as infinity, which JSON lacks,
     and True is an int to Python."""
-    is_real = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return is_real and abs(value) < 1e12
+    return type(value) in (int, float) and abs(value) < 1e12
 
 
 def is_content(value):
@@ -2523,8 +2522,7 @@ def clean_tool(tool, profile, memo):
         return known[1]
     schema = clean_schema(as_dict(tool.get("input_schema")), profile)
     schema.update(type="object", properties=as_dict(schema.get("properties")))
-    clean = omit(tool, ("defer_loading",))
-    clean.update(name=short_name(tool["name"]), input_schema=schema)
+    clean = dict(omit(tool, ("defer_loading",)), name=short_name(tool["name"]), input_schema=schema)
     size = memo["size"] = memo.get("size", 0) + len(compact_json([tool, clean]))
     if size > MAX_MEMO:
         memo.clear()
@@ -2560,14 +2558,15 @@ class SchemaCleaner:
             return self.resolve(schema, defs, depth)
         clean = {}
         for key, value in schema.items():
-            if key in DROPPED_KEYWORDS or (key == "format" and value == "uri"):
-                continue
+            if key[:1] == "$" or key == "definitions" or (key == "format" and value == "uri"):
+                continue  # $schema, $id, $comment and the like
             if key not in self.profile.schema:
                 clean[key] = self.clean_part(key, value, defs, depth)
             elif key == "const":
                 clean["enum"] = [value]
         split_type(clean)
-        if self.profile.typed_schema and depth and TYPE_WORDS.isdisjoint(clean):
+        has_type = not {"type", "anyOf", "oneOf", "allOf"}.isdisjoint(clean)
+        if self.profile.typed_schema and depth and not has_type:
             clean["type"] = "object" if "properties" in clean else "string"
         return clean
 
@@ -2590,16 +2589,16 @@ class SchemaCleaner:
             return {} if isinstance(value, dict) else value
         if key in SCHEMA_MAPS:
             return {name: clean(part) for name, part in as_dict(value).items()}
-        if key in SCHEMA_LISTS and isinstance(value, list):
+        if key in SUBSCHEMAS and isinstance(value, list):
             return [clean(part) for part in value]
         return clean(value) if key in SUBSCHEMAS else value
 
 
-DROPPED_KEYWORDS = ("$schema", "$defs", "definitions", "$id", "$comment")
-TYPE_WORDS = frozenset(("type", "anyOf", "oneOf", "allOf"))  # keywords that say a value's type
+# Keywords that hold schemas: by name; one, or a list.
 SCHEMA_MAPS = ("properties", "patternProperties")
-SUBSCHEMAS = ("items", "additionalProperties", "not", "propertyNames", "contains")
-SCHEMA_LISTS = ("anyOf", "oneOf", "allOf", "prefixItems", "items")
+SUBSCHEMAS = (
+    "items additionalProperties not propertyNames contains anyOf oneOf allOf prefixItems"
+).split()
 
 
 def split_type(schema):
@@ -2678,10 +2677,9 @@ def endpoint(base, path):
 
 def chat_headers(key, profile, client_headers):
     """The key in the header that the provider wants it in."""
-    if not key:
-        return {}
-    bearer = profile.key_header == "authorization"
-    return {"Authorization": "Bearer " + key} if bearer else {profile.key_header: key}
+    if key and profile.key_header:
+        return {profile.key_header: key}
+    return {"Authorization": "Bearer " + key} if key else {}
 
 
 def write_chat(body, model, profile, attach=()):
