@@ -1980,8 +1980,7 @@ def check_request(body):
         if value is not None and not good:
             raise BadRequest("%s: must be %s" % (field, wanted))
     check_messages(body)
-    for position, message in enumerate(body["messages"]):
-        message = as_dict(message)
+    for position, message in enumerate(map(as_dict, body["messages"])):
         if message.get("role") not in ("user", "assistant", "system", "developer"):
             raise BadRequest("messages.%d.role: must be user, assistant or system" % position)
         if not is_content(message.get("content")):
@@ -2042,7 +2041,7 @@ def estimate_tokens(body):
 
     An image or a document counts as its row of BLOCKS says, whatever its bytes in base64.
     """
-    told = [body.get(name) for name in ("system", "messages", "tools")]
+    told = list(map(body.get, ("system", "messages", "tools")))
     total = len(compact_json(told)) // 4  # in which a character beyond ASCII has six
     for kind, row in BLOCKS.items():
         for block in find_blocks(body, kind) if row.tokens else ():
@@ -2069,8 +2068,7 @@ def clean_system(system):
 
 def system_text(system):
     """The system prompt as one string."""
-    texts = [block_text(block) for block in as_blocks(system)]
-    return "\n\n".join(text for text in texts if text.strip())
+    return "\n\n".join(filter(str.strip, map(block_text, as_blocks(system))))
 
 
 def split_turns(messages):
@@ -2440,12 +2438,12 @@ def foreign_text(block):
     kind, parts = str(block.get("type")), as_blocks(block.get("content"))
     if kind == "search_result":
         heading = "[search result: %s - %s]" % (block.get("title"), block.get("source"))
-        return "\n".join([heading] + [block_text(part) for part in parts])
+        return "\n".join([heading, *map(block_text, parts)])
     if kind == "server_tool_use":
         return "[%s: %s]" % (block.get("name"), compact_json(block.get("input")))
     if kind.endswith("_tool_result"):
         hits = ["%s - %s" % (hit.get("title"), hit.get("url")) for hit in parts]
-        return "\n".join(["[%s]" % kind] + hits)
+        return "\n".join(["[%s]" % kind, *hits])
     return block_text(block) or "[a block of kind %s, which this model cannot be shown]" % kind[:60]
 
 
@@ -2693,9 +2691,9 @@ def write_chat(body, model, profile, attach=()):
     sent.update(sampling_fields(body, profile))
     schema = wanted_schema(body)
     if schema is not None and profile.json_format:
-        sent["response_format"] = {"type": profile.json_format}
+        sent["response_format"] = form = {"type": profile.json_format}
         if profile.json_format == "json_schema":
-            sent["response_format"]["json_schema"] = {"name": "reply", "schema": schema}
+            form["json_schema"] = {"name": "reply", "schema": schema}
     level = thinking_level(body)
     if tools and profile.effort_with_tools:
         sent["reasoning_effort"] = profile.effort_with_tools
@@ -3187,14 +3185,14 @@ class ArgumentStream:
         found = NEXT.match(text, at)
         if not found or ("{" in found.group(1)) != (self._state == "START"):
             return "", at
-        gap, brace, quoted, filled = found.groups()
+        gap, brace, quoted, begins = found.groups()
         if brace:
             self.complete = True  # while nothing went out, it may be a placeholder: leading_object
             return gap.replace(",", "") + brace if self._begun else "", found.end()
         if not gap.strip():
             return "", at  # no comma
         key, start = STRICT.decode(quoted), found.end()
-        if filled and schema_types(property_schema(self.schema, key)) & {"string", ANY}:
+        if begins and schema_types(property_schema(self.schema, key)) & {"string", ANY}:
             value, end, self._state = '"', start + 1, "STRING"
         else:
             value, end = self._read_value(key, text, start)
@@ -3711,16 +3709,14 @@ def sse_payloads(blocks):
         for line in lines:
             if line[-1:] == "\r":
                 line = line[:-1]
-            if line[:6] == "data: ":
-                if data and is_whole_event(data[-1]):
-                    yield event_payload(data, failed)
-                    data, size = [], 0
+            is_data = line[:6] == "data: "
+            if data and (not line or is_data and is_whole_event(data[-1])):
+                yield event_payload(data, failed)
+                data, failed, size = [], False, 0
+            if is_data:
                 data.append(line[6:])
             elif line:
                 failed = read_other_line(line.lstrip("\ufeff"), data, failed)
-            elif data:
-                yield event_payload(data, failed)
-                data, failed, size = [], False, 0
         yield None
     if data and is_whole_event(data[-1]):  # what is left is a line without its end
         yield event_payload(data, failed)
@@ -3750,8 +3746,7 @@ def read_all(head, blocks, limit=0):
 def is_whole_event(line):
     """Whether a data line is an event of its own, so that the next one needs no blank line
     before."""
-    is_object = line[:1] == "{" and line[-1:] == "}" and json_or_none(line) is not None
-    return is_object or line == "[DONE]"
+    return line == "[DONE]" or line[:1] == "{" and json_or_none(line) is not None
 
 
 def read_other_line(line, data, failed):
@@ -3934,6 +3929,15 @@ class ToolCall:
             return True
         self.looks -= 1  # after so many it is whole when it ends
         return self.looks > 0 and json_or_none(self.arguments()) is not None
+
+    def is_followed(self, call_id, name, fragment):
+        """Whether a delta with a name begins a call of its own, though it points at this one."""
+        if call_id:
+            return self.id not in ("", call_id)
+        if name != self.name:
+            return self.name != ""
+        more = str(fragment or "").strip()
+        return more and self.is_whole() and self.arguments().strip() != "{}"
 
 
 class MessageWriter:
@@ -4443,21 +4447,11 @@ class ChatReader(Reader):
         call = place != "" and self.known.get(place)
         if not call and place is call_id and calls and not (call_id and name):
             call = calls[-1]
-        if not call or name and self.is_another(call, call_id, name, fragment):
+        if not call or name and call.is_followed(call_id, name, fragment):
             call = self.writer.add_call(index, call_id)
         call.id = call.id or call_id
         self.known[place] = self.known[call.id] = call
         return call
-
-    @staticmethod
-    def is_another(call, call_id, name, fragment):
-        """Whether a delta with a name begins a call of its own, though it points at `call`."""
-        if call_id:
-            return call.id not in ("", call_id)
-        if name != call.name:
-            return call.name != ""
-        more = str(fragment or "").strip()
-        return more and call.is_whole() and call.arguments().strip() != "{}"
 
     def note_finish(self, choice):
         """Remember why it ended; the stop reason waits for the end, as usage often comes after it,
@@ -4851,7 +4845,7 @@ def learn_no_thinking(found, profile, body, sent):
 
 def learn_thinking(found, profile, body, sent):
     """A field that asks for thinking is named and called wrong, or thinking itself is."""
-    asked = [field for field in THINKING_FIELDS if field in sent]
+    asked = THINKING_FIELDS.intersection(sent)
     telling = r"\b(?:%s)\b|not support (?:thinking|reasoning)|(?:thinking|reasoning) is not"
     refused = asked and re.search(telling % "|".join(asked), found.string, re.I)
     return {"reasoning": "", "effort_with_tools": ""} if refused else {}
