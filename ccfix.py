@@ -3814,21 +3814,17 @@ class ThinkTags:
                 self.held = text
                 return []
             if not start.startswith(self.OPEN):
-                return self.untagged(text)
+                self.done = True
+                # A closing tag alone tells that the prompt template held the opening one.
+                before, tag, after = text.partition(self.CLOSE)
+                if tag and self.OPEN not in before:
+                    return [("thinking", before), ("text", after.lstrip())]
+                return [("text", text)]
             self.place, text = "lead", start[len(self.OPEN) :]
         if self.place == "lead":
             text = text.lstrip("\n")
             self.place = "inside" if text else "lead"
         return self.tagged(text)
-
-    def untagged(self, text):
-        """Text without an opening tag; a closing one tells that the prompt template held the
-        opening."""
-        self.done = True
-        before, tag, after = text.partition(self.CLOSE)
-        if tag and self.OPEN not in before:
-            return [("thinking", before), ("text", after.lstrip())]
-        return [("text", text)]
 
     def tagged(self, text):
         """Text inside the tags, or after them, from its first line that is not empty; the beginning
@@ -4129,20 +4125,16 @@ class MessageWriter:
             if not call.name and not ending:
                 return
             if call.name:
-                yield from self.send_waiting(call)
+                if call.stream is None:
+                    yield from self.open_call(call)
+                text = "".join(map(call.stream.feed, call.waiting))
+                call.waiting = []
+                yield from self.arguments(text)
                 last = call is self.calls[-1]
                 if not ending and (last or not call.is_whole()):
                     return
                 yield from self.end_call(call, self.cut and ending and last)
             self.turn += 1
-
-    def send_waiting(self, call):
-        """Open the block of a call, if it is not, and send the fragments that waited for it."""
-        if call.stream is None:
-            yield from self.open_call(call)
-        text = "".join(map(call.stream.feed, call.waiting))
-        call.waiting = []
-        yield from self.arguments(text)
 
     def end_call(self, call, cut):
         """The rest of a call's input, and what is to be remembered of it. cut: it may be half."""
