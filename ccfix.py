@@ -221,6 +221,11 @@ def omit(values, names):
     return {key: value for key, value in values.items() if key not in names}
 
 
+def filled(values):
+    """A copy of a dict without values that are empty."""
+    return {key: value for key, value in values.items() if value}
+
+
 def check_values(text):
     """Raise ValueError for JSON that takes far more memory than its text: an object of 3 characters
     takes 60 bytes or more, a number about 36. What stands in strings is counted too."""
@@ -607,8 +612,6 @@ class ErrorRow(NamedTuple):
 
 
 NO_KEY = "The provider refused the key; check TARGET_API_KEY (-k):"
-NO_CREDIT = "The provider's account has no credit:"
-UNKNOWN_MODEL = "The provider has no such model; check TARGET_MODEL (-m):"
 BUSY = "The provider is overloaded:"
 REQUEST_REFUSED = "The provider refused the request:"
 ERROR_ROWS = tuple(
@@ -617,13 +620,25 @@ ERROR_ROWS = tuple(
         # The first match counts. What providers send is theirs to change; what Claude Code does
         # with each status was seen with version 2.1.330.
         ("rate", (429,), r"retry in \d", 429),  # Gemini: a rate limit in the words of a quota
-        ("billing", (200, 400, 402, 403, 429, 500), BILLING, 402, NO_CREDIT),
+        (
+            "billing",
+            (200, 400, 402, 403, 429, 500),
+            BILLING,
+            402,
+            "The provider's account has no credit:",
+        ),
         ("billing", (402,), "", 402, "The provider wants payment:"),
         # One status and one text for all of them: every version of Claude Code compacts by it.
         ("overflow", (), "", 400),
         ("auth", (401,), "", 401, NO_KEY),
         ("auth", (400, 403), BAD_KEY, 401, NO_KEY),  # Gemini
-        ("model", (400, 404, 410, 422), NO_MODEL, 404, UNKNOWN_MODEL),
+        (
+            "model",
+            (400, 404, 410, 422),
+            NO_MODEL,
+            404,
+            "The provider has no such model; check TARGET_MODEL (-m):",
+        ),
         # The same request may succeed the next time.
         ("sampling", (400, 422, 500), SAMPLING, 500, "The model produced a malformed tool call:"),
         # OpenRouter: none of its providers takes images, or tools
@@ -888,13 +903,13 @@ SETTINGS = (
     Setting(
         "TARGET_TIMEOUT",
         "300",
-        "seconds without a byte from the provider before giving up",
+        "seconds to wait for a byte from the provider",
         parse_seconds,
     ),
     Setting(
         "TARGET_RETRIES",
         "2",
-        "tries again, before the first content, after connection failures and 408, 429 and 5xx",
+        "retries before the first content, after connection failures, 408, 429 and 5xx",
         parse_count,
     ),
     # auto goes by the end of the base URL's path (ANTHROPIC_PATHS).
@@ -907,14 +922,14 @@ SETTINGS = (
     # Other targets; a family's is taken where the model that Claude Code asks for names the
     # family. What is empty is the main target's, but a base URL of its own never gets the main key.
     *(row for name in FAMILIES for row in own_target(name, "model for Claude's %s family" % name)),
-    *own_target("fallback", "model that takes over when the main one is down or out of quota"),
+    *own_target("fallback", "model for when the main one is down or out of quota"),
     *own_target("image", "model for requests with images, where the main one takes none"),
     # What is special about the main target: PROFILE goes with its base URL, the limits with its
     # model.
     Setting(
         "PROFILE",
         "",
-        "provider row of the main base URL (see the provider table); empty: by host and model",
+        "row of the provider table for the main base URL; empty: by host and model",
         parse_profile,
     ),
     # For what nobody foresaw. Headers often hold a key, so none of them is shown.
@@ -948,8 +963,7 @@ SETTINGS = (
     Setting(
         "TEXT_CALLS",
         "auto",
-        "take a call that stands in the model's text for a call: auto (from local and unknown"
-        " servers), always, never",
+        "take calls in the model's text for calls: auto (local and unknown servers), always, never",
         parse_choice("auto", "always", "never"),
     ),
     # The disguise. Claude Code's own settings fill it, so that requests tell what its user chose.
@@ -970,8 +984,7 @@ SETTINGS = (
     Setting(
         "ATTACH_FIELDS",
         "auto",
-        "attach the two disguise fields to requests: auto (where unknown fields are tolerated),"
-        " always, never",
+        "attach the two disguise fields: auto (where unknown fields are tolerated), always, never",
         parse_choice("auto", "always", "never"),
     ),
     # This proxy. Without a key it answers to loopback names alone: a web page must not reach it.
@@ -1000,7 +1013,7 @@ SETTINGS = (
     Setting(
         "ALLOWED_HOSTS",
         "",
-        "further Host names to answer to when there is no proxy key, for containers",
+        "further Host names to answer to without a proxy key, for containers",
         parse_names,
     ),
     # Web search, a tool that Anthropic's servers run and other providers have not.
@@ -1012,7 +1025,7 @@ SETTINGS = (
     Setting(
         "CACHE_ENABLED",
         "false",
-        "store replies and answer repeated requests from the store",
+        "answer repeated requests from stored replies",
         parse_flag,
         ("--cache",),
     ),
@@ -1226,11 +1239,11 @@ TARGET_NAME = re.compile(r"TARGET_(?:MODEL|API_BASE|API_KEY|FORMAT)(_\w+)?\Z")
 # What it may choose beside targets: not where files are written, who may ask, what else is sent or
 # which answers are believed. The group writes files, which must stay in the folder.
 FOLDER_MAY = re.compile(
-    r"TARGET_(?:TIMEOUT|RETRIES)|MAX_|PROFILE|PRICES|DISGUISE_|ATTACH_FIELDS|CACHE_(?:KEY|TTL|MAX)"
-    r"|(CACHE_DIR|CACHE_ENABLED|LEDGER)|LOG_LEVEL|PROXY_PORT|ANTHROPIC_API_KEY"
+    r"TARGET_(?:TIMEOUT|RETRIES)|MAX_|PROFILE|PRICES=\{|DISGUISE_|ATTACH_FIELDS"
+    r"|CACHE_(?:KEY|TTL|MAX)|(CACHE_DIR|CACHE_ENABLED|LEDGER)"
+    r"|LOG_LEVEL|PROXY_PORT|ANTHROPIC_API_KEY"
 )
 FOLDER = "the folder's .env"  # the origin of what it sets
-SET_ELSEWHERE = "set it in the environment, or in a file for --env-file"
 TOGETHER = "a base URL and its key count together, where you have chosen none"
 
 
@@ -1240,24 +1253,19 @@ def folder_layer(values, above, stays_inside):
     values: {ENV_NAME: string} of the file; above: the names that more trusted layers set;
     stays_inside: whether CACHE_DIR lies in the folder.
     """
-    values = {name: value for name, value in values.items() if value and name in BY_ENV}
+    values = {name: value for name, value in filled(values).items() if name in BY_ENV}
     whys = {name: why_refused(name, values, above, stays_inside) for name in values}
-    refused = {name: why for name, why in whys.items() if why}
+    refused = filled(whys)
     return omit(values, refused), refused
 
 
 def why_refused(name, values, above, stays_inside):
     """Why a setting does not count in a folder's .env, or ""; see `folder_layer`."""
-    target, may = TARGET_NAME.match(name), FOLDER_MAY.match(name)
+    target, may = TARGET_NAME.match(name), FOLDER_MAY.match("%s=%s" % (name, values[name]))
     if target:
         return "" if counts_there(target.group(1) or "", values, above) else TOGETHER
-    if (
-        not may
-        or (may.group(1) and not stays_inside)
-        or name == "PRICES"
-        and values[name][:1] != "{"
-    ):
-        return SET_ELSEWHERE
+    if not may or (may.group(1) and not stays_inside):
+        return "set it in the environment, or in a file for --env-file"
     with contextlib.suppress(ValueError):
         BY_ENV[name].parse(values[name].strip())
         return ""
@@ -1271,11 +1279,10 @@ def counts_there(suffix, values, above):
     elsewhere, nor his prompts to a model of his provider that he did not choose.
     """
     base, key = "TARGET_API_BASE" + suffix, "TARGET_API_KEY" + suffix
-    if base in above or (base in values and key in values):
+    if base in above or {base, key} <= values.keys():
         return base not in above
-    return not {key, "EXTRA_HEADERS"} & above and not (
-        suffix and not counts_there("", values, above)
-    )
+    keeps_target = {key, "EXTRA_HEADERS"}.isdisjoint(above)
+    return keeps_target and (not suffix or counts_there("", values, above))
 
 
 def near_misses(names):
@@ -1355,7 +1362,7 @@ class Profile(NamedTuple):
     never: tuple = ()  # fields that are never sent
     body: tuple = ()  # (field, value) sent with every request [Z.ai, MiniMax]
     headers: tuple = ()  # (name, value) sent with every request [Copilot, OpenRouter]
-    key_header: str = "authorization"  # "authorization" means "Bearer KEY" [api-key: Azure]
+    key_header: str = ""  # empty: "Authorization: Bearer KEY" [api-key: Azure]
     usage_option: bool = True  # wants stream_options.include_usage [Mistral sends usage unasked]
     always_stream: bool = False  # asked as a stream even when the client wants none [DashScope]
     tool_choice: tuple = ("none", "required", "named")  # forms it takes besides auto
@@ -1400,6 +1407,11 @@ EFFORT = dict(reasoning="effort", efforts=("low", "medium", "high"))
 # Reasoning comes and goes back in reasoning_content, and thinking is turned on and off.
 THINKING = dict(reasoning="thinking", reasoning_field="reasoning_content")
 NOT_KEPT = "(the reasoning of this step was not kept)"
+# JSON schema keywords that Gemini rejects, and others now and then.
+ODD_KEYWORDS = tuple(
+    "additionalProperties const exclusiveMinimum exclusiveMaximum pattern default format"
+    " not propertyNames patternProperties if then else examples".split()
+)
 GEMINI_SKIP = "skip_thought_signature_validator"  # Google's own word for "there is none"
 
 # openai-openapi's openapi.json. "Unrecognized request argument supplied": langchain_dart issue 712.
@@ -1609,10 +1621,7 @@ PROFILES = (
         "generativelanguage.googleapis.com aiplatform.googleapis.com",
         "json_schema",
         strict=True,
-        schema=tuple(
-            "additionalProperties const exclusiveMinimum exclusiveMaximum pattern default format"
-            " not propertyNames patternProperties if then else examples".split()
-        ),
+        schema=ODD_KEYWORDS,
         reasoning_field="google",
         placeholder=GEMINI_SKIP,
         **EFFORT,
@@ -1790,16 +1799,15 @@ def profile_for(base, model, forced="", format="auto", owner=""):
         name = "anthropic"
     if name == "anthropic" and serves(ANTHROPIC, place):
         name = ANTHROPIC.name  # takes more than others that speak the same
-    if name:
-        fitting = (row for row in PROFILES if row.name == name)
-    else:
-        fitting = (
-            row
-            for row in PROFILES
-            if serves(row, place)
-            and re.match("(.*/)?(%s)" % row.models, model, re.I)
-            and (format == "auto" or row.format != "anthropic")
-        )
+    fitting = (
+        row
+        for row in PROFILES
+        if row.name == name
+        or not name
+        and serves(row, place)
+        and re.match("(.*/)?(%s)" % row.models, model, re.I)
+        and (format == "auto" or row.format != "anthropic")
+    )
     row = next(fitting, DEFAULT)
     # A server of one's own: in a row of ports, or of no host, and at a host that is nobody's.
     own = row.hosts[:1] in ":" and not any(serves(known, host) for known in PROFILES)
@@ -1858,7 +1866,7 @@ def thinking_level(body):
     if effort in LEVELS:
         return "off" if effort == "none" else effort
     budget = thinking.get("budget_tokens")
-    if thinking.get("type") == "enabled" and isinstance(budget, (int, float)):
+    if thinking.get("type") == "enabled" and is_number(budget):
         return "low" if budget < 4000 else "medium" if budget < 16000 else "high"
     return ""
 
@@ -1921,7 +1929,7 @@ def normalize(body, profile, recall=None, memo=None, room=0):
     if schema is not None and profile.json_format != "json_schema":
         # Asked for in words at the end of the last turn, as Claude Code does for a session's title.
         messages.append({"role": "user", "content": WISH + compact_json(schema)})
-    clean["messages"] = normalize_turns(messages, profile, recall or (lambda call_id: {}))
+    clean["messages"] = normalize_turns(messages, profile, recall or {}.get)
     tools = normalize_tools(body, profile, {} if memo is None else memo)
     return dict(omit(clean, ("tools", "tool_choice")), **tools)
 
@@ -1932,8 +1940,7 @@ def normalize(body, profile, recall=None, memo=None, room=0):
 def is_number(value):
     """Whether a value is a number that can be sent: 1e400 is read as infinity, which JSON lacks,
     and True is an int to Python."""
-    is_real = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return is_real and abs(value) < 1e12
+    return type(value) in (int, float) and abs(value) < 1e12
 
 
 def is_content(value):
@@ -1973,8 +1980,7 @@ def check_request(body):
         if value is not None and not good:
             raise BadRequest("%s: must be %s" % (field, wanted))
     check_messages(body)
-    for position, message in enumerate(body["messages"]):
-        message = as_dict(message)
+    for position, message in enumerate(map(as_dict, body["messages"])):
         if message.get("role") not in ("user", "assistant", "system", "developer"):
             raise BadRequest("messages.%d.role: must be user, assistant or system" % position)
         if not is_content(message.get("content")):
@@ -2035,25 +2041,13 @@ def estimate_tokens(body):
 
     An image or a document counts as its row of BLOCKS says, whatever its bytes in base64.
     """
-    total, stack = 0, [body.get("system"), body.get("messages"), body.get("tools")]
-    while stack:
-        value = stack.pop()
-        if isinstance(value, str):
-            # Bytes of UTF-8 beyond one a character: about 2 for each of the others.
-            wide = len(value.encode("utf-8", "replace")) - len(value)
-            total += (len(value) - wide // 2) // 4 + wide // 3 + 1
-        elif isinstance(value, dict):
-            source = as_dict(value.get("source"))
-            kind = BLOCKS.get(str(value.get("type")))
-            if kind and kind.tokens and source.get("type", "text") != "text":
-                total += kind.tokens
-                continue
-            stack.extend(value.values())
-            total += len(value)
-        elif isinstance(value, list):
-            stack.extend(value)
-        elif value is not None:
-            total += 1
+    told = list(map(body.get, ("system", "messages", "tools")))
+    total = len(compact_json(told)) // 4  # in which a character beyond ASCII has six
+    for kind, row in BLOCKS.items():
+        for block in find_blocks(body, kind) if row.tokens else ():
+            source = as_dict(block.get("source"))
+            if source.get("type", "text") != "text":
+                total += row.tokens - len(compact_json(source)) // 4
     return total
 
 
@@ -2074,8 +2068,7 @@ def clean_system(system):
 
 def system_text(system):
     """The system prompt as one string."""
-    texts = [block_text(block) for block in as_blocks(system)]
-    return "\n\n".join(text for text in texts if text.strip())
+    return "\n\n".join(filter(str.strip, map(block_text, as_blocks(system))))
 
 
 def split_turns(messages):
@@ -2088,8 +2081,7 @@ def split_turns(messages):
     """
     turns = []
     for message in map(as_dict, messages):
-        role, blocks = message.get("role"), as_blocks(message.get("content"))
-        blocks = [block for block in blocks if not is_blank(block)]
+        role, blocks = message.get("role"), shown_blocks(message.get("content"))
         if role != "assistant":
             blocks = [block for block in blocks if not TOKEN_MARKER.match(block_text(block))]
         if role in ("system", "developer"):
@@ -2117,9 +2109,10 @@ def join_turns(turns):
     return joined
 
 
-def is_blank(block):
-    """Whether a block is text that shows nothing."""
-    return block.get("type") == "text" and not block_text(block).strip()
+def shown_blocks(content):
+    """Message content as blocks, without text that shows nothing."""
+    blocks = as_blocks(content)
+    return [block for block in blocks if block.get("type") != "text" or block_text(block).strip()]
 
 
 def without_our_thinking(messages):
@@ -2181,8 +2174,7 @@ def answer_calls(blocks, calls):
 
 def result_blocks(block):
     """The content of a tool_result in words that stand for themselves: an error says so."""
-    blocks = [part for part in as_blocks(block.get("content")) if not is_blank(part)]
-    blocks = blocks or [text_block(NO_OUTPUT)]
+    blocks = shown_blocks(block.get("content")) or [text_block(NO_OUTPUT)]
     return [text_block("Error:")] + blocks if block.get("is_error") is True else blocks
 
 
@@ -2248,7 +2240,7 @@ def sign_calls(said, states, profile, notes, calls):
 
 def add_note(block, **note):
     """The block with what only a format can write, see normalize; the same block for nothing."""
-    note = {key: value for key, value in note.items() if value}
+    note = filled(note)
     return dict(block, ccfix=dict(block.get("ccfix", ()), **note)) if note else block
 
 
@@ -2274,7 +2266,7 @@ def clean_call(block, profile, original, number):
 def says_the_same(original, value):
     """Whether JSON text holds the same arguments as the client's echo, which adds defaults, makes
     numbers of strings and drops null."""
-    known = json_or_none(original) if isinstance(original, str) else None
+    known = json_or_none(as_str(original))
     return isinstance(known, dict) and all(
         part is None or key in value and (value[key] == part or str(value[key]) == str(part))
         for key, part in known.items()
@@ -2436,8 +2428,7 @@ def clean_document(block, source, profile):
     if form == "text":
         return [text_block("%s\n%s" % (heading, source.get("data")))]
     if form == "content":
-        parts = [part for part in as_blocks(source.get("content")) if not is_blank(part)]
-        return [text_block(heading)] + clean_blocks(parts, profile)
+        return [text_block(heading)] + clean_blocks(shown_blocks(source.get("content")), profile)
     url = as_str(source.get("url"))
     return [text_block(NO_PDF % (title, url and " at " + url))]
 
@@ -2447,12 +2438,12 @@ def foreign_text(block):
     kind, parts = str(block.get("type")), as_blocks(block.get("content"))
     if kind == "search_result":
         heading = "[search result: %s - %s]" % (block.get("title"), block.get("source"))
-        return "\n".join([heading] + [block_text(part) for part in parts])
+        return "\n".join([heading, *map(block_text, parts)])
     if kind == "server_tool_use":
         return "[%s: %s]" % (block.get("name"), compact_json(block.get("input")))
     if kind.endswith("_tool_result"):
         hits = ["%s - %s" % (hit.get("title"), hit.get("url")) for hit in parts]
-        return "\n".join(["[%s]" % kind] + hits)
+        return "\n".join(["[%s]" % kind, *hits])
     return block_text(block) or "[a block of kind %s, which this model cannot be shown]" % kind[:60]
 
 
@@ -2506,10 +2497,8 @@ def normalize_tools(body, profile, memo):
     tools = [clean_tool(tool, profile, memo) for tool in offered]
     if profile.native_blocks:
         tools += [tool for tool in as_list(body.get("tools")) if not is_function(as_dict(tool))]
-    if not tools:
-        return {}
-    choice = clean_choice(as_dict(body.get("tool_choice")), tools, profile)
-    return {"tools": tools, "tool_choice": choice} if choice else {"tools": tools}
+    choice = tools and clean_choice(as_dict(body.get("tool_choice")), tools, profile)
+    return filled({"tools": tools, "tool_choice": choice})
 
 
 def clean_choice(choice, tools, profile):
@@ -2531,8 +2520,7 @@ def clean_tool(tool, profile, memo):
         return known[1]
     schema = clean_schema(as_dict(tool.get("input_schema")), profile)
     schema.update(type="object", properties=as_dict(schema.get("properties")))
-    clean = omit(tool, ("defer_loading",))
-    clean.update(name=short_name(tool["name"]), input_schema=schema)
+    clean = dict(omit(tool, ("defer_loading",)), name=short_name(tool["name"]), input_schema=schema)
     size = memo["size"] = memo.get("size", 0) + len(compact_json([tool, clean]))
     if size > MAX_MEMO:
         memo.clear()
@@ -2568,14 +2556,15 @@ class SchemaCleaner:
             return self.resolve(schema, defs, depth)
         clean = {}
         for key, value in schema.items():
-            if key in DROPPED_KEYWORDS or (key == "format" and value == "uri"):
-                continue
+            if key[:1] == "$" or key == "definitions" or (key == "format" and value == "uri"):
+                continue  # $schema, $id, $comment and the like
             if key not in self.profile.schema:
                 clean[key] = self.clean_part(key, value, defs, depth)
             elif key == "const":
                 clean["enum"] = [value]
         split_type(clean)
-        if self.profile.typed_schema and depth and TYPE_WORDS.isdisjoint(clean):
+        has_type = not {"type", "anyOf", "oneOf", "allOf"}.isdisjoint(clean)
+        if self.profile.typed_schema and depth and not has_type:
             clean["type"] = "object" if "properties" in clean else "string"
         return clean
 
@@ -2598,16 +2587,16 @@ class SchemaCleaner:
             return {} if isinstance(value, dict) else value
         if key in SCHEMA_MAPS:
             return {name: clean(part) for name, part in as_dict(value).items()}
-        if key in SCHEMA_LISTS and isinstance(value, list):
+        if key in SUBSCHEMAS and isinstance(value, list):
             return [clean(part) for part in value]
         return clean(value) if key in SUBSCHEMAS else value
 
 
-DROPPED_KEYWORDS = ("$schema", "$defs", "definitions", "$id", "$comment")
-TYPE_WORDS = frozenset(("type", "anyOf", "oneOf", "allOf"))  # keywords that say a value's type
+# Keywords that hold schemas: by name; one, or a list.
 SCHEMA_MAPS = ("properties", "patternProperties")
-SUBSCHEMAS = ("items", "additionalProperties", "not", "propertyNames", "contains")
-SCHEMA_LISTS = ("anyOf", "oneOf", "allOf", "prefixItems", "items")
+SUBSCHEMAS = (
+    "items additionalProperties not propertyNames contains anyOf oneOf allOf prefixItems"
+).split()
 
 
 def split_type(schema):
@@ -2652,8 +2641,6 @@ def clean_config(body, profile):
 # 6  Formats out: a normalized request -> what goes over the wire
 # ==================================================================================================
 
-MAX_STOPS = 4  # stop sequences; OpenAI and vLLM take no more
-
 
 class Format(NamedTuple):
     """An API that providers speak; a row of FORMATS. Nothing else knows which format is in use.
@@ -2688,10 +2675,9 @@ def endpoint(base, path):
 
 def chat_headers(key, profile, client_headers):
     """The key in the header that the provider wants it in."""
-    if not key:
-        return {}
-    bearer = profile.key_header == "authorization"
-    return {"Authorization": "Bearer " + key} if bearer else {profile.key_header: key}
+    if key and profile.key_header:
+        return {profile.key_header: key}
+    return {"Authorization": "Bearer " + key} if key else {}
 
 
 def write_chat(body, model, profile, attach=()):
@@ -2705,9 +2691,9 @@ def write_chat(body, model, profile, attach=()):
     sent.update(sampling_fields(body, profile))
     schema = wanted_schema(body)
     if schema is not None and profile.json_format:
-        sent["response_format"] = {"type": profile.json_format}
+        sent["response_format"] = form = {"type": profile.json_format}
         if profile.json_format == "json_schema":
-            sent["response_format"]["json_schema"] = {"name": "reply", "schema": schema}
+            form["json_schema"] = {"name": "reply", "schema": schema}
     level = thinking_level(body)
     if tools and profile.effort_with_tools:
         sent["reasoning_effort"] = profile.effort_with_tools
@@ -2857,7 +2843,7 @@ def sampling_fields(body, profile):
     fields = {names[name]: body[name] for name in names if is_number(body.get(name))}
     stops = [stop for stop in as_list(body.get("stop_sequences")) if stop and isinstance(stop, str)]
     if stops:
-        fields["stop"] = stops[:MAX_STOPS]
+        fields["stop"] = stops[:4]  # OpenAI and vLLM take no more
     return fields
 
 
@@ -2873,8 +2859,7 @@ def anthropic_headers(key, profile, client_headers):
         "anthropic-beta": ",".join(flag for flag in flags if flag not in profile.betas),
         "x-api-key": key,
     }
-    headers = {name: value for name, value in headers.items() if value}
-    return dict(headers, **chat_headers(key, profile, client_headers))
+    return dict(filled(headers), **chat_headers(key, profile, client_headers))
 
 
 def write_anthropic(body, model, profile, attach=()):
@@ -2956,19 +2941,16 @@ TOKEN = re.compile(
 )
 # Python's, which models mix up with JSON's
 WORDS = {"True": "true", "False": "false", "None": "null"}
-QUOTES = {"\\'": "'", '"': '\\"'}  # all that a single-quoted string writes differently
+# All that a single-quoted string writes differently: escapes, and a quote that has none.
+QUOTES = {"\\'": "'", '"': '\\"'}
 REWRITES = {  # kind of TOKEN -> its JSON
-    "string": lambda text: '"%s"' % re.sub(r'\\.|"', requote, text[1:-1]),
+    "string": lambda text: '"%s"'
+    % re.sub(r'\\.|"', lambda part: QUOTES.get(part.group(), part.group()), text[1:-1]),
     "gap": lambda text: " ",
     "name": json.dumps,
     "other": lambda text: WORDS.get(text, text),
 }
 BETWEEN = re.compile(r"[\s,;]*")  # what may come between two objects
-
-
-def requote(found):
-    """The JSON of a match: an escape, or a quote that has none."""
-    return QUOTES.get(found.group(), found.group())
 
 
 def object_at(text, start):
@@ -3099,9 +3081,8 @@ def coerce_member(name, key, value, schema):
 
     name: the tool's, as the client knows it.
     """
-    if value is None and null_means_absent(schema, key):
-        return ABSENT
-    if value == "" and (name, key) in EMPTY_MEANS_ABSENT:
+    is_empty = value == "" and (name, key) in EMPTY_MEANS_ABSENT
+    if is_empty or value is None and null_means_absent(schema, key):
         return ABSENT
     schema = property_schema(schema, key)
     value = coerce_scalar(value, schema_types(schema))
@@ -3153,14 +3134,15 @@ class ArgumentStream:
     is the raw text, as far as no changed member has gone out before.
     """
 
+    complete = False  # a whole object has come; after finish(): or could be made of it
+    _state = "START"
+    _missing = 0  # characters that must come before _held is read again
+    _begun = False  # a member, or its beginning, went out
+
     def __init__(self, name, schema):
         self.name, self.schema = name, schema  # of the tool, as the client knows it
-        self.complete = False  # a whole object has come; after finish(): or could be made of it
-        self._state = "START"
         self._pieces = []  # all that came
         self._held = []  # what came and was not read
-        self._missing = 0  # characters that must come before _held is read again
-        self._begun = False  # a member, or its beginning, went out
 
     @property
     def raw(self):
@@ -3203,14 +3185,14 @@ class ArgumentStream:
         found = NEXT.match(text, at)
         if not found or ("{" in found.group(1)) != (self._state == "START"):
             return "", at
-        gap, brace, quoted, filled = found.groups()
+        gap, brace, quoted, begins = found.groups()
         if brace:
             self.complete = True  # while nothing went out, it may be a placeholder: leading_object
             return gap.replace(",", "") + brace if self._begun else "", found.end()
         if not gap.strip():
             return "", at  # no comma
         key, start = STRICT.decode(quoted), found.end()
-        if filled and schema_types(property_schema(self.schema, key)) & {"string", ANY}:
+        if begins and schema_types(property_schema(self.schema, key)) & {"string", ANY}:
             value, end, self._state = '"', start + 1, "STRING"
         else:
             value, end = self._read_value(key, text, start)
@@ -3727,16 +3709,14 @@ def sse_payloads(blocks):
         for line in lines:
             if line[-1:] == "\r":
                 line = line[:-1]
-            if line[:6] == "data: ":
-                if data and is_whole_event(data[-1]):
-                    yield event_payload(data, failed)
-                    data, size = [], 0
+            is_data = line[:6] == "data: "
+            if data and (not line or is_data and is_whole_event(data[-1])):
+                yield event_payload(data, failed)
+                data, failed, size = [], False, 0
+            if is_data:
                 data.append(line[6:])
             elif line:
                 failed = read_other_line(line.lstrip("\ufeff"), data, failed)
-            elif data:
-                yield event_payload(data, failed)
-                data, failed, size = [], False, 0
         yield None
     if data and is_whole_event(data[-1]):  # what is left is a line without its end
         yield event_payload(data, failed)
@@ -3766,8 +3746,7 @@ def read_all(head, blocks, limit=0):
 def is_whole_event(line):
     """Whether a data line is an event of its own, so that the next one needs no blank line
     before."""
-    is_object = line[:1] == "{" and line[-1:] == "}" and json_or_none(line) is not None
-    return is_object or line == "[DONE]"
+    return line == "[DONE]" or line[:1] == "{" and json_or_none(line) is not None
 
 
 def read_other_line(line, data, failed):
@@ -3803,9 +3782,9 @@ def parse_payload(payload):
     try:
         if len(payload) > 1 << 17:
             check_values(payload)
-        return as_dict(_decode_json(payload)[0])
+        return as_dict(_decode_json(payload.lstrip())[0])
     except (ValueError, RecursionError):
-        return as_dict(json_or_none(payload))  # there is white space before it
+        return {}
 
 
 # ---- reply text: leading <think>, calls written as text ------------------------------------------
@@ -3822,9 +3801,7 @@ class ThinkTags:
     """
 
     OPEN, CLOSE = "<think>", "</think>"
-
-    def __init__(self):
-        self.held, self.place, self.done = "", "start", False
+    held, place, done = "", "start", False
 
     def feed(self, text):
         """The pieces of a reply's next text, each "text" or "thinking"; some are empty."""
@@ -3837,40 +3814,32 @@ class ThinkTags:
                 self.held = text
                 return []
             if not start.startswith(self.OPEN):
-                return self.untagged(text)
+                self.done = True
+                # A closing tag alone tells that the prompt template held the opening one.
+                before, tag, after = text.partition(self.CLOSE)
+                if tag and self.OPEN not in before:
+                    return [("thinking", before), ("text", after.lstrip())]
+                return [("text", text)]
             self.place, text = "lead", start[len(self.OPEN) :]
-        if self.place == "after":
-            return self.answer(text)
         if self.place == "lead":
             text = text.lstrip("\n")
             self.place = "inside" if text else "lead"
-        return self.thought(text)
+        return self.tagged(text)
 
-    def untagged(self, text):
-        """Text without an opening tag; a closing one tells that the prompt template held the
-        opening."""
-        self.done = True
-        before, tag, after = text.partition(self.CLOSE)
-        if tag and self.OPEN not in before:
-            return [("thinking", before), ("text", after.lstrip())]
-        return [("text", text)]
-
-    def thought(self, text):
-        """Text inside the tags; the beginning of a closing tag, and line ends, wait for what
-        follows."""
-        before, tag, after = text.partition(self.CLOSE)
-        if tag:
-            self.place = "after"
-            return [("thinking", before.rstrip("\n"))] + self.answer(after)
-        sure = text[: re.search(r"\n{0,50}(?:<[/think]{0,6})?\Z", text).start()]
-        self.held = text[len(sure) :]
-        return [("thinking", sure)]
-
-    def answer(self, text):
-        """Text after the closing tag, from its first line that is not empty."""
+    def tagged(self, text):
+        """Text inside the tags, or after them, from its first line that is not empty; the beginning
+        of a closing tag, and line ends, wait for what follows."""
+        thought = ""
+        if self.place != "after":
+            thought, tag, after = text.partition(self.CLOSE)
+            if not tag:
+                sure = text[: re.search(r"\n{0,50}(?:<[/think]{0,6})?\Z", text).start()]
+                self.held = text[len(sure) :]
+                return [("thinking", sure)]
+            self.place, text = "after", after
         text = text.lstrip("\n")
         self.done = bool(text)
-        return [("text", text)]
+        return [("thinking", thought.rstrip("\n")), ("text", text)]
 
     def finish(self):
         """What was held back."""
@@ -3934,16 +3903,17 @@ class ToolCall:
     are whole.
     """
 
-    def __init__(self, key, call_id, name="", fields=()):
+    stream = None  # its ArgumentStream, once its block is open
+    client_id = ""  # the id that the client is shown
+    google = ""  # Gemini's thought signature
+    looks = 64  # at all of its arguments, which are left
+
+    def __init__(self, key, call_id, name, fields):
         self.key = key  # the provider's index, or id, or None
         self.id = call_id  # the provider's id, "" until it comes
         self.name = name  # the name sent by the provider, "" until it comes
         self.fields = fields  # further fields of the block, from a provider that speaks Anthropic
         self.waiting = []  # argument fragments that came before the name, or before its turn
-        self.stream = None  # its ArgumentStream, once its block is open
-        self.client_id = ""  # the id that the client is shown
-        self.google = ""  # Gemini's thought signature
-        self.looks = 64  # at all of its arguments, which are left
 
     def arguments(self):
         """The argument text as the model wrote it, so far."""
@@ -3955,6 +3925,15 @@ class ToolCall:
             return True
         self.looks -= 1  # after so many it is whole when it ends
         return self.looks > 0 and json_or_none(self.arguments()) is not None
+
+    def is_followed(self, call_id, name, fragment):
+        """Whether a delta with a name begins a call of its own, though it points at this one."""
+        if call_id:
+            return self.id not in ("", call_id)
+        if name != self.name:
+            return self.name != ""
+        more = str(fragment or "").strip()
+        return more and self.is_whole() and self.arguments().strip() != "{}"
 
 
 class MessageWriter:
@@ -3973,6 +3952,17 @@ class MessageWriter:
     message_delta, then message_stop, once and last; the input of a tool is one JSON object.
     """
 
+    state = IDLE
+    content = False  # real content went out: nothing is tried again
+    kind = ""  # of the open block, "" for none
+    index = -1  # of the block that was opened last
+    signing = False  # the open block is thinking that we sign
+    turn = 0  # the place of the first of the calls that is not closed
+    held = 0  # bytes of memory that the reply takes if it is kept, about
+    cut = False  # the model hit its output limit: the last arguments may be half
+    written = 0  # characters of content
+    grown = 0  # characters of details
+    signed = 0  # those that the last signature carried
     talk = ""  # the conversation: begins all names in memory
     past = ""  # the text_key of the request's last turn
     claim = bool  # (tool id) -> whether nothing is remembered under it; it is this reply's then
@@ -3986,23 +3976,12 @@ class MessageWriter:
         self.taken = set(taken)  # tool ids that the conversation has used
         self.new_id = new_id  # () -> a fresh part of an id
         self.head = {}  # fields of message_start that the provider sent itself
-        self.state = IDLE
-        self.content = False  # real content went out: nothing is tried again
-        self.kind = ""  # of the open block, "" for none
-        self.index = -1  # of the block that was opened last
-        self.signing = False  # the open block is thinking that we sign
         self.calls = []  # ToolCalls in the order in which they began
-        self.turn = 0  # the place of the first of them that is not closed
-        self.held = 0  # bytes of memory that the reply takes if it is kept, about
-        self.cut = False  # the model hit its output limit: the last arguments may be half
         self.late = []  # (kind, text) that came while a tool call was unfinished
         self.blank = []  # white space that waits for text: alone it is no block
-        self.written = 0  # characters of content
         self.thought = []  # thinking text, for memory
         self.said = []  # text, for memory
         self.details = []  # opaque reasoning that must go back: OpenRouter's reasoning_details
-        self.grown = 0  # characters of details
-        self.signed = 0  # those that the last signature carried
         self.memory = {}  # {tool id, or text_key: what to remember}, see normalize; after finish()
 
     def start(self):
@@ -4146,29 +4125,23 @@ class MessageWriter:
             if not call.name and not ending:
                 return
             if call.name:
-                yield from self.send_waiting(call)
+                if call.stream is None:
+                    yield from self.open_call(call)
+                text = "".join(map(call.stream.feed, call.waiting))
+                call.waiting = []
+                yield from self.arguments(text)
                 last = call is self.calls[-1]
                 if not ending and (last or not call.is_whole()):
                     return
                 yield from self.end_call(call, self.cut and ending and last)
             self.turn += 1
 
-    def send_waiting(self, call):
-        """Open the block of a call, if it is not, and send the fragments that waited for it."""
-        if call.stream is None:
-            yield from self.open_call(call)
-        text = "".join(map(call.stream.feed, call.waiting))
-        call.waiting = []
-        yield from self.arguments(text)
-
     def end_call(self, call, cut):
         """The rest of a call's input, and what is to be remembered of it. cut: it may be half."""
         yield from self.arguments(call.stream.finish(cut))
         yield from self.close_block()
         note = {"arguments": call.stream.raw, "google": call.google}
-        self.memory[self.talk + call.client_id] = {
-            key: value for key, value in note.items() if value
-        }
+        self.memory[self.talk + call.client_id] = filled(note)
 
     def open_call(self, call):
         """Open the block of a call whose name is known, under an id that the conversation lacks:
@@ -4228,7 +4201,7 @@ class MessageWriter:
         if (self.written + self.grown) * len(self.memory) < MAX_LINE:
             shared.update(reasoning="".join(self.thought), details=self.details)
         for note in self.memory.values():
-            note.update(item for item in shared.items() if item[1])
+            note.update(filled(shared))
 
     def fail(self, error):
         """Tell the client that the reply broke off, so that it keeps what it has. Raises Dropped in
@@ -4256,10 +4229,11 @@ class Reader:
     read(payload) and end(), generators of events, and usage().
     """
 
+    ended = False  # the reply is whole
+
     def __init__(self, writer, profile):
         self.writer, self.profile = writer, profile
         self.raw_usage = {}  # the provider's own usage, as last told
-        self.ended = False  # the reply is whole
 
     def feed(self, payload):
         """Events for one payload (dict). Raises UpstreamError for an error in it."""
@@ -4280,12 +4254,10 @@ class Reader:
         if self.writer.state in ENDED:
             return ()
         if not self.ended:
-            raise UpstreamError(CUT if self.writer.content else EMPTY, kind="cut", retry=True)
+            cut = "The provider's reply was cut off before its end."
+            empty = "The provider closed the connection without an answer."
+            raise UpstreamError(cut if self.writer.content else empty, kind="cut", retry=True)
         return self.end()
-
-
-CUT = "The provider's reply was cut off before its end."
-EMPTY = "The provider closed the connection without an answer."
 
 
 class ChatReader(Reader):
@@ -4297,11 +4269,12 @@ class ChatReader(Reader):
     (https://platform.openai.com/docs/api-reference/chat/streaming).
     """
 
+    reason = ""  # finish_reason
+    stopped_at = None  # the stop sequence that matched
+    heard = False  # something of an answer came
+
     def __init__(self, writer, profile):
         super().__init__(writer, profile)
-        self.reason = ""  # finish_reason
-        self.stopped_at = None  # the stop sequence that matched
-        self.heard = False  # something of an answer came
         self.known = {}  # index or id -> the last ToolCall that has it
         self.tags = ThinkTags()
         offered = writer.tools.items() if profile.text_calls else ()
@@ -4466,21 +4439,11 @@ class ChatReader(Reader):
         call = place != "" and self.known.get(place)
         if not call and place is call_id and calls and not (call_id and name):
             call = calls[-1]
-        if not call or name and self.is_another(call, call_id, name, fragment):
+        if not call or name and call.is_followed(call_id, name, fragment):
             call = self.writer.add_call(index, call_id)
         call.id = call.id or call_id
         self.known[place] = self.known[call.id] = call
         return call
-
-    @staticmethod
-    def is_another(call, call_id, name, fragment):
-        """Whether a delta with a name begins a call of its own, though it points at `call`."""
-        if call_id:
-            return call.id not in ("", call_id)
-        if name != call.name:
-            return call.name != ""
-        more = str(fragment or "").strip()
-        return more and call.is_whole() and call.arguments().strip() != "{}"
 
     def note_finish(self, choice):
         """Remember why it ended; the stop reason waits for the end, as usage often comes after it,
@@ -4518,8 +4481,9 @@ class ChatReader(Reader):
         yield from self.flush_scanners(ending=True)
         yield from writer.advance(ending=True)
         if writer.calls and not writer.content:
-            nameless = "The model made a tool call without a name."
-            raise UpstreamError(nameless, kind="sampling", retry=True)
+            raise UpstreamError(
+                "The model made a tool call without a name.", kind="sampling", retry=True
+            )
         reason = self.stop_reason()
         stopped_at = self.stopped_at if reason == "stop_sequence" else None
         yield from writer.finish(reason, stopped_at, self.usage(), {})
@@ -4548,7 +4512,7 @@ class ChatReader(Reader):
             return positive_int(told, *names)
 
         for group in ("prompt_tokens_details", "completion_tokens_details"):
-            told.update(item for item in as_dict(told.get(group)).items() if item[1])
+            told.update(filled(as_dict(told.get(group))))
         prompt = count("prompt_tokens", "input_tokens") or self.writer.input_tokens
         output = count("completion_tokens", "output_tokens")
         read = count("cached_tokens", "prompt_cache_hit_tokens", "cache_read_input_tokens")
@@ -4795,31 +4759,23 @@ FIELD_PATTERNS = (
     r"""["']?loc["']?:\s*[\[(]\s*["']body["'],\s*["'](\w+)""",  # FastAPI: Mistral, NIM
     # Fireworks, xAI
     r"(?:Extra inputs are not permitted, field|Argument not supported on this model): '?(\w+)",
-    r"Unsupported (?:parameter|value): '([\w.\[\]]+)'",  # OpenAI's reasoning models
     r"does not support (?:the )?parameters?:? \[?['`\"]?(\w+)",  # xAI, Copilot
     r"Unexpected fields in the request: \{([^}]{1,400})\}",
     r"invalid (temperature|top_p): only",  # Kimi
     r"(?:unknown|unexpected|unrecognized|unsupported|invalid) "
-    r"(?:field|parameter|argument|keyword argument|property):? ['`\"]?([\w.]+)",
+    r"(?:field|parameter|value|argument|keyword argument|property):? ['`\"]?([\w.]+)",
     r"\b(\w{1,99}): Extra inputs are not permitted",
 )
 SCHEMA_WORDS = (
-    "pattern format const additionalProperties exclusiveMinimum exclusiveMaximum default"
-    " propertyNames patternProperties anyOf oneOf allOf minLength maxLength minItems maxItems not"
-    " examples title"
-).split()
+    *ODD_KEYWORDS,
+    *"anyOf oneOf allOf minLength maxLength minItems maxItems title".split(),
+)
 REFUSED = (
     r"unsupported|not support|unknown|unrecogni[sz]ed|unexpected|not permitted|not allowed"
     r"|extra|forbidden|invalid|unavailable"
 )
 ESSENTIAL = ("model", "messages", "tools", "stream")  # a request without them is another request
-THINKING_FIELDS = (
-    "reasoning_effort",
-    "thinking",
-    "enable_thinking",
-    "reasoning",
-    "chat_template_kwargs",
-)
+THINKING_FIELDS = {name for style in REASONING.values() for name in style(True, "low")}
 
 
 def learn(error, profile, body, sent):
@@ -4881,7 +4837,7 @@ def learn_no_thinking(found, profile, body, sent):
 
 def learn_thinking(found, profile, body, sent):
     """A field that asks for thinking is named and called wrong, or thinking itself is."""
-    asked = [field for field in THINKING_FIELDS if field in sent]
+    asked = THINKING_FIELDS.intersection(sent)
     telling = r"\b(?:%s)\b|not support (?:thinking|reasoning)|(?:thinking|reasoning) is not"
     refused = asked and re.search(telling % "|".join(asked), found.string, re.I)
     return {"reasoning": "", "effort_with_tools": ""} if refused else {}
@@ -5044,30 +5000,24 @@ def room_after(error, profile, size):
 
 
 LESSON_WORDS = {
-    # profile field: its lesson as a sentence, for the log and the status page
-    "never": "not sent: {}",
-    "schema": "left out of tool schemas: {}",
-    "strict": "unknown fields are refused; the disguise is not attached",
-    "untouched": "takes no system turns",
-    "max_tokens": "the output limit is called {}",
-    "density": "counts up to {} tokens a byte",
-    "max_output": "at most {} output tokens",
-    "context": "the context window has {} tokens",
-    "images": "takes no images",
-    "files": "takes no PDF files",
-    "reasoning_field": "reasoning goes back as: {}",
-    "placeholder": "missing reasoning is replaced by: {}",
-    "tool_choice": "tool choice beyond auto: {}",
-    "always_stream": "always asked for a stream",
-    "user_after_tool": "takes no user message right after a tool message",
-    "tool_ids": "tool ids in the form: {}",
+    # profile field: what a lesson about it is called, where its name does not say it
+    "never": "not sent",
+    "schema": "left out of tool schemas",
+    "strict": "refuses unknown fields",
+    "untouched": "takes system turns",
+    "max_tokens": "name of the output limit",
+    "density": "tokens a byte",
+    "tool_choice": "tool choice beyond auto",
 }
 
 
 def lesson_text(field, value):
-    """A lesson as a sentence."""
-    shown = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
-    return LESSON_WORDS.get(field, field + " is now {}").format(shown)
+    """A lesson in words, for the log and the status page: "images: no"."""
+    if isinstance(value, (list, tuple)):
+        value = ", ".join(map(str, value))
+    if isinstance(value, bool):
+        value = "yes" if value else "no"
+    return "%s: %s" % (LESSON_WORDS.get(field, field.replace("_", " ")), value or "none")
 
 
 def apply_lesson(profile, changes):
