@@ -2041,13 +2041,25 @@ def estimate_tokens(body):
 
     An image or a document counts as its row of BLOCKS says, whatever its bytes in base64.
     """
-    told = list(map(body.get, ("system", "messages", "tools")))
-    total = len(compact_json(told)) // 4  # in which a character beyond ASCII has six
-    for kind, row in BLOCKS.items():
-        for block in find_blocks(body, kind) if row.tokens else ():
-            source = as_dict(block.get("source"))
-            if source.get("type", "text") != "text":
-                total += row.tokens - len(compact_json(source)) // 4
+    total, stack = 0, [body.get("system"), body.get("messages"), body.get("tools")]
+    while stack:
+        value = stack.pop()
+        if isinstance(value, str):
+            # Bytes of UTF-8 beyond one a character: about 2 for each of the others.
+            wide = len(value.encode("utf-8", "replace")) - len(value)
+            total += (len(value) - wide // 2) // 4 + wide // 3 + 1
+        elif isinstance(value, dict):
+            source = as_dict(value.get("source"))
+            kind = BLOCKS.get(str(value.get("type")))
+            if kind and kind.tokens and source.get("type", "text") != "text":
+                total += kind.tokens
+                continue
+            stack.extend(value.values())
+            total += len(value)
+        elif isinstance(value, list):
+            stack.extend(value)
+        elif value is not None:
+            total += 1
     return total
 
 
@@ -4759,11 +4771,12 @@ FIELD_PATTERNS = (
     r"""["']?loc["']?:\s*[\[(]\s*["']body["'],\s*["'](\w+)""",  # FastAPI: Mistral, NIM
     # Fireworks, xAI
     r"(?:Extra inputs are not permitted, field|Argument not supported on this model): '?(\w+)",
+    r"Unsupported (?:parameter|value): '([\w.\[\]]+)'",  # OpenAI's reasoning models
     r"does not support (?:the )?parameters?:? \[?['`\"]?(\w+)",  # xAI, Copilot
     r"Unexpected fields in the request: \{([^}]{1,400})\}",
     r"invalid (temperature|top_p): only",  # Kimi
     r"(?:unknown|unexpected|unrecognized|unsupported|invalid) "
-    r"(?:field|parameter|value|argument|keyword argument|property):? ['`\"]?([\w.]+)",
+    r"(?:field|parameter|argument|keyword argument|property):? ['`\"]?([\w.]+)",
     r"\b(\w{1,99}): Extra inputs are not permitted",
 )
 SCHEMA_WORDS = (
@@ -5000,24 +5013,30 @@ def room_after(error, profile, size):
 
 
 LESSON_WORDS = {
-    # profile field: what a lesson about it is called, where its name does not say it
-    "never": "not sent",
-    "schema": "left out of tool schemas",
-    "strict": "refuses unknown fields",
-    "untouched": "takes system turns",
-    "max_tokens": "name of the output limit",
-    "density": "tokens a byte",
-    "tool_choice": "tool choice beyond auto",
+    # profile field: its lesson as a sentence, for the log and the status page
+    "never": "not sent: {}",
+    "schema": "left out of tool schemas: {}",
+    "strict": "unknown fields are refused; the disguise is not attached",
+    "untouched": "takes no system turns",
+    "max_tokens": "the output limit is called {}",
+    "density": "counts up to {} tokens a byte",
+    "max_output": "at most {} output tokens",
+    "context": "the context window has {} tokens",
+    "images": "takes no images",
+    "files": "takes no PDF files",
+    "reasoning_field": "reasoning goes back as: {}",
+    "placeholder": "missing reasoning is replaced by: {}",
+    "tool_choice": "tool choice beyond auto: {}",
+    "always_stream": "always asked for a stream",
+    "user_after_tool": "takes no user message right after a tool message",
+    "tool_ids": "tool ids in the form: {}",
 }
 
 
 def lesson_text(field, value):
-    """A lesson in words, for the log and the status page: "images: no"."""
-    if isinstance(value, (list, tuple)):
-        value = ", ".join(map(str, value))
-    if isinstance(value, bool):
-        value = "yes" if value else "no"
-    return "%s: %s" % (LESSON_WORDS.get(field, field.replace("_", " ")), value or "none")
+    """A lesson as a sentence."""
+    shown = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+    return LESSON_WORDS.get(field, field + " is now {}").format(shown)
 
 
 def apply_lesson(profile, changes):
