@@ -5140,11 +5140,12 @@ def url_origin(url):
     return parts.scheme, host, parts.port or PORTS[parts.scheme]
 
 
-def basic_auth(name, parts):
-    """((name, value),) for the user and password of a split URL (RFC 7617), () without a user."""
-    pair = [urllib.parse.unquote(each or "") for each in (parts.username, parts.password)]
-    value = "Basic " + base64.b64encode(":".join(pair).encode("utf-8")).decode("ascii")
-    return ((name, value),) if parts.username else ()
+def basic_auth(name, url):
+    """((name, value),) for the user and password of a URL (RFC 7617), () without a user."""
+    parts = urllib.parse.urlsplit(url)
+    pair = "%s:%s" % (parts.username, parts.password or "")
+    value = base64.b64encode(urllib.parse.unquote_to_bytes(pair)).decode("ascii")
+    return ((name, "Basic " + value),) if parts.username else ()
 
 
 def find_way(scheme, host, port):
@@ -5154,7 +5155,7 @@ def find_way(scheme, host, port):
     proxy = proxies.get(scheme) or proxies.get("all")
     if not proxy or is_loopback(host) or bypass(host_port(host, port)):
         return Way(scheme, host, port)
-    setting, (kind, _, place) = scheme.upper() + "_PROXY", proxy.rpartition("://")
+    setting, (kind, _, proxy) = scheme.upper() + "_PROXY", proxy.rpartition("://")
     # The ssl module cannot run TLS with the origin inside TLS with the proxy, and to talk plainly
     # to a proxy that is written with https:// would show its password to the network.
     if kind.lower() not in ("", "http"):
@@ -5163,13 +5164,13 @@ def find_way(scheme, host, port):
             "most do, or name %s in NO_PROXY" % (kind, setting, host),
             kind="connect",
         )
+    proxy = "http://" + proxy
     try:
-        address = url_origin("http://" + place)[1:]
+        address = url_origin(proxy)[1:]
     except ValueError:
         said = "the proxy setting for %s has no valid host and port: correct %s" % (host, setting)
         raise UpstreamError(said, kind="connect")
-    parts = urllib.parse.urlsplit("http://" + place)
-    return Way(scheme, host, port, address, basic_auth("Proxy-Authorization", parts))
+    return Way(scheme, host, port, address, basic_auth("Proxy-Authorization", proxy))
 
 
 READ, WRITE = 1, 4  # POLLIN and POLLOUT, which Windows lacks
@@ -5179,16 +5180,14 @@ def new_poll(*wanted):
     """poll(seconds) -> {file number: its state} of those sockets that are as wanted, or closed; it
     waits for the first of them at most that long. wanted: (socket, state as poll() has them); a
     None among the sockets does not count."""
+    wanted = [(sock.fileno(), state) for sock, state in wanted if sock]
     if hasattr(select, "poll"):
         poll = select.poll()
-        for sock, state in wanted:
-            if sock:
-                poll.register(sock, state)
+        for pair in wanted:
+            poll.register(*pair)
         return lambda seconds: dict(poll.poll(seconds * 1000))
 
-    lists = [
-        [s.fileno() for s, state in wanted if s and state == each] for each in (READ, WRITE, 0)
-    ]
+    lists = [[n for n, state in wanted if state == each] for each in (READ, WRITE, 0)]
 
     def wait(seconds):  # on Windows, where select() takes no empty lists
         ready = select.select(*lists, seconds) if any(lists) else time.sleep(seconds)
@@ -5211,7 +5210,7 @@ def request_parts(way, url, headers):
     framing = ("content-length", "transfer-encoding")  # http.client's business
     fields = {name: value for name, value in headers.items() if name.lower() not in framing}
     if "authorization" not in map(str.lower, fields):
-        fields.update(basic_auth("Authorization", parts))
+        fields.update(basic_auth("Authorization", url))
     if way.proxy and way.scheme == "http":
         target = "http://" + host_port(way.host, way.port) + target
         fields.update(way.proxy_auth)
@@ -5522,8 +5521,8 @@ class Reply:
         is_plain = coding in ("", "identity")
         if not is_plain and coding not in ("gzip", "x-gzip", "deflate"):
             raise UpstreamError(
-                "%s compresses its answer with %s although it was asked not to: only gzip and "
-                "deflate can be read" % (peer, ascii(coding)),
+                "%s compresses its answer with %s; only gzip and deflate can be read"
+                % (peer, ascii(coding)),
                 kind="body",
             )
         try:
@@ -5602,8 +5601,8 @@ def connect_error(way, error):
         (
             untrusted,
             "%s shows a certificate that is not trusted here (%s): if a company proxy or a private "
-            "CA signed it, name the CA's file in SSL_CERT_FILE or --ca-bundle (NODE_EXTRA_CA_CERTS "
-            "is for Node only)",
+            "CA signed it, name the CA's file in SSL_CERT_FILE or --ca-bundle (not in "
+            "NODE_EXTRA_CA_CERTS)",
         ),
         (
             isinstance(error, ssl.SSLError),
@@ -5616,8 +5615,7 @@ def connect_error(way, error):
         ),
         (
             isinstance(error, (socket.gaierror, UnicodeError)),
-            "the host name of %s cannot be resolved (%s): check the base URL, the network and any "
-            "proxy",
+            "the host name of %s cannot be resolved (%s): check the base URL and the network",
         ),
         (
             True,
@@ -5835,8 +5833,7 @@ class Upstream:
                 context.load_cert_chain(*self.client_cert.split(",", 1))
         except OSError as error:
             raise UpstreamError(
-                "the CA bundle %s or the client certificate %s cannot be loaded (%s): it must be a "
-                "PEM file"
+                "the CA bundle %s or client certificate %s is no PEM file that can be loaded (%s)"
                 % (ascii(self.ca_bundle), ascii(self.client_cert), error.strerror or error),
                 500,
                 kind="request",
@@ -5949,10 +5946,9 @@ def write_file(path, text, mode=0o600):
             file.write(text)
         os.chmod(part, mode)
         os.replace(part, path)
-    except (OSError, ValueError):
+    finally:
         if os.path.exists(part):
             os.unlink(part)
-        raise
 
 
 # ---- The key: which requests may share an answer
@@ -6652,9 +6648,9 @@ def read_recording(folder):
         try:
             with open(os.path.join(folder, name), encoding="utf-8") as file:
                 for reply in json.load(file)["replies"]:
-                    headers, body = dict(reply.get("headers") or {}), reply.get("body") or ""
-                    status = int(reply["status"])
-                    replies.append({"status": status, "headers": headers, "body": str(body)})
+                    headers, body = dict(reply.get("headers") or {}), str(reply.get("body") or "")
+                    reply = {"status": int(reply["status"]), "headers": headers, "body": body}
+                    replies.append(reply)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             words = "replay: %s is not a recorded exchange (%s: %s)"
             raise ValueError(words % (name, type(error).__name__, error))
@@ -6980,8 +6976,8 @@ class Proxy:
         self.found[(plan.base, plan.model)] = owner, context
         if 0 < context < SMALL_CONTEXT:
             self.warn(
-                "%s has a context window of %d tokens; Claude Code's first request alone has about"
-                " 13,000" % (plan.model, context)
+                "%s has a context window of %d tokens; Claude Code's first request has about 13,000"
+                % (plan.model, context)
             )
 
     def note_wrong_key(self):
@@ -7255,8 +7251,6 @@ class Exchange:
                     self.first_ms = self.spent_ms()
                 yield batch
                 batch = []
-        if batch:
-            yield batch
 
     def batches(self):
         """SSE text, to be written as it comes: one piece for all that one read brought.
@@ -7576,10 +7570,7 @@ class Exchange:
             "time": row["time"],
             "id": self.id,
             "row": row,
-            # without what tells who and where the user is
-            "request": {
-                name: HIDDEN if name in PERSONAL else value for name, value in self.body.items()
-            },
+            "request": omit(self.body, PERSONAL),  # without who and where the user is
             "sent": self.sent,
             "client_headers": dict(self.headers.items()),
         }
@@ -7873,16 +7864,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
     MessageClass = Fields
 
     ROUTES = (
-        # method, pattern of the path, name of the method, which replies itself or returns JSON
-        ("POST", r".*/v1/messages/?", "post_messages"),
-        ("POST", r".*/v1/messages/count_tokens/?", "post_count_tokens"),
-        ("GET", r".*/v1/models(?:/(.+?))?/?", "get_models"),
-        ("GET", r"/health/?|/api/hello", "get_health"),
-        ("GET", r"/", "get_root"),
-        ("GET", r"/stats/?", "get_stats"),
-        ("GET", r"/cache/stats/?", "get_cache_stats"),
-        ("POST", r"/cache/clear(-expired)?/?", "post_cache_clear"),
-        ("POST", r"/lessons/forget/?", "post_lessons_forget"),
+        # pattern of the path, method of this class for an HTTP method: it replies, or returns JSON
+        (".*/v1/messages/?", "post_messages"),
+        (".*/v1/messages/count_tokens/?", "post_count_tokens"),
+        (".*/v1/models(?:/(.+?))?/?", "get_models"),
+        ("/health/?|/api/hello", "get_health"),
+        ("/", "get_root"),
+        ("/stats/?", "get_stats"),
+        ("/cache/stats/?", "get_cache_stats"),
+        ("/cache/clear(-expired)?/?", "post_cache_clear"),
+        ("/lessons/forget/?", "post_lessons_forget"),
     )
 
     # -- the connection
@@ -8020,8 +8011,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def route(self):
         """Call the method that answers; ProxyError where there is none (404, 405)."""
         wanted = "GET" if self.command == "HEAD" else self.command
-        for method, pattern, name in self.ROUTES:
-            found = re.fullmatch(pattern, self.path)
+        for pattern, name in self.ROUTES:
+            method, found = name.split("_")[0].upper(), re.fullmatch(pattern, self.path)
             if found and method == wanted:
                 value = getattr(self, name)(*found.groups())
                 return self.send_json(value) if value else None
@@ -8061,15 +8052,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if key and not known and not self.wants_page():
             self.proxy.note_wrong_key()
             raise ProxyError(
-                "the proxy key is missing or wrong: set ANTHROPIC_AUTH_TOKEN (or ANTHROPIC_API_KEY)"
-                " of Claude Code to the ANTHROPIC_API_KEY of ccfix",
+                "the proxy key is missing or wrong: set ANTHROPIC_AUTH_TOKEN of Claude Code to the"
+                " ANTHROPIC_API_KEY of ccfix",
                 401,
                 headers=NEVER,
             )
         if not is_secret and not self.server.answers_to(host, settings.allowed_hosts):
             raise ProxyError(
-                "ccfix does not answer to the host name %s; add it to ALLOWED_HOSTS, or set a proxy"
-                " key (ANTHROPIC_API_KEY)" % ascii(host)[:100],
+                "ccfix does not answer to the host name %s; add it to ALLOWED_HOSTS, or set"
+                " ANTHROPIC_API_KEY" % ascii(host)[:100],
                 403,
             )
 
@@ -9088,18 +9079,23 @@ def usage_errors(words):
 # ---- files ---------------------------------------------------------------------------------------
 
 
+def read_file(path):
+    """The first MB of a file. Raises OSError, ValueError; a pipe or device would never end."""
+    if not os.path.isfile(path):
+        raise OSError("it is gone, or not a file")
+    with open(path, "rb") as file:
+        return file.read(1 << 20)
+
+
 def file_text(path):
-    """The content of a text file, at most its first MB; "" where it cannot be read.
+    """The content of a text file; "" where it cannot be read.
 
     utf-8-sig: editors on Windows begin a file with a byte order mark, which JSON does not know.
     """
     try:
-        if os.path.isfile(path):  # a pipe or device would never end
-            with open(path, encoding="utf-8-sig", errors="replace") as file:
-                return file.read(1 << 20)
+        return read_file(path).decode("utf-8-sig", "replace")
     except (OSError, ValueError):
-        pass
-    return ""
+        return ""
 
 
 # ---- the log -------------------------------------------------------------------------------------
@@ -9209,15 +9205,11 @@ def check_target(settings):
 
 
 def read_env(path):
-    """The text of a file of settings. Raises SettingError; a pipe or device would never end."""
+    """The text of a file of settings. Raises SettingError."""
     try:
-        if not os.path.isfile(path):
-            raise SettingError("it is gone, or not a file")
-        with open(path, "rb") as file:
-            raw = file.read(1 << 20)
+        return decode_env(read_file(path), locale.getpreferredencoding(False))
     except OSError as e:
-        raise SettingError(e.strerror)
-    return decode_env(raw, locale.getpreferredencoding(False))
+        raise SettingError(e.strerror or str(e))
 
 
 def lies_beside_us(path):
@@ -9957,11 +9949,11 @@ ADVICE = {
     "path": "check the base URL (-b, TARGET_API_BASE): most end in /v1",
     "overflow": "choose a model with a larger context window, or raise the server's "
     "(llama.cpp: -c, vLLM: --max-model-len, Ollama: OLLAMA_CONTEXT_LENGTH=65536)",
-    "timeout": "try again; for a slow server, raise TARGET_TIMEOUT",
+    "timeout": "try again, or raise TARGET_TIMEOUT",
     "rate": "wait, or ask the provider for a higher limit",
     "overloaded": "try again later, or set TARGET_MODEL_FALLBACK",
     "server": "try again later, or see the server's own log",
-    "cut": "try again, or see the logs of the server and of proxies in between",
+    "cut": "try again, or see the server's own log",
     "sampling": TRAINED,
 }
 # profile -> what makes tools work there, where a model trained for them is not enough
@@ -10163,7 +10155,7 @@ def judge_text(answer):
         return fail("a tool call instead of text", TRAINED)
     if answer.blocks("thinking"):
         return ok("thinking only, within %d tokens" % ANSWER_TOKENS)
-    return fail("an empty answer", "see the server's log: its chat template may not fit the model")
+    return fail("an empty answer", "see the server's log: its chat template may not fit")
 
 
 # The stream.
@@ -10174,7 +10166,7 @@ def judge_stream(answer):
     if not answer.marks:
         return fail("an empty stream", ADVICE["server"])
     if len(answer.marks) == 1 and answer.output > 8:
-        return ok("all in one piece, at the end: the server or a proxy holds it back")
+        return ok("all in one piece: the server or a proxy holds it back")
     return ok("%d pieces in %.1f s" % (len(answer.marks), answer.marks[-1]))
 
 
@@ -10255,7 +10247,7 @@ def judge_thinking(answer):
     size = sum(len(block["thinking"]) for block in answer.blocks("thinking"))
     if size:
         return ok("%d characters" % size)
-    return skip("none shown: the model does not reason, or the provider hides it")
+    return skip("none shown: the model has none, or the provider hides it")
 
 
 def judge_sight(answer):
@@ -10430,7 +10422,7 @@ def run_checks(tester, progress=False):
             continue
         if verdict.status == "fail" and number < GATES:
             blocked = skip('not tried: first "%s" must work' % name)
-        row = Verdict(*redact(verdict, tester.settings.secrets()))._asdict()
+        row = redact(verdict._asdict(), tester.settings.secrets())
         ms = round((time.monotonic() - began) * 1000)
         yield dict(row, name=name, required=required, ms=ms)
 
@@ -10729,7 +10721,7 @@ TARGET_OPTIONS = (
     option("--demo", "use the embedded demo model: no key, no network", action=SWITCH),
     option(
         "--replay",
-        "answer with the replies that --record DIR wrote, in order, instead of a provider's",
+        "answer with the replies that --record DIR wrote, in order",
         metavar="DIR",
     ),
 )
@@ -10747,8 +10739,8 @@ INIT_OPTIONS = (option("--force", "replace the file if it exists", action=SWITCH
 INSTALL_OPTIONS = (
     option(
         "--dir",
-        "the folder for everything (default: ~/.local/bin, and ~/.local/share/ccfix for the module;"
-        " on Windows one of %%LOCALAPPDATA%%)",
+        "the folder for everything (default: ~/.local/bin and ~/.local/share/ccfix, on Windows"
+        " %%LOCALAPPDATA%%)",
         metavar="DIR",
     ),
     option("--force", "replace another program's file of that name", action=SWITCH),
@@ -10815,8 +10807,7 @@ def settings_help():
     rows = textwrap.TextWrapper(76, "  ", " " * 27, break_on_hyphens=False)
     lines = [
         "settings without a flag, in the environment or .env (the command line wins, then",
-        "the environment, .env, Claude Code's settings.json; keys are best kept in .env,",
-        "since everyone on a machine can read command lines):",
+        "the environment; keep keys in .env, as everyone can read command lines):",
     ]
     for row in SETTINGS:
         if not row.flags:
@@ -10835,9 +10826,7 @@ def help_epilog(name, command):
     if command.example:
         parts.append("examples:\n" + re.sub(r"(?m)^", "  ", command.example))
     if command.settings:
-        hint = (
-            "Settings without a flag stand in the environment or .env; ccfix --help has\nthe list."
-        )
+        hint = "For the settings without a flag see ccfix --help."
         parts.append(settings_help() if command.act in (serve, check) else hint)
     return "\n\n".join(parts)
 

@@ -16733,7 +16733,7 @@ BUILT = {
     "coerce_scalar": lambda: ccfix.STRING_FORMS.values(),
     "tagged_call": lambda: ccfix.CALLS.values(),
     "json_value": lambda: [ccfix.CLOSER, *filter(None, ccfix.CALLS.values())],
-    "route": lambda: [pattern for _, pattern, _ in ccfix.Handler.ROUTES],
+    "route": lambda: [pattern for pattern, _ in ccfix.Handler.ROUTES],
     "parse_arguments": lambda: [r"""[^\w/.~$-]|true$|false$|[^{]*"\s*:|x["']?\s*[:=]"""],
     "demo_reply": lambda: [words for _, _, words in ccfix.DEMO_CALLS],
 }
