@@ -5245,10 +5245,8 @@ class Head(http.client.HTTPResponse):
         coding = codings.strip(" \t").lower()
         lengths = {length.strip(" \t") for length in self.headers.get_all("Content-Length", ())}
         self.chunked = coding == "chunked"
-        if coding not in ("identity", "chunked") or self.chunked and lengths:
-            raise ValueError("a Transfer-Encoding that cannot be")
-        if len(lengths) > 1 or not all(re.fullmatch("[0-9]{1,18}", length) for length in lengths):
-            raise ValueError("a Content-Length that is not one number")
+        if not re.fullmatch("chunked|identity(,[0-9]{1,18})?", ",".join([coding, *lengths])):
+            raise ValueError("a Content-Length or Transfer-Encoding that cannot be")
 
 
 class Inlet(io.BufferedReader):
@@ -7076,31 +7074,26 @@ class Proxy:
         plan = self.plan_of(settings)
         profile, has_key = plan.profile, bool(settings.anthropic_api_key)
         plans = [self.plan_of(settings, family) for family in FAMILIES + ("fallback", "image")]
-        return {
-            "name": "ccfix",
-            "version": __version__,
-            "time": self.now(),
-            "uptime_s": round(self.now() - self.started, 1),
-            "address": address,
-            "proxy_key": has_key,
-            "demo": profile.name == "demo",
-            "target": dict(
-                place_of(plan),
-                profile=profile.name,
-                format=profile.format,
-                context=profile.context,
-                max_output=profile.max_output,
-            ),
-            "disguise": {"model": settings.disguise_model, "api_base": settings.disguise_api_base},
-            "routes": [dict(place_of(row), family=row.family) for row in plans if row.family],
-            "connect": dict(connect_lines(address, has_key and "YOUR_PROXY_KEY")),
-            "totals": dict(self.ledger.totals(), active=self.active),
-            "series": self.ledger.series(),
-            "requests": self.ledger.rows(100),
-            "lessons": self.lesson_rows(),
-            "cache": self.cache_status(settings),
-            "settings": settings.shown(),
-        }
+        target = {name: getattr(profile, name) for name in ("format", "context", "max_output")}
+        return dict(
+            name="ccfix",
+            version=__version__,
+            time=self.now(),
+            uptime_s=round(self.now() - self.started, 1),
+            address=address,
+            proxy_key=has_key,
+            demo=profile.name == "demo",
+            target=dict(place_of(plan), profile=profile.name, **target),
+            disguise=dict(model=settings.disguise_model, api_base=settings.disguise_api_base),
+            routes=[dict(place_of(row), family=row.family) for row in plans if row.family],
+            connect=dict(connect_lines(address, has_key and "YOUR_PROXY_KEY")),
+            totals=dict(self.ledger.totals(), active=self.active),
+            series=self.ledger.series(),
+            requests=self.ledger.rows(100),
+            lessons=self.lesson_rows(),
+            cache=self.cache_status(settings),
+            settings=settings.shown(),
+        )
 
     def cache_status(self, settings):
         """What GET /cache/stats tells: the counts of the store, and how the cache is set up."""
@@ -7114,13 +7107,13 @@ class Proxy:
     def lesson_rows(self):
         """[{upstream, model, field, value, text}] of all lessons."""
         return [
-            {
-                "upstream": urllib.parse.urlsplit(base).netloc.rpartition("@")[2],
-                "model": model,
-                "field": field,
-                "value": value,
-                "text": lesson_text(field, value),
-            }
+            dict(
+                upstream=urllib.parse.urlsplit(base).netloc.rpartition("@")[2],
+                model=model,
+                field=field,
+                value=value,
+                text=lesson_text(field, value),
+            )
             for (base, model), changes in list(self.lessons.items())
             for field, value in changes.items()
         ]
@@ -7566,14 +7559,14 @@ class Exchange:
         self.proxy.log("error" if status >= 500 else "info", row_text(row))
         if self.settings.log_level != "debug" and not self.proxy.recorder:
             return
-        told = {
-            "time": row["time"],
-            "id": self.id,
-            "row": row,
-            "request": omit(self.body, PERSONAL),  # without who and where the user is
-            "sent": self.sent,
-            "client_headers": dict(self.headers.items()),
-        }
+        told = dict(
+            time=row["time"],
+            id=self.id,
+            row=row,
+            request=omit(self.body, PERSONAL),  # without who and where the user is
+            sent=self.sent,
+            client_headers=dict(self.headers.items()),
+        )
         if self.settings.log_level == "debug":
             shown = redact(told, self.proxy.secrets, 500)
             self.proxy.log("debug", self.id + " " + compact_json(shown))
@@ -7653,8 +7646,8 @@ def is_search(body):
     return bool(tools) and all(kind.startswith("web_search_") for kind in tools)
 
 
-HIT = {"type": "web_search_result", "encrypted_content": "", "page_age": None}
-SEARCH_ERROR = {"type": "web_search_tool_result_error", "error_code": "unavailable"}
+HIT = dict(type="web_search_result", encrypted_content="", page_age=None)
+SEARCH_ERROR = dict(type="web_search_tool_result_error", error_code="unavailable")
 NO_SEARCH = (
     "Web search is not configured: set SEARCH_URL in ccfix to a SearXNG address."
     " No search was made."
@@ -7678,11 +7671,10 @@ def search_message(exchange):
         except (ProxyError, ValueError) as error:
             text = "The web search failed: %s" % error
     call_id = "srvtoolu_" + exchange.proxy.new_id()
-    call = {"type": "server_tool_use", "id": call_id, "name": "web_search"}
-    call["input"] = {"query": query}
-    result = {"type": "web_search_tool_result", "tool_use_id": call_id, "content": content}
+    call = dict(type="server_tool_use", id=call_id, name="web_search", input={"query": query})
+    result = dict(type="web_search_tool_result", tool_use_id=call_id, content=content)
     blocks = [call, result, text_block(text)]
-    return {"type": "message", "role": "assistant", "content": blocks, "stop_reason": "end_turn"}
+    return dict(type="message", role="assistant", content=blocks, stop_reason="end_turn")
 
 
 def search_web(exchange, query):
@@ -8693,10 +8685,7 @@ function setState(color, text) {
 }
 const refresh = () => document.hidden || call("stats").then(show).catch(lose);
 function lose({ cause, message }) {
-  if (cause !== 401) {
-    if (byId("state").className === "accent") tell("Not up to date: " + message + ".");
-    return setState("bad", message);
-  }
+  if (cause !== 401) return setState("bad", message);
   if (memory.ccfixKey) tell("That key was not accepted.");
   memory.ccfixKey = "";
   form.hidden = false;
@@ -9271,19 +9260,18 @@ class Config:
         """[(origin, {ENV_NAME: string})], the most trusted first."""
         claude, file = os.path.expanduser("~/.claude/settings.json"), dotenv(self.text)
         self.notes = near_misses([*file, *self.environ])
+        name = os.path.basename(self.path)
+        if self.is_foreign:
+            name, file = FOLDER, self.trusted_values(file)
         layers = [
             ("the environment", self.environ),
-            (
-                (FOLDER, self.trusted_values(file))
-                if self.is_foreign
-                else (os.path.basename(self.path), file)
-            ),
+            (name, file),
             ("~/.claude/settings.json", claude_layer(file_text(claude))),
             ("found on this machine", self.found),
         ]
         if self.alone:
             layers = [
-                (name, {key: values[key] for key in values if not self.TARGET_ROWS.match(key)})
+                (name, omit(values, list(filter(self.TARGET_ROWS.match, values))))
                 for name, values in layers
             ]
         return [("the command line", self.given)] + layers
@@ -9897,20 +9885,20 @@ ANSWER_TOKENS = 400  # enough for a model that thinks before it calls a tool
 FIRST_REQUEST = 13000  # tokens of Claude Code's first request, by its own count
 
 # The tool of all rows about tools, described as Claude Code describes its own.
-WEATHER = {
-    "name": "get_weather",
-    "description": "The weather at a place.",
-    "input_schema": {
-        "type": "object",
-        "properties": {"place": {"type": "string"}},
-        "required": ["place"],
-        "additionalProperties": False,
-    },
-}
+WEATHER = dict(
+    name="get_weather",
+    description="The weather at a place.",
+    input_schema=dict(
+        type="object",
+        properties={"place": {"type": "string"}},
+        required=["place"],
+        additionalProperties=False,
+    ),
+)
 # A red square of 64 x 64 pixels, since some vision models refuse a picture of under 28.
 RED_PNG = "iVBORw0KGgoAAAANSUhEUgAAAEAAAABAAQMAAACQp+OdAAAAA1BMVEX/AAAZ4gk3AAAAD0lEQVR42mNgGAWj"
 RED_PNG += "gHwAAAJAAAHgTR1EAAAAAElFTkSuQmCC"
-RED_SQUARE = {"type": "base64", "media_type": "image/png", "data": RED_PNG}
+RED_SQUARE = dict(type="base64", media_type="image/png", data=RED_PNG)
 # name -> arguments of Tester.ask. Each is asked once, however many rows look at its answer.
 QUESTIONS = {
     "plain": dict(content="Reply with the one word: pong", stream=False),
@@ -9919,7 +9907,7 @@ QUESTIONS = {
     "forced": dict(  # the words alone would not lead to a call
         content="Good morning! I am in Rome.",
         tools=[WEATHER],
-        tool_choice={"type": "tool", "name": WEATHER["name"]},
+        tool_choice=dict(type="tool", name=WEATHER["name"]),
     ),
     "parallel": dict(
         content="What is the weather in Paris and in Rome? Call the tool for both at once.",
@@ -9929,12 +9917,12 @@ QUESTIONS = {
     "thinking": dict(
         content="How many times is the letter r in strawberry? Think first.",
         max_tokens=1200,
-        thinking={"type": "enabled", "budget_tokens": 1024},
+        thinking=dict(type="enabled", budget_tokens=1024),
     ),
     "image": dict(
         content=[
-            {"type": "image", "source": RED_SQUARE},
-            {"type": "text", "text": "Which colour is this picture?"},
+            dict(type="image", source=RED_SQUARE),
+            text_block("Which colour is this picture?"),
         ]
     ),
 }
@@ -10037,12 +10025,8 @@ class Answer:
 
 def question_body(model, content):
     """The body of an Anthropic request with one user message."""
-    return {
-        "model": model,
-        "max_tokens": ANSWER_TOKENS,
-        "stream": True,
-        "messages": [{"role": "user", "content": content}],
-    }
+    messages = [dict(role="user", content=content)]
+    return dict(model=model, max_tokens=ANSWER_TOKENS, stream=True, messages=messages)
 
 
 class Tester:
@@ -10228,13 +10212,13 @@ def takes_result(tester):
     if error or not answer.calls():
         return skip("there is no call to answer")
     results = [
-        {"type": "tool_result", "tool_use_id": call["id"], "content": "11 degrees, rain"}
+        dict(type="tool_result", tool_use_id=call["id"], content="11 degrees, rain")
         for call in answer.blocks("tool_use")
     ]
     messages = [
-        {"role": "user", "content": QUESTIONS["tool"]["content"]},
-        {"role": "assistant", "content": answer.content},
-        {"role": "user", "content": results},
+        dict(role="user", content=QUESTIONS["tool"]["content"]),
+        dict(role="assistant", content=answer.content),
+        dict(role="user", content=results),
     ]
     return judge_text(tester.ask(tools=[WEATHER], messages=messages))
 
@@ -10753,8 +10737,8 @@ class Command(NamedTuple):
     act: object  # (config, options) -> exit code
     help: str  # what it does, in a line
     options: tuple = ()  # its own, beside the settings' flags
-    settings: bool = True  # whether it takes the settings' flags
     example: str = ""  # shown under its --help
+    settings: bool = True  # whether it takes the settings' flags
 
 
 COMMANDS = {
@@ -10762,26 +10746,26 @@ COMMANDS = {
         serve,
         "serve; what is done without a command",
         TARGET_OPTIONS,
-        example="ccfix -k KEY -b https://api.example.com/v1 -m MODEL",
+        "ccfix -k KEY -b https://api.example.com/v1 -m MODEL",
     ),
     "run": Command(
         run,
         "start a proxy and Claude Code on it, for one session",
         TARGET_OPTIONS,
-        example="ccfix run\nccfix run -m MODEL -- -p \"hello\"",
+        "ccfix run\nccfix run -m MODEL -- -p \"hello\"",
     ),
     "check": Command(
         check,
         "try the model, and print what works and how to fix the rest",
         CHECK_OPTIONS,
-        example="ccfix check\nccfix check --base-url http://127.0.0.1:8080\n"
+        "ccfix check\nccfix check --base-url http://127.0.0.1:8080\n"
         "exit code: 0 if Claude Code can work with it, 1 if not",
     ),
     "init": Command(
         init,
         "ask for provider, key and model, and write .env",
         INIT_OPTIONS,
-        example="ccfix init\nccfix init -b https://api.example.com/v1 -k KEY -m MODEL",
+        "ccfix init\nccfix init -b https://api.example.com/v1 -k KEY -m MODEL",
     ),
     "install": Command(
         install,
