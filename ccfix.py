@@ -5196,6 +5196,13 @@ def new_poll(*wanted):
     return wait
 
 
+def start_thread(target, *args):
+    """Run a function in a thread that does not keep the program alive -> the thread."""
+    thread = threading.Thread(target=target, args=args, daemon=True)
+    thread.start()
+    return thread
+
+
 def poll_socket(sock, seconds, state=READ):
     """Whether `sock` can be read (or written) within so many seconds. None: it only waits."""
     return bool(new_poll((sock, state))(seconds))
@@ -5414,7 +5421,7 @@ class Line(io.RawIOBase):
         again."""
         said = "%s %s for %g s: it is overloaded or stuck; try again, or raise the timeout"
         said %= self.peer, seen, self.timeout
-        return UpstreamError(said, 504, "timeout_error", kind="timeout")
+        return UpstreamError(said, 504, kind="timeout")
 
     def garbage(self, seen, alert=False):
         """What came is not an answer. alert: it is one of TLS, whose records of this kind begin
@@ -5768,8 +5775,7 @@ class Upstream:
         # It tries each address of the name in turn, as urllib does; that is why a name with a dead
         # IPv6 address takes connect_timeout longer.
         address = way.proxy or (way.host, way.port)
-        thread = threading.Thread(target=connect, daemon=True)
-        thread.start()
+        thread = start_thread(connect)
         try:
             while thread.is_alive():
                 wait(None, 0)
@@ -8603,7 +8609,7 @@ thead:only-child::after { content: "No request yet."; display: block; padding: 7
       <thead class="wide">
         <tr><th>Name</th><th>Value</th><th>From</th></tr>
       </thead>
-      <tbody></tbody>
+      <tbody id="settings-rows"></tbody>
     </table>
   </div>
 </main>
@@ -8630,7 +8636,8 @@ function el(kind, ...children) {
 }
 const svg = (tag, ...rest) =>
   fill(document.createElementNS("http://www.w3.org/2000/svg", tag), ...rest);
-function sync(parent, items, build) {
+function sync(id, items, build) {
+  const parent = byId(id);
   const kept = new Map([...parent.children].map(child => [child.key, child]));
   const keys = items.map(item => JSON.stringify(item));
   kept.forEach((child, key) => keys.includes(key) || child.remove());
@@ -8706,17 +8713,17 @@ async function copy(source) {
 function show(stats) {
   form.hidden = true;
   byId("content").hidden = false;
-  setState("accent", list(stats.demo && "demo", "up " + span(stats.uptime_s), stats.address));
+  setState("accent", list(stats.demo && "demo", `up ${span(stats.uptime_s)}`, stats.address));
   put("version", stats.version);
   showModels(stats);
-  sync(byId("tiles"), tilesOf(stats.totals), tile);
+  sync("tiles", tilesOf(stats.totals), tile);
   const plots = stats.totals.cost === null ? PLOTS.slice(0, -1) : PLOTS;
-  sync(byId("plots"), plots.map(plot => [...plot, stats.series]), plotFigure);
-  sync(byId("connect"), Object.entries(stats.connect), shellCard);
-  sync(byId("requests"), [null, ...stats.requests], row => row ? requestRow(row) : HEAD);
+  sync("plots", plots.map(plot => [...plot, stats.series]), plotFigure);
+  sync("connect", Object.entries(stats.connect), shellCard);
+  sync("requests", [null, ...stats.requests], row => row ? requestRow(row) : HEAD);
   showCache(stats.cache);
   showLessons(stats.lessons);
-  sync(byId("settings").tBodies[0], stats.settings, settingRow);
+  sync("settings-rows", stats.settings, settingRow);
 }
 const pair = ([name, text]) => el("div", el("dt", name), el("dd", text));
 function showModels({ target, disguise, routes }) {
@@ -8725,8 +8732,8 @@ function showModels({ target, disguise, routes }) {
   put("disguise-base", disguise.api_base);
   put("target", target.model);
   put("target-base", list(target.api_base, "profile " + target.profile, target.format));
-  sync(byId("routes"), routes,
-    row => el("li", row.family + " \u2192 " + row.model + " at " + row.api_base));
+  sync("routes", routes,
+    row => el("li", `${row.family} \u2192 ${row.model} at ${row.api_base}`));
 }
 function tilesOf({ requests, active, errors, input, output, cache_read, cost, unpriced }) {
   return [
@@ -8762,7 +8769,7 @@ function plotFigure([title, format, top, parts, series]) {
     .map((row, x) => ({ x, t: row.t, values: parts.map(([, , figure]) => figure(row)) }))
     .filter(({ values }) => Number.isFinite(values[0]));
   const sums = bars.map(({ values }) => values.reduce((a, b) => a + b)), peak = Math.max(...sums);
-  const summary = bars.length ? "last " + format(sums.at(-1)) + ", peak " + format(peak)
+  const summary = bars.length ? `last ${format(sums.at(-1))}, peak ${format(peak)}`
     : "nothing yet";
   const view = { viewBox: "0 0 60 100", preserveAspectRatio: "none", "aria-hidden": true };
   const scale = 96 / (top || peak || 1);
@@ -8806,7 +8813,7 @@ const DETAILS = [
   ["When", row => new Date(row.time * 1000).toLocaleString("en-GB")],
   ...FIGURES.map(([title, , cell]) => [title, cell]),
   ["Cost", row => money(row.cost)],
-  ["Bytes", row => list(bytes(row.bytes_in) + " in", bytes(row.bytes_out) + " out")],
+  ["Bytes", row => `${bytes(row.bytes_in)} in${DOT}${bytes(row.bytes_out)} out`],
   ["Mode", row => list(row.stream ? "streamed" : "whole", row.cache && "cache " + row.cache)],
   ["Session", row => row.session],
   ["Id", row => row.id],
@@ -8836,21 +8843,21 @@ function detailRow(row) {
 }
 function showCache(cache) {
   put("cache-mode", !cache.enabled ? "Off (CACHE_ENABLED)"
-    : "On, key mode " + cache.mode + ", kept for " + span(cache.ttl));
+    : `On, key mode ${cache.mode}, kept for ${span(cache.ttl)}`);
   put("cache-error", cache.error || "");
-  sync(byId("cache-text"), !cache.enabled ? [] : [
+  sync("cache-text", !cache.enabled ? [] : [
     ["Hit rate", list(percent(cache.hit_rate),
-      number(cache.hits) + " hits, " + number(cache.misses) + " misses")],
+      `${number(cache.hits)} hits, ${number(cache.misses)} misses`)],
     ["Kept", list(count(cache.entries, "entry") || "no entry", bytes(cache.bytes))],
-    ["So far", number(cache.inserts) + " stored, " + number(cache.evictions) + " evicted"],
+    ["So far", `${number(cache.inserts)} stored, ${number(cache.evictions)} evicted`],
     ["Saved", duration(cache.saved_ms) + " of waiting"],
   ], pair);
 }
 function showLessons(lessons) {
   put("lessons-count", count(lessons.length, "lesson") || "Nothing had to be learned yet.");
   byId("lessons-forget").hidden = !lessons.length;
-  sync(byId("lessons"), lessons,
-    row => el("li", row.text, el("small", row.model + " at " + row.upstream)));
+  sync("lessons", lessons,
+    row => el("li", row.text, el("small", `${row.model} at ${row.upstream}`)));
 }
 function settingRow({ name, help, value, origin }) {
   return el("tr",
@@ -9005,13 +9012,6 @@ class DemoModel(http.server.BaseHTTPRequestHandler):
         self.wfile.write(data)
 
 
-def start_thread(target, *args):
-    """Run a function in a thread that does not keep the program alive -> the thread."""
-    thread = threading.Thread(target=target, args=args, daemon=True)
-    thread.start()
-    return thread
-
-
 def start_model(handler=DemoModel, source=None):
     """Serve a handler on a free loopback port -> its base URL. `source` is its server.proxy."""
     server = Server(("127.0.0.1", 0), source, handler)
@@ -9024,7 +9024,7 @@ def start_model(handler=DemoModel, source=None):
 # ==================================================================================================
 
 
-class Usage(Exception):
+class Usage(SettingError):
     """The command cannot go on as it was given; its arguments, lines, say what to do.
 
     main() prints them and ends with exit code 2, as argparse does for a wrong flag.
@@ -9325,17 +9325,13 @@ class Config:
             if old.anthropic_api_key and not new.anthropic_api_key:
                 raise SettingError("without ANTHROPIC_API_KEY anybody could use the proxy")
             self.log.configure(new)
-        except (SettingError, Usage) as e:
+        except SettingError as e:
             self.text = old_text
             said = "was changed but cannot be used, the old settings stay"
             return self.log("warning", "%s %s: %s" % (self.path, said, e))
         self.settings = new
         changed = [
-            (
-                row.env
-                if row.secret
-                else "%s = %s" % (row.env, without_password(str(getattr(new, row.name))))
-            )
+            "%s = %s" % (row.env, without_password(new.shown_value(row)))
             for row in SETTINGS
             if getattr(old, row.name) != getattr(new, row.name)
         ]
@@ -10565,7 +10561,7 @@ def installed_files(directory, windows=os.name == "nt"):
         folder = local / "Microsoft/WindowsApps"
         if str(folder).lower() not in os.environ.get("PATH", "").lower().split(";"):
             folder = local / "Programs/ccfix"
-    folder = Path(os.path.abspath(directory or str(folder)))
+    folder = Path(os.path.abspath(directory or folder))
     if not data.is_absolute():  # the XDG base directory specification says to ignore it then
         data = Path(home, ".local/share")
     module_folder = folder / "ccfix-module" if windows or directory else data / "ccfix"
@@ -10932,7 +10928,7 @@ def main(argv=None):
     try:
         command, options = command_line(sys.argv[1:] if argv is None else argv)
         return command.act(config_of(command, options), options)
-    except (Usage, SettingError) as e:
+    except SettingError as e:
         notify(*e.args)
         return 2
     except KeyboardInterrupt:

@@ -15111,7 +15111,9 @@ class TestLiveSettings(CommandsCase):
         )
         self.assertEqual(
             self.lines,
-            ["info .env was changed: TARGET_API_KEY; TARGET_MODEL = two; CACHE_ENABLED = True"],
+            [
+                "info .env was changed: TARGET_API_KEY = set; TARGET_MODEL = two; CACHE_ENABLED = true"
+            ],
         )
 
     def test_a_change_names_no_password_of_an_address(self):
