@@ -7069,7 +7069,7 @@ class Proxy:
             headers = upstream_headers(plan, headers)
             url, upstream = plan.url(plan.format.count_path), self.upstream(settings)
             try:
-                _, found = get_json(upstream, url, headers, wait, 10, sent)
+                found = get_json(upstream, url, headers, wait, 10, sent)
             except ProxyError as error:
                 self.log("debug", "count_tokens of the provider failed: %s" % error)
         return {"input_tokens": positive_int(found, "input_tokens") or estimate_tokens(body)}
@@ -7131,14 +7131,13 @@ def place_of(plan):
 
 
 def get_json(upstream, url, headers, wait=None, timeout=None, body=None):
-    """(HTTP status, JSON object) with which a URL answers (to a POST where there is a body).
+    """The JSON object with which a URL answers (to a POST where there is a body).
 
     {} for anything else, and for an error status. timeout: seconds. Raises ProxyError.
     """
-    method, data = ("GET", None) if body is None else ("POST", to_json_bytes(body))
+    method, data = ("POST", to_json_bytes(body)) if body else ("GET", None)
     with contextlib.closing(upstream.open(method, url, headers, data, wait, timeout)) as reply:
-        found = as_dict(json_or_none(reply.read(4 << 20))) if reply.status == 200 else {}
-        return reply.status, found
+        return as_dict(json_or_none(reply.read(4 << 20))) if reply.status == 200 else {}
 
 
 # Fields in which rows of /models tell the context window, in tokens, the surest first.
@@ -7159,7 +7158,7 @@ def ask_provider(upstream, plan, headers, wait=None):
     """
 
     def ask(url):
-        return get_json(upstream, url, headers, wait, timeout=5)[1]
+        return get_json(upstream, url, headers, wait, 5)
 
     rows = [as_dict(row) for row in as_list(ask(plan.url(plan.format.models_path)).get("data"))]
     named = [row for row in rows if row.get("id") == plan.model]
@@ -7196,7 +7195,7 @@ def connect_lines(address, key):
 
 
 # Fields of a ledger row that are attributes of an Exchange.
-ROW_FIELDS = "id asked stream bytes_in bytes_out retries lessons first_ms broke".split()
+ROW_FIELDS = "id asked stream bytes_in bytes_out retries lessons first_ms broke cache".split()
 
 
 class Exchange:
@@ -7228,7 +7227,7 @@ class Exchange:
         self.lessons = []  # what was learned, in sentences
         self.replies = []  # one a try, for the record
         self.store = proxy.store if self.settings.cache_enabled else None  # a Cache, or None
-        self.cache_state = "off"  # or miss, hit
+        self.cache = "off"  # or miss, hit
         self.key = None  # the cache key; None where the answer may not be stored
         self.bytes_in = self.bytes_out = 0  # of the request's JSON, and of the answer
         # When the request came, the client last got something, the provider last sent content.
@@ -7518,7 +7517,7 @@ class Exchange:
         self.key = cache_key(self.normalized, sent, self.settings.cache_key_mode, place)
         hit = self.store.get(self.key)
         if self.key is not None:
-            self.cache_state = "hit" if hit else "miss"
+            self.cache = "hit" if hit else "miss"
         return hit
 
     def store_answer(self, events):
@@ -7558,7 +7557,6 @@ class Exchange:
             cache_read=usage["cache_read_input_tokens"],
             cache_write=usage["cache_creation_input_tokens"],
             total_ms=self.spent_ms(),
-            cache=self.cache_state,
             error=error[:MAX_MESSAGE],
         )
         self.proxy.ledger.add(row)
@@ -7693,10 +7691,9 @@ def search_web(exchange, query):
     url += ("&" if "?" in url else "?") + urllib.parse.urlencode({"q": query, "format": "json"})
     headers = {"Accept": "application/json", "User-Agent": USER_AGENT}
     upstream = exchange.proxy.upstream(exchange.settings)
-    status, found = get_json(upstream, url, headers, exchange.wait, 30)
-    rows = found.get("results")
+    rows = get_json(upstream, url, headers, exchange.wait, 30).get("results")
     if not isinstance(rows, list):
-        raise ValueError("SEARCH_URL answered HTTP %d without a list of results" % status)
+        raise ValueError("SEARCH_URL gave no JSON with results; SearXNG must allow that format")
     return [
         (str(row.get("title") or row["url"]), str(row["url"]), str(row.get("content") or ""))
         for row in map(as_dict, rows[:10])
@@ -8233,7 +8230,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             headers = {
                 "Content-Type": "text/event-stream; charset=utf-8",
                 "Cache-Control": "no-cache",
-                "x-ccfix-cache": self.exchange.cache_state,
+                "x-ccfix-cache": self.exchange.cache,
             }
             if chunked:
                 headers["Transfer-Encoding"] = "chunked"
@@ -8277,13 +8274,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """
         if not exchange.stream:
             exchange.bytes_out = self.send_json(
-                exchange.message(), {"x-ccfix-cache": exchange.cache_state}
+                exchange.message(), {"x-ccfix-cache": exchange.cache}
             )
             return
         with contextlib.closing(exchange.batches()) as batches:
             for text in batches:
-                if text:
-                    self.write_events(text)
+                self.write_events(text)
         if self.request_version == "HTTP/1.1":
             self.write(b"0\r\n\r\n")
 
@@ -9484,7 +9480,7 @@ def fetch(url, seconds, headers=(), *tls):
     seconds.
     """
     with contextlib.closing(Upstream(seconds, seconds, *tls)) as upstream:
-        return get_json(upstream, url, dict(headers), patience(seconds), seconds)[1]
+        return get_json(upstream, url, dict(headers), patience(seconds), seconds)
 
 
 def glance(url, seconds=GLANCE_SECONDS):
@@ -9632,19 +9628,19 @@ def start_replay(folder):
 
 # ---- run: a proxy and Claude Code, for one session -----------------------------------------------
 
-CLAUDE_DEFAULTS = {
+CLAUDE_DEFAULTS = dict(
     # What a session through a proxy wants unless the user says otherwise. Measured with Claude Code
     # 2.1.330. The billing line of the system prompt differs in each conversation, so that none can
     # use what the provider's prefix cache has of another.
-    "CLAUDE_CODE_ATTRIBUTION_HEADER": "0",
+    CLAUDE_CODE_ATTRIBUTION_HEADER="0",
     # This session is not Anthropic's: no telemetry, no other host. Nothing less stops all of it.
-    "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
+    CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC="1",
     # The window of an unknown model counts as 200k tokens, not as 1M.
-    "CLAUDE_CODE_DISABLE_1M_CONTEXT": "1",
+    CLAUDE_CODE_DISABLE_1M_CONTEXT="1",
     # A local model may read a long prompt for minutes before its first word; 300 s is the default.
-    "CLAUDE_STREAM_IDLE_TIMEOUT_MS": "1500000",
-    "CLAUDE_BYTE_STREAM_IDLE_TIMEOUT_MS": "1500000",
-}
+    CLAUDE_STREAM_IDLE_TIMEOUT_MS="1500000",
+    CLAUDE_BYTE_STREAM_IDLE_TIMEOUT_MS="1500000",
+)
 CLAUDE_LIMITS = ("CLAUDE_CODE_MAX_CONTEXT_TOKENS", "CLAUDE_CODE_MAX_OUTPUT_TOKENS")
 FOREIGN = re.compile(
     # Variables that would lead Claude Code to another server, key or model: those of its own
@@ -9896,58 +9892,58 @@ RED_PNG = "iVBORw0KGgoAAAANSUhEUgAAAEAAAABAAQMAAACQp+OdAAAAA1BMVEX/AAAZ4gk3AAAAD
 RED_PNG += "gHwAAAJAAAHgTR1EAAAAAElFTkSuQmCC"
 RED_SQUARE = dict(type="base64", media_type="image/png", data=RED_PNG)
 # name -> arguments of Tester.ask. Each is asked once, however many rows look at its answer.
-QUESTIONS = {
-    "plain": dict(content="Reply with the one word: pong", stream=False),
-    "count": dict(content="Count from 1 to 30 in digits."),
-    "tool": dict(content="What is the weather in Paris? Use the tool.", tools=[WEATHER]),
-    "forced": dict(  # the words alone would not lead to a call
+QUESTIONS = dict(
+    plain=dict(content="Reply with the one word: pong", stream=False),
+    count=dict(content="Count from 1 to 30 in digits."),
+    tool=dict(content="What is the weather in Paris? Use the tool.", tools=[WEATHER]),
+    forced=dict(  # the words alone would not lead to a call
         content="Good morning! I am in Rome.",
         tools=[WEATHER],
         tool_choice=dict(type="tool", name=WEATHER["name"]),
     ),
-    "parallel": dict(
+    parallel=dict(
         content="What is the weather in Paris and in Rome? Call the tool for both at once.",
         tools=[WEATHER],
     ),
     # 1,024 is the least budget that Anthropic's API takes, and max_tokens must be above it.
-    "thinking": dict(
+    thinking=dict(
         content="How many times is the letter r in strawberry? Think first.",
         max_tokens=1200,
         thinking=dict(type="enabled", budget_tokens=1024),
     ),
-    "image": dict(
+    image=dict(
         content=[
             dict(type="image", source=RED_SQUARE),
             text_block("Which colour is this picture?"),
         ]
     ),
-}
+)
 
 TRAINED = "choose a model that was trained for tools"
 # kind of a ProxyError -> what to do. The other kinds have no fix that helps in general.
-ADVICE = {
-    "auth": "set the right key: -k KEY, or TARGET_API_KEY",
-    "billing": "add credit at the provider, or choose another one",
-    "policy": "ask the provider what this key may use",
-    "model": "choose one of its models: -m NAME, or TARGET_MODEL",
-    "path": "check the base URL (-b, TARGET_API_BASE): most end in /v1",
-    "overflow": "choose a model with a larger context window, or raise the server's "
+ADVICE = dict(
+    auth="set the right key: -k KEY, or TARGET_API_KEY",
+    billing="add credit at the provider, or choose another one",
+    policy="ask the provider what this key may use",
+    model="choose one of its models: -m NAME, or TARGET_MODEL",
+    path="check the base URL (-b, TARGET_API_BASE): most end in /v1",
+    overflow="choose a model with a larger context window, or raise the server's "
     "(llama.cpp: -c, vLLM: --max-model-len, Ollama: OLLAMA_CONTEXT_LENGTH=65536)",
-    "timeout": "try again, or raise TARGET_TIMEOUT",
-    "rate": "wait, or ask the provider for a higher limit",
-    "overloaded": "try again later, or set TARGET_MODEL_FALLBACK",
-    "server": "try again later, or see the server's own log",
-    "cut": "try again, or see the server's own log",
-    "sampling": TRAINED,
-}
+    timeout="try again, or raise TARGET_TIMEOUT",
+    rate="wait, or ask the provider for a higher limit",
+    overloaded="try again later, or set TARGET_MODEL_FALLBACK",
+    server="try again later, or see the server's own log",
+    cut="try again, or see the server's own log",
+    sampling=TRAINED,
+)
 # profile -> what makes tools work there, where a model trained for them is not enough
-NO_TOOLS = {
-    "vllm": "start vLLM with --enable-auto-tool-choice and the model's --tool-call-parser",
-    "sglang": "start SGLang with the model's --tool-call-parser",
-    "llamacpp": "start llama-server with --jinja, and " + TRAINED,
-    "ollama": "choose a model that Ollama's library tags with 'tools'",
-    "lmstudio": "choose a model that LM Studio marks with a hammer",
-}
+NO_TOOLS = dict(
+    vllm="start vLLM with --enable-auto-tool-choice and the model's --tool-call-parser",
+    sglang="start SGLang with the model's --tool-call-parser",
+    llamacpp="start llama-server with --jinja, and " + TRAINED,
+    ollama="choose a model that Ollama's library tags with 'tools'",
+    lmstudio="choose a model that LM Studio marks with a hammer",
+)
 
 
 class Verdict(NamedTuple):
@@ -10084,8 +10080,7 @@ def is_reachable(tester):
     """
     plan, settings = tester.plan, tester.settings
     upstream, url = tester.proxy.upstream(settings), plan.url(plan.format.models_path)
-    answer = get_json(upstream, url, upstream_headers(plan), patience(20))[1]
-    tester.models = model_names(answer)
+    tester.models = model_names(get_json(upstream, url, upstream_headers(plan), patience(20)))
     tester.proxy.probe(plan, patience(10))  # tells a local server's kind, and so its profile
     way = upstream.way_to(plan.base)
     seen = host_port(way.host, way.port) + " answers"
@@ -10737,45 +10732,45 @@ class Command(NamedTuple):
     settings: bool = True  # whether it takes the settings' flags
 
 
-COMMANDS = {
-    "serve": Command(
+COMMANDS = dict(
+    serve=Command(
         serve,
         "serve; what is done without a command",
         TARGET_OPTIONS,
         "ccfix -k KEY -b https://api.example.com/v1 -m MODEL",
     ),
-    "run": Command(
+    run=Command(
         run,
         "start a proxy and Claude Code on it, for one session",
         TARGET_OPTIONS,
         "ccfix run\nccfix run -m MODEL -- -p \"hello\"",
     ),
-    "check": Command(
+    check=Command(
         check,
         "try the model, and print what works and how to fix the rest",
         CHECK_OPTIONS,
         "ccfix check\nccfix check --base-url http://127.0.0.1:8080\n"
         "exit code: 0 if Claude Code can work with it, 1 if not",
     ),
-    "init": Command(
+    init=Command(
         init,
         "ask for provider, key and model, and write .env",
         INIT_OPTIONS,
         "ccfix init\nccfix init -b https://api.example.com/v1 -k KEY -m MODEL",
     ),
-    "install": Command(
+    install=Command(
         install,
         "put ccfix and ccf on the PATH (ccf alone opens the status page)",
         INSTALL_OPTIONS,
         settings=False,
     ),
-    "uninstall": Command(uninstall, "remove what install wrote", INSTALL_OPTIONS, settings=False),
-    "open": Command(
+    uninstall=Command(uninstall, "remove what install wrote", INSTALL_OPTIONS, settings=False),
+    open=Command(
         open_page,
         "open the status page of the running proxy in the browser",
         example="ccfix open\nccfix open -p 9000",
     ),
-}
+)
 USAGES = {"": "ccfix [COMMAND] [options]", "run": "ccfix run [options] [-- claude arguments]"}
 
 

@@ -10970,7 +10970,7 @@ def answer_told(proxy, body, name=""):
         if body["stream"]
         else exchange.message()
     )
-    return message, exchange.cache_state
+    return message, exchange.cache
 
 
 def client_session(proxy, date, name, questions=SESSION):
