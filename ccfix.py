@@ -6099,10 +6099,15 @@ ROW_BYTES = 200  # what a row costs besides its value: key, index, page slack
 KEPT_ROWS = 20000  # the newest, in each table but that of the answers
 
 
+def to_json_bytes(value):
+    """value as JSON in ASCII bytes."""
+    return compact_json(value).encode("ascii")
+
+
 def pack(value):
     """Compressed JSON, or None for what JSON cannot hold."""
     try:
-        return zlib.compress(compact_json(value).encode("ascii"), 6)
+        return zlib.compress(to_json_bytes(value), 6)
     except (TypeError, ValueError, RecursionError):
         return None
 
@@ -6656,7 +6661,7 @@ def read_recording(folder):
                     reply = {"status": int(reply["status"]), "headers": headers, "body": body}
                     replies.append(reply)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            words = "replay: %s is not a recorded exchange (%s: %s)"
+            words = "%s is not a recorded exchange (%s: %s)"
             raise ValueError(words % (name, type(error).__name__, error))
     return replies
 
@@ -6762,11 +6767,6 @@ def encode_request(sent):
     first = 1 if messages and messages[0][0] == "system" else 0
     system = messages[:first] + [zlib.crc32(to_json_bytes(sent.get("system")))]
     return body + b"}", Outline(system, tools, messages[first:])
-
-
-def to_json_bytes(value):
-    """value as JSON in ASCII bytes."""
-    return compact_json(value).encode("ascii")
 
 
 def name_of(tool):
@@ -7561,8 +7561,6 @@ class Exchange:
         )
         self.proxy.ledger.add(row)
         self.proxy.log("error" if status >= 500 else "info", row_text(row))
-        if self.settings.log_level != "debug" and not self.proxy.recorder:
-            return
         told = dict(
             time=row["time"],
             id=self.id,
@@ -8181,7 +8179,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return len(data)
 
     def send_json(self, value, headers=(), status=200):
-        return self.send(compact_json(value).encode(), headers, status)
+        return self.send(to_json_bytes(value), headers, status)
 
     def fail(self, error):
         """The one error funnel: answer with what went wrong -> (status, words) for the ledger.
@@ -9054,10 +9052,10 @@ def notify(message, *more):
 
 @contextlib.contextmanager
 def usage_errors(words):
-    """An OSError inside becomes a Usage: these words and the system's reason."""
+    """An OSError or ValueError inside becomes a Usage: these words and the system's reason."""
     try:
         yield
-    except (OSError, UnicodeError) as e:
+    except (OSError, ValueError) as e:
         raise Usage("%s: %s" % (words, getattr(e, "strerror", "") or e))
 
 
@@ -9615,12 +9613,10 @@ def start_replay(folder):
     The replies do not say which format they are in; only Anthropic's have "type": "message". Tries
     again would eat the next reply, so there are none.
     """
-    try:
+    with usage_errors("--replay %s cannot be used" % folder):
         replies = read_recording(folder)
-    except (OSError, ValueError) as e:
-        raise Usage("--replay cannot be used: %s" % e)
-    if not replies:
-        raise Usage("--replay: %s holds no recorded replies" % folder)
+        if not replies:
+            raise ValueError("no recorded replies")
     native = any(re.search(r'"type": ?"message(_start)?"', reply["body"]) for reply in replies)
     base = start_model(ReplayModel, collections.deque(replies))
     return target_values(base, "replay", "anthropic" if native else "openai", TARGET_RETRIES="0")
