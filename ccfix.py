@@ -6658,8 +6658,7 @@ def read_recording(folder):
             with open(os.path.join(folder, name), encoding="utf-8") as file:
                 for reply in json.load(file)["replies"]:
                     headers, body = dict(reply.get("headers") or {}), str(reply.get("body") or "")
-                    reply = {"status": int(reply["status"]), "headers": headers, "body": body}
-                    replies.append(reply)
+                    replies.append(dict(status=int(reply["status"]), headers=headers, body=body))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             words = "%s is not a recorded exchange (%s: %s)"
             raise ValueError(words % (name, type(error).__name__, error))
@@ -7049,8 +7048,7 @@ class Proxy:
             titles["claude-" + family] = "%s (%s)" % (self.plan_of(settings, family).model, family)
         constants = {"type": "model", "created_at": CREATED, "description": "through ccfix"}
         data = [dict(constants, id=name, display_name=title) for name, title in titles.items()]
-        first, last = data[0]["id"], data[-1]["id"]
-        return {"data": data, "has_more": False, "first_id": first, "last_id": last}
+        return dict(data=data, has_more=False, first_id=data[0]["id"], last_id=data[-1]["id"])
 
     def count_tokens(self, body, headers, wait=None):
         """{"input_tokens"}: the provider's own count where its format has one, else an estimate.
@@ -7387,7 +7385,7 @@ class Exchange:
         finally:
             reply.close()
             headers, body = dict(reply.headers.items()), b"".join(kept)
-            self.replies.append({"status": reply.status, "headers": headers, "body": body})
+            self.replies.append(dict(status=reply.status, headers=headers, body=body))
         proxy.memory.keep(self.writer.memory)
 
     def new_writer(self):
@@ -7768,8 +7766,7 @@ class Watch:
 
     def __init__(self, inbox, on_look=None):
         self.inbox, self.client = inbox, inbox.sock
-        self.told = inbox.told  # what is waited for of the client, and ...
-        self.seen = None  # ... what came true of it, both in poll()'s words
+        self.told = inbox.told  # what is waited for of the client, in poll()'s words
         self.on_look, self.next_look = on_look, 0
         self.socks, self.poll = None, None  # of the last wait; most are for the same sockets
 
@@ -7782,9 +7779,9 @@ class Watch:
                 self.poll = new_poll((sock, READ), (self.client, self.told))
             ready = self.poll(min(seconds, LOOK_SECONDS))
             now = time.monotonic()
-            self.seen = ready.get(self.client.fileno())
-            if self.seen:
-                self.look_at_client()
+            seen = ready.get(self.client.fileno())
+            if seen:
+                self.look_at_client(seen)
             if self.on_look and now >= self.next_look:
                 self.next_look = now + LOOK_SECONDS
                 self.on_look()
@@ -7794,9 +7791,9 @@ class Watch:
             if seconds <= 0:
                 return False
 
-    def look_at_client(self):
-        """The client hung up, was reset, or sent its next request early: ClientGone unless it may
-        still read an answer.
+    def look_at_client(self, seen):
+        """The client hung up, was reset, or sent its next request early (seen: what poll() says):
+        ClientGone unless it may still read an answer.
 
         Nobody reads that request yet, so that from then on only a hang-up counts. A client that
         closed only its sending side looks like one that left, until it is sent something: who has
@@ -7807,9 +7804,9 @@ class Watch:
         """
         is_there = False
         try:
-            if self.seen == READ:  # without HANG_UP, the end of its sending looks so too
+            if seen == READ:  # without HANG_UP, the end of its sending looks so too
                 is_there, self.told = self.client.recv(1, socket.MSG_PEEK), HANG_UP
-            elif self.seen | READ == HANG_UP | READ:
+            elif seen | READ == HANG_UP | READ:
                 self.inbox.told = self.told = 0
                 is_there = self.client.send(b"\0", socket.MSG_OOB)
         except BlockingIOError:
@@ -8295,7 +8292,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return rows.get(name) or dict(models["data"][0], id=name, display_name=name)
 
     def get_health(self):
-        return {"status": "ok", "name": "ccfix", "version": __version__}
+        return dict(status="ok", name="ccfix", version=__version__)
 
     def get_root(self):
         """The status page for browsers, JSON for everything else."""

@@ -13981,7 +13981,9 @@ class TestHangUp(HttpCase):
             ]
         )
         looks, look = [], ccfix.Watch.look_at_client
-        with mock.patch.object(ccfix.Watch, "look_at_client", lambda w: looks.append(look(w))):
+        with mock.patch.object(
+            ccfix.Watch, "look_at_client", lambda *args: looks.append(look(*args))
+        ):
             sock = self.begin(request("hi"))
             got = sock.recv(10)
             sock.sendall(self.head("GET", "/health", {"Connection": "close"}))
