@@ -8405,7 +8405,7 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
 # refresh() -> call("stats") -> show(stats) -> one function a section.
 #   el        makes an HTML element: "tag" or "tag.classes", children; fill gives it attributes
 #   svg       makes an SVG element: tag, attributes, children
-#   sync      makes parent's children show items; a child whose item is as before stays as it is,
+#   sync      makes an id's children show items; a child whose item is as before stays as it is,
 #             so that a poll takes away neither the keyboard's focus nor a selection, and opened
 #             details stay open. An item is known again by its JSON, in which a function is null
 #   orDash    what is not known (null, or 0 / 0) is a dash, in whatever format

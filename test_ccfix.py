@@ -15114,7 +15114,8 @@ class TestLiveSettings(CommandsCase):
         self.assertEqual(
             self.lines,
             [
-                "info .env was changed: TARGET_API_KEY = set; TARGET_MODEL = two; CACHE_ENABLED = true"
+                "info .env was changed: TARGET_API_KEY = set; TARGET_MODEL = two;"
+                " CACHE_ENABLED = true"
             ],
         )
 
