@@ -5109,11 +5109,12 @@ def url_origin(url):
     return parts.scheme, host, parts.port or PORTS[parts.scheme]
 
 
-def basic_auth(name, parts):
-    """((name, value),) for the user and password of a split URL (RFC 7617), () without a user."""
-    pair = [urllib.parse.unquote(each or "") for each in (parts.username, parts.password)]
-    value = "Basic " + base64.b64encode(":".join(pair).encode("utf-8")).decode("ascii")
-    return ((name, value),) if parts.username else ()
+def basic_auth(name, url):
+    """((name, value),) for the user and password of a URL (RFC 7617), () without a user."""
+    parts = urllib.parse.urlsplit(url)
+    pair = "%s:%s" % (parts.username, parts.password or "")
+    value = base64.b64encode(urllib.parse.unquote_to_bytes(pair)).decode("ascii")
+    return ((name, "Basic " + value),) if parts.username else ()
 
 
 def find_way(scheme, host, port):
@@ -5123,7 +5124,7 @@ def find_way(scheme, host, port):
     proxy = proxies.get(scheme) or proxies.get("all")
     if not proxy or is_loopback(host) or bypass(host_port(host, port)):
         return Way(scheme, host, port)
-    setting, (kind, _, place) = scheme.upper() + "_PROXY", proxy.rpartition("://")
+    setting, (kind, _, proxy) = scheme.upper() + "_PROXY", proxy.rpartition("://")
     # The ssl module cannot run TLS with the origin inside TLS with the proxy, and to talk plainly
     # to a proxy that is written with https:// would show its password to the network.
     if kind.lower() not in ("", "http"):
@@ -5132,13 +5133,13 @@ def find_way(scheme, host, port):
             "most do, or name %s in NO_PROXY" % (kind, setting, host),
             kind="connect",
         )
+    proxy = "http://" + proxy
     try:
-        address = url_origin("http://" + place)[1:]
+        address = url_origin(proxy)[1:]
     except ValueError:
         said = "the proxy setting for %s has no valid host and port: correct %s" % (host, setting)
         raise UpstreamError(said, kind="connect")
-    parts = urllib.parse.urlsplit("http://" + place)
-    return Way(scheme, host, port, address, basic_auth("Proxy-Authorization", parts))
+    return Way(scheme, host, port, address, basic_auth("Proxy-Authorization", proxy))
 
 
 READ, WRITE = 1, 4  # POLLIN and POLLOUT, which Windows lacks
@@ -5148,22 +5149,27 @@ def new_poll(*wanted):
     """poll(seconds) -> {file number: its state} of those sockets that are as wanted, or closed; it
     waits for the first of them at most that long. wanted: (socket, state as poll() has them); a
     None among the sockets does not count."""
+    wanted = [(sock.fileno(), state) for sock, state in wanted if sock]
     if hasattr(select, "poll"):
         poll = select.poll()
-        for sock, state in wanted:
-            if sock:
-                poll.register(sock, state)
+        for pair in wanted:
+            poll.register(*pair)
         return lambda seconds: dict(poll.poll(seconds * 1000))
 
-    lists = [
-        [s.fileno() for s, state in wanted if s and state == each] for each in (READ, WRITE, 0)
-    ]
+    lists = [[n for n, state in wanted if state == each] for each in (READ, WRITE, 0)]
 
     def wait(seconds):  # on Windows, where select() takes no empty lists
         ready = select.select(*lists, seconds) if any(lists) else time.sleep(seconds)
         return dict.fromkeys(sum(ready or [], []), READ)
 
     return wait
+
+
+def start_thread(target, *args):
+    """Run a function in a thread that does not keep the program alive -> the thread."""
+    thread = threading.Thread(target=target, args=args, daemon=True)
+    thread.start()
+    return thread
 
 
 def poll_socket(sock, seconds, state=READ):
@@ -5180,7 +5186,7 @@ def request_parts(way, url, headers):
     framing = ("content-length", "transfer-encoding")  # http.client's business
     fields = {name: value for name, value in headers.items() if name.lower() not in framing}
     if "authorization" not in map(str.lower, fields):
-        fields.update(basic_auth("Authorization", parts))
+        fields.update(basic_auth("Authorization", url))
     if way.proxy and way.scheme == "http":
         target = "http://" + host_port(way.host, way.port) + target
         fields.update(way.proxy_auth)
@@ -5215,10 +5221,8 @@ class Head(http.client.HTTPResponse):
         coding = codings.strip(" \t").lower()
         lengths = {length.strip(" \t") for length in self.headers.get_all("Content-Length", ())}
         self.chunked = coding == "chunked"
-        if coding not in ("identity", "chunked") or self.chunked and lengths:
-            raise ValueError("a Transfer-Encoding that cannot be")
-        if len(lengths) > 1 or not all(re.fullmatch("[0-9]{1,18}", length) for length in lengths):
-            raise ValueError("a Content-Length that is not one number")
+        if not re.fullmatch("chunked|identity(,[0-9]{1,18})?", ",".join([coding, *lengths])):
+            raise ValueError("a Content-Length or Transfer-Encoding that cannot be")
 
 
 class Inlet(io.BufferedReader):
@@ -5386,7 +5390,7 @@ class Line(io.RawIOBase):
         again."""
         said = "%s %s for %g s: it is overloaded or stuck; try again, or raise the timeout"
         said %= self.peer, seen, self.timeout
-        return UpstreamError(said, 504, "timeout_error", kind="timeout")
+        return UpstreamError(said, 504, kind="timeout")
 
     def garbage(self, seen, alert=False):
         """What came is not an answer. alert: it is one of TLS, whose records of this kind begin
@@ -5491,8 +5495,8 @@ class Reply:
         is_plain = coding in ("", "identity")
         if not is_plain and coding not in ("gzip", "x-gzip", "deflate"):
             raise UpstreamError(
-                "%s compresses its answer with %s although it was asked not to: only gzip and "
-                "deflate can be read" % (peer, ascii(coding)),
+                "%s compresses its answer with %s; only gzip and deflate can be read"
+                % (peer, ascii(coding)),
                 kind="body",
             )
         try:
@@ -5571,8 +5575,8 @@ def connect_error(way, error):
         (
             untrusted,
             "%s shows a certificate that is not trusted here (%s): if a company proxy or a private "
-            "CA signed it, name the CA's file in SSL_CERT_FILE or --ca-bundle (NODE_EXTRA_CA_CERTS "
-            "is for Node only)",
+            "CA signed it, name the CA's file in SSL_CERT_FILE or --ca-bundle (not in "
+            "NODE_EXTRA_CA_CERTS)",
         ),
         (
             isinstance(error, ssl.SSLError),
@@ -5585,8 +5589,7 @@ def connect_error(way, error):
         ),
         (
             isinstance(error, (socket.gaierror, UnicodeError)),
-            "the host name of %s cannot be resolved (%s): check the base URL, the network and any "
-            "proxy",
+            "the host name of %s cannot be resolved (%s): check the base URL and the network",
         ),
         (
             True,
@@ -5741,8 +5744,7 @@ class Upstream:
         # It tries each address of the name in turn, as urllib does; that is why a name with a dead
         # IPv6 address takes connect_timeout longer.
         address = way.proxy or (way.host, way.port)
-        thread = threading.Thread(target=connect, daemon=True)
-        thread.start()
+        thread = start_thread(connect)
         try:
             while thread.is_alive():
                 wait(None, 0)
@@ -5804,8 +5806,7 @@ class Upstream:
                 context.load_cert_chain(*self.client_cert.split(",", 1))
         except OSError as error:
             raise UpstreamError(
-                "the CA bundle %s or the client certificate %s cannot be loaded (%s): it must be a "
-                "PEM file"
+                "the CA bundle %s or client certificate %s is no PEM file that can be loaded (%s)"
                 % (ascii(self.ca_bundle), ascii(self.client_cert), error.strerror or error),
                 500,
                 kind="request",
@@ -5918,10 +5919,9 @@ def write_file(path, text, mode=0o600):
             file.write(text)
         os.chmod(part, mode)
         os.replace(part, path)
-    except (OSError, ValueError):
+    finally:
         if os.path.exists(part):
             os.unlink(part)
-        raise
 
 
 # ---- The key: which requests may share an answer
@@ -6068,10 +6068,15 @@ ROW_BYTES = 200  # what a row costs besides its value: key, index, page slack
 KEPT_ROWS = 20000  # the newest, in each table but that of the answers
 
 
+def to_json_bytes(value):
+    """value as JSON in ASCII bytes."""
+    return compact_json(value).encode("ascii")
+
+
 def pack(value):
     """Compressed JSON, or None for what JSON cannot hold."""
     try:
-        return zlib.compress(compact_json(value).encode("ascii"), 6)
+        return zlib.compress(to_json_bytes(value), 6)
     except (TypeError, ValueError, RecursionError):
         return None
 
@@ -6621,11 +6626,10 @@ def read_recording(folder):
         try:
             with open(os.path.join(folder, name), encoding="utf-8") as file:
                 for reply in json.load(file)["replies"]:
-                    headers, body = dict(reply.get("headers") or {}), reply.get("body") or ""
-                    status = int(reply["status"])
-                    replies.append({"status": status, "headers": headers, "body": str(body)})
+                    headers, body = dict(reply.get("headers") or {}), str(reply.get("body") or "")
+                    replies.append(dict(status=int(reply["status"]), headers=headers, body=body))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            words = "replay: %s is not a recorded exchange (%s: %s)"
+            words = "%s is not a recorded exchange (%s: %s)"
             raise ValueError(words % (name, type(error).__name__, error))
     return replies
 
@@ -6731,11 +6735,6 @@ def encode_request(sent):
     first = 1 if messages and messages[0][0] == "system" else 0
     system = messages[:first] + [zlib.crc32(to_json_bytes(sent.get("system")))]
     return body + b"}", Outline(system, tools, messages[first:])
-
-
-def to_json_bytes(value):
-    """value as JSON in ASCII bytes."""
-    return compact_json(value).encode("ascii")
 
 
 def name_of(tool):
@@ -6949,8 +6948,8 @@ class Proxy:
         self.found[(plan.base, plan.model)] = owner, context
         if 0 < context < SMALL_CONTEXT:
             self.warn(
-                "%s has a context window of %d tokens; Claude Code's first request alone has about"
-                " 13,000" % (plan.model, context)
+                "%s has a context window of %d tokens; Claude Code's first request has about 13,000"
+                % (plan.model, context)
             )
 
     def note_wrong_key(self):
@@ -7018,8 +7017,7 @@ class Proxy:
             titles["claude-" + family] = "%s (%s)" % (self.plan_of(settings, family).model, family)
         constants = {"type": "model", "created_at": CREATED, "description": "through ccfix"}
         data = [dict(constants, id=name, display_name=title) for name, title in titles.items()]
-        first, last = data[0]["id"], data[-1]["id"]
-        return {"data": data, "has_more": False, "first_id": first, "last_id": last}
+        return dict(data=data, has_more=False, first_id=data[0]["id"], last_id=data[-1]["id"])
 
     def count_tokens(self, body, headers, wait=None):
         """{"input_tokens"}: the provider's own count where its format has one, else an estimate.
@@ -7038,7 +7036,7 @@ class Proxy:
             headers = upstream_headers(plan, headers)
             url, upstream = plan.url(plan.format.count_path), self.upstream(settings)
             try:
-                _, found = get_json(upstream, url, headers, wait, 10, sent)
+                found = get_json(upstream, url, headers, wait, 10, sent)
             except ProxyError as error:
                 self.log("debug", "count_tokens of the provider failed: %s" % error)
         return {"input_tokens": positive_int(found, "input_tokens") or estimate_tokens(body)}
@@ -7049,31 +7047,26 @@ class Proxy:
         plan = self.plan_of(settings)
         profile, has_key = plan.profile, bool(settings.anthropic_api_key)
         plans = [self.plan_of(settings, family) for family in FAMILIES + ("fallback", "image")]
-        return {
-            "name": "ccfix",
-            "version": __version__,
-            "time": self.now(),
-            "uptime_s": round(self.now() - self.started, 1),
-            "address": address,
-            "proxy_key": has_key,
-            "demo": profile.name == "demo",
-            "target": dict(
-                place_of(plan),
-                profile=profile.name,
-                format=profile.format,
-                context=profile.context,
-                max_output=profile.max_output,
-            ),
-            "disguise": {"model": settings.disguise_model, "api_base": settings.disguise_api_base},
-            "routes": [dict(place_of(row), family=row.family) for row in plans if row.family],
-            "connect": dict(connect_lines(address, has_key and "YOUR_PROXY_KEY")),
-            "totals": dict(self.ledger.totals(), active=self.active),
-            "series": self.ledger.series(),
-            "requests": self.ledger.rows(100),
-            "lessons": self.lesson_rows(),
-            "cache": self.cache_status(settings),
-            "settings": settings.shown(),
-        }
+        target = {name: getattr(profile, name) for name in ("format", "context", "max_output")}
+        return dict(
+            name="ccfix",
+            version=__version__,
+            time=self.now(),
+            uptime_s=round(self.now() - self.started, 1),
+            address=address,
+            proxy_key=has_key,
+            demo=profile.name == "demo",
+            target=dict(place_of(plan), profile=profile.name, **target),
+            disguise=dict(model=settings.disguise_model, api_base=settings.disguise_api_base),
+            routes=[dict(place_of(row), family=row.family) for row in plans if row.family],
+            connect=dict(connect_lines(address, has_key and "YOUR_PROXY_KEY")),
+            totals=dict(self.ledger.totals(), active=self.active),
+            series=self.ledger.series(),
+            requests=self.ledger.rows(100),
+            lessons=self.lesson_rows(),
+            cache=self.cache_status(settings),
+            settings=settings.shown(),
+        )
 
     def cache_status(self, settings):
         """What GET /cache/stats tells: the counts of the store, and how the cache is set up."""
@@ -7087,13 +7080,13 @@ class Proxy:
     def lesson_rows(self):
         """[{upstream, model, field, value, text}] of all lessons."""
         return [
-            {
-                "upstream": urllib.parse.urlsplit(base).netloc.rpartition("@")[2],
-                "model": model,
-                "field": field,
-                "value": value,
-                "text": lesson_text(field, value),
-            }
+            dict(
+                upstream=urllib.parse.urlsplit(base).netloc.rpartition("@")[2],
+                model=model,
+                field=field,
+                value=value,
+                text=lesson_text(field, value),
+            )
             for (base, model), changes in list(self.lessons.items())
             for field, value in changes.items()
         ]
@@ -7105,14 +7098,13 @@ def place_of(plan):
 
 
 def get_json(upstream, url, headers, wait=None, timeout=None, body=None):
-    """(HTTP status, JSON object) with which a URL answers (to a POST where there is a body).
+    """The JSON object with which a URL answers (to a POST where there is a body).
 
     {} for anything else, and for an error status. timeout: seconds. Raises ProxyError.
     """
-    method, data = ("GET", None) if body is None else ("POST", to_json_bytes(body))
+    method, data = ("POST", to_json_bytes(body)) if body else ("GET", None)
     with contextlib.closing(upstream.open(method, url, headers, data, wait, timeout)) as reply:
-        found = as_dict(json_or_none(reply.read(4 << 20))) if reply.status == 200 else {}
-        return reply.status, found
+        return as_dict(json_or_none(reply.read(4 << 20))) if reply.status == 200 else {}
 
 
 # Fields in which rows of /models tell the context window, in tokens, the surest first.
@@ -7133,7 +7125,7 @@ def ask_provider(upstream, plan, headers, wait=None):
     """
 
     def ask(url):
-        return get_json(upstream, url, headers, wait, timeout=5)[1]
+        return get_json(upstream, url, headers, wait, 5)
 
     rows = [as_dict(row) for row in as_list(ask(plan.url(plan.format.models_path)).get("data"))]
     named = [row for row in rows if row.get("id") == plan.model]
@@ -7170,7 +7162,7 @@ def connect_lines(address, key):
 
 
 # Fields of a ledger row that are attributes of an Exchange.
-ROW_FIELDS = "id asked stream bytes_in bytes_out retries lessons first_ms broke".split()
+ROW_FIELDS = "id asked stream bytes_in bytes_out retries lessons first_ms broke cache".split()
 
 
 class Exchange:
@@ -7202,7 +7194,7 @@ class Exchange:
         self.lessons = []  # what was learned, in sentences
         self.replies = []  # one a try, for the record
         self.store = proxy.store if self.settings.cache_enabled else None  # a Cache, or None
-        self.cache_state = "off"  # or miss, hit
+        self.cache = "off"  # or miss, hit
         self.key = None  # the cache key; None where the answer may not be stored
         self.bytes_in = self.bytes_out = 0  # of the request's JSON, and of the answer
         # When the request came, the client last got something, the provider last sent content.
@@ -7224,8 +7216,6 @@ class Exchange:
                     self.first_ms = self.spent_ms()
                 yield batch
                 batch = []
-        if batch:
-            yield batch
 
     def batches(self):
         """SSE text, to be written as it comes: one piece for all that one read brought.
@@ -7364,7 +7354,7 @@ class Exchange:
         finally:
             reply.close()
             headers, body = dict(reply.headers.items()), b"".join(kept)
-            self.replies.append({"status": reply.status, "headers": headers, "body": body})
+            self.replies.append(dict(status=reply.status, headers=headers, body=body))
         proxy.memory.keep(self.writer.memory)
 
     def new_writer(self):
@@ -7494,7 +7484,7 @@ class Exchange:
         self.key = cache_key(self.normalized, sent, self.settings.cache_key_mode, place)
         hit = self.store.get(self.key)
         if self.key is not None:
-            self.cache_state = "hit" if hit else "miss"
+            self.cache = "hit" if hit else "miss"
         return hit
 
     def store_answer(self, events):
@@ -7534,24 +7524,18 @@ class Exchange:
             cache_read=usage["cache_read_input_tokens"],
             cache_write=usage["cache_creation_input_tokens"],
             total_ms=self.spent_ms(),
-            cache=self.cache_state,
             error=error[:MAX_MESSAGE],
         )
         self.proxy.ledger.add(row)
         self.proxy.log("error" if status >= 500 else "info", row_text(row))
-        if self.settings.log_level != "debug" and not self.proxy.recorder:
-            return
-        told = {
-            "time": row["time"],
-            "id": self.id,
-            "row": row,
-            # without what tells who and where the user is
-            "request": {
-                name: HIDDEN if name in PERSONAL else value for name, value in self.body.items()
-            },
-            "sent": self.sent,
-            "client_headers": dict(self.headers.items()),
-        }
+        told = dict(
+            time=row["time"],
+            id=self.id,
+            row=row,
+            request=omit(self.body, PERSONAL),  # without who and where the user is
+            sent=self.sent,
+            client_headers=dict(self.headers.items()),
+        )
         if self.settings.log_level == "debug":
             shown = redact(told, self.proxy.secrets, 500)
             self.proxy.log("debug", self.id + " " + compact_json(shown))
@@ -7631,8 +7615,8 @@ def is_search(body):
     return bool(tools) and all(kind.startswith("web_search_") for kind in tools)
 
 
-HIT = {"type": "web_search_result", "encrypted_content": "", "page_age": None}
-SEARCH_ERROR = {"type": "web_search_tool_result_error", "error_code": "unavailable"}
+HIT = dict(type="web_search_result", encrypted_content="", page_age=None)
+SEARCH_ERROR = dict(type="web_search_tool_result_error", error_code="unavailable")
 NO_SEARCH = (
     "Web search is not configured: set SEARCH_URL in ccfix to a SearXNG address."
     " No search was made."
@@ -7656,11 +7640,10 @@ def search_message(exchange):
         except (ProxyError, ValueError) as error:
             text = "The web search failed: %s" % error
     call_id = "srvtoolu_" + exchange.proxy.new_id()
-    call = {"type": "server_tool_use", "id": call_id, "name": "web_search"}
-    call["input"] = {"query": query}
-    result = {"type": "web_search_tool_result", "tool_use_id": call_id, "content": content}
+    call = dict(type="server_tool_use", id=call_id, name="web_search", input={"query": query})
+    result = dict(type="web_search_tool_result", tool_use_id=call_id, content=content)
     blocks = [call, result, text_block(text)]
-    return {"type": "message", "role": "assistant", "content": blocks, "stop_reason": "end_turn"}
+    return dict(type="message", role="assistant", content=blocks, stop_reason="end_turn")
 
 
 def search_web(exchange, query):
@@ -7673,10 +7656,9 @@ def search_web(exchange, query):
     url += ("&" if "?" in url else "?") + urllib.parse.urlencode({"q": query, "format": "json"})
     headers = {"Accept": "application/json", "User-Agent": USER_AGENT}
     upstream = exchange.proxy.upstream(exchange.settings)
-    status, found = get_json(upstream, url, headers, exchange.wait, 30)
-    rows = found.get("results")
+    rows = get_json(upstream, url, headers, exchange.wait, 30).get("results")
     if not isinstance(rows, list):
-        raise ValueError("SEARCH_URL answered HTTP %d without a list of results" % status)
+        raise ValueError("SEARCH_URL gave no JSON with results; SearXNG must allow that format")
     return [
         (str(row.get("title") or row["url"]), str(row["url"]), str(row.get("content") or ""))
         for row in map(as_dict, rows[:10])
@@ -7753,8 +7735,7 @@ class Watch:
 
     def __init__(self, inbox, on_look=None):
         self.inbox, self.client = inbox, inbox.sock
-        self.told = inbox.told  # what is waited for of the client, and ...
-        self.seen = None  # ... what came true of it, both in poll()'s words
+        self.told = inbox.told  # what is waited for of the client, in poll()'s words
         self.on_look, self.next_look = on_look, 0
         self.socks, self.poll = None, None  # of the last wait; most are for the same sockets
 
@@ -7767,9 +7748,9 @@ class Watch:
                 self.poll = new_poll((sock, READ), (self.client, self.told))
             ready = self.poll(min(seconds, LOOK_SECONDS))
             now = time.monotonic()
-            self.seen = ready.get(self.client.fileno())
-            if self.seen:
-                self.look_at_client()
+            seen = ready.get(self.client.fileno())
+            if seen:
+                self.look_at_client(seen)
             if self.on_look and now >= self.next_look:
                 self.next_look = now + LOOK_SECONDS
                 self.on_look()
@@ -7779,9 +7760,9 @@ class Watch:
             if seconds <= 0:
                 return False
 
-    def look_at_client(self):
-        """The client hung up, was reset, or sent its next request early: ClientGone unless it may
-        still read an answer.
+    def look_at_client(self, seen):
+        """The client hung up, was reset, or sent its next request early (seen: what poll() says):
+        ClientGone unless it may still read an answer.
 
         Nobody reads that request yet, so that from then on only a hang-up counts. A client that
         closed only its sending side looks like one that left, until it is sent something: who has
@@ -7792,9 +7773,9 @@ class Watch:
         """
         is_there = False
         try:
-            if self.seen == READ:  # without HANG_UP, the end of its sending looks so too
+            if seen == READ:  # without HANG_UP, the end of its sending looks so too
                 is_there, self.told = self.client.recv(1, socket.MSG_PEEK), HANG_UP
-            elif self.seen | READ == HANG_UP | READ:
+            elif seen | READ == HANG_UP | READ:
                 self.inbox.told = self.told = 0
                 is_there = self.client.send(b"\0", socket.MSG_OOB)
         except BlockingIOError:
@@ -7842,16 +7823,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
     MessageClass = Fields
 
     ROUTES = (
-        # method, pattern of the path, name of the method, which replies itself or returns JSON
-        ("POST", r".*/v1/messages/?", "post_messages"),
-        ("POST", r".*/v1/messages/count_tokens/?", "post_count_tokens"),
-        ("GET", r".*/v1/models(?:/(.+?))?/?", "get_models"),
-        ("GET", r"/health/?|/api/hello", "get_health"),
-        ("GET", r"/", "get_root"),
-        ("GET", r"/stats/?", "get_stats"),
-        ("GET", r"/cache/stats/?", "get_cache_stats"),
-        ("POST", r"/cache/clear(-expired)?/?", "post_cache_clear"),
-        ("POST", r"/lessons/forget/?", "post_lessons_forget"),
+        # pattern of the path, method of this class for an HTTP method: it replies, or returns JSON
+        (".*/v1/messages/?", "post_messages"),
+        (".*/v1/messages/count_tokens/?", "post_count_tokens"),
+        (".*/v1/models(?:/(.+?))?/?", "get_models"),
+        ("/health/?|/api/hello", "get_health"),
+        ("/", "get_root"),
+        ("/stats/?", "get_stats"),
+        ("/cache/stats/?", "get_cache_stats"),
+        ("/cache/clear(-expired)?/?", "post_cache_clear"),
+        ("/lessons/forget/?", "post_lessons_forget"),
     )
 
     # -- the connection
@@ -7988,8 +7969,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def route(self):
         """Call the method that answers; ProxyError where there is none (404, 405)."""
         wanted = "GET" if self.command == "HEAD" else self.command
-        for method, pattern, name in self.ROUTES:
-            found = re.fullmatch(pattern, self.path)
+        for pattern, name in self.ROUTES:
+            method, found = name.split("_")[0].upper(), re.fullmatch(pattern, self.path)
             if found and method == wanted:
                 value = getattr(self, name)(*found.groups())
                 return self.send_json(value) if value else None
@@ -8029,15 +8010,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if key and not known and not self.wants_page():
             self.proxy.note_wrong_key()
             raise ProxyError(
-                "the proxy key is missing or wrong: set ANTHROPIC_AUTH_TOKEN (or ANTHROPIC_API_KEY)"
-                " of Claude Code to the ANTHROPIC_API_KEY of ccfix",
+                "the proxy key is missing or wrong: set ANTHROPIC_AUTH_TOKEN of Claude Code to the"
+                " ANTHROPIC_API_KEY of ccfix",
                 401,
                 headers=NEVER,
             )
         if not is_secret and not self.server.answers_to(host, settings.allowed_hosts):
             raise ProxyError(
-                "ccfix does not answer to the host name %s; add it to ALLOWED_HOSTS, or set a proxy"
-                " key (ANTHROPIC_API_KEY)" % ascii(host)[:100],
+                "ccfix does not answer to the host name %s; add it to ALLOWED_HOSTS, or set"
+                " ANTHROPIC_API_KEY" % ascii(host)[:100],
                 403,
             )
 
@@ -8170,7 +8151,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return len(data)
 
     def send_json(self, value, headers=(), status=200):
-        return self.send(compact_json(value).encode(), headers, status)
+        return self.send(to_json_bytes(value), headers, status)
 
     def fail(self, error):
         """The one error funnel: answer with what went wrong -> (status, words) for the ledger.
@@ -8219,7 +8200,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             headers = {
                 "Content-Type": "text/event-stream; charset=utf-8",
                 "Cache-Control": "no-cache",
-                "x-ccfix-cache": self.exchange.cache_state,
+                "x-ccfix-cache": self.exchange.cache,
             }
             if chunked:
                 headers["Transfer-Encoding"] = "chunked"
@@ -8263,13 +8244,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """
         if not exchange.stream:
             exchange.bytes_out = self.send_json(
-                exchange.message(), {"x-ccfix-cache": exchange.cache_state}
+                exchange.message(), {"x-ccfix-cache": exchange.cache}
             )
             return
         with contextlib.closing(exchange.batches()) as batches:
             for text in batches:
-                if text:
-                    self.write_events(text)
+                self.write_events(text)
         if self.request_version == "HTTP/1.1":
             self.write(b"0\r\n\r\n")
 
@@ -8287,7 +8267,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return rows.get(name) or dict(models["data"][0], id=name, display_name=name)
 
     def get_health(self):
-        return {"status": "ok", "name": "ccfix", "version": __version__}
+        return dict(status="ok", name="ccfix", version=__version__)
 
     def get_root(self):
         """The status page for browsers, JSON for everything else."""
@@ -8400,7 +8380,7 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
 # refresh() -> call("stats") -> show(stats) -> one function a section.
 #   el        makes an HTML element: "tag" or "tag.classes", children; fill gives it attributes
 #   svg       makes an SVG element: tag, attributes, children
-#   sync      makes parent's children show items; a child whose item is as before stays as it is,
+#   sync      makes an id's children show items; a child whose item is as before stays as it is,
 #             so that a poll takes away neither the keyboard's focus nor a selection, and opened
 #             details stay open. An item is known again by its JSON, in which a function is null
 #   orDash    what is not known (null, or 0 / 0) is a dash, in whatever format
@@ -8595,7 +8575,7 @@ thead:only-child::after { content: "No request yet."; display: block; padding: 7
       <thead class="wide">
         <tr><th>Name</th><th>Value</th><th>From</th></tr>
       </thead>
-      <tbody></tbody>
+      <tbody id="settings-rows"></tbody>
     </table>
   </div>
 </main>
@@ -8622,7 +8602,8 @@ function el(kind, ...children) {
 }
 const svg = (tag, ...rest) =>
   fill(document.createElementNS("http://www.w3.org/2000/svg", tag), ...rest);
-function sync(parent, items, build) {
+function sync(id, items, build) {
+  const parent = byId(id);
   const kept = new Map([...parent.children].map(child => [child.key, child]));
   const keys = items.map(item => JSON.stringify(item));
   kept.forEach((child, key) => keys.includes(key) || child.remove());
@@ -8677,10 +8658,7 @@ function setState(color, text) {
 }
 const refresh = () => document.hidden || call("stats").then(show).catch(lose);
 function lose({ cause, message }) {
-  if (cause !== 401) {
-    if (byId("state").className === "accent") tell("Not up to date: " + message + ".");
-    return setState("bad", message);
-  }
+  if (cause !== 401) return setState("bad", message);
   if (memory.ccfixKey) tell("That key was not accepted.");
   memory.ccfixKey = "";
   form.hidden = false;
@@ -8701,17 +8679,17 @@ async function copy(source) {
 function show(stats) {
   form.hidden = true;
   byId("content").hidden = false;
-  setState("accent", list(stats.demo && "demo", "up " + span(stats.uptime_s), stats.address));
+  setState("accent", list(stats.demo && "demo", `up ${span(stats.uptime_s)}`, stats.address));
   put("version", stats.version);
   showModels(stats);
-  sync(byId("tiles"), tilesOf(stats.totals), tile);
+  sync("tiles", tilesOf(stats.totals), tile);
   const plots = stats.totals.cost === null ? PLOTS.slice(0, -1) : PLOTS;
-  sync(byId("plots"), plots.map(plot => [...plot, stats.series]), plotFigure);
-  sync(byId("connect"), Object.entries(stats.connect), shellCard);
-  sync(byId("requests"), [null, ...stats.requests], row => row ? requestRow(row) : HEAD);
+  sync("plots", plots.map(plot => [...plot, stats.series]), plotFigure);
+  sync("connect", Object.entries(stats.connect), shellCard);
+  sync("requests", [null, ...stats.requests], row => row ? requestRow(row) : HEAD);
   showCache(stats.cache);
   showLessons(stats.lessons);
-  sync(byId("settings").tBodies[0], stats.settings, settingRow);
+  sync("settings-rows", stats.settings, settingRow);
 }
 const pair = ([name, text]) => el("div", el("dt", name), el("dd", text));
 function showModels({ target, disguise, routes }) {
@@ -8720,8 +8698,8 @@ function showModels({ target, disguise, routes }) {
   put("disguise-base", disguise.api_base);
   put("target", target.model);
   put("target-base", list(target.api_base, "profile " + target.profile, target.format));
-  sync(byId("routes"), routes,
-    row => el("li", row.family + " \u2192 " + row.model + " at " + row.api_base));
+  sync("routes", routes,
+    row => el("li", `${row.family} \u2192 ${row.model} at ${row.api_base}`));
 }
 function tilesOf({ requests, active, errors, input, output, cache_read, cost, unpriced }) {
   return [
@@ -8757,7 +8735,7 @@ function plotFigure([title, format, top, parts, series]) {
     .map((row, x) => ({ x, t: row.t, values: parts.map(([, , figure]) => figure(row)) }))
     .filter(({ values }) => Number.isFinite(values[0]));
   const sums = bars.map(({ values }) => values.reduce((a, b) => a + b)), peak = Math.max(...sums);
-  const summary = bars.length ? "last " + format(sums.at(-1)) + ", peak " + format(peak)
+  const summary = bars.length ? `last ${format(sums.at(-1))}, peak ${format(peak)}`
     : "nothing yet";
   const view = { viewBox: "0 0 60 100", preserveAspectRatio: "none", "aria-hidden": true };
   const scale = 96 / (top || peak || 1);
@@ -8801,7 +8779,7 @@ const DETAILS = [
   ["When", row => new Date(row.time * 1000).toLocaleString("en-GB")],
   ...FIGURES.map(([title, , cell]) => [title, cell]),
   ["Cost", row => money(row.cost)],
-  ["Bytes", row => list(bytes(row.bytes_in) + " in", bytes(row.bytes_out) + " out")],
+  ["Bytes", row => `${bytes(row.bytes_in)} in${DOT}${bytes(row.bytes_out)} out`],
   ["Mode", row => list(row.stream ? "streamed" : "whole", row.cache && "cache " + row.cache)],
   ["Session", row => row.session],
   ["Id", row => row.id],
@@ -8831,21 +8809,21 @@ function detailRow(row) {
 }
 function showCache(cache) {
   put("cache-mode", !cache.enabled ? "Off (CACHE_ENABLED)"
-    : "On, key mode " + cache.mode + ", kept for " + span(cache.ttl));
+    : `On, key mode ${cache.mode}, kept for ${span(cache.ttl)}`);
   put("cache-error", cache.error || "");
-  sync(byId("cache-text"), !cache.enabled ? [] : [
+  sync("cache-text", !cache.enabled ? [] : [
     ["Hit rate", list(percent(cache.hit_rate),
-      number(cache.hits) + " hits, " + number(cache.misses) + " misses")],
+      `${number(cache.hits)} hits, ${number(cache.misses)} misses`)],
     ["Kept", list(count(cache.entries, "entry") || "no entry", bytes(cache.bytes))],
-    ["So far", number(cache.inserts) + " stored, " + number(cache.evictions) + " evicted"],
+    ["So far", `${number(cache.inserts)} stored, ${number(cache.evictions)} evicted`],
     ["Saved", duration(cache.saved_ms) + " of waiting"],
   ], pair);
 }
 function showLessons(lessons) {
   put("lessons-count", count(lessons.length, "lesson") || "Nothing had to be learned yet.");
   byId("lessons-forget").hidden = !lessons.length;
-  sync(byId("lessons"), lessons,
-    row => el("li", row.text, el("small", row.model + " at " + row.upstream)));
+  sync("lessons", lessons,
+    row => el("li", row.text, el("small", `${row.model} at ${row.upstream}`)));
 }
 function settingRow({ name, help, value, origin }) {
   return el("tr",
@@ -9000,13 +8978,6 @@ class DemoModel(http.server.BaseHTTPRequestHandler):
         self.wfile.write(data)
 
 
-def start_thread(target, *args):
-    """Run a function in a thread that does not keep the program alive -> the thread."""
-    thread = threading.Thread(target=target, args=args, daemon=True)
-    thread.start()
-    return thread
-
-
 def start_model(handler=DemoModel, source=None):
     """Serve a handler on a free loopback port -> its base URL. `source` is its server.proxy."""
     server = Server(("127.0.0.1", 0), source, handler)
@@ -9019,7 +8990,7 @@ def start_model(handler=DemoModel, source=None):
 # ==================================================================================================
 
 
-class Usage(Exception):
+class Usage(SettingError):
     """The command cannot go on as it was given; its arguments, lines, say what to do.
 
     main() prints them and ends with exit code 2, as argparse does for a wrong flag.
@@ -9053,28 +9024,33 @@ def notify(message, *more):
 
 @contextlib.contextmanager
 def usage_errors(words):
-    """An OSError inside becomes a Usage: these words and the system's reason."""
+    """An OSError or ValueError inside becomes a Usage: these words and the system's reason."""
     try:
         yield
-    except (OSError, UnicodeError) as e:
+    except (OSError, ValueError) as e:
         raise Usage("%s: %s" % (words, getattr(e, "strerror", "") or e))
 
 
 # ---- files ---------------------------------------------------------------------------------------
 
 
+def read_file(path):
+    """The first MB of a file. Raises OSError, ValueError; a pipe or device would never end."""
+    if not os.path.isfile(path):
+        raise OSError("it is gone, or not a file")
+    with open(path, "rb") as file:
+        return file.read(1 << 20)
+
+
 def file_text(path):
-    """The content of a text file, at most its first MB; "" where it cannot be read.
+    """The content of a text file; "" where it cannot be read.
 
     utf-8-sig: editors on Windows begin a file with a byte order mark, which JSON does not know.
     """
     try:
-        if os.path.isfile(path):  # a pipe or device would never end
-            with open(path, encoding="utf-8-sig", errors="replace") as file:
-                return file.read(1 << 20)
+        return read_file(path).decode("utf-8-sig", "replace")
     except (OSError, ValueError):
-        pass
-    return ""
+        return ""
 
 
 # ---- the log -------------------------------------------------------------------------------------
@@ -9184,15 +9160,11 @@ def check_target(settings):
 
 
 def read_env(path):
-    """The text of a file of settings. Raises SettingError; a pipe or device would never end."""
+    """The text of a file of settings. Raises SettingError."""
     try:
-        if not os.path.isfile(path):
-            raise SettingError("it is gone, or not a file")
-        with open(path, "rb") as file:
-            raw = file.read(1 << 20)
+        return decode_env(read_file(path), locale.getpreferredencoding(False))
     except OSError as e:
-        raise SettingError(e.strerror)
-    return decode_env(raw, locale.getpreferredencoding(False))
+        raise SettingError(e.strerror or str(e))
 
 
 def lies_beside_us(path):
@@ -9254,19 +9226,18 @@ class Config:
         """[(origin, {ENV_NAME: string})], the most trusted first."""
         claude, file = os.path.expanduser("~/.claude/settings.json"), dotenv(self.text)
         self.notes = near_misses([*file, *self.environ])
+        name = os.path.basename(self.path)
+        if self.is_foreign:
+            name, file = FOLDER, self.trusted_values(file)
         layers = [
             ("the environment", self.environ),
-            (
-                (FOLDER, self.trusted_values(file))
-                if self.is_foreign
-                else (os.path.basename(self.path), file)
-            ),
+            (name, file),
             ("~/.claude/settings.json", claude_layer(file_text(claude))),
             ("found on this machine", self.found),
         ]
         if self.alone:
             layers = [
-                (name, {key: values[key] for key in values if not self.TARGET_ROWS.match(key)})
+                (name, omit(values, list(filter(self.TARGET_ROWS.match, values))))
                 for name, values in layers
             ]
         return [("the command line", self.given)] + layers
@@ -9320,17 +9291,13 @@ class Config:
             if old.anthropic_api_key and not new.anthropic_api_key:
                 raise SettingError("without ANTHROPIC_API_KEY anybody could use the proxy")
             self.log.configure(new)
-        except (SettingError, Usage) as e:
+        except SettingError as e:
             self.text = old_text
             said = "was changed but cannot be used, the old settings stay"
             return self.log("warning", "%s %s: %s" % (self.path, said, e))
         self.settings = new
         changed = [
-            (
-                row.env
-                if row.secret
-                else "%s = %s" % (row.env, without_password(str(getattr(new, row.name))))
-            )
+            "%s = %s" % (row.env, without_password(new.shown_value(row)))
             for row in SETTINGS
             if getattr(old, row.name) != getattr(new, row.name)
         ]
@@ -9483,7 +9450,7 @@ def fetch(url, seconds, headers=(), *tls):
     seconds.
     """
     with contextlib.closing(Upstream(seconds, seconds, *tls)) as upstream:
-        return get_json(upstream, url, dict(headers), patience(seconds), seconds)[1]
+        return get_json(upstream, url, dict(headers), patience(seconds), seconds)
 
 
 def glance(url, seconds=GLANCE_SECONDS):
@@ -9618,12 +9585,10 @@ def start_replay(folder):
     The replies do not say which format they are in; only Anthropic's have "type": "message". Tries
     again would eat the next reply, so there are none.
     """
-    try:
+    with usage_errors("--replay %s cannot be used" % folder):
         replies = read_recording(folder)
-    except (OSError, ValueError) as e:
-        raise Usage("--replay cannot be used: %s" % e)
-    if not replies:
-        raise Usage("--replay: %s holds no recorded replies" % folder)
+        if not replies:
+            raise ValueError("no recorded replies")
     native = any(re.search(r'"type": ?"message(_start)?"', reply["body"]) for reply in replies)
     base = start_model(ReplayModel, collections.deque(replies))
     return target_values(base, "replay", "anthropic" if native else "openai", TARGET_RETRIES="0")
@@ -9631,19 +9596,19 @@ def start_replay(folder):
 
 # ---- run: a proxy and Claude Code, for one session -----------------------------------------------
 
-CLAUDE_DEFAULTS = {
+CLAUDE_DEFAULTS = dict(
     # What a session through a proxy wants unless the user says otherwise. Measured with Claude Code
     # 2.1.330. The billing line of the system prompt differs in each conversation, so that none can
     # use what the provider's prefix cache has of another.
-    "CLAUDE_CODE_ATTRIBUTION_HEADER": "0",
+    CLAUDE_CODE_ATTRIBUTION_HEADER="0",
     # This session is not Anthropic's: no telemetry, no other host. Nothing less stops all of it.
-    "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
+    CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC="1",
     # The window of an unknown model counts as 200k tokens, not as 1M.
-    "CLAUDE_CODE_DISABLE_1M_CONTEXT": "1",
+    CLAUDE_CODE_DISABLE_1M_CONTEXT="1",
     # A local model may read a long prompt for minutes before its first word; 300 s is the default.
-    "CLAUDE_STREAM_IDLE_TIMEOUT_MS": "1500000",
-    "CLAUDE_BYTE_STREAM_IDLE_TIMEOUT_MS": "1500000",
-}
+    CLAUDE_STREAM_IDLE_TIMEOUT_MS="1500000",
+    CLAUDE_BYTE_STREAM_IDLE_TIMEOUT_MS="1500000",
+)
 CLAUDE_LIMITS = ("CLAUDE_CODE_MAX_CONTEXT_TOKENS", "CLAUDE_CODE_MAX_OUTPUT_TOKENS")
 FOREIGN = re.compile(
     # Variables that would lead Claude Code to another server, key or model: those of its own
@@ -9880,73 +9845,73 @@ ANSWER_TOKENS = 400  # enough for a model that thinks before it calls a tool
 FIRST_REQUEST = 13000  # tokens of Claude Code's first request, by its own count
 
 # The tool of all rows about tools, described as Claude Code describes its own.
-WEATHER = {
-    "name": "get_weather",
-    "description": "The weather at a place.",
-    "input_schema": {
-        "type": "object",
-        "properties": {"place": {"type": "string"}},
-        "required": ["place"],
-        "additionalProperties": False,
-    },
-}
+WEATHER = dict(
+    name="get_weather",
+    description="The weather at a place.",
+    input_schema=dict(
+        type="object",
+        properties={"place": {"type": "string"}},
+        required=["place"],
+        additionalProperties=False,
+    ),
+)
 # A red square of 64 x 64 pixels, since some vision models refuse a picture of under 28.
 RED_PNG = "iVBORw0KGgoAAAANSUhEUgAAAEAAAABAAQMAAACQp+OdAAAAA1BMVEX/AAAZ4gk3AAAAD0lEQVR42mNgGAWj"
 RED_PNG += "gHwAAAJAAAHgTR1EAAAAAElFTkSuQmCC"
-RED_SQUARE = {"type": "base64", "media_type": "image/png", "data": RED_PNG}
+RED_SQUARE = dict(type="base64", media_type="image/png", data=RED_PNG)
 # name -> arguments of Tester.ask. Each is asked once, however many rows look at its answer.
-QUESTIONS = {
-    "plain": dict(content="Reply with the one word: pong", stream=False),
-    "count": dict(content="Count from 1 to 30 in digits."),
-    "tool": dict(content="What is the weather in Paris? Use the tool.", tools=[WEATHER]),
-    "forced": dict(  # the words alone would not lead to a call
+QUESTIONS = dict(
+    plain=dict(content="Reply with the one word: pong", stream=False),
+    count=dict(content="Count from 1 to 30 in digits."),
+    tool=dict(content="What is the weather in Paris? Use the tool.", tools=[WEATHER]),
+    forced=dict(  # the words alone would not lead to a call
         content="Good morning! I am in Rome.",
         tools=[WEATHER],
-        tool_choice={"type": "tool", "name": WEATHER["name"]},
+        tool_choice=dict(type="tool", name=WEATHER["name"]),
     ),
-    "parallel": dict(
+    parallel=dict(
         content="What is the weather in Paris and in Rome? Call the tool for both at once.",
         tools=[WEATHER],
     ),
     # 1,024 is the least budget that Anthropic's API takes, and max_tokens must be above it.
-    "thinking": dict(
+    thinking=dict(
         content="How many times is the letter r in strawberry? Think first.",
         max_tokens=1200,
-        thinking={"type": "enabled", "budget_tokens": 1024},
+        thinking=dict(type="enabled", budget_tokens=1024),
     ),
-    "image": dict(
+    image=dict(
         content=[
-            {"type": "image", "source": RED_SQUARE},
-            {"type": "text", "text": "Which colour is this picture?"},
+            dict(type="image", source=RED_SQUARE),
+            text_block("Which colour is this picture?"),
         ]
     ),
-}
+)
 
 TRAINED = "choose a model that was trained for tools"
 # kind of a ProxyError -> what to do. The other kinds have no fix that helps in general.
-ADVICE = {
-    "auth": "set the right key: -k KEY, or TARGET_API_KEY",
-    "billing": "add credit at the provider, or choose another one",
-    "policy": "ask the provider what this key may use",
-    "model": "choose one of its models: -m NAME, or TARGET_MODEL",
-    "path": "check the base URL (-b, TARGET_API_BASE): most end in /v1",
-    "overflow": "choose a model with a larger context window, or raise the server's "
+ADVICE = dict(
+    auth="set the right key: -k KEY, or TARGET_API_KEY",
+    billing="add credit at the provider, or choose another one",
+    policy="ask the provider what this key may use",
+    model="choose one of its models: -m NAME, or TARGET_MODEL",
+    path="check the base URL (-b, TARGET_API_BASE): most end in /v1",
+    overflow="choose a model with a larger context window, or raise the server's "
     "(llama.cpp: -c, vLLM: --max-model-len, Ollama: OLLAMA_CONTEXT_LENGTH=65536)",
-    "timeout": "try again; for a slow server, raise TARGET_TIMEOUT",
-    "rate": "wait, or ask the provider for a higher limit",
-    "overloaded": "try again later, or set TARGET_MODEL_FALLBACK",
-    "server": "try again later, or see the server's own log",
-    "cut": "try again, or see the logs of the server and of proxies in between",
-    "sampling": TRAINED,
-}
+    timeout="try again, or raise TARGET_TIMEOUT",
+    rate="wait, or ask the provider for a higher limit",
+    overloaded="try again later, or set TARGET_MODEL_FALLBACK",
+    server="try again later, or see the server's own log",
+    cut="try again, or see the server's own log",
+    sampling=TRAINED,
+)
 # profile -> what makes tools work there, where a model trained for them is not enough
-NO_TOOLS = {
-    "vllm": "start vLLM with --enable-auto-tool-choice and the model's --tool-call-parser",
-    "sglang": "start SGLang with the model's --tool-call-parser",
-    "llamacpp": "start llama-server with --jinja, and " + TRAINED,
-    "ollama": "choose a model that Ollama's library tags with 'tools'",
-    "lmstudio": "choose a model that LM Studio marks with a hammer",
-}
+NO_TOOLS = dict(
+    vllm="start vLLM with --enable-auto-tool-choice and the model's --tool-call-parser",
+    sglang="start SGLang with the model's --tool-call-parser",
+    llamacpp="start llama-server with --jinja, and " + TRAINED,
+    ollama="choose a model that Ollama's library tags with 'tools'",
+    lmstudio="choose a model that LM Studio marks with a hammer",
+)
 
 
 class Verdict(NamedTuple):
@@ -10020,12 +9985,8 @@ class Answer:
 
 def question_body(model, content):
     """The body of an Anthropic request with one user message."""
-    return {
-        "model": model,
-        "max_tokens": ANSWER_TOKENS,
-        "stream": True,
-        "messages": [{"role": "user", "content": content}],
-    }
+    messages = [dict(role="user", content=content)]
+    return dict(model=model, max_tokens=ANSWER_TOKENS, stream=True, messages=messages)
 
 
 class Tester:
@@ -10087,8 +10048,7 @@ def is_reachable(tester):
     """
     plan, settings = tester.plan, tester.settings
     upstream, url = tester.proxy.upstream(settings), plan.url(plan.format.models_path)
-    answer = get_json(upstream, url, upstream_headers(plan), patience(20))[1]
-    tester.models = model_names(answer)
+    tester.models = model_names(get_json(upstream, url, upstream_headers(plan), patience(20)))
     tester.proxy.probe(plan, patience(10))  # tells a local server's kind, and so its profile
     way = upstream.way_to(plan.base)
     seen = host_port(way.host, way.port) + " answers"
@@ -10138,7 +10098,7 @@ def judge_text(answer):
         return fail("a tool call instead of text", TRAINED)
     if answer.blocks("thinking"):
         return ok("thinking only, within %d tokens" % ANSWER_TOKENS)
-    return fail("an empty answer", "see the server's log: its chat template may not fit the model")
+    return fail("an empty answer", "see the server's log: its chat template may not fit")
 
 
 # The stream.
@@ -10149,7 +10109,7 @@ def judge_stream(answer):
     if not answer.marks:
         return fail("an empty stream", ADVICE["server"])
     if len(answer.marks) == 1 and answer.output > 8:
-        return ok("all in one piece, at the end: the server or a proxy holds it back")
+        return ok("all in one piece: the server or a proxy holds it back")
     return ok("%d pieces in %.1f s" % (len(answer.marks), answer.marks[-1]))
 
 
@@ -10211,13 +10171,13 @@ def takes_result(tester):
     if error or not answer.calls():
         return skip("there is no call to answer")
     results = [
-        {"type": "tool_result", "tool_use_id": call["id"], "content": "11 degrees, rain"}
+        dict(type="tool_result", tool_use_id=call["id"], content="11 degrees, rain")
         for call in answer.blocks("tool_use")
     ]
     messages = [
-        {"role": "user", "content": QUESTIONS["tool"]["content"]},
-        {"role": "assistant", "content": answer.content},
-        {"role": "user", "content": results},
+        dict(role="user", content=QUESTIONS["tool"]["content"]),
+        dict(role="assistant", content=answer.content),
+        dict(role="user", content=results),
     ]
     return judge_text(tester.ask(tools=[WEATHER], messages=messages))
 
@@ -10230,7 +10190,7 @@ def judge_thinking(answer):
     size = sum(len(block["thinking"]) for block in answer.blocks("thinking"))
     if size:
         return ok("%d characters" % size)
-    return skip("none shown: the model does not reason, or the provider hides it")
+    return skip("none shown: the model has none, or the provider hides it")
 
 
 def judge_sight(answer):
@@ -10405,7 +10365,7 @@ def run_checks(tester, progress=False):
             continue
         if verdict.status == "fail" and number < GATES:
             blocked = skip('not tried: first "%s" must work' % name)
-        row = Verdict(*redact(verdict, tester.settings.secrets()))._asdict()
+        row = redact(verdict._asdict(), tester.settings.secrets())
         ms = round((time.monotonic() - began) * 1000)
         yield dict(row, name=name, required=required, ms=ms)
 
@@ -10564,7 +10524,7 @@ def installed_files(directory, windows=os.name == "nt"):
         folder = local / "Microsoft/WindowsApps"
         if str(folder).lower() not in os.environ.get("PATH", "").lower().split(";"):
             folder = local / "Programs/ccfix"
-    folder = Path(os.path.abspath(directory or str(folder)))
+    folder = Path(os.path.abspath(directory or folder))
     if not data.is_absolute():  # the XDG base directory specification says to ignore it then
         data = Path(home, ".local/share")
     module_folder = folder / "ccfix-module" if windows or directory else data / "ccfix"
@@ -10704,7 +10664,7 @@ TARGET_OPTIONS = (
     option("--demo", "use the embedded demo model: no key, no network", action=SWITCH),
     option(
         "--replay",
-        "answer with the replies that --record DIR wrote, in order, instead of a provider's",
+        "answer with the replies that --record DIR wrote, in order",
         metavar="DIR",
     ),
 )
@@ -10722,8 +10682,8 @@ INIT_OPTIONS = (option("--force", "replace the file if it exists", action=SWITCH
 INSTALL_OPTIONS = (
     option(
         "--dir",
-        "the folder for everything (default: ~/.local/bin, and ~/.local/share/ccfix for the module;"
-        " on Windows one of %%LOCALAPPDATA%%)",
+        "the folder for everything (default: ~/.local/bin and ~/.local/share/ccfix, on Windows"
+        " %%LOCALAPPDATA%%)",
         metavar="DIR",
     ),
     option("--force", "replace another program's file of that name", action=SWITCH),
@@ -10736,49 +10696,49 @@ class Command(NamedTuple):
     act: object  # (config, options) -> exit code
     help: str  # what it does, in a line
     options: tuple = ()  # its own, beside the settings' flags
-    settings: bool = True  # whether it takes the settings' flags
     example: str = ""  # shown under its --help
+    settings: bool = True  # whether it takes the settings' flags
 
 
-COMMANDS = {
-    "serve": Command(
+COMMANDS = dict(
+    serve=Command(
         serve,
         "serve; what is done without a command",
         TARGET_OPTIONS,
-        example="ccfix -k KEY -b https://api.example.com/v1 -m MODEL",
+        "ccfix -k KEY -b https://api.example.com/v1 -m MODEL",
     ),
-    "run": Command(
+    run=Command(
         run,
         "start a proxy and Claude Code on it, for one session",
         TARGET_OPTIONS,
-        example="ccfix run\nccfix run -m MODEL -- -p \"hello\"",
+        "ccfix run\nccfix run -m MODEL -- -p \"hello\"",
     ),
-    "check": Command(
+    check=Command(
         check,
         "try the model, and print what works and how to fix the rest",
         CHECK_OPTIONS,
-        example="ccfix check\nccfix check --base-url http://127.0.0.1:8080\n"
+        "ccfix check\nccfix check --base-url http://127.0.0.1:8080\n"
         "exit code: 0 if Claude Code can work with it, 1 if not",
     ),
-    "init": Command(
+    init=Command(
         init,
         "ask for provider, key and model, and write .env",
         INIT_OPTIONS,
-        example="ccfix init\nccfix init -b https://api.example.com/v1 -k KEY -m MODEL",
+        "ccfix init\nccfix init -b https://api.example.com/v1 -k KEY -m MODEL",
     ),
-    "install": Command(
+    install=Command(
         install,
         "put ccfix and ccf on the PATH (ccf alone opens the status page)",
         INSTALL_OPTIONS,
         settings=False,
     ),
-    "uninstall": Command(uninstall, "remove what install wrote", INSTALL_OPTIONS, settings=False),
-    "open": Command(
+    uninstall=Command(uninstall, "remove what install wrote", INSTALL_OPTIONS, settings=False),
+    open=Command(
         open_page,
         "open the status page of the running proxy in the browser",
         example="ccfix open\nccfix open -p 9000",
     ),
-}
+)
 USAGES = {"": "ccfix [COMMAND] [options]", "run": "ccfix run [options] [-- claude arguments]"}
 
 
@@ -10790,8 +10750,7 @@ def settings_help():
     rows = textwrap.TextWrapper(76, "  ", " " * 27, break_on_hyphens=False)
     lines = [
         "settings without a flag, in the environment or .env (the command line wins, then",
-        "the environment, .env, Claude Code's settings.json; keys are best kept in .env,",
-        "since everyone on a machine can read command lines):",
+        "the environment; keep keys in .env, as everyone can read command lines):",
     ]
     for row in SETTINGS:
         if not row.flags:
@@ -10810,9 +10769,7 @@ def help_epilog(name, command):
     if command.example:
         parts.append("examples:\n" + re.sub(r"(?m)^", "  ", command.example))
     if command.settings:
-        hint = (
-            "Settings without a flag stand in the environment or .env; ccfix --help has\nthe list."
-        )
+        hint = "For the settings without a flag see ccfix --help."
         parts.append(settings_help() if command.act in (serve, check) else hint)
     return "\n\n".join(parts)
 
@@ -10934,7 +10891,7 @@ def main(argv=None):
     try:
         command, options = command_line(sys.argv[1:] if argv is None else argv)
         return command.act(config_of(command, options), options)
-    except (Usage, SettingError) as e:
+    except SettingError as e:
         notify(*e.args)
         return 2
     except KeyboardInterrupt:

@@ -10970,7 +10970,7 @@ def answer_told(proxy, body, name=""):
         if body["stream"]
         else exchange.message()
     )
-    return message, exchange.cache_state
+    return message, exchange.cache
 
 
 def client_session(proxy, date, name, questions=SESSION):
@@ -13981,7 +13981,9 @@ class TestHangUp(HttpCase):
             ]
         )
         looks, look = [], ccfix.Watch.look_at_client
-        with mock.patch.object(ccfix.Watch, "look_at_client", lambda w: looks.append(look(w))):
+        with mock.patch.object(
+            ccfix.Watch, "look_at_client", lambda *args: looks.append(look(*args))
+        ):
             sock = self.begin(request("hi"))
             got = sock.recv(10)
             sock.sendall(self.head("GET", "/health", {"Connection": "close"}))
@@ -15111,7 +15113,10 @@ class TestLiveSettings(CommandsCase):
         )
         self.assertEqual(
             self.lines,
-            ["info .env was changed: TARGET_API_KEY; TARGET_MODEL = two; CACHE_ENABLED = True"],
+            [
+                "info .env was changed: TARGET_API_KEY = set; TARGET_MODEL = two;"
+                " CACHE_ENABLED = true"
+            ],
         )
 
     def test_a_change_names_no_password_of_an_address(self):
@@ -16733,7 +16738,7 @@ BUILT = {
     "coerce_scalar": lambda: ccfix.STRING_FORMS.values(),
     "tagged_call": lambda: ccfix.CALLS.values(),
     "json_value": lambda: [ccfix.CLOSER, *filter(None, ccfix.CALLS.values())],
-    "route": lambda: [pattern for _, pattern, _ in ccfix.Handler.ROUTES],
+    "route": lambda: [pattern for pattern, _ in ccfix.Handler.ROUTES],
     "parse_arguments": lambda: [r"""[^\w/.~$-]|true$|false$|[^{]*"\s*:|x["']?\s*[:=]"""],
     "demo_reply": lambda: [words for _, _, words in ccfix.DEMO_CALLS],
 }
