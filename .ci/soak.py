@@ -402,8 +402,8 @@ FAULTS = (
     ("Content-Length too large", "length short", (502,), b"", 3),
     ("Content-Length too small", "length long", (200,), b"Hello", 2),
     ("no Content-Length", "length none", (200,), b"Hello", 2),
-    ("100 MB of thinking", "big thinking 100", (200,), b"message_stop", 60),
-    ("100 MB of text", "big text 100", (200,), b"message_stop", 60),
+    ("100 MB of thinking", "big thinking 100", (200,), b"not a model's reply", 60),
+    ("100 MB of text", "big text 100", (200,), b"not a model's reply", 60),
 )
 
 
