@@ -4291,7 +4291,8 @@ class ChatReader(Reader):
         self.tags = ThinkTags()
         offered = writer.tools.items() if profile.text_calls else ()
         schemas = {name: schema for name, (_, schema) in offered}
-        self.scanners = {"text": TextCalls(schemas), "thinking": TextCalls({})}
+        scanners = {"text": TextCalls(schemas), "thinking": TextCalls({})}
+        self.scanners = scanners if writer.tools else {}  # nothing of the kind without tools
 
     def read(self, chunk):
         """Events for one chunk. Raises UpstreamError for an error in it.
@@ -4322,7 +4323,7 @@ class ChatReader(Reader):
         text, writer = delta.get("content"), self.writer
         is_open = writer.kind == "text" and self.tags.done and not writer.calls
         is_plain = is_open and len(delta) == 1 and isinstance(text, str)
-        if is_plain and self.scanners["text"].passes(text):
+        if is_plain and (not self.scanners or self.scanners["text"].passes(text)):
             yield from writer.say("text", text)  # the hot path of text
             return
         if not REASONING_FIELDS.keys().isdisjoint(delta):
@@ -4388,7 +4389,7 @@ class ChatReader(Reader):
             return
         self.heard = self.heard or not text.isspace()
         yield from self.flush_scanners(kind)
-        if self.scanners[kind].passes(text):
+        if not self.scanners or self.scanners[kind].passes(text):
             yield from self.writer.say(kind, text)
         else:
             yield from self.tell_found(kind, self.scanners[kind].feed(text))
@@ -5427,7 +5428,7 @@ class Dechunker:
         framing."""
         data, at = self.tail + data, self.left
         pieces, end, self.tail = [data[:at]], len(data), b""
-        while at < end:
+        while end - at > 2 or at < end and data[at:] != b"\r\n":  # most reads end so
             line = self.SIZE_LINE.match(data, at)
             size = line and int(line.group(1), 16)
             if not size:
