@@ -9144,7 +9144,7 @@ def check_target(settings):
     that would go to a less trusted base URL. EXTRA_HEADERS may hold the key."""
     for name, (origin, base) in settings.withheld.items():
         raise SettingError(
-            "%s (from %s) is not sent to the %s that %s gives, which is less to be trusted; give"
+            "%s (from %s) is not sent to the %s that %s gives, which is less trusted; give"
             " both in one place" % (name, origin, base.upper(), settings.origins[base])
         )
     base, has_key = settings.target_api_base, settings.target_api_key or settings.extra_headers
