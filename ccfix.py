@@ -3955,18 +3955,21 @@ class MessageWriter:
     | ------------ | ------------------- | ------------------- | --------------------------- |
     | IDLE         | message_start: OPEN | message_start, then | raises it: the HTTP status  |
     |              |                     | as OPEN             | is still free               |
-    | OPEN         | stays OPEN          | closes the block,   | closes the block, error     |
-    |              |                     | message_delta,      | event: FAILED; in the input |
-    |              |                     | message_stop: DONE  | of a tool: raises Dropped   |
+    | OPEN         | stays OPEN          | closes the block,   | FAILED: raises Dropped, or, |
+    |              |                     | message_delta,      | where nothing was said and  |
+    |              |                     | message_stop: DONE  | no retry helps, error event |
     | DONE, FAILED | Reader.feed raises  | nothing             | nothing                     |
 
     Promises: message_start once and first; block indexes 0, 1, 2 ...; one block open at a time;
-    message_delta, then message_stop, once and last; the input of a tool is one JSON object.
+    message_delta, then message_stop, once and last; the input of a tool is one JSON object; a
+    content_block_stop goes out only with what follows it: Claude Code streams a reply again that
+    ends inside a block, but takes one that ends behind a block for all there is (2.1.332).
     """
 
     state = IDLE
     content = False  # real content went out: nothing is tried again
     kind = ""  # of the open block, "" for none
+    closed = ""  # the kind of a closed block whose content_block_stop is due, "" for none
     index = -1  # of the block that was opened last
     signing = False  # the open block is thinking that we sign
     turn = 0  # the place of the first of the calls that is not closed
@@ -4016,6 +4019,7 @@ class MessageWriter:
         """Close what is open and open a block. signing: it is thinking, and its end is signed."""
         yield from self.start()
         yield from self.close_block()
+        yield from self.stop_block()
         # At most a thousand or so: it takes far more bytes than a provider needs to ask for one.
         self.hold(MAX_LINE // 1000)
         self.kind, self.index, self.signing = block["type"], self.index + 1, signing
@@ -4026,8 +4030,12 @@ class MessageWriter:
         Claude Code echoes a signature as it is, and nothing else that it does not know."""
         if self.signing:
             yield self.sign({})
-        if self.kind:
-            self.kind = ""
+        self.kind, self.closed = "", self.kind or self.closed
+
+    def stop_block(self):
+        """The content_block_stop that is due, if any."""
+        if self.closed:
+            self.closed = ""
             yield stop_event(self.index)
 
     def sign(self, state):
@@ -4105,15 +4113,17 @@ class MessageWriter:
         """Something that the client counts as life after minutes of pings: an empty delta, in a
         thinking block of our own if none is open. Claude Code gives up after 600 s of nothing but
         pings or comments, and asks again without a stream (seen with 2.1.330)."""
-        if self.kind not in ("thinking", "tool_use"):
+        kind = self.kind or self.closed
+        if kind not in ("thinking", "tool_use"):
             yield from self.open_block(empty_block("thinking"), signing=True)
-        yield delta_event(self.index, BLOCKS[self.kind], "")
+            kind = self.kind
+        yield delta_event(self.index, BLOCKS[kind], "")
 
     def fresh(self):
         """A writer for another try, which goes on where this one's message stands: message_start,
         and perhaps a sign of life, have gone out in the silence."""
         new = MessageWriter(self.message_id, self.model, self.new_id, tools=self.tools)
-        for name in ("scope", "input_tokens", "taken", "state", "kind", "index", "signing"):
+        for name in "scope input_tokens taken state kind closed index signing".split():
             setattr(new, name, getattr(self, name))
         return new
 
@@ -4196,6 +4206,7 @@ class MessageWriter:
             yield from self.say(kind, text)
         yield from self.start()
         yield from self.close_block()
+        yield from self.stop_block()
         self.state = DONE
         self.keep_memory()
         ends = {"stop_reason": stop_reason, "stop_sequence": stop_sequence}
@@ -4215,18 +4226,24 @@ class MessageWriter:
         for note in self.memory.values():
             note.update(filled(shared))
 
+    def drops(self, error):
+        """Whether the connection just ends after this error."""
+        return self.state == OPEN and (self.content or error.retry)
+
     def fail(self, error):
-        """Tell the client that the reply broke off, so that it keeps what it has. Raises Dropped in
-        the middle of a tool call: the client asks again when the connection just ends; and the
-        error itself where the HTTP status is still free."""
+        """Raises Dropped for a reply that broke off: when the connection just ends, the client asks
+        again, and loses nothing. Where only pings went out, and no other try can help, the client
+        is told; where the HTTP status is still free, the error itself is raised."""
         if self.state in ENDED:
             return
         if self.state == IDLE:
             raise error
+        is_dropped = self.drops(error)
         self.state = FAILED
-        if self.kind == "tool_use":
+        if is_dropped:
             raise Dropped(error)
         yield from self.close_block()
+        yield from self.stop_block()
         yield dict(error.body(), request_id=self.message_id)
 
 
@@ -6643,12 +6660,15 @@ HOLD_SECONDS = 15  # the status waits so long for the first content; then messag
 PING_SECONDS = 5  # between pings in a silence
 STALLED = 10  # times TARGET_TIMEOUT without content, though bytes come: given up
 SIGN_SECONDS = 240  # of pings alone; then empty deltas: the client gives up after 600 s of pings
+MAX_CUTS = 5  # of the answer to one request, in a row; then the client is told instead
+MAX_CUT_TALKS = 200  # conversations whose cuts are counted
 MAX_LESSONS = 3  # that one request may cost
 LONGEST_WAIT = 20  # seconds of Retry-After that are waited here; longer ones the client waits
 MEMORY_CALLS = 5000  # tool calls whose arguments and reasoning are remembered
 MEMORY_BYTES = 32 << 20
 SMALL_CONTEXT = 30000  # tokens; below it Claude Code is of no practical use
 # Kinds of errors after which another model may do better.
+BRIEF_KINDS = ("connect", "cut", "rate")  # of errors that another try may mend at once
 FALLBACK_KINDS = "connect timeout cut overloaded server rate billing sampling".split()
 STORE_SETTINGS = ("cache_enabled", "ledger", "cache_dir", "cache_ttl", "cache_max_mb")
 TLS_SETTINGS = ("ca_bundle", "client_cert", "insecure")  # the names of Upstream's arguments, too
@@ -6744,6 +6764,11 @@ def name_of(tool):
     return str(as_dict(tool.get("function")).get("name") or tool.get("name"))[:MAX_NAME]
 
 
+def is_claude(headers):
+    """Whether a request is Claude Code's own; the Agent SDK's are, too."""
+    return "claude-cli/" in headers.get("user-agent", "")
+
+
 def conversation(headers, body):
     """The name of a request's conversation: what one remembers never reaches another.
 
@@ -6827,6 +6852,8 @@ class Proxy:
         self.found = {}  # (base, model) -> (owner, context), what the provider tells of itself
         self.memo = {}  # cleaned tools, see clean_tool
         self.rows = {}  # profile_for's answers by its arguments: each takes 30 us or more
+        self.down = set()  # base URLs that failed last time
+        self.cuts = {}  # conversation -> (request, times its answer was cut, why), see note_end
         self.wires = None  # (the TLS settings it was made from, Upstream)
         self.seen = None  # the Settings that store, ledger and recorder were made from
         self.follow(config())
@@ -6961,6 +6988,34 @@ class Proxy:
                 return
             count, self.wrong_keys, self.told = self.wrong_keys, 0, self.now()
         self.warn("requests without the right proxy key: %d" % count)
+
+    def note_end(self, exchange, error=None):
+        """Note how a request to the provider ended: error, or whole.
+
+        How often one answer was cut in a row is counted, since the client just asks again.
+        """
+        base, talk = exchange.plan.base, exchange.talk
+        with self.lock:
+            if not error:
+                self.down.discard(base)
+                self.cuts.pop(talk, None)
+                return
+            if error.retry:
+                self.down.add(base)
+            if exchange.writer.drops(error):
+                request, times, _ = self.cuts.pop(talk, (None, 0, ""))
+                times = times + 1 if request == exchange.mark() else 1
+                self.cuts[talk] = exchange.mark(), times if error.retry else MAX_CUTS, error.message
+                if len(self.cuts) > MAX_CUT_TALKS:  # the oldest goes
+                    del self.cuts[next(iter(self.cuts))]
+
+    def check_cuts(self, exchange):
+        """Raises UpstreamError, once, when the answer to this request was cut too often."""
+        request, times, why = self.cuts.get(exchange.talk, (None, 0, ""))
+        if times >= MAX_CUTS and request == exchange.mark():
+            self.cuts.pop(exchange.talk, None)
+            said = "The provider broke its answer off, time after time: " + why
+            raise UpstreamError(said, 424, kind="cut")
 
     @contextlib.contextmanager
     def counted(self):
@@ -7181,6 +7236,7 @@ class Exchange:
         self.settings = settings or proxy.settings()
         self.id = id or proxy.new_id()
         self.stream = body.get("stream") is True
+        self.talk = ""  # the name of the conversation
         # The model that the client named.
         self.asked = without_mark(str(body.get("model") or ""))[:MAX_NAME]
         self.shown = self.settings.disguise_model or self.asked or self.settings.target_model
@@ -7300,9 +7356,12 @@ class Exchange:
 
         Nothing is tried again once content went out: the client would see it twice.
         """
+        self.talk = conversation(self.headers, self.body)
+        self.proxy.check_cuts(self)
         while True:
             try:
                 yield from self.attempt()
+                self.proxy.note_end(self)
                 return
             except UpstreamError as error:
                 if error.reply:  # a client's text may be one of the sent strings, or a part of one
@@ -7310,9 +7369,7 @@ class Exchange:
                 error.message = redact(error.message, self.proxy.secrets)
                 self.error = error  # some providers quote the key in its message
                 if self.writer.content or not self.again(error):
-                    if error.status in (429, 529):
-                        # The provider named no time; the client waits longer each time.
-                        error.headers.setdefault("retry-after", "5")
+                    self.proxy.note_end(self, error)
                     yield from self.writer.fail(self.sized(error))  # raises it while it can
                     yield None
                     return
@@ -7333,7 +7390,7 @@ class Exchange:
         writer = self.writer = self.writer.fresh() if self.writer else self.new_writer()
         writer.scope = past = plan.profile.scope
         self.reader = plan.format.reader(writer, plan.profile)
-        talk, memory = conversation(self.headers, self.body), proxy.memory
+        talk, memory = self.talk, proxy.memory
         self.sent = self.write_request(lambda name: memory.recall(talk + name))
         for message in self.normalized["messages"] if plan.profile.keeps_parts() else ():
             past = text_key(past, message.get("content"))
@@ -7357,6 +7414,10 @@ class Exchange:
             headers, body = dict(reply.headers.items()), b"".join(kept)
             self.replies.append(dict(status=reply.status, headers=headers, body=body))
         proxy.memory.keep(self.writer.memory)
+
+    def mark(self):
+        """By which the same request is known when it comes again."""
+        return short_hash(compact_json(self.body["messages"]), 40)
 
     def new_writer(self):
         """The MessageWriter of the first try."""
@@ -7438,7 +7499,7 @@ class Exchange:
         if self.learn_from(error):
             return True
         wait = int(error.headers.get("retry-after") or 0)  # see `retry_after`
-        if error.retry and self.retries < self.settings.target_retries and wait <= LONGEST_WAIT:
+        if error.retry and self.retries < self.most_retries(error) and wait <= LONGEST_WAIT:
             self.retries += 1
             self.log_again("info", "try %d" % (self.retries + 1), error)
             self.wait(None, max(wait, 0.4 * 2**self.retries * random.uniform(0.6, 1.2)))
@@ -7450,6 +7511,20 @@ class Exchange:
         self.room = self.retries = 0
         self.log_again("warning", self.plan.model + " takes over", error)
         return True
+
+    def most_retries(self, error):
+        """How many retries there are after such an error.
+
+        Claude Code tries again itself, ten times: ours come on top only after what a moment
+        mends, and not while the provider stays down. Other clients are told that it was enough.
+        """
+        most = self.settings.target_retries
+        if not is_claude(self.headers):
+            if most and self.retries == most:
+                error.headers.update(NEVER)
+            return most
+        is_brief = error.kind in BRIEF_KINDS and self.plan.base not in self.proxy.down
+        return most if is_brief else 0
 
     def log_again(self, level, act, error):
         """Tell the log what is done after an error."""
@@ -8157,8 +8232,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def fail(self, error):
         """The one error funnel: answer with what went wrong -> (status, words) for the ledger.
 
-        499 is nginx's status for a client that hung up. An answer that broke off in a tool call is
-        dropped: its status was 200, and Claude Code asks again when the connection just ends.
+        499 is nginx's status for a client that hung up. An answer that broke off is dropped: its
+        status was 200, and Claude Code asks again when the connection just ends.
         """
         if isinstance(error, RecursionError):
             error = BadRequest("the request is nested too deeply")
@@ -8172,7 +8247,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.close_connection = True
         self.proxy.log("debug", "%s ended early: %s" % (self.request_id, type(error).__name__))
         if isinstance(error, Dropped):
-            return 200, error.args[0].message + " (in a tool call; the client asks again)"
+            return 200, error.args[0].message + " (in the middle; the client asks again)"
         return 499, "the client hung up"
 
     def send_problem(self, error):
@@ -8182,8 +8257,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """
         error.message = redact(error.message, self.proxy.secrets)
         # Claude Code asks twice after a 404, and shows its own words; after a 424 once, and ours.
-        is_claude = "claude-cli/" in self.headers.get("User-Agent", "")
-        status = 424 if error.status == 404 and error.kind and is_claude else error.status
+        hides = error.status == 404 and error.kind and is_claude(self.headers)
+        status = 424 if hides else error.status
         with contextlib.suppress(ClientGone):
             if not self.began_reply:
                 return self.send_json(error.body(self.request_id), error.headers, status)
