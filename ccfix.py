@@ -3955,9 +3955,9 @@ class MessageWriter:
     | ------------ | ------------------- | ------------------- | --------------------------- |
     | IDLE         | message_start: OPEN | message_start, then | raises it: the HTTP status  |
     |              |                     | as OPEN             | is still free               |
-    | OPEN         | stays OPEN          | closes the block,   | FAILED: raises Dropped, or, |
-    |              |                     | message_delta,      | where nothing was said and  |
-    |              |                     | message_stop: DONE  | no retry helps, error event |
+    | OPEN         | stays OPEN          | closes the block,   | FAILED: raises Dropped, or  |
+    |              |                     | message_delta,      | closes the block, error     |
+    |              |                     | message_stop: DONE  | event; see drops()          |
     | DONE, FAILED | Reader.feed raises  | nothing             | nothing                     |
 
     Promises: message_start once and first; block indexes 0, 1, 2 ...; one block open at a time;
@@ -3969,6 +3969,7 @@ class MessageWriter:
     state = IDLE
     content = False  # real content went out: nothing is tried again
     kind = ""  # of the open block, "" for none
+    resumes = False  # the client is one that asks again when the connection just ends
     closed = ""  # the kind of a closed block whose content_block_stop is due, "" for none
     index = -1  # of the block that was opened last
     signing = False  # the open block is thinking that we sign
@@ -4123,7 +4124,7 @@ class MessageWriter:
         """A writer for another try, which goes on where this one's message stands: message_start,
         and perhaps a sign of life, have gone out in the silence."""
         new = MessageWriter(self.message_id, self.model, self.new_id, tools=self.tools)
-        for name in "scope input_tokens taken state kind closed index signing".split():
+        for name in "scope input_tokens taken state kind closed index signing resumes".split():
             setattr(new, name, getattr(self, name))
         return new
 
@@ -4228,12 +4229,13 @@ class MessageWriter:
 
     def drops(self, error):
         """Whether the connection just ends after this error."""
-        return self.state == OPEN and (self.content or error.retry)
+        asks_again = self.resumes and (self.content or error.retry)
+        return self.state == OPEN and (asks_again or self.kind == "tool_use")
 
     def fail(self, error):
-        """Raises Dropped for a reply that broke off: when the connection just ends, the client asks
-        again, and loses nothing. Where only pings went out, and no other try can help, the client
-        is told; where the HTTP status is still free, the error itself is raised."""
+        """Tell the client that the reply broke off. Raises Dropped where it is Claude Code, which
+        asks again when the connection just ends, and then loses nothing (an error event ends the
+        turn, or half of it is lost); and the error itself where the HTTP status is still free."""
         if self.state in ENDED:
             return
         if self.state == IDLE:
@@ -7421,7 +7423,7 @@ class Exchange:
 
     def new_writer(self):
         """The MessageWriter of the first try."""
-        return MessageWriter(
+        writer = MessageWriter(
             "msg_" + self.id,
             self.shown,
             self.proxy.new_id,
@@ -7429,6 +7431,8 @@ class Exchange:
             tools=tool_names(self.body),
             taken=used_ids(self.body),
         )
+        writer.resumes = is_claude(self.headers)
+        return writer
 
     def write_request(self, recall=None):
         """The body for the provider, with the disguise attached and EXTRA_BODY applied.
