@@ -909,7 +909,7 @@ SETTINGS = (
     Setting(
         "TARGET_RETRIES",
         "2",
-        "retries before the first content, after connection failures, 408, 429 and 5xx",
+        "retries before the first content; Claude Code itself retries 408 and 5xx",
         parse_count,
     ),
     # auto goes by the end of the base URL's path (ANTHROPIC_PATHS).
@@ -7016,7 +7016,7 @@ class Proxy:
         request, times, why = self.cuts.get(exchange.talk, (None, 0, ""))
         if times >= MAX_CUTS and request == exchange.mark():
             self.cuts.pop(exchange.talk, None)
-            said = "The provider broke its answer off, time after time: " + why
+            said = "The provider keeps breaking off its answer: " + why
             raise UpstreamError(said, 424, kind="cut")
 
     @contextlib.contextmanager

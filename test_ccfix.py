@@ -255,6 +255,9 @@ def ask(proxy, body, headers=None):
     return sse_events("".join(out)), None
 
 
+CLAUDE = {"user-agent": "claude-cli/2.1.332 (external, cli)"}
+
+
 def request(*messages, **fields):
     """An Anthropic body; a str is a user message."""
     body = {
@@ -6758,6 +6761,29 @@ class TestEnds(unittest.TestCase):
                     with self.assertRaises(RuntimeError):
                         list(made.feed(delta(content="x")))
 
+    def test_claude_code_asks_again_when_the_connection_just_ends(self):
+        for steps in (
+            ["text Hi"],
+            ["think Hi"],
+            ["think Hi", "text Hi"],
+            ["call 0 c1 Read {"],
+            ["call 0 c1 Read {\"path\":\"a\"}", "text Hi"],
+        ):
+            made, events = reader(), []
+            made.writer.resumes = True
+            for step in steps:
+                events += made.feed(chunk(step))
+            with self.subTest(steps), self.assertRaises(ccfix.Dropped):
+                events += made.writer.fail(self.ERROR)
+            self.assertEqual(grammar(self, events), "open")
+            self.assertNotEqual(events[-1]["type"], "content_block_stop")
+        brief = ccfix.UpstreamError("boom", retry=True)
+        for error in (self.ERROR, brief):  # only pings went out: dropped if another try may help
+            made = reader()
+            made.writer.resumes = True
+            list(made.writer.start())
+            self.assertEqual(made.writer.drops(error), error is brief)
+
     def test_a_started_message_without_content_ends_with_an_error_event(self):
         made = reader()
         events = list(made.writer.start()) + list(made.writer.fail(self.ERROR))
@@ -11543,7 +11569,7 @@ class TestRouting(unittest.TestCase):
 class TestRetries(unittest.TestCase):
     """What is tried again, how often, and after how long."""
 
-    def ask(self, answers, stream=True, **values):
+    def ask(self, answers, stream=True, headers=None, **values):
         """(events, error, sent, waits) with the given answers in turn."""
         answers, waits = list(answers), []
         proxy, wires = proxy_with(
@@ -11551,7 +11577,10 @@ class TestRetries(unittest.TestCase):
             **dict({"TARGET_RETRIES": "2"}, **values),
         )
         exchange = ccfix.Exchange(
-            proxy, request("hi", stream=stream), {}, lambda sock, seconds: waits.append(seconds)
+            proxy,
+            request("hi", stream=stream),
+            headers or {},
+            lambda sock, seconds: waits.append(seconds),
         )
         try:
             events, error = (
@@ -11621,11 +11650,53 @@ class TestRetries(unittest.TestCase):
             self.assertEqual((len(sent), error.headers["retry-after"]), (tries, told_))
             self.assertTrue(all(seconds >= int(told_) for seconds in waits))
 
-    def test_the_client_is_always_told_to_wait(self):
+    def test_a_wait_is_told_only_where_the_provider_named_one(self):
         for status in (429, 503, 529):
+            for headers in ({}, CLAUDE):
+                events, error, sent, waits = self.ask(self.fresh(status), headers=headers)
+                self.assertNotIn("retry-after", error.headers)
+                self.assertTrue(all(seconds < 5 for seconds in waits))
+
+    def test_claude_code_tries_again_itself(self):
+        rows = (
+            # (the provider's answer, how often it is asked)
+            (refusal(500), 1),
+            (refusal(503), 1),
+            (refusal(529), 1),
+            (refusal(408), 1),
+            (FakeReply(200, {}, [sse({"error": {"message": "x", "code": 500}})]), 1),
+            (refusal(429), 3),
+            (refusal(429, retry_after="7"), 3),
+            (refusal(429, retry_after="30"), 1),
+            (ccfix.UpstreamError("refused", kind="connect", retry=True), 3),
+            (FakeReply(200, {}, []), 3),
+        )
+        for answer, tries in rows:
+            for stream in (True, False):
+                answer.closed = False
+                with self.subTest(getattr(answer, "status", answer), tries=tries, stream=stream):
+                    events, error, sent, waits = self.ask([answer], stream, CLAUDE)
+                    self.assertEqual((len(sent), len(waits)), (tries, tries - 1))
+                    self.assertNotIn("x-should-retry", error.headers)
+
+    def test_other_clients_are_told_that_it_was_enough(self):
+        for status, told in ((503, "false"), (429, "false"), (400, None)):
             events, error, sent, waits = self.ask(self.fresh(status))
-            self.assertEqual(error.headers["retry-after"], "5")
-            self.assertTrue(all(seconds < 5 for seconds in waits))
+            self.assertEqual(error.headers.get("x-should-retry"), told)
+        error = self.ask(self.fresh(503), TARGET_RETRIES="0")[1]  # nothing was tried here
+        self.assertNotIn("x-should-retry", error.headers)
+
+    def test_retries_do_not_multiply_while_the_provider_is_down(self):
+        answers = [refusal(429)]
+        proxy, wires = proxy_with(lambda sent: answers[0], TARGET_RETRIES="2")
+        for number in range(11):
+            ask(proxy, request("hi"), CLAUDE)
+        self.assertEqual(len(wires.sent), 3 + 10)
+        answers[0] = hello(None)
+        ask(proxy, request("hi"), CLAUDE)
+        answers[0] = refusal(429)
+        ask(proxy, request("hi"), CLAUDE)
+        self.assertEqual(len(wires.sent), 13 + 1 + 3)
 
     def test_billing_is_never_tried_again(self):
         for status, text in (
@@ -11675,6 +11746,77 @@ class TestRetries(unittest.TestCase):
         next(batches)
         batches.close()
         self.assertTrue(reply.closed)
+
+
+class TestCuts(unittest.TestCase):
+    """An answer that breaks off costs nothing; one that always does is told in the end."""
+
+    HALF = sse(chunk("text Hi"), done=False)
+
+    def proxy(self, half=HALF):
+        self.half = [half]
+        return proxy_with(lambda sent: FakeReply(200, {}, list(self.half)))
+
+    def outcome(self, proxy, *messages, **fields):
+        """ "dropped", the status of an error, or "done"."""
+        events, error = ask(proxy, request(*messages, **fields), CLAUDE)
+        self.error = error
+        return "dropped" if isinstance(error, ccfix.Dropped) else error.status if error else "done"
+
+    def test_after_five_in_a_row_the_reason_is_told_once(self):
+        proxy, wires = self.proxy()
+        told = [self.outcome(proxy, "hi") for _ in range(7)]
+        self.assertEqual(told, ["dropped"] * 5 + [424, "dropped"])
+        self.assertEqual(len(wires.sent), 6)
+        [self.outcome(proxy, "hi") for _ in range(5)]
+        self.assertIn("cut off before its end", self.error.message)
+
+    def test_unstreamed_cuts_count_too(self):
+        proxy, wires = self.proxy()
+        told = [self.outcome(proxy, "hi", stream=n < 3) for n in range(6)]
+        self.assertEqual(told, ["dropped"] * 3 + [502] * 2 + [424])
+
+    def test_a_whole_answer_or_another_request_begins_anew(self):
+        for between in ("whole", "other"):
+            proxy, wires = self.proxy()
+            [self.outcome(proxy, "hi") for _ in range(5)]
+            if between == "whole":  # asked by a client that went on
+                self.half = [HELLO_STREAM]
+                more = ({"role": "assistant", "content": "Hello"}, "go on")
+                self.assertEqual(self.outcome(proxy, "hi", *more), "done")
+                self.half = [self.HALF]
+            else:
+                more = ({"role": "assistant", "content": "Hi"}, "go on")
+                self.assertEqual(self.outcome(proxy, "hi", *more), "dropped")
+            self.assertEqual([self.outcome(proxy, "hi") for _ in range(2)], ["dropped"] * 2)
+
+    def test_what_no_other_try_can_help_is_told_at_the_second(self):
+        proxy, wires = self.proxy(self.HALF + sse({"error": {"message": "no", "code": 400}}))
+        self.assertEqual([self.outcome(proxy, "hi") for _ in range(3)], ["dropped", 424, "dropped"])
+
+    def test_conversations_are_counted_apart_and_forgotten(self):
+        proxy, wires = self.proxy()
+        for number in range(2 * ccfix.MAX_CUT_TALKS):
+            self.assertEqual(self.outcome(proxy, "task %d" % number), "dropped")
+        self.assertEqual(len(proxy.cuts), ccfix.MAX_CUT_TALKS)
+
+    def test_a_block_is_stopped_only_with_what_follows(self):
+        calls = [{"type": "tool_use", "id": name, "name": "Read", "input": {}} for name in "ab"]
+        blocks = [{"type": "thinking", "thinking": "hm", "signature": "s"}]
+        events = native_events(*blocks + [{"type": "text", "text": "Hi"}] + calls)
+        proxy, _ = proxy_with(None, TARGET_FORMAT="anthropic")
+        plan = proxy.plan_of(proxy.settings())
+        writer = ccfix.MessageWriter("m", "m", lambda: "x")
+        made = plan.format.reader(writer, plan.profile)
+        for event in events[:-2]:
+            got = list(made.feed(json.loads(json.dumps(event))))
+            if event["type"] == "content_block_stop":
+                self.assertNotIn("content_block_stop", [e["type"] for e in got])
+                if writer.closed != "text":  # a sign of life goes into the block
+                    index = writer.index
+                    self.assertEqual([e["index"] for e in made.idle()], [index])
+            elif event["type"] == "content_block_start" and event["index"]:
+                self.assertEqual(got[0]["type"], "content_block_stop")
 
 
 class TestFallback(unittest.TestCase):
@@ -11944,12 +12086,13 @@ class TestNative(unittest.TestCase):
                 400,
             ),
         )
-        for sent_events, wanted in rows:
+        for (sent_events, wanted), headers in itertools.product(rows, ({}, CLAUDE)):
+            wanted = "dropped" if wanted == "error" and headers else wanted
             with self.subTest(len(sent_events), wanted=wanted):
                 proxy, wires = self.proxy(
                     lambda sent: FakeReply(200, {}, [native_bytes(sent_events)])
                 )
-                got, error = ask(proxy, request("hi"))
+                got, error = ask(proxy, request("hi"), headers)
                 state = grammar(self, got)
                 self.assertEqual(
                     (
