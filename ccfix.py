@@ -2730,14 +2730,14 @@ def chat_messages(body, profile):
     one that is not the first, are refused by MiniMax (2013) and by most chat templates.
     """
     text = system_text(body.get("system"))
-    messages, names = [{"role": "system", "content": text}] if text else [], {}
+    messages, calls = [{"role": "system", "content": text}] if text else [], {}
     for message in body["messages"]:
         blocks = as_blocks(message["content"])
         if message["role"] == "assistant":
             messages.append(assistant_message(blocks, profile))
-            names = {block["id"]: block["name"] for block in blocks if block["type"] == "tool_use"}
+            calls = {block["id"]: block for block in blocks if block["type"] == "tool_use"}
         else:
-            messages += user_messages(blocks, names, profile)
+            messages += user_messages(blocks, calls, profile)
     if not messages or messages[-1]["role"] in ("system", "assistant"):
         # Few providers go on with an assistant's text, several refuse it: words work everywhere.
         messages.append({"role": "user", "content": "Continue."})
@@ -2770,30 +2770,40 @@ def chat_call(block):
     return call
 
 
-def user_messages(blocks, names, profile):
-    """Tool messages, then one user message with everything else of the turn. names: {call id:
-    tool}.
+def user_messages(blocks, calls, profile):
+    """Tool messages, then one user message with everything else of the turn. calls: {id: the
+    tool_use block}.
 
-    A tool message holds text only: images and files of a result follow in the user message.
+    A tool message holds text only: images and files of a result follow in the user message, each
+    under a label that says whose it is.
     """
     messages, media, rest = [], [], []
     for block in blocks:
         if block["type"] != "tool_result":
             rest.append(chat_part(block))
             continue
-        parts = [chat_part(part) for part in result_blocks(block)]
-        texts = [part for part in parts if isinstance(part, str)]
-        others = [part for part in parts if not isinstance(part, str)]
-        if others:
-            media += ["[from the result of %s:]" % names.get(block["tool_use_id"])] + others
-            texts = texts or ["(see the next message)"]
-        content = "\n".join(texts)
+        parts = result_blocks(block)
+        texts = [block_text(part) for part in parts if part["type"] == "text"]
+        others = [part for part in parts if part["type"] != "text"]
+        for number, part in enumerate(others, 1):
+            kind = part["type"] + (" %d" % number if others[1:] else "")
+            label = "[%s of %s]" % (kind, call_label(calls[block["tool_use_id"]]))
+            media += [label, chat_part(part)]
+        content = "\n".join(texts) or "(see the next message)"
         messages.append({"role": "tool", "tool_call_id": block["tool_use_id"], "content": content})
     if media or rest:
         if messages and not profile.user_after_tool:
             messages.append({"role": "assistant", "content": "I have the results of the tools."})
         messages.append({"role": "user", "content": join_parts(media + rest)})
     return messages
+
+
+def call_label(call):
+    """A call in a few words on one line: the tool's name, and the file or address that it read."""
+    given = call["input"]
+    path = as_str(given.get("file_path") or given.get("path"))
+    place = re.split(r"[/\\]", path)[-1] or as_str(given.get("url"))
+    return " ".join([call["name"], *place.split()])[:160]
 
 
 def chat_part(block):

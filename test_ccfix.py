@@ -2494,7 +2494,7 @@ MESSAGES = (
             U("hi"),
             A("", ("toolu_1", "Read", '{"path":"a"}')),
             T("toolu_1", "a"),
-            U([txt("[from the result of Read:]"), PNG_PART, txt("size note")]),
+            U([txt("[image of Read a]"), PNG_PART, txt("size note")]),
         ],
     ),
     (
@@ -2505,7 +2505,67 @@ MESSAGES = (
             U("hi"),
             A("", ("toolu_1", "Read", '{"path":"a"}')),
             T("toolu_1", "(see the next message)"),
-            U([txt("[from the result of Read:]"), PNG_PART]),
+            U([txt("[image of Read a]"), PNG_PART]),
+        ],
+    ),
+    (
+        "the images of several results are told apart",
+        request(
+            "hi",
+            said(
+                use("a", file_path="/tmp/shots/a.png"),
+                use("b", path="C:\\shots\\two  words\n.png"),
+                use("c", "WebFetch", url="https://x.example/p/c.png"),
+                use("d", "mcp__browser__shot", path=5),
+            ),
+            user(
+                result("d", png()),
+                result("c", txt("fetched"), png(), txt("twice"), png()),
+                result("b", png()),
+                result("a", png()),
+                "which one?",
+            ),
+        ),
+        PLAIN,
+        [
+            U("hi"),
+            A(
+                "",
+                ("a", "Read", '{"file_path":"/tmp/shots/a.png"}'),
+                ("b", "Read", '{"path":"C:\\\\shots\\\\two  words\\n.png"}'),
+                ("c", "WebFetch", '{"url":"https://x.example/p/c.png"}'),
+                ("d", "mcp__browser__shot", '{"path":5}'),
+            ),
+            T("a", "(see the next message)"),
+            T("b", "(see the next message)"),
+            T("c", "fetched\ntwice"),
+            T("d", "(see the next message)"),
+            U(
+                [
+                    txt("[image of Read a.png]"),
+                    PNG_PART,
+                    txt("[image of Read two words .png]"),
+                    PNG_PART,
+                    txt("[image 1 of WebFetch https://x.example/p/c.png]"),
+                    PNG_PART,
+                    txt("[image 2 of WebFetch https://x.example/p/c.png]"),
+                    PNG_PART,
+                    txt("[image of mcp__browser__shot]"),
+                    PNG_PART,
+                    txt("which one?"),
+                ]
+            ),
+        ],
+    ),
+    (
+        "a label is bounded",
+        request("hi", said(use("a", file_path="x" * 999)), user(result("a", png()))),
+        PLAIN,
+        [
+            U("hi"),
+            A("", ("a", "Read", '{"file_path":"%s"}' % ("x" * 999))),
+            T("a", "(see the next message)"),
+            U([txt("[image of Read %s]" % ("x" * 155)), PNG_PART]),
         ],
     ),
     (
@@ -2528,7 +2588,7 @@ MESSAGES = (
             T("toolu_1", "PDF file read"),
             U(
                 [
-                    txt("[from the result of Read:]"),
+                    txt("[document of Read a]"),
                     {
                         "type": "file",
                         "file": {
