@@ -2277,11 +2277,11 @@ def clean_call(block, profile, original, number):
 
 def says_the_same(original, value):
     """Whether JSON text holds the same arguments as the client's echo, which adds defaults, makes
-    numbers of strings and drops null."""
+    numbers of strings, and lacks null and what the tool's schema does not allow."""
     known = json_or_none(as_str(original))
     return isinstance(known, dict) and all(
-        part is None or key in value and (value[key] == part or str(value[key]) == str(part))
-        for key, part in known.items()
+        known[key] in (None, value.get(key)) or str(known[key]) == str(value.get(key))
+        for key in known.keys() & value.keys() or value and known
     )
 
 
@@ -3088,14 +3088,23 @@ def coerce_scalar(value, types):
     return int(value) if kind == "integer" and exact else value
 
 
-def null_means_absent(schema, key):
-    """Models in strict mode write null for what they leave out; the client refuses it."""
-    if key in required_names(schema):
-        return False
+MAY_ALLOW = {"patternProperties", "$ref", "allOf", "anyOf", "oneOf"}  # more than `properties`
+
+
+def is_absent(schema, key, value):
+    """Whether a member is left out: one that the schema does not allow, or null for one that it
+    does not require, as models write in strict mode. The client refuses both.
+
+    Inside of values the client itself drops what its schema lacks (seen with 2.1.332). A pattern of
+    property names is not tried: it may be anybody's, and take any time.
+    """
     schema = as_dict(schema)
-    others = {} if schema.get("additionalProperties") is False else None
-    found = as_dict(schema.get("properties")).get(key, others)
-    return isinstance(found, dict) and "null" not in schema_types(found)
+    found = as_dict(schema.get("properties")).get(key, ABSENT)
+    if found is ABSENT:
+        absent = schema.get("additionalProperties") is False and not MAY_ALLOW & set(schema)
+    else:
+        absent = value is None and isinstance(found, dict) and "null" not in schema_types(found)
+    return absent and key not in required_names(schema)
 
 
 def coerce_member(name, key, value, schema):
@@ -3104,7 +3113,7 @@ def coerce_member(name, key, value, schema):
     name: the tool's, as the client knows it.
     """
     is_empty = value == "" and (name, key) in EMPTY_MEANS_ABSENT
-    if is_empty or value is None and null_means_absent(schema, key):
+    if is_empty or is_absent(schema, key, value):
         return ABSENT
     schema = property_schema(schema, key)
     value = coerce_scalar(value, schema_types(schema))
@@ -3214,6 +3223,7 @@ class ArgumentStream:
         if not gap.strip():
             return "", at  # no comma
         key, start = STRICT.decode(quoted), found.end()
+        begins = begins and not is_absent(self.schema, key, "")
         if begins and schema_types(property_schema(self.schema, key)) & {"string", ANY}:
             value, end, self._state = '"', start + 1, "STRING"
         else:

@@ -3540,10 +3540,15 @@ class TestTools(unittest.TestCase):
                 json.loads(arguments({"arguments": other})),
                 {"old_string": "a", "new_string": "b", "replace_all": False},
             )
-        self.assertEqual(
-            arguments({"arguments": '{"offset":"1","pages":null}'}, said(use("c1", offset=1))),
-            '{"offset":"1","pages":null}',
-        )
+        for original, echo in (
+            ('{"offset":"1","pages":null}', {"offset": 1}),
+            ('{"why":"w","offset":1}', {"offset": 1, "limit": 5}),  # not in the tool's schema
+            ('{"pages":"","offset":1}', {"offset": 1}),
+            ('{"why":"w"}', {}),
+            ('{ "a" : null}', {"b": 1}),
+        ):
+            told = arguments({"arguments": original}, said(use("c1", **echo)))
+            self.assertEqual(told, original)
 
 
 # ---- prefix stability ----------------------------------------------------------------------------
@@ -4115,7 +4120,20 @@ MIXED = {
         "choice": {"enum": ["a", None]},
     },
 }
-ARGUMENT_SCHEMAS = {"Read": READ, "Bash": BASH, "Edit": EDIT, "Mixed": MIXED, "None": None}
+CLOSED = {"type": "object", "additionalProperties": False}
+ARGUMENT_SCHEMAS = {
+    "Read": READ,
+    "Bash": BASH,
+    "Edit": EDIT,
+    "Mixed": MIXED,
+    "None": None,
+    # What stands in `properties` alone decides nothing here, or everything.
+    "Patterns": dict(CLOSED, properties={"a": {}}, patternProperties={"^x-": {}}),
+    "Referring": dict(CLOSED, properties={"a": {}}, allOf=[{"properties": {"b": {}}}]),
+    "Needing": dict(CLOSED, properties={"a": {}}, required=["b"]),
+    "Nothing": CLOSED,
+    "Free": {"type": "object", "additionalProperties": {"type": "string"}},
+}
 
 # text, tool -> dict, or None where nothing is certain
 REPAIRS = [
@@ -4196,7 +4214,18 @@ COERCIONS = [
         {"file_path": 5, "offset": 3.0, "pages": "1-2"},
         {"file_path": "5", "offset": 3, "pages": "1-2"},
     ),
-    ("Read", {"file_path": None, "unknown": None, "other": 1}, {"file_path": None, "other": 1}),
+    ("Read", {"file_path": None, "unknown": None, "other": 1}, {"file_path": None}),
+    ("Read", {"other": {"a": [1]}, "more": "x", "x": []}, {}),
+    (
+        "Bash",
+        {"command": "ls", "other": 1, "gone": None},
+        {"command": "ls", "other": 1, "gone": None},
+    ),
+    ("Patterns", {"x-a": 1, "b": None, "a": None}, {"x-a": 1, "b": None}),
+    ("Referring", {"a": 1, "b": 2}, {"a": 1, "b": 2}),
+    ("Needing", {"a": 1, "b": 2, "c": 3}, {"a": 1, "b": 2}),
+    ("Nothing", {"a": 1}, {}),
+    ("Free", {"a": 1, "b": None}, {"a": 1, "b": None}),
     (
         "Edit",
         {"file_path": "a", "old_string": "x", "new_string": "", "replace_all": "true"},
@@ -4265,6 +4294,15 @@ ARGUMENT_STREAMS = [
     ("Read", '{"file_path":"a","pages":"","offset":null}', '{"file_path":"a"}'),
     ("Read", '{"pages":"", "offset": null, "file_path": "a"}', '{ "file_path": "a"}'),
     ("Read", '{"pages":"","offset":null}', "{}"),
+    ("Read", '{"why":"I \\"must\\"","file_path":"a"}', '{"file_path":"a"}'),
+    ("Read", '{"file_path":"a", "why": "w" , "offset": 5}', '{"file_path":"a" , "offset": 5}'),
+    ("Read", '{"file_path":"a","why":"w"}', '{"file_path":"a"}'),
+    ("Read", '{"why":{"a":[1,"}"]},"file_path":"a","n":1,"o":null}', '{"file_path":"a"}'),
+    ("Read", '{"why":"w","how":""}', "{}"),
+    ("Read", '{"why":"a\nb","file_path":"a"}', '{"file_path": "a"}'),
+    ("Read", "{'why':'w','file_path':'a'}", '{"file_path": "a"}'),
+    ("Read", '{"file_path":"a","why":"w', '{"file_path":"a","why":"w'),
+    ("Patterns", '{"x-a":"b","a":null}', '{"x-a":"b"}'),
     (
         "Edit",
         '{"new_string":"","old_string":"\\ud83d\\ude00","replace_all":"false"}',
@@ -4417,8 +4455,29 @@ class TestArgumentStream(unittest.TestCase):
             stream.finish()
             self.assertEqual((seen, stream.complete), (during, after), text)
 
+    def test_the_client_gets_no_argument_too_many_and_the_model_its_own_words(self):
+        raw = '{"why": "I \\u00e9", "file_path":"a","how":{"x":[1]}}'
+        pieces = [delta(tool_calls=[{"index": 0, "id": "c1", "function": {"name": "Read"}}])]
+        pieces += [
+            delta(tool_calls=[{"index": 0, "function": {"arguments": letter}}]) for letter in raw
+        ]
+        reply = sse(*pieces + [delta("tool_calls")])
+        tools = [{"name": "Read", "input_schema": READ}]
+        for stream in (True, False):
+            proxy, wires = proxy_with(lambda sent: FakeReply(200, {}, [reply]))
+            events, error = ask(proxy, request("hi", stream=stream, tools=tools))
+            self.assertIsNone(error)
+            (block,) = ccfix.fold(events)["content"]
+            self.assertEqual(block["input"], {"file_path": "a"})
+            echo = request("hi", said(block), user(result(block["id"], "ok")), tools=tools)
+            ask(proxy, echo)
+            (call,) = wires.sent[-1]["messages"][1]["tool_calls"]
+            self.assertEqual(call["function"]["arguments"], raw)
+
     def test_small_fragments_of_large_values_take_linear_time(self):
         for text in (
+            '{"unknown":"%s"}' % ("x" * 30000),
+            '{"unknown":{"a":"%s"},"s":"%s"}' % ("x" * 30000, "y" * 30000),
             '{"o":{"a":"%s"}}' % ("x" * 30000),
             '{"list":[%s1]}' % ("1," * 30000),
             '{"s":"%s"}' % ("\n" * 30000),
@@ -4428,8 +4487,9 @@ class TestArgumentStream(unittest.TestCase):
             "x" * 30000,
             '{"s":"x"}' + " " * 30000,
         ):
+            tool = "Nothing" if "unknown" in text else "Mixed"
             joined, stream = stream_arguments(
-                "Mixed", [text[at : at + 3] for at in range(0, len(text), 3)]
+                tool, [text[at : at + 3] for at in range(0, len(text), 3)]
             )
             self.assertEqual(stream.raw, text)
 
