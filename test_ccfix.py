@@ -2497,7 +2497,7 @@ MESSAGES = (
             U("hi"),
             A("", ("toolu_1", "Read", '{"path":"a"}')),
             T("toolu_1", "a"),
-            U([txt("[from the result of Read:]"), PNG_PART, txt("size note")]),
+            U([txt("[image of Read a]"), PNG_PART, txt("size note")]),
         ],
     ),
     (
@@ -2508,7 +2508,67 @@ MESSAGES = (
             U("hi"),
             A("", ("toolu_1", "Read", '{"path":"a"}')),
             T("toolu_1", "(see the next message)"),
-            U([txt("[from the result of Read:]"), PNG_PART]),
+            U([txt("[image of Read a]"), PNG_PART]),
+        ],
+    ),
+    (
+        "the images of several results are told apart",
+        request(
+            "hi",
+            said(
+                use("a", file_path="/tmp/shots/a.png"),
+                use("b", path="C:\\shots\\two  words\n.png"),
+                use("c", "WebFetch", url="https://x.example/p/c.png"),
+                use("d", "mcp__browser__shot", path=5),
+            ),
+            user(
+                result("d", png()),
+                result("c", txt("fetched"), png(), txt("twice"), png()),
+                result("b", png()),
+                result("a", png()),
+                "which one?",
+            ),
+        ),
+        PLAIN,
+        [
+            U("hi"),
+            A(
+                "",
+                ("a", "Read", '{"file_path":"/tmp/shots/a.png"}'),
+                ("b", "Read", '{"path":"C:\\\\shots\\\\two  words\\n.png"}'),
+                ("c", "WebFetch", '{"url":"https://x.example/p/c.png"}'),
+                ("d", "mcp__browser__shot", '{"path":5}'),
+            ),
+            T("a", "(see the next message)"),
+            T("b", "(see the next message)"),
+            T("c", "fetched\ntwice"),
+            T("d", "(see the next message)"),
+            U(
+                [
+                    txt("[image of Read a.png]"),
+                    PNG_PART,
+                    txt("[image of Read two words .png]"),
+                    PNG_PART,
+                    txt("[image 1 of WebFetch https://x.example/p/c.png]"),
+                    PNG_PART,
+                    txt("[image 2 of WebFetch https://x.example/p/c.png]"),
+                    PNG_PART,
+                    txt("[image of mcp__browser__shot]"),
+                    PNG_PART,
+                    txt("which one?"),
+                ]
+            ),
+        ],
+    ),
+    (
+        "a label is bounded",
+        request("hi", said(use("a", file_path="x" * 999)), user(result("a", png()))),
+        PLAIN,
+        [
+            U("hi"),
+            A("", ("a", "Read", '{"file_path":"%s"}' % ("x" * 999))),
+            T("a", "(see the next message)"),
+            U([txt("[image of Read %s]" % ("x" * 155)), PNG_PART]),
         ],
     ),
     (
@@ -2531,7 +2591,7 @@ MESSAGES = (
             T("toolu_1", "PDF file read"),
             U(
                 [
-                    txt("[from the result of Read:]"),
+                    txt("[document of Read a]"),
                     {
                         "type": "file",
                         "file": {
@@ -3483,10 +3543,15 @@ class TestTools(unittest.TestCase):
                 json.loads(arguments({"arguments": other})),
                 {"old_string": "a", "new_string": "b", "replace_all": False},
             )
-        self.assertEqual(
-            arguments({"arguments": '{"offset":"1","pages":null}'}, said(use("c1", offset=1))),
-            '{"offset":"1","pages":null}',
-        )
+        for original, echo in (
+            ('{"offset":"1","pages":null}', {"offset": 1}),
+            ('{"why":"w","offset":1}', {"offset": 1, "limit": 5}),  # not in the tool's schema
+            ('{"pages":"","offset":1}', {"offset": 1}),
+            ('{"why":"w"}', {}),
+            ('{ "a" : null}', {"b": 1}),
+        ):
+            told = arguments({"arguments": original}, said(use("c1", **echo)))
+            self.assertEqual(told, original)
 
 
 # ---- prefix stability ----------------------------------------------------------------------------
@@ -3767,17 +3832,284 @@ class TestWrongInput(unittest.TestCase):
         with self.assertRaises(ccfix.BadRequest):
             to_chat(body, "m", PLAIN)
 
-    def test_token_estimates_are_sane(self):
+
+def base64_of(*parts):
+    return base64.b64encode(b"".join(parts)).decode()
+
+
+def big(width, height, form=">II"):
+    return struct.pack(form, width, height)
+
+
+def little(number, size):
+    return number.to_bytes(size, "little")
+
+
+def png_file(width, height, more=b""):
+    """A picture's data up to its size, and `more`."""
+    return base64_of(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", big(width, height), b"\x08\2\0\0\0", more)
+
+
+def segment(mark, content):
+    """A segment of a JPEG."""
+    return bytes([0xFF, mark]) + struct.pack(">H", len(content) + 2) + content
+
+
+def jpeg_file(width, height, mark=0xC0, before=b""):
+    frame = segment(mark, b"\x08" + big(height, width, ">HH") + b"\3" + b"\1\x11\0" * 3)
+    return base64_of(
+        b"\xff\xd8", segment(0xE0, b"JFIF\0\1\1\0\0\1\0\1\0\0"), before, frame, b"\xff\xda"
+    )
+
+
+def gif_file(width, height):
+    return base64_of(b"GIF89a", big(width, height, "<HH"), b"\xf7\0\0")
+
+
+def webp_file(kind, content):
+    return base64_of(b"RIFF", little(99, 4), b"WEBP", kind, little(len(content), 4), content)
+
+
+def lossy_webp(width, height):
+    return webp_file(b"VP8 ", b"\x30\1\0\x9d\1\x2a" + big(width, height, "<HH") + b"\0\0")
+
+
+def lossless_webp(width, height):
+    return webp_file(b"VP8L", b"\x2f" + little(width - 1 | height - 1 << 14 | 1 << 28, 4) + b"\0\0")
+
+
+def extended_webp(width, height):
+    return webp_file(b"VP8X", b"\x10\0\0\0" + little(width - 1, 3) + little(height - 1, 3))
+
+
+THUMBNAIL = segment(0xE1, b"Exif\0\0" + base64.b64decode(jpeg_file(160, 120)))
+LONG_PROFILE = segment(0xE2, b"ICC_PROFILE\0" + b"\xff\xc0\0\x11" * 16000)
+IMAGE_FILES = (
+    png_file,
+    gif_file,
+    jpeg_file,
+    lambda width, height: jpeg_file(width, height, 0xC2),  # progressive
+    lambda width, height: jpeg_file(width, height, 0xC1, segment(0xC4, b"\0" * 30)),
+    lambda width, height: jpeg_file(width, height, 0xC0, THUMBNAIL + 3 * LONG_PROFILE),
+    lossy_webp,
+    lossless_webp,
+    extended_webp,
+)
+IMAGE_TOKENS = (
+    # width, height -> tokens: (width * height / 750 once neither is over 1568) + 85, at most 1600
+    (1, 1, 85),
+    (200, 100, 85 + 26),
+    (1000, 900, 85 + 1200),
+    (900, 1000, 85 + 1200),
+    (1280, 800, 85 + 1365),
+    (1920, 1080, 1600),
+    (3136, 784, 85 + 819),
+    (8000, 8000, 1600),
+    (16000, 100, 85 + 20),
+)
+NO_IMAGES = (
+    "",
+    "AAAA",
+    "iVBORw0KGgo=",
+    "/9j/",
+    "/9j/4AA",
+    "R0lGODlh",
+    "UklGRg==",
+    "\u4f60" * 40,
+    "\ud83d!%",
+    "=" * 80,
+    "A" * 100001,
+    png_file(0, 0),
+    png_file(0, 500)[:-1],
+    png_file(500, 500)[:24],
+    jpeg_file(0, 0),
+    jpeg_file(500, 500, before=b"\xff\xe0\0\0" * 50),
+    base64_of(b"\xff\xd8", b"\xff\xe0\0\2" * 9999),  # segments without end
+    base64_of(b"\xff\xd8", b"\xff" * 9999),
+    base64_of(b"BM", b"\0" * 99),
+    base64_of(b"RIFF\0\0\0\0WEBPALPH", b"\0" * 99),
+)
+SCREENSHOT = png_file(1280, 800, random.Random(3).getrandbits(8 * 240000).to_bytes(240000, "big"))
+BIG_PDF = dict(PDF, source=dict(PDF["source"], data="JVBERi0x" * 50000))
+
+
+def pdf_of(data):
+    return dict(PDF, source=dict(PDF["source"], data=data))
+
+
+class TestEstimate(unittest.TestCase):
+    """How many tokens a request has: images by their pixels, and only what is sent."""
+
+    def tokens(self, *messages, profile=PLAIN):
+        return ccfix.estimate_tokens(request(*messages), profile=profile)
+
+    def added(self, block, profile=PLAIN):
+        """What a block of a user's message adds."""
+        return self.tokens(user("hi", block), profile=profile) - self.tokens(user("hi"))
+
+    def test_text(self):
         self.assertEqual(
             ccfix.estimate_tokens({"messages": [{"role": "user", "content": "x" * 4000}]}) // 100,
             10,
         )
         self.assertGreater(ccfix.estimate_tokens(request("\u4f60" * 100)), 60)
-        self.assertLess(ccfix.estimate_tokens(request(user(png("A" * 10**6)))), 2000)
+        self.assertEqual(ccfix.estimate_tokens(request("hi"), 4000), 1000)
+        self.assertEqual(ccfix.estimate_tokens(request("hi"), 4000, rate=0.5), 2000)
         for odd in ODD:
             self.assertGreaterEqual(
                 ccfix.estimate_tokens({"messages": odd, "system": odd, "tools": odd}), 0
             )
+            for kind in ("image", "document"):
+                for source in (odd, {"type": odd, "data": odd}, {"type": "base64", "data": odd}):
+                    block = {"type": kind, "source": source}
+                    for profile in CHAT_PROFILES + (row("anthropic"), row("anthropic-api")):
+                        self.assertGreater(self.tokens(user(block), profile=profile), 0)
+
+    def test_an_image_counts_by_its_pixels(self):
+        for width, height, wanted in IMAGE_TOKENS:
+            for number, make in enumerate(IMAGE_FILES):
+                with self.subTest(width=width, height=height, number=number):
+                    told = ccfix.media_tokens("image", make(width, height))
+                    self.assertAlmostEqual(told, wanted, delta=3)
+
+    def test_what_is_no_image_counts_as_the_largest(self):
+        for data in NO_IMAGES:
+            with self.subTest(data[:40]):
+                begun = time.process_time()
+                self.assertEqual(ccfix.media_tokens("image", data), 1600)
+                self.assertLess(time.process_time() - begun, 0.1)
+        dice = random.Random(7)
+        for make in IMAGE_FILES:
+            raw = bytearray(base64.b64decode(make(500, 500)))
+            for _ in range(30):
+                raw[dice.randrange(min(60, len(raw)))] = dice.randrange(256)
+                told = ccfix.media_tokens("image", base64_of(bytes(raw))[: dice.randrange(400)])
+                self.assertTrue(85 <= told <= 1600)
+
+    def test_wherever_it_stands(self):
+        shot, wanted = png(SCREENSHOT), self.added(png(png_file(1280, 800)))
+        self.assertAlmostEqual(wanted, 1450 + 35, delta=30)
+        inside = {"type": "document", "source": {"type": "content", "content": [shot]}}
+        for name, message, count in (
+            ("the user's", user(shot), 1),
+            ("two", user(shot, "and", shot), 2),
+            ("a result's", user(result("c1", txt("x"), shot)), 1),
+            ("a result that is one block", user(dict(result("c1"), content=shot)), 1),
+            ("a document's", user(inside), 1),
+            ("a document's in a result", user(result("c1", inside, shot)), 2),
+        ):
+            with self.subTest(name):
+                told = self.tokens("hi", said(use("c1")), message)
+                less = self.tokens("hi", said(use("c1")), user("hi"))
+                self.assertAlmostEqual(told - less, count * wanted, delta=count * 60)
+        url = {"type": "image", "source": {"type": "url", "url": "https://x.example/a.png"}}
+        self.assertAlmostEqual(self.added(url), 1600, delta=40)
+
+    def test_what_is_not_sent_counts_as_its_note(self):
+        native = row("anthropic")
+        text = {"type": "text", "media_type": "text/plain", "data": "x" * 40000}
+        for name, block, profile, least, most in (
+            ("an image", png(SCREENSHOT), TEXT_ONLY, 10, 60),
+            ("a PDF", BIG_PDF, PLAIN, 30, 120),
+            ("a PDF where no data goes", BIG_PDF, WITH_FILES, 1000, 45000),
+            ("a PDF that is passed on", BIG_PDF, native, 10000, 45000),
+            ("a small PDF", pdf_of("JVBERi0x"), native, 1500, 3500),
+            ("a huge PDF", pdf_of("JVBERi0x" * 10**6), native, 10000, 45000),
+            ("a document of text", dict(PDF, source=text), PLAIN, 9900, 10100),
+            ("a document of text, passed on", dict(PDF, source=text), native, 9900, 10100),
+        ):
+            with self.subTest(name):
+                self.assertTrue(least <= self.added(block, profile) <= most)
+                inside = self.added(result("c1", block), profile)
+                self.assertTrue(least <= inside <= most + 30)
+
+    def test_counting_is_cheap(self):
+        turns = [said(use("c1")), user(result("c1", txt("x" * 2000)))] * 400
+        body = request("hi", *turns + [user(*[png(SCREENSHOT)] * 3)])
+        raw = json.dumps(body)
+        spent = min(
+            cpu_seconds(lambda: ccfix.estimate_tokens(body, len(raw), PLAIN)) for _ in range(3)
+        )
+        self.assertLess(spent, 2 * cpu_seconds(lambda: json.loads(raw)))
+
+    def sent(self, body, answer=HELLO_STREAM, **values):
+        """(what the provider got, the events)"""
+        proxy, wires = proxy_with(
+            lambda sent: FakeReply(200, {}, [answer]), **dict({"MAX_CONTEXT": "131072"}, **values)
+        )
+        events, error = ask(proxy, body)
+        self.assertIsNone(error)
+        return wires.sent[-1], events
+
+    def test_images_and_files_leave_the_output_its_room(self):
+        summary = user("Your task is to create a detailed summary of the conversation so far.")
+        looks = [said(use("c1")), user(result("c1", png(SCREENSHOT), BIG_PDF))]
+        native = {"TARGET_FORMAT": "anthropic", "PROFILE": "anthropic"}
+        for name, messages, values in (
+            ("a result's", looks, {}),
+            ("not sent", looks, {"PROFILE": "deepseek"}),
+            ("the user's", [user(png(SCREENSHOT), BIG_PDF)], {}),
+            ("a summary of many", looks * 8 + [said("Done."), summary], {}),
+            ("passed on", looks, native),
+        ):
+            with self.subTest(name):
+                answer = NATIVE_HELLO if values is native else HELLO_STREAM
+                got, _ = self.sent(request("hi", *messages), answer, **values)
+                self.assertEqual(got["max_tokens"], 32000)
+
+    def test_text_still_takes_its_room(self):
+        got, _ = self.sent(request("x" * 310000, user(png(SCREENSHOT))))
+        self.assertTrue(20000 < got["max_tokens"] < 131072 - 310000 * 0.34 - 1400)
+
+    def test_without_usage_an_image_counts_as_one(self):
+        quiet = sse(delta(content="Hello"), delta("stop"))
+        body = request("hi", user(png(SCREENSHOT)))
+        for answer, values in (
+            (quiet, {}),
+            (NATIVE_HELLO.replace(b"input_tokens", b"x"), {"TARGET_FORMAT": "anthropic"}),
+        ):
+            _, events = self.sent(body, answer, **values)
+            for event in (events[0]["message"], events[-2]):
+                self.assertTrue(1400 < event["usage"]["input_tokens"] < 1700, event)
+        proxy, _ = proxy_with(None)
+        self.assertTrue(1400 < proxy.count_tokens(body, {})["input_tokens"] < 1700)
+        size = len(json.dumps(body))
+        self.assertTrue(1400 < proxy.count_tokens(body, {}, None, size)["input_tokens"] < 1700)
+
+    def test_an_overflow_without_numbers_tells_the_estimate(self):
+        proxy, _ = proxy_with(lambda sent: refusal(400, "prompt is too long"), MAX_CONTEXT="9000")
+        _, error = ask(proxy, request("x" * 40000, user(png(SCREENSHOT))))
+        found = re.search(r"(\d+) tokens > 9000", error.message)
+        self.assertTrue(11000 < int(found.group(1)) < 12500, error.message)
+
+    def test_what_is_learned_is_applied_by_the_same_measure(self):
+        """The provider counts half a token a byte and 1,450 for a screenshot."""
+        window, shot = 100000, user(png(SCREENSHOT))
+
+        def answer(sent):
+            raw = json.dumps(sent)
+            images = raw.count("data:image")
+            prompt = len(re.sub(r"data:[^\"]+", "", raw)) // 2 + 1450 * images
+            if prompt + sent["max_tokens"] <= window:
+                return FakeReply(200, {}, [HELLO_STREAM])
+            told = (window, prompt + sent["max_tokens"], prompt, sent["max_tokens"])
+            return refusal(
+                400,
+                "This model's maximum context length is %d tokens. However, you requested %d tokens"
+                " (%d in the messages, %d in the completion)." % told,
+            )
+
+        proxy, wires = proxy_with(answer, MAX_CONTEXT="100000")
+        for first in (request("x" * 140000, shot), request("x" * 140000, shot, shot, shot)):
+            _, error = ask(proxy, first)
+            self.assertIsNone(error)
+        learned = len(wires.sent)
+        for messages in (["x" * 140000], ["x" * 120000, shot], ["x", shot, shot]):
+            _, error = ask(proxy, request(*messages))
+            self.assertIsNone(error)
+            learned += 1
+            self.assertEqual(len(wires.sent), learned, "refused again")
+        self.assertEqual(wires.sent[-1]["max_tokens"], 32000)
 
 
 class TestModelNames(unittest.TestCase):
@@ -4058,7 +4390,20 @@ MIXED = {
         "choice": {"enum": ["a", None]},
     },
 }
-ARGUMENT_SCHEMAS = {"Read": READ, "Bash": BASH, "Edit": EDIT, "Mixed": MIXED, "None": None}
+CLOSED = {"type": "object", "additionalProperties": False}
+ARGUMENT_SCHEMAS = {
+    "Read": READ,
+    "Bash": BASH,
+    "Edit": EDIT,
+    "Mixed": MIXED,
+    "None": None,
+    # What stands in `properties` alone decides nothing here, or everything.
+    "Patterns": dict(CLOSED, properties={"a": {}}, patternProperties={"^x-": {}}),
+    "Referring": dict(CLOSED, properties={"a": {}}, allOf=[{"properties": {"b": {}}}]),
+    "Needing": dict(CLOSED, properties={"a": {}}, required=["b"]),
+    "Nothing": CLOSED,
+    "Free": {"type": "object", "additionalProperties": {"type": "string"}},
+}
 
 # text, tool -> dict, or None where nothing is certain
 REPAIRS = [
@@ -4139,7 +4484,18 @@ COERCIONS = [
         {"file_path": 5, "offset": 3.0, "pages": "1-2"},
         {"file_path": "5", "offset": 3, "pages": "1-2"},
     ),
-    ("Read", {"file_path": None, "unknown": None, "other": 1}, {"file_path": None, "other": 1}),
+    ("Read", {"file_path": None, "unknown": None, "other": 1}, {"file_path": None}),
+    ("Read", {"other": {"a": [1]}, "more": "x", "x": []}, {}),
+    (
+        "Bash",
+        {"command": "ls", "other": 1, "gone": None},
+        {"command": "ls", "other": 1, "gone": None},
+    ),
+    ("Patterns", {"x-a": 1, "b": None, "a": None}, {"x-a": 1, "b": None}),
+    ("Referring", {"a": 1, "b": 2}, {"a": 1, "b": 2}),
+    ("Needing", {"a": 1, "b": 2, "c": 3}, {"a": 1, "b": 2}),
+    ("Nothing", {"a": 1}, {}),
+    ("Free", {"a": 1, "b": None}, {"a": 1, "b": None}),
     (
         "Edit",
         {"file_path": "a", "old_string": "x", "new_string": "", "replace_all": "true"},
@@ -4208,6 +4564,15 @@ ARGUMENT_STREAMS = [
     ("Read", '{"file_path":"a","pages":"","offset":null}', '{"file_path":"a"}'),
     ("Read", '{"pages":"", "offset": null, "file_path": "a"}', '{ "file_path": "a"}'),
     ("Read", '{"pages":"","offset":null}', "{}"),
+    ("Read", '{"why":"I \\"must\\"","file_path":"a"}', '{"file_path":"a"}'),
+    ("Read", '{"file_path":"a", "why": "w" , "offset": 5}', '{"file_path":"a" , "offset": 5}'),
+    ("Read", '{"file_path":"a","why":"w"}', '{"file_path":"a"}'),
+    ("Read", '{"why":{"a":[1,"}"]},"file_path":"a","n":1,"o":null}', '{"file_path":"a"}'),
+    ("Read", '{"why":"w","how":""}', "{}"),
+    ("Read", '{"why":"a\nb","file_path":"a"}', '{"file_path": "a"}'),
+    ("Read", "{'why':'w','file_path':'a'}", '{"file_path": "a"}'),
+    ("Read", '{"file_path":"a","why":"w', '{"file_path":"a","why":"w'),
+    ("Patterns", '{"x-a":"b","a":null}', '{"x-a":"b"}'),
     (
         "Edit",
         '{"new_string":"","old_string":"\\ud83d\\ude00","replace_all":"false"}',
@@ -4360,8 +4725,29 @@ class TestArgumentStream(unittest.TestCase):
             stream.finish()
             self.assertEqual((seen, stream.complete), (during, after), text)
 
+    def test_the_client_gets_no_argument_too_many_and_the_model_its_own_words(self):
+        raw = '{"why": "I \\u00e9", "file_path":"a","how":{"x":[1]}}'
+        pieces = [delta(tool_calls=[{"index": 0, "id": "c1", "function": {"name": "Read"}}])]
+        pieces += [
+            delta(tool_calls=[{"index": 0, "function": {"arguments": letter}}]) for letter in raw
+        ]
+        reply = sse(*pieces + [delta("tool_calls")])
+        tools = [{"name": "Read", "input_schema": READ}]
+        for stream in (True, False):
+            proxy, wires = proxy_with(lambda sent: FakeReply(200, {}, [reply]))
+            events, error = ask(proxy, request("hi", stream=stream, tools=tools))
+            self.assertIsNone(error)
+            (block,) = ccfix.fold(events)["content"]
+            self.assertEqual(block["input"], {"file_path": "a"})
+            echo = request("hi", said(block), user(result(block["id"], "ok")), tools=tools)
+            ask(proxy, echo)
+            (call,) = wires.sent[-1]["messages"][1]["tool_calls"]
+            self.assertEqual(call["function"]["arguments"], raw)
+
     def test_small_fragments_of_large_values_take_linear_time(self):
         for text in (
+            '{"unknown":"%s"}' % ("x" * 30000),
+            '{"unknown":{"a":"%s"},"s":"%s"}' % ("x" * 30000, "y" * 30000),
             '{"o":{"a":"%s"}}' % ("x" * 30000),
             '{"list":[%s1]}' % ("1," * 30000),
             '{"s":"%s"}' % ("\n" * 30000),
@@ -4371,8 +4757,9 @@ class TestArgumentStream(unittest.TestCase):
             "x" * 30000,
             '{"s":"x"}' + " " * 30000,
         ):
+            tool = "Nothing" if "unknown" in text else "Mixed"
             joined, stream = stream_arguments(
-                "Mixed", [text[at : at + 3] for at in range(0, len(text), 3)]
+                tool, [text[at : at + 3] for at in range(0, len(text), 3)]
             )
             self.assertEqual(stream.raw, text)
 

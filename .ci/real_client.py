@@ -5,10 +5,11 @@ python3 .ci/real_client.py [scenario ...]      # all, or those named (with -, as
 
 import base64
 import json
+import re
 import tempfile
 
 from harness import ccfix, check, claude, json_lines, run_table
-from session import BOOK, DANGER, bash, book_of_answers, png, read, write
+from session import BOOK, DANGER, bash, book_of_answers, png, read, screenshot, write
 from upstream import Upstream, attempts, call, cut, delta, fail, rounds, say, think, usage, wait
 
 STREAM_JSON = ("--output-format", "stream-json", "--verbose")
@@ -216,6 +217,29 @@ def image_read():
     check("it follows its tool message, in a user message", follows, roles)
     wanted = ["data:image/png;base64," + base64.b64encode(picture).decode()]
     check("as a data URL with the picture's bytes", urls == wanted, urls)
+
+
+def images_count_as_images():
+    """A screenshot, read twice, with a known window and a provider that tells no usage."""
+    env = {"MAX_CONTEXT": "131072", "EXTRA_BODY": '{"stream_options": null}'}
+    with tempfile.TemporaryDirectory() as work:
+        path = write(work, "shot.png", screenshot())
+        looks = [call("Read", file_path=path)], [call("Read", why="again", file_path=path)]
+        script = rounds(*looks, [bash("echo more")], [say("SHOT-SEEN")])
+        with Upstream(script) as upstream, ccfix(upstream.url, env=env) as url:
+            run = claude(url, "-p", "Look.", DANGER, "--output-format", "json", cwd=work)
+    requests = upstream.requests
+    answers("images: a screenshot is read twice", run, requests, "SHOT-SEEN", 4)
+    sizes, room = [len(r.raw) for r in requests], [r.body["max_tokens"] for r in requests]
+    check("    both are large", sizes[-1] - sizes[0] > 2 * 400000, sizes)
+    check("    they leave the output its room", room == [32000] * 4, room)
+    counted, most = result_of(run)["usage"]["input_tokens"], 4 * (sizes[0] // 3) + 5 * 1600
+    check("    without usage they count as images", 20000 < counted < most, (counted, most))
+    labels = re.findall(r"\[image[^\]]*\]", requests[-1].raw)
+    check("    they are labelled", labels == ["[image of Read shot.png]"] * 2, labels)
+    own = requests[-1].calls[1]["function"]["arguments"]
+    check("an argument too many: the call is run, and goes back as it was", "again" in own, own)
+    extends("images: each request extends the last", requests)
 
 
 def tool_search():
@@ -444,6 +468,7 @@ if __name__ == "__main__":
         parallel_tools,
         subagent,
         image_read,
+        images_count_as_images,
         tool_search,
         web_search,
         mcp_long_names,

@@ -50,16 +50,27 @@ def read(folder, name):
         return str(error)
 
 
-def png(red, green, blue, size=8):
-    """A square picture in one colour."""
+def png_file(width, height, rows):
+    """A PNG of rows of RGB, each behind a zero."""
 
     def part(kind, content):
         check = struct.pack(">I", zlib.crc32(kind + content))
         return struct.pack(">I", len(content)) + kind + content + check
 
-    rows = (b"\0" + bytes((red, green, blue)) * size) * size
-    head = part(b"IHDR", struct.pack(">2I5B", size, size, 8, 2, 0, 0, 0))
+    head = part(b"IHDR", struct.pack(">2I5B", width, height, 8, 2, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + head + part(b"IDAT", zlib.compress(rows)) + part(b"IEND", b"")
+
+
+def png(red, green, blue, size=8):
+    """A square picture in one colour."""
+    return png_file(size, size, (b"\0" + bytes((red, green, blue)) * size) * size)
+
+
+def screenshot(width=1280, height=800, noisy=85):
+    """A picture of a screen's size in 320 KB: some rows of noise, the others grey."""
+    noise = (b"\0" + os.urandom(3 * width) for _ in range(noisy))
+    grey = (b"\0" + b"\x80" * (3 * width)) * (height - noisy)
+    return png_file(width, height, b"".join(noise) + grey)
 
 
 # The session
