@@ -313,6 +313,102 @@ def use(terminal, work):
     terminal.see("the terminal is as it was", "raw=0")
 
 
+def leave(terminal):
+    """Ctrl-C twice -> the exit code."""
+    for _ in range(2):
+        terminal.press(tui.CTRL_C)
+        time.sleep(0.4)
+    return terminal.wait()
+
+
+def settings_of(home):
+    return json.loads(text_of(home, ".claude", "settings.json"))
+
+
+def run_and_the_users_model():
+    """A pick of /model under `run`, and how the session goes on."""
+    for model, shown in (({"model": "sonnet"}, "Sonnet"), ({}, "Opus")):
+        with account() as home:
+            work, started = tui.prepare(home), [PYTHON, CCFIX, "run", "--demo"]
+            env = environment(home, TERM="xterm-256color", LANG="C.UTF-8")
+            before = dict(model, permissions={"deny": ["WebFetch"]})
+            os.mkdir(os.path.join(home, ".claude"))
+            write(before, home, ".claude", "settings.json")
+            with tui.Terminal(started, env, work) as terminal:
+                session = pick_a_model(terminal, home, model.get("model", "default"))
+            found = settings_of(home)
+            kept = {name: found[name] for name in ("permissions", "model") if name in found}
+            check("settings.json names what it named before", kept == before, found)
+            with tui.client(NOBODY, home, model=None) as terminal:
+                good = terminal.on_screen(shown)
+                check("plain claude starts with %s" % shown, good, terminal.screen())
+            with tui.Terminal(started + ["--", "--resume", session], env, work) as terminal:
+                terminal.see("the session goes on as told", "Yourwords:helloyou")
+            nothing_left(home)
+
+
+def pick_a_model(terminal, home, model):
+    """Talk, pick Fable in /model, and leave -> the session's id."""
+    tui.ready(terminal, 60)
+    terminal.ask("hello you")
+    terminal.see("the session answers", "Yourwords:helloyou")
+    terminal.ask("/model")
+    terminal.see("the menu of models", "Selectmodel")
+    time.sleep(1)
+    terminal.type("3")
+    terminal.see("one is picked, and saved", "savedasyourdefault")
+    picked = settings_of(home).get("model")
+    check("settings.json holds it meanwhile", picked == "fable", picked)
+    check("the session ends well", leave(terminal) == 0)
+    ours = r"resume:python3ccfix\.pyrun----resume([0-9a-f-]{36})\(optionsbefore--\)"
+    terminal.see("that the model is put back is said", "settings.json:modelis%sagain" % model)
+    terminal.see("the last line says how to resume", ours)
+    told = re.findall("claude--resume([0-9a-f-]{36})", terminal.text)
+    found = re.findall(ours, terminal.text)
+    check("with the id that the client tells", told == found and len(found) == 1, terminal.text)
+    return found[0]
+
+
+BROKEN = (
+    ("gone.json", None),
+    ("broken.json", '{"permissions":{"deny":["Bash"]'),
+    ("list.json", '[{"permissions":{"deny":["Bash"]}}]'),
+)
+
+
+def run_and_the_users_settings():
+    with account() as home:
+        work = os.path.join(home, "work")
+
+        def client(*argv):
+            words = ("-p", "--dangerously-skip-permissions", "run touch made.txt") + argv
+            return command(home, "run", "--demo", "--", *words, IS_SANDBOX="1")
+
+        for name, text in BROKEN:
+            write(text, work, name) if text else None
+            for given in (name, os.path.join(work, name)):
+                run = client("--settings", given)
+                good = run.code == 1 and not run.out and given in run.err
+                check("--settings %s is told, exit code 1" % given, good, run)
+        run = client("--settings", "/dev/null")
+        check("and so is a device", run.code == 1 and "/dev/null" in run.err, run)
+        run = client("--settings")
+        check("a missing value too", run.code == 1 and "--settings" in run.err, run)
+        made = os.path.join(work, "made.txt")
+        check("nothing ran", not os.path.exists(made))
+        deny = {"permissions": {"deny": ["Bash"]}}
+        write(deny, work, "deny.json")
+        for given in ("deny.json", json.dumps(deny)):
+            run = client("--settings=" + given)
+            check("a rule that denies holds", run.code == 0 and not os.path.exists(made), run)
+        write({"permissions": {"deny": 5}}, work, "schema.json")
+        run = client("--settings", "schema.json")
+        good = "permissions.deny" in run.err
+        check("what is wrong in an object the client tells itself", good, run)
+        run = client("--settings", "")
+        check("and none is none", run.code == 0 and os.path.exists(made), run)
+
+
 def run_and_signals():
     with account() as home, Upstream(lambda request: [wait(60)]) as upstream:
         for number in (signal.SIGTERM, signal.SIGHUP):
@@ -474,6 +570,8 @@ if __name__ == "__main__":
         run_in_pipes,
         run_beside_another_setup,
         run_in_a_terminal,
+        run_and_the_users_model,
+        run_and_the_users_settings,
         run_and_signals,
         check_an_able_provider,
         check_over_tls,
