@@ -9198,11 +9198,11 @@ def usage_errors(words):
 
 
 def read_file(path):
-    """The first MB of a file. Raises OSError, ValueError; a pipe or device would never end."""
+    """The first 2 MB of a file. Raises OSError, ValueError; a pipe or device would never end."""
     if not os.path.isfile(path):
         raise OSError("it is gone, or not a file")
     with open(path, "rb") as file:
-        return file.read(1 << 20)
+        return file.read(2 << 20)
 
 
 def file_text(path):
@@ -9856,23 +9856,30 @@ def settings_overrides(sources, environment):
 def claude_settings(arguments, overrides):
     """(settings for --settings, the other arguments) of a session.
 
-    The user's own --settings, a JSON object or the name of a file, are merged in: of two such flags
-    only one would count. Auto mode is off unless the arguments say how to ask, or print, where it
+    The user's own --settings, the name of a file or JSON text, are merged in: of two such flags
+    only the last counts. Auto mode is off unless the arguments say how to ask, or print, where it
     makes no difference.
+
+    Where it cannot be used the program ends with 1, as Claude Code does where there is no such
+    file. It may go on without a broken one: then neither a rule in it nor ours would count.
     """
     words, rest, given = iter(arguments), [], ""
     for word in words:
-        flag, _, value = word.partition("=")
+        flag, sign, value = word.partition("=")
         if flag == "--settings":
-            given = value or next(words, "")
+            given = value if sign else next(words, flag)
         else:
-            rest.append(word)
-    found = as_dict(json_or_none(given) or json_or_none(file_text(given)))
-    if overrides:
-        found["env"] = dict(as_dict(found.get("env")), **overrides)
-    if not any(map(DECIDES_MODE.match, rest)):
-        found["permissions"] = dict(as_dict(found.get("permissions")), disableAutoMode="disable")
-    return found, rest
+            rest += [word, *words] if word == "--" else [word]
+    with contextlib.suppress(OSError, SettingError, TypeError):  # what is no object has no ** form
+        text = decode_env(read_file(given)) if os.path.exists(given) else given
+        found = {**json_or_none(text.strip() or "{}")}
+        if overrides:
+            found["env"] = {**found.get("env", {}), **overrides}
+        if not any(map(DECIDES_MODE.match, rest)):
+            found["permissions"] = {**found.get("permissions", {}), "disableAutoMode": "disable"}
+        return found, rest
+    notify("Settings file not found or no JSON object: " + given)
+    sys.exit(1)
 
 
 def claude_command(path):
@@ -9976,23 +9983,53 @@ def run_claude(path, running, arguments):
 
     settings, address = running.config(), running.server.address()
     environment = claude_environment(os.environ, address, settings, running.plan())
-    overrides = settings_overrides(claude_files(), environment)
+    paths, began = claude_files(), running.proxy.started
+    overrides = settings_overrides(map(file_text, paths), environment)
     wanted, rest = claude_settings(arguments, overrides)
     if "disableAutoMode" in as_dict(wanted.get("permissions")):
         notify(WHY_NO_AUTO)
     if settings.insecure:
         notify(INSECURE_WORDS)
-    with settings_argument(wanted) as more:
+    asks = not {"-p", "--print"} & {*rest}  # printing saves no pick of a model, and wants no words
+    with settings_argument(wanted) as more, kept_model(os.path.realpath(paths[0] * asks), began):
         child = subprocess.Popen(claude_command(path) + more + rest, env=environment)
-        return exit_code(child)
+        code = exit_code(child)
+    for row in running.proxy.ledger.rows(asks):
+        # Claude Code's own line names `claude`, which would ask other models to go on.
+        if row["session"] and row["time"] > began:
+            notify(
+                "resume: %s run -- --resume %s (options before --)"
+                % (program_name(), row["session"])
+            )
+    return code
 
 
 def claude_files():
-    """The content of the settings files that Claude Code will read: the user's, the project's,
-    and the project's that is not shared."""
+    """Paths of the settings files that Claude Code will read: the user's, the project's, and the
+    project's that is not shared."""
     folder = os.environ.get("CLAUDE_CONFIG_DIR") or os.path.expanduser("~/.claude")
-    paths = (folder + "/settings.json", ".claude/settings.json", ".claude/settings.local.json")
-    return list(map(file_text, paths))
+    return folder + "/settings.json", ".claude/settings.json", ".claude/settings.local.json"
+
+
+@contextlib.contextmanager
+def kept_model(path, began):
+    """Put the model in the user's settings back: Claude Code saves each pick of /model there, and
+    without us it would start with that.
+
+    The file gets the time when we began, by which another `run` that ends later sees that this was
+    no pick of its own. One that is broken is left alone.
+    """
+    text = file_text(path) or "{}"
+    yield
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        old, new, info = json_or_none(text), json_or_none(file_text(path)), os.stat(path)
+        model = old.get("model")
+        if new.get("model") != model and info.st_mtime > began:
+            new = omit(dict(new, model=model), ["model"] * (not model))
+            text = text if new == old else json.dumps(new, indent=2, ensure_ascii=False) + "\n"
+            write_file(path, text, info.st_mode)
+            os.utime(path, (began, began))
+            notify("%s: model is %s again" % (path, model or "default"))
 
 
 # ---- check: what the target can do, through the code that serves ---------------------------------

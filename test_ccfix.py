@@ -16531,6 +16531,151 @@ class TestRun(CommandsCase):
             self.assertEqual(ccfix.claude_settings(arguments, {}), (settings, rest), arguments)
         self.assertEqual(ccfix.claude_settings(["-p"], {"A": "b"})[0], {"env": {"A": "b"}})
 
+    def test_settings_of_the_user_are_read_as_claude_code_reads_them(self):
+        deny = '{"permissions":{"deny":["Bash"]}}'
+        long = '{"permissions":{"deny":["Bash"]},"x":"%s"}' % ("y" * 1500000)
+        for name, text, encoding in (
+            ("plain", deny, "utf-8"),
+            ("mark", deny, "utf-8-sig"),
+            ("wide", deny, "utf-16"),
+            ("long", long, "utf-8"),
+            ("lines", "\n %s \n" % deny, "utf-8"),
+        ):
+            with open(name, "w", encoding=encoding) as file:
+                file.write(text)
+            found = ccfix.claude_settings(["--settings", name, "-p"], {})
+            found[0].pop("x", None)
+            self.assertEqual(found, (json.loads(deny), ["-p"]), name)
+        for name, text in (("empty", ""), ("blank", " \n"), ("object", "{}")):
+            self.write(name, text)
+            self.assertEqual(ccfix.claude_settings(["--settings=" + name, "-p"], {})[0], {}, name)
+        for arguments, settings, rest in (
+            (["--settings", "", "-p"], {}, ["-p"]),
+            (["--settings=", "-p", "hi"], {}, ["-p", "hi"]),
+            (["--settings", ' {"x":1} ', "-p"], {"x": 1}, ["-p"]),
+            (["--settings", "gone", "--settings", "plain", "-p"], json.loads(deny), ["-p"]),
+            (["-p", "--", "--settings", "gone"], {}, ["-p", "--", "--settings", "gone"]),
+            # what else is wrong in them, Claude Code tells itself
+            (["--settings", '{"permissions":{"deny":5},"y":[]}', "-p"], None, ["-p"]),
+            (["--settings", '{"permissions":[]}', "-p"], {"permissions": []}, ["-p"]),
+        ):
+            settings = json.loads(arguments[1]) if settings is None else settings
+            self.assertEqual(ccfix.claude_settings(arguments, {}), (settings, rest), arguments)
+
+    def test_settings_that_cannot_be_used_end_the_session(self):
+        os.mkdir("folder")
+        with open("odd", "wb") as file:
+            file.write(b'{"x":"\xff"}')
+        for name, text in (
+            ("broken", '{"permissions":{"deny":["Bash"]'),
+            ("comment", '// mine\n{"permissions":{}}'),
+            ("comma", '{"permissions":{},}'),
+            ("list", '[{"permissions":{}}]'),
+            ("string", '"x"'),
+            ("null", "null"),
+            ("number", "5"),
+            ("env", '{"env":["A=b"]}'),
+            ("rules", '{"permissions":["deny"]}'),
+            ("nothing", '{"permissions":null}'),
+            ("long", '{"x":"%s"}' % ("y" * 2100000)),
+            ("deep", "[" * 100000),
+        ):
+            self.write(name, text)
+        told = "Settings file not found or no JSON object: "
+        devices = ["/dev/null", "/dev/stdin"] * (os.name == "posix")
+        files = "gone ~/gone gone/file folder odd broken comment comma list string null number env"
+        for given in files.split() + ["rules", "nothing", "long", "deep", '{"x":', "{x}"] + devices:
+            for words in (["--settings", given], ["--settings=" + given, "-c"]):
+                err = io.StringIO()
+                with contextlib.redirect_stderr(err), self.assertRaises(SystemExit) as end:
+                    ccfix.claude_settings(words, {"A": "b"})
+                self.assertEqual(
+                    (end.exception.code, err.getvalue()), (1, "ccfix: %s%s\n" % (told, given))
+                )
+        with contextlib.redirect_stderr(err), self.assertRaises(SystemExit):
+            ccfix.claude_settings(["-p", "hi", "--settings"], {})
+
+    def session(self, before, *writes, path="settings.json"):
+        """(what settings.json holds after a session in which it was written, what was said)."""
+        err = io.StringIO()
+        if before is not None:
+            self.write(path, before)
+        with contextlib.redirect_stderr(err), ccfix.kept_model(path, time.time() - 9):
+            for text in writes:
+                self.write(path, text)
+        return self.read(path), err.getvalue()
+
+    def test_a_pick_of_a_model_is_not_left_in_the_users_settings(self):
+        for before, during, after, model in (
+            (None, '{"model":"fable"}', "{}", "default"),
+            ("", '{"model":"fable"}', "{}", "default"),
+            ("{}", '{\n  "model": "fable"\n}\n', "{}", "default"),
+            ('{"x":1}\n', '{\n  "model": "fable",\n  "x": 1\n}\n', '{"x":1}\n', "default"),
+            ('{"model":"opus", "x":1}', '{"model":"fable","x":1}', None, "opus"),
+            ('{"model":"opus", "x":1}', '{"x":1}', None, "opus"),
+            (
+                '{"model":"opus"}',
+                '{"a":"\u4f60","model":"fable","b":[1.5,null]}',
+                '{\n  "a": "\u4f60",\n  "model": "opus",\n  "b": [\n    1.5,\n    null\n  ]\n}\n',
+                "opus",
+            ),
+            ('{"a":1}', '{"a":2,"model":"fable"}', '{\n  "a": 2\n}\n', "default"),
+            ('\ufeff{"model":"opus"}', '{"model":"x"}', '{"model":"opus"}', "opus"),
+        ):
+            if os.path.exists("settings.json"):
+                os.unlink("settings.json")
+            found, said = self.session(before, during)
+            self.assertEqual(found, before if after is None else after)
+            self.assertEqual(said, "ccfix: settings.json: model is %s again\n" % model)
+
+    def test_settings_without_a_pick_stay_as_they_are(self):
+        for before, *writes in (
+            ('{"model":"opus"}',),
+            ('{"model":"opus"}', '{"model":"fable"}', '{"model":"opus","x":1}'),
+            ("{}", '{"x":{"model":"fable"}}'),
+            ('{"model":"opus"', '{"model":"fable"}'),
+            ('{"model":"opus"}', '{"model":"fable"'),
+            ('["model"]', '{"model":"fable"}'),
+            ('{"model":"opus"}', "5"),
+        ):
+            after = (writes or [before])[-1]
+            self.assertEqual(self.session(before, *writes), (after, ""))
+        with ccfix.kept_model("settings.json", 0):
+            os.unlink("settings.json")
+        self.assertFalse(os.path.exists("settings.json"))
+
+    @unittest.skipUnless(os.name == "posix", "links and permissions")
+    def test_settings_keep_their_permissions_and_links(self):
+        self.write("real.json", '{"model":"opus"}')
+        os.chmod("real.json", 0o640)
+        os.symlink("real.json", "settings.json")
+        path = os.path.realpath("settings.json")
+        with contextlib.redirect_stderr(io.StringIO()), ccfix.kept_model(path, time.time() - 9):
+            self.write("real.json", '{"model":"fable"}')
+        self.assertEqual(self.read("real.json"), '{"model":"opus"}')
+        self.assertEqual(stat.S_IMODE(os.stat("real.json").st_mode), 0o640)
+        self.assertTrue(os.path.islink("settings.json"))
+        self.assertEqual(sorted(os.listdir(".")), ["real.json", "settings.json"])
+
+    def test_of_two_sessions_each_takes_back_its_own_pick_only(self):
+        """Steps: a and b begin or end (A, B) one, a word is picked; the file holds "opus" first."""
+        for steps in ("a b fable A B", "a b fable B A", "a fable b A B", "a fable b B A"):
+            self.write("settings.json", '{"model":"opus"}')
+            os.utime("settings.json", (1, 1))
+            sessions, now = {}, time.time() - 99
+            for step in steps.split():
+                now += 9
+                if step in "ab":
+                    sessions[step] = ccfix.kept_model("settings.json", now)
+                    sessions[step].__enter__()
+                elif step in "AB":
+                    with contextlib.redirect_stderr(io.StringIO()):
+                        sessions[step.lower()].__exit__(None, None, None)
+                else:
+                    self.write("settings.json", '{"model":"%s"}' % step)
+                    os.utime("settings.json", (now, now))
+            self.assertEqual(self.read("settings.json"), '{"model":"opus"}', steps)
+
     def test_a_key_travels_in_a_private_file_that_goes_again(self):
         with ccfix.settings_argument({"env": {"ANTHROPIC_AUTH_TOKEN": "t"}}) as found:
             self.assertEqual(
@@ -16557,6 +16702,8 @@ class TestRun(CommandsCase):
 
 FAKE_CLAUDE = """#!%s
 import json, os, signal, sys, time, urllib.request
+with open(os.path.join(os.environ["CLAUDE_CONFIG_DIR"], "settings.json"), "w") as file:
+    file.write('{"model":"fable"}')
 if "wait" in sys.argv:
     print("ready", flush=True)
     time.sleep(20)
@@ -16566,7 +16713,7 @@ body = {"model": os.environ["ANTHROPIC_MODEL"], "max_tokens": 9, "messages": mes
 body = json.dumps(body).encode()
 direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 for given in (key, "wrong"):
-    headers = {"Authorization": "Bearer " + given}
+    headers = {"Authorization": "Bearer " + given, "X-Claude-Code-Session-Id": "s-1"}
     asked = urllib.request.Request(base + "/v1/messages", body, headers)
     try:
         answer = json.loads(direct.open(asked).read().decode())
@@ -16613,7 +16760,7 @@ class TestRunWithAClient(CommandsCase):
             stderr=subprocess.PIPE,
             universal_newlines=True,
             cwd=self.home,
-            env={"PATH": self.home, "HOME": self.home},
+            env={"PATH": self.home, "HOME": self.home, "CLAUDE_CONFIG_DIR": self.home},
         )
 
     def test_terminal_arguments_and_exit_code_pass_through(self):
@@ -16623,7 +16770,9 @@ class TestRunWithAClient(CommandsCase):
         self.assertEqual(
             (refused, json.loads(words), err), ("401", ["-p", "a b", "--", "$HOME"], "")
         )
-        self.assertEqual(sorted(os.listdir(self.home)), ["claude"])
+        self.assertEqual(sorted(os.listdir(self.home)), ["claude", "settings.json"])
+        # no pick of ours, since who prints is not asked for one: another session's
+        self.assertEqual(self.read("settings.json"), '{"model":"fable"}')
 
     def test_exit_code_and_why_auto_mode_is_off(self):
         child = self.start()
@@ -16633,6 +16782,9 @@ class TestRunWithAClient(CommandsCase):
             (7, ["--settings", '{"permissions":{"disableAutoMode":"disable"}}']),
         )
         self.assertEqual(err.count("auto permission mode is off"), 1)
+        self.assertEqual(self.read("settings.json"), "{}")
+        resume = "ccfix: resume: python3 ccfix.py run -- --resume s-1 (options before --)"
+        self.assertEqual(err.splitlines()[-1], resume)
 
     def test_each_stop_of_the_client_stops_us_once(self):
         """Claude Code stops its whole process group, so that our own stop may come before or after
@@ -16655,12 +16807,16 @@ class TestRunWithAClient(CommandsCase):
             child.returncode = os.WEXITSTATUS(seen[-1])
             self.assertEqual((len(seen), child.returncode), (3, 7), words)
 
-    def test_sigterm_is_passed_on(self):
-        child = self.start("wait", "-p")
+    def test_sigterm_is_passed_on_and_the_model_put_back(self):
+        self.write("settings.json", '{"model": "opus"}')
+        child = self.start("wait", "--permission-mode", "plan")
         self.assertEqual(child.stdout.readline(), "ready\n")
+        self.assertEqual(self.read("settings.json"), '{"model":"fable"}')
         child.send_signal(signal.SIGTERM)
-        child.communicate(timeout=30)
+        err = child.communicate(timeout=30)[1]
         self.assertEqual(child.returncode, 128 + signal.SIGTERM)
+        said = "ccfix: %s/settings.json: model is opus again\n" % self.home
+        self.assertEqual((self.read("settings.json"), err), ('{"model": "opus"}', said))
 
 
 class TestTheScript(CommandsCase):

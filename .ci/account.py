@@ -5,32 +5,26 @@ python3 .ci/account.py [scenario ...]      # all, or those named (with -, as in 
 """
 
 import contextlib
-import fcntl
 import glob
 import json
 import os
-import pty
 import re
-import select
 import shutil
 import signal
 import socket
 import ssl
 import stat
-import struct
 import subprocess
 import tempfile
-import termios
 import time
 
 import harness
+import tui
 from harness import CCFIX, PYTHON, ccfix, check, free_port, get, llama, run_table, skip, stop
 from harness import wait_for
 from upstream import Upstream, call, fail, rounds, say, usage, wait
 
-VERSION = os.environ.get("CLAUDE_VERSION", "2.1.330")
-ROOT = os.environ.get("CLAUDE_ROOT") or os.path.join(harness.CACHE, "claude")
-CLIENT = os.path.join(ROOT, VERSION, "node_modules", ".bin")
+CLIENT = os.path.dirname(tui.binary())
 COMMANDS = ("serve", "run", "check", "init", "install", "uninstall", "open")
 NOBODY = "http://127.0.0.1:1"
 OWN_NAME = socket.gethostname()
@@ -206,7 +200,7 @@ def installation(name, home, python, **env):
 def opened():
     with account() as home, ccfix(None, "--demo") as url:
         seen = os.path.join(home, "seen")
-        browser = write("#!/bin/sh\necho \"$1\" > %s\n" % seen, home, "browser")
+        browser = write('#!/bin/sh\necho "$1" > %s\n' % seen, home, "browser")
         os.chmod(browser, 0o755)
         run = command(home, "open", "-p", url.rsplit(":", 1)[1], BROWSER=browser + " %s")
         wait_for(lambda: os.path.exists(seen) and text_of(seen), 20, "the browser")
@@ -278,58 +272,12 @@ def run_beside_another_setup():
         nothing_left(home, "the file with the key is gone again")
 
 
-class Terminal:
-    """A shell under a pseudo-terminal; see(name, patterns) waits for them on the screen.
-
-    Blanks are left out: the client draws those by moving the cursor.
-    """
-
-    def __init__(self, home):
-        self.text = ""
-        self.pid, self.fd = pty.fork()
-        if self.pid == 0:
-            os.chdir(os.path.join(home, "work"))
-            env = environment(home, TERM="xterm-256color", PS1="sh> ", LANG="C.UTF-8")
-            os.execve("/bin/bash", ["bash", "--norc", "-i"], env)
-        fcntl.ioctl(self.fd, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
-
-    def read(self, seconds=0.1):
-        codes = r"\x1b(\[[0-9;?<>=]*[ -/]*[@-~]|\][^\x07]*\x07|[()].|.)|\s"
-        while select.select([self.fd], [], [], seconds)[0]:
-            self.text += re.sub(codes, "", os.read(self.fd, 65536).decode("utf-8", "replace"))
-            seconds = 0.05
-
-    def type(self, text):
-        self.text = ""
-        os.write(self.fd, text.encode())
-
-    def shows(self, patterns):
-        return all(re.search(pattern, self.text) for pattern in patterns)
-
-    def see(self, name, *patterns, seconds=60):
-        """Check that the patterns come to the screen."""
-        end = time.monotonic() + seconds
-        while time.monotonic() < end and not self.shows(patterns):
-            self.read()
-        return check(name, self.shows(patterns), self.text[-3000:])
-
-    def close(self):
-        os.close(self.fd)
-        os.kill(self.pid, signal.SIGKILL)
-        os.waitpid(self.pid, 0)
-
-
 def run_in_a_terminal():
     with account() as home:
-        work = os.path.join(home, "work")
-        known = {"hasCompletedOnboarding": True, "theme": "dark"}
-        known["projects"] = {work: {"hasTrustDialogAccepted": True}}
-        write(known, home, ".claude.json")
-        terminal = Terminal(home)
-        try:
+        work = tui.prepare(home)
+        env = environment(home, TERM="xterm-256color", PS1="sh> ", LANG="C.UTF-8")
+        with tui.Terminal(["/bin/bash", "--norc", "-i"], env, work) as terminal:
             use(terminal, work)
-        finally:
-            terminal.close()
         nothing_left(home)
 
 
@@ -358,11 +306,107 @@ def use(terminal, work):
     terminal.type("\r")
     terminal.see("and it goes on", "Yourwords:oncemore")
     for _ in range(2):
-        os.write(terminal.fd, b"\x03")
+        terminal.press(tui.CTRL_C)
         time.sleep(0.4)
     terminal.see("Ctrl-C twice ends it", "sh>")
     terminal.type("echo raw=$(stty -a | grep -c -- -icanon)\n")
     terminal.see("the terminal is as it was", "raw=0")
+
+
+def leave(terminal):
+    """Ctrl-C twice -> the exit code."""
+    for _ in range(2):
+        terminal.press(tui.CTRL_C)
+        time.sleep(0.4)
+    return terminal.wait()
+
+
+def settings_of(home):
+    return json.loads(text_of(home, ".claude", "settings.json"))
+
+
+def run_and_the_users_model():
+    """A pick of /model under `run`, and how the session goes on."""
+    for model, shown in (({"model": "sonnet"}, "Sonnet"), ({}, "Opus")):
+        with account() as home:
+            work, started = tui.prepare(home), [PYTHON, CCFIX, "run", "--demo"]
+            env = environment(home, TERM="xterm-256color", LANG="C.UTF-8")
+            before = dict(model, permissions={"deny": ["WebFetch"]})
+            os.mkdir(os.path.join(home, ".claude"))
+            write(before, home, ".claude", "settings.json")
+            with tui.Terminal(started, env, work) as terminal:
+                session = pick_a_model(terminal, home, model.get("model", "default"))
+            found = settings_of(home)
+            kept = {name: found[name] for name in ("permissions", "model") if name in found}
+            check("settings.json names what it named before", kept == before, found)
+            with tui.client(NOBODY, home, model=None) as terminal:
+                good = terminal.on_screen(shown)
+                check("plain claude starts with %s" % shown, good, terminal.screen())
+            with tui.Terminal(started + ["--", "--resume", session], env, work) as terminal:
+                terminal.see("the session goes on as told", "Yourwords:helloyou")
+            nothing_left(home)
+
+
+def pick_a_model(terminal, home, model):
+    """Talk, pick Fable in /model, and leave -> the session's id."""
+    tui.ready(terminal, 60)
+    terminal.ask("hello you")
+    terminal.see("the session answers", "Yourwords:helloyou")
+    terminal.ask("/model")
+    terminal.see("the menu of models", "Selectmodel")
+    time.sleep(1)
+    terminal.type("3")
+    terminal.see("one is picked, and saved", "savedasyourdefault")
+    picked = settings_of(home).get("model")
+    check("settings.json holds it meanwhile", picked == "fable", picked)
+    check("the session ends well", leave(terminal) == 0)
+    ours = r"resume:python3ccfix\.pyrun----resume([0-9a-f-]{36})\(optionsbefore--\)"
+    terminal.see("that the model is put back is said", "settings.json:modelis%sagain" % model)
+    terminal.see("the last line says how to resume", ours)
+    told = re.findall("claude--resume([0-9a-f-]{36})", terminal.text)
+    found = re.findall(ours, terminal.text)
+    check("with the id that the client tells", told == found and len(found) == 1, terminal.text)
+    return found[0]
+
+
+BROKEN = (
+    ("gone.json", None),
+    ("broken.json", '{"permissions":{"deny":["Bash"]'),
+    ("list.json", '[{"permissions":{"deny":["Bash"]}}]'),
+)
+
+
+def run_and_the_users_settings():
+    with account() as home:
+        work = os.path.join(home, "work")
+
+        def client(*argv):
+            words = ("-p", "--dangerously-skip-permissions", "run touch made.txt") + argv
+            return command(home, "run", "--demo", "--", *words, IS_SANDBOX="1")
+
+        for name, text in BROKEN:
+            write(text, work, name) if text else None
+            for given in (name, os.path.join(work, name)):
+                run = client("--settings", given)
+                good = run.code == 1 and not run.out and given in run.err
+                check("--settings %s is told, exit code 1" % given, good, run)
+        run = client("--settings", "/dev/null")
+        check("and so is a device", run.code == 1 and "/dev/null" in run.err, run)
+        run = client("--settings")
+        check("a missing value too", run.code == 1 and "--settings" in run.err, run)
+        made = os.path.join(work, "made.txt")
+        check("nothing ran", not os.path.exists(made))
+        deny = {"permissions": {"deny": ["Bash"]}}
+        write(deny, work, "deny.json")
+        for given in ("deny.json", json.dumps(deny)):
+            run = client("--settings=" + given)
+            check("a rule that denies holds", run.code == 0 and not os.path.exists(made), run)
+        write({"permissions": {"deny": 5}}, work, "schema.json")
+        run = client("--settings", "schema.json")
+        good = "permissions.deny" in run.err
+        check("what is wrong in an object the client tells itself", good, run)
+        run = client("--settings", "")
+        check("and none is none", run.code == 0 and os.path.exists(made), run)
 
 
 def run_and_signals():
@@ -455,7 +499,7 @@ def check_over_tls():
         has_row("--insecure is loud", run, "reachable", "ok", "TLS NOT verified")
 
 
-PROXY = "Port %d\nListen 127.0.0.1\nTimeout 60\nMaxClients 50\nLogFile \"%s\"\nLogLevel Connect\n"
+PROXY = 'Port %d\nListen 127.0.0.1\nTimeout 60\nMaxClients 50\nLogFile "%s"\nLogLevel Connect\n'
 PROXY += "Allow 127.0.0.1\n"
 
 
@@ -526,6 +570,8 @@ if __name__ == "__main__":
         run_in_pipes,
         run_beside_another_setup,
         run_in_a_terminal,
+        run_and_the_users_model,
+        run_and_the_users_settings,
         run_and_signals,
         check_an_able_provider,
         check_over_tls,
