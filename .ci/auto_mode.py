@@ -24,7 +24,7 @@ def make(name):
 
 
 def is_judge(request):
-    return request.raw.count("Judge an agent's tool calls") == 1
+    return request.raw.count("Judge an agent's calls") == 1
 
 
 def is_classifier(request):
@@ -119,7 +119,7 @@ def by_no_clear_answer():
         ("an error", lambda request: fail(400, "no such model")),
     )
     for name, judge in rows:
-        told = ["Blocked by auto mode", "no clear verdict"]
+        told = ["Blocked by auto mode", "no verdict"]
         requests = task(name + ": blocked", model(["a.txt"], judge), [], told, AUTO_MODE="judge")
         check(name + ": asked once", sum(map(is_judge, requests)) == 1, len(requests))
 
