@@ -7005,11 +7005,11 @@ class Proxy:
             return plan
         return self.plan_of(settings, "image") if any(find_blocks(body, "image")) else plan
 
-    def models(self, settings):
-        """Anthropic's model list: the families, and the disguise or target.
+    def models(self, settings, query=""):
+        """A page of Anthropic's model list: the families, and the disguise or target.
 
-        Under names that Claude Code accepts: those that begin with claude or anthropic. There is
-        only one page. https://docs.anthropic.com/en/api/models-list
+        Under names that Claude Code accepts: those that begin with claude or anthropic. query:
+        limit, after_id, before_id. https://docs.anthropic.com/en/api/models-list
         """
         shown = settings.disguise_model or settings.target_model
         named = shown if shown.startswith(("claude", "anthropic")) else "claude-" + shown
@@ -7017,8 +7017,19 @@ class Proxy:
         for family in FAMILIES:
             titles["claude-" + family] = "%s (%s)" % (self.plan_of(settings, family).model, family)
         constants = {"type": "model", "created_at": CREATED, "description": "through ccfix"}
-        data = [dict(constants, id=name, display_name=title) for name, title in titles.items()]
-        return dict(data=data, has_more=False, first_id=data[0]["id"], last_id=data[-1]["id"])
+        options = dict(urllib.parse.parse_qsl(query, True))
+        try:
+            limit, before = int(options.get("limit", 20)), options.get("before_id")
+            start = [None, *titles].index(options.get("after_id"))
+            rest = [*titles][start : [*titles, None].index(before)]
+        except ValueError:
+            limit = 0
+        if not 1 <= limit <= 1000:
+            raise BadRequest("limit: 1 to 1000; before_id, after_id: listed ids")
+        page = rest[-limit:] if before else rest[:limit]
+        data = [dict(constants, id=name, display_name=titles[name]) for name in page]
+        ends = page or [None]
+        return dict(data=data, has_more=len(rest) > limit, first_id=ends[0], last_id=ends[-1])
 
     def count_tokens(self, body, headers, wait=None):
         """{"input_tokens"}: the provider's own count where its format has one, else an estimate.
@@ -7618,10 +7629,39 @@ def is_search(body):
 
 HIT = dict(type="web_search_result", encrypted_content="", page_age=None)
 SEARCH_ERROR = dict(type="web_search_tool_result_error", error_code="unavailable")
-NO_SEARCH = (
-    "Web search is not configured: set SEARCH_URL in ccfix to a SearXNG address."
-    " No search was made."
-)
+NO_SEARCH = "Web search is not configured: set SEARCH_URL in ccfix to a SearXNG address."
+
+
+def site_of(address):
+    """ ".host/path/" of a URL, as browsers read it, or of an entry of allowed_domains.
+
+    Both are written in several ways: with another case, port or dot, with a user before an @, or as
+    xn--. Raises ValueError for what is no host; a * may only stand in a path.
+    """
+    address = address.strip()[:500].replace("\\", "/").split("://", 1)[-1]
+    parts = urllib.parse.urlsplit("//" + address)
+    # An empty label, which is an error, where there is no host, or a * in it.
+    host = (parts.hostname or "*").strip(".").replace("*", "..").encode("idna").decode()
+    return ".%s%s/" % (host, parts.path.rstrip("/"))
+
+
+def covers(entry, url):
+    """Whether an entry, in whose path a * is any text, means this URL's place or one above it."""
+    (head, _, tail), place = site_of(entry).partition("*"), site_of(url)
+    start = place.find(head)
+    return -1 < start < place.find("/") and tail in place[start + len(head) - 1 :]
+
+
+def filter_hits(hits, tool):
+    """The results that a request lets through; platform.claude.com/docs, server tools, says how."""
+    for field, wanted in ("allowed_domains", True), ("blocked_domains", False):
+        if tool.get(field):
+            hits = [
+                hit
+                for hit in hits
+                if any(covers(str(entry), hit[1]) for entry in as_list(tool[field])) is wanted
+            ]
+    return hits[:10]
 
 
 def search_message(exchange):
@@ -7633,11 +7673,17 @@ def search_message(exchange):
     said = "\n".join(map(block_text, blocks))
     query = re.sub(r"(?is)^.*?web search for the query:\s*", "", said).strip()[:400]
     content, text = SEARCH_ERROR, NO_SEARCH
-    if exchange.settings.search_url:
+    tool = exchange.body["tools"][0]
+    if tool.get("max_uses") is not None and not positive_int(tool, "max_uses"):
+        content, text = dict(content, error_code="max_uses_exceeded"), "max_uses allows none."
+    elif exchange.settings.search_url:
         try:
-            hits = search_web(exchange, query)
+            found = search_web(exchange, query)
+            hits = filter_hits(found, tool)
             content = [dict(HIT, title=title, url=url) for title, url, _ in hits]
-            text = "\n\n".join(map("\n".join, hits)) or "The search found nothing."
+            text = "\n\n".join(map("\n".join, hits)) or (
+                "The search found nothing; on other domains: %d" % len(found)
+            )
         except (ProxyError, ValueError) as error:
             text = "The web search failed: %s" % error
     call_id = "srvtoolu_" + exchange.proxy.new_id()
@@ -7648,7 +7694,7 @@ def search_message(exchange):
 
 
 def search_web(exchange, query):
-    """[(title, url, content)], all strings, of SEARCH_URL's JSON answer, at most ten.
+    """[(title, url, content)], all strings, of SEARCH_URL's JSON answer.
 
     SearXNG's form: https://docs.searxng.org/dev/search_api.html. Raises ProxyError, and ValueError
     for other JSON.
@@ -7662,7 +7708,7 @@ def search_web(exchange, query):
         raise ValueError("SEARCH_URL gave no JSON with results; SearXNG must allow that format")
     return [
         (str(row.get("title") or row["url"]), str(row["url"]), str(row.get("content") or ""))
-        for row in map(as_dict, rows[:10])
+        for row in map(as_dict, rows[:99])
         if row.get("url")
     ]
 
@@ -7950,7 +7996,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         hosts = self.headers.get_all("Host", [""] if is_old else [])
         lengths = self.headers.get_all("Content-Length", [])
         codings = self.headers.get_all("Transfer-Encoding", [])
-        netloc, path = re.match(r"(?:[^/?]+://([^/?]+))?([^?]*)", self.path).groups()
+        parts = re.match(r"(?:[^/?]+://([^/?]+))?([^?]*)\??(.*)", self.path)
+        netloc, path, self.query = parts.groups()
         if len(hosts) != 1 or netloc and netloc.lower() != hosts[0].lower():
             raise BadRequest("the request must name one host, in one Host header")
         if lengths and not re.fullmatch(r"[0-9]{1,15}", ",".join(lengths)):
@@ -7979,7 +8026,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 allow = "GET, HEAD" if method == "GET" else method
                 words = "%s is not allowed here; use %s" % (self.command[:20], allow)
                 raise ProxyError(words, 405, headers={"allow": allow})
-        raise ProxyError("no such address: %s" % self.path[:200], 404)
+        raise ProxyError(
+            "no such address: %s (Batches and Files are not supported: use /v1/messages)"
+            % self.path[:200],
+            404,
+        )
 
     # -- who may ask
 
@@ -8033,6 +8084,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 for encoding in ("utf-8", "latin-1")  # clients send either
             ]
         )
+
+    def is_claude(self):
+        """Whether Claude Code asks, or the Agent SDK, which runs it."""
+        return "claude-cli/" in self.headers.get("User-Agent", "")
 
     def wants_page(self):
         """Whether this is a browser that asks for the status page."""
@@ -8180,10 +8235,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
         When a reply has already begun, it is too late for that: then the connection just ends.
         """
-        error.message = redact(error.message, self.proxy.secrets)
-        # Claude Code asks twice after a 404, and shows its own words; after a 424 once, and ours.
-        is_claude = "claude-cli/" in self.headers.get("User-Agent", "")
-        status = 424 if error.status == 404 and error.kind and is_claude else error.status
+        error.message, status = redact(error.message, self.proxy.secrets), error.status
+        if self.is_claude():
+            # After 401 and 403 it says first that the user should run /login, which helps nobody
+            # here; after 404, asked twice, only words of its own; after 424, asked once, ours. At
+            # "x-api-key", Anthropic's word, it hides them too (all seen with 2.1.332).
+            if status in (401, 403) or status == 404 and error.kind:
+                status = 424
+            error.message = re.sub("(?i)x-api-key", "API key", error.message)
+        elif status == 424:
+            status = 400  # which Claude Code would send six times; for others it is the right class
         with contextlib.suppress(ClientGone):
             if not self.began_reply:
                 return self.send_json(error.body(self.request_id), error.headers, status)
@@ -8259,12 +8320,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return self.proxy.count_tokens(body, self.headers, Watch(self.inbox.raw))
 
     def get_models(self, name):
-        """The list, or one model of it. Any name is served, so any name exists."""
-        models = self.proxy.models(self.settings)
+        """The list, or one model of it. Any name is served; but a program that asks whether there
+        is one is told of those that are set here, and of Claude's families."""
+        models = self.proxy.models(self.settings, self.query)
         if not name:
             return models
         name = urllib.parse.unquote(name)[:200]
         rows = {row["id"]: row for row in models["data"]}
+        known = [value for key, value in vars(self.settings).items() if "model" in key] + [*rows]
+        if not (name in known or family_of(name) or self.is_claude()):
+            raise ProxyError("model: " + name, 404)
         return rows.get(name) or dict(models["data"][0], id=name, display_name=name)
 
     def get_health(self):
