@@ -7017,10 +7017,10 @@ class Proxy:
         for family in FAMILIES:
             titles["claude-" + family] = "%s (%s)" % (self.plan_of(settings, family).model, family)
         constants = {"type": "model", "created_at": CREATED, "description": "through ccfix"}
-        options = dict(urllib.parse.parse_qsl(query, True))
+        given = dict(urllib.parse.parse_qsl(query, True))
         try:
-            limit, before = int(options.get("limit", 20)), options.get("before_id")
-            start = [None, *titles].index(options.get("after_id"))
+            limit, before = int(given.get("limit", 20)), given.get("before_id")
+            start = [None, *titles].index(given.get("after_id"))
             rest = [*titles][start : [*titles, None].index(before)]
         except ValueError:
             limit = 0
@@ -7628,7 +7628,6 @@ def is_search(body):
 
 
 HIT = dict(type="web_search_result", encrypted_content="", page_age=None)
-SEARCH_ERROR = dict(type="web_search_tool_result_error", error_code="unavailable")
 NO_SEARCH = "Web search is not configured: set SEARCH_URL in ccfix to a SearXNG address."
 
 
@@ -7647,19 +7646,21 @@ def site_of(address):
 
 def covers(entry, url):
     """Whether an entry, in whose path a * is any text, means this URL's place or one above it."""
-    (head, _, tail), place = site_of(entry).partition("*"), site_of(url)
+    (head, _, tail), place = site_of(entry).partition("*"), "."
+    with contextlib.suppress(ValueError):  # an odd URL is nowhere
+        place = site_of(url)
     start = place.find(head)
     return -1 < start < place.find("/") and tail in place[start + len(head) - 1 :]
 
 
 def filter_hits(hits, tool):
     """The results that a request lets through; platform.claude.com/docs, server tools, says how."""
-    for field, wanted in ("allowed_domains", True), ("blocked_domains", False):
+    for field, good in ("allowed_domains", True), ("blocked_domains", False):
         if tool.get(field):
             hits = [
                 hit
                 for hit in hits
-                if any(covers(str(entry), hit[1]) for entry in as_list(tool[field])) is wanted
+                if any(covers(str(entry), hit[1]) for entry in as_list(tool[field])) is good
             ]
     return hits[:10]
 
@@ -7672,17 +7673,17 @@ def search_message(exchange):
     _, blocks, _ = (split_turns(exchange.body["messages"]) or [("", [], None)])[-1]
     said = "\n".join(map(block_text, blocks))
     query = re.sub(r"(?is)^.*?web search for the query:\s*", "", said).strip()[:400]
-    content, text = SEARCH_ERROR, NO_SEARCH
-    tool = exchange.body["tools"][0]
+    content = dict(type="web_search_tool_result_error", error_code="unavailable")
+    text, tool = NO_SEARCH, exchange.body["tools"][0]
     if tool.get("max_uses") is not None and not positive_int(tool, "max_uses"):
-        content, text = dict(content, error_code="max_uses_exceeded"), "max_uses allows none."
+        content["error_code"], text = "max_uses_exceeded", "max_uses allows none."
     elif exchange.settings.search_url:
         try:
             found = search_web(exchange, query)
             hits = filter_hits(found, tool)
             content = [dict(HIT, title=title, url=url) for title, url, _ in hits]
             text = "\n\n".join(map("\n".join, hits)) or (
-                "The search found nothing; on other domains: %d" % len(found)
+                "Nothing was found; on other domains: %d" % len(found)
             )
         except (ProxyError, ValueError) as error:
             text = "The web search failed: %s" % error
@@ -8026,11 +8027,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 allow = "GET, HEAD" if method == "GET" else method
                 words = "%s is not allowed here; use %s" % (self.command[:20], allow)
                 raise ProxyError(words, 405, headers={"allow": allow})
-        raise ProxyError(
-            "no such address: %s (Batches and Files are not supported: use /v1/messages)"
-            % self.path[:200],
-            404,
-        )
+        words = "no such address: %s (Batches and Files are not supported: use /v1/messages)"
+        raise ProxyError(words % self.path[:200], 404)
 
     # -- who may ask
 
@@ -8087,7 +8085,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def is_claude(self):
         """Whether Claude Code asks, or the Agent SDK, which runs it."""
-        return "claude-cli/" in self.headers.get("User-Agent", "")
+        return "claude-cli/" in str(self.headers["User-Agent"])
 
     def wants_page(self):
         """Whether this is a browser that asks for the status page."""
