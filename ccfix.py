@@ -2465,7 +2465,46 @@ def foreign_text(block):
 def is_function(tool):
     """Whether a tool is run by the client; the others are run by Anthropic's servers
     (web_search_*)."""
-    return "input_schema" in tool or tool.get("type") in (None, "custom")
+    return "input_schema" in as_function(tool) or tool.get("type") in (None, "custom")
+
+
+# Anthropic's tools that the client runs. A request names their type alone, as Claude was trained on
+# the rest, which stands here: what another model is told, and the arguments, of which the first is
+# required, strings where no type follows. platform.claude.com/docs/en/agents-and-tools/tool-use
+EDITS = "path file_text old_str new_str insert_line:integer insert_text view_range:array"
+CLIENT_TOOLS = {
+    "bash": "A bash session that stays open: command restart:boolean",
+    "text_editor": "Views and edits files: command=view,create,str_replace,insert " + EDITS,
+    "memory": "Files in /memories, which outlast this conversation:"
+    " command=view,create,str_replace,insert,delete,rename old_path new_path " + EDITS,
+    "computer": "A screen of %(display_width_px)sx%(display_height_px)s pixels:"
+    " action=key,type,mouse_move,left_click,left_click_drag,right_click,middle_click,double_click"
+    ",triple_click,left_mouse_down,left_mouse_up,screenshot,cursor_position,scroll,hold_key,wait"
+    " coordinate:array start_coordinate:array text duration:number scroll_amount:integer"
+    " scroll_direction=up,down,left,right",
+}
+
+
+def as_function(tool):
+    """A tool of CLIENT_TOOLS as the function that it is for other models; any other as it came."""
+    kind, _, date = str(tool.get("type")).rpartition("_")
+    words, fields = CLIENT_TOOLS.get(kind, ": ").split(": ")
+    if "input_schema" in tool or not fields:
+        return tool
+    parts = {
+        name: filled(
+            dict(
+                type=form or "string",
+                items=form == "array" and {"type": "integer"},
+                enum=enum and enum.split(","),
+            )
+        )
+        for name, form, enum in re.findall(r"(\w+):?(\w*)=?(\S*)", fields)
+        if name != "insert_text" or date > "20250727"  # before, new_str was inserted
+    }
+    words %= collections.defaultdict(str, tool)
+    schema = {"type": "object", "properties": parts, "required": [*parts][:1]}
+    return dict(name=tool.get("name"), description=words, input_schema=schema)
 
 
 def offered_tools(body):
@@ -2480,7 +2519,7 @@ def offered_tools(body):
     for tool in as_list(body.get("tools")):
         name = as_str(as_dict(tool).get("name"))
         if name not in ("", PLACEHOLDER_TOOL) and is_function(tool):
-            tools[name] = tool
+            tools[name] = as_function(tool)
     named = (str(block.get("tool_name")) for block in find_blocks(body, "tool_reference"))
     loaded = {name: number for number, name in enumerate(dict.fromkeys(named))}
 

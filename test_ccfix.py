@@ -3280,6 +3280,120 @@ SCHEMAS = (
 )
 
 
+class TestClientTools(unittest.TestCase):
+    """Anthropic's tools that the client runs come without a schema; other models get one."""
+
+    maxDiff = None
+    EDITS = {"view", "create", "str_replace", "insert"}
+    FIELDS = "command path file_text old_str new_str insert_line view_range"
+    INPUT = "coordinate start_coordinate text duration scroll_amount scroll_direction action"
+    ROWS = (
+        # type, name, arguments, what the first may be
+        ("bash_20241022", "bash", "command restart", None),
+        ("bash_20250124", "bash", "command restart", None),
+        ("text_editor_20241022", "str_replace_editor", FIELDS, EDITS),
+        ("text_editor_20250124", "str_replace_editor", FIELDS, EDITS),
+        ("text_editor_20250429", "str_replace_based_edit_tool", FIELDS, EDITS),
+        ("text_editor_20250728", "str_replace_based_edit_tool", FIELDS + " insert_text", EDITS),
+        ("text_editor_20270101", "later", FIELDS + " insert_text", EDITS),
+        (
+            "memory_20250818",
+            "memory",
+            FIELDS + " insert_text old_path new_path",
+            EDITS | {"delete", "rename"},
+        ),
+        (
+            "computer_20250124",
+            "computer",
+            INPUT,
+            set(
+                "key type mouse_move left_click left_click_drag right_click middle_click wait"
+                " double_click triple_click left_mouse_down left_mouse_up screenshot scroll"
+                " hold_key cursor_position".split()
+            ),
+        ),
+    )
+    SIZE = {"display_width_px": 1024, "display_height_px": 768, "display_number": 1}
+
+    def test_each_is_a_function_with_a_schema(self):
+        for kind, name, fields, choices in self.ROWS:
+            given = dict({"type": kind, "name": name, "cache_control": {"type": "ephemeral"}})
+            given.update(self.SIZE if name == "computer" else {"max_characters": 9})
+            body = request("hi", tools=[given], tool_choice={"type": "tool", "name": name})
+            before = copy.deepcopy(body)
+            with self.subTest(kind):
+                (sent,) = to_chat(body, "m", PLAIN)["tools"]
+                self.assertEqual((sent["type"], set(sent)), ("function", {"type", "function"}))
+                function = sent["function"]
+                self.assertEqual(set(function), {"name", "description", "parameters"})
+                self.assertEqual(function["name"], name)
+                schema = function["parameters"]
+                self.assertEqual(schema["type"], "object")
+                self.assertEqual(set(schema["properties"]), set(fields.split()))
+                (first,) = schema["required"]
+                found = schema["properties"][first].get("enum")
+                self.assertEqual(found and set(found), choices)
+                for field in schema["properties"].values():
+                    self.assertEqual("items" in field, field["type"] == "array")
+                words = function["description"]
+                self.assertTrue(words and "\n" not in words and "%" not in words, words)
+                self.assertEqual("1024x768" in words, name == "computer")
+                choice = to_chat(body, "m", PLAIN)["tool_choice"]
+                self.assertEqual(choice, {"type": "function", "function": {"name": name}})
+                self.assertEqual(body, before)
+
+    def test_types_of_arguments(self):
+        kinds = {"restart": "boolean", "insert_line": "integer", "view_range": "array"}
+        kinds.update(coordinate="array", start_coordinate="array", scroll_amount="integer")
+        kinds.update(duration="number")
+        for kind, name, _, _ in self.ROWS:
+            schema = ccfix.as_function({"type": kind, "name": name})["input_schema"]
+            for field, value in schema["properties"].items():
+                self.assertEqual(value["type"], kinds.get(field, "string"), field)
+
+    def test_a_server_that_speaks_anthropic_gets_functions_but_anthropic_the_types(self):
+        tools = [dict({"type": kind, "name": name}, **self.SIZE) for kind, name, _, _ in self.ROWS]
+        for given in tools:
+            body = request("hi", tools=[given, {"type": "web_search_20250305", "name": "s"}])
+            own, server = ccfix.normalize(body, ccfix.NATIVE)["tools"]
+            self.assertEqual(set(own), {"name", "description", "input_schema"})
+            self.assertEqual(server, body["tools"][1])
+            self.assertEqual(ccfix.normalize(body, ccfix.ANTHROPIC)["tools"], body["tools"])
+
+    def test_what_is_none_of_them_stays_as_it_was(self):
+        for given in (
+            {"type": "bash_20250124", "name": "bash", "input_schema": {"type": "object"}},
+            {"type": "computer_toolset_20260801"},
+            {"type": "browser_toolset_20260801"},
+            {"type": "code_execution_20250825", "name": "code_execution"},
+            {"type": "memory", "name": "memory"},
+            {"type": "_20250124", "name": "x"},
+            {"type": ["bash_20250124"], "name": "x"},
+            {"type": None, "name": "x"},
+            {},
+            tool("bash"),
+        ):
+            self.assertIs(ccfix.as_function(given), given)
+        for name in (None, "", 5, "DeferredToolPlaceholder"):
+            body = request("hi", tools=[{"type": "bash_20250124", "name": name}])
+            self.assertNotIn("tools", to_chat(body, "m", PLAIN))
+        told = ccfix.as_function({"type": "computer_20250124", "name": "c"})["description"]
+        self.assertEqual(told, "A screen of x pixels")
+
+    def test_a_call_comes_back_by_the_name_of_the_request(self):
+        call = {"index": 0, "id": "c1", "function": {"name": "my_bash"}}
+        call["function"]["arguments"] = '{"command": "ls", "restart": "true"}'
+        for stream in (True, False):
+            reply = FakeReply(200, {}, [sse(delta("tool_calls", tool_calls=[call]))])
+            proxy, wires = proxy_with(lambda sent: reply)
+            tools = [{"type": "bash_20250124", "name": "my_bash"}]
+            events, error = ask(proxy, request("hi", stream=stream, tools=tools))
+            self.assertIsNone(error)
+            (block,) = ccfix.fold(events)["content"]
+            self.assertEqual((block["type"], block["name"]), ("tool_use", "my_bash"))
+            self.assertEqual(block["input"], {"command": "ls", "restart": True})
+
+
 class TestTools(unittest.TestCase):
     maxDiff = None
 

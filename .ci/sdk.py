@@ -74,6 +74,40 @@ def parallel_tools():
         check("the upstream gets the results in call order", good, results)
 
 
+def client_tools():
+    """Anthropic's own tools, which the client runs and describes by a type alone."""
+    tools = [
+        {"type": "bash_20250124", "name": "bash"},
+        {"type": "text_editor_20250728", "name": "str_replace_based_edit_tool"},
+        {"type": "memory_20250818", "name": "memory"},
+        {"type": "computer_20250124", "name": "computer"},
+    ]
+    tools[-1].update(display_width_px=1024, display_height_px=768)
+    asked = dict(QUESTION, tools=tools, betas=["computer-use-2025-01-24"])
+    first = [call("bash", command="ls"), call("computer", action="left_click", coordinate=[1, 2])]
+    with client(rounds(first, [say("Two files.")])) as (sdk, upstream):
+        message = sdk.beta.messages.create(**asked)
+        calls = [(b.name, b.input) for b in message.content if b.type == "tool_use"]
+        wanted = [("bash", {"command": "ls"})]
+        wanted.append(("computer", {"action": "left_click", "coordinate": [1, 2]}))
+        check("calls of Anthropic's own tools", calls == wanted, message)
+        offered = {t["function"]["name"]: t["function"] for t in upstream.requests[0].body["tools"]}
+        check("all of them are offered", set(offered) == {t["name"] for t in tools}, offered)
+        good = all(tool["parameters"]["properties"] for tool in offered.values())
+        check("with their arguments", good, offered)
+        results = [
+            {"type": "tool_result", "tool_use_id": b.id, "content": b.name + "!"}
+            for b in message.content
+        ]
+        history = [ASKED, {"role": "assistant", "content": message.content}]
+        history.append({"role": "user", "content": results})
+        with sdk.beta.messages.stream(**dict(asked, messages=history)) as stream:
+            message = stream.get_final_message()
+        check("the turn after them", message.content[0].text == "Two files.", message)
+        results = upstream.requests[-1].results
+        check("the upstream gets the results", results == ["bash!", "computer!"], results)
+
+
 def not_streamed():
     reply = [think("Hm."), say("Well."), call("weather", place="Ulm"), usage(50, 5)]
     with client(rounds(reply)) as (sdk, upstream):
@@ -256,6 +290,7 @@ if __name__ == "__main__":
         streamed_text,
         thinking,
         parallel_tools,
+        client_tools,
         not_streamed,
         counting_and_models,
         model_pages,
