@@ -788,6 +788,11 @@ def parse_choice(*allowed):
     return parse
 
 
+def parse_auto_mode(value):
+    """off or client, in any case, or the name of a model."""
+    return value.lower() if value.lower() in ("off", "client") else value
+
+
 def parse_profile(value):
     """The name of a row of PROFILES (section 4), "default", or empty for none.
 
@@ -990,6 +995,7 @@ SETTINGS = (
         "AUTO_MODE",
         "off",
         "auto mode's judge: off, client or a model",
+        parse_auto_mode,
         flags=("--auto-mode",),
     ),
     # This proxy. Without a key it answers to loopback names alone: a web page must not reach it.
@@ -2527,7 +2533,46 @@ def foreign_text(block):
 def is_function(tool):
     """Whether a tool is run by the client; the others are run by Anthropic's servers
     (web_search_*)."""
-    return "input_schema" in tool or tool.get("type") in (None, "custom")
+    return "input_schema" in as_function(tool) or tool.get("type") in (None, "custom")
+
+
+# Anthropic's tools that the client runs. A request names their type alone, as Claude was trained on
+# the rest, which stands here: what another model is told, and the arguments, of which the first is
+# required, strings where no type follows. platform.claude.com/docs/en/agents-and-tools/tool-use
+EDITS = "path file_text old_str new_str insert_line:integer insert_text view_range:array"
+CLIENT_TOOLS = {
+    "bash": "A bash session that stays open: command restart:boolean",
+    "text_editor": "Views and edits files: command=view,create,str_replace,insert " + EDITS,
+    "memory": "Files in /memories, which outlast this conversation:"
+    " command=view,create,str_replace,insert,delete,rename old_path new_path " + EDITS,
+    "computer": "A screen of %(display_width_px)sx%(display_height_px)s pixels:"
+    " action=key,type,mouse_move,left_click,left_click_drag,right_click,middle_click,double_click"
+    ",triple_click,left_mouse_down,left_mouse_up,screenshot,cursor_position,scroll,hold_key,wait"
+    " coordinate:array start_coordinate:array text duration:number scroll_amount:integer"
+    " scroll_direction=up,down,left,right",
+}
+
+
+def as_function(tool):
+    """A tool of CLIENT_TOOLS as the function that it is for other models; any other as it came."""
+    kind, _, date = str(tool.get("type")).rpartition("_")
+    words, fields = CLIENT_TOOLS.get(kind, ": ").split(": ")
+    if "input_schema" in tool or not fields:
+        return tool
+    parts = {
+        name: filled(
+            dict(
+                type=form or "string",
+                items=form == "array" and {"type": "integer"},
+                enum=enum and enum.split(","),
+            )
+        )
+        for name, form, enum in re.findall(r"(\w+):?(\w*)=?(\S*)", fields)
+        if name != "insert_text" or date > "20250727"  # before, new_str was inserted
+    }
+    words %= collections.defaultdict(str, tool)
+    schema = {"type": "object", "properties": parts, "required": [*parts][:1]}
+    return dict(name=tool.get("name"), description=words, input_schema=schema)
 
 
 def offered_tools(body):
@@ -2542,7 +2587,7 @@ def offered_tools(body):
     for tool in as_list(body.get("tools")):
         name = as_str(as_dict(tool).get("name"))
         if name not in ("", PLACEHOLDER_TOOL) and is_function(tool):
-            tools[name] = tool
+            tools[name] = as_function(tool)
     named = (str(block.get("tool_name")) for block in find_blocks(body, "tool_reference"))
     loaded = {name: number for number, name in enumerate(dict.fromkeys(named))}
 
@@ -6755,6 +6800,7 @@ SMALL_CONTEXT = 30000  # tokens; below it Claude Code is of no practical use
 # Kinds of errors after which another model may do better.
 BRIEF_KINDS = ("connect", "cut", "rate")  # of errors that another try may mend at once
 FALLBACK_KINDS = "connect timeout cut overloaded server rate billing sampling".split()
+SAFEGUARDS = "safeguard_results"  # of message_delta: what was found about the calls
 STORE_SETTINGS = ("cache_enabled", "ledger", "cache_dir", "cache_ttl", "cache_max_mb")
 TLS_SETTINGS = ("ca_bundle", "client_cert", "insecure")  # the names of Upstream's arguments, too
 WHOLE_ENDS = ("end_turn", "tool_use", "stop_sequence")  # stop reasons of answers that are stored
@@ -7145,11 +7191,11 @@ class Proxy:
             return plan
         return self.plan_of(settings, "image") if any(find_blocks(body, "image")) else plan
 
-    def models(self, settings):
-        """Anthropic's model list: the families, and the disguise or target.
+    def models(self, settings, query=""):
+        """A page of Anthropic's model list: the families, and the disguise or target.
 
-        Under names that Claude Code accepts: those that begin with claude or anthropic. There is
-        only one page. https://docs.anthropic.com/en/api/models-list
+        Under names that Claude Code accepts: those that begin with claude or anthropic. query:
+        limit, after_id, before_id. https://docs.anthropic.com/en/api/models-list
         """
         shown = settings.disguise_model or settings.target_model
         named = shown if shown.startswith(("claude", "anthropic")) else "claude-" + shown
@@ -7157,8 +7203,19 @@ class Proxy:
         for family in FAMILIES:
             titles["claude-" + family] = "%s (%s)" % (self.plan_of(settings, family).model, family)
         constants = {"type": "model", "created_at": CREATED, "description": "through ccfix"}
-        data = [dict(constants, id=name, display_name=title) for name, title in titles.items()]
-        return dict(data=data, has_more=False, first_id=data[0]["id"], last_id=data[-1]["id"])
+        given = dict(urllib.parse.parse_qsl(query, True))
+        try:
+            limit, before = int(given.get("limit", 20)), given.get("before_id")
+            start = [None, *titles].index(given.get("after_id"))
+            rest = [*titles][start : [*titles, None].index(before)]
+        except ValueError:
+            limit = 0
+        if not 1 <= limit <= 1000:
+            raise BadRequest("limit: 1 to 1000; before_id, after_id: listed ids")
+        page = rest[-limit:] if before else rest[:limit]
+        data = [dict(constants, id=name, display_name=titles[name]) for name in page]
+        ends = page or [None]
+        return dict(data=data, has_more=len(rest) > limit, first_id=ends[0], last_id=ends[-1])
 
     def count_tokens(self, body, headers, wait=None, size=0):
         """{"input_tokens"}: the provider's own count where its format has one, else an estimate.
@@ -7595,8 +7652,8 @@ class Exchange:
                 is_call = event["content_block"].get("type") == "tool_use"
             if kind == "message_delta":
                 yield None  # what is there goes out before the wait
-                delta = event["delta"]
-                if "safeguard_results" not in delta or self.plan.profile.scope != ANTHROPIC.hosts:
+                if self.plan.profile.scope != ANTHROPIC.hosts or SAFEGUARDS not in event["delta"]:
+                    delta = omit(event["delta"], [SAFEGUARDS])
                     event = dict(event, delta=dict(delta, **self.verdicts(fold(kept)["content"])))
             elif kind and is_call:
                 kept.append(event)
@@ -7623,7 +7680,7 @@ class Exchange:
             for name, row in zip(ids, self.judge(text, len(ids)))
         }
         return {
-            "safeguard_results": [
+            SAFEGUARDS: [
                 dict(type="dangerous_tool_use", status=dict(type="available", tool_uses=uses))
             ]
         }
@@ -7897,11 +7954,41 @@ def is_search(body):
 
 
 HIT = dict(type="web_search_result", encrypted_content="", page_age=None)
-SEARCH_ERROR = dict(type="web_search_tool_result_error", error_code="unavailable")
-NO_SEARCH = (
-    "Web search is not configured: set SEARCH_URL in ccfix to a SearXNG address."
-    " No search was made."
-)
+NO_SEARCH = "Web search is not configured: set SEARCH_URL in ccfix to a SearXNG address."
+
+
+def site_of(address):
+    """ ".host/path/" of a URL, as browsers read it, or of an entry of allowed_domains.
+
+    Both are written in several ways: with another case, port or dot, with a user before an @, or as
+    xn--. Raises ValueError for what is no host; a * may only stand in a path.
+    """
+    address = address.strip()[:500].replace("\\", "/").split("://", 1)[-1]
+    parts = urllib.parse.urlsplit("//" + address)
+    # An empty label, which is an error, where there is no host, or a * in it.
+    host = (parts.hostname or "*").strip(".").replace("*", "..").encode("idna").decode()
+    return ".%s%s/" % (host, parts.path.rstrip("/"))
+
+
+def covers(entry, url):
+    """Whether an entry, in whose path a * is any text, means this URL's place or one above it."""
+    (head, _, tail), place = site_of(entry).partition("*"), "."
+    with contextlib.suppress(ValueError):  # an odd URL is nowhere
+        place = site_of(url)
+    start = place.find(head)
+    return -1 < start < place.find("/") and tail in place[start + len(head) - 1 :]
+
+
+def filter_hits(hits, tool):
+    """The results that a request lets through; platform.claude.com/docs, server tools, says how."""
+    for field, good in ("allowed_domains", True), ("blocked_domains", False):
+        if tool.get(field):
+            hits = [
+                hit
+                for hit in hits
+                if any(covers(str(entry), hit[1]) for entry in as_list(tool[field])) is good
+            ]
+    return hits[:10]
 
 
 def search_message(exchange):
@@ -7912,12 +7999,18 @@ def search_message(exchange):
     _, blocks, _ = (split_turns(exchange.body["messages"]) or [("", [], None)])[-1]
     said = "\n".join(map(block_text, blocks))
     query = re.sub(r"(?is)^.*?web search for the query:\s*", "", said).strip()[:400]
-    content, text = SEARCH_ERROR, NO_SEARCH
-    if exchange.settings.search_url:
+    content = dict(type="web_search_tool_result_error", error_code="unavailable")
+    text, tool = NO_SEARCH, exchange.body["tools"][0]
+    if tool.get("max_uses") is not None and not positive_int(tool, "max_uses"):
+        content["error_code"], text = "max_uses_exceeded", "max_uses allows none."
+    elif exchange.settings.search_url:
         try:
-            hits = search_web(exchange, query)
+            found = search_web(exchange, query)
+            hits = filter_hits(found, tool)
             content = [dict(HIT, title=title, url=url) for title, url, _ in hits]
-            text = "\n\n".join(map("\n".join, hits)) or "The search found nothing."
+            text = "\n\n".join(map("\n".join, hits)) or (
+                "Nothing was found; on other domains: %d" % len(found)
+            )
         except (ProxyError, ValueError) as error:
             text = "The web search failed: %s" % error
     call_id = "srvtoolu_" + exchange.proxy.new_id()
@@ -7928,7 +8021,7 @@ def search_message(exchange):
 
 
 def search_web(exchange, query):
-    """[(title, url, content)], all strings, of SEARCH_URL's JSON answer, at most ten.
+    """[(title, url, content)], all strings, of SEARCH_URL's JSON answer.
 
     SearXNG's form: https://docs.searxng.org/dev/search_api.html. Raises ProxyError, and ValueError
     for other JSON.
@@ -7942,7 +8035,7 @@ def search_web(exchange, query):
         raise ValueError("SEARCH_URL gave no JSON with results; SearXNG must allow that format")
     return [
         (str(row.get("title") or row["url"]), str(row["url"]), str(row.get("content") or ""))
-        for row in map(as_dict, rows[:10])
+        for row in map(as_dict, rows[:99])
         if row.get("url")
     ]
 
@@ -8230,7 +8323,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         hosts = self.headers.get_all("Host", [""] if is_old else [])
         lengths = self.headers.get_all("Content-Length", [])
         codings = self.headers.get_all("Transfer-Encoding", [])
-        netloc, path = re.match(r"(?:[^/?]+://([^/?]+))?([^?]*)", self.path).groups()
+        parts = re.match(r"(?:[^/?]+://([^/?]+))?([^?]*)\??(.*)", self.path)
+        netloc, path, self.query = parts.groups()
         if len(hosts) != 1 or netloc and netloc.lower() != hosts[0].lower():
             raise BadRequest("the request must name one host, in one Host header")
         if lengths and not re.fullmatch(r"[0-9]{1,15}", ",".join(lengths)):
@@ -8259,7 +8353,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 allow = "GET, HEAD" if method == "GET" else method
                 words = "%s is not allowed here; use %s" % (self.command[:20], allow)
                 raise ProxyError(words, 405, headers={"allow": allow})
-        raise ProxyError("no such address: %s" % self.path[:200], 404)
+        words = "no such address: %s (Batches and Files are not supported: use /v1/messages)"
+        raise ProxyError(words % self.path[:200], 404)
 
     # -- who may ask
 
@@ -8460,10 +8555,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
         When a reply has already begun, it is too late for that: then the connection just ends.
         """
-        error.message = redact(error.message, self.proxy.secrets)
-        # Claude Code asks twice after a 404, and shows its own words; after a 424 once, and ours.
-        hides = error.status == 404 and error.kind and is_claude(self.headers)
-        status = 424 if hides else error.status
+        error.message, status = redact(error.message, self.proxy.secrets), error.status
+        if is_claude(self.headers):
+            # After 401 and 403 it says first that the user should run /login, which helps nobody
+            # here; after 404, asked twice, only words of its own; after 424, asked once, ours. At
+            # "x-api-key", Anthropic's word, it hides them too (all seen with 2.1.332).
+            if status in (401, 403) or status == 404 and error.kind:
+                status = 424
+            error.message = re.sub("(?i)x-api-key", "API key", error.message)
+        elif status == 424:
+            status = 400  # which Claude Code would send six times; for others it is the right class
         with contextlib.suppress(ClientGone):
             if not self.began_reply:
                 return self.send_json(error.body(self.request_id), error.headers, status)
@@ -8539,12 +8640,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return self.proxy.count_tokens(body, self.headers, Watch(self.inbox.raw), size)
 
     def get_models(self, name):
-        """The list, or one model of it. Any name is served, so any name exists."""
-        models = self.proxy.models(self.settings)
+        """The list, or one model of it. Any name is served; but a program that asks whether there
+        is one is told of those that are set here, and of Claude's families."""
+        models = self.proxy.models(self.settings, self.query)
         if not name:
             return models
         name = urllib.parse.unquote(name)[:200]
         rows = {row["id"]: row for row in models["data"]}
+        known = [value for key, value in vars(self.settings).items() if "model" in key] + [*rows]
+        if not (name in known or family_of(name) or is_claude(self.headers)):
+            raise ProxyError("model: " + name, 404)
         return rows.get(name) or dict(models["data"][0], id=name, display_name=name)
 
     def get_health(self):

@@ -3343,6 +3343,120 @@ SCHEMAS = (
 )
 
 
+class TestClientTools(unittest.TestCase):
+    """Anthropic's tools that the client runs come without a schema; other models get one."""
+
+    maxDiff = None
+    EDITS = {"view", "create", "str_replace", "insert"}
+    FIELDS = "command path file_text old_str new_str insert_line view_range"
+    INPUT = "coordinate start_coordinate text duration scroll_amount scroll_direction action"
+    ROWS = (
+        # type, name, arguments, what the first may be
+        ("bash_20241022", "bash", "command restart", None),
+        ("bash_20250124", "bash", "command restart", None),
+        ("text_editor_20241022", "str_replace_editor", FIELDS, EDITS),
+        ("text_editor_20250124", "str_replace_editor", FIELDS, EDITS),
+        ("text_editor_20250429", "str_replace_based_edit_tool", FIELDS, EDITS),
+        ("text_editor_20250728", "str_replace_based_edit_tool", FIELDS + " insert_text", EDITS),
+        ("text_editor_20270101", "later", FIELDS + " insert_text", EDITS),
+        (
+            "memory_20250818",
+            "memory",
+            FIELDS + " insert_text old_path new_path",
+            EDITS | {"delete", "rename"},
+        ),
+        (
+            "computer_20250124",
+            "computer",
+            INPUT,
+            set(
+                "key type mouse_move left_click left_click_drag right_click middle_click wait"
+                " double_click triple_click left_mouse_down left_mouse_up screenshot scroll"
+                " hold_key cursor_position".split()
+            ),
+        ),
+    )
+    SIZE = {"display_width_px": 1024, "display_height_px": 768, "display_number": 1}
+
+    def test_each_is_a_function_with_a_schema(self):
+        for kind, name, fields, choices in self.ROWS:
+            given = dict({"type": kind, "name": name, "cache_control": {"type": "ephemeral"}})
+            given.update(self.SIZE if name == "computer" else {"max_characters": 9})
+            body = request("hi", tools=[given], tool_choice={"type": "tool", "name": name})
+            before = copy.deepcopy(body)
+            with self.subTest(kind):
+                (sent,) = to_chat(body, "m", PLAIN)["tools"]
+                self.assertEqual((sent["type"], set(sent)), ("function", {"type", "function"}))
+                function = sent["function"]
+                self.assertEqual(set(function), {"name", "description", "parameters"})
+                self.assertEqual(function["name"], name)
+                schema = function["parameters"]
+                self.assertEqual(schema["type"], "object")
+                self.assertEqual(set(schema["properties"]), set(fields.split()))
+                (first,) = schema["required"]
+                found = schema["properties"][first].get("enum")
+                self.assertEqual(found and set(found), choices)
+                for field in schema["properties"].values():
+                    self.assertEqual("items" in field, field["type"] == "array")
+                words = function["description"]
+                self.assertTrue(words and "\n" not in words and "%" not in words, words)
+                self.assertEqual("1024x768" in words, name == "computer")
+                choice = to_chat(body, "m", PLAIN)["tool_choice"]
+                self.assertEqual(choice, {"type": "function", "function": {"name": name}})
+                self.assertEqual(body, before)
+
+    def test_types_of_arguments(self):
+        kinds = {"restart": "boolean", "insert_line": "integer", "view_range": "array"}
+        kinds.update(coordinate="array", start_coordinate="array", scroll_amount="integer")
+        kinds.update(duration="number")
+        for kind, name, _, _ in self.ROWS:
+            schema = ccfix.as_function({"type": kind, "name": name})["input_schema"]
+            for field, value in schema["properties"].items():
+                self.assertEqual(value["type"], kinds.get(field, "string"), field)
+
+    def test_a_server_that_speaks_anthropic_gets_functions_but_anthropic_the_types(self):
+        tools = [dict({"type": kind, "name": name}, **self.SIZE) for kind, name, _, _ in self.ROWS]
+        for given in tools:
+            body = request("hi", tools=[given, {"type": "web_search_20250305", "name": "s"}])
+            own, server = ccfix.normalize(body, ccfix.NATIVE)["tools"]
+            self.assertEqual(set(own), {"name", "description", "input_schema"})
+            self.assertEqual(server, body["tools"][1])
+            self.assertEqual(ccfix.normalize(body, ccfix.ANTHROPIC)["tools"], body["tools"])
+
+    def test_what_is_none_of_them_stays_as_it_was(self):
+        for given in (
+            {"type": "bash_20250124", "name": "bash", "input_schema": {"type": "object"}},
+            {"type": "computer_toolset_20260801"},
+            {"type": "browser_toolset_20260801"},
+            {"type": "code_execution_20250825", "name": "code_execution"},
+            {"type": "memory", "name": "memory"},
+            {"type": "_20250124", "name": "x"},
+            {"type": ["bash_20250124"], "name": "x"},
+            {"type": None, "name": "x"},
+            {},
+            tool("bash"),
+        ):
+            self.assertIs(ccfix.as_function(given), given)
+        for name in (None, "", 5, "DeferredToolPlaceholder"):
+            body = request("hi", tools=[{"type": "bash_20250124", "name": name}])
+            self.assertNotIn("tools", to_chat(body, "m", PLAIN))
+        told = ccfix.as_function({"type": "computer_20250124", "name": "c"})["description"]
+        self.assertEqual(told, "A screen of x pixels")
+
+    def test_a_call_comes_back_by_the_name_of_the_request(self):
+        call = {"index": 0, "id": "c1", "function": {"name": "my_bash"}}
+        call["function"]["arguments"] = '{"command": "ls", "restart": "true"}'
+        for stream in (True, False):
+            reply = FakeReply(200, {}, [sse(delta("tool_calls", tool_calls=[call]))])
+            proxy, wires = proxy_with(lambda sent: reply)
+            tools = [{"type": "bash_20250124", "name": "my_bash"}]
+            events, error = ask(proxy, request("hi", stream=stream, tools=tools))
+            self.assertIsNone(error)
+            (block,) = ccfix.fold(events)["content"]
+            self.assertEqual((block["type"], block["name"]), ("tool_use", "my_bash"))
+            self.assertEqual(block["input"], {"command": "ls", "restart": True})
+
+
 class TestTools(unittest.TestCase):
     maxDiff = None
 
@@ -13020,9 +13134,11 @@ class TestWebSearch(unittest.TestCase):
             **more,
         )
 
-    def search(self, answer, stream=True, **values):
+    def search(self, answer, stream=True, rules=(), **values):
         proxy, wires = proxy_with(answer, **values)
-        events, error = ask(proxy, self.body(stream=stream))
+        body = self.body(stream=stream)
+        body["tools"][0].update(rules)
+        events, error = ask(proxy, body)
         self.assertIsNone(error)
         self.assertEqual(grammar(self, events), "done")
         return ccfix.fold(events), wires
@@ -13105,6 +13221,116 @@ class TestWebSearch(unittest.TestCase):
             SEARCH_URL="http://127.0.0.1:8888/search",
         )
         self.assertEqual(message["content"][1]["content"], [])
+
+    def results(self, *urls, **rules):
+        """(URLs that a search with these rules lets through, or its error code; its words)."""
+        hits = json.dumps({"results": [{"url": url} for url in urls]}).encode()
+        message, wires = self.search(
+            lambda sent: FakeReply(200, {}, [hits]), rules=rules, SEARCH_URL="http://127.0.0.1:8888"
+        )
+        content, self.asked = message["content"][1]["content"], len(wires.urls)
+        words = message["content"][2]["text"]
+        if isinstance(content, dict):
+            self.assertEqual(content["type"], "web_search_tool_result_error")
+            return content["error_code"], words
+        return [hit["url"] for hit in content], words
+
+    DOMAINS = (
+        # an entry, URLs that it means, URLs that it does not
+        (
+            "example.com",
+            "https://example.com http://example.com/ https://a.b.example.com/x?y=1#z"
+            " https://EXAMPLE.com./ https://example.com:8443/x https://me:pw@example.com/"
+            " https://example.com?q https://example.com#f HTTPS://docs.Example.COM/",
+            "https://notexample.com/ https://example.com.evil.test/ https://example.community/"
+            " https://com/ https://evil.test/example.com/ https://evil.test/?x=//example.com/"
+            " https://evil.test/#.example.com/ https://evil.test/.example.com/"
+            " https://example.com@evil.test/ https://example.com:pw@evil.test/"
+            " https://example.com%2f@evil.test/ https://evil.test\\@example.com/"
+            " https://evil.test\\.example.com/",
+        ),
+        (
+            "docs.example.com",
+            "https://docs.example.com/a https://v1.docs.example.com/",
+            "https://example.com/ https://api.example.com/docs.x https://xdocs.example.com/",
+        ),
+        (
+            "example.com/blog",
+            "https://example.com/blog https://example.com/blog/ https://example.com/blog/post-1"
+            " https://www.example.com/blog?page=2 https://example.com/blog#top",
+            "https://example.com/ https://example.com/blogger https://example.com/my/blog"
+            " https://example.com/?/blog/ https://evil.test/example.com/blog/",
+        ),
+        (
+            "example.com/*/articles",
+            "https://example.com/2024/articles https://example.com/a/b/articles/1",
+            "https://example.com/2024/ https://example.com/2024/articles2"
+            " https://evil.test/.example.com/2024/articles/",
+        ),
+        ("example.com/*", "https://example.com/x https://example.com", "https://evil.test/x"),
+        (" HTTPS://Example.com./ ", "http://docs.example.com/", "https://notexample.com/"),
+        ("me@example.com:8080/blog/", "https://example.com/blog/1", "https://example.com/x"),
+        ("b\xfccher.example", "https://xn--bcher-kva.example/", "https://bucher.example/"),
+        ("XN--BCHER-KVA.example", "https://www.b\xfccher.example/x", "https://xn--bcher.example/"),
+        ("127.0.0.1", "http://127.0.0.1:8080/x", "http://1.127.0.0.10/"),
+    )
+
+    def test_domains_are_obeyed(self):
+        for entry, inside, outside in self.DOMAINS:
+            inside, outside = inside.split(), outside.split()
+            for url in inside + outside:
+                with self.subTest(entry=entry, url=url):
+                    found = [url] if url in inside else []
+                    hits = [("", url, "")]
+                    for field, wanted in (("allowed", url in inside), ("blocked", url in outside)):
+                        kept = ccfix.filter_hits(hits, {field + "_domains": [entry, "x.test"]})
+                        self.assertEqual(kept, hits if wanted else [])
+
+    def test_a_search_obeys_its_rules(self):
+        urls = ["https://%s/%d" % (host, n) for n in range(12) for host in ("a.test", "b.test")]
+        first, second = urls[::2], urls[1::2]
+        for rules, wanted in (
+            ({"allowed_domains": ["b.test"]}, second[:10]),
+            ({"blocked_domains": ["b.test"]}, first[:10]),
+            ({"allowed_domains": ["x.test", "a.test/7"]}, ["https://a.test/7"]),
+            ({"allowed_domains": ["a.test", "b.test"], "blocked_domains": ["a.test"]}, second[:10]),
+            ({"allowed_domains": [], "blocked_domains": None}, urls[:10]),
+            ({"allowed_domains": ["c.test"]}, []),
+            ({"blocked_domains": ["a.test", "b.test"]}, []),
+            ({"allowed_domains": ["*.b.test"]}, "unavailable"),
+            ({"blocked_domains": ["*"]}, "unavailable"),
+            ({"blocked_domains": [""]}, "unavailable"),
+            ({"allowed_domains": [None, 5]}, []),
+            ({"allowed_domains": "a.test"}, []),
+            ({"user_location": {"type": "approximate", "country": "DE"}, "strict": 1}, urls[:10]),
+        ):
+            with self.subTest(rules=rules):
+                found, words = self.results(*urls, **rules)
+                self.assertEqual(found, wanted)
+                for url in urls:
+                    self.assertEqual((url + "\n") in words, url in found)
+                self.assertIn("Nothing was found" if wanted == [] else "", words)
+                self.assertEqual("24" in words, wanted == [])
+
+    def test_as_many_searches_as_the_request_allows(self):
+        for uses in (1, 8, 10**9, None):
+            self.assertEqual(self.results("https://a.test/", max_uses=uses)[0], ["https://a.test/"])
+            self.assertEqual(self.asked, 1)
+        for uses in (0, -1, 0.5, "", "8", True, False, [], {}):
+            code, words = self.results("https://a.test/", max_uses=uses)
+            self.assertEqual((code, self.asked), ("max_uses_exceeded", 0))
+            self.assertIn("max_uses", words)
+
+    def test_an_odd_result_is_nowhere(self):
+        """What cannot be read as a URL is not on an allowed domain, and breaks no search."""
+        odd = ("https://[", "https:///x", "//a..b", "*", "https://%s.test/" % ("a" * 99))
+        for url in odd + ("javascript:a.test", "/a.test/", "https://\xe4\u200f1.test"):
+            for rules, wanted in (
+                ({"allowed_domains": ["a.test"]}, ["https://a.test/"]),
+                ({"blocked_domains": ["a.test"]}, [url]),
+            ):
+                found, _ = self.results(url, "https://a.test/", **rules)
+                self.assertEqual(found, wanted)
 
     def test_beside_other_tools_it_is_only_left_out(self):
         proxy, wires = proxy_with(hello)
@@ -13699,7 +13925,9 @@ class TestEndpoints(HttpCase):
         ("HEAD", "/api/hello", 200, b""),
         ("GET", "/v1/models", 200, b'"has_more"'),
         ("GET", "/any/prefix/v1/models?limit=1000", 200, b'"claude-opus"'),
-        ("GET", "/v1/models/some%2Fname", 200, b'"some/name"'),
+        ("GET", "/v1/models/claude-opus-4-8", 200, b'"id":"claude-opus-4-8"'),
+        ("GET", "/v1/models/claude%2Dhaiku?beta=true", 200, b"(haiku)"),
+        ("GET", "/v1/models/some%2Fname", 404, None),
         ("HEAD", "/v1/models", 200, b""),
         ("POST", "/cache/clear", 200, b'"removed":0'),
         ("POST", "/cache/clear-expired", 200, b'"removed":0'),
@@ -13715,6 +13943,11 @@ class TestEndpoints(HttpCase):
         ("TRACE", "/", 405, "GET, HEAD"),
         ("GET", "/nothing", 404, None),
         ("POST", "/v1/complete", 404, None),
+        ("POST", "/v1/messages/batches", 404, None),
+        ("GET", "/v1/messages/batches/b_1/results", 404, None),
+        ("GET", "/any/prefix/v1/files?limit=2", 404, None),
+        ("DELETE", "/v1/files/f_1", 404, None),
+        ("GET", "/v1/skills", 404, None),
         ("HEAD", "/nothing", 404, None),
         ("GET", "/v1/messages/x", 404, None),
         ("OPTIONS", "*", 404, None),
@@ -13743,6 +13976,99 @@ class TestEndpoints(HttpCase):
                 if status == 405:
                     self.assertEqual(answer.headers["allow"], more)
         self.is_fine()
+
+    def test_what_there_is_not_is_said_with_what_to_do(self):
+        self.serve()
+        for path in ("/v1/messages/batches", "/v1/files", "/v1/messages/batches/b/cancel"):
+            answer = self.post({"requests": []}, path=path)
+            words = json.loads(answer.body.decode())["error"]["message"]
+            self.is_error(answer, 404, "not_found_error", path)
+            for word in ("Batches", "Files", "not supported", "use /v1/messages"):
+                self.assertIn(word, words)
+
+    def models(self, query="", headers=()):
+        answer = self.call("GET", "/v1/models" + query, None, headers)
+        self.assertEqual(answer.status, 200, answer)
+        return json.loads(answer.body.decode())
+
+    def test_models_page_by_page(self):
+        self.serve(DISGUISE_MODEL="claude-x y")
+        ids = [row["id"] for row in self.models()["data"]]
+        self.assertEqual(len(ids), 4)
+        x, opus, sonnet, haiku = ids
+        for query, wanted, more in (
+            ("", ids, False),
+            ("?limit=1000", ids, False),
+            ("?limit=4", ids, False),
+            ("?limit=1", [x], True),
+            ("?limit=3&beta=true", ids[:3], True),
+            ("?after_id=claude-x%20y&limit=2", [opus, sonnet], True),
+            ("?limit=2&after_id=claude-x+y", [opus, sonnet], True),
+            ("?limit=2&after_id=" + opus, [sonnet, haiku], False),
+            ("?after_id=" + haiku, [], False),
+            ("?before_id=claude-x+y", [], False),
+            ("?before_id=%s&limit=1" % haiku, [sonnet], True),
+            ("?before_id=%s&limit=2" % haiku, [opus, sonnet], True),
+            ("?before_id=%s&limit=3" % haiku, [x, opus, sonnet], False),
+        ):
+            with self.subTest(query):
+                page = self.models(query)
+                first, last = (wanted[0], wanted[-1]) if wanted else (None, None)
+                told = page["first_id"], page["last_id"], page["has_more"]
+                self.assertEqual(told, (first, last, more))
+                self.assertEqual([row["id"] for row in page["data"]], wanted)
+
+    def test_a_page_that_cannot_be(self):
+        self.serve()
+        for query in (
+            "limit=0",
+            "limit=1001",
+            "limit=-1",
+            "limit=ten",
+            "limit=",
+            "limit=1.5",
+            "limit=" + "9" * 500,
+            "after_id=unknown",
+            "before_id=unknown",
+            "after_id=",
+            "limit=2&after_id=%ff",
+        ):
+            with self.subTest(query):
+                answer = self.call("GET", "/v1/models?" + query)
+                self.is_error(answer, 400, "invalid_request_error", "limit")
+        self.is_fine()
+
+    def test_which_models_there_are(self):
+        self.serve(
+            TARGET_MODEL="own/model",
+            TARGET_MODEL_OPUS="big-one",
+            DISGUISE_MODEL="Opus 4.8",
+            TARGET_API_KEY="sk-not-a-model",
+        )
+        claude = {"User-Agent": "claude-cli/2.1.332 (external, cli)"}
+        for name, known in (
+            ("own/model", True),
+            ("big-one", True),
+            ("Opus 4.8", True),
+            ("claude-Opus 4.8", True),
+            ("claude-sonnet", True),
+            ("claude-3-5-haiku-20241022", True),
+            ("gpt-4o", False),
+            ("claude-nonsense", False),
+            ("sk-not-a-model", False),
+            ("auto", False),
+            ("8080", False),
+        ):
+            for headers in ({}, claude):
+                with self.subTest(name=name, headers=headers):
+                    path = "/v1/models/" + ccfix.urllib.parse.quote(name, "")
+                    answer = self.call("GET", path, None, headers)
+                    if known or headers:
+                        row = json.loads(answer.body.decode())
+                        self.assertEqual((answer.status, row["id"]), (200, name))
+                        self.assertEqual(row["type"], "model")
+                    else:
+                        self.is_error(answer, 404, "not_found_error", "model: ")
 
     def test_messages_on_any_prefix_and_query(self):
         self.serve()
@@ -17710,31 +18036,67 @@ class TestFollowing(unittest.TestCase):
         )
 
 
-class TestMissingModel(UpstreamCase):
-    """Claude Code hides the words of a 404; it is told by a status whose words it shows."""
+class TestStatusByClient(HttpCase):
+    """Claude Code says its own words after some statuses; a program asks for the class."""
 
-    def test_status_by_client(self):
-        body = json.dumps(
-            {"error": {"message": "The model `m` does not exist", "code": "model_not_found"}}
-        ).encode()
-        server = self.fake(counted(body, "404 Not Found"))
-        settings = settings_of(TARGET_API_BASE=server.url + "/v1")
-        proxy = ccfix.Proxy(lambda: settings, lambda level, text: None)
-        front = ccfix.Server(("127.0.0.1", 0), proxy)
-        threading.Thread(target=front.serve_forever, args=(0.02,), daemon=True).start()
-        self.addCleanup(front.server_close)
-        self.addCleanup(front.shutdown)
-        for agent, status in (
-            ("claude-cli/2.1.330 (external, cli)", 424),
-            ("Anthropic/Python", 404),
+    CLAUDE = {"User-Agent": "claude-cli/2.1.332 (external, sdk-py)"}
+    SDK = {"User-Agent": "Anthropic/Python 2.14.0"}
+    ROWS = (
+        # upstream's status and words, what Claude Code gets, what others get
+        (401, "Incorrect API key provided", 424, 401, "authentication_error"),
+        (400, "API key not valid", 424, 401, "authentication_error"),
+        (403, "Country not supported", 424, 403, "permission_error"),
+        (404, "The model `m` does not exist", 424, 404, "not_found_error"),
+        (405, "Method Not Allowed", 424, 404, "not_found_error"),
+        (400, "Nobody knows this", 424, 400, "invalid_request_error"),
+        (422, "Nobody knows this", 424, 400, "invalid_request_error"),
+        (402, "Insufficient Balance", 402, 402, "billing_error"),
+        (413, "Too large", 413, 413, "request_too_large"),
+        (429, "Slow down", 429, 429, "rate_limit_error"),
+        (500, "An error", 502, 502, "api_error"),
+        (503, "Overloaded", 529, 529, "overloaded_error"),
+    )
+
+    def test_each_status(self):
+        for status, words, claude, other, kind in self.ROWS:
+            body = json.dumps({"error": {"message": words}}).encode()
+            self.serve(counted(body, "%d Scripted" % status), TARGET_RETRIES="0")
+            for headers, wanted in (
+                (self.CLAUDE, claude),
+                ({"user-agent": "claude-cli/1.0.126 (external, cli)"}, claude),
+                (self.SDK, other),
+                ({}, other),
+                ({"User-Agent": "axios/1.8"}, other),
+            ):
+                for stream in (True, False):
+                    with self.subTest(status=status, words=words, headers=headers, stream=stream):
+                        answer = self.post(request("hi", stream=stream), headers)
+                        self.is_error(answer, wanted, kind, words)
+                        retry = answer.headers.get("x-should-retry", "true")
+                        self.assertEqual(retry, "false" if 401 <= other <= 404 else "true")
+
+    def test_the_refusals_of_ccfix_itself(self):
+        self.serve(ANTHROPIC_API_KEY=PROXY_KEY)
+        for headers, status in ((self.CLAUDE, 424), (self.SDK, 401)):
+            for path in ("/v1/messages", "/v1/messages/count_tokens"):
+                answer = self.post(request("hi"), dict(headers, **{"x-api-key": "no"}), path)
+                self.is_error(answer, status, "authentication_error", "ANTHROPIC_AUTH_TOKEN")
+        self.serve()
+        for headers, status in ((self.CLAUDE, 424), (self.SDK, 403)):
+            answer = self.post(request("hi"), dict(headers, Origin="http://evil.test"))
+            self.is_error(answer, status, "permission_error", "evil.test")
+            self.is_error(self.post({"messages": 5}, headers), 400, "invalid_request_error")
+            self.is_error(self.call("GET", "/nothing", headers=headers), 404, "not_found_error")
+
+    def test_words_at_which_claude_code_hides_ours(self):
+        body = json.dumps({"error": {"message": "invalid X-api-key, x-api-key"}}).encode()
+        self.serve(counted(body, "401 Scripted"))
+        for headers, status, words in (
+            (self.CLAUDE, 424, "invalid API key, API key"),
+            (self.SDK, 401, "invalid X-api-key, x-api-key"),
         ):
-            client = http.client.HTTPConnection("127.0.0.1", front.server_port, timeout=10)
-            client.request("POST", "/v1/messages", json.dumps(request("hi")), {"User-Agent": agent})
-            reply = client.getresponse()
-            error = json.loads(reply.read().decode())["error"]
-            self.assertEqual((reply.status, error["type"]), (status, "not_found_error"))
-            self.assertIn("TARGET_MODEL", error["message"])
-            client.close()
+            answer = self.post(request("hi"), headers)
+            self.is_error(answer, status, "authentication_error", "TARGET_API_KEY (-k): " + words)
 
 
 class TestErrorWords(unittest.TestCase):
@@ -17757,7 +18119,15 @@ class TestErrorWords(unittest.TestCase):
     def test_anthropics_own_server_searches_itself(self):
         body = request(
             "Perform a web search for the query: x",
-            tools=[{"type": "web_search_20250305", "name": "web_search"}],
+            tools=[
+                {
+                    "type": "web_search_20250305",
+                    "name": "web_search",
+                    "allowed_domains": ["a.test"],
+                    "max_uses": 0,
+                    "user_location": {"type": "approximate", "city": "Ulm"},
+                }
+            ],
         )
         for base, asked in (
             ("https://api.anthropic.com", 1),
@@ -17780,6 +18150,8 @@ class TestErrorWords(unittest.TestCase):
             )
             ask(proxy, body)
             self.assertEqual(len(wires.sent), asked, base)
+            for sent in wires.sent:
+                self.assertEqual(sent["tools"], body["tools"])
 
 
 class TestOwnPort(unittest.TestCase):

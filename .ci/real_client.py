@@ -260,12 +260,17 @@ def web_search():
     def script(request):
         if request.asks("Perform a web search"):
             return [say("INVENTED: the result is 7.")]
-        return rounds([call("WebSearch", query="zebra teeth")], [say("SEARCH-OVER")])(request)
+        search = call("WebSearch", query="zebra teeth", **rules)
+        return rounds([search], [say("SEARCH-OVER")])(request)
 
-    for name, path, words in (
-        ("real results", "/search?language=en", ("https://zebra.example/facts", "44 teeth")),
-        ("a broken search", "/search/broken", ("failed",)),
-        ("no search configured", "", ("not configured",)),
+    found, facts = "/search?language=en", "https://zebra.example/facts"
+    for name, path, words, rules in (
+        ("real results", found, (facts, "44 teeth"), {}),
+        ("an allowed domain", found, (facts, "44 teeth"), {"allowed_domains": ["ZEBRA.example"]}),
+        ("another domain", found, ("other domains: 2",), {"allowed_domains": ["bra.example"]}),
+        ("a blocked domain", found, ("other domains: 2",), {"blocked_domains": ["example"]}),
+        ("a broken search", "/search/broken", ("failed",), {}),
+        ("no search configured", "", ("not configured",), {}),
     ):
         with Upstream(script) as upstream:
             env = {"SEARCH_URL": upstream.url[: -len("/v1")] + path} if path else {}

@@ -74,6 +74,40 @@ def parallel_tools():
         check("the upstream gets the results in call order", good, results)
 
 
+def client_tools():
+    """Anthropic's own tools, which the client runs and describes by a type alone."""
+    tools = [
+        {"type": "bash_20250124", "name": "bash"},
+        {"type": "text_editor_20250728", "name": "str_replace_based_edit_tool"},
+        {"type": "memory_20250818", "name": "memory"},
+        {"type": "computer_20250124", "name": "computer"},
+    ]
+    tools[-1].update(display_width_px=1024, display_height_px=768)
+    asked = dict(QUESTION, tools=tools, betas=["computer-use-2025-01-24"])
+    first = [call("bash", command="ls"), call("computer", action="left_click", coordinate=[1, 2])]
+    with client(rounds(first, [say("Two files.")])) as (sdk, upstream):
+        message = sdk.beta.messages.create(**asked)
+        calls = [(b.name, b.input) for b in message.content if b.type == "tool_use"]
+        wanted = [("bash", {"command": "ls"})]
+        wanted.append(("computer", {"action": "left_click", "coordinate": [1, 2]}))
+        check("calls of Anthropic's own tools", calls == wanted, message)
+        offered = {t["function"]["name"]: t["function"] for t in upstream.requests[0].body["tools"]}
+        check("all of them are offered", set(offered) == {t["name"] for t in tools}, offered)
+        good = all(tool["parameters"]["properties"] for tool in offered.values())
+        check("with their arguments", good, offered)
+        results = [
+            {"type": "tool_result", "tool_use_id": b.id, "content": b.name + "!"}
+            for b in message.content
+        ]
+        history = [ASKED, {"role": "assistant", "content": message.content}]
+        history.append({"role": "user", "content": results})
+        with sdk.beta.messages.stream(**dict(asked, messages=history)) as stream:
+            message = stream.get_final_message()
+        check("the turn after them", message.content[0].text == "Two files.", message)
+        results = upstream.requests[-1].results
+        check("the upstream gets the results", results == ["bash!", "computer!"], results)
+
+
 def not_streamed():
     reply = [think("Hm."), say("Well."), call("weather", place="Ulm"), usage(50, 5)]
     with client(rounds(reply)) as (sdk, upstream):
@@ -104,6 +138,69 @@ def counting_and_models():
         check("models.retrieve finds it", found.id == models[0].id, models)
 
 
+def model_pages():
+    with client(rounds([say("x")])) as (sdk, _):
+        ids = [m.id for m in sdk.models.list(limit=1000)]
+        pages = [[m.id for m in page.data] for page in sdk.models.list(limit=2).iter_pages()]
+        good = sum(pages, []) == ids and all(0 < len(page) < 3 for page in pages) and len(ids) > 2
+        check("models.list, two at a time", good, (pages, ids))
+        for kind, api in (("", sdk.models), ("beta ", sdk.beta.models)):
+            back = [m.id for m in api.list(limit=1, before_id=ids[-1])]
+            check(kind + "models.list backwards", sorted(back) == sorted(ids[:-1]), back)
+            got = error_of(api.list, limit=1001)
+            refused = isinstance(got, anthropic.BadRequestError)
+            check(kind + "models.list with a limit of 1001: BadRequestError", refused, got)
+            for name in ("no-such-model", "gpt-4o"):
+                got = error_of(api.retrieve, model_id=name)
+                missing = isinstance(got, anthropic.NotFoundError) and name in str(got)
+                check(kind + "models.retrieve of %s: NotFoundError" % name, missing, got)
+            for name in ("scripted-model", "claude-opus-4-8"):
+                got = error_of(api.retrieve, model_id=name)
+                check(kind + "models.retrieve of " + name, getattr(got, "id", "") == name, got)
+
+
+def what_there_is_not():
+    with client(rounds([say("x")])) as (sdk, upstream):
+        batch = {"custom_id": "a", "params": QUESTION}
+        for name, ask in (
+            ("messages.batches.create", lambda: sdk.messages.batches.create(requests=[batch])),
+            ("messages.batches.list", lambda: list(sdk.messages.batches.list())),
+            ("beta.messages.batches.results", lambda: sdk.beta.messages.batches.retrieve("b_1")),
+            ("beta.files.upload", lambda: sdk.beta.files.upload(file=("a.txt", b"x" * 200000))),
+            ("beta.files.list", lambda: list(sdk.beta.files.list())),
+            ("beta.files.download", lambda: sdk.beta.files.download("file_1")),
+            ("beta.skills.list", lambda: list(sdk.beta.skills.list())),
+        ):
+            got = error_of(ask)
+            good = isinstance(got, anthropic.NotFoundError) and "not supported" in str(got)
+            check(name + ": NotFoundError, and what to do", good, got)
+        check("and nobody was asked", not upstream.requests)
+
+
+def searches():
+    """The upstream is a SearXNG too, which finds two pages of zebra.example."""
+    rules = (
+        ({}, 2),
+        ({"allowed_domains": ["zebra.example/facts"]}, 1),
+        ({"blocked_domains": ["ZEBRA.example"]}, 0),
+        ({"allowed_domains": ["bra.example"]}, 0),
+        ({"max_uses": 1, "allowed_domains": ["example"]}, 2),
+        ({"max_uses": 0}, "max_uses_exceeded"),
+    )
+    query = "Perform a web search for the query: zebra"
+    asked = dict(QUESTION, messages=[{"role": "user", "content": query}])
+    with Upstream(rounds([say("x")])) as upstream:
+        place = upstream.url.rsplit("/v1", 1)[0] + "/search"
+        with ccfix(upstream.url, env={"SEARCH_URL": place}) as url:
+            sdk = anthropic.Anthropic(base_url=url, api_key="any", max_retries=0)
+            for rule, wanted in rules:
+                tool = dict({"type": "web_search_20250305", "name": "web_search"}, **rule)
+                message = sdk.messages.create(tools=[tool], **asked)
+                content = message.content[1].content
+                error = getattr(content, "error_code", None)
+                check("a search with %s" % rule, (error or len(content)) == wanted, message)
+
+
 RATE = fail(429, "Rate limit reached", "requests", "rate_limit_exceeded", retry_after=60)
 LONG = "This model's maximum context length is 8192 tokens. However, your messages resulted in "
 LONG = fail(400, LONG + "9000 tokens.", code="context_length_exceeded")
@@ -113,10 +210,11 @@ ERRORS = (
     (fail(401, "Incorrect API key provided"), "Authentication", (401,), "authentication_error"),
     (fail(402, "Insufficient Balance"), "APIStatus", (402,), "billing_error"),
     (fail(403, "Country not supported"), "PermissionDenied", (403,), "permission_error"),
-    (GONE, "APIStatus", (400, 404, 424), None),
+    (GONE, "NotFound", (404,), "not_found_error"),
     (RATE, "RateLimit", (429,), "rate_limit_error"),
     (LONG, "BadRequest", (400,), "invalid_request_error"),
-    (fail(400, "Nobody knows this error."), "APIStatus", (400, 424), "invalid_request_error"),
+    (fail(400, "Nobody knows this error."), "BadRequest", (400,), "invalid_request_error"),
+    (fail(422, "Nobody knows it either."), "BadRequest", (400,), "invalid_request_error"),
     (fail(500, "An error", "server_error"), "InternalServer", (500, 502, 503, 529), None),
     (fail(503, "Overloaded", "server_error"), "InternalServer", (503, 529), "overloaded_error"),
 )
@@ -192,8 +290,12 @@ if __name__ == "__main__":
         streamed_text,
         thinking,
         parallel_tools,
+        client_tools,
         not_streamed,
         counting_and_models,
+        model_pages,
+        what_there_is_not,
+        searches,
         error_classes,
         cut_streams,
         bad_questions,
