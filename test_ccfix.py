@@ -13088,10 +13088,14 @@ class TestAutoMode(CachedCase):
             ("https://api.anthropic.com", "judge", True, True),
             ("https://api.anthropic.com.evil.test", "judge", False, False),
             ("https://other.test/anthropic", "judge", False, False),
+            ("https://other.test/anthropic", "OFF", False, False),
+            ("https://other.test/anthropic", "Client", False, False),
         ):
             values = {"TARGET_API_BASE": base, "TARGET_FORMAT": "anthropic", "TARGET_API_KEY": "K"}
             proxy, wires = proxy_with(reply, AUTO_MODE=mode, **values)
-            found = self.delta(proxy)["safeguard_results"]
+            found = self.delta(proxy).get("safeguard_results")
+            if mode in ("OFF", "Client"):
+                self.assertIsNone(found, "a verdict that no model of the user's gave")
             self.assertEqual(("safeguards" in wires.sent[0], found == own), (is_sent, is_own), base)
             self.assertNotIn("metadata", wires.sent[0])
 
