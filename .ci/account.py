@@ -5,32 +5,26 @@ python3 .ci/account.py [scenario ...]      # all, or those named (with -, as in 
 """
 
 import contextlib
-import fcntl
 import glob
 import json
 import os
-import pty
 import re
-import select
 import shutil
 import signal
 import socket
 import ssl
 import stat
-import struct
 import subprocess
 import tempfile
-import termios
 import time
 
 import harness
+import tui
 from harness import CCFIX, PYTHON, ccfix, check, free_port, get, llama, run_table, skip, stop
 from harness import wait_for
 from upstream import Upstream, call, fail, rounds, say, usage, wait
 
-VERSION = os.environ.get("CLAUDE_VERSION", "2.1.330")
-ROOT = os.environ.get("CLAUDE_ROOT") or os.path.join(harness.CACHE, "claude")
-CLIENT = os.path.join(ROOT, VERSION, "node_modules", ".bin")
+CLIENT = os.path.dirname(tui.binary())
 COMMANDS = ("serve", "run", "check", "init", "install", "uninstall", "open")
 NOBODY = "http://127.0.0.1:1"
 OWN_NAME = socket.gethostname()
@@ -206,7 +200,7 @@ def installation(name, home, python, **env):
 def opened():
     with account() as home, ccfix(None, "--demo") as url:
         seen = os.path.join(home, "seen")
-        browser = write("#!/bin/sh\necho \"$1\" > %s\n" % seen, home, "browser")
+        browser = write('#!/bin/sh\necho "$1" > %s\n' % seen, home, "browser")
         os.chmod(browser, 0o755)
         run = command(home, "open", "-p", url.rsplit(":", 1)[1], BROWSER=browser + " %s")
         wait_for(lambda: os.path.exists(seen) and text_of(seen), 20, "the browser")
@@ -278,58 +272,12 @@ def run_beside_another_setup():
         nothing_left(home, "the file with the key is gone again")
 
 
-class Terminal:
-    """A shell under a pseudo-terminal; see(name, patterns) waits for them on the screen.
-
-    Blanks are left out: the client draws those by moving the cursor.
-    """
-
-    def __init__(self, home):
-        self.text = ""
-        self.pid, self.fd = pty.fork()
-        if self.pid == 0:
-            os.chdir(os.path.join(home, "work"))
-            env = environment(home, TERM="xterm-256color", PS1="sh> ", LANG="C.UTF-8")
-            os.execve("/bin/bash", ["bash", "--norc", "-i"], env)
-        fcntl.ioctl(self.fd, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
-
-    def read(self, seconds=0.1):
-        codes = r"\x1b(\[[0-9;?<>=]*[ -/]*[@-~]|\][^\x07]*\x07|[()].|.)|\s"
-        while select.select([self.fd], [], [], seconds)[0]:
-            self.text += re.sub(codes, "", os.read(self.fd, 65536).decode("utf-8", "replace"))
-            seconds = 0.05
-
-    def type(self, text):
-        self.text = ""
-        os.write(self.fd, text.encode())
-
-    def shows(self, patterns):
-        return all(re.search(pattern, self.text) for pattern in patterns)
-
-    def see(self, name, *patterns, seconds=60):
-        """Check that the patterns come to the screen."""
-        end = time.monotonic() + seconds
-        while time.monotonic() < end and not self.shows(patterns):
-            self.read()
-        return check(name, self.shows(patterns), self.text[-3000:])
-
-    def close(self):
-        os.close(self.fd)
-        os.kill(self.pid, signal.SIGKILL)
-        os.waitpid(self.pid, 0)
-
-
 def run_in_a_terminal():
     with account() as home:
-        work = os.path.join(home, "work")
-        known = {"hasCompletedOnboarding": True, "theme": "dark"}
-        known["projects"] = {work: {"hasTrustDialogAccepted": True}}
-        write(known, home, ".claude.json")
-        terminal = Terminal(home)
-        try:
+        work = tui.prepare(home)
+        env = environment(home, TERM="xterm-256color", PS1="sh> ", LANG="C.UTF-8")
+        with tui.Terminal(["/bin/bash", "--norc", "-i"], env, work) as terminal:
             use(terminal, work)
-        finally:
-            terminal.close()
         nothing_left(home)
 
 
@@ -358,7 +306,7 @@ def use(terminal, work):
     terminal.type("\r")
     terminal.see("and it goes on", "Yourwords:oncemore")
     for _ in range(2):
-        os.write(terminal.fd, b"\x03")
+        terminal.press(tui.CTRL_C)
         time.sleep(0.4)
     terminal.see("Ctrl-C twice ends it", "sh>")
     terminal.type("echo raw=$(stty -a | grep -c -- -icanon)\n")
@@ -455,7 +403,7 @@ def check_over_tls():
         has_row("--insecure is loud", run, "reachable", "ok", "TLS NOT verified")
 
 
-PROXY = "Port %d\nListen 127.0.0.1\nTimeout 60\nMaxClients 50\nLogFile \"%s\"\nLogLevel Connect\n"
+PROXY = 'Port %d\nListen 127.0.0.1\nTimeout 60\nMaxClients 50\nLogFile "%s"\nLogLevel Connect\n'
 PROXY += "Allow 127.0.0.1\n"
 
 
