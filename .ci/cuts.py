@@ -16,7 +16,7 @@ import time
 
 import harness
 import tui
-from harness import Ccfix, check, claude, json_lines, run_table, wait_for
+from harness import Ccfix, check, claude, json_lines, run_table, stop, wait_for
 from session import DANGER, read
 from upstream import MessagesWriter, Upstream, call, cut, end, payload, reset, say, think, wait
 
@@ -30,6 +30,9 @@ FIRST, SECOND, LAST, BACK = "FIRST-HALF", "SECOND-HALF", "LAST-WORDS", "MAIN-DON
 BOTH = "The %s is here, and the %s is here." % (FIRST, SECOND)
 HALF = BOTH[: BOTH.index(", and")]
 THOUGHT = "First I think about it, then I think about it again."
+PAUSE = wait(0.3)  # without it the client may not have read all, and is lucky
+MOST = 12  # requests, when each attempt breaks
+BROKEN = "connection", "broke off", "closed", "ended early"
 REASON = "The accelerator fell off the bus"
 FAILURE = payload(error={"message": REASON, "type": "server_error", "code": 500})
 NATIVE_FAILURE = payload(type="error", error={"type": "api_error", "message": REASON})
@@ -91,7 +94,7 @@ class Script:
     """The model: the first `times` attempts at the first reply of an agent that is asked `words`
     break by `how`; the next one is whole. Asked to resume, it says what its last words left out."""
 
-    def __init__(self, place, words=PROMPT, how=(wait(0.3), cut()), times=1):
+    def __init__(self, place, words=PROMPT, how=(PAUSE, cut()), times=1):
         self.place, self.words, self.how, self.left = place, words, list(how), times
         self.resumed = 0
 
@@ -100,12 +103,12 @@ class Script:
             return self.around(request)
         if request.results:
             return [say("The %s." % LAST)]
+        if self.left:
+            self.left -= 1
+            return self.place.steps(request.native) + self.how
         if request.round and "again from the start" not in request.raw:
             return self.rest(request.raw)
-        if not self.left:
-            return self.place.whole
-        self.left -= 1
-        return self.place.steps(request.native) + self.how
+        return self.place.whole
 
     def rest(self, raw):
         self.resumed += 1
@@ -134,8 +137,10 @@ def outcome(run):
     blocks = [b for m in lines if m["type"] == "assistant" for b in m["message"]["content"]]
     texts = "\n".join(block["text"] for block in blocks if block["type"] == "text")
     result = ([line for line in lines if line["type"] == "result"] or [{}])[-1]
-    final = "" if result.get("is_error") else result.get("result", "")
-    return Seen(run.code, texts, final, "%s\n%s" % (run.out[-1500:], run.err[-500:]))
+    code = run.code or bool(result.get("is_error"))
+    return Seen(
+        code, texts, result.get("result") or "", "%s\n%s" % (run.out[-1500:], run.err[-500:])
+    )
 
 
 def in_print_mode(url, home, work, **options):
@@ -184,12 +189,10 @@ def in_the_agent_sdk(url, home, work, prompt=PROMPT):
     return outcome(harness.run(program, cwd=work, env=env))
 
 
-WAYS = (
-    ("print", in_print_mode, PROMPT),
-    ("TUI", in_the_tui, PROMPT),
-    ("subagent", in_print_mode, SUBTASK),
-    ("Agent SDK", in_the_agent_sdk, PROMPT),
-)
+PRINT = "print", in_print_mode, PROMPT
+TUI = "TUI", in_the_tui, PROMPT
+SUBAGENT = "subagent", in_print_mode, SUBTASK
+SDK = "Agent SDK", in_the_agent_sdk, PROMPT
 
 
 # Rows
@@ -198,7 +201,7 @@ WAYS = (
 class Row:
     """One break, one way to run the client, one kind of cut."""
 
-    def __init__(self, place, way, how=(wait(0.3), cut()), settings=None, note=""):
+    def __init__(self, place, way, how=(PAUSE, cut()), settings=None, note=""):
         self.place, self.settings = place, settings
         self.way, self.run, self.words = way
         self.script = Script(place, self.words, how)
@@ -209,16 +212,16 @@ class Row:
         """-> (name, what is wrong, what to show)"""
         with tempfile.TemporaryDirectory() as home, Upstream(self.script) as upstream:
             work = tui.prepare(home)
+            begun = time.monotonic()
             with Ccfix(upstream.url, env=self.settings) as server:
-                begun = time.monotonic()
-                seen = self.drive(server, home, work)
+                seen = self.drive(server, upstream, home, work)
             self.seconds = time.monotonic() - begun
             self.requests = upstream.requests
             names = sorted(name for name in os.listdir(work) if name.endswith(".txt"))
             self.files = [read(work, name) for name in names]
         return self.name, self.wrong(seen), lambda: self.told(seen)
 
-    def drive(self, server, home, work):
+    def drive(self, server, upstream, home, work):
         return self.run(server.url, home, work)
 
     def wrong(self, seen):
@@ -272,6 +275,39 @@ class Row:
         return "\n".join(lines)
 
 
+class Restart(Row):
+    """ccfix gets SIGTERM in the middle of the reply; a new one takes its place."""
+
+    def drive(self, server, upstream, home, work):
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            seen = pool.submit(self.run, server.url, home, work)
+            wait_for(lambda: not self.script.left, 60, "the reply")
+            time.sleep(0.5)
+            stop(server.process)
+            with Ccfix(upstream.url, env=self.settings, port=server.port):
+                return seen.result()
+
+
+class Hopeless(Row):
+    """Each attempt breaks: the session ends, and the reason is told."""
+
+    def __init__(self, place, way, how, reason, settings=None, note=""):
+        super().__init__(place, way, how, settings, note)
+        self.script.left, self.reason = 1000, reason
+
+    def wrong(self, seen):
+        found, told = [], tui.squeezed(seen.final)
+        if not any(tui.squeezed(words) in told for words in self.reason):
+            found.append("the reason is not told")
+        if len(self.requests) > MOST:
+            found.append("%d requests" % len(self.requests))
+        if self.files:
+            found.append("the tools left %s" % self.files)
+        if self.way != "TUI" and not seen.code:
+            found.append("exit code 0")
+        return ", ".join(found)
+
+
 def play(rows):
     """Play the rows, some at once; check each."""
     with concurrent.futures.ThreadPoolExecutor(AT_ONCE) as pool:
@@ -279,25 +315,73 @@ def play(rows):
             check(name, not wrong, lambda: "%s\n%s" % (wrong, told()))
 
 
-def each_break(way):
-    return [Row(place, way) for place in BREAKS]
-
-
 def print_mode():
-    play(each_break(WAYS[0]))
+    play([Row(place, PRINT) for place in BREAKS])
 
 
 def the_tui():
-    play(each_break(WAYS[1]))
+    play([Row(place, TUI) for place in BREAKS])
 
 
 def subagents():
-    play(each_break(WAYS[2]))
+    play([Row(place, SUBAGENT) for place in BREAKS])
 
 
 def agent_sdk():
-    play(each_break(WAYS[3]))
+    play([Row(place, SDK) for place in BREAKS])
+
+
+def other_places():
+    play([Row(place, way) for place in MORE for way in (PRINT, TUI)])
+
+
+def other_ends():
+    """Not a connection that is closed, but one that is reset, a body that ends, or an error."""
+    for note, *how in (
+        (", by a reset", PAUSE, reset()),
+        (", by an end", PAUSE, end()),
+        (", by an error", PAUSE, FAILURE, end()),
+        (", without a pause", cut()),
+    ):
+        places = BREAKS[0], BREAKS[4]
+        play([Row(place, way, how, note=note) for place in places for way in (PRINT, TUI)])
+
+
+def native_format():
+    """On an upstream that speaks Anthropic's format itself, and tells the end of each block."""
+    rows = [Row(place, PRINT, settings=NATIVE, note=", native") for place in BREAKS]
+    rows += [Row(BREAKS[n], TUI, settings=NATIVE, note=", native") for n in (0, 1, 4)]
+    failed = PAUSE, NATIVE_FAILURE, end()
+    rows += [Row(BREAKS[0], w, failed, NATIVE, ", native, by an error") for w in (PRINT, TUI)]
+    play(rows)
+
+
+def ccfix_ends():
+    how = [wait(30)]
+    rows = [Restart(BREAKS[n], w, how, note=", by SIGTERM") for n in (0, 4) for w in (PRINT, TUI)]
+    play(rows + [Restart(BREAKS[0], PRINT, how, NATIVE, ", native, by SIGTERM")])
+
+
+def each_attempt_breaks():
+    failed, native = (PAUSE, FAILURE, end()), (PAUSE, NATIVE_FAILURE, end())
+    rows = [
+        Hopeless(BREAKS[n], way, how, reason, note=", each time" + note)
+        for note, how, reason in (("", (PAUSE, cut()), BROKEN), (", by an error", failed, [REASON]))
+        for n, way in ((0, PRINT), (0, TUI), (4, PRINT), (0, SDK))
+    ]
+    note = ", each time, by an error, native"
+    play(rows + [Hopeless(BREAKS[0], PRINT, native, [REASON], NATIVE, note)])
 
 
 if __name__ == "__main__":
-    run_table(print_mode, the_tui, subagents, agent_sdk)
+    run_table(
+        print_mode,
+        the_tui,
+        subagents,
+        agent_sdk,
+        other_places,
+        other_ends,
+        native_format,
+        ccfix_ends,
+        each_attempt_breaks,
+    )
