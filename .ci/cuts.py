@@ -11,6 +11,7 @@ import collections
 import concurrent.futures
 import json
 import os
+import re
 import tempfile
 import time
 
@@ -160,14 +161,15 @@ def in_the_tui(url, home, work, prompt=PROMPT):
 
 
 def settle(terminal, seconds=60, quiet=2):
-    """Wait until the turn is over: the line that says for how long it went, or an error."""
+    """Wait until the turn is over: the client says for how long it went, or is calm for a while."""
     terminal.wait_for("esc to interrupt", 5)
-    end = time.monotonic() + seconds
-    calm = time.monotonic()
-    while time.monotonic() < end and time.monotonic() - calm < quiet:
+    end, calm = time.monotonic() + seconds, time.monotonic()
+    while time.monotonic() < min(end, calm + quiet):
+        time.sleep(0.05)
         if terminal.on_screen("esc to interrupt"):
             calm = time.monotonic()
-        time.sleep(0.05)
+        elif re.search(" for [0-9]+s \u00b7 done ", terminal.screen()):
+            quiet = 0.3
 
 
 NODE = """
@@ -241,17 +243,13 @@ class Row:
             found.append("the end does not say %s" % last)
         if self.files != ["ran\n"] * self.place.tools:
             found.append("the tools left %s" % self.files)
-        if len(self.requests) > self.most():
-            found.append("%d requests" % len(self.requests))
+        asked = sum(r.asks(self.words) for r in self.requests)
+        if asked > 2 + bool(self.place.tools):
+            found.append("%d requests" % asked)
         return ", ".join(found)
 
     def has_text(self):
         return say(BOTH) in self.place.whole
-
-    def most(self):
-        """Requests: those of a session in which nothing breaks, and one more."""
-        around = 3 if self.words == SUBTASK else 0
-        return 2 + bool(self.place.tools) + around
 
     def of_the_subagent(self, seen, found):
         """What the subagent said: in its own history, and in what came back to the main agent."""
