@@ -290,7 +290,7 @@ class Terminal:
         """Type the words at the client's prompt, see them there, and press Enter."""
         self.type(words)
         self.wait_for(words, seconds)
-        time.sleep(0.2)  # keys that come at once are taken for a paste
+        time.sleep(0.5)  # keys that come at once are taken for a paste
         self.press(ENTER)
 
     def wait(self, seconds=15):
