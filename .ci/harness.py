@@ -121,14 +121,15 @@ class Ccfix:
     It has an empty folder and a clean environment. That it ends with exit code 0 and prints no
     traceback is a check of its own.
 
-    command  how it is started, instead of as a script; more: further arguments of Popen
+    command  how it is started, instead of as a script; port: a free one, if none is given;
+             more: further arguments of Popen
     """
 
     def __init__(
         self, base, *options, key="sk-upstream-secret", model="scripted-model", env=None, **more
     ):
         self.folder = tempfile.TemporaryDirectory()
-        self.port = free_port()
+        self.port = more.pop("port", None) or free_port()
         self.url = "http://127.0.0.1:%d" % self.port
         target = ["-k", key, "-m", model, "-b", base] if base else []
         clean = {"PATH": os.environ["PATH"], "HOME": self.folder.name, "LC_ALL": "C"}
