@@ -50,6 +50,7 @@ import codecs
 import collections
 import contextlib
 import email.utils
+import functools
 import hashlib
 import hmac
 import http.client
@@ -5089,10 +5090,14 @@ class Way(NamedTuple):
     """How an origin is reached; connections are kept by it."""
 
     scheme: str
-    host: str  # in its ASCII form
-    port: int
-    proxy: tuple = None  # (host, port)
+    origin: tuple  # (host in its ASCII form, port)
+    proxy: tuple = None  # the same of the proxy
     proxy_auth: tuple = ()  # (name, value) of each field that is for the proxy, a secret
+
+    def __str__(self):
+        """The other end, as messages name it."""
+        through = " (through the proxy %s)" % host_port(*self.proxy) if self.proxy else ""
+        return host_port(*self.origin) + through
 
 
 def host_port(host, port):
@@ -5124,7 +5129,7 @@ def find_way(scheme, host, port):
     proxies, bypass = urllib.request.getproxies(), urllib.request.proxy_bypass
     proxy = proxies.get(scheme) or proxies.get("all")
     if not proxy or is_loopback(host) or bypass(host_port(host, port)):
-        return Way(scheme, host, port)
+        return Way(scheme, (host, port))
     setting, (kind, _, proxy) = scheme.upper() + "_PROXY", proxy.rpartition("://")
     # The ssl module cannot run TLS with the origin inside TLS with the proxy, and to talk plainly
     # to a proxy that is written with https:// would show its password to the network.
@@ -5140,7 +5145,7 @@ def find_way(scheme, host, port):
     except ValueError:
         said = "the proxy setting for %s has no valid host and port: correct %s" % (host, setting)
         raise UpstreamError(said, kind="connect")
-    return Way(scheme, host, port, address, basic_auth("Proxy-Authorization", proxy))
+    return Way(scheme, (host, port), address, basic_auth("Proxy-Authorization", proxy))
 
 
 READ, WRITE = 1, 4  # POLLIN and POLLOUT, which Windows lacks
@@ -5189,7 +5194,7 @@ def request_parts(way, url, headers):
     if "authorization" not in map(str.lower, fields):
         fields.update(basic_auth("Authorization", url))
     if way.proxy and way.scheme == "http":
-        target = "http://" + host_port(way.host, way.port) + target
+        target = "http://" + host_port(*way.origin) + target
         fields.update(way.proxy_auth)
     # http.client lets \0 and names with blanks pass.
     wrong = [name for name in fields if not FIELD.fullmatch(name + "\n" + fields[name])]
@@ -5244,9 +5249,7 @@ class Line(io.RawIOBase):
 
     def __init__(self, sock, way):
         self.sock, self.way = sock, way
-        self.peer = host_port(way.host, way.port)  # how messages name the other end
-        if way.proxy:
-            self.peer += " (through the proxy %s)" % host_port(*way.proxy)
+        self.peer = str(way)  # how messages name the other end
         self.file = Inlet(self, READ_SIZE)
 
     def begin(self, wait, timeout):
@@ -5352,7 +5355,7 @@ class Line(io.RawIOBase):
         self.begin(wait, timeout)
         # A new one for each request: the line is what is kept, and http.client's states go with the
         # answer.
-        connection = http.client.HTTPConnection(self.way.host, self.way.port)
+        connection = http.client.HTTPConnection(*self.way.origin)
         connection.default_port = PORTS[self.way.scheme]
         connection.response_class, connection.sock = Head, self
         try:
@@ -5374,7 +5377,7 @@ class Line(io.RawIOBase):
         (ssl.CertificateError on Python 3.6)."""
         end = time.monotonic() + self.timeout
         self.sock = context.wrap_socket(
-            self.sock, server_hostname=self.way.host, do_handshake_on_connect=False
+            self.sock, server_hostname=self.way.origin[0], do_handshake_on_connect=False
         )
         while True:
             try:
@@ -5468,6 +5471,10 @@ def inflate(pieces):
         raise ValueError("the compressed body is cut off")
 
 
+# Content-Encoding -> what undoes it, piece by piece.
+DECODERS = {"": iter, "identity": iter, "gzip": inflate, "x-gzip": inflate, "deflate": inflate}
+
+
 class Reply:
     """An answer whose head has come: status, headers (get() of any case, items()) and the body, to
     be read once.
@@ -5493,15 +5500,15 @@ class Reply:
         """Generates the body's bytes as they arrive, whatever one read brought. UpstreamError
         (timeout, cut, body), ClientGone."""
         coding, peer = self.headers.get("Content-Encoding", "").strip().lower(), self.line.peer
-        is_plain = coding in ("", "identity")
-        if not is_plain and coding not in ("gzip", "x-gzip", "deflate"):
+        decode = DECODERS.get(coding)
+        if not decode:
             raise UpstreamError(
                 "%s compresses its answer with %s; only gzip and deflate can be read"
                 % (peer, ascii(coding)),
                 kind="body",
             )
         try:
-            yield from self.payload() if is_plain else inflate(self.payload())
+            yield from decode(self.payload())
         except (zlib.error, ValueError) as error:
             said = (
                 "the answer of %s is damaged (%s): a fault there or in a proxy between; try again"
@@ -5598,7 +5605,7 @@ def connect_error(way, error):
         ),
     )
     said = next(said for holds, said in rows if holds)
-    said %= host_port(*way.proxy or (way.host, way.port)), seen
+    said %= host_port(*way.proxy or way.origin), seen
     return UpstreamError(said, kind="connect", retry=not untrusted)
 
 
@@ -5608,7 +5615,7 @@ def proxy_refusal(way, status, reason):
     said = (
         "the proxy %s does not connect to %s (%d %s): ask who runs it, or name the host in NO_PROXY"
     )
-    said %= proxy, host_port(way.host, way.port), status, ascii(reason)[1:-1]
+    said %= proxy, host_port(*way.origin), status, ascii(reason)[1:-1]
     if status == 407:
         said = (
             "the proxy %s wants a name and password (407): %s_PROXY needs user:password@ before "
@@ -5744,7 +5751,7 @@ class Upstream:
 
         # It tries each address of the name in turn, as urllib does; that is why a name with a dead
         # IPv6 address takes connect_timeout longer.
-        address = way.proxy or (way.host, way.port)
+        address = way.proxy or way.origin
         thread = start_thread(connect)
         try:
             while thread.is_alive():
@@ -5780,7 +5787,7 @@ class Upstream:
 
     def tunnel(self, line, wait):
         """Has the proxy at the other end of `line` connect it to the origin (RFC 9110, 9.3.6)."""
-        way, target = line.way, host_port(line.way.host, line.way.port)
+        way, target = line.way, host_port(*line.way.origin)
         fields = dict(way.proxy_auth, Host=target)
         try:
             head = line.ask("CONNECT", target, fields, None, wait, self.connect_timeout)
@@ -9923,19 +9930,9 @@ class Verdict(NamedTuple):
     fix: str = ""  # what to do about it
 
 
-def ok(seen):
-    """The row holds."""
-    return Verdict("ok", seen)
-
-
-def skip(seen):
-    """The row cannot tell, and is no reason to doubt the target."""
-    return Verdict("skip", seen)
-
-
-def fail(seen, fix=""):
-    """The row does not hold; whether Claude Code can work all the same is said in CHECKS."""
-    return Verdict("fail", seen, fix)
+# ok: the row holds. skip: it cannot tell, and is no reason to doubt the target. fail: it does not
+# hold; whether Claude Code can work all the same is said in CHECKS.
+ok, skip, fail = (functools.partial(Verdict, status) for status in ("ok", "skip", "fail"))
 
 
 def failure(error):
@@ -10052,11 +10049,9 @@ def is_reachable(tester):
     tester.models = model_names(get_json(upstream, url, upstream_headers(plan), patience(20)))
     tester.proxy.probe(plan, patience(10))  # tells a local server's kind, and so its profile
     way = upstream.way_to(plan.base)
-    seen = host_port(way.host, way.port) + " answers"
+    seen = str(way) + " answers"
     if way.scheme == "https":
         seen += ", TLS NOT verified (INSECURE)" if settings.insecure else ", TLS verified"
-    if way.proxy:
-        seen += ", through the proxy " + host_port(*way.proxy)
     return ok(seen + "; profile " + tester.plan.profile.name)
 
 
@@ -10655,39 +10650,34 @@ def open_page(config, options):
 # the flags of most settings go with most commands.
 
 
-def option(flag, text, **how):
-    """A row of a command's own options: (flag, what argparse is told of it)."""
-    return flag, dict(how, help=text)
-
-
-SWITCH = "store_true"
+# The rows of a command's own options: (flag, help, what else argparse is told of it).
+SWITCH = dict(action="store_true")
 TARGET_OPTIONS = (
-    option("--demo", "use the embedded demo model: no key, no network", action=SWITCH),
-    option(
+    ("--demo", "use the embedded demo model: no key, no network", SWITCH),
+    (
         "--replay",
         "answer with the replies that --record DIR wrote, in order",
-        metavar="DIR",
+        dict(metavar="DIR"),
     ),
 )
 CHECK_OPTIONS = TARGET_OPTIONS + (
-    option("--json", "print one JSON object instead of the checklist", action=SWITCH),
-    option("--family", "check the target of this family of Claude models", choices=FAMILIES),
-    option(
+    ("--json", "print one JSON object instead of the checklist", SWITCH),
+    ("--family", "check the target of this family of Claude models", dict(choices=FAMILIES)),
+    (
         "--base-url",
         "check a server that speaks Anthropic, ccfix itself too, with the key from -k,"
         " ANTHROPIC_AUTH_TOKEN or ANTHROPIC_API_KEY",
-        metavar="URL",
+        dict(metavar="URL"),
     ),
 )
-INIT_OPTIONS = (option("--force", "replace the file if it exists", action=SWITCH),)
 INSTALL_OPTIONS = (
-    option(
+    (
         "--dir",
         "the folder for everything (default: ~/.local/bin and ~/.local/share/ccfix, on Windows"
         " %%LOCALAPPDATA%%)",
-        metavar="DIR",
+        dict(metavar="DIR"),
     ),
-    option("--force", "replace another program's file of that name", action=SWITCH),
+    ("--force", "replace another program's file of that name", SWITCH),
 )
 
 
@@ -10724,7 +10714,7 @@ COMMANDS = dict(
     init=Command(
         init,
         "ask for provider, key and model, and write .env",
-        INIT_OPTIONS,
+        (("--force", "replace the file if it exists", SWITCH),),
         "ccfix init\nccfix init -b https://api.example.com/v1 -k KEY -m MODEL",
     ),
     install=Command(
@@ -10806,8 +10796,8 @@ def make_parser(name, command):
         parser.add_argument(
             "--env-file", metavar="FILE", help="read settings from FILE instead of .env"
         )
-    for flag, how in command.options:
-        parser.add_argument(flag, **how)
+    for flag, text, how in command.options:
+        parser.add_argument(flag, help=text, **how)
     return parser
 
 
