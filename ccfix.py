@@ -6199,7 +6199,7 @@ class Cache:
 
     def remember(self, call_id, note):
         """Keep what belongs to a tool call (a dict: its reasoning, say) for later turns."""
-        self._keep("memory", (None, sqlite_text(call_id)), note)
+        self._keep("memory", note, call_id)
 
     def recall(self, call_id):
         """What `remember` kept, or None."""
@@ -6208,7 +6208,7 @@ class Cache:
 
     def save_row(self, row):
         """Keep a ledger row (dict). Made to be a Ledger's `save`."""
-        self._keep("ledger", (None, sqlite_text(row.get("id"))), row)
+        self._keep("ledger", row, row.get("id"))
 
     def saved_rows(self, count=1000):
         """Saved ledger rows, newest first."""
@@ -6216,7 +6216,7 @@ class Cache:
 
     def save_lesson(self, upstream, model, lesson):
         """Keep what was learned (a dict) about a model of an upstream; replaces the earlier."""
-        self._keep("lessons", (sqlite_text(upstream), sqlite_text(model)), lesson)
+        self._keep("lessons", lesson, upstream, model)
 
     def lessons(self):
         """{(upstream, model): lesson} of all that `save_lesson` kept."""
@@ -6247,14 +6247,15 @@ class Cache:
         """Run a statement -> how many rows it changed."""
         return self._run(lambda db: db.execute(statement, values).rowcount, 0)
 
-    def _keep(self, table, ids, value):
-        """Put (*ids, value) into a table that keeps its newest KEPT_ROWS.
+    def _keep(self, table, value, *ids):
+        """Put a value with its one or two ids into a table that keeps its newest KEPT_ROWS.
 
-        An id of None becomes the next `seq`. SQLite's rowid grows with each row, replaced or new.
+        Before one id stands a `seq`, of which None makes the next. SQLite's rowid grows with each
+        row, replaced or new.
         """
-        blob = pack(value)
-        if blob is not None:
-            self._change("INSERT OR REPLACE INTO %s VALUES (?, ?, ?)" % table, *ids, blob)
+        row = [None, *map(sqlite_text, ids), pack(value)][-3:]
+        if row[-1] is not None:
+            self._change("INSERT OR REPLACE INTO %s VALUES (?, ?, ?)" % table, *row)
             last = "(SELECT MAX(rowid) FROM %s)" % table
             self._change("DELETE FROM %s WHERE rowid <= %s - ?" % (table, last), KEPT_ROWS)
 
