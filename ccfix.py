@@ -5171,6 +5171,11 @@ def new_poll(*wanted):
     return wait
 
 
+def reason_of(error):
+    """What an exception says, in the system's words where they are its own; never empty."""
+    return getattr(error, "strerror", "") or str(error) or type(error).__name__
+
+
 def start_thread(target, *args):
     """Run a function in a thread that does not keep the program alive -> the thread."""
     thread = threading.Thread(target=target, args=args, daemon=True)
@@ -5292,7 +5297,7 @@ class Line(io.RawIOBase):
                 if not self.wait:
                     return None
             except OSError as error:
-                raise self.cut(error.strerror or "read error")
+                raise self.cut(reason_of(error))
         self.came += size
         self.ended = not size
         if self.ended and self.deadline:  # http.client would take half a head for a whole one
@@ -5368,7 +5373,7 @@ class Line(io.RawIOBase):
                 raise self.garbage("it begins with " + ascii(start)[1:], start.startswith(b"\x15"))
             head = connection.getresponse()
         except (http.client.HTTPException, ValueError) as error:
-            raise self.garbage(ascii(str(error) or type(error).__name__)[1:-1][:100])
+            raise self.garbage(ascii(reason_of(error))[1:-1][:100])
         self.deadline = None
         return head
 
@@ -5576,9 +5581,9 @@ def redirect_target(method, url, reply):
 
 def connect_error(way, error):
     """Why no connection came about, as an UpstreamError."""
-    words = str(error) or type(error).__name__
-    seen = getattr(error, "verify_message", "") or getattr(error, "strerror", "") or words
-    untrusted = isinstance(error, ssl.CertificateError) or "CERTIFICATE_VERIFY_FAILED" in words
+    seen = getattr(error, "verify_message", "") or reason_of(error)
+    is_refusal = "CERTIFICATE_VERIFY_FAILED" in str(error)
+    untrusted = is_refusal or isinstance(error, ssl.CertificateError)
     rows = (
         (
             untrusted,
@@ -5815,7 +5820,7 @@ class Upstream:
         except OSError as error:
             raise UpstreamError(
                 "the CA bundle %s or client certificate %s is no PEM file that can be loaded (%s)"
-                % (ascii(self.ca_bundle), ascii(self.client_cert), error.strerror or error),
+                % (ascii(self.ca_bundle), ascii(self.client_cert), reason_of(error)),
                 500,
                 kind="request",
             )
@@ -9037,7 +9042,7 @@ def usage_errors(words):
     try:
         yield
     except (OSError, ValueError) as e:
-        raise Usage("%s: %s" % (words, getattr(e, "strerror", "") or e))
+        raise Usage("%s: %s" % (words, reason_of(e)))
 
 
 # ---- files ---------------------------------------------------------------------------------------
@@ -9173,7 +9178,7 @@ def read_env(path):
     try:
         return decode_env(read_file(path), locale.getpreferredencoding(False))
     except OSError as e:
-        raise SettingError(e.strerror or str(e))
+        raise SettingError(reason_of(e))
 
 
 def lies_beside_us(path):
@@ -9524,26 +9529,26 @@ def find_target(config):
     """
     settings = config()
     check_target(settings)
-    given = {name for name, origin in settings.origins.items() if origin != "default"}
     if not settings.target_api_base:
-        find_server(config, given)
-    elif is_loopback(settings.target_api_base) and "target_model" not in given:
+        find_server(config)
+    elif is_loopback(settings.target_api_base) and settings.origins["target_model"] == "default":
         find_model(config)
 
 
-def find_server(config, given):
-    """Take a model server on this machine, and a model of it; given: names of what is configured.
+def find_server(config):
+    """Take a model server on this machine, and a model of it.
 
     A model name that is given is looked for among the servers' own. Raises Usage.
     """
     settings, servers = config(), local_servers()
     if not servers:
         raise Usage(*NO_TARGET.format(program_name()).split("\n"))
-    wanted = settings.target_model if "target_model" in given else ""
+    wanted = "" if settings.origins["target_model"] == "default" else settings.target_model
     title, base, models = next((row for row in servers if wanted in row[2]), servers[0])
     model = wanted or models[0]
     found = {"TARGET_API_BASE": base, "TARGET_MODEL": model}
-    if settings.proxy_port == url_origin(base)[2] and "proxy_port" not in given:
+    is_free = settings.origins["proxy_port"] == "default"
+    if is_free and settings.proxy_port == url_origin(base)[2]:
         found["PROXY_PORT"] = "8081"  # llama.cpp's usual port is the proxy's own
     config.add(config.found, **found)
     said = "nothing is configured; found %s at %s with %s; using %s (-m takes another)"
