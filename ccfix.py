@@ -8408,10 +8408,11 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
 #   refresh   one poll. The timer starts none while the form waits for a key: it does not knock on
 #             with a wrong one
 #   copy      has no clipboard outside https and localhost: there it selects the text for the user
+#   onPress   a button's id names its route: cache-clear-expired is POST /cache/clear-expired
 #   PLOTS     title, format, top of the scale (0: the highest bar), and the parts of the bar of a
 #             minute: class, name, figure of a row of stats.series. The last wants a known cost
 #   FIGURES   those of the COLUMNS that the details repeat, since a phone leaves out what is "wide"
-#   COLUMNS   of the requests: title, class, cell
+#   COLUMNS   of the requests: title, cell, class
 #   DETAILS   what a click on a request shows, where there is something to show. Each request is
 #             a tbody of its own, which takes the details in
 #
@@ -8476,7 +8477,7 @@ form { margin-top: 32px; }
 input { flex: 1 1 200px; }
 #flow { display: flex; flex-wrap: wrap; gap: 0 28px; margin-top: 18px; }
 #flow > :last-child { flex: 1 1 300px; }
-#flow strong { display: block; font-size: 19px; }
+strong { display: block; font-size: 19px; }
 #flow > span { align-self: center; color: var(--accent); font-size: 22px; }
 ul { padding: 0; list-style: none; }
 li, pre, .pairs { margin-top: 6px; }
@@ -8563,7 +8564,7 @@ thead:only-child::after { content: "No request yet."; display: block; padding: 7
         <div class="bar">
           <p id="cache-mode"></p>
           <span>
-            <button id="cache-expired">Clear expired</button>
+            <button id="cache-clear-expired">Clear expired</button>
             <button id="cache-clear">Clear</button>
           </span>
         </div>
@@ -8772,17 +8773,17 @@ function barShape({ x, t, values }, parts, format, scale) {
 }
 
 const FIGURES = [
-  ["In", "n wide", row => number(row.input)],
-  ["Cache read", "n wide", row => number(row.cache_read)],
-  ["Out", "n wide", row => number(row.output)],
-  ["First content", "n wide", row => duration(row.first_ms)],
-  ["Total", "n", row => duration(row.total_ms)],
+  ["In", row => number(row.input), "n wide"],
+  ["Cache read", row => number(row.cache_read), "n wide"],
+  ["Out", row => number(row.output), "n wide"],
+  ["First content", row => duration(row.first_ms), "n wide"],
+  ["Total", row => duration(row.total_ms), "n"],
 ];
 const COLUMNS = [
-  ["Time", "", row => fill(el("button", clock(row.time)), { "aria-expanded": false })],
-  ["Model", "name", modelCell],
-  ["Status", "n", ({ status, error }) =>
-    el(status >= 400 || error ? "span.bad" : "span", status || NONE)],
+  ["Time", row => fill(el("button", clock(row.time)), { "aria-expanded": false }), ""],
+  ["Model", modelCell, "name"],
+  ["Status", ({ status, error }) =>
+    el(status >= 400 || error ? "span.bad" : "span", status || NONE), "n"],
   ...FIGURES,
 ];
 const DETAILS = [
@@ -8791,7 +8792,7 @@ const DETAILS = [
   ["Lessons", row => row.lessons.join("\n")],
   ["Asked for", row => row.asked],
   ["When", row => new Date(row.time * 1000).toLocaleString("en-GB")],
-  ...FIGURES.map(([title, , cell]) => [title, cell]),
+  ...FIGURES,
   ["Cost", row => money(row.cost)],
   ["Bytes", row => `${bytes(row.bytes_in)} in${DOT}${bytes(row.bytes_out)} out`],
   ["Mode", row => list(row.stream ? "streamed" : "whole", row.cache && "cache " + row.cache)],
@@ -8804,10 +8805,10 @@ function modelCell(row) {
   return el("span", row.model || row.asked || NONE,
     el("small.bad", row.error || ""), el("small", notes));
 }
-const HEAD = el("thead", el("tr", ...COLUMNS.map(([title, kind]) => el("th." + kind, title))));
+const HEAD = el("thead", el("tr", ...COLUMNS.map(([title, , kind]) => el("th." + kind, title))));
 function requestRow(row) {
   const line = fill(el("tr"), { "data-id": row.id },
-    ...COLUMNS.map(([, kind, cell]) => el("td." + kind, cell(row))));
+    ...COLUMNS.map(([, cell, kind]) => el("td." + kind, cell(row))));
   line.onclick = () => {
     const details = line.nextElementSibling;
     if (details) details.remove();
@@ -8846,15 +8847,15 @@ function settingRow({ name, help, value, origin }) {
     el(origin === "default" ? "td.soft" : "td.changed", origin));
 }
 
-function onPress(id, path) {
-  byId(id).onclick = () => call(path, "POST")
+function onPress(id) {
+  byId(id).onclick = () => call(id.replace("-", "/"), "POST")
     .then(({ removed }) => tell(number(removed) + " removed."))
     .catch(({ message }) => tell("Not done: " + message))
     .then(refresh);
 }
-onPress("cache-clear", "cache/clear");
-onPress("cache-expired", "cache/clear-expired");
-onPress("lessons-forget", "lessons/forget");
+onPress("cache-clear");
+onPress("cache-clear-expired");
+onPress("lessons-forget");
 form.onsubmit = event => {
   event.preventDefault();
   memory.ccfixKey = form.key.value.trim();

@@ -14561,7 +14561,7 @@ class TestStatusPage(unittest.TestCase):
                 "tiles",
                 "plots",
                 "cache-clear",
-                "cache-expired",
+                "cache-clear-expired",
                 "requests",
                 "lessons",
                 "settings",
