@@ -5655,7 +5655,7 @@ class Upstream:
         self.pool = []  # idle lines, the latest used last
         self.live = set()  # every line, idle or in use
         self.ways = {}  # (scheme, host, port) -> (monotonic time until which it holds, Way)
-        self.context = None  # the SSLContext, once it was needed
+        self.tls = functools.lru_cache()(self.tls)  # makes its SSLContext once
 
     def open(self, method, url, headers, body=None, wait=None, timeout=None):
         """Sends a request (body: bytes or None) -> a Reply, once its head has come; redirects on
@@ -5806,8 +5806,6 @@ class Upstream:
         """The one SSLContext, made when it is first needed: loading certificates takes 25 ms, and
         up to Python 3.11 each context does it anew. By the user's settings, whose mistakes show
         here, and not as a fault of the provider."""
-        if self.context:
-            return self.context
         try:
             context = ssl.create_default_context()
             # Python 3.13 turned this on; many company CAs lack the extensions that it asks for.
@@ -5826,8 +5824,7 @@ class Upstream:
             )
         if self.insecure:  # in this order: ssl refuses not to verify while names are checked
             context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-        self.context = context  # two threads may have made one: either will do
-        return context
+        return context  # two threads may make one each: either will do
 
     def keep(self, line):
         """Takes a line back on which nothing is under way. Its last `wait` is forgotten: it knows a
@@ -6121,14 +6118,13 @@ class Cache:
         self._ttl = ttl  # seconds for which an answer is good; 0 keeps none
         self._max_bytes = max_bytes  # of compressed answers; the least recently used go first
         self._now = now  # () -> seconds since the epoch
-        self._log = log  # hears of each kind of trouble once
+        self._log = functools.lru_cache()(log)  # hears of each kind of trouble once
         self._lock = threading.RLock()  # all threads share one connection
         self._db = None  # the connection, while there is one
         self._closed = False  # for good, by close()
         self._rest_until = 0  # no use of the database before; see SLOW_SECONDS
         self._faults = (ImportError, OSError)  # what `_run` meets; _open adds SQLite's own
         self._error = None  # the last failure, until a put goes well
-        self._told = set()  # what the log has heard
         self._counts = collections.Counter(hits=0, misses=0, inserts=0, evictions=0, saved_ms=0)
 
     def get(self, key):
@@ -6317,9 +6313,7 @@ class Cache:
     def _tell(self, error):
         """Log a failure, each kind once: every request meets it until somebody fixes it."""
         self._error = str(error) or type(error).__name__
-        if self._error not in self._told:
-            self._told.add(self._error)
-            self._log("cache %s: %s; requests go on without it" % (self.path, self._error))
+        self._log("cache %s: %s; requests go on without it" % (self.path, self._error))
 
     def _set_aside(self):
         """Move a broken file to responses.db.broken, unless another process has done so by now."""
@@ -6581,23 +6575,21 @@ class Sessions:
 
         with self._lock:
             lines = self._lines.pop(session, [])
-            related = [line for line in lines if is_related(line, new)]
+            # Requests can be of one line if they have the first message in common, or a history of
+            # more than two messages (a first question is a line of its own) and the system text.
+            related = [
+                line
+                for line in lines
+                if line.messages[:1] == new.messages[:1]
+                or len(new.messages) > 2
+                and line.system == new.system
+            ]
             old = max(reversed(related), key=likeness, default=None)
             lines = [line for line in lines if line is not old] + [new]
             self._lines[session] = lines[-self.LINES :]
             if len(self._lines) > self._size:
                 self._lines.popitem(last=False)
         return "" if old is None else why_broken(old, new)
-
-
-def is_related(old, new):
-    """Whether two requests can be of one line: the same first message, or the same system text.
-
-    The latter only with a history, of more than two messages: a first question is a line of its
-    own.
-    """
-    has_history = len(new.messages) > 2 and old.system == new.system
-    return has_history or old.messages[:1] == new.messages[:1]
 
 
 # ---- Records, which `--replay` serves again
@@ -6612,8 +6604,7 @@ class Recorder:
 
     def __init__(self, folder, secrets, log):
         self._folder, self._secrets = folder, secrets
-        self._log = log  # hears of trouble once
-        self._told = False
+        self._log = functools.lru_cache()(log)  # hears of each kind of trouble once
 
     def write(self, exchange):
         """Never raises: an exchange that cannot be written is left out."""
@@ -6625,9 +6616,8 @@ class Recorder:
             os.makedirs(self._folder, mode=0o700, exist_ok=True)
             write_file(os.path.join(self._folder, name), text)
         except (OSError, TypeError, ValueError, OverflowError, RecursionError) as error:
-            if not self._told:
-                self._told = True
-                self._log("record %s: %s; exchanges are not recorded" % (self._folder, error))
+            said = "record %s: %s; exchanges are not recorded"
+            self._log(said % (self._folder, reason_of(error)))
 
 
 def read_recording(folder):
@@ -9135,10 +9125,8 @@ def check_settings(settings, port=0):
     """
     if not all(FIELD.fullmatch("%s\n%s" % field) for field in settings.extra_headers.items()):
         raise SettingError("EXTRA_HEADERS has a name or a value that HTTP cannot carry")
-    try:
+    with usage_errors("PRICES cannot be used"):
         prices_from(settings.prices)
-    except ValueError as e:
-        raise SettingError("PRICES cannot be used: %s" % e)
     files = [("CA_BUNDLE", settings.ca_bundle)]
     files += [("CLIENT_CERT", path) for path in settings.client_cert.split(",")]
     for name, path in files:
@@ -9239,7 +9227,7 @@ class Config:
 
     def layers(self):
         """[(origin, {ENV_NAME: string})], the most trusted first."""
-        claude, file = os.path.expanduser("~/.claude/settings.json"), dotenv(self.text)
+        claude, file = "~/.claude/settings.json", dotenv(self.text)
         self.notes = near_misses([*file, *self.environ])
         name = os.path.basename(self.path)
         if self.is_foreign:
@@ -9247,7 +9235,7 @@ class Config:
         layers = [
             ("the environment", self.environ),
             (name, file),
-            ("~/.claude/settings.json", claude_layer(file_text(claude))),
+            (claude, claude_layer(file_text(os.path.expanduser(claude)))),
             ("found on this machine", self.found),
         ]
         if self.alone:
@@ -10006,7 +9994,7 @@ class Tester:
         self.settings, self.family = settings, family
         self.asked = "claude-" + (family or "check")
         self.models = []  # the names that the provider lists, once a row has looked
-        self.known = {}  # name of a question -> what `once` returns
+        self.once = functools.lru_cache()(self.once)
         vars(settings).update(
             target_retries=0, target_model_fallback="", cache_enabled=False, record_dir=""
         )
@@ -10033,12 +10021,10 @@ class Tester:
 
     def once(self, name):
         """(the Answer to one of QUESTIONS or None, the ProxyError that it ended with or None)."""
-        if name not in self.known:
-            try:
-                self.known[name] = self.ask(**QUESTIONS[name]), None
-            except ProxyError as error:
-                self.known[name] = None, error
-        return self.known[name]
+        try:
+            return self.ask(**QUESTIONS[name]), None
+        except ProxyError as error:
+            return None, error
 
 
 # The first four rows. Where one of them fails, the rest would only say the same again.
@@ -10796,10 +10782,10 @@ def make_parser(name, command):
     )
     parser.color = False  # 3.14 colours its help
     parser.add_argument("--version", action="version", version="ccfix " + __version__)
-    for row in SETTINGS * command.settings:
-        if row.flags:
-            parser.add_argument(*row.flags, **flag_options(row))
     if command.settings:
+        for row in SETTINGS:
+            if row.flags:
+                parser.add_argument(*row.flags, **flag_options(row))
         parser.add_argument(
             "--env-file", metavar="FILE", help="read settings from FILE instead of .env"
         )
