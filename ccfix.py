@@ -5630,32 +5630,53 @@ def proxy_refusal(way, status, reason):
     return UpstreamError(said, kind="connect", retry=status >= 500)
 
 
+def tls_context(ca_bundle="", client_cert="", insecure=False):
+    """An SSLContext by the user's settings, whose mistakes show here, and not as a fault of the
+    provider.
+
+    ca_bundle: PEM file or folder, trusted besides the system's; client_cert: "cert.pem" or
+    "cert.pem,key.pem".
+    """
+    try:
+        context = ssl.create_default_context()
+        # Python 3.13 turned this on; many company CAs lack the extensions that it asks for.
+        context.verify_flags &= ~getattr(ssl, "VERIFY_X509_STRICT", 0)
+        if ca_bundle:
+            folder = os.path.isdir(ca_bundle)
+            context.load_verify_locations(**{"capath" if folder else "cafile": ca_bundle})
+        if client_cert:
+            context.load_cert_chain(*client_cert.split(",", 1))
+    except OSError as error:
+        raise UpstreamError(
+            "the CA bundle %s or client certificate %s is no PEM file that can be loaded (%s)"
+            % (ascii(ca_bundle), ascii(client_cert), reason_of(error)),
+            500,
+            kind="request",
+        )
+    if insecure:  # in this order: ssl refuses not to verify while names are checked
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context
+
+
 class Upstream:
     """Connections to providers, kept and shared by all threads.
 
-    ca_bundle: PEM file or folder, trusted besides the system's; client_cert: "cert.pem" or
-    "cert.pem,key.pem"; timeout, connect_timeout, idle (for which an unused connection is kept):
-    seconds.
+    timeout, connect_timeout, idle (for which an unused connection is kept): seconds; tls: the
+    arguments of tls_context.
     """
 
-    def __init__(
-        self,
-        timeout=300.0,
-        connect_timeout=15.0,
-        ca_bundle="",
-        client_cert="",
-        insecure=False,
-        idle=60.0,
-    ):
+    def __init__(self, timeout=300.0, connect_timeout=15.0, idle=60.0, **tls):
         # connect_timeout is for each address of a name, for the proxy's answer and for TLS anew.
         self.timeout, self.connect_timeout, self.idle = timeout, connect_timeout, idle
-        self.ca_bundle, self.client_cert, self.insecure = ca_bundle, client_cert, insecure
         self.lock = threading.Lock()  # for closed, pool and live
         self.closed = False
         self.pool = []  # idle lines, the latest used last
         self.live = set()  # every line, idle or in use
         self.ways = {}  # (scheme, host, port) -> (monotonic time until which it holds, Way)
-        self.tls = functools.lru_cache()(self.tls)  # makes its SSLContext once
+        # () -> the one SSLContext, made when it is first needed: loading certificates takes 25 ms,
+        # and up to Python 3.11 each context does it anew. Two threads may make one each: either
+        # will do.
+        self.tls = functools.lru_cache()(functools.partial(tls_context, **tls))
 
     def open(self, method, url, headers, body=None, wait=None, timeout=None):
         """Sends a request (body: bytes or None) -> a Reply, once its head has come; redirects on
@@ -5801,30 +5822,6 @@ class Upstream:
             raise
         if head.status // 100 != 2:
             raise proxy_refusal(way, head.status, head.reason)
-
-    def tls(self):
-        """The one SSLContext, made when it is first needed: loading certificates takes 25 ms, and
-        up to Python 3.11 each context does it anew. By the user's settings, whose mistakes show
-        here, and not as a fault of the provider."""
-        try:
-            context = ssl.create_default_context()
-            # Python 3.13 turned this on; many company CAs lack the extensions that it asks for.
-            context.verify_flags &= ~getattr(ssl, "VERIFY_X509_STRICT", 0)
-            if self.ca_bundle:
-                folder = os.path.isdir(self.ca_bundle)
-                context.load_verify_locations(**{"capath" if folder else "cafile": self.ca_bundle})
-            if self.client_cert:
-                context.load_cert_chain(*self.client_cert.split(",", 1))
-        except OSError as error:
-            raise UpstreamError(
-                "the CA bundle %s or client certificate %s is no PEM file that can be loaded (%s)"
-                % (ascii(self.ca_bundle), ascii(self.client_cert), reason_of(error)),
-                500,
-                kind="request",
-            )
-        if self.insecure:  # in this order: ssl refuses not to verify while names are checked
-            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-        return context  # two threads may make one each: either will do
 
     def keep(self, line):
         """Takes a line back on which nothing is under way. Its last `wait` is forgotten: it knows a
@@ -9446,13 +9443,12 @@ def patience(limit):
     return wait
 
 
-def fetch(url, seconds, headers=(), *tls):
+def fetch(url, seconds, headers=(), **tls):
     """The JSON object at a URL, {} for anything else.
 
-    tls: CA_BUNDLE, CLIENT_CERT, INSECURE. Raises ProxyError where it does not come within so many
-    seconds.
+    tls: as for Upstream. Raises ProxyError where it does not come within so many seconds.
     """
-    with contextlib.closing(Upstream(seconds, seconds, *tls)) as upstream:
+    with contextlib.closing(Upstream(seconds, seconds, **tls)) as upstream:
         return get_json(upstream, url, dict(headers), patience(seconds), seconds)
 
 
@@ -9479,10 +9475,10 @@ def list_models(settings, seconds=10):
     Where it lists none within so many seconds, the user is told why, and can still name one.
     """
     plan = target_plan(settings)
-    tls = settings.ca_bundle, settings.client_cert, settings.insecure
+    tls = {name: getattr(settings, name) for name in TLS_SETTINGS}
     try:
         headers = upstream_headers(plan)
-        return model_names(fetch(plan.url(plan.format.models_path), seconds, headers, *tls))
+        return model_names(fetch(plan.url(plan.format.models_path), seconds, headers, **tls))
     except ProxyError as e:
         notify("its models cannot be listed: %s" % e)
         return []
