@@ -5614,20 +5614,20 @@ def connect_error(way, error):
     return UpstreamError(said, kind="connect", retry=not untrusted)
 
 
-def proxy_refusal(way, status, reason):
+def proxy_refusal(way, head):
     """The proxy's answer to CONNECT, or its 407 to a request, as an UpstreamError."""
     proxy = host_port(*way.proxy)
     said = (
         "the proxy %s does not connect to %s (%d %s): ask who runs it, or name the host in NO_PROXY"
     )
-    said %= proxy, host_port(*way.origin), status, ascii(reason)[1:-1]
-    if status == 407:
+    said %= proxy, host_port(*way.origin), head.status, ascii(head.reason)[1:-1]
+    if head.status == 407:
         said = (
             "the proxy %s wants a name and password (407): %s_PROXY needs user:password@ before "
             "its host"
         )
         said %= proxy, way.scheme.upper()
-    return UpstreamError(said, kind="connect", retry=status >= 500)
+    return UpstreamError(said, kind="connect", retry=head.status >= 500)
 
 
 def tls_context(ca_bundle="", client_cert="", insecure=False):
@@ -5709,7 +5709,7 @@ class Upstream:
                     self.secure(line, wait)
                 head = line.ask(method, target, fields, body, wait, timeout)
                 if head.status == 407 and way.proxy:
-                    raise proxy_refusal(way, 407, "")
+                    raise proxy_refusal(way, head)
                 return Reply(self, line, head)
             except BaseException as error:
                 self.drop(line)
@@ -5821,7 +5821,7 @@ class Upstream:
             error.kind, error.retry = "connect", True
             raise
         if head.status // 100 != 2:
-            raise proxy_refusal(way, head.status, head.reason)
+            raise proxy_refusal(way, head)
 
     def keep(self, line):
         """Takes a line back on which nothing is under way. Its last `wait` is forgotten: it knows a
@@ -6096,9 +6096,10 @@ def unpack(blob):
         return None
 
 
-def sqlite_text(value):
-    """value as a string that SQLite can hold: a client's id may contain half a surrogate pair."""
-    return str(value).encode("utf-8", "backslashreplace").decode("utf-8")
+def encodable(value, encoding="utf-8"):
+    """value as a string that SQLite, or a stream of this encoding, can hold: it may contain half a
+    surrogate pair. What cannot be encoded is escaped."""
+    return str(value).encode(encoding, "backslashreplace").decode(encoding)
 
 
 class Cache:
@@ -6201,7 +6202,7 @@ class Cache:
 
     def recall(self, call_id):
         """What `remember` kept, or None."""
-        rows = self._find("memory", "WHERE id = ?", sqlite_text(call_id))
+        rows = self._find("memory", "WHERE id = ?", encodable(call_id))
         return rows[0][-1] if rows else None
 
     def save_row(self, row):
@@ -6251,7 +6252,7 @@ class Cache:
         Before one id stands a `seq`, of which None makes the next. SQLite's rowid grows with each
         row, replaced or new.
         """
-        row = [None, *map(sqlite_text, ids), pack(value)][-3:]
+        row = [None, *map(encodable, ids), pack(value)][-3:]
         if row[-1] is not None:
             self._change("INSERT OR REPLACE INTO %s VALUES (?, ?, ?)" % table, *row)
             last = "(SELECT MAX(rowid) FROM %s)" % table
@@ -9016,7 +9017,7 @@ def say(*lines, out=None):
     out = out or sys.stdout
     encoding = getattr(out, "encoding", None) or "utf-8"
     text = "".join(one_line(line) + "\n" for line in lines)
-    print(text.encode(encoding, "backslashreplace").decode(encoding), end="", file=out, flush=True)
+    print(encodable(text, encoding), end="", file=out, flush=True)
 
 
 def notify(message, *more):
@@ -9855,9 +9856,10 @@ WEATHER = dict(
     ),
 )
 # A red square of 64 x 64 pixels, since some vision models refuse a picture of under 28.
-RED_PNG = "iVBORw0KGgoAAAANSUhEUgAAAEAAAABAAQMAAACQp+OdAAAAA1BMVEX/AAAZ4gk3AAAAD0lEQVR42mNgGAWj"
-RED_PNG += "gHwAAAJAAAHgTR1EAAAAAElFTkSuQmCC"
-RED_SQUARE = dict(type="base64", media_type="image/png", data=RED_PNG)
+RED_PNG = (
+    "iVBORw0KGgoAAAANSUhEUgAAAEAAAABAAQMAAACQp+OdAAAAA1BMVEX/AAAZ4gk3AAAAD0lEQVR42mNgGAWj"
+    "gHwAAAJAAAHgTR1EAAAAAElFTkSuQmCC"
+)
 # name -> arguments of Tester.ask. Each is asked once, however many rows look at its answer.
 QUESTIONS = dict(
     plain=dict(content="Reply with the one word: pong", stream=False),
@@ -9880,7 +9882,10 @@ QUESTIONS = dict(
     ),
     image=dict(
         content=[
-            dict(type="image", source=RED_SQUARE),
+            dict(
+                type="image",
+                source=dict(type="base64", media_type="image/png", data=RED_PNG),
+            ),
             text_block("Which colour is this picture?"),
         ]
     ),
@@ -10275,13 +10280,6 @@ def orders_events(tester):
     return fail(fault, "report it to the server's makers") if fault else ok("as Anthropic's")
 
 
-# The types of the events of a whole stream, pings apart.
-EVENT_ORDER = (
-    "message_start (content_block_start (content_block_delta )*content_block_stop )*"
-    "message_delta message_stop $"
-)
-
-
 def grammar_fault(text):
     """What is wrong with an Anthropic event stream, or "": its events' names, order and indexes.
 
@@ -10301,8 +10299,12 @@ def grammar_fault(text):
         if kind.startswith("content_block_") and event.get("index") != index:
             return "%s with index %a where %d was due" % (kind, event.get("index"), index)
         order += kind + " "
-    fault = "events out of order: " + shorten(order or "none", 200)
-    return "" if re.match(EVENT_ORDER, order.replace("ping ", "")) else fault
+    is_whole = re.match(
+        "message_start (content_block_start (content_block_delta )*content_block_stop )*"
+        "message_delta message_stop $",
+        order.replace("ping ", ""),
+    )
+    return "" if is_whole else "events out of order: " + shorten(order or "none", 200)
 
 
 CHECKS = (
