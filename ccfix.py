@@ -5143,8 +5143,10 @@ def find_way(scheme, host, port):
     try:
         address = url_origin(proxy)[1:]
     except ValueError:
-        said = "the proxy setting for %s has no valid host and port: correct %s" % (host, setting)
-        raise UpstreamError(said, kind="connect")
+        raise UpstreamError(
+            "the proxy setting for %s has no valid host and port: correct %s" % (host, setting),
+            kind="connect",
+        )
     return Way(scheme, (host, port), address, basic_auth("Proxy-Authorization", proxy))
 
 
@@ -5397,22 +5399,31 @@ class Line(io.RawIOBase):
     def stuck(self, seen):
         """It is there, and does nothing. No retry: with the same patience, that would take as long
         again."""
-        said = "%s %s for %g s: it is overloaded or stuck; try again, or raise the timeout"
-        said %= self.peer, seen, self.timeout
-        return UpstreamError(said, 504, kind="timeout")
+        return UpstreamError(
+            "%s %s for %g s: it is overloaded or stuck; try again, or raise the timeout"
+            % (self.peer, seen, self.timeout),
+            504,
+            kind="timeout",
+        )
 
     def garbage(self, seen, alert=False):
         """What came is not an answer. alert: it is one of TLS, whose records of this kind begin
         with 21 (RFC 8446, 5.1)."""
         advice = "it expects TLS; write https:// in" if alert else "check host and port of"
-        said = "%s does not answer with proper HTTP (%s): %s the base URL"
-        return UpstreamError(said % (self.peer, seen, advice), kind="cut")
+        return UpstreamError(
+            "%s does not answer with proper HTTP (%s): %s the base URL" % (self.peer, seen, advice),
+            kind="cut",
+        )
 
     def cut(self, seen):
         """It is over, before the end. The words tell a busy server's restart from a lost stream."""
         when = "in the middle of its answer" if self.came else "before it answered"
-        said = "the connection to %s ended %s (%s): a fault there or in the network; try again"
-        return UpstreamError(said % (self.peer, when, seen), kind="cut", retry=True)
+        return UpstreamError(
+            "the connection to %s ended %s (%s): a fault there or in the network; try again"
+            % (self.peer, when, seen),
+            kind="cut",
+            retry=True,
+        )
 
 
 class Dechunker:
@@ -5515,10 +5526,12 @@ class Reply:
         try:
             yield from decode(self.payload())
         except (zlib.error, ValueError) as error:
-            said = (
+            raise UpstreamError(
                 "the answer of %s is damaged (%s): a fault there or in a proxy between; try again"
+                % (peer, error),
+                kind="cut",
+                retry=True,
             )
-            raise UpstreamError(said % (peer, error), kind="cut", retry=True)
 
     def payload(self):
         """Generates the body without its framing, what one read brought as one piece."""
@@ -5610,24 +5623,25 @@ def connect_error(way, error):
         ),
     )
     said = next(said for holds, said in rows if holds)
-    said %= host_port(*way.proxy or way.origin), seen
-    return UpstreamError(said, kind="connect", retry=not untrusted)
+    place = host_port(*way.proxy or way.origin)
+    return UpstreamError(said % (place, seen), kind="connect", retry=not untrusted)
 
 
 def proxy_refusal(way, head):
     """The proxy's answer to CONNECT, or its 407 to a request, as an UpstreamError."""
     proxy = host_port(*way.proxy)
-    said = (
-        "the proxy %s does not connect to %s (%d %s): ask who runs it, or name the host in NO_PROXY"
-    )
-    said %= proxy, host_port(*way.origin), head.status, ascii(head.reason)[1:-1]
     if head.status == 407:
-        said = (
+        return UpstreamError(
             "the proxy %s wants a name and password (407): %s_PROXY needs user:password@ before "
-            "its host"
+            "its host" % (proxy, way.scheme.upper()),
+            kind="connect",
         )
-        said %= proxy, way.scheme.upper()
-    return UpstreamError(said, kind="connect", retry=head.status >= 500)
+    return UpstreamError(
+        "the proxy %s does not connect to %s (%d %s): ask who runs it, or name the host in NO_PROXY"
+        % (proxy, host_port(*way.origin), head.status, ascii(head.reason)[1:-1]),
+        kind="connect",
+        retry=head.status >= 500,
+    )
 
 
 def tls_context(ca_bundle="", client_cert="", insecure=False):
@@ -6614,8 +6628,9 @@ class Recorder:
             os.makedirs(self._folder, mode=0o700, exist_ok=True)
             write_file(os.path.join(self._folder, name), text)
         except (OSError, TypeError, ValueError, OverflowError, RecursionError) as error:
-            said = "record %s: %s; exchanges are not recorded"
-            self._log(said % (self._folder, reason_of(error)))
+            self._log(
+                "record %s: %s; exchanges are not recorded" % (self._folder, reason_of(error))
+            )
 
 
 def read_recording(folder):
@@ -6631,8 +6646,9 @@ def read_recording(folder):
                     headers, body = dict(reply.get("headers") or {}), str(reply.get("body") or "")
                     replies.append(dict(status=int(reply["status"]), headers=headers, body=body))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            words = "%s is not a recorded exchange (%s: %s)"
-            raise ValueError(words % (name, type(error).__name__, error))
+            raise ValueError(
+                "%s is not a recorded exchange (%s: %s)" % (name, type(error).__name__, error)
+            )
     return replies
 
 
@@ -9437,8 +9453,7 @@ def patience(limit):
         if left > 0 and poll_socket(sock, min(seconds, left)):
             return True
         if seconds >= left:
-            said = "no complete answer within %g s" % limit
-            raise UpstreamError(said, 504, kind="timeout")
+            raise UpstreamError("no complete answer within %g s" % limit, 504, kind="timeout")
         return False
 
     return wait
@@ -9537,8 +9552,10 @@ def find_server(config):
     if is_free and settings.proxy_port == url_origin(base)[2]:
         found["PROXY_PORT"] = "8081"  # llama.cpp's usual port is the proxy's own
     config.add(config.found, **found)
-    said = "nothing is configured; found %s at %s with %s; using %s (-m takes another)"
-    notify(said % (title, base, shorten(", ".join(models), 200), model))
+    notify(
+        "nothing is configured; found %s at %s with %s; using %s (-m takes another)"
+        % (title, base, shorten(", ".join(models), 200), model)
+    )
 
 
 def find_model(config):
@@ -9563,8 +9580,7 @@ class ReplayModel(DemoModel):
     def do_POST(self):
         self.read_body()
         if not self.server.proxy:
-            said = '{"error":{"message":"the recording has no further reply"}}'
-            return self.send(400, {}, said)
+            return self.send(400, {}, '{"error":{"message":"the recording has no further reply"}}')
         reply = self.server.proxy.popleft()
         headers = {
             name: re.sub(r"[^\t\x20-\x7e]", " ", str(value))
@@ -10108,8 +10124,10 @@ def judge_usage(answer):
     are none, ccfix sends estimates in their place."""
     if answer.usage and answer.output:  # Answer.prompt is an estimate where it has no number
         return ok("%d in, %d out" % (answer.prompt, answer.output))
-    seen = "none: token counts are estimates, so compaction may come early or late"
-    return fail(seen, "turn on usage in the server's streams")
+    return fail(
+        "none: token counts are estimates, so compaction may come early or late",
+        "turn on usage in the server's streams",
+    )
 
 
 def judge_speed(answer):
@@ -10140,8 +10158,9 @@ def judge_forced_call(answer):
     """tool_choice is obeyed."""
     if answer.calls():
         return ok("called when told to")
-    fix = "Claude Code needs it only for --json-schema and a few side requests"
-    return judge_call(answer)._replace(fix=fix)
+    return judge_call(answer)._replace(
+        fix="Claude Code needs it only for --json-schema and a few side requests"
+    )
 
 
 def judge_parallel_calls(answer):
@@ -10216,8 +10235,10 @@ def holds_context(tester):
     if not window:
         return takes_long_prompt(tester)
     if window < 20000:  # hardly a file fits in beside that request
-        seen = "%d tokens; Claude Code's first request alone has %d" % (window, FIRST_REQUEST)
-        return fail(seen, ADVICE["overflow"])
+        return fail(
+            "%d tokens; Claude Code's first request alone has %d" % (window, FIRST_REQUEST),
+            ADVICE["overflow"],
+        )
     # Claude Code keeps 33,000 tokens free.
     small = ": small, so conversations are compacted often" if window < 64000 else ""
     return ok("%d tokens%s" % (window, small))
@@ -10232,8 +10253,9 @@ def takes_long_prompt(tester):
     prompt = "The code word is ZEBRA-42.\n%sWhat is the code word at the top?"
     answer = tester.ask(prompt % fill_prompt(900), LONG_SECONDS)
     if answer.usage and answer.prompt < FIRST_REQUEST // 2:
-        seen = "the server silently cut the prompt to %d tokens" % answer.prompt
-        return fail(seen, ADVICE["overflow"])
+        return fail(
+            "the server silently cut the prompt to %d tokens" % answer.prompt, ADVICE["overflow"]
+        )
     seen = "took a prompt of %d tokens" % answer.prompt
     if "ZEBRA-42" not in answer.text:
         seen += ", but forgot its beginning"
@@ -10382,8 +10404,8 @@ def check(config, options):
     lessons = [lesson["text"] for lesson in tester.proxy.lesson_rows()]
     for lesson in lessons:
         show("     learned on the way: " + lesson)
-    cannot = "Claude Code cannot work with it: " + ", ".join(bad)
-    show(cannot if bad else "Claude Code can work with it.")
+    cannot = "Claude Code cannot work with it: "
+    show(cannot + ", ".join(bad) if bad else "Claude Code can work with it.")
     if options.json:
         report = dict(place_of(plan), ok=not bad, profile=plan.profile.name)
         say(*json.dumps(dict(report, checks=rows, lessons=lessons), indent=1).split("\n"))
@@ -10416,8 +10438,7 @@ def choose(title, rows):
     elif rows:
         notify("using " + rows[0])
         return rows[0]
-    said = "no answer to \"%s\" was given or found; use -b URL, -k KEY and -m MODEL"
-    raise Usage(said % title)
+    raise Usage("no answer to \"%s\" was given or found; use -b URL, -k KEY and -m MODEL" % title)
 
 
 def ask_target(values):
@@ -10624,8 +10645,10 @@ def open_page(config, options):
     settings = config()
     url = local_url(settings.proxy_host, settings.proxy_port) + "/"
     if glance(url + "health", 3).get("name") != "ccfix":
-        said = "no ccfix is running at %s; start it (%s), or name its port with -p"
-        notify(said % (url, program_name()))
+        notify(
+            "no ccfix is running at %s; start it (%s), or name its port with -p"
+            % (url, program_name())
+        )
         return 1
     say(url)
     import webbrowser
