@@ -6143,8 +6143,9 @@ class Cache:
         """(message, cost_ms), or None. cost_ms: what the answer truly took upstream."""
         if key is None:
             return None
-        fresh = "WHERE key = ? AND abs(born - ?) < ?"
-        rows = self._find("responses", fresh, key, self._now(), self._ttl)
+        rows = self._find(
+            "responses", "WHERE key = ? AND abs(born - ?) < ?", key, self._now(), self._ttl
+        )
         if not rows:
             self._count(misses=1)
             return None
@@ -6207,8 +6208,9 @@ class Cache:
 
     def clear_expired(self):
         """Forget answers older than ttl (or from a future that a wrong clock made) -> how many."""
-        old = "DELETE FROM responses WHERE abs(born - ?) >= ?"
-        return self._change(old, self._now(), self._ttl)
+        return self._change(
+            "DELETE FROM responses WHERE abs(born - ?) >= ?", self._now(), self._ttl
+        )
 
     def remember(self, call_id, note):
         """Keep what belongs to a tool call (a dict: its reasoning, say) for later turns."""
@@ -6251,7 +6253,7 @@ class Cache:
 
     def _find(self, table, condition="", *values):
         """Rows of a table, as tuples with their value unpacked; without those that are damaged."""
-        query = "SELECT * FROM %s %s" % (table, condition)
+        query = "SELECT * FROM %s " % table + condition
         rows = self._run(lambda db: db.execute(query, values).fetchall(), [])
         rows = [row[:-1] + (unpack(row[-1]),) for row in rows]
         return [row for row in rows if isinstance(row[-1], dict)]
@@ -6269,8 +6271,8 @@ class Cache:
         row = [None, *map(encodable, ids), pack(value)][-3:]
         if row[-1] is not None:
             self._change("INSERT OR REPLACE INTO %s VALUES (?, ?, ?)" % table, *row)
-            last = "(SELECT MAX(rowid) FROM %s)" % table
-            self._change("DELETE FROM %s WHERE rowid <= %s - ?" % (table, last), KEPT_ROWS)
+            old = "DELETE FROM {0} WHERE rowid <= (SELECT MAX(rowid) FROM {0}) - ?".format(table)
+            self._change(old, KEPT_ROWS)
 
     def _run(self, act, otherwise=None):
         """act(db), or `otherwise` where that fails: all errors of the database end here."""
@@ -6520,12 +6522,10 @@ def common_prefix(old, new):
 
 def why_broken(old, new):
     """Why `new` (an Outline) does not go on where `old` stopped; "" where it does, or is a part."""
-    reasons = (
-        "" if old.system == new.system else "system text changed",
-        tools_broken(old.tools, new.tools),
-        messages_broken(old.messages, new.messages),
-    )
-    return "; ".join(filter(None, reasons))
+    system = "" if old.system == new.system else "system text changed"
+    tools = tools_broken(old.tools, new.tools)
+    messages = messages_broken(old.messages, new.messages)
+    return "; ".join(filter(None, (system, tools, messages)))
 
 
 def tools_broken(old, new):
@@ -8976,9 +8976,8 @@ class DemoModel(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self):
         chunks = demo_chunks(as_dict(json_or_none(self.read_body())))
-        payloads = list(map(compact_json, chunks)) + ["[DONE]"]
-        headers = {"Content-Type": "text/event-stream"}
-        self.send(200, headers, "".join("data: %s\n\n" % text for text in payloads))
+        payloads = "".join("data: %s\n\n" % compact_json(chunk) for chunk in chunks)
+        self.send(200, {"Content-Type": "text/event-stream"}, payloads + "data: [DONE]\n\n")
 
     def read_body(self):
         return self.rfile.read(int(self.headers.get("Content-Length") or 0))
@@ -9310,8 +9309,10 @@ class Config:
             self.log.configure(new)
         except SettingError as e:
             self.text = old_text
-            said = "was changed but cannot be used, the old settings stay"
-            return self.log("warning", "%s %s: %s" % (self.path, said, e))
+            return self.log(
+                "warning",
+                "%s was changed but cannot be used, the old settings stay: %s" % (self.path, e),
+            )
         self.settings = new
         changed = [
             "%s = %s" % (row.env, without_password(new.shown_value(row)))
@@ -10375,8 +10376,8 @@ def run_checks(tester, progress=False):
         if verdict.status == "fail" and number < GATES:
             blocked = skip('not tried: first "%s" must work' % name)
         row = redact(verdict._asdict(), tester.settings.secrets())
-        ms = round((time.monotonic() - began) * 1000)
-        yield dict(row, name=name, required=required, ms=ms)
+        row.update(name=name, required=required, ms=round((time.monotonic() - began) * 1000))
+        yield row
 
 
 def check(config, options):
@@ -10407,8 +10408,8 @@ def check(config, options):
     cannot = "Claude Code cannot work with it: "
     show(cannot + ", ".join(bad) if bad else "Claude Code can work with it.")
     if options.json:
-        report = dict(place_of(plan), ok=not bad, profile=plan.profile.name)
-        say(*json.dumps(dict(report, checks=rows, lessons=lessons), indent=1).split("\n"))
+        report = dict(ok=not bad, profile=plan.profile.name, checks=rows, lessons=lessons)
+        say(*json.dumps(dict(place_of(plan), **report), indent=1).split("\n"))
     return 1 if bad else 0
 
 
@@ -10429,8 +10430,9 @@ def choose(title, rows):
     if can_ask():
         numbered = {str(number): row for number, row in enumerate(rows, 1)}
         say(title, *["  %s  %s" % row for row in numbered.items()] + [""], out=sys.stderr)
-        question = "number, or another [1]: " if rows else "answer: "
-        print(question, end="", file=sys.stderr, flush=True)
+        print(
+            "number, or another [1]: " if rows else "answer: ", end="", file=sys.stderr, flush=True
+        )
         line = sys.stdin.readline()
         if line:
             said = line.strip()
@@ -10453,8 +10455,7 @@ def ask_target(values):
             for title, base, models in local_servers()
             * (can_ask() or "TARGET_API_KEY" not in values)
         ]
-        said = choose("At which base URL is the model?", rows)
-        values["TARGET_API_BASE"] = said.partition(" ")[0]
+        values["TARGET_API_BASE"] = choose("At which base URL is the model?", rows).split(" ")[0]
     base = Settings([("init", values)]).target_api_base
     if "TARGET_API_KEY" not in values and can_ask() and not is_loopback(base):
         import getpass
@@ -10774,8 +10775,11 @@ def help_epilog(name, command):
     if command.example:
         parts.append("examples:\n" + re.sub(r"(?m)^", "  ", command.example))
     if command.settings:
-        hint = "For the settings without a flag see ccfix --help."
-        parts.append(settings_help() if command.act in (serve, check) else hint)
+        parts.append(
+            settings_help()
+            if command.act in (serve, check)
+            else "For the settings without a flag see ccfix --help."
+        )
     return "\n\n".join(parts)
 
 
@@ -10854,8 +10858,8 @@ def stand_in(options, given):
     if wanted.get("replay"):
         return start_replay(options.replay)
     if wanted.get("base_url"):
-        named = os.environ.get("ANTHROPIC_AUTH_TOKEN") or os.environ.get("ANTHROPIC_API_KEY", "")
-        key = given.get("TARGET_API_KEY") or named
+        named = map(os.environ.get, ("ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_API_KEY"))
+        key = next(filter(None, [given.get("TARGET_API_KEY"), *named]), "")
         return target_values(options.base_url, "claude-opus-5-5", "anthropic", TARGET_API_KEY=key)
     return {}
 
