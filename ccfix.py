@@ -5357,7 +5357,7 @@ class Line(io.RawIOBase):
             if time.monotonic() - moved > self.timeout:
                 raise self.stuck("took no byte of the request")
 
-    def ask(self, method, target, fields, body, wait, timeout):
+    def ask(self, wait, method, target, fields, body, timeout):
         """Sends a request and reads the head of the answer, which has `timeout` seconds -> Head."""
         self.begin(wait, timeout)
         # A new one for each request: the line is what is kept, and http.client's states go with the
@@ -5702,26 +5702,26 @@ class Upstream:
         (504: silence of `timeout` seconds); cut; body (cannot be decoded); request (a setting holds
         what HTTP forbids, 500).
         """
-        wait, timeout = wait or poll_socket, timeout or self.timeout
         for left in (3, 2, 1, 0):
-            reply = self.ask(method, url, headers, body, wait, timeout)
+            way = self.way_to(url)
+            sent = (method, *request_parts(way, url, headers), body, timeout or self.timeout)
+            reply = self.ask(way, wait or poll_socket, *sent)
             target = redirect_target(method, url, reply)
             if not target or not left:
                 return reply
             reply.finish()
             url = target
 
-    def ask(self, method, url, headers, body, wait, timeout):
-        """One request -> Reply, whatever its status. UpstreamError, ClientGone."""
-        way = self.way_to(url)
-        target, fields = request_parts(way, url, headers)
+    def ask(self, way, wait, *sent):
+        """One request -> Reply, whatever its status; sent: as for Line.ask. UpstreamError,
+        ClientGone."""
         # First on an idle connection, if there is one; without it, or once it failed, on a new one.
         for kept in (self.kept(way), None):
             line = kept or self.dial(way, wait)
             try:
                 if not kept and way.scheme == "https":
                     self.secure(line, wait)
-                head = line.ask(method, target, fields, body, wait, timeout)
+                head = line.ask(wait, *sent)
                 if head.status == 407 and way.proxy:
                     raise proxy_refusal(way, head)
                 return Reply(self, line, head)
@@ -5830,7 +5830,7 @@ class Upstream:
         way, target = line.way, host_port(*line.way.origin)
         fields = dict(way.proxy_auth, Host=target)
         try:
-            head = line.ask("CONNECT", target, fields, None, wait, self.connect_timeout)
+            head = line.ask(wait, "CONNECT", target, fields, None, self.connect_timeout)
         except UpstreamError as error:  # whatever it was, the request itself was not sent yet
             error.kind, error.retry = "connect", True
             raise
@@ -9186,8 +9186,8 @@ def read_env(path):
 def lies_beside_us(path):
     """Whether ccfix.py itself lies in the folder of a file, both are the user's, and nobody else
     may write them: then the user put it there, to use it so."""
-    paths = os.path.abspath(path), os.path.abspath(__file__)
-    if os.path.dirname(paths[0]) != os.path.dirname(paths[1]) or not os.path.exists(path):
+    paths = list(map(os.path.abspath, (path, __file__)))
+    if len(set(map(os.path.dirname, paths))) > 1 or not os.path.exists(path):
         return False
     infos = map(os.stat, paths if os.name == "posix" else ())
     return all(info.st_uid == os.getuid() and not info.st_mode & 0o022 for info in infos)
