@@ -6607,30 +6607,26 @@ class Sessions:
 # ---- Records, which `--replay` serves again
 
 
-class Recorder:
-    """Writes each exchange as one JSON file (0600) in a folder (made 0700), redacted.
+def new_recorder(folder, secrets, log):
+    """A function that writes an exchange as one JSON file (0600) in a folder (made 0700), redacted.
 
     exchange: {time, id, ...anything..., replies: [{status, headers, body}, ...]}, one reply a try
-    upstream.
+    upstream. It never raises: an exchange that cannot be written is left out.
     """
+    log = functools.lru_cache()(log)  # hears of each kind of trouble once
 
-    def __init__(self, folder, secrets, log):
-        self._folder, self._secrets = folder, secrets
-        self._log = functools.lru_cache()(log)  # hears of each kind of trouble once
-
-    def write(self, exchange):
-        """Never raises: an exchange that cannot be written is left out."""
+    def record(exchange):
         when = exchange["time"]
         try:
             stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime(when))
             name = "%s-%06d-%s.json" % (stamp, when % 1 * 1e6, exchange["id"])
-            text = json.dumps(redact(exchange, self._secrets), indent=1, default=str)
-            os.makedirs(self._folder, mode=0o700, exist_ok=True)
-            write_file(os.path.join(self._folder, name), text)
+            text = json.dumps(redact(exchange, secrets), indent=1, default=str)
+            os.makedirs(folder, mode=0o700, exist_ok=True)
+            write_file(os.path.join(folder, name), text)
         except (OSError, TypeError, ValueError, OverflowError, RecursionError) as error:
-            self._log(
-                "record %s: %s; exchanges are not recorded" % (self._folder, reason_of(error))
-            )
+            log("record %s: %s; exchanges are not recorded" % (folder, reason_of(error)))
+
+    return record
 
 
 def read_recording(folder):
@@ -6836,7 +6832,7 @@ class Proxy:
         self.told = 0  # ... when that was
         self.store = None  # a Cache, where the user asked for one
         self.memory = Memory()
-        self.recorder = None  # a Recorder, with RECORD_DIR
+        self.recorder = None  # a function of an exchange, with RECORD_DIR
         self.secrets = ()  # of all settings since the start
         self.ledger = Ledger(now=now)
         self.sessions = Sessions()  # for the explainer of lost prefixes
@@ -6873,7 +6869,7 @@ class Proxy:
                 if differ(*STORE_SETTINGS):
                     self.open_store(settings)
                 self.secrets, folder = settings.secrets(self.secrets), settings.record_dir
-                self.recorder = Recorder(folder, self.secrets, self.warn) if folder else None
+                self.recorder = folder and new_recorder(folder, self.secrets, self.warn)
 
     def open_store(self, settings):
         """Open the Cache in CACHE_DIR, if the user asked for the cache or the ledger, or named it.
@@ -7558,7 +7554,7 @@ class Exchange:
             shown = redact(told, self.proxy.secrets, 500)
             self.proxy.log("debug", self.id + " " + compact_json(shown))
         if self.proxy.recorder:
-            self.proxy.recorder.write(dict(told, replies=self.replies))
+            self.proxy.recorder(dict(told, replies=self.replies))
 
 
 def row_text(row):

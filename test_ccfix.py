@@ -10894,7 +10894,7 @@ class TestRecorder(unittest.TestCase):
 
     def test_replies_come_back_in_order_of_time(self):
         told = []
-        recorder = ccfix.Recorder(self.folder, ["sk-12345"], told.append)
+        recorder = ccfix.new_recorder(self.folder, ["sk-12345"], told.append)
         for when, replies in (
             (2.5, [{"status": 200, "headers": {"a": "b"}, "body": "three sk-12345"}]),
             (
@@ -10905,7 +10905,7 @@ class TestRecorder(unittest.TestCase):
                 ],
             ),
         ):
-            recorder.write({"time": when, "id": "0a1b", "replies": replies})
+            recorder({"time": when, "id": "0a1b", "replies": replies})
         self.assertEqual(told, [])
         self.assertEqual(
             ccfix.read_recording(self.folder),
@@ -10928,9 +10928,9 @@ class TestRecorder(unittest.TestCase):
         with open(self.folder, "w") as file:
             file.write("in the way")
         for exchange in ({"time": 5}, {"time": "odd"}, {"time": 1e30}, {"time": 5, "a": object()}):
-            recorder = ccfix.Recorder(self.folder, [], told.append)
+            recorder = ccfix.new_recorder(self.folder, [], told.append)
             for _ in range(2):
-                recorder.write(dict(exchange, id="0a1b"))
+                recorder(dict(exchange, id="0a1b"))
         self.assertEqual(len(told), 4)
 
     def test_foreign_files_are_named(self):
@@ -15065,7 +15065,7 @@ class TestCleanOutput(CommandsCase):
         ccfix.Log(settings_of(LOG_FILE="x.log"), io.StringIO())("info", "a")
         cache = ccfix.Cache("c", 60, 1 << 20, print)
         cache.put("k", {"a": 1}, 1)
-        ccfix.Recorder("r", [], print).write({"time": 1, "id": "a", "replies": []})
+        ccfix.new_recorder("r", [], print)({"time": 1, "id": "a", "replies": []})
         ccfix.write_file("env", "A=b")
         for path in ["x.log", "env"] + glob.glob("c/*") + glob.glob("r/*"):
             self.assertEqual(stat.S_IMODE(os.stat(path).st_mode), 0o600, path)
@@ -15195,7 +15195,7 @@ class TestLiveSettings(CommandsCase):
             proxy.settings()
         keys = "sk-first sk-second sk-third"
         config.log("info", keys)
-        proxy.recorder.write({"time": 1, "id": "a", "replies": [{"status": 200, "body": keys}]})
+        proxy.recorder({"time": 1, "id": "a", "replies": [{"status": 200, "body": keys}]})
         told = out.getvalue() + "".join(self.read(path) for path in glob.glob("r/*"))
         self.assertEqual(told.count("<hidden> <hidden> <hidden>"), 2)
         self.assertNotIn("sk-", told)
@@ -16572,7 +16572,7 @@ class TestFollowing(unittest.TestCase):
         self.assertEqual(proxy.settings().target_model, "longer-name")
         self.addCleanup(proxy.store.close)
         self.assertEqual(proxy.store.stats()["entries"], 0)
-        self.assertIsNotNone(proxy.recorder)
+        self.assertTrue(proxy.recorder)
         self.assertEqual(proxy.ledger.add({"model": "longer-name", "input": 1000000})["cost"], 1.0)
         again = ccfix.Proxy(config, mock.Mock())
         self.addCleanup(again.store.close)
