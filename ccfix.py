@@ -5092,7 +5092,7 @@ class Way(NamedTuple):
     scheme: str
     origin: tuple  # (host in its ASCII form, port)
     proxy: tuple = None  # the same of the proxy
-    proxy_auth: tuple = ()  # (name, value) of each field that is for the proxy, a secret
+    proxy_auth: dict = {}  # header fields for the proxy, a secret
 
     def __str__(self):
         """The other end, as messages name it."""
@@ -5116,11 +5116,11 @@ def url_origin(url):
 
 
 def basic_auth(name, url):
-    """((name, value),) for the user and password of a URL (RFC 7617), () without a user."""
+    """{name: value} for the user and password of a URL (RFC 7617), {} without a user."""
     parts = urllib.parse.urlsplit(url)
     pair = "%s:%s" % (parts.username, parts.password or "")
     value = base64.b64encode(urllib.parse.unquote_to_bytes(pair)).decode("ascii")
-    return ((name, "Basic " + value),) if parts.username else ()
+    return {name: "Basic " + value} if parts.username else {}
 
 
 def find_way(scheme, host, port):
