@@ -1387,7 +1387,7 @@ class Profile(NamedTuple):
     # in place of reasoning that was not kept; empty: nothing [DeepSeek, Gemini]
     placeholder: str = ""
     reasoning: str = ""  # how thinking is asked for: a row of REASONING; empty: not at all
-    efforts: tuple = ()  # effort words it takes, weakest first
+    efforts: str = ""  # effort words it takes, weakest first, with spaces between
     # the only effort that it takes beside tools [none: gpt-5.4 and later]
     effort_with_tools: str = ""
     # its server may leave calls in the text, having no parser for them (chat alone; profile_for
@@ -1404,7 +1404,7 @@ class Profile(NamedTuple):
 
 DEFAULT = Profile()
 # OpenAI's three words, which every server with reasoning_effort took over.
-EFFORT = dict(reasoning="effort", efforts=("low", "medium", "high"))
+EFFORT = dict(reasoning="effort", efforts="low medium high")
 # Reasoning comes and goes back in reasoning_content, and thinking is turned on and off.
 THINKING = dict(reasoning="thinking", reasoning_field="reasoning_content")
 NOT_KEPT = "(the reasoning of this step was not kept)"
@@ -1509,7 +1509,7 @@ PROFILES = (
         name="openai-gpt5-tools",
         title="OpenAI gpt-5.4 and later",
         models=r"gpt-5\.([4-9]|\d\d)|gpt-[6-9]",
-        efforts=("none", "low", "medium", "high", "xhigh"),
+        efforts="none low medium high xhigh",
         effort_with_tools="none",
     ),
     # pydantic-ai's profiles/openai.py
@@ -1517,7 +1517,7 @@ PROFILES = (
         name="openai-gpt5.1",
         title="OpenAI gpt-5.1 to 5.3",
         models=r"gpt-5\.[1-3]",
-        efforts=("none", "low", "medium", "high"),
+        efforts="none low medium high",
     ),
     OPENAI_REASONING,
     OPENAI,
@@ -1536,7 +1536,7 @@ PROFILES = (
         tool_choice=("none",),
         placeholder=NOT_KEPT,
         **THINKING,
-        efforts=("low", "high", "max"),
+        efforts="low high max",
     ),
     # Thinking must be off where no stream is asked for: langchain4j issue 3974. PDF parts are
     # refused: pydantic-ai's providers/alibaba.py.
@@ -1554,7 +1554,7 @@ PROFILES = (
         title="Kimi K3",
         models=r"kimi-k3",
         reasoning="effort",
-        efforts=("low", "high", "max"),
+        efforts="low high max",
     ),
     MOONSHOT,
     # Thinking cannot be disabled: pydantic-ai's profiles/zai.py.
@@ -1563,7 +1563,7 @@ PROFILES = (
         title="Z.ai GLM-5.2 and later",
         models=r"glm-(5\.[2-9]|[6-9])",
         reasoning="effort",
-        efforts=("low", "high", "max"),
+        efforts="low high max",
     ),
     ZAI,
     # platform.minimax.io/docs/api-reference. Without reasoning_split, <think> stands in the
@@ -1638,7 +1638,7 @@ PROFILES = (
         reasoning_field="reasoning_details",
         reasoning_always=True,
         reasoning="openrouter",
-        efforts=("minimal", "low", "medium", "high", "xhigh"),
+        efforts="minimal low medium high xhigh",
         headers=(("X-Title", "ccfix"),),
     ),
     # Refuses reasoning_content, takes reasoning: opencode issue 6648, and Empryo PR 209, which
@@ -1715,7 +1715,7 @@ PROFILES = (
         reasoning_field="reasoning",
         reasoning_always=True,
         reasoning="effort",
-        efforts=("none", "low", "medium", "high", "max"),
+        efforts="none low medium high max",
         **LOCAL,
     ),
     # lmstudio-ai/docs, openai-compat/tools.mdx
@@ -2711,9 +2711,8 @@ def write_chat(body, model, profile, attach=()):
     if tools and profile.effort_with_tools:
         sent["reasoning_effort"] = profile.effort_with_tools
     elif level and profile.reasoning:
-        sent.update(
-            REASONING[profile.reasoning](level != "off", effort_word(level, profile.efforts))
-        )
+        word = effort_word(level, profile.efforts.split())
+        sent.update(REASONING[profile.reasoning](level != "off", word))
     if body.get("stream") is True or profile.always_stream:
         sent["stream"] = True
         if profile.usage_option:
@@ -6193,7 +6192,6 @@ class Cache:
             entries=entries,
             bytes=size,
             hit_rate=round(counts["hits"] / asked, 4) if asked else 0.0,
-            ttl=self._ttl,
             max_bytes=self._max_bytes,
             path=self.path,
             error=self._error,

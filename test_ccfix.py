@@ -2070,9 +2070,9 @@ class TestProfiles(unittest.TestCase):
             with self.subTest(profile.name):
                 self.assertTrue(profile.title)
                 self.assertIn(profile.reasoning, ("",) + tuple(ccfix.REASONING))
-                self.assertTrue(set(profile.efforts) <= set(ccfix.LEVELS))
+                self.assertTrue(set(profile.efforts.split()) <= set(ccfix.LEVELS))
                 self.assertEqual(
-                    list(profile.efforts), sorted(profile.efforts, key=ccfix.LEVELS.index)
+                    profile.efforts.split(), sorted(profile.efforts.split(), key=ccfix.LEVELS.index)
                 )
                 self.assertTrue(set(profile.tool_choice) <= {"none", "required", "named"})
                 self.assertIn(profile.json_format, ("", "json_object", "json_schema"))
@@ -3111,7 +3111,7 @@ class TestThinking(unittest.TestCase):
                         if sent.get("thinking", {}).get("type") == "disabled":
                             self.assertNotIn("reasoning_effort", sent)
                         if "reasoning_effort" in sent:
-                            self.assertIn(sent["reasoning_effort"], profile.efforts)
+                            self.assertIn(sent["reasoning_effort"], profile.efforts.split())
 
     def test_beside_tools_the_only_effort_that_goes(self):
         sent = to_chat(
@@ -10220,7 +10220,6 @@ class TestCache(CacheCase):
                 "entries": 0,
                 "bytes": 0,
                 "hit_rate": 0.0,
-                "ttl": 3600,
                 "max_bytes": 10**6,
                 "path": self.file,
                 "error": None,
