@@ -1845,7 +1845,7 @@ REASONING = {
         "chat_template_kwargs": {"enable_thinking": is_on, "thinking": is_on}
     },
 }
-LEVELS = ("off", "none", "minimal", "low", "medium", "high", "xhigh", "max")  # weakest first
+LEVELS = "off none minimal low medium high xhigh max".split()  # weakest first
 
 
 def effort_word(level, words):
