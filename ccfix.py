@@ -50,6 +50,7 @@ import codecs
 import collections
 import contextlib
 import email.utils
+import functools
 import hashlib
 import hmac
 import http.client
@@ -1399,7 +1400,7 @@ class Profile(NamedTuple):
     # in place of reasoning that was not kept; empty: nothing [DeepSeek, Gemini]
     placeholder: str = ""
     reasoning: str = ""  # how thinking is asked for: a row of REASONING; empty: not at all
-    efforts: tuple = ()  # effort words it takes, weakest first
+    efforts: str = ""  # effort words it takes, weakest first, with spaces between
     # the only effort that it takes beside tools [none: gpt-5.4 and later]
     effort_with_tools: str = ""
     # its server may leave calls in the text, having no parser for them (chat alone; profile_for
@@ -1416,7 +1417,7 @@ class Profile(NamedTuple):
 
 DEFAULT = Profile()
 # OpenAI's three words, which every server with reasoning_effort took over.
-EFFORT = dict(reasoning="effort", efforts=("low", "medium", "high"))
+EFFORT = dict(reasoning="effort", efforts="low medium high")
 # Reasoning comes and goes back in reasoning_content, and thinking is turned on and off.
 THINKING = dict(reasoning="thinking", reasoning_field="reasoning_content")
 NOT_KEPT = "(the reasoning of this step was not kept)"
@@ -1521,7 +1522,7 @@ PROFILES = (
         name="openai-gpt5-tools",
         title="OpenAI gpt-5.4 and later",
         models=r"gpt-5\.([4-9]|\d\d)|gpt-[6-9]",
-        efforts=("none", "low", "medium", "high", "xhigh"),
+        efforts="none low medium high xhigh",
         effort_with_tools="none",
     ),
     # pydantic-ai's profiles/openai.py
@@ -1529,7 +1530,7 @@ PROFILES = (
         name="openai-gpt5.1",
         title="OpenAI gpt-5.1 to 5.3",
         models=r"gpt-5\.[1-3]",
-        efforts=("none", "low", "medium", "high"),
+        efforts="none low medium high",
     ),
     OPENAI_REASONING,
     OPENAI,
@@ -1548,7 +1549,7 @@ PROFILES = (
         tool_choice=("none",),
         placeholder=NOT_KEPT,
         **THINKING,
-        efforts=("low", "high", "max"),
+        efforts="low high max",
     ),
     # Thinking must be off where no stream is asked for: langchain4j issue 3974. PDF parts are
     # refused: pydantic-ai's providers/alibaba.py.
@@ -1566,7 +1567,7 @@ PROFILES = (
         title="Kimi K3",
         models=r"kimi-k3",
         reasoning="effort",
-        efforts=("low", "high", "max"),
+        efforts="low high max",
     ),
     MOONSHOT,
     # Thinking cannot be disabled: pydantic-ai's profiles/zai.py.
@@ -1575,7 +1576,7 @@ PROFILES = (
         title="Z.ai GLM-5.2 and later",
         models=r"glm-(5\.[2-9]|[6-9])",
         reasoning="effort",
-        efforts=("low", "high", "max"),
+        efforts="low high max",
     ),
     ZAI,
     # platform.minimax.io/docs/api-reference. Without reasoning_split, <think> stands in the
@@ -1650,7 +1651,7 @@ PROFILES = (
         reasoning_field="reasoning_details",
         reasoning_always=True,
         reasoning="openrouter",
-        efforts=("minimal", "low", "medium", "high", "xhigh"),
+        efforts="minimal low medium high xhigh",
         headers=(("X-Title", "ccfix"),),
     ),
     # Refuses reasoning_content, takes reasoning: opencode issue 6648, and Empryo PR 209, which
@@ -1727,7 +1728,7 @@ PROFILES = (
         reasoning_field="reasoning",
         reasoning_always=True,
         reasoning="effort",
-        efforts=("none", "low", "medium", "high", "max"),
+        efforts="none low medium high max",
         **LOCAL,
     ),
     # lmstudio-ai/docs, openai-compat/tools.mdx
@@ -1857,7 +1858,7 @@ REASONING = {
         "chat_template_kwargs": {"enable_thinking": is_on, "thinking": is_on}
     },
 }
-LEVELS = ("off", "none", "minimal", "low", "medium", "high", "xhigh", "max")  # weakest first
+LEVELS = "off none minimal low medium high xhigh max".split()  # weakest first
 
 
 def effort_word(level, words):
@@ -2817,9 +2818,8 @@ def write_chat(body, model, profile, attach=()):
     if tools and profile.effort_with_tools:
         sent["reasoning_effort"] = profile.effort_with_tools
     elif level and profile.reasoning:
-        sent.update(
-            REASONING[profile.reasoning](level != "off", effort_word(level, profile.efforts))
-        )
+        word = effort_word(level, profile.efforts.split())
+        sent.update(REASONING[profile.reasoning](level != "off", word))
     if body.get("stream") is True or profile.always_stream:
         sent["stream"] = True
         if profile.usage_option:
@@ -5236,10 +5236,14 @@ class Way(NamedTuple):
     """How an origin is reached; connections are kept by it."""
 
     scheme: str
-    host: str  # in its ASCII form
-    port: int
-    proxy: tuple = None  # (host, port)
-    proxy_auth: tuple = ()  # (name, value) of each field that is for the proxy, a secret
+    origin: tuple  # (host in its ASCII form, port)
+    proxy: tuple = None  # the same of the proxy
+    proxy_auth: dict = {}  # header fields for the proxy, a secret
+
+    def __str__(self):
+        """The other end, as messages name it."""
+        through = " (through the proxy %s)" % host_port(*self.proxy) if self.proxy else ""
+        return host_port(*self.origin) + through
 
 
 def host_port(host, port):
@@ -5258,11 +5262,11 @@ def url_origin(url):
 
 
 def basic_auth(name, url):
-    """((name, value),) for the user and password of a URL (RFC 7617), () without a user."""
+    """{name: value} for the user and password of a URL (RFC 7617), {} without a user."""
     parts = urllib.parse.urlsplit(url)
     pair = "%s:%s" % (parts.username, parts.password or "")
     value = base64.b64encode(urllib.parse.unquote_to_bytes(pair)).decode("ascii")
-    return ((name, "Basic " + value),) if parts.username else ()
+    return {name: "Basic " + value} if parts.username else {}
 
 
 def find_way(scheme, host, port):
@@ -5271,7 +5275,7 @@ def find_way(scheme, host, port):
     proxies, bypass = urllib.request.getproxies(), urllib.request.proxy_bypass
     proxy = proxies.get(scheme) or proxies.get("all")
     if not proxy or is_loopback(host) or bypass(host_port(host, port)):
-        return Way(scheme, host, port)
+        return Way(scheme, (host, port))
     setting, (kind, _, proxy) = scheme.upper() + "_PROXY", proxy.rpartition("://")
     # The ssl module cannot run TLS with the origin inside TLS with the proxy, and to talk plainly
     # to a proxy that is written with https:// would show its password to the network.
@@ -5285,9 +5289,11 @@ def find_way(scheme, host, port):
     try:
         address = url_origin(proxy)[1:]
     except ValueError:
-        said = "the proxy setting for %s has no valid host and port: correct %s" % (host, setting)
-        raise UpstreamError(said, kind="connect")
-    return Way(scheme, host, port, address, basic_auth("Proxy-Authorization", proxy))
+        raise UpstreamError(
+            "the proxy setting for %s has no valid host and port: correct %s" % (host, setting),
+            kind="connect",
+        )
+    return Way(scheme, (host, port), address, basic_auth("Proxy-Authorization", proxy))
 
 
 READ, WRITE = 1, 4  # POLLIN and POLLOUT, which Windows lacks
@@ -5313,6 +5319,11 @@ def new_poll(*wanted):
     return wait
 
 
+def reason_of(error):
+    """What an exception says, in the system's words where they are its own; never empty."""
+    return getattr(error, "strerror", "") or str(error) or type(error).__name__
+
+
 def start_thread(target, *args):
     """Run a function in a thread that does not keep the program alive -> the thread."""
     thread = threading.Thread(target=target, args=args, daemon=True)
@@ -5336,7 +5347,7 @@ def request_parts(way, url, headers):
     if "authorization" not in map(str.lower, fields):
         fields.update(basic_auth("Authorization", url))
     if way.proxy and way.scheme == "http":
-        target = "http://" + host_port(way.host, way.port) + target
+        target = "http://" + host_port(*way.origin) + target
         fields.update(way.proxy_auth)
     # http.client lets \0 and names with blanks pass.
     wrong = [name for name in fields if not FIELD.fullmatch(name + "\n" + fields[name])]
@@ -5391,9 +5402,7 @@ class Line(io.RawIOBase):
 
     def __init__(self, sock, way):
         self.sock, self.way = sock, way
-        self.peer = host_port(way.host, way.port)  # how messages name the other end
-        if way.proxy:
-            self.peer += " (through the proxy %s)" % host_port(*way.proxy)
+        self.peer = str(way)  # how messages name the other end
         self.file = Inlet(self, READ_SIZE)
 
     def begin(self, wait, timeout):
@@ -5436,7 +5445,7 @@ class Line(io.RawIOBase):
                 if not self.wait:
                     return None
             except OSError as error:
-                raise self.cut(error.strerror or "read error")
+                raise self.cut(reason_of(error))
         self.came += size
         self.ended = not size
         if self.ended and self.deadline:  # http.client would take half a head for a whole one
@@ -5494,12 +5503,12 @@ class Line(io.RawIOBase):
             if time.monotonic() - moved > self.timeout:
                 raise self.stuck("took no byte of the request")
 
-    def ask(self, method, target, fields, body, wait, timeout):
+    def ask(self, wait, method, target, fields, body, timeout):
         """Sends a request and reads the head of the answer, which has `timeout` seconds -> Head."""
         self.begin(wait, timeout)
         # A new one for each request: the line is what is kept, and http.client's states go with the
         # answer.
-        connection = http.client.HTTPConnection(self.way.host, self.way.port)
+        connection = http.client.HTTPConnection(*self.way.origin)
         connection.default_port = PORTS[self.way.scheme]
         connection.response_class, connection.sock = Head, self
         try:
@@ -5512,7 +5521,7 @@ class Line(io.RawIOBase):
                 raise self.garbage("it begins with " + ascii(start)[1:], start.startswith(b"\x15"))
             head = connection.getresponse()
         except (http.client.HTTPException, ValueError) as error:
-            raise self.garbage(ascii(str(error) or type(error).__name__)[1:-1][:100])
+            raise self.garbage(ascii(reason_of(error))[1:-1][:100])
         self.deadline = None
         return head
 
@@ -5521,7 +5530,7 @@ class Line(io.RawIOBase):
         (ssl.CertificateError on Python 3.6)."""
         end = time.monotonic() + self.timeout
         self.sock = context.wrap_socket(
-            self.sock, server_hostname=self.way.host, do_handshake_on_connect=False
+            self.sock, server_hostname=self.way.origin[0], do_handshake_on_connect=False
         )
         while True:
             try:
@@ -5536,22 +5545,31 @@ class Line(io.RawIOBase):
     def stuck(self, seen):
         """It is there, and does nothing. No retry: with the same patience, that would take as long
         again."""
-        said = "%s %s for %g s: it is overloaded or stuck; try again, or raise the timeout"
-        said %= self.peer, seen, self.timeout
-        return UpstreamError(said, 504, kind="timeout")
+        return UpstreamError(
+            "%s %s for %g s: it is overloaded or stuck; try again, or raise the timeout"
+            % (self.peer, seen, self.timeout),
+            504,
+            kind="timeout",
+        )
 
     def garbage(self, seen, alert=False):
         """What came is not an answer. alert: it is one of TLS, whose records of this kind begin
         with 21 (RFC 8446, 5.1)."""
         advice = "it expects TLS; write https:// in" if alert else "check host and port of"
-        said = "%s does not answer with proper HTTP (%s): %s the base URL"
-        return UpstreamError(said % (self.peer, seen, advice), kind="cut")
+        return UpstreamError(
+            "%s does not answer with proper HTTP (%s): %s the base URL" % (self.peer, seen, advice),
+            kind="cut",
+        )
 
     def cut(self, seen):
         """It is over, before the end. The words tell a busy server's restart from a lost stream."""
         when = "in the middle of its answer" if self.came else "before it answered"
-        said = "the connection to %s ended %s (%s): a fault there or in the network; try again"
-        return UpstreamError(said % (self.peer, when, seen), kind="cut", retry=True)
+        return UpstreamError(
+            "the connection to %s ended %s (%s): a fault there or in the network; try again"
+            % (self.peer, when, seen),
+            kind="cut",
+            retry=True,
+        )
 
 
 class Dechunker:
@@ -5615,6 +5633,10 @@ def inflate(pieces):
         raise ValueError("the compressed body is cut off")
 
 
+# Content-Encoding -> what undoes it, piece by piece.
+DECODERS = {"": iter, "identity": iter, "gzip": inflate, "x-gzip": inflate, "deflate": inflate}
+
+
 class Reply:
     """An answer whose head has come: status, headers (get() of any case, items()) and the body, to
     be read once.
@@ -5640,20 +5662,22 @@ class Reply:
         """Generates the body's bytes as they arrive, whatever one read brought. UpstreamError
         (timeout, cut, body), ClientGone."""
         coding, peer = self.headers.get("Content-Encoding", "").strip().lower(), self.line.peer
-        is_plain = coding in ("", "identity")
-        if not is_plain and coding not in ("gzip", "x-gzip", "deflate"):
+        decode = DECODERS.get(coding)
+        if not decode:
             raise UpstreamError(
                 "%s compresses its answer with %s; only gzip and deflate can be read"
                 % (peer, ascii(coding)),
                 kind="body",
             )
         try:
-            yield from self.payload() if is_plain else inflate(self.payload())
+            yield from decode(self.payload())
         except (zlib.error, ValueError) as error:
-            said = (
+            raise UpstreamError(
                 "the answer of %s is damaged (%s): a fault there or in a proxy between; try again"
+                % (peer, error),
+                kind="cut",
+                retry=True,
             )
-            raise UpstreamError(said % (peer, error), kind="cut", retry=True)
 
     def payload(self):
         """Generates the body without its framing, what one read brought as one piece."""
@@ -5716,9 +5740,9 @@ def redirect_target(method, url, reply):
 
 def connect_error(way, error):
     """Why no connection came about, as an UpstreamError."""
-    words = str(error) or type(error).__name__
-    seen = getattr(error, "verify_message", "") or getattr(error, "strerror", "") or words
-    untrusted = isinstance(error, ssl.CertificateError) or "CERTIFICATE_VERIFY_FAILED" in words
+    seen = getattr(error, "verify_message", "") or reason_of(error)
+    is_refusal = "CERTIFICATE_VERIFY_FAILED" in str(error)
+    untrusted = is_refusal or isinstance(error, ssl.CertificateError)
     rows = (
         (
             untrusted,
@@ -5745,52 +5769,74 @@ def connect_error(way, error):
         ),
     )
     said = next(said for holds, said in rows if holds)
-    said %= host_port(*way.proxy or (way.host, way.port)), seen
-    return UpstreamError(said, kind="connect", retry=not untrusted)
+    place = host_port(*way.proxy or way.origin)
+    return UpstreamError(said % (place, seen), kind="connect", retry=not untrusted)
 
 
-def proxy_refusal(way, status, reason):
+def proxy_refusal(way, head):
     """The proxy's answer to CONNECT, or its 407 to a request, as an UpstreamError."""
     proxy = host_port(*way.proxy)
-    said = (
-        "the proxy %s does not connect to %s (%d %s): ask who runs it, or name the host in NO_PROXY"
-    )
-    said %= proxy, host_port(way.host, way.port), status, ascii(reason)[1:-1]
-    if status == 407:
-        said = (
+    if head.status == 407:
+        return UpstreamError(
             "the proxy %s wants a name and password (407): %s_PROXY needs user:password@ before "
-            "its host"
+            "its host" % (proxy, way.scheme.upper()),
+            kind="connect",
         )
-        said %= proxy, way.scheme.upper()
-    return UpstreamError(said, kind="connect", retry=status >= 500)
+    return UpstreamError(
+        "the proxy %s does not connect to %s (%d %s): ask who runs it, or name the host in NO_PROXY"
+        % (proxy, host_port(*way.origin), head.status, ascii(head.reason)[1:-1]),
+        kind="connect",
+        retry=head.status >= 500,
+    )
+
+
+def tls_context(ca_bundle="", client_cert="", insecure=False):
+    """An SSLContext by the user's settings, whose mistakes show here, and not as a fault of the
+    provider.
+
+    ca_bundle: PEM file or folder, trusted besides the system's; client_cert: "cert.pem" or
+    "cert.pem,key.pem".
+    """
+    try:
+        context = ssl.create_default_context()
+        # Python 3.13 turned this on; many company CAs lack the extensions that it asks for.
+        context.verify_flags &= ~getattr(ssl, "VERIFY_X509_STRICT", 0)
+        if ca_bundle:
+            folder = os.path.isdir(ca_bundle)
+            context.load_verify_locations(**{"capath" if folder else "cafile": ca_bundle})
+        if client_cert:
+            context.load_cert_chain(*client_cert.split(",", 1))
+    except OSError as error:
+        raise UpstreamError(
+            "the CA bundle %s or client certificate %s is no PEM file that can be loaded (%s)"
+            % (ascii(ca_bundle), ascii(client_cert), reason_of(error)),
+            500,
+            kind="request",
+        )
+    if insecure:  # in this order: ssl refuses not to verify while names are checked
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context
 
 
 class Upstream:
     """Connections to providers, kept and shared by all threads.
 
-    ca_bundle: PEM file or folder, trusted besides the system's; client_cert: "cert.pem" or
-    "cert.pem,key.pem"; timeout, connect_timeout, idle (for which an unused connection is kept):
-    seconds.
+    timeout, connect_timeout, idle (for which an unused connection is kept): seconds; tls: the
+    arguments of tls_context.
     """
 
-    def __init__(
-        self,
-        timeout=300.0,
-        connect_timeout=15.0,
-        ca_bundle="",
-        client_cert="",
-        insecure=False,
-        idle=60.0,
-    ):
+    def __init__(self, timeout=300.0, connect_timeout=15.0, idle=60.0, **tls):
         # connect_timeout is for each address of a name, for the proxy's answer and for TLS anew.
         self.timeout, self.connect_timeout, self.idle = timeout, connect_timeout, idle
-        self.ca_bundle, self.client_cert, self.insecure = ca_bundle, client_cert, insecure
         self.lock = threading.Lock()  # for closed, pool and live
         self.closed = False
         self.pool = []  # idle lines, the latest used last
         self.live = set()  # every line, idle or in use
         self.ways = {}  # (scheme, host, port) -> (monotonic time until which it holds, Way)
-        self.context = None  # the SSLContext, once it was needed
+        # () -> the one SSLContext, made when it is first needed: loading certificates takes 25 ms,
+        # and up to Python 3.11 each context does it anew. Two threads may make one each: either
+        # will do.
+        self.tls = functools.lru_cache()(functools.partial(tls_context, **tls))
 
     def open(self, method, url, headers, body=None, wait=None, timeout=None):
         """Sends a request (body: bytes or None) -> a Reply, once its head has come; redirects on
@@ -5802,28 +5848,28 @@ class Upstream:
         (504: silence of `timeout` seconds); cut; body (cannot be decoded); request (a setting holds
         what HTTP forbids, 500).
         """
-        wait, timeout = wait or poll_socket, timeout or self.timeout
         for left in (3, 2, 1, 0):
-            reply = self.ask(method, url, headers, body, wait, timeout)
+            way = self.way_to(url)
+            sent = (method, *request_parts(way, url, headers), body, timeout or self.timeout)
+            reply = self.ask(way, wait or poll_socket, *sent)
             target = redirect_target(method, url, reply)
             if not target or not left:
                 return reply
             reply.finish()
             url = target
 
-    def ask(self, method, url, headers, body, wait, timeout):
-        """One request -> Reply, whatever its status. UpstreamError, ClientGone."""
-        way = self.way_to(url)
-        target, fields = request_parts(way, url, headers)
+    def ask(self, way, wait, *sent):
+        """One request -> Reply, whatever its status; sent: as for Line.ask. UpstreamError,
+        ClientGone."""
         # First on an idle connection, if there is one; without it, or once it failed, on a new one.
         for kept in (self.kept(way), None):
             line = kept or self.dial(way, wait)
             try:
                 if not kept and way.scheme == "https":
                     self.secure(line, wait)
-                head = line.ask(method, target, fields, body, wait, timeout)
+                head = line.ask(wait, *sent)
                 if head.status == 407 and way.proxy:
-                    raise proxy_refusal(way, 407, "")
+                    raise proxy_refusal(way, head)
                 return Reply(self, line, head)
             except BaseException as error:
                 self.drop(line)
@@ -5891,7 +5937,7 @@ class Upstream:
 
         # It tries each address of the name in turn, as urllib does; that is why a name with a dead
         # IPv6 address takes connect_timeout longer.
-        address = way.proxy or (way.host, way.port)
+        address = way.proxy or way.origin
         thread = start_thread(connect)
         try:
             while thread.is_alive():
@@ -5927,42 +5973,15 @@ class Upstream:
 
     def tunnel(self, line, wait):
         """Has the proxy at the other end of `line` connect it to the origin (RFC 9110, 9.3.6)."""
-        way, target = line.way, host_port(line.way.host, line.way.port)
+        way, target = line.way, host_port(*line.way.origin)
         fields = dict(way.proxy_auth, Host=target)
         try:
-            head = line.ask("CONNECT", target, fields, None, wait, self.connect_timeout)
+            head = line.ask(wait, "CONNECT", target, fields, None, self.connect_timeout)
         except UpstreamError as error:  # whatever it was, the request itself was not sent yet
             error.kind, error.retry = "connect", True
             raise
         if head.status // 100 != 2:
-            raise proxy_refusal(way, head.status, head.reason)
-
-    def tls(self):
-        """The one SSLContext, made when it is first needed: loading certificates takes 25 ms, and
-        up to Python 3.11 each context does it anew. By the user's settings, whose mistakes show
-        here, and not as a fault of the provider."""
-        if self.context:
-            return self.context
-        try:
-            context = ssl.create_default_context()
-            # Python 3.13 turned this on; many company CAs lack the extensions that it asks for.
-            context.verify_flags &= ~getattr(ssl, "VERIFY_X509_STRICT", 0)
-            if self.ca_bundle:
-                folder = os.path.isdir(self.ca_bundle)
-                context.load_verify_locations(**{"capath" if folder else "cafile": self.ca_bundle})
-            if self.client_cert:
-                context.load_cert_chain(*self.client_cert.split(",", 1))
-        except OSError as error:
-            raise UpstreamError(
-                "the CA bundle %s or client certificate %s is no PEM file that can be loaded (%s)"
-                % (ascii(self.ca_bundle), ascii(self.client_cert), error.strerror or error),
-                500,
-                kind="request",
-            )
-        if self.insecure:  # in this order: ssl refuses not to verify while names are checked
-            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-        self.context = context  # two threads may have made one: either will do
-        return context
+            raise proxy_refusal(way, head)
 
     def keep(self, line):
         """Takes a line back on which nothing is under way. Its last `wait` is forgotten: it knows a
@@ -6237,9 +6256,10 @@ def unpack(blob):
         return None
 
 
-def sqlite_text(value):
-    """value as a string that SQLite can hold: a client's id may contain half a surrogate pair."""
-    return str(value).encode("utf-8", "backslashreplace").decode("utf-8")
+def encodable(value, encoding="utf-8"):
+    """value as a string that SQLite, or a stream of this encoding, can hold: it may contain half a
+    surrogate pair. What cannot be encoded is escaped."""
+    return str(value).encode(encoding, "backslashreplace").decode(encoding)
 
 
 class Cache:
@@ -6256,22 +6276,22 @@ class Cache:
         self._ttl = ttl  # seconds for which an answer is good; 0 keeps none
         self._max_bytes = max_bytes  # of compressed answers; the least recently used go first
         self._now = now  # () -> seconds since the epoch
-        self._log = log  # hears of each kind of trouble once
+        self._log = functools.lru_cache()(log)  # hears of each kind of trouble once
         self._lock = threading.RLock()  # all threads share one connection
         self._db = None  # the connection, while there is one
         self._closed = False  # for good, by close()
         self._rest_until = 0  # no use of the database before; see SLOW_SECONDS
         self._faults = (ImportError, OSError)  # what `_run` meets; _open adds SQLite's own
         self._error = None  # the last failure, until a put goes well
-        self._told = set()  # what the log has heard
         self._counts = collections.Counter(hits=0, misses=0, inserts=0, evictions=0, saved_ms=0)
 
     def get(self, key):
         """(message, cost_ms), or None. cost_ms: what the answer truly took upstream."""
         if key is None:
             return None
-        fresh = "WHERE key = ? AND abs(born - ?) < ?"
-        rows = self._find("responses", fresh, key, self._now(), self._ttl)
+        rows = self._find(
+            "responses", "WHERE key = ? AND abs(born - ?) < ?", key, self._now(), self._ttl
+        )
         if not rows:
             self._count(misses=1)
             return None
@@ -6319,7 +6339,6 @@ class Cache:
             entries=entries,
             bytes=size,
             hit_rate=round(counts["hits"] / asked, 4) if asked else 0.0,
-            ttl=self._ttl,
             max_bytes=self._max_bytes,
             path=self.path,
             error=self._error,
@@ -6334,21 +6353,22 @@ class Cache:
 
     def clear_expired(self):
         """Forget answers older than ttl (or from a future that a wrong clock made) -> how many."""
-        old = "DELETE FROM responses WHERE abs(born - ?) >= ?"
-        return self._change(old, self._now(), self._ttl)
+        return self._change(
+            "DELETE FROM responses WHERE abs(born - ?) >= ?", self._now(), self._ttl
+        )
 
     def remember(self, call_id, note):
         """Keep what belongs to a tool call (a dict: its reasoning, say) for later turns."""
-        self._keep("memory", (None, sqlite_text(call_id)), note)
+        self._keep("memory", note, call_id)
 
     def recall(self, call_id):
         """What `remember` kept, or None."""
-        rows = self._find("memory", "WHERE id = ?", sqlite_text(call_id))
+        rows = self._find("memory", "WHERE id = ?", encodable(call_id))
         return rows[0][-1] if rows else None
 
     def save_row(self, row):
         """Keep a ledger row (dict). Made to be a Ledger's `save`."""
-        self._keep("ledger", (None, sqlite_text(row.get("id"))), row)
+        self._keep("ledger", row, row.get("id"))
 
     def saved_rows(self, count=1000):
         """Saved ledger rows, newest first."""
@@ -6356,7 +6376,7 @@ class Cache:
 
     def save_lesson(self, upstream, model, lesson):
         """Keep what was learned (a dict) about a model of an upstream; replaces the earlier."""
-        self._keep("lessons", (sqlite_text(upstream), sqlite_text(model)), lesson)
+        self._keep("lessons", lesson, upstream, model)
 
     def lessons(self):
         """{(upstream, model): lesson} of all that `save_lesson` kept."""
@@ -6378,7 +6398,7 @@ class Cache:
 
     def _find(self, table, condition="", *values):
         """Rows of a table, as tuples with their value unpacked; without those that are damaged."""
-        query = "SELECT * FROM %s %s" % (table, condition)
+        query = "SELECT * FROM %s " % table + condition
         rows = self._run(lambda db: db.execute(query, values).fetchall(), [])
         rows = [row[:-1] + (unpack(row[-1]),) for row in rows]
         return [row for row in rows if isinstance(row[-1], dict)]
@@ -6387,16 +6407,17 @@ class Cache:
         """Run a statement -> how many rows it changed."""
         return self._run(lambda db: db.execute(statement, values).rowcount, 0)
 
-    def _keep(self, table, ids, value):
-        """Put (*ids, value) into a table that keeps its newest KEPT_ROWS.
+    def _keep(self, table, value, *ids):
+        """Put a value with its one or two ids into a table that keeps its newest KEPT_ROWS.
 
-        An id of None becomes the next `seq`. SQLite's rowid grows with each row, replaced or new.
+        Before one id stands a `seq`, of which None makes the next. SQLite's rowid grows with each
+        row, replaced or new.
         """
-        blob = pack(value)
-        if blob is not None:
-            self._change("INSERT OR REPLACE INTO %s VALUES (?, ?, ?)" % table, *ids, blob)
-            last = "(SELECT MAX(rowid) FROM %s)" % table
-            self._change("DELETE FROM %s WHERE rowid <= %s - ?" % (table, last), KEPT_ROWS)
+        row = [None, *map(encodable, ids), pack(value)][-3:]
+        if row[-1] is not None:
+            self._change("INSERT OR REPLACE INTO %s VALUES (?, ?, ?)" % table, *row)
+            old = "DELETE FROM {0} WHERE rowid <= (SELECT MAX(rowid) FROM {0}) - ?".format(table)
+            self._change(old, KEPT_ROWS)
 
     def _run(self, act, otherwise=None):
         """act(db), or `otherwise` where that fails: all errors of the database end here."""
@@ -6451,9 +6472,7 @@ class Cache:
     def _tell(self, error):
         """Log a failure, each kind once: every request meets it until somebody fixes it."""
         self._error = str(error) or type(error).__name__
-        if self._error not in self._told:
-            self._told.add(self._error)
-            self._log("cache %s: %s; requests go on without it" % (self.path, self._error))
+        self._log("cache %s: %s; requests go on without it" % (self.path, self._error))
 
     def _set_aside(self):
         """Move a broken file to responses.db.broken, unless another process has done so by now."""
@@ -6648,12 +6667,10 @@ def common_prefix(old, new):
 
 def why_broken(old, new):
     """Why `new` (an Outline) does not go on where `old` stopped; "" where it does, or is a part."""
-    reasons = (
-        "" if old.system == new.system else "system text changed",
-        tools_broken(old.tools, new.tools),
-        messages_broken(old.messages, new.messages),
-    )
-    return "; ".join(filter(None, reasons))
+    system = "" if old.system == new.system else "system text changed"
+    tools = tools_broken(old.tools, new.tools)
+    messages = messages_broken(old.messages, new.messages)
+    return "; ".join(filter(None, (system, tools, messages)))
 
 
 def tools_broken(old, new):
@@ -6715,7 +6732,15 @@ class Sessions:
 
         with self._lock:
             lines = self._lines.pop(session, [])
-            related = [line for line in lines if is_related(line, new)]
+            # Requests can be of one line if they have the first message in common, or a history of
+            # more than two messages (a first question is a line of its own) and the system text.
+            related = [
+                line
+                for line in lines
+                if line.messages[:1] == new.messages[:1]
+                or len(new.messages) > 2
+                and line.system == new.system
+            ]
             old = max(reversed(related), key=likeness, default=None)
             lines = [line for line in lines if line is not old] + [new]
             self._lines[session] = lines[-self.LINES :]
@@ -6724,44 +6749,29 @@ class Sessions:
         return "" if old is None else why_broken(old, new)
 
 
-def is_related(old, new):
-    """Whether two requests can be of one line: the same first message, or the same system text.
-
-    The latter only with a history, of more than two messages: a first question is a line of its
-    own.
-    """
-    has_history = len(new.messages) > 2 and old.system == new.system
-    return has_history or old.messages[:1] == new.messages[:1]
-
-
 # ---- Records, which `--replay` serves again
 
 
-class Recorder:
-    """Writes each exchange as one JSON file (0600) in a folder (made 0700), redacted.
+def new_recorder(folder, secrets, log):
+    """A function that writes an exchange as one JSON file (0600) in a folder (made 0700), redacted.
 
     exchange: {time, id, ...anything..., replies: [{status, headers, body}, ...]}, one reply a try
-    upstream.
+    upstream. It never raises: an exchange that cannot be written is left out.
     """
+    log = functools.lru_cache()(log)  # hears of each kind of trouble once
 
-    def __init__(self, folder, secrets, log):
-        self._folder, self._secrets = folder, secrets
-        self._log = log  # hears of trouble once
-        self._told = False
-
-    def write(self, exchange):
-        """Never raises: an exchange that cannot be written is left out."""
+    def record(exchange):
         when = exchange["time"]
         try:
             stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime(when))
             name = "%s-%06d-%s.json" % (stamp, when % 1 * 1e6, exchange["id"])
-            text = json.dumps(redact(exchange, self._secrets), indent=1, default=str)
-            os.makedirs(self._folder, mode=0o700, exist_ok=True)
-            write_file(os.path.join(self._folder, name), text)
+            text = json.dumps(redact(exchange, secrets), indent=1, default=str)
+            os.makedirs(folder, mode=0o700, exist_ok=True)
+            write_file(os.path.join(folder, name), text)
         except (OSError, TypeError, ValueError, OverflowError, RecursionError) as error:
-            if not self._told:
-                self._told = True
-                self._log("record %s: %s; exchanges are not recorded" % (self._folder, error))
+            log("record %s: %s; exchanges are not recorded" % (folder, reason_of(error)))
+
+    return record
 
 
 def read_recording(folder):
@@ -6777,8 +6787,9 @@ def read_recording(folder):
                     headers, body = dict(reply.get("headers") or {}), str(reply.get("body") or "")
                     replies.append(dict(status=int(reply["status"]), headers=headers, body=body))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            words = "%s is not a recorded exchange (%s: %s)"
-            raise ValueError(words % (name, type(error).__name__, error))
+            raise ValueError(
+                "%s is not a recorded exchange (%s: %s)" % (name, type(error).__name__, error)
+            )
     return replies
 
 
@@ -6975,7 +6986,7 @@ class Proxy:
         self.told = 0  # ... when that was
         self.store = None  # a Cache, where the user asked for one
         self.memory = Memory()
-        self.recorder = None  # a Recorder, with RECORD_DIR
+        self.recorder = None  # a function of an exchange, with RECORD_DIR
         self.secrets = ()  # of all settings since the start
         self.ledger = Ledger(now=now)
         self.sessions = Sessions()  # for the explainer of lost prefixes
@@ -7014,7 +7025,7 @@ class Proxy:
                 if differ(*STORE_SETTINGS):
                     self.open_store(settings)
                 self.secrets, folder = settings.secrets(self.secrets), settings.record_dir
-                self.recorder = Recorder(folder, self.secrets, self.warn) if folder else None
+                self.recorder = folder and new_recorder(folder, self.secrets, self.warn)
 
     def open_store(self, settings):
         """Open the Cache in CACHE_DIR, if the user asked for the cache or the ledger, or named it.
@@ -7849,7 +7860,7 @@ class Exchange:
             shown = redact(told, self.proxy.secrets, 500)
             self.proxy.log("debug", self.id + " " + compact_json(shown))
         if self.proxy.recorder:
-            self.proxy.recorder.write(dict(told, replies=self.replies))
+            self.proxy.recorder(dict(told, replies=self.replies))
 
 
 def row_text(row):
@@ -8780,10 +8791,11 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
 #   refresh   one poll. The timer starts none while the form waits for a key: it does not knock on
 #             with a wrong one
 #   copy      has no clipboard outside https and localhost: there it selects the text for the user
+#   onPress   a button's id names its route: cache-clear-expired is POST /cache/clear-expired
 #   PLOTS     title, format, top of the scale (0: the highest bar), and the parts of the bar of a
 #             minute: class, name, figure of a row of stats.series. The last wants a known cost
 #   FIGURES   those of the COLUMNS that the details repeat, since a phone leaves out what is "wide"
-#   COLUMNS   of the requests: title, class, cell
+#   COLUMNS   of the requests: title, cell, class
 #   DETAILS   what a click on a request shows, where there is something to show. Each request is
 #             a tbody of its own, which takes the details in
 #
@@ -8848,7 +8860,7 @@ form { margin-top: 32px; }
 input { flex: 1 1 200px; }
 #flow { display: flex; flex-wrap: wrap; gap: 0 28px; margin-top: 18px; }
 #flow > :last-child { flex: 1 1 300px; }
-#flow strong { display: block; font-size: 19px; }
+strong { display: block; font-size: 19px; }
 #flow > span { align-self: center; color: var(--accent); font-size: 22px; }
 ul { padding: 0; list-style: none; }
 li, pre, .pairs { margin-top: 6px; }
@@ -8935,7 +8947,7 @@ thead:only-child::after { content: "No request yet."; display: block; padding: 7
         <div class="bar">
           <p id="cache-mode"></p>
           <span>
-            <button id="cache-expired">Clear expired</button>
+            <button id="cache-clear-expired">Clear expired</button>
             <button id="cache-clear">Clear</button>
           </span>
         </div>
@@ -9144,17 +9156,17 @@ function barShape({ x, t, values }, parts, format, scale) {
 }
 
 const FIGURES = [
-  ["In", "n wide", row => number(row.input)],
-  ["Cache read", "n wide", row => number(row.cache_read)],
-  ["Out", "n wide", row => number(row.output)],
-  ["First content", "n wide", row => duration(row.first_ms)],
-  ["Total", "n", row => duration(row.total_ms)],
+  ["In", row => number(row.input), "n wide"],
+  ["Cache read", row => number(row.cache_read), "n wide"],
+  ["Out", row => number(row.output), "n wide"],
+  ["First content", row => duration(row.first_ms), "n wide"],
+  ["Total", row => duration(row.total_ms), "n"],
 ];
 const COLUMNS = [
-  ["Time", "", row => fill(el("button", clock(row.time)), { "aria-expanded": false })],
-  ["Model", "name", modelCell],
-  ["Status", "n", ({ status, error }) =>
-    el(status >= 400 || error ? "span.bad" : "span", status || NONE)],
+  ["Time", row => fill(el("button", clock(row.time)), { "aria-expanded": false }), ""],
+  ["Model", modelCell, "name"],
+  ["Status", ({ status, error }) =>
+    el(status >= 400 || error ? "span.bad" : "span", status || NONE), "n"],
   ...FIGURES,
 ];
 const DETAILS = [
@@ -9163,7 +9175,7 @@ const DETAILS = [
   ["Lessons", row => row.lessons.join("\n")],
   ["Asked for", row => row.asked],
   ["When", row => new Date(row.time * 1000).toLocaleString("en-GB")],
-  ...FIGURES.map(([title, , cell]) => [title, cell]),
+  ...FIGURES,
   ["Cost", row => money(row.cost)],
   ["Bytes", row => `${bytes(row.bytes_in)} in${DOT}${bytes(row.bytes_out)} out`],
   ["Mode", row => list(row.stream ? "streamed" : "whole", row.cache && "cache " + row.cache)],
@@ -9176,10 +9188,10 @@ function modelCell(row) {
   return el("span", row.model || row.asked || NONE,
     el("small.bad", row.error || ""), el("small", notes));
 }
-const HEAD = el("thead", el("tr", ...COLUMNS.map(([title, kind]) => el("th." + kind, title))));
+const HEAD = el("thead", el("tr", ...COLUMNS.map(([title, , kind]) => el("th." + kind, title))));
 function requestRow(row) {
   const line = fill(el("tr"), { "data-id": row.id },
-    ...COLUMNS.map(([, kind, cell]) => el("td." + kind, cell(row))));
+    ...COLUMNS.map(([, cell, kind]) => el("td." + kind, cell(row))));
   line.onclick = () => {
     const details = line.nextElementSibling;
     if (details) details.remove();
@@ -9218,15 +9230,15 @@ function settingRow({ name, help, value, origin }) {
     el(origin === "default" ? "td.soft" : "td.changed", origin));
 }
 
-function onPress(id, path) {
-  byId(id).onclick = () => call(path, "POST")
+function onPress(id) {
+  byId(id).onclick = () => call(id.replace("-", "/"), "POST")
     .then(({ removed }) => tell(number(removed) + " removed."))
     .catch(({ message }) => tell("Not done: " + message))
     .then(refresh);
 }
-onPress("cache-clear", "cache/clear");
-onPress("cache-expired", "cache/clear-expired");
-onPress("lessons-forget", "lessons/forget");
+onPress("cache-clear");
+onPress("cache-clear-expired");
+onPress("lessons-forget");
 form.onsubmit = event => {
   event.preventDefault();
   memory.ccfixKey = form.key.value.trim();
@@ -9344,9 +9356,8 @@ class DemoModel(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self):
         chunks = demo_chunks(as_dict(json_or_none(self.read_body())))
-        payloads = list(map(compact_json, chunks)) + ["[DONE]"]
-        headers = {"Content-Type": "text/event-stream"}
-        self.send(200, headers, "".join("data: %s\n\n" % text for text in payloads))
+        payloads = "".join("data: %s\n\n" % compact_json(chunk) for chunk in chunks)
+        self.send(200, {"Content-Type": "text/event-stream"}, payloads + "data: [DONE]\n\n")
 
     def read_body(self):
         return self.rfile.read(int(self.headers.get("Content-Length") or 0))
@@ -9401,7 +9412,7 @@ def say(*lines, out=None):
     out = out or sys.stdout
     encoding = getattr(out, "encoding", None) or "utf-8"
     text = "".join(one_line(line) + "\n" for line in lines)
-    print(text.encode(encoding, "backslashreplace").decode(encoding), end="", file=out, flush=True)
+    print(encodable(text, encoding), end="", file=out, flush=True)
 
 
 def notify(message, *more):
@@ -9415,7 +9426,7 @@ def usage_errors(words):
     try:
         yield
     except (OSError, ValueError) as e:
-        raise Usage("%s: %s" % (words, getattr(e, "strerror", "") or e))
+        raise Usage("%s: %s" % (words, reason_of(e)))
 
 
 # ---- files ---------------------------------------------------------------------------------------
@@ -9507,10 +9518,8 @@ def check_settings(settings, port=0):
     """
     if not all(FIELD.fullmatch("%s\n%s" % field) for field in settings.extra_headers.items()):
         raise SettingError("EXTRA_HEADERS has a name or a value that HTTP cannot carry")
-    try:
+    with usage_errors("PRICES cannot be used"):
         prices_from(settings.prices)
-    except ValueError as e:
-        raise SettingError("PRICES cannot be used: %s" % e)
     files = [("CA_BUNDLE", settings.ca_bundle)]
     files += [("CLIENT_CERT", path) for path in settings.client_cert.split(",")]
     for name, path in files:
@@ -9551,14 +9560,14 @@ def read_env(path):
     try:
         return decode_env(read_file(path), locale.getpreferredencoding(False))
     except OSError as e:
-        raise SettingError(e.strerror or str(e))
+        raise SettingError(reason_of(e))
 
 
 def lies_beside_us(path):
     """Whether ccfix.py itself lies in the folder of a file, both are the user's, and nobody else
     may write them: then the user put it there, to use it so."""
-    paths = os.path.abspath(path), os.path.abspath(__file__)
-    if os.path.dirname(paths[0]) != os.path.dirname(paths[1]) or not os.path.exists(path):
+    paths = list(map(os.path.abspath, (path, __file__)))
+    if len(set(map(os.path.dirname, paths))) > 1 or not os.path.exists(path):
         return False
     infos = map(os.stat, paths if os.name == "posix" else ())
     return all(info.st_uid == os.getuid() and not info.st_mode & 0o022 for info in infos)
@@ -9611,7 +9620,7 @@ class Config:
 
     def layers(self):
         """[(origin, {ENV_NAME: string})], the most trusted first."""
-        claude, file = os.path.expanduser("~/.claude/settings.json"), dotenv(self.text)
+        claude, file = "~/.claude/settings.json", dotenv(self.text)
         self.notes = near_misses([*file, *self.environ])
         name = os.path.basename(self.path)
         if self.is_foreign:
@@ -9619,7 +9628,7 @@ class Config:
         layers = [
             ("the environment", self.environ),
             (name, file),
-            ("~/.claude/settings.json", claude_layer(file_text(claude))),
+            (claude, claude_layer(file_text(os.path.expanduser(claude)))),
             ("found on this machine", self.found),
         ]
         if self.alone:
@@ -9680,8 +9689,10 @@ class Config:
             self.log.configure(new)
         except SettingError as e:
             self.text = old_text
-            said = "was changed but cannot be used, the old settings stay"
-            return self.log("warning", "%s %s: %s" % (self.path, said, e))
+            return self.log(
+                "warning",
+                "%s was changed but cannot be used, the old settings stay: %s" % (self.path, e),
+            )
         self.settings = new
         changed = [
             "%s = %s" % (row.env, without_password(new.shown_value(row)))
@@ -9823,20 +9834,18 @@ def patience(limit, poll=poll_socket):
         if left > 0 and poll(sock, min(seconds, left)):
             return True
         if seconds >= left:
-            said = "no complete answer within %g s" % limit
-            raise UpstreamError(said, 504, kind="timeout")
+            raise UpstreamError("no complete answer within %g s" % limit, 504, kind="timeout")
         return False
 
     return wait
 
 
-def fetch(url, seconds, headers=(), *tls):
+def fetch(url, seconds, headers=(), **tls):
     """The JSON object at a URL, {} for anything else.
 
-    tls: CA_BUNDLE, CLIENT_CERT, INSECURE. Raises ProxyError where it does not come within so many
-    seconds.
+    tls: as for Upstream. Raises ProxyError where it does not come within so many seconds.
     """
-    with contextlib.closing(Upstream(seconds, seconds, *tls)) as upstream:
+    with contextlib.closing(Upstream(seconds, seconds, **tls)) as upstream:
         return get_json(upstream, url, dict(headers), patience(seconds), seconds)
 
 
@@ -9863,10 +9872,10 @@ def list_models(settings, seconds=10):
     Where it lists none within so many seconds, the user is told why, and can still name one.
     """
     plan = target_plan(settings)
-    tls = settings.ca_bundle, settings.client_cert, settings.insecure
+    tls = {name: getattr(settings, name) for name in TLS_SETTINGS}
     try:
         headers = upstream_headers(plan)
-        return model_names(fetch(plan.url(plan.format.models_path), seconds, headers, *tls))
+        return model_names(fetch(plan.url(plan.format.models_path), seconds, headers, **tls))
     except ProxyError as e:
         notify("its models cannot be listed: %s" % e)
         return []
@@ -9902,30 +9911,32 @@ def find_target(config):
     """
     settings = config()
     check_target(settings)
-    given = {name for name, origin in settings.origins.items() if origin != "default"}
     if not settings.target_api_base:
-        find_server(config, given)
-    elif is_loopback(settings.target_api_base) and "target_model" not in given:
+        find_server(config)
+    elif is_loopback(settings.target_api_base) and settings.origins["target_model"] == "default":
         find_model(config)
 
 
-def find_server(config, given):
-    """Take a model server on this machine, and a model of it; given: names of what is configured.
+def find_server(config):
+    """Take a model server on this machine, and a model of it.
 
     A model name that is given is looked for among the servers' own. Raises Usage.
     """
     settings, servers = config(), local_servers()
     if not servers:
         raise Usage(*NO_TARGET.format(program_name()).split("\n"))
-    wanted = settings.target_model if "target_model" in given else ""
+    wanted = "" if settings.origins["target_model"] == "default" else settings.target_model
     title, base, models = next((row for row in servers if wanted in row[2]), servers[0])
     model = wanted or models[0]
     found = {"TARGET_API_BASE": base, "TARGET_MODEL": model}
-    if settings.proxy_port == url_origin(base)[2] and "proxy_port" not in given:
+    is_free = settings.origins["proxy_port"] == "default"
+    if is_free and settings.proxy_port == url_origin(base)[2]:
         found["PROXY_PORT"] = "8081"  # llama.cpp's usual port is the proxy's own
     config.add(config.found, **found)
-    said = "nothing is configured; found %s at %s with %s; using %s (-m takes another)"
-    notify(said % (title, base, shorten(", ".join(models), 200), model))
+    notify(
+        "nothing is configured; found %s at %s with %s; using %s (-m takes another)"
+        % (title, base, shorten(", ".join(models), 200), model)
+    )
 
 
 def find_model(config):
@@ -9950,8 +9961,7 @@ class ReplayModel(DemoModel):
     def do_POST(self):
         self.read_body()
         if not self.server.proxy:
-            said = '{"error":{"message":"the recording has no further reply"}}'
-            return self.send(400, {}, said)
+            return self.send(400, {}, '{"error":{"message":"the recording has no further reply"}}')
         reply = self.server.proxy.popleft()
         headers = {
             name: re.sub(r"[^\t\x20-\x7e]", " ", str(value))
@@ -10279,9 +10289,10 @@ WEATHER = dict(
     ),
 )
 # A red square of 64 x 64 pixels, since some vision models refuse a picture of under 28.
-RED_PNG = "iVBORw0KGgoAAAANSUhEUgAAAEAAAABAAQMAAACQp+OdAAAAA1BMVEX/AAAZ4gk3AAAAD0lEQVR42mNgGAWj"
-RED_PNG += "gHwAAAJAAAHgTR1EAAAAAElFTkSuQmCC"
-RED_SQUARE = dict(type="base64", media_type="image/png", data=RED_PNG)
+RED_PNG = (
+    "iVBORw0KGgoAAAANSUhEUgAAAEAAAABAAQMAAACQp+OdAAAAA1BMVEX/AAAZ4gk3AAAAD0lEQVR42mNgGAWj"
+    "gHwAAAJAAAHgTR1EAAAAAElFTkSuQmCC"
+)
 # name -> arguments of Tester.ask. Each is asked once, however many rows look at its answer.
 QUESTIONS = dict(
     plain=dict(content="Reply with the one word: pong", stream=False),
@@ -10304,7 +10315,10 @@ QUESTIONS = dict(
     ),
     image=dict(
         content=[
-            dict(type="image", source=RED_SQUARE),
+            dict(
+                type="image",
+                source=dict(type="base64", media_type="image/png", data=RED_PNG),
+            ),
             text_block("Which colour is this picture?"),
         ]
     ),
@@ -10345,19 +10359,9 @@ class Verdict(NamedTuple):
     fix: str = ""  # what to do about it
 
 
-def ok(seen):
-    """The row holds."""
-    return Verdict("ok", seen)
-
-
-def skip(seen):
-    """The row cannot tell, and is no reason to doubt the target."""
-    return Verdict("skip", seen)
-
-
-def fail(seen, fix=""):
-    """The row does not hold; whether Claude Code can work all the same is said in CHECKS."""
-    return Verdict("fail", seen, fix)
+# ok: the row holds. skip: it cannot tell, and is no reason to doubt the target. fail: it does not
+# hold; whether Claude Code can work all the same is said in CHECKS.
+ok, skip, fail = (functools.partial(Verdict, status) for status in ("ok", "skip", "fail"))
 
 
 def failure(error):
@@ -10424,7 +10428,7 @@ class Tester:
         self.settings, self.family = settings, family
         self.asked = "claude-" + (family or "check")
         self.models = []  # the names that the provider lists, once a row has looked
-        self.known = {}  # name of a question -> what `once` returns
+        self.once = functools.lru_cache()(self.once)
         vars(settings).update(
             target_retries=0, target_model_fallback="", cache_enabled=False, record_dir=""
         )
@@ -10451,12 +10455,10 @@ class Tester:
 
     def once(self, name):
         """(the Answer to one of QUESTIONS or None, the ProxyError that it ended with or None)."""
-        if name not in self.known:
-            try:
-                self.known[name] = self.ask(**QUESTIONS[name]), None
-            except ProxyError as error:
-                self.known[name] = None, error
-        return self.known[name]
+        try:
+            return self.ask(**QUESTIONS[name]), None
+        except ProxyError as error:
+            return None, error
 
 
 # The first four rows. Where one of them fails, the rest would only say the same again.
@@ -10474,11 +10476,9 @@ def is_reachable(tester):
     tester.models = model_names(get_json(upstream, url, upstream_headers(plan), patience(20)))
     tester.proxy.probe(plan, patience(10))  # tells a local server's kind, and so its profile
     way = upstream.way_to(plan.base)
-    seen = host_port(way.host, way.port) + " answers"
+    seen = str(way) + " answers"
     if way.scheme == "https":
         seen += ", TLS NOT verified (INSECURE)" if settings.insecure else ", TLS verified"
-    if way.proxy:
-        seen += ", through the proxy " + host_port(*way.proxy)
     return ok(seen + "; profile " + tester.plan.profile.name)
 
 
@@ -10541,8 +10541,10 @@ def judge_usage(answer):
     are none, ccfix sends estimates in their place."""
     if answer.usage and answer.output:  # Answer.prompt is an estimate where it has no number
         return ok("%d in, %d out" % (answer.prompt, answer.output))
-    seen = "none: token counts are estimates, so compaction may come early or late"
-    return fail(seen, "turn on usage in the server's streams")
+    return fail(
+        "none: token counts are estimates, so compaction may come early or late",
+        "turn on usage in the server's streams",
+    )
 
 
 def judge_speed(answer):
@@ -10573,8 +10575,9 @@ def judge_forced_call(answer):
     """tool_choice is obeyed."""
     if answer.calls():
         return ok("called when told to")
-    fix = "Claude Code needs it only for --json-schema and a few side requests"
-    return judge_call(answer)._replace(fix=fix)
+    return judge_call(answer)._replace(
+        fix="Claude Code needs it only for --json-schema and a few side requests"
+    )
 
 
 def judge_parallel_calls(answer):
@@ -10649,8 +10652,10 @@ def holds_context(tester):
     if not window:
         return takes_long_prompt(tester)
     if window < 20000:  # hardly a file fits in beside that request
-        seen = "%d tokens; Claude Code's first request alone has %d" % (window, FIRST_REQUEST)
-        return fail(seen, ADVICE["overflow"])
+        return fail(
+            "%d tokens; Claude Code's first request alone has %d" % (window, FIRST_REQUEST),
+            ADVICE["overflow"],
+        )
     # Claude Code keeps 33,000 tokens free.
     small = ": small, so conversations are compacted often" if window < 64000 else ""
     return ok("%d tokens%s" % (window, small))
@@ -10665,8 +10670,9 @@ def takes_long_prompt(tester):
     prompt = "The code word is ZEBRA-42.\n%sWhat is the code word at the top?"
     answer = tester.ask(prompt % fill_prompt(900), LONG_SECONDS)
     if answer.usage and answer.prompt < FIRST_REQUEST // 2:
-        seen = "the server silently cut the prompt to %d tokens" % answer.prompt
-        return fail(seen, ADVICE["overflow"])
+        return fail(
+            "the server silently cut the prompt to %d tokens" % answer.prompt, ADVICE["overflow"]
+        )
     seen = "took a prompt of %d tokens" % answer.prompt
     if "ZEBRA-42" not in answer.text:
         seen += ", but forgot its beginning"
@@ -10713,13 +10719,6 @@ def orders_events(tester):
     return fail(fault, "report it to the server's makers") if fault else ok("as Anthropic's")
 
 
-# The types of the events of a whole stream, pings apart.
-EVENT_ORDER = (
-    "message_start (content_block_start (content_block_delta )*content_block_stop )*"
-    "message_delta message_stop $"
-)
-
-
 def grammar_fault(text):
     """What is wrong with an Anthropic event stream, or "": its events' names, order and indexes.
 
@@ -10739,8 +10738,12 @@ def grammar_fault(text):
         if kind.startswith("content_block_") and event.get("index") != index:
             return "%s with index %a where %d was due" % (kind, event.get("index"), index)
         order += kind + " "
-    fault = "events out of order: " + shorten(order or "none", 200)
-    return "" if re.match(EVENT_ORDER, order.replace("ping ", "")) else fault
+    is_whole = re.match(
+        "message_start (content_block_start (content_block_delta )*content_block_stop )*"
+        "message_delta message_stop $",
+        order.replace("ping ", ""),
+    )
+    return "" if is_whole else "events out of order: " + shorten(order or "none", 200)
 
 
 CHECKS = (
@@ -10789,8 +10792,8 @@ def run_checks(tester, progress=False):
         if verdict.status == "fail" and number < GATES:
             blocked = skip('not tried: first "%s" must work' % name)
         row = redact(verdict._asdict(), tester.settings.secrets())
-        ms = round((time.monotonic() - began) * 1000)
-        yield dict(row, name=name, required=required, ms=ms)
+        row.update(name=name, required=required, ms=round((time.monotonic() - began) * 1000))
+        yield row
 
 
 def check(config, options):
@@ -10818,11 +10821,11 @@ def check(config, options):
     lessons = [lesson["text"] for lesson in tester.proxy.lesson_rows()]
     for lesson in lessons:
         show("     learned on the way: " + lesson)
-    cannot = "Claude Code cannot work with it: " + ", ".join(bad)
-    show(cannot if bad else "Claude Code can work with it.")
+    cannot = "Claude Code cannot work with it: "
+    show(cannot + ", ".join(bad) if bad else "Claude Code can work with it.")
     if options.json:
-        report = dict(place_of(plan), ok=not bad, profile=plan.profile.name)
-        say(*json.dumps(dict(report, checks=rows, lessons=lessons), indent=1).split("\n"))
+        report = dict(ok=not bad, profile=plan.profile.name, checks=rows, lessons=lessons)
+        say(*json.dumps(dict(place_of(plan), **report), indent=1).split("\n"))
     return 1 if bad else 0
 
 
@@ -10843,8 +10846,9 @@ def choose(title, rows):
     if can_ask():
         numbered = {str(number): row for number, row in enumerate(rows, 1)}
         say(title, *["  %s  %s" % row for row in numbered.items()] + [""], out=sys.stderr)
-        question = "number, or another [1]: " if rows else "answer: "
-        print(question, end="", file=sys.stderr, flush=True)
+        print(
+            "number, or another [1]: " if rows else "answer: ", end="", file=sys.stderr, flush=True
+        )
         line = sys.stdin.readline()
         if line:
             said = line.strip()
@@ -10852,8 +10856,7 @@ def choose(title, rows):
     elif rows:
         notify("using " + rows[0])
         return rows[0]
-    said = "no answer to \"%s\" was given or found; use -b URL, -k KEY and -m MODEL"
-    raise Usage(said % title)
+    raise Usage("no answer to \"%s\" was given or found; use -b URL, -k KEY and -m MODEL" % title)
 
 
 def ask_target(values):
@@ -10868,8 +10871,7 @@ def ask_target(values):
             for title, base, models in local_servers()
             * (can_ask() or "TARGET_API_KEY" not in values)
         ]
-        said = choose("At which base URL is the model?", rows)
-        values["TARGET_API_BASE"] = said.partition(" ")[0]
+        values["TARGET_API_BASE"] = choose("At which base URL is the model?", rows).split(" ")[0]
     base = Settings([("init", values)]).target_api_base
     if "TARGET_API_KEY" not in values and can_ask() and not is_loopback(base):
         import getpass
@@ -11060,8 +11062,10 @@ def open_page(config, options):
     settings = config()
     url = local_url(settings.proxy_host, settings.proxy_port) + "/"
     if glance(url + "health", 3).get("name") != "ccfix":
-        said = "no ccfix is running at %s; start it (%s), or name its port with -p"
-        notify(said % (url, program_name()))
+        notify(
+            "no ccfix is running at %s; start it (%s), or name its port with -p"
+            % (url, program_name())
+        )
         return 1
     say(url)
     import webbrowser
@@ -11077,39 +11081,34 @@ def open_page(config, options):
 # the flags of most settings go with most commands.
 
 
-def option(flag, text, **how):
-    """A row of a command's own options: (flag, what argparse is told of it)."""
-    return flag, dict(how, help=text)
-
-
-SWITCH = "store_true"
+# The rows of a command's own options: (flag, help, what else argparse is told of it).
+SWITCH = dict(action="store_true")
 TARGET_OPTIONS = (
-    option("--demo", "use the embedded demo model: no key, no network", action=SWITCH),
-    option(
+    ("--demo", "use the embedded demo model: no key, no network", SWITCH),
+    (
         "--replay",
         "answer with the replies that --record DIR wrote, in order",
-        metavar="DIR",
+        dict(metavar="DIR"),
     ),
 )
 CHECK_OPTIONS = TARGET_OPTIONS + (
-    option("--json", "print one JSON object instead of the checklist", action=SWITCH),
-    option("--family", "check the target of this family of Claude models", choices=FAMILIES),
-    option(
+    ("--json", "print one JSON object instead of the checklist", SWITCH),
+    ("--family", "check the target of this family of Claude models", dict(choices=FAMILIES)),
+    (
         "--base-url",
         "check a server that speaks Anthropic, ccfix itself too, with the key from -k,"
         " ANTHROPIC_AUTH_TOKEN or ANTHROPIC_API_KEY",
-        metavar="URL",
+        dict(metavar="URL"),
     ),
 )
-INIT_OPTIONS = (option("--force", "replace the file if it exists", action=SWITCH),)
 INSTALL_OPTIONS = (
-    option(
+    (
         "--dir",
         "the folder for everything (default: ~/.local/bin and ~/.local/share/ccfix, on Windows"
         " %%LOCALAPPDATA%%)",
-        metavar="DIR",
+        dict(metavar="DIR"),
     ),
-    option("--force", "replace another program's file of that name", action=SWITCH),
+    ("--force", "replace another program's file of that name", SWITCH),
 )
 
 
@@ -11146,7 +11145,7 @@ COMMANDS = dict(
     init=Command(
         init,
         "ask for provider, key and model, and write .env",
-        INIT_OPTIONS,
+        (("--force", "replace the file if it exists", SWITCH),),
         "ccfix init\nccfix init -b https://api.example.com/v1 -k KEY -m MODEL",
     ),
     install=Command(
@@ -11192,8 +11191,11 @@ def help_epilog(name, command):
     if command.example:
         parts.append("examples:\n" + re.sub(r"(?m)^", "  ", command.example))
     if command.settings:
-        hint = "For the settings without a flag see ccfix --help."
-        parts.append(settings_help() if command.act in (serve, check) else hint)
+        parts.append(
+            settings_help()
+            if command.act in (serve, check)
+            else "For the settings without a flag see ccfix --help."
+        )
     return "\n\n".join(parts)
 
 
@@ -11221,15 +11223,15 @@ def make_parser(name, command):
     )
     parser.color = False  # 3.14 colours its help
     parser.add_argument("--version", action="version", version="ccfix " + __version__)
-    for row in SETTINGS * command.settings:
-        if row.flags:
-            parser.add_argument(*row.flags, **flag_options(row))
     if command.settings:
+        for row in SETTINGS:
+            if row.flags:
+                parser.add_argument(*row.flags, **flag_options(row))
         parser.add_argument(
             "--env-file", metavar="FILE", help="read settings from FILE instead of .env"
         )
-    for flag, how in command.options:
-        parser.add_argument(flag, **how)
+    for flag, text, how in command.options:
+        parser.add_argument(flag, help=text, **how)
     return parser
 
 
@@ -11272,8 +11274,8 @@ def stand_in(options, given):
     if wanted.get("replay"):
         return start_replay(options.replay)
     if wanted.get("base_url"):
-        named = os.environ.get("ANTHROPIC_AUTH_TOKEN") or os.environ.get("ANTHROPIC_API_KEY", "")
-        key = given.get("TARGET_API_KEY") or named
+        named = map(os.environ.get, ("ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_API_KEY"))
+        key = next(filter(None, [given.get("TARGET_API_KEY"), *named]), "")
         return target_values(options.base_url, "claude-opus-5-5", "anthropic", TARGET_API_KEY=key)
     return {}
 
