@@ -13106,7 +13106,7 @@ class TestAutoMode(CachedCase):
         self.delta(proxy)
         self.delta(proxy, safeguards=[{"type": "dangerous_tool_use"}])
         self.assertEqual(proxy.store.stats()["hits"], 1)
-        for (told,), _ in kept.write.call_args_list:
+        for (told,), _ in kept.call_args_list:
             self.assertNotIn("safeguards", json.dumps(told, default=str))
 
     def test_a_folder_has_no_say(self):
