@@ -47,10 +47,7 @@ printing.
 import argparse
 import base64
 import codecs
-import collections
-import contextlib
 import email.utils
-import functools
 import hashlib
 import hmac
 import http.client
@@ -72,10 +69,15 @@ import sys
 import threading
 import time
 import traceback
-import urllib.parse
 import urllib.request
 import zlib
+from collections import ChainMap, Counter, OrderedDict, defaultdict, deque
+from contextlib import closing, contextmanager, suppress
+from functools import lru_cache, partial
+from threading import Lock, RLock
+from time import monotonic
 from typing import NamedTuple
+from urllib.parse import parse_qsl, unquote, unquote_to_bytes, urlencode, urljoin, urlsplit
 
 __version__ = "1.0.0"
 
@@ -768,7 +770,7 @@ parse_count = whole_number("a whole number, 0 or more", 10**12)  # of tokens, MB
 
 def parse_seconds(value):
     """A number of seconds above 0, as a float; a socket takes no timeout of centuries."""
-    with contextlib.suppress(ValueError):
+    with suppress(ValueError):
         # float() reads "nan" and "inf" too; neither lies between.
         if 0 < float(value) < 1e7:
             return float(value)
@@ -830,8 +832,8 @@ def parse_address(value):
     if "://" not in value:
         is_local = re.match(r"(localhost|127\.|\[|\d+\.\d+\.\d+\.\d+|[\w-]+:\d)", value)
         value = ("http://" if is_local else "https://") + value
-    with contextlib.suppress(ValueError):  # a port that is not a number, brackets not closed
-        parts = urllib.parse.urlsplit(value)
+    with suppress(ValueError):  # a port that is not a number, brackets not closed
+        parts = urlsplit(value)
         is_good = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1)
         if is_good and not parts.fragment and not re.search(r"[\s\x00-\x1f]", value):
             return value
@@ -844,7 +846,7 @@ def parse_base_url(value):
     A host alone gets /v1, since that is where every known server has its API; a path that is there
     is kept, and so is a query (Azure's api-version).
     """
-    parts = urllib.parse.urlsplit(parse_address(value))
+    parts = urlsplit(parse_address(value))
     if not parts.netloc:
         return ""
     path = re.sub(r"/((chat/)?completions|messages|responses)$", "", parts.path.rstrip("/"))
@@ -1240,7 +1242,7 @@ def decode_env(raw, *encodings):
     """
     utf_16 = raw[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
     for encoding in ("utf-16",) if utf_16 else ("utf-8-sig", *encodings):
-        with contextlib.suppress(ValueError):
+        with suppress(ValueError):
             text = raw.decode(encoding)
             if "\0" not in text:
                 return text
@@ -1280,7 +1282,7 @@ def why_refused(name, values, above, stays_inside):
         return "" if counts_there(target.group(1) or "", values, above) else TOGETHER
     if not may or (may.group(1) and not stays_inside):
         return "set it in the environment, or in a file for --env-file"
-    with contextlib.suppress(ValueError):
+    with suppress(ValueError):
         BY_ENV[name].parse(values[name].strip())
         return ""
     return "the value is not one of ours"  # other programs have settings of that name
@@ -1778,7 +1780,7 @@ def is_loopback(where):
     port (here), for targets that need no key or whose models can be listed unasked (Commands), and
     for addresses that no proxy is on the way to (Upstream).
     """
-    host = (urllib.parse.urlsplit(where).hostname if "//" in where else where.lower()) or ""
+    host = (urlsplit(where).hostname if "//" in where else where.lower()) or ""
     if re.fullmatch("2[0-9]{9}", host):  # 2130706433 is 127.0.0.1
         return int(host) >> 24 == 127
     return bool(LOOPBACK.fullmatch(host))
@@ -1804,7 +1806,7 @@ def profile_for(base, model, forced="", format="auto", owner=""):
     forced: a row's name (PROFILE), taken whatever base and model are; format: TARGET_FORMAT; owner:
     `owned_by` of the server's model list.
     """
-    parts = urllib.parse.urlsplit(base)
+    parts = urlsplit(base)
     host = parts.hostname or ""
     # Servers on this machine are told apart by their ports.
     place = ":%s" % parts.port if is_loopback(host) else host
@@ -2571,7 +2573,7 @@ def as_function(tool):
         for name, form, enum in re.findall(r"(\w+):?(\w*)=?(\S*)", fields)
         if name != "insert_text" or date > "20250727"  # before, new_str was inserted
     }
-    words %= collections.defaultdict(str, tool)
+    words %= defaultdict(str, tool)
     schema = {"type": "object", "properties": parts, "required": [*parts][:1]}
     return dict(name=tool.get("name"), description=words, input_schema=schema)
 
@@ -2671,7 +2673,7 @@ class SchemaCleaner:
         """A schema, or one inside another; a new dict."""
         for key in ("$defs", "definitions"):
             if schema.get(key):
-                defs = collections.ChainMap(as_dict(schema[key]), defs)
+                defs = ChainMap(as_dict(schema[key]), defs)
         if isinstance(schema.get("$ref"), str):
             return self.resolve(schema, defs, depth)
         clean = {}
@@ -2695,7 +2697,7 @@ class SchemaCleaner:
         found = as_dict(defs.get(name)) if self.left > 0 else {}
         self.left -= len(compact_json(found))
         found = dict(found or {"type": "object"}, **omit(schema, ("$ref",)))
-        return self.clean(found, collections.ChainMap({name: {}}, defs), depth + 1)
+        return self.clean(found, ChainMap({name: {}}, defs), depth + 1)
 
     def clean_part(self, key, value, defs, depth):
         """The value of one keyword, cleaned where it holds schemas itself."""
@@ -2785,7 +2787,7 @@ class Format(NamedTuple):
 
 def endpoint(base, path):
     """The URL of a format's path at a base URL; the base's query (Azure's api-version) stays."""
-    parts = urllib.parse.urlsplit(base)
+    parts = urlsplit(base)
     start = re.sub(r"/v1\Z", "", parts.path) if path.startswith("/v1/") else parts.path
     return parts._replace(path=start + path, fragment="").geturl()
 
@@ -5254,7 +5256,7 @@ def host_port(host, port):
 def url_origin(url):
     """(scheme, host, port) of an http(s) URL; ValueError for anything else. A name with other
     letters is given in the ASCII form that DNS, TLS and the Host field take (RFC 5890)."""
-    parts = urllib.parse.urlsplit(url)
+    parts = urlsplit(url)
     host = (parts.hostname or "").encode("idna").decode("ascii")
     if parts.scheme not in PORTS or not re.fullmatch("[!-~]+", host):
         raise ValueError("not an http(s) URL")
@@ -5263,9 +5265,9 @@ def url_origin(url):
 
 def basic_auth(name, url):
     """{name: value} for the user and password of a URL (RFC 7617), {} without a user."""
-    parts = urllib.parse.urlsplit(url)
+    parts = urlsplit(url)
     pair = "%s:%s" % (parts.username, parts.password or "")
-    value = base64.b64encode(urllib.parse.unquote_to_bytes(pair)).decode("ascii")
+    value = base64.b64encode(unquote_to_bytes(pair)).decode("ascii")
     return {name: "Basic " + value} if parts.username else {}
 
 
@@ -5340,7 +5342,7 @@ def request_parts(way, url, headers):
     """(request target, header fields) as they go out. UpstreamError if a setting brought something
     into them that HTTP forbids: http.client's own error would quote the value, and that may be an
     API key."""
-    parts = urllib.parse.urlsplit(url)
+    parts = urlsplit(url)
     target = (parts.path or "/") + ("?" + parts.query if parts.query else "")
     framing = ("content-length", "transfer-encoding")  # http.client's business
     fields = {name: value for name, value in headers.items() if name.lower() not in framing}
@@ -5458,7 +5460,7 @@ class Line(io.RawIOBase):
         if self.deadline:
             if self.came > MAX_HEAD:
                 raise self.garbage("a head of more than %d KB" % (MAX_HEAD >> 10))
-            seconds = self.deadline - time.monotonic()
+            seconds = self.deadline - monotonic()
         if seconds > 0:
             if self.pending() or self.wait(self.sock, seconds):
                 return
@@ -5484,11 +5486,11 @@ class Line(io.RawIOBase):
     def flush(self):
         """Sends what is to go out, or (then it is not `whole`) as much as the other side takes
         before it closes or answers: a 413 may come before the end of the request."""
-        view, moved, self.outgoing = memoryview(self.outgoing), time.monotonic(), b""
+        view, moved, self.outgoing = memoryview(self.outgoing), monotonic(), b""
         while view and self.whole:
             try:
                 view = view[self.sock.send(view[: 1 << 18]) :]
-                moved = time.monotonic()
+                moved = monotonic()
                 continue
             except NOTHING_YET:
                 pass
@@ -5500,7 +5502,7 @@ class Line(io.RawIOBase):
             early = self.look()
             # HTTP/1.1 1.. is an interim answer: the real one is still to come (RFC 9110, 15.2).
             self.whole = early is not None and early[9:10] in b"1"
-            if time.monotonic() - moved > self.timeout:
+            if monotonic() - moved > self.timeout:
                 raise self.stuck("took no byte of the request")
 
     def ask(self, wait, method, target, fields, body, timeout):
@@ -5514,7 +5516,7 @@ class Line(io.RawIOBase):
         try:
             connection.request(method, target, body, fields)
             self.flush()
-            self.deadline = time.monotonic() + timeout
+            self.deadline = monotonic() + timeout
             start = self.file.peek(1)[:40]
             # http.client would wait for the end of a line, whatever it begins with.
             if not start.startswith(b"HTTP/"[: len(start)]):
@@ -5528,7 +5530,7 @@ class Line(io.RawIOBase):
     def handshake(self, context):
         """TLS from here on, through the proxy if there is one. OSError, ValueError
         (ssl.CertificateError on Python 3.6)."""
-        end = time.monotonic() + self.timeout
+        end = monotonic() + self.timeout
         self.sock = context.wrap_socket(
             self.sock, server_hostname=self.way.origin[0], do_handshake_on_connect=False
         )
@@ -5536,7 +5538,7 @@ class Line(io.RawIOBase):
             try:
                 return self.sock.do_handshake()
             except NOTHING_YET:
-                if time.monotonic() > end:
+                if monotonic() > end:
                     raise socket.timeout("timed out")
                 self.wait(self.sock, SLICE_SECONDS)
 
@@ -5703,8 +5705,8 @@ class Reply:
         connection."""
         if self.line and self.keep:
             self.line.begin(poll_socket, 0.0)
-            self.line.deadline = time.monotonic() + DRAIN_SECONDS
-            with contextlib.suppress(UpstreamError, ValueError):
+            self.line.deadline = monotonic() + DRAIN_SECONDS
+            with suppress(UpstreamError, ValueError):
                 for _ in self.payload():
                     pass
         self.close()
@@ -5729,7 +5731,7 @@ def redirect_target(method, url, reply):
     """
     if reply.status not in (307, 308) and not (reply.status in (301, 302) and method == "GET"):
         return ""
-    target = urllib.parse.urljoin(url, reply.headers.get("Location", "")).partition("#")[0]
+    target = urljoin(url, reply.headers.get("Location", "")).partition("#")[0]
     try:
         old, new = url_origin(url), url_origin(target)
     except ValueError:
@@ -5828,7 +5830,7 @@ class Upstream:
     def __init__(self, timeout=300.0, connect_timeout=15.0, idle=60.0, **tls):
         # connect_timeout is for each address of a name, for the proxy's answer and for TLS anew.
         self.timeout, self.connect_timeout, self.idle = timeout, connect_timeout, idle
-        self.lock = threading.Lock()  # for closed, pool and live
+        self.lock = Lock()  # for closed, pool and live
         self.closed = False
         self.pool = []  # idle lines, the latest used last
         self.live = set()  # every line, idle or in use
@@ -5836,7 +5838,7 @@ class Upstream:
         # () -> the one SSLContext, made when it is first needed: loading certificates takes 25 ms,
         # and up to Python 3.11 each context does it anew. Two threads may make one each: either
         # will do.
-        self.tls = functools.lru_cache()(functools.partial(tls_context, **tls))
+        self.tls = lru_cache()(partial(tls_context, **tls))
 
     def open(self, method, url, headers, body=None, wait=None, timeout=None):
         """Sends a request (body: bytes or None) -> a Reply, once its head has come; redirects on
@@ -5888,9 +5890,9 @@ class Upstream:
                 "the base URL is not one: write it like https://host:port/v1", 500, kind="request"
             )
         until, way = self.ways.get(place, (0, None))
-        if until < time.monotonic():
+        if until < monotonic():
             way = find_way(*place)
-            self.ways[place] = time.monotonic() + 60, way
+            self.ways[place] = monotonic() + 60, way
         return way
 
     def kept(self, way):
@@ -5908,7 +5910,7 @@ class Upstream:
     def close_idle(self):
         """Ends the connections that were idle too long. The server's accepting thread calls it too,
         so that they end also where no request comes any more."""
-        before = time.monotonic() - self.idle
+        before = monotonic() - self.idle
         with self.lock:
             old = [line for line in self.pool if line.since < before]
             self.pool = self.pool[len(old) :]
@@ -5989,7 +5991,7 @@ class Upstream:
         line.wait = None
         with self.lock:
             if not self.closed and len(self.pool) < KEPT_LINES:
-                line.since = time.monotonic()  # at which it became idle
+                line.since = monotonic()  # at which it became idle
                 self.pool.append(line)
                 return
         self.drop(line)
@@ -6007,7 +6009,7 @@ class Upstream:
             self.idle = -1.0  # not even for no time
             for line in self.live:
                 # Not SSLSocket's own shutdown, which is not for two threads.
-                with contextlib.suppress(OSError):
+                with suppress(OSError):
                     socket.socket.shutdown(line.sock, socket.SHUT_RDWR)
         self.close_idle()
 
@@ -6276,14 +6278,14 @@ class Cache:
         self._ttl = ttl  # seconds for which an answer is good; 0 keeps none
         self._max_bytes = max_bytes  # of compressed answers; the least recently used go first
         self._now = now  # () -> seconds since the epoch
-        self._log = functools.lru_cache()(log)  # hears of each kind of trouble once
-        self._lock = threading.RLock()  # all threads share one connection
+        self._log = lru_cache()(log)  # hears of each kind of trouble once
+        self._lock = RLock()  # all threads share one connection
         self._db = None  # the connection, while there is one
         self._closed = False  # for good, by close()
         self._rest_until = 0  # no use of the database before; see SLOW_SECONDS
         self._faults = (ImportError, OSError)  # what `_run` meets; _open adds SQLite's own
         self._error = None  # the last failure, until a put goes well
-        self._counts = collections.Counter(hits=0, misses=0, inserts=0, evictions=0, saved_ms=0)
+        self._counts = Counter(hits=0, misses=0, inserts=0, evictions=0, saved_ms=0)
 
     def get(self, key):
         """(message, cost_ms), or None. cost_ms: what the answer truly took upstream."""
@@ -6485,7 +6487,7 @@ class Cache:
         for suffix in () if sound else ("", "-wal", "-shm"):
             # Where it fails there is no such side file; or the next opening fails as well,
             # and says so.
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 os.replace(self.path + suffix, self.path + ".broken" + suffix)
 
 
@@ -6545,7 +6547,7 @@ class Sums:
 
     def __init__(self):
         # cost: of the requests whose model has a price; unpriced: how many others there are
-        self.counts = collections.Counter(dict.fromkeys(COUNTED, 0))
+        self.counts = Counter(dict.fromkeys(COUNTED, 0))
         self.first_ms = []  # of the first KEPT_SAMPLES requests
 
     def add(self, row):
@@ -6570,8 +6572,8 @@ class Ledger:
         self.prices = {}  # as `prices_from` gives them; of the rows that come
         self.save = None  # save(row), called for each new row, outside the lock; see Cache.save_row
         self._now = now  # () -> seconds since the epoch
-        self._lock = threading.Lock()
-        self._rows = collections.deque(maxlen=size)  # newest last
+        self._lock = Lock()
+        self._rows = deque(maxlen=size)  # newest last
         self._totals = Sums()
         self._minutes = {}  # minute since the epoch -> Sums
 
@@ -6721,8 +6723,8 @@ class Sessions:
 
     def __init__(self, size=200):
         self._size = size
-        self._lock = threading.Lock()
-        self._lines = collections.OrderedDict()  # session -> [Outline, ...], latest last
+        self._lock = Lock()
+        self._lines = OrderedDict()  # session -> [Outline, ...], latest last
 
     def compare(self, session, new):
         """`why_broken` against the earlier request of the same line, whose place `new` takes."""
@@ -6758,7 +6760,7 @@ def new_recorder(folder, secrets, log):
     exchange: {time, id, ...anything..., replies: [{status, headers, body}, ...]}, one reply a try
     upstream. It never raises: an exchange that cannot be written is left out.
     """
-    log = functools.lru_cache()(log)  # hears of each kind of trouble once
+    log = lru_cache()(log)  # hears of each kind of trouble once
 
     def record(exchange):
         when = exchange["time"]
@@ -6937,8 +6939,8 @@ class Memory:
     """
 
     def __init__(self, store=None):
-        self.notes, self.size = collections.OrderedDict(), 0  # id -> (note, size)
-        self.lock, self.store = threading.Lock(), store
+        self.notes, self.size = OrderedDict(), 0  # id -> (note, size)
+        self.lock, self.store = Lock(), store
 
     def keep(self, notes):
         """Keep {id: note}."""
@@ -6980,7 +6982,7 @@ class Proxy:
     def __init__(self, config, log, new_id=lambda: "%024x" % random.getrandbits(96), now=time.time):
         self.config, self.log, self.new_id, self.now = config, log, new_id, now
         self.started = now()
-        self.lock = threading.Lock()  # over what follows
+        self.lock = Lock()  # over what follows
         self.active = 0  # requests under way
         self.wrong_keys = 0  # requests without the proxy key since the log was told, and ...
         self.told = 0  # ... when that was
@@ -6995,7 +6997,9 @@ class Proxy:
         self.memo = {}  # cleaned tools, see clean_tool
         self.rows = {}  # profile_for's answers by its arguments: each takes 30 us or more
         self.down = set()  # base URLs that failed last time
-        self.cuts = {}  # conversation -> (request, times its answer was cut, why), see note_end
+        self.cuts = (
+            OrderedDict()
+        )  # conversation -> (request, times its answer was cut, why), see note_end
         self.wires = None  # (the TLS settings it was made from, Upstream)
         self.seen = None  # the Settings that store, ledger and recorder were made from
         self.follow(config())
@@ -7145,21 +7149,20 @@ class Proxy:
             if error.retry:
                 self.down.add(base)
             if exchange.writer.drops(error):
-                request, times, _ = self.cuts.pop(talk, (None, 0, ""))
-                times = times + 1 if request == exchange.mark() else 1
-                self.cuts[talk] = exchange.mark(), times if error.retry else MAX_CUTS, error.message
-                if len(self.cuts) > MAX_CUT_TALKS:  # the oldest goes
-                    del self.cuts[next(iter(self.cuts))]
+                mark, (request, times, _) = exchange.mark(), self.cuts.pop(talk, (None, 0, ""))
+                times = times * (request == mark) + 1 if error.retry else MAX_CUTS
+                self.cuts[talk] = mark, times, error.message
+                if len(self.cuts) > MAX_CUT_TALKS:
+                    self.cuts.popitem(last=False)
 
     def check_cuts(self, exchange):
         """Raises UpstreamError, once, when the answer to this request was cut too often."""
         request, times, why = self.cuts.get(exchange.talk, (None, 0, ""))
         if times >= MAX_CUTS and request == exchange.mark():
             self.cuts.pop(exchange.talk, None)
-            said = "The provider keeps breaking off its answer: " + why
-            raise UpstreamError(said, 424, kind="cut")
+            raise UpstreamError("The provider keeps breaking off its answer: " + why, 424)
 
-    @contextlib.contextmanager
+    @contextmanager
     def counted(self):
         """Counts a request as active while it lasts."""
         with self.lock:
@@ -7182,8 +7185,8 @@ class Proxy:
 
     def wait_idle(self, seconds):
         """Wait until no request is under way, at most so long."""
-        end = time.monotonic() + seconds
-        while self.active and time.monotonic() < end:
+        end = monotonic() + seconds
+        while self.active and monotonic() < end:
             time.sleep(0.02)
 
     # -- the small endpoints
@@ -7214,7 +7217,7 @@ class Proxy:
         for family in FAMILIES:
             titles["claude-" + family] = "%s (%s)" % (self.plan_of(settings, family).model, family)
         constants = {"type": "model", "created_at": CREATED, "description": "through ccfix"}
-        given = dict(urllib.parse.parse_qsl(query, True))
+        given = dict(parse_qsl(query, True))
         try:
             limit, before = int(given.get("limit", 20)), given.get("before_id")
             start = [None, *titles].index(given.get("after_id"))
@@ -7294,7 +7297,7 @@ class Proxy:
         """[{upstream, model, field, value, text}] of all lessons."""
         return [
             dict(
-                upstream=urllib.parse.urlsplit(base).netloc.rpartition("@")[2],
+                upstream=urlsplit(base).netloc.rpartition("@")[2],
                 model=model,
                 field=field,
                 value=value,
@@ -7316,7 +7319,7 @@ def get_json(upstream, url, headers, wait=None, timeout=None, body=None):
     {} for anything else, and for an error status. timeout: seconds. Raises ProxyError.
     """
     method, data = ("POST", to_json_bytes(body)) if body else ("GET", None)
-    with contextlib.closing(upstream.open(method, url, headers, data, wait, timeout)) as reply:
+    with closing(upstream.open(method, url, headers, data, wait, timeout)) as reply:
         return as_dict(json_or_none(reply.read(4 << 20))) if reply.status == 200 else {}
 
 
@@ -7357,7 +7360,7 @@ def loaded_context(ask, plan, owner):
     ask(url) -> JSON object. llama.cpp's /models has the window that the model was trained with,
     /props the one that it was started with; Ollama tells it for loaded models only.
     """
-    root = "%s://%s" % urllib.parse.urlsplit(plan.base)[:2]
+    root = "%s://%s" % urlsplit(plan.base)[:2]
     found = {}
     if owner == "llamacpp":
         found = as_dict(ask(root + "/props").get("default_generation_settings"))
@@ -7387,7 +7390,7 @@ class Exchange:
     and raises ClientGone.
     """
 
-    def __init__(self, proxy, body, headers, wait, clock=time.monotonic, settings=None, id=""):
+    def __init__(self, proxy, body, headers, wait, clock=monotonic, settings=None, id=""):
         self.proxy, self.body, self.headers, self.wait = proxy, body, headers, wait
         self.clock = clock  # seconds, monotonic
         self.settings = settings or proxy.settings()
@@ -7975,7 +7978,7 @@ def site_of(address):
     xn--. Raises ValueError for what is no host; a * may only stand in a path.
     """
     address = address.strip()[:500].replace("\\", "/").split("://", 1)[-1]
-    parts = urllib.parse.urlsplit("//" + address)
+    parts = urlsplit("//" + address)
     # An empty label, which is an error, where there is no host, or a * in it.
     host = (parts.hostname or "*").strip(".").replace("*", "..").encode("idna").decode()
     return ".%s%s/" % (host, parts.path.rstrip("/"))
@@ -7984,7 +7987,7 @@ def site_of(address):
 def covers(entry, url):
     """Whether an entry, in whose path a * is any text, means this URL's place or one above it."""
     (head, _, tail), place = site_of(entry).partition("*"), "."
-    with contextlib.suppress(ValueError):  # an odd URL is nowhere
+    with suppress(ValueError):  # an odd URL is nowhere
         place = site_of(url)
     start = place.find(head)
     return -1 < start < place.find("/") and tail in place[start + len(head) - 1 :]
@@ -8038,7 +8041,7 @@ def search_web(exchange, query):
     for other JSON.
     """
     url = exchange.settings.search_url
-    url += ("&" if "?" in url else "?") + urllib.parse.urlencode({"q": query, "format": "json"})
+    url += ("&" if "?" in url else "?") + urlencode({"q": query, "format": "json"})
     headers = {"Accept": "application/json", "User-Agent": USER_AGENT}
     upstream = exchange.proxy.upstream(exchange.settings)
     rows = get_json(upstream, url, headers, exchange.wait, 30).get("results")
@@ -8090,13 +8093,13 @@ class Inbox(io.RawIOBase):
 
     def allow(self, seconds, pause=None):
         """What is read next must come within `seconds`, with no silence longer than `pause`."""
-        self.deadline, self.pause = time.monotonic() + seconds, pause or seconds
+        self.deadline, self.pause = monotonic() + seconds, pause or seconds
 
     def readable(self):
         return True
 
     def readinto(self, buffer):
-        seconds = min(self.deadline - time.monotonic(), self.pause)
+        seconds = min(self.deadline - monotonic(), self.pause)
         if seconds < 0 or not poll_socket(self.sock, seconds):
             raise socket.timeout("the client sent nothing for too long")
         size = self.sock.recv_into(buffer)
@@ -8126,13 +8129,13 @@ class Watch:
 
     def __call__(self, sock, seconds):
         """True: sock can be read; False: the seconds are over. Without a sock it only waits."""
-        end = time.monotonic() + seconds
+        end = monotonic() + seconds
         while True:
             if self.socks != (sock, self.told):
                 self.socks = sock, self.told
                 self.poll = new_poll((sock, READ), (self.client, self.told))
             ready = self.poll(min(seconds, LOOK_SECONDS))
-            now = time.monotonic()
+            now = monotonic()
             seen = ready.get(self.client.fileno())
             if seen:
                 self.look_at_client(seen)
@@ -8257,7 +8260,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         Closing a socket with unread data resets the connection, and that can take the reply from
         the client before it has read it (RFC 9112, 9.6).
         """
-        with contextlib.suppress(OSError, ClientGone):
+        with suppress(OSError, ClientGone):
             self.connection.shutdown(socket.SHUT_WR)
             self.inbox.raw.allow(LINGER_SECONDS)
             while self.inbox.read1(65536):
@@ -8576,7 +8579,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             error.message = re.sub("(?i)x-api-key", "API key", error.message)
         elif status == 424:
             status = 400  # which Claude Code would send six times; for others it is the right class
-        with contextlib.suppress(ClientGone):
+        with suppress(ClientGone):
             if not self.began_reply:
                 return self.send_json(error.body(self.request_id), error.headers, status)
         self.close_connection = True
@@ -8640,7 +8643,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 exchange.message(), {"x-ccfix-cache": exchange.cache}
             )
             return
-        with contextlib.closing(exchange.batches()) as batches:
+        with closing(exchange.batches()) as batches:
             for text in batches:
                 self.write_events(text)
         if self.request_version == "HTTP/1.1":
@@ -8656,7 +8659,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         models = self.proxy.models(self.settings, self.query)
         if not name:
             return models
-        name = urllib.parse.unquote(name)[:200]
+        name = unquote(name)[:200]
         rows = {row["id"]: row for row in models["data"]}
         known = [value for key, value in vars(self.settings).items() if "model" in key] + [*rows]
         if not (name in known or family_of(name) or is_claude(self.headers)):
@@ -9420,7 +9423,7 @@ def notify(message, *more):
     say("ccfix: " + message, *more, out=sys.stderr)
 
 
-@contextlib.contextmanager
+@contextmanager
 def usage_errors(words):
     """An OSError or ValueError inside becomes a Usage: these words and the system's reason."""
     try:
@@ -9465,7 +9468,7 @@ class Log:
     MAX_FILE = 10 << 20  # bytes; then the file becomes NAME.1
 
     def __init__(self, settings, out=None):
-        self.lock, self.out, self.secrets = threading.Lock(), out or sys.stderr, ()
+        self.lock, self.out, self.secrets = Lock(), out or sys.stderr, ()
         self.configure(settings)
 
     def configure(self, settings):
@@ -9487,7 +9490,7 @@ class Log:
             first, *more = first.split("\n")
         lines = ["%s %-7s %s" % (time.strftime("%Y-%m-%d %H:%M:%S"), level, first)]
         lines += ["    " + line for line in more]
-        with self.lock, contextlib.suppress(OSError, ValueError):
+        with self.lock, suppress(OSError, ValueError):
             say(*lines, out=self.out)
             self.append(self.path, lines)
 
@@ -9593,7 +9596,7 @@ class Config:
         self.notes = []  # sentences about lines that do not count
         self.port = 0  # the port that the proxy listens on, once it is known
         self.log = None  # set once the proxy serves; .env is not followed before
-        self.lock = threading.Lock()
+        self.lock = Lock()
         self.random_key = os.urandom(24).hex()  # the proxy key where that is "auto"
         self.mark = self.file_mark()
         self.text = self.first_text()
@@ -9601,7 +9604,7 @@ class Config:
 
     def file_mark(self):
         """What changes when .env does: an editor may keep the size, or the time, or the file."""
-        with contextlib.suppress(OSError, ValueError):
+        with suppress(OSError, ValueError):
             info = os.stat(self.path)
             return info.st_mtime, info.st_size, info.st_ino
 
@@ -9827,10 +9830,10 @@ def patience(limit, poll=poll_socket):
     Its own timeout bounds a silence only: a server that sends a byte now and then would hold a
     command up for ever. Raises UpstreamError `limit` seconds from now.
     """
-    end = time.monotonic() + limit
+    end = monotonic() + limit
 
     def wait(sock, seconds):
-        left = end - time.monotonic()
+        left = end - monotonic()
         if left > 0 and poll(sock, min(seconds, left)):
             return True
         if seconds >= left:
@@ -9845,7 +9848,7 @@ def fetch(url, seconds, headers=(), **tls):
 
     tls: as for Upstream. Raises ProxyError where it does not come within so many seconds.
     """
-    with contextlib.closing(Upstream(seconds, seconds, **tls)) as upstream:
+    with closing(Upstream(seconds, seconds, **tls)) as upstream:
         return get_json(upstream, url, dict(headers), patience(seconds), seconds)
 
 
@@ -9987,7 +9990,7 @@ def start_replay(folder):
         if not replies:
             raise ValueError("no recorded replies")
     native = any(re.search(r'"type": ?"message(_start)?"', reply["body"]) for reply in replies)
-    base = start_model(ReplayModel, collections.deque(replies))
+    base = start_model(ReplayModel, deque(replies))
     return target_values(base, "replay", "anthropic" if native else "openai", TARGET_RETRIES="0")
 
 
@@ -10103,7 +10106,7 @@ def claude_settings(arguments, overrides, auto="off"):
             given = value if sign else next(words, flag)
         else:
             rest += [word, *words] if word == "--" else [word]
-    with contextlib.suppress(OSError, SettingError, TypeError):  # what is no object has no ** form
+    with suppress(OSError, SettingError, TypeError):  # what is no object has no ** form
         text = decode_env(read_file(given)) if os.path.exists(given) else given
         found = {**json_or_none(text.strip() or "{}")}
         if overrides:
@@ -10129,7 +10132,7 @@ def claude_command(path):
     return [program] if found.group(2) == "exe" else [shutil.which("node") or "node", program]
 
 
-@contextlib.contextmanager
+@contextmanager
 def settings_argument(settings):
     """["--settings", ...] for Claude Code, [] for no settings.
 
@@ -10244,7 +10247,7 @@ def claude_files():
     return folder + "/settings.json", ".claude/settings.json", ".claude/settings.local.json"
 
 
-@contextlib.contextmanager
+@contextmanager
 def kept_model(path, began):
     """Put the model in the user's settings back: Claude Code saves each pick of /model there, and
     without us it would start with that.
@@ -10254,7 +10257,7 @@ def kept_model(path, began):
     """
     text = file_text(path) or "{}"
     yield
-    with contextlib.suppress(OSError, ValueError, AttributeError):
+    with suppress(OSError, ValueError, AttributeError):
         old, new, info = json_or_none(text), json_or_none(file_text(path)), os.stat(path)
         model = old.get("model")
         if new.get("model") != model and info.st_mtime > began:
@@ -10361,7 +10364,7 @@ class Verdict(NamedTuple):
 
 # ok: the row holds. skip: it cannot tell, and is no reason to doubt the target. fail: it does not
 # hold; whether Claude Code can work all the same is said in CHECKS.
-ok, skip, fail = (functools.partial(Verdict, status) for status in ("ok", "skip", "fail"))
+ok, skip, fail = (partial(Verdict, status) for status in ("ok", "skip", "fail"))
 
 
 def failure(error):
@@ -10428,7 +10431,7 @@ class Tester:
         self.settings, self.family = settings, family
         self.asked = "claude-" + (family or "check")
         self.models = []  # the names that the provider lists, once a row has looked
-        self.once = functools.lru_cache()(self.once)
+        self.once = lru_cache()(self.once)
         vars(settings).update(
             target_retries=0, target_model_fallback="", cache_enabled=False, record_dir=""
         )
@@ -10711,7 +10714,7 @@ def orders_events(tester):
         to_json_bytes(question_body(plan.model, "Say hello.")),
         patience(ROW_SECONDS),
     )
-    with contextlib.closing(reply):
+    with closing(reply):
         raw = reply.read(4 << 20)
     if reply.status != 200:
         return failure(upstream_error(reply.status, {}, raw))
@@ -10781,7 +10784,7 @@ def run_checks(tester, progress=False):
     for number, (name, required, question, judge) in enumerate(CHECKS):
         if progress and sys.stdout.isatty():
             print("...  " + name, end="\r", flush=True)
-        began = time.monotonic()
+        began = monotonic()
         try:
             answer, error = (tester, None) if blocked or not question else tester.once(question)
             verdict = blocked or (failure(error) if error else judge(answer))
@@ -10792,7 +10795,7 @@ def run_checks(tester, progress=False):
         if verdict.status == "fail" and number < GATES:
             blocked = skip('not tried: first "%s" must work' % name)
         row = redact(verdict._asdict(), tester.settings.secrets())
-        row.update(name=name, required=required, ms=round((time.monotonic() - began) * 1000))
+        row.update(name=name, required=required, ms=round((monotonic() - began) * 1000))
         yield row
 
 
@@ -11046,11 +11049,11 @@ def remove_byte_code(folder):
     No failure is told: what stays is a cache, or belongs to somebody else.
     """
     kept = folder / "__pycache__"
-    with contextlib.suppress(OSError):
+    with suppress(OSError):
         for path in kept.glob("ccfix.*.pyc"):
             path.unlink()
         kept.rmdir()
-    with contextlib.suppress(OSError):
+    with suppress(OSError):
         folder.rmdir()
 
 
