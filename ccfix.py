@@ -914,7 +914,7 @@ SETTINGS = (
     Setting(
         "TARGET_RETRIES",
         "2",
-        "retries before the first content; Claude Code itself retries 408 and 5xx",
+        "retries before the first content",
         parse_count,
     ),
     # auto goes by the end of the base URL's path (ANTHROPIC_PATHS).
@@ -4091,8 +4091,9 @@ class MessageWriter:
 
     Promises: message_start once and first; block indexes 0, 1, 2 ...; one block open at a time;
     message_delta, then message_stop, once and last; the input of a tool is one JSON object; a
-    content_block_stop goes out only with what follows it: Claude Code streams a reply again that
-    ends inside a block, but takes one that ends behind a block for all there is (2.1.332).
+    content_block_stop goes out only with what follows it. For a client that resumes, calls wait for
+    the end too: Claude Code streams a broken reply again, but in its own screen not after a block
+    that was closed, whatever is open (2.1.332); then the turn ends, and tools may have run.
     """
 
     state = IDLE
@@ -4222,7 +4223,7 @@ class MessageWriter:
         self.hold(len(text))
         if self.turn < len(self.calls):
             call = self.calls[self.turn]  # those behind it wait for it, whole or not
-            if not (call.name and call.is_whole()):
+            if self.resumes or not (call.name and call.is_whole()):
                 self.late.append((kind, text))
                 return
             yield from self.advance(ending=True)
@@ -4240,14 +4241,14 @@ class MessageWriter:
         yield delta_event(self.index, BLOCKS[kind], text)
 
     def idle(self):
-        """Something that the client counts as life after minutes of pings: an empty delta, in a
-        thinking block of our own if none is open. Claude Code gives up after 600 s of nothing but
-        pings or comments, and asks again without a stream (seen with 2.1.330)."""
-        kind = self.kind or self.closed
-        if kind not in ("thinking", "tool_use"):
+        """Something that the client counts as life after minutes of pings: an empty delta, where
+        the block's kind has any, in a thinking block of our own if none is open. Claude Code gives
+        up after 600 s of nothing but pings or comments, and asks again without a stream (2.1.330).
+        """
+        if not (self.kind or self.closed):
             yield from self.open_block(empty_block("thinking"), signing=True)
-            kind = self.kind
-        yield delta_event(self.index, BLOCKS[kind], "")
+        row = BLOCKS.get(self.kind or self.closed)
+        yield delta_event(self.index, row, "") if row and row.delta else PING
 
     def fresh(self):
         """A writer for another try, which goes on where this one's message stands: message_start,
@@ -4272,6 +4273,8 @@ class MessageWriter:
 
         Only the last call of a reply that was cut may be half: its input then stays as it came.
         """
+        if self.resumes and not ending:
+            return
         while self.turn < len(self.calls):
             call = self.calls[self.turn]
             if not call.name and not ending:
@@ -4400,10 +4403,6 @@ class Reader:
         if self.writer.state in ENDED:
             raise RuntimeError("feed after the end")
         return self.read(payload)
-
-    def idle(self):
-        """A sign of life for a client that has waited for minutes; see MessageWriter.idle."""
-        return self.writer.idle()
 
     def done(self):
         """The provider's [DONE], which means nothing unless a format knows it."""
@@ -4735,21 +4734,23 @@ class MessagesReader(Reader):
     def read_block(self, kind, event):
         """An event about a block; what belongs to no open block is dropped."""
         writer, block, delta = self.writer, event.get("content_block"), event.get("delta")
+        is_held, is_input = writer.resumes, writer.turn < len(writer.calls)
         if kind == "content_block_start" and isinstance(block, dict):
-            yield from writer.advance(ending=True)
             if block.get("type") == "tool_use":
+                yield from writer.advance(ending=not is_held)
                 yield from self.begin_call(block)
             else:
+                yield from writer.advance(ending=True)
                 writer.content = True
                 yield from writer.open_block(dict(block, type=str(block.get("type") or "text")))
         elif kind == "content_block_stop":
-            yield from writer.advance(ending=True)  # a tool's input is first made whole
+            yield from writer.advance(ending=not is_held)  # a tool's input is first made whole
             yield from writer.close_block()
-        elif kind == "content_block_delta" and writer.kind and isinstance(delta, dict):
-            if writer.kind == "tool_use" and delta.get("type") == "input_json_delta":
-                text = as_str(delta.get("partial_json"))
-                yield from writer.arguments(writer.calls[-1].stream.feed(text))
-            else:
+        elif kind == "content_block_delta" and isinstance(delta, dict):
+            if is_input and delta.get("type") == "input_json_delta":
+                writer.calls[-1].waiting.append(as_str(delta.get("partial_json")))
+                yield from writer.advance()
+            elif writer.kind:
                 event["index"] = writer.index  # no copy: a payload is parsed for us alone
                 yield event
         elif not kind.startswith("content_block"):
@@ -4763,14 +4764,6 @@ class MessagesReader(Reader):
         if block.get("input"):
             call.waiting.append(compact_json(block["input"]))
         yield from self.writer.advance()
-
-    def idle(self):
-        """A sign of life inside the provider's own block, as an empty delta where its kind has
-        any."""
-        row = BLOCKS.get(self.writer.kind)
-        if not self.writer.kind:
-            return self.writer.idle()
-        return [delta_event(self.writer.index, row, "") if row and row.delta else PING]
 
     def end(self):
         """The last events, with what the provider's message_delta says beside the stop reason."""
@@ -6804,14 +6797,12 @@ PING_SECONDS = 5  # between pings in a silence
 STALLED = 10  # times TARGET_TIMEOUT without content, though bytes come: given up
 SIGN_SECONDS = 240  # of pings alone; then empty deltas: the client gives up after 600 s of pings
 MAX_CUTS = 5  # of the answer to one request, in a row; then the client is told instead
-MAX_CUT_TALKS = 200  # conversations whose cuts are counted
 MAX_LESSONS = 3  # that one request may cost
 LONGEST_WAIT = 20  # seconds of Retry-After that are waited here; longer ones the client waits
 MEMORY_CALLS = 5000  # tool calls whose arguments and reasoning are remembered
 MEMORY_BYTES = 32 << 20
 SMALL_CONTEXT = 30000  # tokens; below it Claude Code is of no practical use
 # Kinds of errors after which another model may do better.
-BRIEF_KINDS = ("connect", "cut", "rate")  # of errors that another try may mend at once
 FALLBACK_KINDS = "connect timeout cut overloaded server rate billing sampling".split()
 SAFEGUARDS = "safeguard_results"  # of message_delta: what was found about the calls
 STORE_SETTINGS = ("cache_enabled", "ledger", "cache_dir", "cache_ttl", "cache_max_mb")
@@ -7152,7 +7143,7 @@ class Proxy:
                 mark, (request, times, _) = exchange.mark(), self.cuts.pop(talk, (None, 0, ""))
                 times = times * (request == mark) + 1 if error.retry else MAX_CUTS
                 self.cuts[talk] = mark, times, error.message
-                if len(self.cuts) > MAX_CUT_TALKS:
+                if len(self.cuts) > 200:
                     self.cuts.popitem(last=False)
 
     def check_cuts(self, exchange):
@@ -7414,8 +7405,8 @@ class Exchange:
         self.cache = "off"  # or miss, hit
         self.key = None  # the cache key; None where the answer may not be stored
         self.bytes_in = self.bytes_out = 0  # of the request's JSON, and of the answer
-        # When the request came, the client last got something, the provider last sent content.
-        self.began = self.last_write = self.last_sign = clock()
+        # When the request came, the client last got something, and content, the provider sent any.
+        self.began = self.last_write = self.last_sign = self.last_content = clock()
         self.first_ms = None  # milliseconds until the client got the first content
         self.broke = ""  # why the provider's prefix cache was lost
 
@@ -7423,12 +7414,17 @@ class Exchange:
 
     def event_batches(self):
         """Lists of events: all that one read of the provider's reply brought."""
-        batch, events = [], self.events()
+        batch, held, events = [], [], self.events()
         for event in self.judged(events) if self.body.get("safeguards") else events:
             if event is not None:
                 batch.append(event)
-            elif batch:
-                self.last_write = self.last_sign = self.clock()
+                continue
+            # Pieces of a call that waits are content, too.
+            kept = [len(call.waiting) for call in self.writer.calls[-1:]] if self.writer else []
+            if batch or held != kept:
+                self.last_content, held = self.clock(), kept
+            if batch:
+                self.last_write = self.last_sign = self.last_content
                 if self.first_ms is None:
                     self.first_ms = self.spent_ms()
                 yield batch
@@ -7467,10 +7463,10 @@ class Exchange:
         client do the right thing. Raises UpstreamError when the provider only keeps the connection.
         """
         now = self.clock()
-        if now - self.last_sign > STALLED * self.settings.target_timeout:
+        if now - self.last_content > STALLED * self.settings.target_timeout:
             raise UpstreamError(
                 "The provider keeps the connection alive, but sent no content for %d s; try again,"
-                " or raise TARGET_TIMEOUT." % (now - self.last_sign),
+                " or raise TARGET_TIMEOUT." % (now - self.last_content),
                 504,
                 kind="timeout",
             )
@@ -7482,7 +7478,7 @@ class Exchange:
             return ""
         events = [*self.writer.start(), PING]  # start() gives nothing the second time
         if not is_held and now - self.last_sign >= SIGN_SECONDS:
-            events = self.reader.idle()
+            events = self.writer.idle()
         self.last_write = now
         return "".join(map(encode_event, events))
 
@@ -7764,12 +7760,12 @@ class Exchange:
         mends, and not while the provider stays down. Other clients are told that it was enough.
         """
         most = self.settings.target_retries
-        if not is_claude(self.headers):
-            if most and self.retries == most:
-                error.headers.update(NEVER)
-            return most
-        is_brief = error.kind in BRIEF_KINDS and self.plan.base not in self.proxy.down
-        return most if is_brief else 0
+        if is_claude(self.headers):
+            is_brief = error.kind in ("connect", "cut", "rate")
+            return most * (is_brief and self.plan.base not in self.proxy.down)
+        if 0 < most == self.retries:
+            error.headers.update(NEVER)
+        return most
 
     def log_again(self, level, act, error):
         """Tell the log what is done after an error."""
@@ -8561,7 +8557,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.close_connection = True
         self.proxy.log("debug", "%s ended early: %s" % (self.request_id, type(error).__name__))
         if isinstance(error, Dropped):
-            return 200, error.args[0].message + " (in the middle; the client asks again)"
+            return 200, error.args[0].message + " (the client asks again)"
         return 499, "the client hung up"
 
     def send_problem(self, error):
@@ -10233,10 +10229,7 @@ def run_claude(path, running, arguments):
     for row in running.proxy.ledger.rows(asks):
         # Claude Code's own line names `claude`, which would ask other models to go on.
         if row["session"] and row["time"] > began:
-            notify(
-                "resume: %s run -- --resume %s (options before --)"
-                % (program_name(), row["session"])
-            )
+            notify("resume: %s run -- --resume %s" % (program_name(), row["session"]))
     return code
 
 
