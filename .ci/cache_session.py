@@ -19,14 +19,15 @@ import time
 import oracle
 from harness import TOP, ccfix, check, get, post
 from session import EARLY, LATE, is_main, model, play, publish, recorded, table_row
+from tui import VERSION
 from upstream import Upstream, say
 
 sys.path.append(TOP)
 from test_ccfix import provoked  # noqa: E402  (found by the line above)
 
 COMMAND = "python3 .ci/cache_session.py"
-NOTE = """(%s, `%s`; Claude Code 2.1.330, 7 runs of it a session. The misses in words follow a \
-background agent, whose random ids then stand in the conversation.)"""
+NOTE = "(%s, `%s`; Claude Code " + VERSION + ", 7 runs of it a session. The misses in words "
+NOTE += "follow a background agent, whose random ids then stand in the conversation.)"
 MODES = ("prefix", "full")
 
 

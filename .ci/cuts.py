@@ -5,6 +5,11 @@ python3 .ci/cuts.py [scenario ...]
 
 The first attempt at a reply breaks somewhere, the second is whole: the whole answer must arrive,
 once, and each tool must run, once. Replies are compared by their marked words.
+
+What the client does at a cut depends on the blocks whose content_block_stop it has read (2.1.332):
+after one of text or thinking the TUI ends the turn, whether or not the next block is open; print
+mode asks to resume after text, and a subagent to say it again. It must have read them, though:
+where the connection drops at once, what is on its way may be lost, and all is tried again.
 """
 
 import collections
@@ -330,7 +335,7 @@ def agent_sdk():
 
 
 def other_places():
-    play([Row(place, way) for place in MORE for way in (PRINT, TUI)])
+    play([Row(place, TUI) for place in MORE])
 
 
 def other_ends():

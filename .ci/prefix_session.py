@@ -20,11 +20,12 @@ import time
 
 from harness import ccfix, check, end_well, llama, post
 from session import LATE, is_main, model, play, publish, recorded, table_row, tasks
+from tui import VERSION
 from upstream import Upstream
 
 COMMAND = "python3 .ci/prefix_session.py"
-NOTE = "(%s, `%s`; Claude Code 2.1.330; llama.cpp with SmolLM2-135M, the conversation cut down "
-NOTE += "to %d tokens for it.)"
+NOTE = "(%s, `%s`; Claude Code " + VERSION + "; llama.cpp with SmolLM2-135M, the conversation cut "
+NOTE += "down to %d tokens for it.)"
 TARGET = "smollm2-135m"
 LONG = 80  # characters of a string, for the real server
 ANSWER = 4  # tokens of its answers
