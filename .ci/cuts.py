@@ -86,13 +86,15 @@ BREAKS = (
 )
 MORE = (
     Break("after the last text", [say(BOTH)], [say(BOTH)], None),
-    Break("in text after thinking", [think(THOUGHT), say(BOTH)], [think(THOUGHT)], say(HALF)),
     Break("in a lone call", [step(1), say(BOTH)], [], step(1, 20)),
     Break("after a lone call", [step(1)], [step(1)], None),
     Break("in a call after thinking", [think(THOUGHT), step(1)], [think(THOUGHT)], step(1, 20)),
     Break("between two lone calls", [step(1), step(2)], [step(1)], None),
     Break("in the second of lone calls", [step(1), step(2)], [step(1)], step(2, 20)),
     Break("after two lone calls", [step(1), step(2)], [step(1), step(2)], None),
+)
+THOUGHT_OUT = Break(
+    "in text after thinking", [think(THOUGHT), say(BOTH)], [think(THOUGHT)], say(HALF)
 )
 
 
@@ -278,6 +280,14 @@ class Row:
         return "\n".join(lines)
 
 
+class AsAtHome(Row):
+    """The client ends the turn by itself, as it does before Anthropic's own endpoint."""
+
+    def wrong(self, seen):
+        found = tui.squeezed("Connection lost") in tui.squeezed(seen.final)
+        return "" if found else "the client does not say what happened"
+
+
 class Restart(Row):
     """ccfix gets SIGTERM in the middle of the reply; a new one takes its place."""
 
@@ -335,7 +345,9 @@ def agent_sdk():
 
 
 def other_places():
-    play([Row(place, TUI) for place in MORE])
+    rows = [Row(place, TUI) for place in MORE]
+    rows += [Row(THOUGHT_OUT, way) for way in (PRINT, SUBAGENT, SDK)]
+    play(rows + [AsAtHome(THOUGHT_OUT, TUI)])
 
 
 def other_ends():
