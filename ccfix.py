@@ -914,7 +914,7 @@ SETTINGS = (
     Setting(
         "TARGET_RETRIES",
         "2",
-        "retries before the first content",
+        "retries before any content",
         parse_count,
     ),
     # auto goes by the end of the base URL's path (ANTHROPIC_PATHS).
@@ -997,7 +997,7 @@ SETTINGS = (
     Setting(
         "AUTO_MODE",
         "off",
-        "auto mode's judge: off, client or a model",
+        "auto mode's judge: off, client, a model",
         parse_auto_mode,
         flags=("--auto-mode",),
     ),
@@ -4361,8 +4361,8 @@ class MessageWriter:
 
     def drops(self, error):
         """Whether the connection just ends after this error."""
-        asks_again = self.resumes and (self.content or error.retry)
-        return self.state == OPEN and (asks_again or self.kind == "tool_use")
+        is_lost = self.content or error.retry  # asking again may help, or is all that helps
+        return self.state == OPEN and (self.resumes and is_lost or self.kind == "tool_use")
 
     def fail(self, error):
         """Tell the client that the reply broke off. Raises Dropped where it is Claude Code, which
@@ -4734,17 +4734,19 @@ class MessagesReader(Reader):
     def read_block(self, kind, event):
         """An event about a block; what belongs to no open block is dropped."""
         writer, block, delta = self.writer, event.get("content_block"), event.get("delta")
-        is_held, is_input = writer.resumes, writer.turn < len(writer.calls)
+        is_input = writer.turn < len(writer.calls)
         if kind == "content_block_start" and isinstance(block, dict):
             if block.get("type") == "tool_use":
-                yield from writer.advance(ending=not is_held)
+                yield from writer.advance(ending=not writer.resumes)
                 yield from self.begin_call(block)
             else:
                 yield from writer.advance(ending=True)
                 writer.content = True
                 yield from writer.open_block(dict(block, type=str(block.get("type") or "text")))
         elif kind == "content_block_stop":
-            yield from writer.advance(ending=not is_held)  # a tool's input is first made whole
+            yield from writer.advance(
+                ending=not writer.resumes
+            )  # a tool's input is first made whole
             yield from writer.close_block()
         elif kind == "content_block_delta" and isinstance(delta, dict):
             if is_input and delta.get("type") == "input_json_delta":
@@ -6988,9 +6990,8 @@ class Proxy:
         self.memo = {}  # cleaned tools, see clean_tool
         self.rows = {}  # profile_for's answers by its arguments: each takes 30 us or more
         self.down = set()  # base URLs that failed last time
-        self.cuts = (
-            OrderedDict()
-        )  # conversation -> (request, times its answer was cut, why), see note_end
+        # conversation -> (request, times its answer was cut, why), see note_end
+        self.cuts = OrderedDict()
         self.wires = None  # (the TLS settings it was made from, Upstream)
         self.seen = None  # the Settings that store, ledger and recorder were made from
         self.follow(config())
@@ -7712,10 +7713,10 @@ class Exchange:
             thinking={"type": "disabled"},
         )
         inner = Exchange(proxy, body, {}, patience(60, self.wait))
-        inner.plan, inner.store = (
-            plan._replace(model=model, profile=proxy.profile_of(self.settings)(plan.base, model)),
-            None,
-        )
+        found = proxy.profile_of(self.settings)(plan.base, model)
+        # The family: nobody takes over from a judge.
+        inner.plan = plan._replace(model=model, profile=found, family="fallback")
+        inner.store = None
         inner.bytes_in, rows, status, why = len(text), [], 200, ""
         try:
             if len(text) > 60000:
@@ -7725,7 +7726,7 @@ class Exchange:
         except ProxyError as error:
             status, why = error.status, error.message
         inner.close(status, why)
-        if [str(row.get("call")) for row in rows] != list(map(str, range(1, count + 1))):
+        if [str(row.get("call")) for row in rows] != [str(n) for n in range(1, count + 1)]:
             rows = [{"why": "no verdict. " + why}] * count
         return rows
 
@@ -7761,8 +7762,8 @@ class Exchange:
         """
         most = self.settings.target_retries
         if is_claude(self.headers):
-            is_brief = error.kind in ("connect", "cut", "rate")
-            return most * (is_brief and self.plan.base not in self.proxy.down)
+            is_down = self.plan.base in self.proxy.down
+            return 0 if is_down or error.kind not in ("connect", "cut", "rate") else most
         if 0 < most == self.retries:
             error.headers.update(NEVER)
         return most

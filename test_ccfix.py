@@ -13137,6 +13137,13 @@ class TestAutoMode(CachedCase):
         self.assertEqual(asked.count("auto mode"), 3)
         self.assertEqual(proxy.store.stats()["hits"], 2)
 
+    def test_nobody_takes_over_from_the_judge(self):
+        model = self.answer(refusal(503, "busy"))
+        proxy, wires = proxy_with(model, AUTO_MODE="judge", TARGET_MODEL_FALLBACK="spare")
+        found = self.outcomes(self.delta(proxy))
+        self.assertEqual([row[0] for row in found], ["flagged"] * 2)
+        self.assertEqual([sent["model"] for sent in wires.sent], ["m", "judge"])
+
     def test_only_anthropic_itself_hears_of_it_and_is_believed(self):
         own = [{"type": "dangerous_tool_use", "status": {"type": "unsupported"}}]
         events = native_events(use("toolu_0", "Bash"), stop="tool_use")
