@@ -360,7 +360,7 @@ def pick_a_model(terminal, home, model):
     picked = settings_of(home).get("model")
     check("settings.json holds it meanwhile", picked == "fable", picked)
     check("the session ends well", leave(terminal) == 0)
-    ours = r"resume:python3ccfix\.pyrun----resume([0-9a-f-]{36})\(optionsbefore--\)"
+    ours = r"resume:python3ccfix\.pyrun----resume([0-9a-f-]{36})"
     terminal.see("that the model is put back is said", "settings.json:modelis%sagain" % model)
     terminal.see("the last line says how to resume", ours)
     told = re.findall("claude--resume([0-9a-f-]{36})", terminal.text)
