@@ -12854,10 +12854,10 @@ class TestAutoMode(CachedCase):
     maxDiff = None
     CONTEXT = {
         "v": 1,
-        "live_cwd": "/home/me/work",
-        "home_dir": "/home/me",
+        "live_cwd": "/Users/me/work",
+        "home_dir": "/Users/me",
         "user_identity": "someone",
-        "rules": {"deny": [{"rule": "Read(~/.ssh/**)", "root": "/home/me"}]},
+        "rules": {"deny": [{"rule": "Read(~/.ssh/**)", "root": "/Users/me"}]},
         "auto_mode": {"allow": ["running tests"], "soft_deny": ["no pushes"]},
         "git_state": {"branch": "secret-plan"},
         "refused_calls": ["toolu_before"],
@@ -13027,7 +13027,7 @@ class TestAutoMode(CachedCase):
             "last",
         )
         for native in (False, True):
-            commands = (attack, "cat /home/me/.ssh/id /home/me/work/a")
+            commands = (attack, "cat /Users/me/.ssh/id /Users/me/work/a")
             proxy, wires = proxy_with(
                 self.answer("no", commands, native),
                 AUTO_MODE="judge",
@@ -13049,7 +13049,7 @@ class TestAutoMode(CachedCase):
             self.assertEqual(sorted(found), ["calls", "rules", "user"])
             for sent in wires.sent:
                 raw = json.dumps([wires.sent[1], dict(wires.sent[0], messages=[])])
-                for word in ("/home/me", "secret-plan", "someone", "toolu_", "safeguards"):
+                for word in ("/Users/me", "secret-plan", "someone", "toolu_", "safeguards"):
                     self.assertNotIn(word, raw)
 
     def test_short_paths_are_left_in_peace(self):
