@@ -1927,6 +1927,7 @@ def normalize(body, profile, recall=None, memo=None, room=0):
     without messages.
     """
     check_messages(body)
+    # Anthropic judges by `safeguards`; without recall this is for the cache key, and lacks them.
     clean = omit(body, PERSONAL[bool(recall and profile.scope == ANTHROPIC.hosts) :])
     if body.get("system"):
         clean["system"] = clean_system(body["system"])
@@ -4361,8 +4362,8 @@ class MessageWriter:
 
     def drops(self, error):
         """Whether the connection just ends after this error."""
-        is_lost = self.content or error.retry  # asking again may help, or is all that helps
-        return self.state == OPEN and (self.resumes and is_lost or self.kind == "tool_use")
+        helps = self.content or error.retry  # to ask again; else the client is told the reason
+        return self.state == OPEN and (self.resumes and helps or self.kind == "tool_use")
 
     def fail(self, error):
         """Tell the client that the reply broke off. Raises Dropped where it is Claude Code, which

@@ -12323,23 +12323,17 @@ class TestCuts(unittest.TestCase):
 
     def test_calls_wait_for_the_end_and_nothing_is_lost(self):
         for name, steps, wanted in STREAMS:
-            raw = sse(*map(chunk, steps))
-            made = reader()
-            made.writer.resumes = True
             for how in ("whole", "bytes"):
                 made = reader()
                 made.writer.resumes = True
-                events, _ = fed(raw, how, made)
+                finish, made.finish = made.finish, lambda: ()
+                early, _ = fed(sse(*map(chunk, steps)), how, made)
+                events = early + list(finish())
                 with self.subTest(name, how=how):
                     self.assertEqual(grammar(self, events), "done")
-                    blocks = in_short(ccfix.fold(events))
-                    self.assertEqual(sorted(blocks), sorted(wanted))
-                    kinds = [e["content_block"]["type"] for e in events if "content_block" in e]
-                    if "tool_use" in kinds:  # none that the client could have run goes before
-                        first = kinds.index("tool_use")
-                        index = next(i for i, e in enumerate(events) if e.get("index") == first)
-                        rest = {e["type"] for e in events[index:]}
-                        self.assertIn("message_stop", rest)
+                    self.assertEqual(sorted(in_short(ccfix.fold(events))), sorted(wanted))
+                    kinds = [e["content_block"]["type"] for e in early if "content_block" in e]
+                    self.assertNotIn("tool_use", kinds, "a call that the client could run")
         blocks = [{"type": "thinking", "thinking": "hm", "signature": "s"}, txt("Hi")]
         blocks += [use(name, "Read", path=name) for name in ("toolu_a", "toolu_b")]
         events = native_events(*blocks, stop="tool_use")
@@ -12854,7 +12848,7 @@ class TestAutoMode(CachedCase):
     maxDiff = None
     CONTEXT = {
         "v": 1,
-        "live_cwd": "/Users/me/work",
+        "live_cwd": "/Users/me/project",
         "home_dir": "/Users/me",
         "user_identity": "someone",
         "rules": {"deny": [{"rule": "Read(~/.ssh/**)", "root": "/Users/me"}]},
@@ -13027,7 +13021,7 @@ class TestAutoMode(CachedCase):
             "last",
         )
         for native in (False, True):
-            commands = (attack, "cat /Users/me/.ssh/id /Users/me/work/a")
+            commands = (attack, "cat /Users/me/.ssh/id /Users/me/project/a")
             proxy, wires = proxy_with(
                 self.answer("no", commands, native),
                 AUTO_MODE="judge",
